@@ -1,0 +1,5 @@
+import sys
+
+from gram_meta.cli import main
+
+sys.exit(main())

@@ -1,0 +1,379 @@
+"""The one door to CLIP: loading it, and running its frozen towers around prompts.
+
+CLIP's own code is the `clip` package (OpenAI's, a checkout's `clip/` folder, or PyPI's clip-anytorch). It builds the
+modules and the tokenizer; the forward passes are written here, over the modules' parameters, because prompt learning
+needs what the original does not offer: text that is cut at its last used position, a prompt shared by all classes of a
+task computed once, a batch of tasks with a prompt each, visual prompts, and a second derivative. Nothing in the `clip`
+package is edited or patched, and logits equal its own to rounding (tests/test_backbone.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gram_meta.errors import GramError
+
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # RGB, of CLIP's training images
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+
+PACKAGED = "gram-small"  # the small CLIP that travels in this package
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+# embed_dim, image px, vision layers, vision width, patch, context, vocabulary, text width, text heads, text layers
+_SHAPES: dict[str, tuple[Any, ...]] = {
+    "tiny": (64, 32, 2, 64, 8, 77, 49408, 64, 1, 2),
+    "tiny-RN": (64, 32, (1, 1, 1, 1), 8, None, 77, 49408, 64, 1, 2),
+    "ViT-B/32": (512, 224, 12, 768, 32, 77, 49408, 512, 8, 12),
+    "ViT-B/16": (512, 224, 12, 768, 16, 77, 49408, 512, 8, 12),
+    "ViT-L/14": (768, 224, 24, 1024, 14, 77, 49408, 768, 12, 12),
+}
+
+
+def load_backbone(name: str, device: str | torch.device = "cpu", precision: str = "fp32") -> Backbone:
+    """Load a frozen CLIP.
+
+    Args:
+        name: an OpenAI name (`"ViT-B/16"`, downloaded by the clip package to ~/.cache/clip), a path to a `.pt`
+            (TorchScript archive or plain state dict) or `.safetensors` file with OpenAI's key names, `"gram-small"` for
+            the model in this package, or `"random-SHAPE"` (`random-tiny`, `random-ViT-B/16`) for seeded random weights.
+        device: where the towers live.
+        precision: `fp32`, `fp16`, `bf16` or `fp64` for the towers; features and logits are float32 (float64 for `fp64`).
+
+    Raises:
+        GramError: unknown name, missing or unreadable file, or a file that holds no OpenAI-style CLIP.
+    """
+    if precision not in PRECISIONS:
+        raise GramError(f"precision: expected one of {', '.join(PRECISIONS)}, found {precision!r}")
+    if name.startswith("random-"):
+        model = _random_model(name.removeprefix("random-"))
+    else:
+        model = _build(_state_dict_for(name), name)
+    return Backbone(model, name, device, precision)
+
+
+class Backbone(nn.Module):
+    """Frozen CLIP towers, callable around prompts.
+
+    Attributes:
+        name: as given to `load_backbone`.
+        fingerprint: SHA-256 of the weights as float32, so the same for every precision and device.
+        is_vit: whether the image tower is a transformer (only then are there visual prompts).
+        text_width, visual_width, embed_dim: d_text, d_visual (0 for a ResNet) and the width D of the joint space.
+        image_size: side of the square input in pixels.
+        context_length: positions of the text tower (77).
+        logit_scale: 1 / tau of Eq. 1, float32 scalar.
+    """
+
+    logit_scale: Tensor
+
+    def __init__(self, model: nn.Module, name: str, device: str | torch.device, precision: str) -> None:
+        super().__init__()
+        self.name = name
+        self.fingerprint = fingerprint(model.state_dict())
+        self.is_vit = hasattr(model.visual, "class_embedding")
+        self.text_width = int(model.ln_final.weight.shape[0])
+        self.visual_width = int(model.visual.conv1.weight.shape[0]) if self.is_vit else 0
+        self.embed_dim = int(model.text_projection.shape[1])
+        self.image_size = int(model.visual.input_resolution)
+        self.context_length = int(model.positional_embedding.shape[0])
+        self.precision = precision
+        self.register_buffer("logit_scale", model.logit_scale.detach().exp().to(_feature_dtype(precision)))
+        self.model = _cast(model, PRECISIONS[precision]).requires_grad_(False)
+        self.to(device).eval()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number type of the towers' products."""
+        return self.model.visual.conv1.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.logit_scale.device
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Stays in evaluation mode: the towers are frozen, a ResNet's batch statistics too."""
+        return super().train(False)
+
+    # --- text ---------------------------------------------------------------------------------------------------------
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Token ids (n, 77); a text with more tokens than positions is a `GramError`."""
+        clip = clip_module()
+        try:
+            return clip.tokenize(list(texts), context_length=self.context_length)
+        except RuntimeError as error:
+            raise GramError(f"text for CLIP: expected at most {self.context_length} tokens; {error}") from None
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """Token embeddings (..., L, d_text) of ids (..., L), in the towers' number type."""
+        return self.model.token_embedding(tokens.to(self.device)).to(self.dtype)
+
+    def encode_text(self, own: Tensor, ends: Tensor, shared: Tensor | None = None) -> Tensor:
+        """Features of texts given as token embeddings, L2-normalised.
+
+        The tower is causal: what stands after the end token changes nothing, so `own` may be cut there; and what stands
+        before the first token that differs between texts is the same for all of them, so it is computed once.
+
+        Args:
+            own: (..., N, L, d) the texts' own tokens; leading axes are free (a batch of tasks).
+            ends: (..., N) or (N,), index into the L positions of each text's end token.
+            shared: (..., P, d) tokens that stand before `own` in each of the N texts of a leading index, or None.
+
+        Returns:
+            (..., N, D) float32 (float64 for an fp64 backbone).
+        """
+        *lead, n, length, width = own.shape
+        own = own.reshape(-1, n, length, width).to(self.dtype)  # (G, N, L, d)
+        before = 0 if shared is None else shared.shape[-2]
+        if before + length > self.context_length:
+            raise GramError(f"text for CLIP: expected at most {self.context_length} tokens, found {before + length}")
+        positions = self.model.positional_embedding.to(self.dtype)
+        own = own + positions[before : before + length]
+        if shared is not None:
+            shared = shared.reshape(-1, before, width).to(self.dtype) + positions[:before]  # (G, P, d)
+        # may text position i see position j? All of the shared part, and its own part up to itself.
+        visible = torch.ones(length, before + length, dtype=torch.bool, device=own.device).tril(before)
+        for block in self.model.transformer.resblocks:
+            own, shared = _text_block(block, own, shared, visible)
+        ends = ends.to(own.device).expand(*lead, n).reshape(-1, n)  # (G, N)
+        last = own.gather(2, ends[..., None, None].expand(-1, -1, 1, width)).squeeze(2)  # (G, N, d)
+        last = _layer_norm(self.model.ln_final, last)
+        features = last @ self.model.text_projection.to(last.dtype)  # (G, N, D)
+        return self._normalised(features).reshape(*lead, n, self.embed_dim)
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
+        """Features (n, D) of plain strings, L2-normalised; texts of one batch are cut at its longest."""
+        parts = []
+        for start in range(0, len(texts), batch_size):
+            tokens = self.tokenize(texts[start : start + batch_size])
+            ends = end_positions(tokens)
+            parts.append(self.encode_text(self.embed_tokens(tokens[:, : int(ends.max()) + 1]), ends))
+        return torch.cat(parts) if parts else self.logit_scale.new_zeros(0, self.embed_dim)
+
+    # --- images -------------------------------------------------------------------------------------------------------
+
+    def encode_images(self, images: Tensor, prompt: Tensor | None = None) -> Tensor:
+        """Features of images, L2-normalised.
+
+        Args:
+            images: (B, 3, H, W), already resized and normalised (see `preprocess`).
+            prompt: visual prompt tokens (M, d_visual), or (B, M, d_visual) with a prompt per image; they are appended to
+                the patch tokens after the positional embedding and before `ln_pre` (shallow VPT).
+
+        Returns:
+            (B, D) float32 (float64 for an fp64 backbone).
+
+        Raises:
+            GramError: a prompt for a ResNet, or images of another size.
+        """
+        if images.shape[-2:] != (self.image_size, self.image_size):
+            raise GramError(
+                f"images for {self.name}: expected {self.image_size} x {self.image_size} pixels, "
+                f"found {images.shape[-2]} x {images.shape[-1]} (INPUT.SIZE)"
+            )
+        images = images.to(self.device, self.dtype)
+        if not self.is_vit:
+            if prompt is not None:
+                raise GramError(f"visual prompts: expected a ViT image tower, found the ResNet {self.name}")
+            return self._normalised(self.model.visual(images))
+        tower = self.model.visual
+        x = tower.conv1(images).flatten(2).transpose(1, 2)  # (B, patches, d)
+        x = torch.cat([tower.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)  # (B, 1 + patches, d)
+        x = x + tower.positional_embedding.to(x.dtype)
+        if prompt is not None:
+            x = torch.cat([x, prompt.to(x.dtype).expand(x.shape[0], -1, -1)], dim=1)  # (B, 1 + patches + M, d)
+        x = _layer_norm(tower.ln_pre, x)
+        for block in tower.transformer.resblocks:
+            x = x + _attention(block.attn, _layer_norm(block.ln_1, x))
+            x = x + block.mlp(_layer_norm(block.ln_2, x))
+        x = _layer_norm(tower.ln_post, x[:, 0])  # (B, d)
+        return self._normalised(x @ tower.proj.to(x.dtype))
+
+    def preprocess(self) -> Callable[[Any], Tensor]:
+        """CLIP's transform for evaluation: PIL image -> (3, H, W), resized (bicubic), centre-cropped, normalised."""
+        from torchvision import transforms as T
+
+        return T.Compose([
+            T.Resize(self.image_size, interpolation=T.InterpolationMode.BICUBIC),
+            T.CenterCrop(self.image_size),
+            T.ToTensor(),
+            T.Normalize(PIXEL_MEAN, PIXEL_STD),
+        ])
+
+    def _normalised(self, features: Tensor) -> Tensor:
+        return F.normalize(features.to(_feature_dtype(self.precision)), dim=-1)
+
+
+def end_positions(tokens: Tensor) -> Tensor:
+    """Index (n,) of the end token in each row of ids (n, L): it has the highest id of the vocabulary."""
+    return tokens.argmax(dim=-1)
+
+
+def clip_module() -> ModuleType:
+    """The `clip` package: a checkout's own folder where it stands first on the path, else clip-anytorch."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pkg_resources announces its end on every import
+            import clip
+    except ImportError as error:
+        raise GramError(
+            f"CLIP's code: expected an importable package `clip` with `clip.tokenize`, found none ({error}); "
+            'install it with `pip install clip-anytorch "setuptools<82"`'
+        ) from None
+    if not hasattr(clip, "tokenize"):
+        raise GramError(
+            f"CLIP's code: expected OpenAI's package `clip`, found another of that name at {clip.__file__}; "
+            'install it with `pip uninstall clip && pip install clip-anytorch "setuptools<82"`'
+        )
+    return clip
+
+
+def fingerprint(state_dict: dict[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and float32 values of a state dict, in the order of the names."""
+    digest = hashlib.sha256()
+    for key in sorted(state_dict):
+        value = state_dict[key].detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"{key}{tuple(value.shape)}".encode())
+        digest.update(value.numpy().data)
+    return digest.hexdigest()
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def _state_dict_for(name: str) -> dict[str, Tensor]:
+    if name == PACKAGED:
+        from gram_meta.demo.clip import load_packaged_state_dict
+
+        return load_packaged_state_dict()
+    known = getattr(clip_module().clip, "_MODELS", {})
+    if name in known:
+        root = os.path.expanduser("~/.cache/clip")
+        try:
+            return _read_weights(Path(clip_module().clip._download(known[name], root)))
+        except OSError as error:
+            raise GramError(f"{name}: expected to download {known[name]} to {root}, found {error}") from None
+    if Path(name).is_file():
+        return _read_weights(Path(name))
+    raise GramError(
+        f"backbone {name!r}: expected {PACKAGED}, a file, or one of {', '.join(known)}; found none of these"
+    )
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict from .safetensors, a TorchScript archive, or a plain torch file (tensors only, never code)."""
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except Exception as error:  # safetensors raises its own, undocumented, kinds
+            raise GramError(f"{path}: expected a .safetensors file, found {error}") from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.jit is deprecated; OpenAI's files are what they are
+            return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
+    except RuntimeError:
+        pass  # not a TorchScript archive
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and torch each raise their own
+        first = str(error).strip().splitlines()[0]
+        raise GramError(f"{path}: expected a TorchScript archive or a state dict of tensors, found {first}") from None
+    return loaded.get("state_dict", loaded)
+
+
+def _build(state_dict: dict[str, Tensor], name: str) -> nn.Module:
+    """CLIP's modules with these weights in float32; extra entries that OpenAI's archives carry are dropped."""
+    weights = {
+        key: value.to(torch.float32)
+        for key, value in state_dict.items()
+        if key not in ("input_resolution", "context_length", "vocab_size")
+    }
+    if "text_projection" not in weights or "visual.conv1.weight" not in weights:
+        some = ", ".join(list(weights)[:3]) or "nothing"
+        raise GramError(f"{name}: expected a CLIP state dict with OpenAI's key names, found {some}, ...")
+    model = clip_module().model.build_model(dict(weights)).float()
+    model.load_state_dict(weights)  # build_model went through fp16: put the exact values back
+    return model
+
+
+def _random_model(shape: str) -> nn.Module:
+    if shape not in _SHAPES:
+        raise GramError(f"backbone 'random-{shape}': expected random- and one of {', '.join(_SHAPES)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return clip_module().model.CLIP(*_SHAPES[shape])
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Give the matrix products their number type; under 16 bits everything else stays float32, as OpenAI has it."""
+    if dtype in (torch.float32, torch.float64):
+        return model.to(dtype)
+    if not hasattr(model.visual, "class_embedding"):
+        model.visual.to(dtype)  # a ResNet runs its own forward, all in one number type
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear | nn.MultiheadAttention):
+            module.to(dtype)
+    return model
+
+
+def _feature_dtype(precision: str) -> torch.dtype:
+    return torch.float64 if precision == "fp64" else torch.float32
+
+
+# --- transformer ------------------------------------------------------------------------------------------------------
+
+
+def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """Layer norm computed in at least float32, whatever the towers' number type."""
+    high = torch.promote_types(x.dtype, torch.float32)
+    y = F.layer_norm(x.to(high), norm.normalized_shape, norm.weight.to(high), norm.bias.to(high), norm.eps)
+    return y.to(x.dtype)
+
+
+def _heads(attn: nn.MultiheadAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys, values (..., heads, L, d / heads) of tokens (..., L, d)."""
+    qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)  # (..., L, 3 d)
+    qkv = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim)).movedim(-3, 0)  # (3, ..., L, heads, d / heads)
+    query, key, value = qkv.transpose(-3, -2)
+    return query, key, value
+
+
+def _merge_heads(attn: nn.MultiheadAttention, x: Tensor) -> Tensor:
+    """(..., heads, L, d / heads) -> (..., L, d), through the output projection."""
+    return F.linear(x.transpose(-3, -2).flatten(-2), attn.out_proj.weight, attn.out_proj.bias)
+
+
+def _attention(attn: nn.MultiheadAttention, x: Tensor, is_causal: bool = False) -> Tensor:
+    query, key, value = _heads(attn, x)
+    return _merge_heads(attn, F.scaled_dot_product_attention(query, key, value, is_causal=is_causal))
+
+
+def _text_block(
+    block: nn.Module, own: Tensor, shared: Tensor | None, visible: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """One layer of the text tower over shared tokens (G, P, d) and each text's own tokens (G, N, L, d)."""
+    query, key, value = _heads(block.attn, _layer_norm(block.ln_1, own))  # (G, N, h, L, d / h)
+    if shared is not None:
+        q, k, v = _heads(block.attn, _layer_norm(block.ln_1, shared))  # (G, h, P, d / h)
+        key = torch.cat([k[:, None].expand(-1, own.shape[1], -1, -1, -1), key], dim=-2)  # (G, N, h, P + L, d / h)
+        value = torch.cat([v[:, None].expand(-1, own.shape[1], -1, -1, -1), value], dim=-2)
+        shared = shared + _merge_heads(block.attn, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+        shared = shared + block.mlp(_layer_norm(block.ln_2, shared))
+    seen = F.scaled_dot_product_attention(
+        query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), attn_mask=visible
+    )  # (G N, h, L, d / h)
+    own = own + _merge_heads(block.attn, seen.unflatten(0, own.shape[:2]))
+    return own + block.mlp(_layer_norm(block.ln_2, own)), shared

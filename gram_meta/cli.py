@@ -1,0 +1,66 @@
+"""The command `gram`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+from gram_meta import __version__
+from gram_meta.errors import GramError
+
+COMMANDS = {
+    "embed": "turn image-text pairs into a store of features",
+    "cluster": "organise a store into topics and visual domains (CHC, Sec. 3.2)",
+    "inspect": "look at a hierarchy: topics, words, domains, sizes",
+    "pretrain": "meta-learn a prompt and a gradient regulator from a hierarchy (Algorithm 1)",
+    "train": "train or evaluate a trainer on a dataset: CoOp's train.py",
+    "report": "tables from output folders",
+    "demo": "the whole path on the emoji world, ending in a table",
+}
+
+EPILOG = """the path:  gram embed SOURCE -o STORE  ->  gram cluster STORE -o HIERARCHY  ->  gram pretrain ... -o META
+           ->  gram train --trainer CoOpGRAM ... TRAINER.GRAM.CHECKPOINT META/best.safetensors  ->  gram report OUTPUT
+
+`gram COMMAND --help` says more about each."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status (0 fine, 1 failed, 2 bad input, 130 interrupted)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="gram",
+        description="Gradient-Regulated Meta-Prompt Learning (ICCV 2023) for CLIP prompt tuning.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"gram-meta {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    for name, summary in COMMANDS.items():
+        subparser = commands.add_parser(name, help=summary, description=summary, add_help=name != "train")
+        if name == chosen:  # the others need no more than their line in the list
+            module = importlib.import_module(f"gram_meta.commands.{name}")
+            subparser.description = module.HELP
+            subparser.formatter_class = argparse.RawDescriptionHelpFormatter
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 2
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        return args.run(args)
+    except GramError as error:
+        print(f"gram {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"gram {args.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
