@@ -1,0 +1,167 @@
+"""Settings of an experiment: one yacs tree for clustering, tasks and meta-training.
+
+Defaults that the paper does not give are our choice; docs/DEFAULTS.md lists them with their reasons.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yacs.config import CfgNode as CN
+
+from gram_meta.errors import GramError
+
+
+def get_meta_config() -> CN:
+    """The default settings, not frozen."""
+    c = CN()
+    c.SEED = 1
+
+    c.BACKBONE = CN()
+    c.BACKBONE.NAME = "ViT-B/16"
+    c.BACKBONE.PRECISION = "fp32"  # of the frozen towers: fp32, bf16, fp16
+
+    # Cross-modal hierarchical clustering, Sec. 3.2
+    c.CHC = CN()
+    c.CHC.SEED = 1  # >= 0: reproducible, UMAP on one thread; -1: UMAP on all threads, different every time
+    c.CHC.FILTER = CN()
+    c.CHC.FILTER.KEEP = 0.9  # share of pairs to keep, by CLIP image-text similarity
+    c.CHC.FILTER.THRESHOLD = -1.0  # a similarity to require instead; -1: use KEEP
+    c.CHC.TOPICS = CN()
+    c.CHC.TOPICS.NEIGHBORS = 15  # UMAP
+    c.CHC.TOPICS.COMPONENTS = 5  # UMAP
+    c.CHC.TOPICS.MIN_CLUSTER_SIZE = 30  # HDBSCAN, pairs
+    c.CHC.TOPICS.MIN_SAMPLES = 5  # HDBSCAN
+    c.CHC.DOMAINS = CN()
+    c.CHC.DOMAINS.K = 3  # U of Sec. 3.2: k-means clusters in each topic
+
+    # Meta-training tasks, Sec. 3.3
+    c.TASKS = CN()
+    c.TASKS.WAYS = 5  # K_t
+    c.TASKS.SUPPORT_SHOTS = 4  # images per topic, of one domain
+    c.TASKS.QUERY_SHOTS = 12  # images per topic, over all its domains
+    c.TASKS.DOMAIN_SHIFT = True  # False: support from all domains too (Table 6, row 1)
+    c.TASKS.HELD_OUT = 0.15  # share of topics kept for choosing the checkpoint
+
+    c.PROMPT = CN()
+    c.PROMPT.TEXT_TOKENS = 4
+    c.PROMPT.VISUAL_TOKENS = 0
+    c.PROMPT.WORDS = "a photo of a"  # start of the text prompt; "": random
+
+    # R^phi, Eq. 5 and 6
+    c.REGULATOR = CN()
+    c.REGULATOR.ENABLED = True  # False: raw gradients, plain MAML (Table 6, row 2)
+    c.REGULATOR.START = "gate"  # gate: W = 0, b_beta = 0, gamma = GAMMA; random: as Algorithm 1, line 1
+    c.REGULATOR.GAMMA = 0.9
+    c.REGULATOR.INPUT = "raw"  # raw: g, as in Eq. 5; normalised: g / rms(g)
+    c.REGULATOR.BETA = "absolute"  # absolute: as in Eq. 6; relative: beta * rms(g); none: 0
+
+    # Inner loop, Eq. 7
+    c.INNER = CN()
+    c.INNER.ALPHA = 0.01
+    c.INNER.STEPS = 1
+    c.INNER.FIRST_ORDER = False  # True: treat the support gradient as a constant
+
+    # Outer loop, Eq. 8 and 9
+    c.OUTER = CN()
+    c.OUTER.META = True  # False: no inner loop, plain prompt pre-training on the topics (Table 6, row 3)
+    c.OUTER.OPTIMIZER = "adam"  # adam or sgd
+    c.OUTER.LR_PROMPT = 1e-3  # lambda_1
+    c.OUTER.LR_REGULATOR = 1e-4  # lambda_2
+    c.OUTER.BATCH = 4  # B, tasks per update
+    c.OUTER.STEPS = 2000
+    c.OUTER.CLIP_NORM = 1.0  # of the meta-gradient of theta and of phi, each; 0: off
+    c.OUTER.COSINE = True  # learning rates fall to zero along a cosine
+
+    # What is watched on fixed tasks from held-out topics
+    c.EVAL = CN()
+    c.EVAL.EVERY = 50  # steps
+    c.EVAL.TASKS = 64
+    c.CHECKPOINT = CN()
+    c.CHECKPOINT.EVERY = 200  # steps between resumable states
+    return c
+
+
+def load_meta_config(files: Sequence[str | Path] = (), opts: Sequence[str] = ()) -> CN:
+    """Defaults, then YAML files in order, then KEY VALUE pairs; frozen.
+
+    Raises:
+        GramError: an unknown key (the nearest known one is named), a value of another type, an unreadable file.
+    """
+    config = get_meta_config()
+    for file in files:
+        merge_file(config, file)
+    merge_opts(config, opts)
+    config.freeze()
+    return config
+
+
+def merge_file(config: CN, path: str | Path) -> None:
+    """Merge a YAML file into `config`; unknown keys are a `GramError` that names the nearest known one."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise GramError(f"{path}: expected a YAML file, found none ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise GramError(f"{path}: expected YAML, found {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise GramError(f"{path}: expected keys and values, found {type(values).__name__}")
+    _merge(config, list(_leaves(values)), str(path))
+
+
+def merge_opts(config: CN, opts: Sequence[str]) -> None:
+    """Merge `KEY VALUE KEY VALUE ...` into `config`; same errors as `merge_file`."""
+    if len(opts) % 2:
+        raise GramError(f"options: expected KEY VALUE pairs, found {opts[-1]!r} without a value")
+    pairs = [(key, CN._decode_cfg_value(value)) for key, value in zip(opts[::2], opts[1::2], strict=True)]
+    _merge(config, pairs, "options")
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The most similar of `names`, or None when nothing is similar."""
+    known = {other.lower(): other for other in names}
+    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    return known[close[0]] if close else None
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"`, or nothing when nothing is similar."""
+    guess = nearest(name, names)
+    return f"; did you mean {guess!r}?" if guess else ""
+
+
+def as_dict(config: CN) -> dict[str, Any]:
+    """Plain nested dicts, fit for JSON."""
+    return {key: as_dict(value) if isinstance(value, CN) else value for key, value in config.items()}
+
+
+def _merge(config: CN, pairs: list[tuple[str, Any]], source: str) -> None:
+    known = [key for key, _ in _leaves(config)]
+    for key, value in pairs:
+        if key not in known:
+            raise GramError(f"{source}: unknown key {key!r}{did_you_mean(key, known)}")
+        if isinstance(value, int) and isinstance(_get(config, key), float):
+            value = float(value)  # YAML reads 1 as an integer
+        try:
+            config.merge_from_list([key, value])
+        except ValueError:
+            expected = type(_get(config, key)).__name__
+            raise GramError(f"{source}: {key}: expected {expected}, found {value!r}") from None
+
+
+def _get(config: CN, key: str) -> Any:
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and (value or not isinstance(tree, CN)):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,165 @@
+"""Text and visual prompts around frozen CLIP towers (Eq. 1, 2; Sec. 3.1).
+
+A prompt is a float32 tensor of tokens: `"text"` (M_t, d_text), `"visual"` (M_v, d_visual). It is cast to the towers'
+number type at their input and nowhere before: an fp16 prompt would lose small steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gram_meta.backbone import Backbone, end_positions
+from gram_meta.errors import GramError
+
+KINDS = ("text", "visual")
+TEMPLATE = "a photo of a {}."
+
+
+class ClassText:
+    """Class sentences with M open slots for a text prompt: start token, M slots, class name, full stop, end token.
+
+    All sentences are cut behind the longest one's end token: the text tower is causal, so logits and gradients stay
+    the same. Start token and prompt are the same for all classes and are computed once.
+
+    Attributes:
+        own: (N, L, d) embeddings from the class name on; `ends` (N,) index of the end token in them.
+        start: (1, d) embedding of the start token.
+        tokens: M.
+    """
+
+    def __init__(self, backbone: Backbone, classnames: Sequence[str], tokens: int, suffix: str = ".") -> None:
+        names = [name.replace("_", " ") for name in classnames]
+        slots = " ".join(["X"] * tokens) + " " if tokens else ""
+        ids = backbone.tokenize([f"{slots}{name}{suffix}" for name in names])  # (N, 77)
+        ends = end_positions(ids)
+        embeddings = backbone.embed_tokens(ids[:, : int(ends.max()) + 1])  # (N, 1 + M + L, d)
+        self.backbone = backbone
+        self.tokens = tokens
+        self.start = embeddings[0, :1]
+        self.own = embeddings[:, 1 + tokens :]
+        self.ends = (ends - 1 - tokens).to(embeddings.device)
+
+    def features(self, prompt: Tensor) -> Tensor:
+        """Class features (N, D) for a prompt (M, d), or (B, N, D) for B prompts (B, M, d); L2-normalised."""
+        lead = prompt.shape[:-2]
+        start = self.start.expand(*lead, -1, -1)
+        shared = torch.cat([start, prompt.to(start.dtype)], dim=-2)  # (..., 1 + M, d)
+        return self.backbone.encode_text(self.own.expand(*lead, -1, -1, -1), self.ends, shared)
+
+
+def context_from_words(backbone: Backbone, words: str) -> Tensor:
+    """Token embeddings (M, d_text), float32, of words such as "a photo of a": a start that means something."""
+    ids = backbone.tokenize([words.replace("_", " ")])
+    length = int(end_positions(ids)[0])
+    return backbone.embed_tokens(ids[0, 1:length]).float()
+
+
+def random_context(width: int, tokens: int, generator: torch.Generator | None = None) -> Tensor:
+    """(tokens, width) float32 from N(0, 0.02), as CoOp starts without words."""
+    return torch.empty(tokens, width).normal_(std=0.02, generator=generator)
+
+
+def template_features(backbone: Backbone, classnames: Sequence[str], template: str = TEMPLATE) -> Tensor:
+    """Class features (N, D) of a written template, L2-normalised; no gradient."""
+    return backbone.encode_texts([template.format(name.replace("_", " ")) for name in classnames])
+
+
+def initial_prompts(
+    backbone: Backbone, text_tokens: int, visual_tokens: int, words: str = "", seed: int = 0
+) -> dict[str, Tensor]:
+    """Prompts to start meta-training or a baseline from.
+
+    Args:
+        text_tokens, visual_tokens: M_t and M_v; 0 leaves the kind out.
+        words: text for the text prompt; it must have exactly `text_tokens` tokens. "" draws N(0, 0.02).
+        seed: of the random draws; visual prompts are always drawn.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    prompts = {}
+    if text_tokens:
+        if words:
+            prompts["text"] = context_from_words(backbone, words)
+            if len(prompts["text"]) != text_tokens:
+                raise GramError(
+                    f"words for the prompt: expected {text_tokens} tokens, found {len(prompts['text'])} in {words!r}"
+                )
+        else:
+            prompts["text"] = random_context(backbone.text_width, text_tokens, generator).to(backbone.device)
+    if visual_tokens:
+        if not backbone.is_vit:
+            raise GramError(f"visual prompts: expected a ViT image tower, found the ResNet {backbone.name}")
+        prompts["visual"] = random_context(backbone.visual_width, visual_tokens, generator).to(backbone.device)
+    return prompts
+
+
+class PromptLearner(nn.Module):
+    """The learned part: `ctx` (text, CoOp's name for it) and/or `visual_ctx`, float32."""
+
+    def __init__(self, prompts: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        unknown = set(prompts) - set(KINDS)
+        if unknown or not prompts:
+            raise GramError(f"prompts: expected the kinds {' and/or '.join(KINDS)}, found {sorted(prompts)}")
+        self.ctx = _parameter(prompts.get("text"))
+        self.visual_ctx = _parameter(prompts.get("visual"))
+
+    def prompts(self) -> dict[str, nn.Parameter]:
+        """The prompts by kind, those that exist."""
+        return {kind: p for kind, p in zip(KINDS, (self.ctx, self.visual_ctx), strict=True) if p is not None}
+
+
+class PromptedCLIP(nn.Module):
+    """A classifier: frozen CLIP with a learned text prompt, a learned visual prompt, or both (Eq. 1).
+
+    Args:
+        backbone: frozen CLIP.
+        classnames: N class names.
+        prompts: starts, by kind (copied).
+        template: class sentence where there is no text prompt.
+    """
+
+    def __init__(
+        self, backbone: Backbone, classnames: Sequence[str], prompts: Mapping[str, Tensor], template: str = TEMPLATE
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.prompt_learner = PromptLearner(prompts).to(backbone.device)
+        ctx = self.prompt_learner.ctx
+        self.class_text = ClassText(backbone, classnames, ctx.shape[0]) if ctx is not None else None
+        self.fixed = template_features(backbone, classnames, template) if ctx is None else None  # (N, D)
+        self._kept: tuple[Tensor, Tensor] | None = None  # a prompt's value, its class features
+
+    def class_features(self) -> Tensor:
+        """(N, D). Without gradients they are computed once for a prompt, not once a batch."""
+        ctx = self.prompt_learner.ctx
+        if ctx is None:
+            return self.fixed
+        if torch.is_grad_enabled():
+            return self.class_text.features(ctx)
+        if self._kept is None or not torch.equal(self._kept[0], ctx):
+            self._kept = (ctx.detach().clone(), self.class_text.features(ctx))
+        return self._kept[1]
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """(B, D) of images (B, 3, H, W)."""
+        prompt = self.prompt_learner.visual_ctx
+        if prompt is None:
+            with torch.no_grad():
+                return self.backbone.encode_images(images)
+        return self.backbone.encode_images(images, prompt)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, N), the exponents of Eq. 1."""
+        return logits(self.image_features(images), self.class_features(), self.backbone.logit_scale)
+
+
+def logits(image_features: Tensor, class_features: Tensor, scale: Tensor) -> Tensor:
+    """Scaled cosines (..., B, N) of normalised features (..., B, D) and (..., N, D): the exponents of Eq. 1."""
+    return scale * image_features @ class_features.transpose(-1, -2)
+
+
+def _parameter(value: Tensor | None) -> nn.Parameter | None:
+    return None if value is None else nn.Parameter(value.detach().clone().float())
