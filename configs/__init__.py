@@ -1,0 +1,1 @@
+"""YAML files of experiments: `gram_meta/` (CHC and meta-training), `datasets/` and `trainers/` (as in CoOp)."""

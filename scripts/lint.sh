@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# ruff and mypy, in the same environment as the tests.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+usage() {
+    cat <<'HELP'
+Usage: bash scripts/lint.sh [--python PATH]
+
+Runs ruff (rules and format) and mypy over the repository.
+
+HELP
+    environment_help
+}
+
+environment_options "$@"
+prepare_environment dev
+cd "$ROOT"
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+"$PYTHON" -m mypy
