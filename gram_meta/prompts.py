@@ -7,6 +7,7 @@ number type at their input and nowhere before: an fp16 prompt would lose small s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,8 @@ class ClassText:
     the same. Start token and prompt are the same for all classes and are computed once.
 
     Attributes:
-        own: (N, L, d) embeddings from the class name on; `ends` (N,) index of the end token in them.
+        own: (N, L, d) embeddings from the class name on; `ends` (N,) index of the end token in them. After `select`
+            with indices (B, K): (B, K, L, d) and (B, K).
         start: (1, d) embedding of the start token.
         tokens: M.
     """
@@ -42,12 +44,20 @@ class ClassText:
         self.own = embeddings[:, 1 + tokens :]
         self.ends = (ends - 1 - tokens).to(embeddings.device)
 
+    def select(self, classes: Tensor) -> ClassText:
+        """The sentences of some classes, cut anew at their longest; indices (K,), or (B, K) for K classes in each task."""
+        chosen = copy(self)
+        chosen.ends = self.ends[classes]
+        chosen.own = self.own[classes, : int(chosen.ends.max()) + 1]
+        return chosen
+
     def features(self, prompt: Tensor) -> Tensor:
         """Class features (N, D) for a prompt (M, d), or (B, N, D) for B prompts (B, M, d); L2-normalised."""
         lead = prompt.shape[:-2]
-        start = self.start.expand(*lead, -1, -1)
+        start = self.start.expand(*lead, *self.start.shape)
         shared = torch.cat([start, prompt.to(start.dtype)], dim=-2)  # (..., 1 + M, d)
-        return self.backbone.encode_text(self.own.expand(*lead, -1, -1, -1), self.ends, shared)
+        own = self.own.expand(*lead, *self.own.shape[-3:])  # (..., N, L, d)
+        return self.backbone.encode_text(own, self.ends, shared)
 
 
 def context_from_words(backbone: Backbone, words: str) -> Tensor:

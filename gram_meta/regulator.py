@@ -1,0 +1,128 @@
+"""The gradient regulator R^phi (Eq. 5, 6): a small affine gate that turns the gradient of a prompt.
+
+    gamma = tanh(g W_gamma^T + b_gamma)        beta = tanh(g W_beta^T + b_beta)        R(g) = gamma * g + beta
+
+for a gradient g of shape (M, d), per kind of prompt. W is (d, d) and b is (d,), shared by the M tokens, so one regulator
+serves any number of tokens. The form is sensitive to the gradient's scale: beta is added to whatever size g has, and a
+large g saturates tanh. `RegulatorConfig` holds the switches for that; the defaults are the paper's form, started at a
+constant gate (W = 0, b_beta = 0, gamma = 0.9), which is near plain gradient descent and still has slope to learn from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gram_meta.errors import GramError
+
+_TINY = 1e-12  # a gradient of exactly zero stays zero under normalisation
+
+
+@dataclass(frozen=True)
+class RegulatorConfig:
+    """Form and start of R^phi.
+
+    Attributes:
+        start: `gate` (W = 0, b_beta = 0, constant gamma) or `random` (Algorithm 1, line 1).
+        gamma: the constant of a `gate` start, in (-1, 1).
+        input: `raw` (g, Eq. 5) or `normalised` (g / rms(g), so that tanh sees entries of size 1).
+        beta: `absolute` (Eq. 6), `relative` (beta * rms(g), which vanishes where the gradient does) or `none`.
+    """
+
+    start: str = "gate"
+    gamma: float = 0.9
+    input: str = "raw"
+    beta: str = "absolute"
+
+    def __post_init__(self) -> None:
+        choices = {"start": ("gate", "random"), "input": ("raw", "normalised"), "beta": ("absolute", "relative", "none")}
+        for key, allowed in choices.items():
+            if getattr(self, key) not in allowed:
+                raise GramError(f"REGULATOR.{key.upper()}: expected {' or '.join(allowed)}, found {getattr(self, key)!r}")
+        if not -1 < self.gamma < 1:
+            raise GramError(f"REGULATOR.GAMMA: expected a number between -1 and 1, found {self.gamma}")
+
+
+class GradientRegulator(nn.Module):
+    """R^phi for one or several kinds of prompt.
+
+    Args:
+        widths: d of each kind, e.g. `{"text": 512, "visual": 768}`.
+        config: form and start.
+        generator: of a `random` start.
+    """
+
+    def __init__(
+        self,
+        widths: Mapping[str, int],
+        config: RegulatorConfig | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config or RegulatorConfig()
+        self.widths = dict(widths)
+        self.gates = nn.ModuleDict({kind: _Gate(d, self.config, generator) for kind, d in self.widths.items()})
+
+    def forward(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Regulated gradients, of the shapes given: (..., M, d) by kind; leading axes are tasks or layers."""
+        return {kind: self.parts(kind, gradient).regulated for kind, gradient in gradients.items()}
+
+    def parts(self, kind: str, gradient: Tensor) -> RegulatedGradient:
+        """gamma, beta (already scaled) and their use on one kind's gradient, for those who want to look inside."""
+        if kind not in self.gates:
+            raise GramError(f"regulator: expected a gradient of {' or '.join(self.widths)} prompts, found {kind!r}")
+        if gradient.shape[-1] != self.widths[kind]:
+            raise GramError(
+                f"regulator: expected {kind} gradients of width {self.widths[kind]}, found {gradient.shape[-1]}"
+            )
+        return self.gates[kind](gradient)
+
+    def describe(self) -> dict[str, Any]:
+        """What it takes to build it again, fit for JSON."""
+        return {"widths": self.widths, **asdict(self.config)}
+
+
+@dataclass
+class RegulatedGradient:
+    """The pieces of Eq. 6, each (..., M, d): `regulated = gated + beta` with `gated = gamma * g`."""
+
+    gamma: Tensor
+    beta: Tensor
+    gated: Tensor
+
+    @property
+    def regulated(self) -> Tensor:
+        return self.gated + self.beta
+
+
+class _Gate(nn.Module):
+    """Eq. 5 and 6 for one kind of prompt."""
+
+    def __init__(self, width: int, config: RegulatorConfig, generator: torch.Generator | None) -> None:
+        super().__init__()
+        self.config = config
+        self.weight_gamma = nn.Parameter(torch.zeros(width, width))
+        self.bias_gamma = nn.Parameter(torch.full((width,), math.atanh(config.gamma)))
+        self.weight_beta = nn.Parameter(torch.zeros(width, width))
+        self.bias_beta = nn.Parameter(torch.zeros(width))
+        if config.start == "random":
+            bound = width**-0.5  # as torch draws a linear layer
+            for parameter in self.parameters():
+                nn.init.uniform_(parameter, -bound, bound, generator=generator)
+        if config.beta == "none":  # not part of the function, so not part of what is learnt
+            self.weight_beta.requires_grad_(False).zero_()
+            self.bias_beta.requires_grad_(False).zero_()
+
+    def forward(self, g: Tensor) -> RegulatedGradient:
+        rms = g.square().mean(dim=(-2, -1), keepdim=True).add(_TINY).sqrt()  # (..., 1, 1), over M and d
+        x = g / rms if self.config.input == "normalised" else g  # (..., M, d)
+        gamma = torch.tanh(x @ self.weight_gamma.T + self.bias_gamma)
+        beta = torch.tanh(x @ self.weight_beta.T + self.bias_beta)
+        if self.config.beta == "relative":
+            beta = beta * rms
+        return RegulatedGradient(gamma, beta, gamma * g)

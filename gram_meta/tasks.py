@@ -1,0 +1,176 @@
+"""Meta-training tasks drawn from a hierarchy (Sec. 3.3, "Automatic Meta-Training Task Generation").
+
+A K-way task takes K topics with different words. Its support set comes from one visual domain per topic, its query set
+from all of them, so that adapting to the support set and scoring on the query set simulates a domain shift.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gram_meta.clustering.hierarchy import Hierarchy
+from gram_meta.errors import GramError
+
+
+@dataclass(frozen=True)
+class Task:
+    """One K-way classification task; class k is the topic `topics[k]` with the label text `words[k]`.
+
+    Attributes:
+        topics: (K,) topic numbers.
+        words: K different label texts.
+        support: (K, S) image rows of the store; row k lies in one domain of topic k.
+        query: (K, Q) image rows over all domains of topic k; no image occurs twice in a task.
+    """
+
+    topics: np.ndarray
+    words: tuple[str, ...]
+    support: np.ndarray
+    query: np.ndarray
+
+
+class TaskSampler:
+    """Draws tasks; the task with number i of a seed is always the same, whatever was drawn before.
+
+    Args:
+        hierarchy: topics and domains of a corpus.
+        ways: K.
+        support_shots, query_shots: S and Q, images per topic.
+        seed: of all draws.
+        topics: the topics to draw from; None is all of them.
+        domain_shift: False draws the support set from all domains too (Table 6, row 1).
+        without_images: image rows never to draw (those of held-out topics).
+
+    Raises:
+        GramError: fewer than `ways` topics with different words can fill a support and a query set.
+    """
+
+    def __init__(
+        self,
+        hierarchy: Hierarchy,
+        ways: int,
+        support_shots: int,
+        query_shots: int,
+        seed: int,
+        topics: Iterable[int] | None = None,
+        domain_shift: bool = True,
+        without_images: np.ndarray | None = None,
+    ) -> None:
+        self.ways = ways
+        self.support_shots = support_shots
+        self.query_shots = query_shots
+        self.seed = seed
+        self.domain_shift = domain_shift
+        self.words = [topic.word for topic in hierarchy.topics]
+        wanted = range(len(hierarchy.topics)) if topics is None else topics
+        images = _images_by_domain(hierarchy, without_images)
+        self.domains = {topic: images[topic] for topic in wanted if self._fills(images[topic])}
+        different = len({self.words[topic].lower() for topic in self.domains})
+        if different < ways:
+            raise GramError(
+                f"TASKS.WAYS: expected at least {ways} topics with different words that hold {support_shots} support and "
+                f"{query_shots} query images in two or more domains, found {different}"
+            )
+
+    def draw(self, number: int) -> Task:
+        """Task `number`."""
+        random = np.random.default_rng([self.seed, number])
+        taken = np.empty(0, dtype=np.int64)  # images that are in the task already
+        words: list[str] = []
+        chosen: list[tuple[int, np.ndarray, np.ndarray]] = []
+        for topic in random.permutation(list(self.domains)):
+            if self.words[topic].lower() in (word.lower() for word in words):
+                continue  # two classes of one name cannot be told apart
+            sets = self._draw_sets(topic, taken, random)
+            if sets is None:
+                continue  # its images are in this task already, under other topics
+            taken = np.concatenate([taken, *sets])
+            words.append(self.words[topic])
+            chosen.append((int(topic), *sets))
+            if len(chosen) == self.ways:
+                topics, support, query = zip(*chosen, strict=True)
+                return Task(np.array(topics), tuple(words), np.stack(support), np.stack(query))
+        raise GramError(
+            f"TASKS: expected {self.ways} topics without common images, found {len(chosen)}; lower TASKS.WAYS, "
+            "TASKS.SUPPORT_SHOTS or TASKS.QUERY_SHOTS"
+        )
+
+    def draw_batch(self, first: int, count: int) -> list[Task]:
+        """Tasks `first` to `first + count - 1`."""
+        return [self.draw(number) for number in range(first, first + count)]
+
+    def _draw_sets(
+        self, topic: int, taken: np.ndarray, random: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Support (S,) and query (Q,) images of a topic without those already taken, or None if too few are left."""
+        free = [images[~np.isin(images, taken)] for images in self.domains[topic]]
+        if not self._fills(free):
+            return None
+        free = [random.permutation(images) for images in free]
+        if self.domain_shift:
+            able = [u for u, images in enumerate(free) if len(images) > self.support_shots]
+            u = random.choice(able)
+            support, free[u] = free[u][: self.support_shots], free[u][self.support_shots :]
+        else:
+            support = _spread(free, self.support_shots, random)
+            free = [np.setdiff1d(images, support, assume_unique=True) for images in free]
+            free = [random.permutation(images) for images in free]
+        return support, _spread(free, self.query_shots, random)
+
+    def _fills(self, domains: Sequence[np.ndarray]) -> bool:
+        """Two domains or more; one can give the support set and still take part in the query set; enough in all."""
+        sizes = [len(images) for images in domains if len(images)]
+        enough = sum(sizes) >= self.support_shots + self.query_shots
+        return len(sizes) >= 2 and len(sizes) == len(domains) and max(sizes) > self.support_shots and enough
+
+
+def split_topics(hierarchy: Hierarchy, share: float, ways: int, seed: int) -> tuple[list[int], list[int]]:
+    """Topics for meta-training and topics held out for choosing the checkpoint.
+
+    Topics with the same word stay together, so that a held-out class name is new. At least `ways` words are held out.
+
+    Raises:
+        GramError: too few words for both sides.
+    """
+    words = sorted({topic.word.lower() for topic in hierarchy.topics})
+    count = max(ways, round(share * len(words)))
+    if len(words) - count < ways:
+        raise GramError(
+            f"TASKS.HELD_OUT: expected at least {2 * ways} topics with different words for {ways}-way tasks on both sides, "
+            f"found {len(words)}"
+        )
+    held_words = set(np.random.default_rng(seed).permutation(words)[:count].tolist())
+    held = [number for number, topic in enumerate(hierarchy.topics) if topic.word.lower() in held_words]
+    return sorted(set(range(len(hierarchy.topics))) - set(held)), held
+
+
+def images_of(hierarchy: Hierarchy, topics: Iterable[int]) -> np.ndarray:
+    """Image rows of these topics, each once."""
+    return np.unique(hierarchy.image[np.isin(hierarchy.topic, list(topics))])
+
+
+def _images_by_domain(hierarchy: Hierarchy, without: np.ndarray | None) -> list[list[np.ndarray]]:
+    """For each topic, for each of its domains, the distinct image rows."""
+    rows = np.unique(np.stack([hierarchy.topic, hierarchy.domain, hierarchy.image], axis=1), axis=0)  # (n, 3), sorted
+    if without is not None and len(without):
+        rows = rows[~np.isin(rows[:, 2], without)]
+    images: list[list[np.ndarray]] = []
+    for number, topic in enumerate(hierarchy.topics):
+        start, stop = np.searchsorted(rows[:, 0], [number, number + 1])
+        of_topic = rows[start:stop]
+        images.append([of_topic[of_topic[:, 1] == u, 2] for u in range(len(topic.domains))])
+    return images
+
+
+def _spread(domains: Sequence[np.ndarray], count: int, random: np.random.Generator) -> np.ndarray:
+    """`count` images, as evenly over the domains as their sizes allow; which domain gives more is drawn."""
+    order = random.permutation(len(domains))
+    taken = [0] * len(domains)
+    while sum(taken) < count:
+        for u in order:
+            if taken[u] < len(domains[u]) and sum(taken) < count:
+                taken[u] += 1
+    return np.concatenate([images[:n] for images, n in zip(domains, taken, strict=True)])
