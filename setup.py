@@ -22,6 +22,7 @@ INSTALL = [
     "setuptools<82",  # clip-anytorch imports pkg_resources, which 82 removed
     "packaging",
     "yacs>=0.1.8",
+    "pyyaml>=6",
     "numpy>=1.26",
     "scipy>=1.10",
     "scikit-learn>=1.6",
