@@ -112,7 +112,9 @@ class Backbone(nn.Module):
         try:
             return clip.tokenize(list(texts), context_length=self.context_length)
         except RuntimeError as error:
-            raise GramError(f"text for CLIP: expected at most {self.context_length} tokens; {error}") from None
+            raise GramError(
+                f"text for CLIP: expected at most {self.context_length} tokens; {error}"
+            ) from None
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """Token embeddings (..., L, d_text) of ids (..., L), in the towers' number type."""
@@ -136,7 +138,9 @@ class Backbone(nn.Module):
         own = own.reshape(-1, n, length, width).to(self.dtype)  # (G, N, L, d)
         before = 0 if shared is None else shared.shape[-2]
         if before + length > self.context_length:
-            raise GramError(f"text for CLIP: expected at most {self.context_length} tokens, found {before + length}")
+            raise GramError(
+                f"text for CLIP: expected at most {self.context_length} tokens, found {before + length}"
+            )
         positions = self.model.positional_embedding.to(self.dtype)
         own = own + positions[before : before + length]
         if shared is not None:
@@ -189,10 +193,12 @@ class Backbone(nn.Module):
             return self._normalised(self.model.visual(images))
         tower = self.model.visual
         x = tower.conv1(images).flatten(2).transpose(1, 2)  # (B, patches, d)
-        x = torch.cat([tower.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)  # (B, 1 + patches, d)
+        start = tower.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+        x = torch.cat([start, x], dim=1)  # (B, 1 + patches, d)
         x = x + tower.positional_embedding.to(x.dtype)
         if prompt is not None:
-            x = torch.cat([x, prompt.to(x.dtype).expand(x.shape[0], -1, -1)], dim=1)  # (B, 1 + patches + M, d)
+            prompt = prompt.to(x.dtype).expand(len(x), -1, -1)
+            x = torch.cat([x, prompt], dim=1)  # (B, 1 + patches + M, d)
         x = _layer_norm(tower.ln_pre, x)
         for block in tower.transformer.resblocks:
             x = x + _attention(block.attn, _layer_norm(block.ln_1, x))
@@ -204,12 +210,9 @@ class Backbone(nn.Module):
         """CLIP's transform for evaluation: PIL image -> (3, H, W), resized (bicubic), centre-cropped, normalised."""
         from torchvision import transforms as T
 
-        return T.Compose([
-            T.Resize(self.image_size, interpolation=T.InterpolationMode.BICUBIC),
-            T.CenterCrop(self.image_size),
-            T.ToTensor(),
-            T.Normalize(PIXEL_MEAN, PIXEL_STD),
-        ])
+        resize = T.Resize(self.image_size, interpolation=T.InterpolationMode.BICUBIC)
+        crop = T.CenterCrop(self.image_size)
+        return T.Compose([resize, crop, T.ToTensor(), T.Normalize(PIXEL_MEAN, PIXEL_STD)])
 
     def _normalised(self, features: Tensor) -> Tensor:
         return F.normalize(features.to(_feature_dtype(self.precision)), dim=-1)
@@ -278,7 +281,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
         try:
             return load_file(path)
-        except Exception as error:  # safetensors raises its own, undocumented, kinds
+        except Exception as error:  # noqa: BLE001, safetensors raises kinds of its own
             raise GramError(f"{path}: expected a .safetensors file, found {error}") from None
     try:
         with warnings.catch_warnings():
@@ -288,9 +291,11 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         pass  # not a TorchScript archive
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and torch each raise their own
+    except Exception as error:  # noqa: BLE001, pickle, zip and torch each raise their own
         first = str(error).strip().splitlines()[0]
-        raise GramError(f"{path}: expected a TorchScript archive or a state dict of tensors, found {first}") from None
+        raise GramError(
+            f"{path}: expected a TorchScript archive or a state dict of tensors, found {first}"
+        ) from None
     return loaded.get("state_dict", loaded)
 
 
@@ -346,7 +351,9 @@ def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 def _heads(attn: nn.MultiheadAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys, values (..., heads, L, d / heads) of tokens (..., L, d)."""
     qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)  # (..., L, 3 d)
-    qkv = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim)).movedim(-3, 0)  # (3, ..., L, heads, d / heads)
+    qkv = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim)).movedim(
+        -3, 0
+    )  # (3, ..., L, heads, d / heads)
     query, key, value = qkv.transpose(-3, -2)
     return query, key, value
 
@@ -368,7 +375,9 @@ def _text_block(
     query, key, value = _heads(block.attn, _layer_norm(block.ln_1, own))  # (G, N, h, L, d / h)
     if shared is not None:
         q, k, v = _heads(block.attn, _layer_norm(block.ln_1, shared))  # (G, h, P, d / h)
-        key = torch.cat([k[:, None].expand(-1, own.shape[1], -1, -1, -1), key], dim=-2)  # (G, N, h, P + L, d / h)
+        key = torch.cat(
+            [k[:, None].expand(-1, own.shape[1], -1, -1, -1), key], dim=-2
+        )  # (G, N, h, P + L, d / h)
         value = torch.cat([v[:, None].expand(-1, own.shape[1], -1, -1, -1), value], dim=-2)
         shared = shared + _merge_heads(block.attn, F.scaled_dot_product_attention(q, k, v, is_causal=True))
         shared = shared + block.mlp(_layer_norm(block.ln_2, shared))

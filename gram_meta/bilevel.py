@@ -34,7 +34,9 @@ def for_each_task(theta: Prompts, tasks: int) -> dict[str, Tensor]:
 def task_gradients(losses: Losses, prompts: Prompts, create_graph: bool = False) -> dict[str, Tensor]:
     """Each task's gradient of its own loss at its own prompts, (B, M, d) by kind."""
     kinds = list(prompts)
-    gradients = torch.autograd.grad(losses(prompts).sum(), [prompts[k] for k in kinds], create_graph=create_graph)
+    gradients = torch.autograd.grad(
+        losses(prompts).sum(), [prompts[k] for k in kinds], create_graph=create_graph
+    )
     return dict(zip(kinds, gradients, strict=True))
 
 

@@ -101,7 +101,9 @@ def initial_prompts(
     if visual_tokens:
         if not backbone.is_vit:
             raise GramError(f"visual prompts: expected a ViT image tower, found the ResNet {backbone.name}")
-        prompts["visual"] = random_context(backbone.visual_width, visual_tokens, generator).to(backbone.device)
+        prompts["visual"] = random_context(backbone.visual_width, visual_tokens, generator).to(
+            backbone.device
+        )
     return prompts
 
 
@@ -132,7 +134,11 @@ class PromptedCLIP(nn.Module):
     """
 
     def __init__(
-        self, backbone: Backbone, classnames: Sequence[str], prompts: Mapping[str, Tensor], template: str = TEMPLATE
+        self,
+        backbone: Backbone,
+        classnames: Sequence[str],
+        prompts: Mapping[str, Tensor],
+        template: str = TEMPLATE,
     ) -> None:
         super().__init__()
         self.backbone = backbone

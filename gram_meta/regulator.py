@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gram_meta.errors import GramError
 
-_TINY = 1e-12  # a gradient of exactly zero stays zero under normalisation
+_TINY = 1e-24  # added to a mean square: a gradient of exactly zero stays zero under normalisation
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,16 @@ class RegulatorConfig:
     beta: str = "absolute"
 
     def __post_init__(self) -> None:
-        choices = {"start": ("gate", "random"), "input": ("raw", "normalised"), "beta": ("absolute", "relative", "none")}
+        choices = {
+            "start": ("gate", "random"),
+            "input": ("raw", "normalised"),
+            "beta": ("absolute", "relative", "none"),
+        }
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
-                raise GramError(f"REGULATOR.{key.upper()}: expected {' or '.join(allowed)}, found {getattr(self, key)!r}")
+                raise GramError(
+                    f"REGULATOR.{key.upper()}: expected {' or '.join(allowed)}, found {getattr(self, key)!r}"
+                )
         if not -1 < self.gamma < 1:
             raise GramError(f"REGULATOR.GAMMA: expected a number between -1 and 1, found {self.gamma}")
 
@@ -66,7 +72,9 @@ class GradientRegulator(nn.Module):
         super().__init__()
         self.config = config or RegulatorConfig()
         self.widths = dict(widths)
-        self.gates = nn.ModuleDict({kind: _Gate(d, self.config, generator) for kind, d in self.widths.items()})
+        self.gates = nn.ModuleDict(
+            {kind: _Gate(d, self.config, generator) for kind, d in self.widths.items()}
+        )
 
     def forward(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Regulated gradients, of the shapes given: (..., M, d) by kind; leading axes are tasks or layers."""
@@ -75,7 +83,9 @@ class GradientRegulator(nn.Module):
     def parts(self, kind: str, gradient: Tensor) -> RegulatedGradient:
         """gamma, beta (already scaled) and their use on one kind's gradient, for those who want to look inside."""
         if kind not in self.gates:
-            raise GramError(f"regulator: expected a gradient of {' or '.join(self.widths)} prompts, found {kind!r}")
+            raise GramError(
+                f"regulator: expected a gradient of {' or '.join(self.widths)} prompts, found {kind!r}"
+            )
         if gradient.shape[-1] != self.widths[kind]:
             raise GramError(
                 f"regulator: expected {kind} gradients of width {self.widths[kind]}, found {gradient.shape[-1]}"

@@ -153,8 +153,10 @@ def images_of(hierarchy: Hierarchy, topics: Iterable[int]) -> np.ndarray:
 
 
 def _images_by_domain(hierarchy: Hierarchy, without: np.ndarray | None) -> list[list[np.ndarray]]:
-    """For each topic, for each of its domains, the distinct image rows."""
-    rows = np.unique(np.stack([hierarchy.topic, hierarchy.domain, hierarchy.image], axis=1), axis=0)  # (n, 3), sorted
+    """For each topic, for each of its domains, the distinct image rows; an image has one domain in a topic."""
+    keys = np.stack([hierarchy.topic, hierarchy.image], axis=1)
+    _, first = np.unique(keys, axis=0, return_index=True)
+    rows = np.stack([hierarchy.topic, hierarchy.domain, hierarchy.image], axis=1)[first]  # (n, 3), by topic
     if without is not None and len(without):
         rows = rows[~np.isin(rows[:, 2], without)]
     images: list[list[np.ndarray]] = []

@@ -1,0 +1,123 @@
+"""Invariants of meta-training tasks, over generated hierarchies."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gram_meta.errors import GramError
+from gram_meta.tasks import TaskSampler, images_of, split_topics
+
+WAYS, SUPPORT, QUERY = 3, 2, 5
+
+
+def make_hierarchy(sizes, words, shared=0, seed=0):
+    """Topics with the given images per domain; `shared` images occur in two topics."""
+    random = np.random.default_rng(seed)
+    topic, domain = [], []
+    for number, domains in enumerate(sizes):
+        for u, size in enumerate(domains):
+            topic += [number] * size
+            domain += [u] * size
+    image = random.permutation(len(topic))
+    for _ in range(shared):
+        a, b = random.integers(len(topic), size=2)
+        image[a] = image[b]
+    topics = [SimpleNamespace(word=word, domains=domains) for word, domains in zip(words, sizes, strict=True)]
+    return SimpleNamespace(topics=topics, image=image, topic=np.array(topic), domain=np.array(domain))
+
+
+hierarchies = st.integers(4, 9).flatmap(
+    lambda topics: st.builds(
+        make_hierarchy,
+        st.lists(st.lists(st.integers(6, 9), min_size=2, max_size=4), min_size=topics, max_size=topics),
+        st.permutations([f"word{i % (topics - 1)}" for i in range(topics)]),  # two topics share a word
+        shared=st.integers(0, 4),
+        seed=st.integers(0, 99),
+    )
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(hierarchies, st.integers(0, 1000), st.booleans())
+def test_tasks_keep_their_promises(hierarchy, number, shift):
+    sampler = TaskSampler(hierarchy, WAYS, SUPPORT, QUERY, seed=1, domain_shift=shift)
+    task = sampler.draw(number)
+    domains_of = {}
+    for t, u, i in zip(hierarchy.topic, hierarchy.domain, hierarchy.image, strict=True):
+        domains_of.setdefault((t, i), set()).add(u)
+
+    assert task.support.shape == (WAYS, SUPPORT) and task.query.shape == (WAYS, QUERY)
+    assert len({word.lower() for word in task.words}) == WAYS
+    assert list(task.words) == [hierarchy.topics[t].word for t in task.topics]
+    images = np.concatenate([task.support.ravel(), task.query.ravel()])
+    assert len(np.unique(images)) == len(images)
+    for k, topic in enumerate(task.topics):
+        assert all((topic, image) in domains_of for image in [*task.support[k], *task.query[k]])
+        if shift:  # one domain has all the support images
+            assert set.intersection(*(domains_of[topic, image] for image in task.support[k]))
+            seen = set.union(*(domains_of[topic, image] for image in task.query[k]))
+            assert seen == set(range(len(hierarchy.topics[topic].domains)))
+
+    again = TaskSampler(hierarchy, WAYS, SUPPORT, QUERY, seed=1, domain_shift=shift)
+    again.draw(number + 1)  # what was drawn before makes no difference
+    same = again.draw(number)
+    assert (
+        same.words == task.words and (same.support == task.support).all() and (same.query == task.query).all()
+    )
+
+
+def test_query_sets_are_stratified_over_domains():
+    hierarchy = make_hierarchy([[40, 20, 10]] * 4, ["a", "b", "c", "d"])
+    task = TaskSampler(hierarchy, 3, 4, 12, seed=0).draw(5)
+    for k in range(3):
+        where = [hierarchy.domain[np.flatnonzero(hierarchy.image == i)[0]] for i in task.query[k]]
+        assert np.bincount(where).tolist() == [4, 4, 4]
+
+
+def test_support_takes_each_domain_in_turn_and_all_of_them_without_shift():
+    hierarchy = make_hierarchy([[20, 20]] * 3, ["a", "b", "c"])
+
+    def support_domains(shift):
+        sampler = TaskSampler(hierarchy, 3, 4, 4, seed=0, domain_shift=shift)
+        rows = [row for number in range(30) for row in sampler.draw(number).support]
+        return [tuple(sorted(hierarchy.domain[np.isin(hierarchy.image, row)])) for row in rows]
+
+    assert set(support_domains(True)) == {(0, 0, 0, 0), (1, 1, 1, 1)}
+    assert set(support_domains(False)) == {(0, 0, 1, 1)}
+
+
+def test_seeds_and_numbers_differ():
+    hierarchy = make_hierarchy([[20, 20]] * 6, "abcdef")
+    drawn = [TaskSampler(hierarchy, 3, 2, 5, seed=s).draw(n).query.tolist() for s in (1, 2) for n in (0, 1)]
+    assert len({str(d) for d in drawn}) == 4
+
+
+def test_too_few_topics_is_one_sentence():
+    hierarchy = make_hierarchy([[20, 20]] * 3, ["a", "A", "b"])
+    with pytest.raises(
+        GramError, match="TASKS.WAYS: expected at least 3 topics with different words .* found 2"
+    ):
+        TaskSampler(hierarchy, 3, 2, 5, seed=0)
+    with pytest.raises(GramError, match="found 0"):  # one domain each is no domain shift
+        TaskSampler(make_hierarchy([[20]] * 4, "abcd"), 3, 2, 5, seed=0)
+
+
+def test_held_out_topics_share_no_word_and_no_image():
+    hierarchy = make_hierarchy([[20, 20]] * 12, [*"abcdefghij", "a", "b"], shared=30)
+    train, held = split_topics(hierarchy, 0.3, 3, seed=1)
+    assert sorted(train + held) == list(range(12)) and len(held) >= 3
+    words = [{hierarchy.topics[t].word for t in side} for side in (train, held)]
+    assert not words[0] & words[1]
+    away = images_of(hierarchy, held)
+    sampler = TaskSampler(hierarchy, 3, 2, 5, seed=1, topics=train, without_images=away)
+    for number in range(20):
+        task = sampler.draw(number)
+        assert (
+            set(task.topics) <= set(train)
+            and not np.isin([*task.support.ravel(), *task.query.ravel()], away).any()
+        )
+    with pytest.raises(GramError, match="at least 14 topics"):
+        split_topics(hierarchy, 0.3, 7, seed=1)
