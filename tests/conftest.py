@@ -6,7 +6,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# `python -m pytest` puts the working directory on the path, where `datasets/` would hide Hugging Face's `datasets`.
-sys.path[:] = [entry for entry in sys.path if Path(entry or os.getcwd()).resolve() != ROOT]
+# `python -m pytest` puts the working directory first on the path, where `datasets/` hides Hugging Face's `datasets`.
+here = [entry for entry in sys.path if Path(entry or os.getcwd()).resolve() == ROOT]
+sys.path[:] = [entry for entry in sys.path if entry not in here] + here
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
