@@ -47,7 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             subparser.formatter_class = argparse.RawDescriptionHelpFormatter
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if hasattr(args, "opts") and not any(word.startswith("--") for word in rest):
+        args.opts += rest  # KEY VALUE after options: argparse closes its list of positionals at the first option
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.command is None:
         parser.print_help()
         return 2

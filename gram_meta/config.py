@@ -32,12 +32,15 @@ def get_meta_config() -> CN:
     c.CHC.FILTER.KEEP = 0.9  # share of pairs to keep, by CLIP image-text similarity
     c.CHC.FILTER.THRESHOLD = -1.0  # a similarity to require instead; -1: use KEEP
     c.CHC.TOPICS = CN()
+    c.CHC.TOPICS.REDUCTION = "umap"  # umap, as in the paper; pca: exact and quick, for trying things
     c.CHC.TOPICS.NEIGHBORS = 15  # UMAP
     c.CHC.TOPICS.COMPONENTS = 5  # UMAP
     c.CHC.TOPICS.MIN_CLUSTER_SIZE = 30  # HDBSCAN, pairs
     c.CHC.TOPICS.MIN_SAMPLES = 5  # HDBSCAN
+    c.CHC.TOPICS.SELECTION = "eom"  # HDBSCAN: eom, its own default, or leaf: more and smaller topics
     c.CHC.DOMAINS = CN()
-    c.CHC.DOMAINS.K = 3  # U of Sec. 3.2: k-means clusters in each topic
+    c.CHC.DOMAINS.K = 3  # U of Sec. 3.2: k-means clusters in each topic; fewer where one would be too small for a task
+    c.CHC.DOMAINS.STARTS = 10  # k-means runs, of which the best is taken
 
     # Meta-training tasks, Sec. 3.3
     c.TASKS = CN()

@@ -1,0 +1,166 @@
+"""The hierarchy that `gram cluster` leaves behind: pairs in topics, images in visual domains."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gram_meta.errors import GramError
+from gram_meta.files import PathLike, atomic_write, read_json, write_json
+
+if TYPE_CHECKING:
+    from gram_meta.corpus.store import PairStore
+
+FORMAT = 1
+PAIRS = "hierarchy.parquet"
+TOPICS = "topics.json"
+FATES = "fates.npy"
+
+# What became of each pair of the store; `fates` holds indices into it: append only.
+KEPT, FILTERED, NOISE, NO_WORD, FEW_IMAGES, FEW_DOMAINS = range(6)
+FATE_NAMES = (
+    "kept",
+    "filtered",
+    "noise",
+    "topic without a word",
+    "topic with too few images",
+    "topic without two domains",
+)
+
+
+@dataclass
+class Topic:
+    """One topic.
+
+    Attributes:
+        word, score: its class name and that word's score by Eq. 3. words: the ten best, each [word, score].
+        size: pairs. images: distinct images. domains: images in each of its domains.
+    """
+
+    word: str
+    score: float
+    words: list[list[Any]]
+    size: int
+    images: int
+    domains: list[int]
+
+
+@dataclass
+class Hierarchy:
+    """Pairs organised into topics and visual domains.
+
+    Attributes:
+        pair, image, topic, domain: (n,) int64, a row for each kept pair, sorted by `pair`: its row in the store, its image's
+            row there, its topic (0 ... L-1, sorted by size, largest first) and the domain inside the topic (0 ... U_l-1, largest
+            first). Pairs of one image in one topic share their domain; in another topic the image may be in another domain.
+        topics: L topics.
+        fates: (pairs of the store,) uint8, index into `FATE_NAMES`.
+        manifest: fingerprints of the store and its models, the CHC settings, and counts of pairs by what became of them.
+        path: where it lies.
+    """
+
+    pair: np.ndarray
+    image: np.ndarray
+    topic: np.ndarray
+    domain: np.ndarray
+    topics: list[Topic]
+    fates: np.ndarray
+    manifest: dict[str, Any]
+    path: Path | None = field(default=None, compare=False)
+
+    def save(self, path: PathLike) -> None:
+        """Write the folder `path`; `topics.json` comes last and makes it complete."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = Path(path)
+        if path.exists() and not path.is_dir():
+            raise GramError(f"{path}: expected a folder for the hierarchy, found a file")
+        if (
+            path.is_dir()
+            and not (path / TOPICS).exists()
+            and any(not p.name.startswith(".") for p in path.iterdir())
+        ):
+            raise GramError(f"{path}: expected an empty folder or a hierarchy, found other files")
+        (path / TOPICS).unlink(missing_ok=True)
+        columns = {"pair": self.pair, "image": self.image, "topic": self.topic, "domain": self.domain}
+        with atomic_write(path / PAIRS) as file:
+            pq.write_table(pa.table(columns), file)
+        with atomic_write(path / FATES) as file:
+            np.save(file, self.fates, allow_pickle=False)
+        topics = [asdict(topic) for topic in self.topics]
+        write_json(path / TOPICS, {"kind": "hierarchy", "format": FORMAT, **self.manifest, "topics": topics})
+        self.path = path
+
+    @classmethod
+    def open(cls, path: PathLike) -> Hierarchy:
+        """Read a hierarchy.
+
+        Raises:
+            GramError: none there, one of another format, or files that do not belong together.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = Path(path)
+        if not (path / TOPICS).is_file():
+            raise GramError(
+                f"{path}: expected a hierarchy (a folder written by `gram cluster`), found no {TOPICS} there"
+            )
+        manifest = read_json(path / TOPICS)
+        if not isinstance(manifest, dict) or manifest.pop("kind", None) != "hierarchy":
+            raise GramError(f"{path / TOPICS}: expected the topics of a hierarchy, found something else")
+        if (found := manifest.pop("format", None)) != FORMAT:
+            raise GramError(f"{path}: expected a hierarchy of format {FORMAT}, found format {found}")
+        try:
+            topics = [Topic(**topic) for topic in manifest.pop("topics")]
+            table = pq.read_table(path / PAIRS)
+            columns = [table[name].to_numpy() for name in ("pair", "image", "topic", "domain")]
+            fates = np.load(path / FATES, allow_pickle=False)
+        except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
+            raise GramError(
+                f"{path}: expected a whole hierarchy, found {' '.join(str(error).split())[:200]}"
+            ) from None
+        if int((fates == KEPT).sum()) != len(columns[0]) or sum(topic.size for topic in topics) != len(
+            columns[0]
+        ):
+            raise GramError(
+                f"{path}: expected files of one hierarchy, found {PAIRS}, {FATES} and {TOPICS} that differ"
+            )
+        return cls(*columns, topics, fates, manifest, path)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of which pair is in which topic and domain, and of the topics' words."""
+        digest = hashlib.sha256()
+        for column in (self.pair, self.image, self.topic, self.domain):
+            digest.update(np.ascontiguousarray(column, dtype=np.int64).data)
+        digest.update("\n".join(topic.word for topic in self.topics).encode())
+        return digest.hexdigest()
+
+    def check_store(self, store: PairStore) -> None:
+        """Raises `GramError` when this hierarchy was not made from `store`."""
+        for name, of_store in (
+            ("clip", store.clip_fingerprint),
+            ("sentence_model", store.sentence_fingerprint),
+            ("store", store.fingerprint),
+        ):
+            made_from = self.manifest["fingerprints"][name]
+            if made_from != of_store:
+                what = {"clip": "CLIP", "sentence_model": "Sentence-BERT", "store": "contents"}[name]
+                raise GramError(
+                    f"{self.path or 'hierarchy'}: was made from another store than {store.path}: expected {what} "
+                    f"{made_from[:12]}, found {of_store[:12]}"
+                )
+
+    def open_store(self, path: PathLike | None = None) -> PairStore:
+        """The store this hierarchy was made from, at `path` or where it was then; checked."""
+        from gram_meta.corpus.store import PairStore
+
+        store = PairStore.open(path or self.manifest["store"])
+        self.check_store(store)
+        return store

@@ -1,0 +1,142 @@
+"""Image files as they really come, to RGB and to the image tower's input."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_PIXELS = 89_478_485  # Pillow's own line for a decompression bomb, a quarter of a gigabyte as RGB
+MAX_BYTES = 512 << 20
+MAX_ASPECT = 10  # longer strips are cut at their middle: resized by their short side they would be enormous
+
+MISSING = "missing file"
+EMPTY = "empty file"
+NOT_IMAGE = "not an image"
+BROKEN = "broken image"
+BOMB = "too many pixels"
+NOT_FINITE = "features not finite"
+# A part file stores indices into this: append only.
+REASONS = ("", MISSING, EMPTY, NOT_IMAGE, BROKEN, BOMB, NOT_FINITE)
+
+DIGEST_BYTES = 16
+
+
+class BadImage(Exception):
+    """An image that cannot be used; the message is one of `REASONS`."""
+
+
+def read_image(path: str | os.PathLike[str]) -> tuple[Image.Image, bytes]:
+    """An image file as upright 8-bit RGB, and a digest (16 bytes) of the file's content.
+
+    Turns by EXIF orientation, scales 16-bit and float grey to 8 bits, lays transparent images on white, takes the first
+    frame of an animation.
+
+    Raises:
+        BadImage: with its reason.
+    """
+    try:
+        if os.path.getsize(path) > MAX_BYTES:
+            raise BadImage(BOMB)
+        content = Path(path).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise BadImage(MISSING) from None
+    except (OSError, ValueError):  # a folder, no permission, a name too long
+        raise BadImage(MISSING) from None
+    if not content:
+        raise BadImage(EMPTY)
+    return decode_image(content), hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
+
+
+def decode_image(content: bytes) -> Image.Image:
+    """The bytes of an image file as upright 8-bit RGB; raises `BadImage`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's remarks on damaged metadata and large images
+        try:
+            image = Image.open(io.BytesIO(content))
+        except Image.DecompressionBombError:
+            raise BadImage(BOMB) from None
+        except Image.UnidentifiedImageError:
+            raise BadImage(NOT_IMAGE) from None
+        except Exception:  # damaged headers: each of Pillow's decoders raises its own kinds
+            raise BadImage(BROKEN) from None
+        if image.width * image.height > MAX_PIXELS:
+            raise BadImage(BOMB)
+        try:
+            image.load()
+            return _cut_strip(_to_rgb(_upright(image)))
+        except Exception:  # truncated or damaged pixels, likewise
+            raise BadImage(BROKEN) from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF says nothing about the pixels
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _deep_grey(np.asarray(image))
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _deep_grey(values: np.ndarray) -> Image.Image:
+    """Grey with more than 8 bits; Pillow's own conversion clips it to white."""
+    values = np.nan_to_num(values.astype(np.float32))
+    top = float(values.max(initial=0.0))
+    full = 1.0 if top <= 1 else 255.0 if top <= 255 else 65535.0 if top <= 65535 else top
+    return Image.fromarray((values.clip(0, full) * (255.0 / full)).round().astype(np.uint8)).convert("RGB")
+
+
+def _cut_strip(image: Image.Image) -> Image.Image:
+    width, height = image.size
+    if max(width, height) <= MAX_ASPECT * min(width, height):
+        return image
+    w, h = min(width, MAX_ASPECT * height), min(height, MAX_ASPECT * width)
+    left, top = (width - w) // 2, (height - h) // 2
+    return image.crop((left, top, left + w, top + h))
+
+
+class ImageFiles:
+    """A map-style data set: location -> (tensor (3, H, W) or None, index into `REASONS`, digest). Never raises."""
+
+    def __init__(self, root: Path, transform: Callable[[Image.Image], Any]) -> None:
+        self.root = root
+        self.transform = transform
+
+    def __getitem__(self, location: str) -> tuple[torch.Tensor | None, int, bytes]:
+        try:
+            image, digest = read_image(self.root / location)
+            return self.transform(image), 0, digest
+        except BadImage as error:
+            return None, REASONS.index(str(error)), bytes(DIGEST_BYTES)
+        except Exception:  # a transform that cannot take this image: skip it, as any other broken one
+            return None, REASONS.index(BROKEN), bytes(DIGEST_BYTES)
+
+
+def collate(
+    items: list[tuple[torch.Tensor | None, int, bytes]],
+) -> tuple[torch.Tensor | None, list[int], list[bytes]]:
+    """The readable images of a batch stacked (k, 3, H, W) or None, with reasons and digests of all of it."""
+    import torch
+
+    images = [image for image, _, _ in items if image is not None]
+    return (torch.stack(images) if images else None), [item[1] for item in items], [item[2] for item in items]

