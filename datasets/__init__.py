@@ -1,0 +1,1 @@
+"""Dassl datasets in CoOp's folder layout, found by their name."""

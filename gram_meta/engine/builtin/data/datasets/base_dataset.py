@@ -1,0 +1,174 @@
+"""One image with its label, and the base of datasets."""
+
+from __future__ import annotations
+
+import os
+import random
+import tarfile
+import zipfile
+from collections import defaultdict
+from collections.abc import Sequence
+
+from gram_meta.engine.builtin.utils import check_isfile, mkdir_if_missing
+
+__all__ = ["DatasetBase", "Datum"]
+
+
+class Datum:
+    """One image: where it is, its label (from 0), its domain's number and its class's name."""
+
+    def __init__(self, impath: str = "", label: int = 0, domain: int = 0, classname: str = "") -> None:
+        assert isinstance(impath, str), f"impath must be a string, got {type(impath).__name__}"
+        assert check_isfile(impath), f'no image at "{impath}"'
+        self._impath = impath
+        self._label = label
+        self._domain = domain
+        self._classname = classname
+
+    @property
+    def impath(self) -> str:
+        return self._impath
+
+    @property
+    def label(self) -> int:
+        return self._label
+
+    @property
+    def domain(self) -> int:
+        return self._domain
+
+    @property
+    def classname(self) -> str:
+        return self._classname
+
+    def __repr__(self) -> str:
+        return f"Datum({self._impath!r}, label={self._label}, classname={self._classname!r})"
+
+
+Datum.__module__ = "dassl.data.datasets.base_dataset"  # few-shot pickles of CoOp name the class like this
+
+
+class DatasetBase:
+    """Training, validation and test images as lists of `Datum`; classes are those of `train_x`."""
+
+    dataset_dir = ""  # folder of the dataset under DATASET.ROOT
+    domains: Sequence[str] = []  # names of all domains, where there are any
+
+    def __init__(
+        self,
+        train_x: list[Datum] | None = None,
+        train_u: list[Datum] | None = None,
+        val: list[Datum] | None = None,
+        test: list[Datum] | None = None,
+    ) -> None:
+        self._train_x = train_x  # labelled
+        self._train_u = train_u  # unlabelled (optional)
+        self._val = val
+        self._test = test
+        self._num_classes = self.get_num_classes(train_x or [])
+        self._lab2cname, self._classnames = self.get_lab2cname(train_x or [])
+
+    @property
+    def train_x(self) -> list[Datum] | None:
+        return self._train_x
+
+    @property
+    def train_u(self) -> list[Datum] | None:
+        return self._train_u
+
+    @property
+    def val(self) -> list[Datum] | None:
+        return self._val
+
+    @property
+    def test(self) -> list[Datum] | None:
+        return self._test
+
+    @property
+    def lab2cname(self) -> dict[int, str]:
+        return self._lab2cname
+
+    @property
+    def classnames(self) -> list[str]:
+        return self._classnames
+
+    @property
+    def num_classes(self) -> int:
+        return self._num_classes
+
+    @staticmethod
+    def get_num_classes(data_source: Sequence[Datum]) -> int:
+        """Highest label + 1."""
+        return max(item.label for item in data_source) + 1
+
+    @staticmethod
+    def get_lab2cname(data_source: Sequence[Datum]) -> tuple[dict[int, str], list[str]]:
+        """(label -> class name, class names in the order of their labels)."""
+        mapping = {item.label: item.classname for item in data_source}
+        return mapping, [mapping[label] for label in sorted(mapping)]
+
+    def check_input_domains(self, source_domains: Sequence[str], target_domains: Sequence[str]) -> None:
+        assert len(source_domains) > 0, "source_domains (list) is empty"
+        assert len(target_domains) > 0, "target_domains (list) is empty"
+        self.is_input_domain_valid(source_domains)
+        self.is_input_domain_valid(target_domains)
+
+    def is_input_domain_valid(self, input_domains: Sequence[str]) -> None:
+        for domain in input_domains:
+            if domain not in self.domains:
+                raise ValueError(f"Input domain must belong to {list(self.domains)}, but got [{domain}]")
+
+    def download_data(self, url: str, dst: str, from_gdrive: bool = True) -> None:
+        """Fetch an archive from Google Drive (needs `gdown`) and unpack it beside `dst`."""
+        if not from_gdrive:
+            raise NotImplementedError("download_data fetches from Google Drive only")
+        import gdown
+
+        folder = os.path.dirname(dst)
+        mkdir_if_missing(folder)
+        gdown.download(url, dst, quiet=False)
+        print("Extracting file ...")
+        if dst.endswith(".zip"):
+            with zipfile.ZipFile(dst) as archive:
+                archive.extractall(folder)
+        elif dst.endswith((".tar", ".tar.gz")):
+            with tarfile.open(dst) as archive:
+                archive.extractall(folder, filter="data")
+        else:
+            raise NotImplementedError(f"{dst}: expected .zip, .tar or .tar.gz")
+        print(f"File extracted to {folder}")
+
+    def generate_fewshot_dataset(
+        self, *data_sources: list[Datum], num_shots: int = -1, repeat: bool = False
+    ) -> list[Datum] | list[list[Datum]] | tuple[list[Datum], ...]:
+        """`num_shots` images of each class, drawn with `random.sample`, per source; one source gives one list.
+
+        A class with fewer images gives all of them (with `repeat`: draws with replacement). Below 1 shot, everything.
+        """
+        if num_shots < 1:
+            return data_sources[0] if len(data_sources) == 1 else data_sources
+        print(f"Creating a {num_shots}-shot dataset")
+        output = []
+        for source in data_sources:
+            drawn: list[Datum] = []
+            for items in self.split_dataset_by_label(source).values():
+                if len(items) >= num_shots:
+                    drawn.extend(random.sample(items, num_shots))
+                else:
+                    drawn.extend(random.choices(items, k=num_shots) if repeat else items)
+            output.append(drawn)
+        return output[0] if len(output) == 1 else output
+
+    def split_dataset_by_label(self, data_source: Sequence[Datum]) -> dict[int, list[Datum]]:
+        """Label -> its images, labels in the order of their first image."""
+        output = defaultdict(list)
+        for item in data_source:
+            output[item.label].append(item)
+        return output
+
+    def split_dataset_by_domain(self, data_source: Sequence[Datum]) -> dict[int, list[Datum]]:
+        """Domain -> its images, domains in the order of their first image."""
+        output = defaultdict(list)
+        for item in data_source:
+            output[item.domain].append(item)
+        return output

@@ -1,0 +1,116 @@
+"""Accuracy, error and macro F1 over a test set, in the log lines that CoOp's tools read."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import torch
+from yacs.config import CfgNode
+
+from gram_meta.engine.builtin.evaluation.build import EVALUATOR_REGISTRY
+from gram_meta.errors import GramError
+
+__all__ = ["Classification", "EvaluatorBase"]
+
+
+class EvaluatorBase:
+    """reset(), then process() per batch, then evaluate()."""
+
+    def __init__(self, cfg: CfgNode) -> None:
+        self.cfg = cfg
+
+    def reset(self) -> None:
+        raise NotImplementedError
+
+    def process(self, mo: torch.Tensor, gt: torch.Tensor) -> None:
+        raise NotImplementedError
+
+    def evaluate(self) -> OrderedDict[str, float]:
+        raise NotImplementedError
+
+
+@EVALUATOR_REGISTRY.register()
+class Classification(EvaluatorBase):
+    """Single-label classification; all results in percent."""
+
+    def __init__(self, cfg: CfgNode, lab2cname: dict[int, str] | None = None, **kwargs: Any) -> None:
+        super().__init__(cfg)
+        self._lab2cname = lab2cname
+        self.reset()
+        if cfg.TEST.PER_CLASS_RESULT and lab2cname is None:
+            raise GramError(
+                "TEST.PER_CLASS_RESULT needs the names of the classes, and the evaluator got none"
+            )
+
+    def reset(self) -> None:
+        self._correct = 0
+        self._total = 0
+        self._y_true: list[int] = []
+        self._y_pred: list[int] = []
+
+    def process(self, mo: torch.Tensor, gt: torch.Tensor) -> None:
+        """`mo` (B, N): scores; `gt` (B,): labels."""
+        predicted = mo.max(1)[1]
+        self._correct += int((predicted == gt).sum())
+        self._total += gt.shape[0]
+        self._y_true.extend(gt.tolist())
+        self._y_pred.extend(predicted.tolist())
+
+    def evaluate(self) -> OrderedDict[str, float]:
+        """Print and return accuracy, error_rate, macro_f1 (over the classes that occur) [, perclass_accuracy]."""
+        true, predicted = np.asarray(self._y_true), np.asarray(self._y_pred)
+        accuracy = 100.0 * self._correct / self._total
+        results = OrderedDict(
+            accuracy=accuracy, error_rate=100.0 - accuracy, macro_f1=100.0 * _macro_f1(true, predicted)
+        )
+        print(
+            "=> result\n"
+            f"* total: {self._total:,}\n"
+            f"* correct: {self._correct:,}\n"
+            f"* accuracy: {accuracy:.1f}%\n"
+            f"* error: {results['error_rate']:.1f}%\n"
+            f"* macro_f1: {results['macro_f1']:.1f}%"
+        )
+        if self.cfg.TEST.PER_CLASS_RESULT:
+            results["perclass_accuracy"] = self._print_classes(true, predicted)
+        if self.cfg.TEST.COMPUTE_CMAT:
+            self._save_confusion(true, predicted)
+        return results
+
+    def _print_classes(self, true: np.ndarray, predicted: np.ndarray) -> float:
+        print("=> per-class result")
+        accuracies = []
+        for label in np.unique(true):
+            hits = predicted[true == label] == label
+            accuracies.append(100.0 * float(hits.mean()))
+            print(
+                f"* class: {label} ({self._lab2cname[int(label)]})\t"
+                f"total: {len(hits):,}\t"
+                f"correct: {int(hits.sum()):,}\t"
+                f"acc: {accuracies[-1]:.1f}%"
+            )
+        mean = float(np.mean(accuracies))
+        print(f"* average: {mean:.1f}%")
+        return mean
+
+    def _save_confusion(self, true: np.ndarray, predicted: np.ndarray) -> None:
+        """Rows: true classes; columns: predicted ones; rows sum to 1 (a class that never occurs: zeros)."""
+        labels = np.unique(np.concatenate([true, predicted]))
+        counts = np.zeros((len(labels), len(labels)))
+        np.add.at(counts, (np.searchsorted(labels, true), np.searchsorted(labels, predicted)), 1)
+        matrix = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        path = os.path.join(self.cfg.OUTPUT_DIR, "cmat.pt")
+        torch.save(torch.from_numpy(matrix), path)
+        print(f"Confusion matrix is saved to {path}")
+
+
+def _macro_f1(true: np.ndarray, predicted: np.ndarray) -> float:
+    """Mean over the classes in `true` of 2 TP / (2 TP + FP + FN)."""
+    scores = []
+    for label in np.unique(true):
+        is_true, is_predicted = true == label, predicted == label
+        scores.append(2.0 * np.sum(is_true & is_predicted) / (is_true.sum() + is_predicted.sum()))
+    return float(np.mean(scores))

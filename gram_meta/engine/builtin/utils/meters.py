@@ -1,0 +1,46 @@
+"""Running values for the log."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+
+__all__ = ["AverageMeter", "MetricMeter"]
+
+
+class AverageMeter:
+    """The latest value (`val`) and the mean so far (`avg`; with `ema`, a moving average that keeps 0.9)."""
+
+    def __init__(self, ema: bool = False) -> None:
+        self.ema = ema
+        self.reset()
+
+    def reset(self) -> None:
+        self.val = self.avg = self.sum = self.count = 0
+
+    def update(self, val: Any, n: int = 1) -> None:
+        self.val = val.item() if isinstance(val, torch.Tensor) else val
+        self.sum += self.val * n
+        self.count += n
+        self.avg = 0.9 * self.avg + 0.1 * self.val if self.ema else self.sum / self.count
+
+
+class MetricMeter:
+    """An `AverageMeter` per name; its text is `name val (avg)` for each."""
+
+    def __init__(self, delimiter: str = " ") -> None:
+        self.meters: dict[str, AverageMeter] = defaultdict(AverageMeter)
+        self.delimiter = delimiter
+
+    def update(self, input_dict: dict[str, Any] | None) -> None:
+        if input_dict is None:
+            return
+        if not isinstance(input_dict, dict):
+            raise TypeError("Input to MetricMeter.update() must be a dictionary")
+        for name, value in input_dict.items():
+            self.meters[name].update(value)
+
+    def __str__(self) -> str:
+        return self.delimiter.join(f"{name} {m.val:.4f} ({m.avg:.4f})" for name, m in self.meters.items())

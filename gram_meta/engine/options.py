@@ -1,0 +1,42 @@
+"""Options that CoOp's trainers and this project's add to Dassl's."""
+
+from __future__ import annotations
+
+from yacs.config import CfgNode as CN
+
+
+def extend_cfg(cfg: CN) -> None:
+    """Add the options to a config tree; nodes that a checkout has added itself are completed, not replaced."""
+    _add(
+        cfg.TRAINER,
+        "COOP",
+        N_CTX=16,  # context tokens; ignored where CTX_INIT gives words
+        CSC=False,  # a context per class
+        CTX_INIT="",  # words to start from
+        PREC="fp16",  # of the frozen towers: fp16, fp32, amp or bf16; prompts are float32 in all of them
+        CLASS_TOKEN_POSITION="end",  # end, middle or front
+    )
+    _add(cfg.TRAINER, "COCOOP", N_CTX=16, CTX_INIT="", PREC="fp16")
+    _add(
+        cfg.TRAINER,
+        "GRAM",
+        CHECKPOINT="",  # the meta-checkpoint (.safetensors) of `gram pretrain`
+        INIT=True,  # start from theta*; False: from CTX_INIT
+        REGULATE=True,  # pass every gradient through R^phi; False: raw gradients
+        STEP_SCALE=1.0,  # times the raw gradient when REGULATE is off: a smaller step, as a control
+    )
+    _add(cfg, "DATASET", SUBSAMPLE_CLASSES="all")  # all, base or new
+    _add(
+        cfg,
+        "TEST",
+        PER_EPOCH=False,  # accuracy on base and on new classes before training and after every epoch
+        AT_STEPS=(),  # the same after these numbers of steps; 0: before training
+    )
+
+
+def _add(parent: CN, name: str, **defaults: object) -> None:
+    if name not in parent:
+        parent[name] = CN()
+    for key, value in defaults.items():
+        if key not in parent[name]:
+            parent[name][key] = value

@@ -1,0 +1,1 @@
+"""Dassl trainers: the baselines and their GRAM versions, a file each, found by its name."""

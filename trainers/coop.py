@@ -1,0 +1,94 @@
+"""CoOp: context tokens before the class name, learned with cross-entropy (Zhou et al., 2022, arXiv 2109.01134)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gram_meta.backbone import Backbone, end_positions
+from gram_meta.engine import register_trainer
+from gram_meta.errors import GramError
+from gram_meta.prompts import ClassText, PromptedCLIP, PromptLearner, context_from_words, random_context
+from gram_meta.trainers.base import PromptTrainer
+
+POSITIONS = ("end", "middle", "front")
+
+
+@register_trainer
+class CoOp(PromptTrainer):
+    """Context Optimization. TRAINER.COOP.*: N_CTX, CTX_INIT, CSC, CLASS_TOKEN_POSITION, PREC."""
+
+    def check_cfg(self, cfg: Any) -> None:
+        super().check_cfg(cfg)
+        options = cfg.TRAINER.COOP
+        if options.CLASS_TOKEN_POSITION not in POSITIONS:
+            found = options.CLASS_TOKEN_POSITION
+            raise GramError(
+                f"TRAINER.COOP.CLASS_TOKEN_POSITION is {found!r}; expected {', '.join(POSITIONS)}"
+            )
+        if not options.CTX_INIT and options.N_CTX < 1:
+            raise GramError(f"TRAINER.COOP.N_CTX is {options.N_CTX}; expected at least 1")
+        if options.CSC and (cfg.TEST.PER_EPOCH or cfg.TEST.AT_STEPS):
+            raise GramError(
+                "TRAINER.COOP.CSC: class-specific contexts know no new classes, which TEST.PER_EPOCH and "
+                "TEST.AT_STEPS evaluate"
+            )
+
+    def initial_prompts(self) -> dict[str, Tensor]:
+        options, width = self.options, self.backbone.text_width
+        if options.CTX_INIT:
+            context = context_from_words(self.backbone, options.CTX_INIT)  # (M, d)
+            print(f'Initial context: "{options.CTX_INIT}" ({len(context)} tokens)')
+        else:
+            n = len(self.classnames) if options.CSC else 1
+            context = random_context(width, n * options.N_CTX).view(n, options.N_CTX, width)
+            context = context if options.CSC else context[0]
+            print(f"Initial context: {options.N_CTX} random tokens{' per class' if options.CSC else ''}")
+        return {"text": context}
+
+    def build_classifier(self, classnames: list[str], prompts: Mapping[str, Tensor]) -> PromptedCLIP:
+        context, position = prompts["text"], self.options.CLASS_TOKEN_POSITION
+        if context.dim() == 2 and position == "end":
+            return PromptedCLIP(self.backbone, classnames, prompts)
+        model = PromptedCLIP(self.backbone, classnames, {"text": context.view(-1, *context.shape[-2:])[0]})
+        model.prompt_learner = PromptLearner(prompts).to(self.backbone.device)
+        model.class_text = PlacedText(self.backbone, classnames, context.shape[-2], position)
+        return model
+
+
+class PlacedText(ClassText):
+    """Class sentences whose context stands before (end), around (middle) or behind (front) the class name.
+
+    The context may be one for all classes, (M, d), or one per class, (N, M, d).
+    """
+
+    def __init__(self, backbone: Backbone, classnames: list[str], tokens: int, position: str) -> None:
+        super().__init__(backbone, classnames, tokens)
+        lengths = (
+            end_positions(backbone.tokenize([name.replace("_", " ") for name in classnames])) - 1
+        )  # (N,)
+        total = 1 + tokens + self.own.shape[1]
+        before = {"end": tokens, "middle": tokens // 2, "front": 0}[position]
+        self.order = torch.stack(
+            [_order(total, tokens, before, int(length)) for length in lengths]
+        )  # (N, total)
+        self.order = self.order.to(backbone.device)
+
+    def features(self, prompt: Tensor) -> Tensor:
+        """Class features (N, D)."""
+        n, _, width = self.own.shape
+        context = prompt.to(self.own.dtype).expand(n, -1, -1)  # (N, M, d)
+        sentence = torch.cat([self.start.expand(n, 1, -1), context, self.own], dim=1)  # (N, 1 + M + L, d)
+        sentence = sentence.gather(1, self.order[..., None].expand(-1, -1, width))
+        return self.backbone.encode_text(sentence, self.ends + 1 + self.tokens)
+
+
+def _order(total: int, tokens: int, before: int, name: int) -> Tensor:
+    """Where each place of a sentence takes its token from [start, context, name, rest]; `before` tokens come first."""
+    places = list(range(total))
+    context, names = places[1 : 1 + tokens], places[1 + tokens : 1 + tokens + name]
+    rest = places[1 + tokens + name :]
+    return torch.tensor([0, *context[:before], *names, *context[before:], *rest])
