@@ -1,0 +1,191 @@
+"""Meta-training on a tiny corpus: what it learns, resumes, repeats and refuses."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from gram_meta import pretrain as module
+from gram_meta.backbone import load_backbone
+from gram_meta.bilevel import meta_losses
+from gram_meta.checkpoint import load_meta_checkpoint
+from gram_meta.cli import main
+from gram_meta.clustering.hierarchy import Hierarchy, Topic
+from gram_meta.config import load_meta_config
+from gram_meta.errors import GramError
+from gram_meta.pretrain import MetaTrainer
+from gram_meta.prompts import ClassText
+
+WORDS = ["cat", "dog", "house", "tree", "boat", "lamp", "spoon", "cloud"]
+
+
+class Store:
+    """What meta-training asks of a pair store: features near the topics' text features under a context to be found."""
+
+    fingerprint = "store-1"
+    path = "store"
+
+    def __init__(self, backbone):
+        random = torch.Generator().manual_seed(2)
+        context = torch.randn(4, 64, generator=random)
+        topics = ClassText(backbone, WORDS, 4).features(context)
+        shifts = torch.nn.functional.normalize(torch.randn(2, 64, generator=random), dim=-1)
+        features = topics[:, None, None] + 0.5 * shifts[:, None] + 0.2 * torch.randn(8, 2, 12, 64, generator=random)
+        features = torch.nn.functional.normalize(features, dim=-1).flatten(0, 2)
+        self.image_features = features.numpy().astype(np.float16)
+        self.backbone = backbone.fingerprint
+
+    def check_backbone(self, backbone):
+        if backbone.fingerprint != self.backbone:
+            raise GramError("store: other backbone")
+
+
+def make_hierarchy():
+    pair = np.arange(8 * 2 * 12)
+    topics = [Topic(word, 1.0, [[word, 1.0]], 24, 24, [12, 12]) for word in WORDS]
+    columns = (pair, pair, pair // 24, pair // 12 % 2)
+    hierarchy = Hierarchy(*columns, topics, np.zeros(len(pair), np.uint8), {"fingerprints": {}})
+    hierarchy.check_store = lambda store: None
+    return hierarchy
+
+
+@pytest.fixture(scope="module")
+def store():
+    return Store(load_backbone("random-tiny"))
+
+
+def settings(*opts):
+    return load_meta_config(
+        [],
+        [
+            *("BACKBONE.NAME", "random-tiny", "TASKS.WAYS", "3", "TASKS.HELD_OUT", "0.4", "TASKS.SUPPORT_SHOTS", "2"),
+            *("TASKS.QUERY_SHOTS", "4", "OUTER.STEPS", "12", "EVAL.EVERY", "4", "EVAL.TASKS", "6", "OUTER.BATCH", "2"),
+            *("CHECKPOINT.EVERY", "4", "OUTER.LR_REGULATOR", "1e-2", "OUTER.LR_PROMPT", "5e-3"),
+            *opts,
+        ],
+    )
+
+
+def trainer(store, out, *opts):
+    return MetaTrainer(store, make_hierarchy(), out, settings(*opts), progress=False)
+
+
+def weights(path):
+    checkpoint = load_meta_checkpoint(path)
+    found = {f"prompts.{kind}": value for kind, value in checkpoint.prompts.items()}
+    return found | (checkpoint.regulator.state_dict() if checkpoint.regulator else {})
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_it_learns_and_writes_what_it_should(store, tmp_path):
+    best = trainer(store, tmp_path, "OUTER.STEPS", "60", "OUTER.COSINE", "False").run()
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == list(range(0, 61, 4))
+    assert log[-1]["loss_after"] < log[0]["loss_after"]
+    checkpoint = load_meta_checkpoint(best)
+    lowest = min(log, key=lambda row: row["loss_after"])
+    assert checkpoint.provenance["step"] == lowest["step"]
+    assert checkpoint.provenance["held_out"]["loss_after"] == pytest.approx(lowest["loss_after"])
+    assert checkpoint.backbone_fingerprint == store.backbone and checkpoint.tokens == {"text": 4}
+    norms = checkpoint.gradient_norms["text"]
+    assert 0 < norms["q05"] <= norms["q50"] <= norms["q95"]
+    first = module.initial_prompts(load_backbone("random-tiny"), 4, 0, "a photo of a")["text"]
+    assert not torch.equal(checkpoint.prompts["text"], first)
+    regulator = checkpoint.regulator.gates["text"]
+    assert all(parameter.abs().max() > 1e-4 for parameter in (regulator.weight_gamma, regulator.weight_beta))
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_seed_gives_the_same_weights_twice_and_another_seed_others(store, tmp_path):
+    runs = {}
+    for name, opts in (("a", ()), ("b", ()), ("c", ("SEED", "2"))):
+        trainer(store, tmp_path / name, *opts).run()
+        runs[name] = weights(tmp_path / name / "last.safetensors")
+    assert same(runs["a"], runs["b"]) and not same(runs["a"], runs["c"])
+
+
+@pytest.mark.parametrize("stop", [3, 6, 8])
+def test_a_resumed_run_ends_like_an_uninterrupted_one(store, tmp_path, stop, monkeypatch):
+    trainer(store, tmp_path / "whole").run()
+    broken = trainer(store, tmp_path / "broken")
+    step = broken._step
+
+    def interrupted(number):
+        if number == stop:
+            raise KeyboardInterrupt
+        return step(number)
+
+    monkeypatch.setattr(broken, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        broken.run()
+    trainer(store, tmp_path / "broken").run(resume=True)
+    for name in ("best.safetensors", "last.safetensors"):
+        assert same(weights(tmp_path / "whole" / name), weights(tmp_path / "broken" / name))
+    logs = [(tmp_path / run / "log.jsonl").read_text() for run in ("whole", "broken")]
+    assert logs[0] == logs[1]
+    norms = [load_meta_checkpoint(tmp_path / run / "last.safetensors").gradient_norms for run in ("whole", "broken")]
+    assert norms[0] == norms[1]
+
+
+def test_resuming_a_finished_run_changes_nothing(store, tmp_path):
+    best = trainer(store, tmp_path).run()
+    before = best.read_bytes()
+    assert trainer(store, tmp_path).run(resume=True).read_bytes() == before
+
+
+def test_another_runs_folder_is_refused(store, tmp_path):
+    trainer(store, tmp_path).run()
+    with pytest.raises(GramError, match="--resume goes on"):
+        trainer(store, tmp_path).run()
+    with pytest.raises(GramError, match="config.INNER.ALPHA as in the run to resume, 0.01, found 0.5"):
+        trainer(store, tmp_path, "INNER.ALPHA", "0.5").run(resume=True)
+
+
+def test_a_loss_that_is_not_finite_names_step_and_task(store, tmp_path, monkeypatch):
+    run = trainer(store, tmp_path)
+
+    def poisoned(*args):
+        losses = meta_losses(*args)
+        return losses * torch.tensor([1.0, float("nan")]) if run.optimiser.state else losses
+
+    monkeypatch.setattr(module, "meta_losses", poisoned)
+    with pytest.raises(GramError) as error:
+        run.run()
+    words = run.train_tasks.draw(3).words
+    assert f"found nan at step 2 in task 3 ({', '.join(words)})" in str(error.value)
+    assert load_meta_checkpoint(tmp_path / "last.safetensors").provenance["step"] == 0
+
+
+def test_without_a_regulator_and_without_meta_learning(store, tmp_path):
+    trainer(store, tmp_path / "maml", "REGULATOR.ENABLED", "False").run()
+    assert load_meta_checkpoint(tmp_path / "maml" / "last.safetensors").regulator is None
+    trainer(store, tmp_path / "plain", "OUTER.META", "False").run()
+    assert load_meta_checkpoint(tmp_path / "plain" / "last.safetensors").regulator is None
+
+
+def test_held_out_topics_are_never_trained_on(store, tmp_path):
+    run = trainer(store, tmp_path)
+    held = {topic for task in run.watched for topic in task.topics}
+    seen = {topic for number in range(40) for topic in run.train_tasks.draw(number).topics}
+    assert held <= set(run.held_topics) and seen <= set(run.train_topics) and not held & seen
+
+
+def test_what_does_not_belong_together_is_refused(store, tmp_path):
+    with pytest.raises(GramError, match="store: other backbone"):
+        trainer(store, tmp_path, "BACKBONE.NAME", "random-tiny-RN")
+    with pytest.raises(GramError, match="PROMPT: expected TEXT_TOKENS > 0"):
+        trainer(store, tmp_path, "PROMPT.VISUAL_TOKENS", "2")
+    with pytest.raises(GramError, match="OUTER.OPTIMIZER"):
+        trainer(store, tmp_path, "OUTER.OPTIMIZER", "lion")
+
+
+def test_the_command_names_what_is_missing(tmp_path, capsys):
+    args = ["--store", str(tmp_path / "none"), "--hierarchy", str(tmp_path / "none"), "-o", str(tmp_path / "out")]
+    assert main(["pretrain", *args]) == 2
+    assert "expected a pair store" in capsys.readouterr().err
+    assert main(["pretrain", *args, "OUTER.STEP", "3"]) == 2
+    assert "did you mean 'OUTER.STEPS'" in capsys.readouterr().err
