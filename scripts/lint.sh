@@ -7,7 +7,7 @@ usage() {
     cat <<'HELP'
 Usage: bash scripts/lint.sh [--python PATH]
 
-Runs ruff (rules and format) and mypy over the repository.
+Runs ruff and mypy over the repository.
 
 HELP
     environment_help
@@ -17,5 +17,4 @@ environment_options "$@"
 prepare_environment dev
 cd "$ROOT"
 "$PYTHON" -m ruff check .
-"$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
