@@ -1,0 +1,267 @@
+"""What the benchmarks share: class names, timing in turns, peak memory, the plain way of encoding classes, tables."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gram_meta.backbone import Backbone, load_backbone
+
+Step = Callable[[], object]
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Options that every benchmark takes."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--backbone", default="random-ViT-B/16", help="as for load_backbone (%(default)s)")
+    options.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (%(default)s)")
+    options.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
+    options.add_argument("--repeats", type=int, default=5, help="rounds; each runs every variant once")
+    options.add_argument("--peak-of", default="", help=argparse.SUPPRESS)  # see peak_memories
+    return options
+
+
+def begin(args: argparse.Namespace) -> Backbone:
+    """Apply the options and load the backbone; exact float32 products on CUDA too, so that results can be compared."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.manual_seed(0)
+    return load_backbone(args.backbone, args.device)
+
+
+def environment(args: argparse.Namespace) -> str:
+    """One line about the machine and the software."""
+    if torch.device(args.device).type == "cuda":
+        machine = torch.cuda.get_device_name(args.device)
+    else:
+        machine = f"{_cpu_model()}, {torch.get_num_threads()} threads"
+    return (
+        f"{args.backbone}, float32, {machine}; torch {torch.__version__}, Python {platform.python_version()}"
+    )
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+
+def time_in_turns(steps: Mapping[str, Step], repeats: int, device: str) -> dict[str, float]:
+    """Median seconds of each step: one warm-up each, then rounds A, B, C, A, B, C, ..., so that noise hits all."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(repeats + 1):
+        for name, step in steps.items():
+            _synchronise(device)
+            start = time.perf_counter()
+            step()
+            _synchronise(device)
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _synchronise(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def product_rate(
+    device: str, rows: int, width: int = 512, out: int = 2048, seconds: float = 0.5
+) -> float:
+    """Measured FLOP/s of the towers' own matrix product, (rows, width) by (width, out), float32."""
+    x, weight = torch.randn(rows, width, device=device), torch.randn(out, width, device=device)
+    rates = []
+    begin_at = time.perf_counter()
+    while time.perf_counter() - begin_at < seconds or len(rates) < 5:
+        _synchronise(device)
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        _synchronise(device)
+        rates.append(2 * rows * width * out / (time.perf_counter() - start))
+    return statistics.median(rates)
+
+
+def text_flops(backbone: Backbone, tokens: int) -> float:
+    """FLOP of the matrix products of one forward pass over so many text positions (attention's own left out).
+
+    12 d^2 weights a layer, a multiplication and an addition each. A backward pass to activations alone costs as much.
+    """
+    return 2.0 * tokens * 12 * backbone.text_width**2 * len(backbone.model.transformer.resblocks)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def peak_memories(names: Iterable[str]) -> dict[str, float]:
+    """MB that one step of each variant needs on top of what was there before it.
+
+    Each variant runs in a process of its own: this script again, with `--peak-of NAME`, which ends in `report_peak`.
+    """
+    peaks = {}
+    for name in names:
+        command = [sys.executable, *sys.argv, "--peak-of", name]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{name}: the process that measures memory failed\n{done.stderr}")
+        peaks[name] = json.loads(done.stdout.splitlines()[-1])["peak_mb"]
+    return peaks
+
+
+def report_peak(step: Step, device: str) -> None:
+    """Run one step and print its peak: resident memory (CPU, Linux) or allocated memory (CUDA) above the start."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        peak = torch.cuda.max_memory_allocated(device) - before
+    else:
+        ctypes.CDLL(None).malloc_trim(0)  # hand back what loading left behind
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
+        before = _status_bytes("VmRSS")
+        step()
+        peak = _status_bytes("VmHWM") - before
+    print(json.dumps({"peak_mb": peak / 1e6}))
+
+
+def _status_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+# --- the plain way ----------------------------------------------------------------------------------------------------
+
+
+class PlainClassText:
+    """Class features as CoOp's trainer computes them: all 77 positions of every class through clip's own transformer."""
+
+    def __init__(self, backbone: Backbone, classnames: Sequence[str], tokens: int) -> None:
+        self.model = backbone.model
+        slots = " ".join(["X"] * tokens)
+        ids = backbone.tokenize([f"{slots} {name}." for name in classnames]).to(backbone.device)
+        embeddings = self.model.token_embedding(ids)
+        self.prefix = embeddings[:, :1]  # (N, 1, d)
+        self.suffix = embeddings[:, 1 + tokens :]  # (N, 76 - M, d)
+        self.ends = ids.argmax(dim=-1)
+
+    def features(self, prompt: Tensor) -> Tensor:
+        """(N, D), L2-normalised, for a prompt (M, d)."""
+        n = len(self.ends)
+        x = torch.cat([self.prefix, prompt.expand(n, -1, -1), self.suffix], dim=1)  # (N, 77, d)
+        x = (x + self.model.positional_embedding).transpose(0, 1)  # (77, N, d)
+        x = self.model.transformer(x).transpose(0, 1)
+        x = self.model.ln_final(x)[torch.arange(n), self.ends] @ self.model.text_projection
+        return x / x.norm(dim=-1, keepdim=True)
+
+
+# --- class names ------------------------------------------------------------------------------------------------------
+
+_WHERE = """American European African Asian Australian Alaskan Siberian Arctic alpine northern southern eastern western
+desert mountain river forest Tibetan Welsh Scottish Persian Mexican Brazilian Norwegian""".split()
+_LOOK = """great little giant dwarf common wild red grey black white golden spotted striped ringed horned bearded
+tailed crested red-breasted black-footed short-haired wire-haired sulphur-crested white-tailed long-eared
+three-toed ruby-throated curly-coated""".split()
+_ANIMAL = """shark robin owl terrier retriever spaniel hound sheepdog fox wolf bear leopard tiger otter badger weasel
+polecat hedgehog porcupine squirrel beaver hare camel llama antelope gazelle ibex bison buffalo monkey gibbon lemur
+baboon macaque capuchin elephant panda turtle terrapin lizard chameleon iguana gecko python cobra rattlesnake mamba
+frog salamander newt scorpion spider tarantula centipede grouse partridge parrot macaw cockatoo hornbill hummingbird
+toucan merganser goose swan stork flamingo heron crane bustard pelican albatross penguin salmon sturgeon eel
+butterfly dragonfly damselfly grasshopper cricket beetle weevil ladybug wallaby koala wombat platypus jellyfish
+anemone starfish urchin lobster crayfish crab snail slug""".split()
+_USE = """wooden electric folding portable stone brick steel paper plastic glass leather silk cotton garden kitchen
+office school bathroom sports racing fishing hunting sailing military police fire water wind hand wall table desk
+floor street railway picnic""".split()
+_THING = """abacus backpack balance ball banjo barrel basket bathtub bench bicycle binoculars boat bookcase bottle bowl
+bridge broom bucket buckle cabinet camera candle canoe cannon car carousel castle cello chain chair chest church
+cleaver clock cloak coat computer crane crate cradle crib cup curtain dam diaper dome door drum dumbbell envelope
+fan fence ferry flagpole flute fountain glove gown grille guillotine hammer hamper harp hatchet helmet holster
+hook jacket jar jeep joystick kettle keyboard ladle lamp lantern lawnmower letterbox lighter lipstick loudspeaker
+mailbag mask match microphone microwave mitten modem monastery mortar mosque motorcycle nail necklace notebook oboe
+organ oven pan parachute pencil perfume phone piano pier pillow pipe pitcher plane plate pole pot printer projector
+pump purse quilt racket radiator radio rifle ruler sandal saxophone scale screen screw screwdriver shield shoe
+shovel sieve skirt sleeping-bag slipper snorkel snowplow sock sofa spatula stage statue stethoscope stove stretcher
+submarine suit sundial sunglasses sunscreen swing switch syringe teapot television tent thimble throne toaster
+tractor tray tricycle tripod trombone truck tub turnstile typewriter umbrella vacuum vase vault violin volleyball
+wagon wallet wardrobe washbasin whistle wig window wok yurt""".split()
+_KIND = """strainer repair-shop dispenser holder cover shade stand opener cleaner cutter case rack grinder truck
+boat house machine""".split()
+
+
+def class_names(count: int) -> list[str]:
+    """Made-up class names, always the same ones, in the manner and about the length of ImageNet's."""
+    draw = random.Random(0)
+    forms: list[tuple[float, list[list[str]]]] = [
+        (0.09, [_ANIMAL]),
+        (0.22, [_THING]),
+        (0.22, [_LOOK, _ANIMAL]),
+        (0.22, [_USE, _THING]),
+        (0.08, [_WHERE, _LOOK, _ANIMAL]),
+        (0.02, [_WHERE, _LOOK, _LOOK, _ANIMAL]),
+        (0.09, [_THING, _KIND]),
+        (0.06, [_USE, _THING, _KIND]),
+    ]
+    names: dict[str, None] = {}
+    while len(names) < count:
+        parts = draw.choices([parts for _, parts in forms], [share for share, _ in forms])[0]
+        names[" ".join(draw.choice(words) for words in parts)] = None
+    return list(names)
+
+
+def topic_words(count: int) -> list[str]:
+    """Single words, as cross-modal hierarchical clustering labels topics (Eq. 3)."""
+    return random.Random(1).sample(_ANIMAL + _THING, count)
+
+
+def length_facts(backbone: Backbone, names: Sequence[str]) -> str:
+    """How many CLIP tokens the names have."""
+    counts = [int(end) - 1 for end in backbone.tokenize(names).argmax(dim=-1)]
+    return f"{len(names)} names of {min(counts)} to {max(counts)} tokens, {statistics.mean(counts):.2f} on average"
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def deviation(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference, relative to the largest entry."""
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Markdown; the first column is text, the others are numbers."""
+    print(f"| {' | '.join(header)} |")
+    print("|" + " --- |" + " ---: |" * (len(header) - 1))
+    for row in rows:
+        print(f"| {' | '.join(str(value) for value in row)} |")
+    print()
+
+
+def print_time_table(
+    seconds: Mapping[str, float], base: str, peaks: Mapping[str, float] | None = None, only: Iterable[str] = ()
+) -> None:
+    """Time of each variant, how many times faster than `base` it is, and its peak memory where measured."""
+    names = list(only) or list(seconds)
+    header = ["", "time (ms)", "speed-up"] + (["peak memory (MB)"] if peaks else [])
+    rows = []
+    for name in names:
+        row = [name, f"{1000 * seconds[name]:.0f}", f"{seconds[base] / seconds[name]:.2f}"]
+        rows.append(row + ([f"{peaks[name]:.0f}"] if peaks else []))
+    print_table(header, rows)
