@@ -373,7 +373,7 @@ def _join(index: Index, out: Path, settings: dict[str, Any]) -> None:
             f"{settings['source']['path']}: expected image-text pairs, found none usable ({why}){where}"
         )
 
-    content = hashlib.sha256()
+    content = {column: hashlib.sha256() for column in ("locations", "digests", "images", "captions")}
     images_ok = int((status == 0).sum())
     with (
         atomic_write(out / layout.IMAGE_FEATURES) as features,
@@ -386,7 +386,8 @@ def _join(index: Index, out: Path, settings: dict[str, Any]) -> None:
             features.write(_load(out, k, "image_features")[ok].tobytes())
             locations = [location for location, use in zip(index.locations_of(k), ok, strict=True) if use]
             digests = [digest.tobytes().hex() for digest in _load(out, k, "digests")[ok]]
-            content.update("\0".join([*locations, *digests]).encode("utf-8", "surrogateescape"))
+            content["locations"].update("".join(f"{location}\0" for location in locations).encode())
+            content["digests"].update("".join(digests).encode())
             if locations:
                 writer.write_table(pa.table([locations, digests], schema=writer.schema))
 
@@ -408,7 +409,8 @@ def _join(index: Index, out: Path, settings: dict[str, Any]) -> None:
             texts = _load(out, k, "text_features")[keep].astype(np.float32)
             cosine = np.einsum("nd,nd->n", image_features[image].astype(np.float32), texts)
             similarity.write(cosine.astype(np.float32).tobytes())
-            content.update(image.tobytes() + "\0".join(captions).encode())
+            content["images"].update(image.astype("<i8").tobytes())
+            content["captions"].update("".join(f"{caption}\0" for caption in captions).encode())
             shortened += int(_load(out, k, "shortened"))
             if captions:
                 writer.write_table(pa.table([image, captions], schema=writer.schema))
@@ -419,7 +421,9 @@ def _join(index: Index, out: Path, settings: dict[str, Any]) -> None:
         "kind": "pair store",
         "format": layout.FORMAT,
         "finished": True,
-        "fingerprint": store_fingerprint(settings, counts, content.hexdigest()),
+        "fingerprint": store_fingerprint(
+            settings, counts, [column.hexdigest() for column in content.values()]
+        ),
         "settings": settings,
         "counts": counts,
         # rows of the source: together with counts.pairs they make counts.rows

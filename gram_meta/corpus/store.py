@@ -154,8 +154,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def store_fingerprint(settings: dict[str, Any], counts: dict[str, int], content: str) -> str:
-    """SHA-256 over models, counts, and the hash of captions, locations and image contents.
+def store_fingerprint(settings: dict[str, Any], counts: dict[str, int], content: list[str]) -> str:
+    """SHA-256 over models, counts, and the hashes of locations, image contents, images of pairs, and captions.
 
     Features are left out on purpose: they differ in the last bit between machines, and the store is still the same.
     """
@@ -165,7 +165,7 @@ def store_fingerprint(settings: dict[str, Any], counts: dict[str, int], content:
         counts["pairs"],
         counts["images"],
     ]
-    return hashlib.sha256(json.dumps([*facts, content]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([*facts, *content]).encode()).hexdigest()
 
 
 def _array(path: Path, rows: int) -> np.ndarray:
