@@ -165,8 +165,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         GramError: bad input, or an output folder that belongs to another run.
     """
+    if args.trainer:
+        _check_names(trainer=args.trainer)  # before its config file is looked for
     cfg = setup_cfg(args)
-    _check_names(cfg)
+    _check_names(trainer=cfg.TRAINER.NAME, dataset=cfg.DATASET.NAME)
     folder = OutputFolder(cfg, args)
     if folder.finished:
         print(f"This run is finished: {folder.results_path}; remove the folder to run it again")
@@ -220,15 +222,14 @@ def _start(cfg: Any, args: argparse.Namespace) -> None:
     print(f"** System info **\n{engine.collect_env_info()}\nDassl: {engine.room()}\n")
 
 
-def _check_names(cfg: Any) -> None:
+def _check_names(**names: str) -> None:
     """Refuse an unknown trainer or dataset, naming the nearest."""
     import gram_meta.plugin  # noqa: F401, fills the registries
     from gram_meta.engine import DATASET_REGISTRY, TRAINER_REGISTRY
 
-    for what, key, name, registry in (
-        ("trainer", "--trainer", cfg.TRAINER.NAME, TRAINER_REGISTRY),
-        ("dataset", "DATASET.NAME", cfg.DATASET.NAME, DATASET_REGISTRY),
-    ):
+    registries = {"trainer": ("--trainer", TRAINER_REGISTRY), "dataset": ("DATASET.NAME", DATASET_REGISTRY)}
+    for what, name in names.items():
+        key, registry = registries[what]
         known = registry.registered_names()
         if name not in known:
             guess = nearest(name, known)
