@@ -26,8 +26,8 @@ Report = dict[str, Any]
 def read_truth(path: PathLike) -> dict[str, list[str]]:
     """Columns of a TSV, CSV or Parquet file of known facts, as strings.
 
-    It has a column `image` (as in the corpus), perhaps `caption` (then facts are of pairs, else of images), and any of
-    `concept`, `group`, `subgroup`, `style`, `hand` and `caption_is_wrong`.
+    It has a column `image` (as in the corpus), perhaps `caption` (then facts are of pairs, else of images),
+    and any of `concept`, `group`, `subgroup`, `style`, `hand` and `caption_is_wrong`.
 
     Raises:
         GramError: no such file, no column `image`, or none that says anything.
@@ -44,8 +44,8 @@ def read_truth(path: PathLike) -> dict[str, list[str]]:
     facts = [name for name in columns if name in {*OF_TOPICS, WRONG}]
     if "image" not in columns or not facts:
         raise GramError(
-            f"{path}: expected a column image and any of {', '.join({**dict.fromkeys(OF_TOPICS)})} and {WRONG}, found "
-            f"{', '.join(columns) or 'no columns'}"
+            f"{path}: expected a column image and any of {', '.join(OF_TOPICS)} and {WRONG}, "
+            f"found {', '.join(columns) or 'no columns'}"
         )
     return {name: columns[name] for name in ("image", "caption", *facts) if name in columns}
 
@@ -80,21 +80,23 @@ def agreement(hierarchy: Hierarchy, store: PairStore, truth: Mapping[str, Sequen
     """Compare a hierarchy with a truth from `read_truth`.
 
     Returns:
-        `topics`: for each fact, the adjusted mutual information (1: the same partition, 0: chance) of topics with it, over
-        the pairs in topics (`all`) and over those of them whose captions are right (`right captions`).
-        `domains`: for each fact, the mean over topics, weighted by images, of the adjusted mutual information of domains
-        with it inside a topic, over the topics in which the fact varies (`topics` says how many).
-        `noise`: share of the filtered pairs that HDBSCAN calls noise. `in_topics`: share of all pairs that ended in a topic.
-        `filter`: how many captions were wrong and dropped; precision and recall of the filter on wrong captions; the share
-        of right captions that passed.
+        `topics`: for each fact, the adjusted mutual information (1: the same partition, 0: chance) of topics
+        with it, over the pairs in topics (`all`) and over those of them whose captions are right
+        (`right captions`).
+        `domains`: for each fact, the mean over topics, weighted by images, of the adjusted mutual information
+        of domains with it inside a topic, over the topics in which the fact varies (`topics` says how many).
+        `noise`: share of the filtered pairs that HDBSCAN calls noise. `in_topics`: share of all pairs that
+        ended in a topic.
+        `filter`: how many captions were wrong and dropped; precision and recall of the filter on wrong
+        captions; the share of right captions that passed; the share of wrong captions among pairs in topics.
         `matched`: pairs of the store that the truth knows.
     """
     row = _rows(store, truth)
     known = row >= 0
     if not known.any():
         raise GramError(
-            f"truth: expected images (and captions) of {store.path}, found none of them; its images look like "
-            f"{store.locations[0]!r}, those of the truth like {truth['image'][0] if truth['image'] else ''!r}"
+            f"truth: expected images (and captions) of {store.path}, found none of them; its images look "
+            f"like {store.locations[0]!r}, those of the truth like {truth['image'][0] if truth['image'] else ''!r}"
         )
     wrong = _is_wrong(truth)[row] & known if WRONG in truth else np.zeros(len(row), bool)
     report: Report = {"matched": int(known.sum()), "topics": {}, "domains": {}}
@@ -137,7 +139,7 @@ def _rows(store: PairStore, truth: Mapping[str, Sequence[str]]) -> np.ndarray:
         keys, wanted = list(images), list(of_image)
         if WRONG in truth and len(set(keys)) < len(keys):
             raise GramError(
-                f"truth: expected a column caption beside {WRONG}, as some images have several rows; found none"
+                f"truth: expected a column caption beside {WRONG}, found none, and images with several rows"
             )
     where = {
         key: number for number, key in reversed(list(enumerate(keys)))

@@ -1,7 +1,7 @@
 """Cross-modal hierarchical clustering, Sec. 3.2: what `gram cluster` does.
 
-filter -> Sentence-BERT features -> UMAP -> HDBSCAN -> topics, a word for each (Eq. 3) -> k-means on CLIP image features inside
-each topic -> visual domains.
+filter -> Sentence-BERT features -> UMAP -> HDBSCAN -> topics, a word for each (Eq. 3) -> k-means on CLIP
+image features inside each topic -> visual domains.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -40,11 +41,12 @@ def cluster_pairs(store: PairStore, config: CfgNode) -> Hierarchy:
         store: features of n pairs and m images.
         config: reads `CHC`, and of `TASKS` the numbers of shots, which say what a topic must be able to fill.
 
-    Every domain of every topic in the result has at least `domain_minimum(config)` distinct images, so that each can be the
-    support domain of a task and still leave its share of the query set.
+    Every domain of every topic in the result has at least `domain_minimum(config, U)` distinct images, so
+    that each can be the support domain of a task and still leave its share of the query set.
 
     Raises:
-        GramError: settings out of range; too few pairs; fewer than three topics; no topic that can fill a task.
+        GramError: settings out of range; too few pairs; fewer than three topics; no topic that can fill a
+            task.
     """
     chc = config.CHC
     _check(chc)
@@ -61,49 +63,26 @@ def cluster_pairs(store: PairStore, config: CfgNode) -> Hierarchy:
     # Over all topics found, also those dropped below: they are the L of Eq. 3.
     words = topic_words(store.captions.take(kept), label, found)
 
+    dropped = {FATE_NAMES[fate]: 0 for fate in (NO_WORD, FEW_IMAGES, FEW_DOMAINS)}
     topics: list[Topic] = []
     members: list[tuple[np.ndarray, np.ndarray]] = []  # pairs of a topic, their domains
     for number in np.argsort(-np.bincount(label, minlength=found), kind="stable"):  # the largest first
         pairs = kept[label == number]
-        if not words[number] or words[number][0][1] <= 0:
-            fates[pairs] = NO_WORD  # Eq. 3 gives no word of it a positive score: nothing sets it apart
-            continue
-        # An image with several captions in a topic counts once.
-        images, where = np.unique(store.image[pairs], return_inverse=True)
-        if len(images) < config.TASKS.SUPPORT_SHOTS + config.TASKS.QUERY_SHOTS:
-            fates[pairs] = FEW_IMAGES
-            continue
-        domain = domains_of(np.asarray(store.image_features[images], np.float32), config)
-        if domain is None:
-            fates[pairs] = FEW_DOMAINS
-            continue
-        word, score = words[number][0]
-        sizes = np.bincount(domain).tolist()
-        topics.append(
-            Topic(word, score, [list(item) for item in words[number]], len(pairs), len(images), sizes)
-        )
-        members.append((pairs, domain[where]))
-
-    counts = {name: int((fates == fate).sum()) for fate, name in enumerate(FATE_NAMES)}
-    dropped = {
-        FATE_NAMES[fate]: len(np.unique(_labels(store, kept, label)[fates == fate]))
-        for fate in (NO_WORD, FEW_IMAGES, FEW_DOMAINS)
-    }
-    for reason, count in dropped.items():
-        if count:
-            log.info("dropped: %d of %d topics (%s)", count, found, reason)
-    if not topics:
-        why = ", ".join(f"{reason}: {count}" for reason, count in dropped.items() if count)
-        raise GramError(
-            f"{store.path}: expected topics that can fill support and query sets, found none of {found} ({why}); give more "
-            "pairs, raise CHC.TOPICS.MIN_CLUSTER_SIZE, or lower TASKS.SUPPORT_SHOTS and TASKS.QUERY_SHOTS"
-        )
-    log.info("kept: %d topics with %d pairs", len(topics), counts["kept"])
+        fate, topic, domain = _topic(store, pairs, words[number], config)
+        fates[pairs] = fate
+        if topic is None:
+            dropped[FATE_NAMES[fate]] += 1
+        else:
+            topics.append(topic)
+            members.append((pairs, domain))
+    _report_dropped(dropped, found, len(topics), store)
 
     pair = np.concatenate([pairs for pairs, _ in members])
-    topic = np.repeat(np.arange(len(topics)), [len(pairs) for pairs, _ in members])
-    domain = np.concatenate([of_topic for _, of_topic in members])
+    topic_of = np.repeat(np.arange(len(topics)), [len(pairs) for pairs, _ in members])
+    domain_of = np.concatenate([domain for _, domain in members])
     order = np.argsort(pair, kind="stable")
+    counts = {name: int((fates == fate).sum()) for fate, name in enumerate(FATE_NAMES)}
+    log.info("kept: %d topics with %d pairs", len(topics), counts["kept"])
     manifest = {
         "store": str(store.path.resolve()),
         "fingerprints": {
@@ -117,26 +96,46 @@ def cluster_pairs(store: PairStore, config: CfgNode) -> Hierarchy:
         "topics_found": found,
         "topics_dropped": dropped,
     }
-    return Hierarchy(
-        pair[order].astype(np.int64),
-        np.asarray(store.image)[pair[order]].astype(np.int64),
-        topic[order].astype(np.int64),
-        domain[order].astype(np.int64),
-        topics,
-        fates,
-        manifest,
-    )
+    columns = (pair, np.asarray(store.image)[pair], topic_of, domain_of)
+    return Hierarchy(*(column[order].astype(np.int64) for column in columns), topics, fates, manifest)
 
 
-def _labels(store: PairStore, kept: np.ndarray, label: np.ndarray) -> np.ndarray:
-    labels = np.full(len(store), -1, np.int64)
-    labels[kept] = label
-    return labels
+def _topic(
+    store: PairStore, pairs: np.ndarray, words: Sequence[tuple[str, float]], config: CfgNode
+) -> tuple[int, Topic | None, np.ndarray]:
+    """The fate of the pairs of one topic, and unless they are dropped the topic and each pair's domain."""
+    nowhere = np.full(len(pairs), -1)
+    if not words or words[0][1] <= 0:
+        return NO_WORD, None, nowhere  # Eq. 3 gives no word of it a positive score: nothing sets it apart
+    # An image with several captions in a topic counts once.
+    images, of_pair = np.unique(store.image[pairs], return_inverse=True)
+    if len(images) < config.TASKS.SUPPORT_SHOTS + config.TASKS.QUERY_SHOTS:
+        return FEW_IMAGES, None, nowhere
+    domain = domains_of(np.asarray(store.image_features[images], np.float32), config)
+    if domain is None:
+        return FEW_DOMAINS, None, nowhere
+    word, score = words[0]
+    sizes = np.bincount(domain).tolist()
+    topic = Topic(word, score, [list(item) for item in words], len(pairs), len(images), sizes)
+    return KEPT, topic, domain[of_pair]
+
+
+def _report_dropped(dropped: dict[str, int], found: int, kept: int, store: PairStore) -> None:
+    for reason, count in dropped.items():
+        if count:
+            log.info("dropped: %d of %d topics (%s)", count, found, reason)
+    if not kept:
+        why = ", ".join(f"{reason}: {count}" for reason, count in dropped.items() if count)
+        raise GramError(
+            f"{store.path}: expected topics that can fill support and query sets, found none of {found} "
+            f"({why}); give more pairs, raise CHC.TOPICS.MIN_CLUSTER_SIZE, or lower TASKS.SUPPORT_SHOTS and "
+            "TASKS.QUERY_SHOTS"
+        )
 
 
 def filtered(similarity: np.ndarray, keep: float, threshold: float) -> np.ndarray:
-    """Rows of the pairs to drop, those with the lowest similarity: below `threshold` (when above -1), else a share of
-    1 - `keep`; among equals the later rows go first."""
+    """Rows of the pairs to drop, those with the lowest similarity: below `threshold` (when above -1), else a
+    share of 1 - `keep`; among equals the later rows go first."""
     if threshold > -1:
         return np.flatnonzero(np.asarray(similarity) < threshold)
     order = np.argsort(-np.asarray(similarity, np.float64), kind="stable")  # best first
@@ -146,9 +145,9 @@ def filtered(similarity: np.ndarray, keep: float, threshold: float) -> np.ndarra
 def topics_of(features: np.ndarray, chc: CfgNode) -> np.ndarray:
     """Topic of each sentence: UMAP, then HDBSCAN.
 
-    HDBSCAN is the package `hdbscan`: the same authors' reference, with wheels for Python 3.10 to 3.13; scikit-learn's version
-    finds the same clusters but has neither the dual-tree minimum spanning tree, whose time grows nearly linearly with the
-    number of pairs, nor a way to assign new points.
+    HDBSCAN is the package `hdbscan`: the authors' own, with wheels for Python 3.10 to 3.13; scikit-learn's
+    version finds the same clusters but has neither the dual-tree minimum spanning tree, whose time grows
+    nearly linearly with the number of pairs, nor a way to assign new points.
 
     Args:
         features: (n, S) float32, L2-normalised sentence features.
@@ -178,8 +177,8 @@ def topics_of(features: np.ndarray, chc: CfgNode) -> np.ndarray:
 def reduce(features: np.ndarray, chc: CfgNode) -> np.ndarray:
     """Sentence features (n, S) in few dimensions (n, COMPONENTS), where distances tell again.
 
-    UMAP gives the same result twice on one thread only: with `CHC.SEED >= 0` it runs on one, with -1 on all and differs
-    from run to run.
+    UMAP gives the same result twice on one thread only: with `CHC.SEED >= 0` it runs on one, with -1 on all
+    and differs from run to run.
     """
     settings = chc.TOPICS
     if settings.REDUCTION == "pca":
@@ -204,14 +203,15 @@ def reduce(features: np.ndarray, chc: CfgNode) -> np.ndarray:
 
 
 def domain_minimum(config: CfgNode, domains: int) -> int:
-    """Distinct images that each of `domains` domains needs: a support set, and its share of a stratified query set."""
+    """Distinct images that each of `domains` domains needs: a support set and its share of a query set."""
     return config.TASKS.SUPPORT_SHOTS + math.ceil(config.TASKS.QUERY_SHOTS / domains)
 
 
 def domains_of(features: np.ndarray, config: CfgNode) -> np.ndarray | None:
     """Visual domain of each image of a topic: k-means on L2-normalised CLIP features.
 
-    With `CHC.DOMAINS.K` domains; where one of them would be too small to serve as support domain, with fewer, down to two.
+    With `CHC.DOMAINS.K` domains; where one of them would be too small to serve as support domain, with fewer,
+    down to two.
 
     Args:
         features: (m, D) float32, one row per distinct image.

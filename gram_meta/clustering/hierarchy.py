@@ -54,12 +54,14 @@ class Hierarchy:
     """Pairs organised into topics and visual domains.
 
     Attributes:
-        pair, image, topic, domain: (n,) int64, a row for each kept pair, sorted by `pair`: its row in the store, its image's
-            row there, its topic (0 ... L-1, sorted by size, largest first) and the domain inside the topic (0 ... U_l-1, largest
-            first). Pairs of one image in one topic share their domain; in another topic the image may be in another domain.
+        pair, image, topic, domain: (n,) int64, a row for each kept pair, sorted by `pair`: its row in the
+            store, its image's row there, its topic (0 ... L-1, sorted by size, largest first) and the domain
+            inside the topic (0 ... U_l-1, largest first). Pairs of one image in one topic share their domain;
+            in another topic the image may be in another domain.
         topics: L topics.
         fates: (pairs of the store,) uint8, index into `FATE_NAMES`.
-        manifest: fingerprints of the store and its models, the CHC settings, and counts of pairs by what became of them.
+        manifest: fingerprints of the store and its models, the CHC settings, and counts of pairs by what
+            became of them.
         path: where it lies.
     """
 
@@ -77,15 +79,7 @@ class Hierarchy:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        path = Path(path)
-        if path.exists() and not path.is_dir():
-            raise GramError(f"{path}: expected a folder for the hierarchy, found a file")
-        if (
-            path.is_dir()
-            and not (path / TOPICS).exists()
-            and any(not p.name.startswith(".") for p in path.iterdir())
-        ):
-            raise GramError(f"{path}: expected an empty folder or a hierarchy, found other files")
+        path = check_target(path)
         (path / TOPICS).unlink(missing_ok=True)
         columns = {"pair": self.pair, "image": self.image, "topic": self.topic, "domain": self.domain}
         with atomic_write(path / PAIRS) as file:
@@ -153,8 +147,8 @@ class Hierarchy:
             if made_from != of_store:
                 what = {"clip": "CLIP", "sentence_model": "Sentence-BERT", "store": "contents"}[name]
                 raise GramError(
-                    f"{self.path or 'hierarchy'}: was made from another store than {store.path}: expected {what} "
-                    f"{made_from[:12]}, found {of_store[:12]}"
+                    f"{self.path or 'hierarchy'}: was made from another store than {store.path}: expected "
+                    f"{what} {made_from[:12]}, found {of_store[:12]}"
                 )
 
     def open_store(self, path: PathLike | None = None) -> PairStore:
@@ -164,3 +158,14 @@ class Hierarchy:
         store = PairStore.open(path or self.manifest["store"])
         self.check_store(store)
         return store
+
+
+def check_target(path: PathLike) -> Path:
+    """`path`, if a hierarchy may be written there: nothing, an empty folder, or an older hierarchy."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise GramError(f"{path}: expected a folder for the hierarchy, found a file")
+    visible = path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir())
+    if visible and not any((path / name).exists() for name in (TOPICS, PAIRS)):
+        raise GramError(f"{path}: expected an empty folder or a hierarchy, found other files")
+    return path

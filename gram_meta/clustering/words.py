@@ -24,7 +24,7 @@ def stop_words() -> frozenset[str]:
 def tokens(text: str) -> Iterator[str]:
     """The words of a text, lower case: runs of two letters or more, in any script, without stop words.
 
-    Digits, underscores and punctuation separate words, so "dog's" is "dog" (its "s" is one letter, and no word).
+    Digits, underscores and punctuation separate words: "dog's" is "dog", as its "s" is one letter.
     """
     return (word for word in _WORD.findall(text.lower()) if word not in stop_words())
 
@@ -34,9 +34,10 @@ def topic_words(
 ) -> list[list[tuple[str, float]]]:
     """The best words of each topic with their scores, best first (Eq. 3).
 
-    The captions of a topic are one document. With N_wl the number of times that word w occurs in topic l, N_l the number of
-    words in topic l, L the number of topics and L_w the number of topics that contain w, the score of w in l is
-    N_wl / N_l * log(L / (L_w + 1)). Equal scores: the word that occurs more often, then the alphabet.
+    The captions of a topic are one document. With N_wl the number of times that word w occurs in topic l, N_l
+    the number of words in topic l, L the number of topics and L_w the number of topics that contain w, the
+    score of w in l is N_wl / N_l * log(L / (L_w + 1)). Equal scores: the word that occurs more often, then
+    the alphabet.
 
     Args:
         captions: n texts. topic: n topic numbers in 0 ... topics - 1.
@@ -47,9 +48,9 @@ def topic_words(
     """
     if topics < 3:
         raise GramError(
-            f"topics: expected at least 3, found {topics}; a topic's word is the one with the highest N_wl/N_l * "
-            f"log(L/(L_w+1)) (Eq. 3), and with L = {topics} topics no such score is above 0; give more pairs, or lower "
-            "CHC.TOPICS.MIN_CLUSTER_SIZE"
+            f"topics: expected at least 3, found {topics}; a topic's word is the one with the highest "
+            f"N_wl/N_l * log(L/(L_w+1)) (Eq. 3), and with L = {topics} topics no such score is above 0; "
+            "give more pairs, or lower CHC.TOPICS.MIN_CLUSTER_SIZE"
         )
     counts: list[Counter[str]] = [Counter() for _ in range(topics)]  # N_wl
     for caption, number in zip(captions, topic, strict=True):

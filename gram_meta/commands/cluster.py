@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-HELP = """Organise the pairs of a store into topics and visual domains: cross-modal hierarchical clustering (Sec. 3.2).
+HELP = """Organise a store into topics and visual domains: cross-modal hierarchical clustering (Sec. 3.2).
 
-Settings are the keys under CHC, and TASKS.SUPPORT_SHOTS and TASKS.QUERY_SHOTS (a topic that cannot fill a task is dropped);
-give them in YAML files or as KEY VALUE, e.g. CHC.DOMAINS.K 4 CHC.FILTER.KEEP 0.8."""
+Settings are the keys under CHC, and TASKS.SUPPORT_SHOTS and TASKS.QUERY_SHOTS (a topic that cannot fill a
+task is dropped); give them in YAML files or as KEY VALUE, e.g. CHC.DOMAINS.K 4 CHC.FILTER.KEEP 0.8."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +29,9 @@ def run(args: argparse.Namespace) -> int:
     config = load_meta_config(args.config_file, args.opts)
 
     from gram_meta.clustering.chc import cluster_pairs
+    from gram_meta.clustering.hierarchy import check_target
     from gram_meta.corpus.store import PairStore
 
+    check_target(args.out)  # before the work, not after it
     cluster_pairs(PairStore.open(args.store), config).save(args.out)
     return 0

@@ -6,39 +6,58 @@ import argparse
 
 HELP = """Turn image-text pairs into a store of CLIP and Sentence-BERT features.
 
-SOURCE is a folder (images with a same-named .txt beside them, one caption a line) or a .tsv, .csv or .parquet file with an
-image column and a caption column. Rows and images that cannot be used are skipped and counted by reason in the store's
-manifest.json. An interrupted run goes on where it was when the same command is given again."""
+SOURCE is a folder (images with a same-named .txt beside them, one caption a line) or a .tsv, .csv or .parquet
+file with an image column and a caption column. Rows and images that cannot be used are skipped and counted by
+reason in the store's manifest.json. An interrupted run goes on where it was when the same command is given
+again."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="folder, .tsv, .csv or .parquet file")
-    parser.add_argument("-o", "--out", metavar="STORE", required=True, help="folder for the store")
-    parser.add_argument("--backbone", metavar="NAME", default="ViT-B/16", help="CLIP: an OpenAI name, a .pt or .safetensors"
-                        " file, or gram-small (default: %(default)s)")  # fmt: skip
-    parser.add_argument(
-        "--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of CLIP (default: %(default)s)"
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="folder, .tsv, .csv or .parquet file")
+    add("-o", "--out", metavar="STORE", required=True, help="folder for the store")
+    add(
+        "--backbone",
+        metavar="NAME",
+        default="ViT-B/16",
+        help="CLIP: an OpenAI name, a .pt or .safetensors file, or gram-small (default: %(default)s)",
     )
-    parser.add_argument("--sentence-model", metavar="NAME|PATH", default="all-MiniLM-L6-v2", help="Sentence-BERT: a name, or"
-                        " a folder in sentence-transformers' format (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--image-column", metavar="NAME", help="column of image paths (default: image, path, filename, ...);"
-                        " with both columns given as numbers from 1, the file has no header")  # fmt: skip
-    parser.add_argument(
-        "--caption-column", metavar="NAME", help="column of captions (default: caption, text, title, ...)"
+    add(
+        "--precision",
+        choices=("fp32", "fp16", "bf16"),
+        default="fp32",
+        help="of CLIP (default: %(default)s)",
     )
-    parser.add_argument(
-        "--image-root", metavar="FOLDER", help="where image paths start from (default: the file's folder)"
+    add(
+        "--sentence-model",
+        metavar="NAME|PATH",
+        default="all-MiniLM-L6-v2",
+        help="Sentence-BERT: a name, or a folder in sentence-transformers' format (default: %(default)s)",
     )
-    parser.add_argument(
-        "--batch-size", type=int, default=64, metavar="N", help="images in one pass (default: %(default)s)"
+    add(
+        "--image-column",
+        metavar="NAME",
+        help="column of image paths (default: image, path, filename, ...); with both columns given as numbers "
+        "from 1, the file has no header",
     )
-    parser.add_argument("--part-size", type=int, default=2048, metavar="N", help="pairs per part: what an interruption can"
-                        " lose, and what is held in memory (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: %(default)s:"
-                        " none beside the main one)")  # fmt: skip
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: cuda where there is one)"
+    add("--caption-column", metavar="NAME", help="column of captions (default: caption, text, title, ...)")
+    add("--image-root", metavar="FOLDER", help="where image paths start from (default: the file's folder)")
+    add("--batch-size", type=int, default=64, metavar="N", help="images in one pass (default: %(default)s)")
+    add(
+        "--part-size",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="pairs per part: what an interruption can lose, and what is held in memory (default: %(default)s)",
     )
+    add(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes that read images (default: %(default)s, none beside the main one)",
+    )
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: cuda where there is one)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         "batch_size": args.batch_size,
         "part_size": args.part_size,
     }
-    # A name stands for its weights, so a finished run is seen before they are loaded; a file may have changed.
+    # A name stands for its weights, so a finished run is seen before they are loaded; a file may change.
     by_name = not os.path.exists(args.backbone) and not os.path.exists(args.sentence_model)
     if is_finished(args.out, settings) and by_name:
         print(f"{args.out}: finished before, nothing to do", file=sys.stderr)

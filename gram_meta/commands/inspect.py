@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gram_meta.clustering.hierarchy import Hierarchy
 
-HELP = """Look at a hierarchy: its topics by size with their words, scores and domains, and what was dropped and why.
+HELP = """Look at a hierarchy: topics by size with words, scores and domains, and what was dropped and why.
 
-With --truth, a .tsv, .csv or .parquet file with the column image (perhaps caption) and any of concept, group, subgroup, style,
-hand and caption_is_wrong, it also says how well topics, domains and the filter agree with them."""
+With --truth, a .tsv, .csv or .parquet file with the column image (perhaps caption) and any of concept, group,
+subgroup, style, hand and caption_is_wrong, it also says how well topics, domains and the filter agree with
+them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,13 +115,14 @@ def _agreement(report: dict[str, Any]) -> str:
     headers = ["adjusted mutual information with", "topics", "of right captions", "domains within topics"]
     lines = [tabulate(rows, headers, disable_numparse=True)]
     lines.append(
-        f"noise: {100 * report['noise']:.1f} % of the pairs that passed the filter; in topics: {100 * report['in_topics']:.1f} % of all"
+        f"noise: {100 * report['noise']:.1f} % of the pairs that passed the filter; "
+        f"in topics: {100 * report['in_topics']:.1f} % of all"
     )
     if "filter" in report:
         f = report["filter"]
         lines.append(
-            f"filter on wrong captions: precision {100 * f['precision']:.1f} % ({f['wrong and dropped']} of {f['dropped']} "
-            f"dropped), recall {100 * f['recall']:.1f} % (of {f['wrong']} wrong); right captions kept "
+            f"filter on wrong captions: precision {100 * f['precision']:.1f} % ({f['wrong and dropped']} of "
+            f"{f['dropped']} dropped), recall {100 * f['recall']:.1f} % (of {f['wrong']} wrong); right captions kept "
             f"{100 * f['right captions kept']:.1f} %; wrong in topics {100 * f['wrong in topics']:.1f} %"
         )
     return "\n".join(lines)

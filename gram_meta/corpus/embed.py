@@ -1,8 +1,9 @@
 """From image-text pairs to a store of their features: what `gram embed` does.
 
-The work is cut into parts before it begins (`index`). Each part is one file, written whole or not at all, so a run that was
-interrupted at any point goes on with the parts that are missing. Batches are formed inside parts, so the features do not
-depend on where a run was interrupted. When all parts are there they are joined into the store.
+The work is cut into parts before it begins (`index`). Each part is one file, written whole or not at all, so
+a run that was interrupted at any point goes on with the parts that are missing. Batches are formed inside
+parts, so the features do not depend on where a run was interrupted. When all parts are there they are joined
+into the store.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ def embed_pairs(
         progress: show a progress bar.
 
     Raises:
-        GramError: `out` holds something else, or a run with other settings; another process is at work on it; no usable
-            pair; no space left.
+        GramError: `out` holds something else, or a run with other settings; another process is at work on it;
+            no usable pair; no space left.
     """
     for name, value, least in (
         ("batch size", batch_size, 1),
@@ -116,30 +117,43 @@ def embed_pairs(
     return PairStore.open(out)
 
 
-# --- beginning --------------------------------------------------------------------------------------------------------
+# --- beginning ----------------------------------------------------------------------------------------------
+
+
+_HELD: set[Path] = set()  # by this process: record locks do not keep a process from itself
 
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """Hold the folder for this process; the lock goes when the process ends, however it ends."""
+    """Hold the folder for this process; the lock goes when the process ends, however it ends.
+
+    A record lock, not `flock`: that one would live on in forked image workers, for seconds after their parent
+    was killed.
+    """
     if out.exists() and not out.is_dir():
         raise GramError(f"{out}: expected a folder for the store, found a file")
     ours = (out / ".lock").exists() or (out / layout.MANIFEST).exists()
     if out.is_dir() and not ours and any(out.iterdir()):
         raise GramError(f"{out}: expected an empty folder or a pair store, found other files")
     out.mkdir(parents=True, exist_ok=True)
+    key = out.resolve()
+    busy = f"{out}: another run is at work on this store; wait for it, or choose another folder"
+    if key in _HELD:
+        raise GramError(busy)
     with open(out / ".lock", "a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise GramError(
-                f"{out}: another run is at work on this store; wait for it, or choose another folder"
-            ) from None
-        yield
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise GramError(busy) from None
+        _HELD.add(key)
+        try:
+            yield
+        finally:
+            _HELD.discard(key)
 
 
 def _begin(out: Path, settings: dict[str, Any]) -> bool:
-    """Write the manifest of a new store, or compare with that of an earlier run; True when that run has finished."""
+    """Write the manifest of a new store, or compare with an earlier run's; True when that has finished."""
     for leftover in [*out.glob(".*.part"), *(out / layout.PARTS).glob(".*.part")]:  # of a run that was killed
         leftover.unlink()
     if not (out / layout.MANIFEST).exists():
@@ -164,7 +178,8 @@ def is_finished(out: PathLike, settings: dict[str, Any]) -> bool:
     manifest = read_manifest(out)
     for name, was, now in _differences(manifest["settings"], settings):
         raise GramError(
-            f"{out}: was begun with {name} {was!r}, expected the same, found {now!r}; choose another folder for new settings"
+            f"{out}: was begun with {name} {was!r}, expected the same, found {now!r}; choose another folder "
+            "for new settings"
         )
     return bool(manifest["finished"])
 
@@ -188,7 +203,7 @@ def _index(source: Source, parts: Path, part_size: int) -> Index:
     return index
 
 
-# --- parts ------------------------------------------------------------------------------------------------------------
+# --- parts --------------------------------------------------------------------------------------------------
 
 
 def _part_path(out: Path, part: int) -> Path:
@@ -291,8 +306,8 @@ def _image_batches(
         if "DataLoader worker" not in str(error):
             raise
         raise GramError(
-            f"reading images: a worker process died ({str(error).splitlines()[0]}); what is done is kept: run the same "
-            "command again, with fewer workers if memory was short"
+            f"reading images: a worker process died ({str(error).splitlines()[0]}); what is done is kept: run "
+            "the same command again, with fewer workers if memory was short"
         ) from None
 
 
@@ -307,7 +322,7 @@ class _Lists:
 
 
 def fit_texts(backbone: Backbone, texts: Sequence[str]) -> tuple[list[str], int]:
-    """Texts that fit into CLIP's positions: a longer one loses words (or letters) at its end. Also, how many lost some."""
+    """Texts cut at their end to fit into CLIP's positions, and how many had to be cut."""
     try:
         backbone.tokenize(texts)
         return list(texts), 0
@@ -338,7 +353,7 @@ def _shortened(backbone: Backbone, text: str) -> str:
     return join.join(words[:fits])
 
 
-# --- joining ----------------------------------------------------------------------------------------------------------
+# --- joining ------------------------------------------------------------------------------------------------
 
 
 def _join(index: Index, out: Path, settings: dict[str, Any]) -> None:

@@ -39,8 +39,8 @@ class BadImage(Exception):
 def read_image(path: str | os.PathLike[str]) -> tuple[Image.Image, bytes]:
     """An image file as upright 8-bit RGB, and a digest (16 bytes) of the file's content.
 
-    Turns by EXIF orientation, scales 16-bit and float grey to 8 bits, lays transparent images on white, takes the first
-    frame of an animation.
+    Turns by EXIF orientation, scales 16-bit and float grey to 8 bits, lays transparent images on white, takes
+    the first frame of an animation.
 
     Raises:
         BadImage: with its reason.
@@ -116,7 +116,7 @@ def _cut_strip(image: Image.Image) -> Image.Image:
 
 
 class ImageFiles:
-    """A map-style data set: location -> (tensor (3, H, W) or None, index into `REASONS`, digest). Never raises."""
+    """Map-style data set: location -> (tensor (3, H, W) or None, index into `REASONS`, digest). Never raises."""
 
     def __init__(self, root: Path, transform: Callable[[Image.Image], Any]) -> None:
         self.root = root
@@ -128,7 +128,7 @@ class ImageFiles:
             return self.transform(image), 0, digest
         except BadImage as error:
             return None, REASONS.index(str(error)), bytes(DIGEST_BYTES)
-        except Exception:  # noqa: BLE001 - a transform that cannot take this image: skip it, as any other broken one
+        except Exception:  # noqa: BLE001 - a transform that cannot take this image
             return None, REASONS.index(BROKEN), bytes(DIGEST_BYTES)
 
 

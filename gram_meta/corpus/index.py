@@ -1,8 +1,8 @@
 """The work of an embedding run, written down before it begins.
 
-The source is read once, rows that cannot be used are counted, images are numbered in the order of their first appearance,
-and what is left is cut into parts. A part is one row group of `index.parquet`, so a run that goes on after an interruption
-finds the same parts, and any process can work on any part.
+The source is read once, rows that cannot be used are counted, images are numbered in the order of their first
+appearance, and what is left is cut into parts. A part is one row group of `index.parquet`, so a run that goes
+on after an interruption finds the same parts, and any process can work on any part.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Where image-text pairs come from: a folder, or a TSV, CSV or Parquet file.
 
-Every reader yields `Row`s in a fixed order and never fails on a bad row: the row comes out with the reason why it cannot
-be used, so that the caller can count it.
+Every reader yields `Row`s in a fixed order and never fails on a bad row: the row comes out with the reason
+why it cannot be used, so that the caller can count it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ UNREADABLE = "unreadable row"
 
 
 class Row(NamedTuple):
-    """One image-text pair as its source has it, or the reason why it is none (`skip`, empty for a good row)."""
+    """One image-text pair as its source has it, or (in `skip`) the reason why it cannot be used."""
 
     location: str
     caption: str
@@ -102,10 +102,11 @@ def open_source(
     """Look at `path` and say what kind of source it is.
 
     Args:
-        path: a folder (images with a same-named `.txt` beside them, one caption a line), or a `.tsv`, `.csv` or
-            `.parquet` file with an image column and a caption column.
-        image_column, caption_column: their names in the file's header; for TSV and CSV also their numbers, counted from
-            1, in a file without a header. None: the usual names (`IMAGE_COLUMNS`, `CAPTION_COLUMNS`).
+        path: a folder (images with a same-named `.txt` beside them, one caption a line), or a `.tsv`, `.csv`
+            or `.parquet` file with an image column and a caption column.
+        image_column, caption_column: their names in the file's header; for TSV and CSV also their numbers,
+            counted from 1, in a file without a header. None: the usual names (`IMAGE_COLUMNS`,
+            `CAPTION_COLUMNS`).
         image_root: folder that relative image paths start from; None: the folder of the file.
 
     Raises:
@@ -132,7 +133,7 @@ def open_source(
 
 
 def checked(location: str | None, caption: str | None) -> Row:
-    """A row with its location normalised and its caption's white space collapsed, or the reason to skip it."""
+    """A row with a normalised location and single spaces in its caption, or the reason to skip it."""
     location = (location or "").strip()
     caption = " ".join((caption or "").split())
     if not location or "\0" in location:
@@ -146,7 +147,7 @@ def checked(location: str | None, caption: str | None) -> Row:
     return Row(os.path.normpath(location), caption)
 
 
-# --- folder -----------------------------------------------------------------------------------------------------------
+# --- folder -------------------------------------------------------------------------------------------------
 
 
 def _folder_rows(root: Path) -> Iterator[Row]:
@@ -188,7 +189,7 @@ def _tables_in(root: Path) -> str:
     return f"; it holds {', '.join(tables[:3])}: name that file instead" if tables else ""
 
 
-# --- TSV and CSV ------------------------------------------------------------------------------------------------------
+# --- TSV and CSV --------------------------------------------------------------------------------------------
 
 
 def _table_rows(source: Source) -> Iterator[Row]:
@@ -220,7 +221,7 @@ def _table_rows(source: Source) -> Iterator[Row]:
 
 
 def _tsv_records(file: Any) -> Iterator[list[str] | None]:
-    """Tab-separated without quoting, as web-caption files have it: a caption may begin with a quotation mark."""
+    """Tab-separated without quoting, as web-caption files are: a caption may begin with a quotation mark."""
     for line in file:
         yield line.rstrip("\r\n").split("\t")
 
@@ -264,7 +265,7 @@ def _find(path: Path, header: Sequence[str], given: str | None, usual: Sequence[
     raise GramError(f"{path}: expected a column {expected}, found {found}; name it with --{what}-column")
 
 
-# --- Parquet ----------------------------------------------------------------------------------------------------------
+# --- Parquet ------------------------------------------------------------------------------------------------
 
 
 def _parquet_rows(source: Source) -> Iterator[Row]:

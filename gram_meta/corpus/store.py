@@ -29,7 +29,7 @@ PARTS = "parts"  # exists while the store is unfinished
 
 
 class Strings(Sequence[str]):
-    """A column of strings that stays in Arrow's compact form; an item becomes a `str` when it is asked for."""
+    """A column of strings in Arrow's compact form; an item becomes a `str` when it is asked for."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
         self.column = column
@@ -67,10 +67,11 @@ class PairStore:
         manifest: settings, counts, what was skipped and why.
         captions: n strings. image: (n,) int64, row of each pair's image.
         locations: m strings, where the distinct images lie: relative to `image_root`, or absolute.
-        image_features: (m, D) float16, CLIP's, L2-normalised. similarity: (n,) float32, cosine between a pair's image and
-            caption by CLIP, from features rounded to float16.
+        image_features: (m, D) float16, CLIP's, L2-normalised. similarity: (n,) float32, cosine between a
+            pair's image and caption by CLIP, from features rounded to float16.
         sentence_features: (n, S) float16, Sentence-BERT's, L2-normalised.
-        fingerprint: SHA-256 of what the store holds: its models' fingerprints, captions, locations and image contents.
+        fingerprint: SHA-256 of what the store holds: its models' fingerprints, captions, locations and image
+            contents.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
@@ -94,7 +95,8 @@ class PairStore:
         """Open a finished store.
 
         Raises:
-            GramError: no store there, an unfinished one, one of another format, or a file of it that is missing or damaged.
+            GramError: no store there, an unfinished one, one of another format, or a file of it that is
+                missing or damaged.
         """
         path = Path(path)
         if not (path / MANIFEST).is_file():
@@ -137,8 +139,8 @@ class PairStore:
         if backbone.fingerprint != self.clip_fingerprint:
             clip = self.manifest["settings"]["clip"]
             raise GramError(
-                f"{self.path}: its features are of the CLIP {clip['name']} ({clip['fingerprint'][:12]}), expected "
-                f"{backbone.name} ({backbone.fingerprint[:12]})"
+                f"{self.path}: its features are of the CLIP {clip['name']} ({clip['fingerprint'][:12]}), "
+                f"expected {backbone.name} ({backbone.fingerprint[:12]})"
             )
 
 
@@ -157,7 +159,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def store_fingerprint(settings: dict[str, Any], counts: dict[str, int], content: list[str]) -> str:
     """SHA-256 over models, counts, and the hashes of locations, image contents, images of pairs, and captions.
 
-    Features are left out on purpose: they differ in the last bit between machines, and the store is still the same.
+    Features are left out on purpose: they differ in the last bit between machines, and the store is still the
+    same.
     """
     facts = [
         settings["clip"]["fingerprint"],
