@@ -396,7 +396,7 @@ class MetaTrainer:
 
     def _optimiser(self) -> torch.optim.Optimizer:
         config = self.config.OUTER
-        kinds: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+        kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
         if config.OPTIMIZER not in kinds:
             raise GramError(f"OUTER.OPTIMIZER: expected {' or '.join(kinds)}, found {config.OPTIMIZER!r}")
         groups: list[dict[str, Any]] = [{"params": list(self.theta.values()), "full_lr": config.LR_PROMPT}]

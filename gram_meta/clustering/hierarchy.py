@@ -125,7 +125,8 @@ class Hierarchy:
             raise GramError(
                 f"{path}: expected files of one hierarchy, found {PAIRS}, {FATES} and {TOPICS} that differ"
             )
-        return cls(*columns, topics, fates, manifest, path)
+        pair, image, topic, domain = columns
+        return cls(pair, image, topic, domain, topics, fates, manifest, path)
 
     @property
     def fingerprint(self) -> str:
