@@ -124,7 +124,8 @@ class Backbone(nn.Module):
         """Features of texts given as token embeddings, L2-normalised.
 
         The tower is causal: what stands after the end token changes nothing, so `own` may be cut there; and what stands
-        before the first token that differs between texts is the same for all of them, so it is computed once.
+        before the first token that differs between texts is the same for all of them, so it is computed once. Shorter
+        texts are not padded but in attention, and the last layer runs for the end tokens alone.
 
         Args:
             own: (..., N, L, d) the texts' own tokens; leading axes are free (a batch of tasks).
@@ -145,14 +146,14 @@ class Backbone(nn.Module):
         own = own + positions[before : before + length]
         if shared is not None:
             shared = shared.reshape(-1, before, width).to(self.dtype) + positions[:before]  # (G, P, d)
-        # may text position i see position j? All of the shared part, and its own part up to itself.
-        visible = torch.ones(length, before + length, dtype=torch.bool, device=own.device).tril(before)
-        for block in self.model.transformer.resblocks:
-            own, shared = _text_block(block, own, shared, visible)
         ends = ends.to(own.device).expand(*lead, n).reshape(-1, n)  # (G, N)
-        last = own.gather(2, ends[..., None, None].expand(-1, -1, 1, width)).squeeze(2)  # (G, N, d)
-        last = _layer_norm(self.model.ln_final, last)
-        features = last @ self.model.text_projection.to(last.dtype)  # (G, N, D)
+        packing = _Packing(ends, length, before)
+        tokens = packing.pack(own)  # (T, d)
+        *blocks, final = self.model.transformer.resblocks
+        for block in blocks:
+            tokens, shared = _text_block(block, tokens, shared, packing)
+        last = _layer_norm(self.model.ln_final, _final_text_block(final, tokens, shared, packing))  # (G N, d)
+        features = last @ self.model.text_projection.to(last.dtype)  # (G N, D)
         return self._normalised(features).reshape(*lead, n, self.embed_dim)
 
     @torch.no_grad()
@@ -200,10 +201,13 @@ class Backbone(nn.Module):
             prompt = prompt.to(x.dtype).expand(len(x), -1, -1)
             x = torch.cat([x, prompt], dim=1)  # (B, 1 + patches + M, d)
         x = _layer_norm(tower.ln_pre, x)
-        for block in tower.transformer.resblocks:
-            x = x + _attention(block.attn, _layer_norm(block.ln_1, x))
-            x = x + block.mlp(_layer_norm(block.ln_2, x))
-        x = _layer_norm(tower.ln_post, x[:, 0])  # (B, d)
+        *blocks, final = tower.transformer.resblocks
+        for block in blocks:
+            query, key, value = _heads(block.attn, _layer_norm(block.ln_1, x))
+            x = x + _merge_heads(block.attn, F.scaled_dot_product_attention(query, key, value))
+            x = x + _mlp(block.mlp, _layer_norm(block.ln_2, x))
+        x = _final_image_block(final, x)  # (B, d)
+        x = _layer_norm(tower.ln_post, x)
         return self._normalised(x @ tower.proj.to(x.dtype))
 
     def preprocess(self) -> Callable[[Any], Tensor]:
@@ -348,14 +352,22 @@ def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return y.to(x.dtype)
 
 
-def _heads(attn: nn.MultiheadAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys, values (..., heads, L, d / heads) of tokens (..., L, d)."""
-    qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)  # (..., L, 3 d)
-    qkv = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim)).movedim(
-        -3, 0
-    )  # (3, ..., L, heads, d / heads)
-    query, key, value = qkv.transpose(-3, -2)
-    return query, key, value
+def _projected(attn: nn.MultiheadAttention, x: Tensor, which: str = "qkv") -> Tensor:
+    """What attention makes of tokens (..., d): queries, keys, values side by side, (..., 3 d), or only some of them."""
+    first, last = "qkv".index(which[0]), "qkv".index(which[-1])
+    rows = slice(first * attn.embed_dim, (last + 1) * attn.embed_dim)
+    return F.linear(x, attn.in_proj_weight[rows], attn.in_proj_bias[rows])
+
+
+def _heads(attn: nn.MultiheadAttention, x: Tensor, which: str = "qkv") -> tuple[Tensor, ...]:
+    """Queries, keys, values, or only some, each (..., heads, L, d / heads), of tokens (..., L, d)."""
+    return _split_heads(attn, _projected(attn, x, which))
+
+
+def _split_heads(attn: nn.MultiheadAttention, x: Tensor) -> tuple[Tensor, ...]:
+    """(..., L, k d) -> k times (..., heads, L, d / heads)."""
+    x = x.unflatten(-1, (-1, attn.num_heads, attn.head_dim))  # (..., L, k, heads, d / heads)
+    return x.movedim(-3, 0).transpose(-3, -2).unbind()
 
 
 def _merge_heads(attn: nn.MultiheadAttention, x: Tensor) -> Tensor:
@@ -363,26 +375,90 @@ def _merge_heads(attn: nn.MultiheadAttention, x: Tensor) -> Tensor:
     return F.linear(x.transpose(-3, -2).flatten(-2), attn.out_proj.weight, attn.out_proj.bias)
 
 
-def _attention(attn: nn.MultiheadAttention, x: Tensor, is_causal: bool = False) -> Tensor:
-    query, key, value = _heads(attn, x)
-    return _merge_heads(attn, F.scaled_dot_product_attention(query, key, value, is_causal=is_causal))
+def _mlp(mlp: nn.Sequential, x: Tensor) -> Tensor:
+    """CLIP's MLP. Its activation h sigmoid(a h) is silu(a h) / a: the factors go into the products, one pass is left."""
+    a = 1.702
+    flat = x.flatten(0, -2)
+    hidden = torch.addmm(mlp.c_fc.bias, flat, mlp.c_fc.weight.T, beta=a, alpha=a)
+    return torch.addmm(mlp.c_proj.bias, F.silu(hidden), mlp.c_proj.weight.T, alpha=1 / a).view_as(x)
+
+
+def _final_image_block(block: nn.Module, x: Tensor) -> Tensor:
+    """The last layer of the image tower, for the class token alone, as nothing else is read: (B, L, d) -> (B, d)."""
+    normed = _layer_norm(block.ln_1, x)
+    (query,) = _heads(block.attn, normed[:, :1], "q")  # (B, h, 1, d / h)
+    key, value = _heads(block.attn, normed, "kv")
+    start = x[:, :1] + _merge_heads(block.attn, F.scaled_dot_product_attention(query, key, value))
+    return (start + _mlp(block.mlp, _layer_norm(block.ln_2, start))).squeeze(1)
+
+
+class _Packing:
+    """Texts of different lengths as one list of tokens, so that only attention sees what pads them to a rectangle.
+
+    Args:
+        ends: (G, N) index of each text's end token.
+        length: L, of the rectangle (G, N, L).
+        before: P, positions that all texts of a group share and see.
+    """
+
+    def __init__(self, ends: Tensor, length: int, before: int) -> None:
+        places = torch.arange(length, device=ends.device)
+        used = places <= ends[..., None]  # (G, N, L)
+        self.shape = used.shape
+        self.rows = used.flatten().nonzero().squeeze(1)  # (T,), what the list takes from the rectangle
+        self.ends = (ends.flatten() + 1).cumsum(0) - 1  # (G N,), in the list
+        # May text position i see position j? All of the shared part, and its own part up to itself ...
+        self.visible = torch.ones(length, before + length, dtype=torch.bool, device=ends.device).tril(before)
+        # ... so an end token sees all that is used, and no padding: (G N, 1, 1, P + L).
+        self.visible_to_end = F.pad(used.flatten(0, 1), (before, 0), value=True)[:, None, None]
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(G, N, L, d) -> (T, d)."""
+        return x.flatten(0, 2).index_select(0, self.rows)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """(T, d) -> (G, N, L, d), zero where there is no token."""
+        empty = x.new_zeros(self.shape.numel(), x.shape[-1])
+        return empty.index_copy(0, self.rows, x).unflatten(0, self.shape)
 
 
 def _text_block(
-    block: nn.Module, own: Tensor, shared: Tensor | None, visible: Tensor
+    block: nn.Module, tokens: Tensor, shared: Tensor | None, packing: _Packing
 ) -> tuple[Tensor, Tensor | None]:
-    """One layer of the text tower over shared tokens (G, P, d) and each text's own tokens (G, N, L, d)."""
-    query, key, value = _heads(block.attn, _layer_norm(block.ln_1, own))  # (G, N, h, L, d / h)
+    """One layer of the text tower over the texts' own tokens (T, d) and the shared ones (G, P, d)."""
+    attn = block.attn
+    qkv = _projected(attn, _layer_norm(block.ln_1, tokens))  # (T, 3 d)
+    query, key, value = _split_heads(attn, packing.unpack(qkv))  # (G, N, h, L, d / h)
     if shared is not None:
-        q, k, v = _heads(block.attn, _layer_norm(block.ln_1, shared))  # (G, h, P, d / h)
-        key = torch.cat(
-            [k[:, None].expand(-1, own.shape[1], -1, -1, -1), key], dim=-2
-        )  # (G, N, h, P + L, d / h)
-        value = torch.cat([v[:, None].expand(-1, own.shape[1], -1, -1, -1), value], dim=-2)
-        shared = shared + _merge_heads(block.attn, F.scaled_dot_product_attention(q, k, v, is_causal=True))
-        shared = shared + block.mlp(_layer_norm(block.ln_2, shared))
+        q, k, v = _heads(attn, _layer_norm(block.ln_1, shared))  # (G, h, P, d / h)
+        key, value = _behind(k, key), _behind(v, value)  # (G, N, h, P + L, d / h)
+        shared = shared + _merge_heads(attn, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+        shared = shared + _mlp(block.mlp, _layer_norm(block.ln_2, shared))
     seen = F.scaled_dot_product_attention(
-        query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), attn_mask=visible
+        query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), attn_mask=packing.visible
     )  # (G N, h, L, d / h)
-    own = own + _merge_heads(block.attn, seen.unflatten(0, own.shape[:2]))
-    return own + block.mlp(_layer_norm(block.ln_2, own)), shared
+    seen = packing.pack(seen.transpose(1, 2).flatten(2).unflatten(0, packing.shape[:2]))  # (T, d)
+    tokens = tokens + F.linear(seen, attn.out_proj.weight, attn.out_proj.bias)
+    return tokens + _mlp(block.mlp, _layer_norm(block.ln_2, tokens)), shared
+
+
+def _final_text_block(block: nn.Module, tokens: Tensor, shared: Tensor | None, packing: _Packing) -> Tensor:
+    """The last layer, for the end tokens alone, as nothing else is read: (T, d) -> (G N, d)."""
+    attn = block.attn
+    normed = _layer_norm(block.ln_1, tokens)
+    (query,) = _heads(attn, normed.index_select(0, packing.ends)[:, None], "q")  # (G N, h, 1, d / h)
+    kv = _projected(attn, normed, "kv")  # (T, 2 d)
+    key, value = _split_heads(attn, packing.unpack(kv))  # (G, N, h, L, d / h)
+    if shared is not None:
+        k, v = _heads(attn, _layer_norm(block.ln_1, shared), "kv")
+        key, value = _behind(k, key), _behind(v, value)  # (G, N, h, P + L, d / h)
+    seen = F.scaled_dot_product_attention(
+        query, key.flatten(0, 1), value.flatten(0, 1), attn_mask=packing.visible_to_end
+    )  # (G N, h, 1, d / h)
+    last = tokens.index_select(0, packing.ends) + _merge_heads(attn, seen).squeeze(1)
+    return last + _mlp(block.mlp, _layer_norm(block.ln_2, last))
+
+
+def _behind(shared: Tensor, own: Tensor) -> Tensor:
+    """Keys or values of each text behind those of the shared tokens: (G, h, P, _), (G, N, h, L, _) -> (G, N, h, P + L, _)."""
+    return torch.cat([shared[:, None].expand(-1, own.shape[1], -1, -1, -1), own], dim=-2)

@@ -66,6 +66,14 @@ def test_sentences_are_cut_at_the_longest(backbone):
     assert ClassText(backbone, ["cat"], 4).own.shape[1] == 3  # cat, full stop, end
 
 
+def test_what_stands_behind_an_end_token_is_never_read(backbone):
+    text, prompt = ClassText(backbone, NAMES, 4), torch.randn(4, 64)
+    expected = text.features(prompt)
+    behind = torch.arange(text.own.shape[1]) > text.ends[:, None]
+    text.own = text.own.masked_fill(behind[..., None], float("nan"))
+    torch.testing.assert_close(text.features(prompt), expected, rtol=0, atol=0)
+
+
 def test_a_batch_of_prompts_and_classes_is_one_after_another(backbone):
     text = ClassText(backbone, NAMES, 2)
     prompts = torch.randn(2, 2, 64)
