@@ -85,9 +85,7 @@ def _synchronise(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def product_rate(
-    device: str, rows: int, width: int = 512, out: int = 2048, seconds: float = 0.5
-) -> float:
+def product_rate(device: str, rows: int, width: int = 512, out: int = 2048, seconds: float = 0.5) -> float:
     """Measured FLOP/s of the towers' own matrix product, (rows, width) by (width, out), float32."""
     x, weight = torch.randn(rows, width, device=device), torch.randn(out, width, device=device)
     rates = []
@@ -255,7 +253,10 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None
 
 
 def print_time_table(
-    seconds: Mapping[str, float], base: str, peaks: Mapping[str, float] | None = None, only: Iterable[str] = ()
+    seconds: Mapping[str, float],
+    base: str,
+    peaks: Mapping[str, float] | None = None,
+    only: Iterable[str] = (),
 ) -> None:
     """Time of each variant, how many times faster than `base` it is, and its peak memory where measured."""
     names = list(only) or list(seconds)

@@ -49,7 +49,9 @@ class Bench:
         return {
             f"{TEXT}, {PLAIN}": lambda: self._logits(fixed, self.plain_text.features(self.context)),
             f"{TEXT}, {OURS}": lambda: self._logits(fixed, model.class_features()),
-            f"{WHOLE}, {PLAIN}": lambda: self._logits(self.plain_images(), self.plain_text.features(self.context)),
+            f"{WHOLE}, {PLAIN}": lambda: self._logits(
+                self.plain_images(), self.plain_text.features(self.context)
+            ),
             f"{WHOLE}, {OURS}": lambda: model(self.images),
             f"{IMAGES}, {PLAIN}": self.plain_images,
             f"{IMAGES}, {OURS}": lambda: model.image_features(self.images),

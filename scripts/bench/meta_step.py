@@ -38,9 +38,13 @@ class Bench:
         self.backbone, self.config = backbone, config
         device = backbone.device
         generator = torch.Generator().manual_seed(0)
-        self.topics = torch.stack([torch.randperm(len(words), generator=generator)[:ways] for _ in range(tasks)])
+        self.topics = torch.stack(
+            [torch.randperm(len(words), generator=generator)[:ways] for _ in range(tasks)]
+        )
         self.support, self.query = (
-            F.normalize(torch.randn(tasks, ways, shots, backbone.embed_dim, generator=generator), dim=-1).to(device)
+            F.normalize(torch.randn(tasks, ways, shots, backbone.embed_dim, generator=generator), dim=-1).to(
+                device
+            )
             for shots in (config.TASKS.SUPPORT_SHOTS, config.TASKS.QUERY_SHOTS)
         )
         prompts = initial_prompts(backbone, config.PROMPT.TEXT_TOKENS, 0, config.PROMPT.WORDS)
@@ -68,7 +72,9 @@ class Bench:
         return {
             PLAIN: lambda: self.plain(first_order=False),
             CUT: lambda: self.one_after_another(self.cut_text),
-            SHARED: lambda: self.one_after_another(lambda task: self.text.select(self.topics[task : task + 1])),
+            SHARED: lambda: self.one_after_another(
+                lambda task: self.text.select(self.topics[task : task + 1])
+            ),
             OURS: lambda: self.ours(first_order=False),
             PLAIN_FIRST: lambda: self.plain(first_order=True),
             OURS_FIRST: lambda: self.ours(first_order=True),
@@ -84,7 +90,9 @@ class Bench:
         """This project's functions, for a batch of one task at a time."""
         total = torch.zeros(())
         for task in range(len(self.topics)):
-            loss = self._losses(text_of(task), slice(task, task + 1), first_order=False).mean() / len(self.topics)
+            loss = self._losses(text_of(task), slice(task, task + 1), first_order=False).mean() / len(
+                self.topics
+            )
             loss.backward()
             total += loss.detach().cpu()
         return total
@@ -115,7 +123,9 @@ class Bench:
     def _plain_loss(self, text: common.PlainClassText, prompt: Tensor, images: Tensor) -> Tensor:
         ways, shots = images.shape[:2]
         labels = torch.arange(ways, device=images.device).repeat_interleave(shots)
-        return F.cross_entropy(logits(images.flatten(0, 1), text.features(prompt), self.backbone.logit_scale), labels)
+        return F.cross_entropy(
+            logits(images.flatten(0, 1), text.features(prompt), self.backbone.logit_scale), labels
+        )
 
 
 class CutText:
@@ -170,7 +180,9 @@ def print_gradients(bench: Bench) -> None:
     for name in (CUT, SHARED, OURS, PLAIN_FIRST, OURS_FIRST):
         other_loss, others = bench.gradients(name)
         apart = [common.deviation(a, b) for a, b in zip(others, gradients, strict=True)]
-        rows.append([name, f"{abs(other_loss - loss) / loss:.1e}", f"{apart[0]:.1e}", f"{max(apart[1:]):.1e}"])
+        rows.append(
+            [name, f"{abs(other_loss - loss) / loss:.1e}", f"{apart[0]:.1e}", f"{max(apart[1:]):.1e}"]
+        )
     print("\nLargest deviation from the plain step, relative to the largest entry:\n")
     common.print_table(["", "query loss", "gradient of theta", "gradient of phi"], rows)
 
