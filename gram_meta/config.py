@@ -6,6 +6,7 @@ Defaults that the paper does not give are our choice; docs/DEFAULTS.md lists the
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,10 +98,34 @@ def load_meta_config(files: Sequence[str | Path] = (), opts: Sequence[str] = ())
     """
     config = get_meta_config()
     for file in files:
-        merge_file(config, file)
+        merge_file(config, find_config(str(file), "gram_meta"))
     merge_opts(config, opts)
     config.freeze()
     return config
+
+
+def find_config(name: str, folder: str) -> Path:
+    """A YAML file: as a path, or by the same path or its bare name among the package's configs."""
+    if Path(name).is_file():
+        return Path(name)
+    packaged = _packaged_configs()
+    relative = name.removeprefix("./").removeprefix("configs/").removesuffix(".yaml").removesuffix(".yml")
+    for candidate in (relative, f"{folder}/{relative}"):
+        if (packaged / f"{candidate}.yaml").is_file():
+            return packaged / f"{candidate}.yaml"
+    known = [p.relative_to(packaged).with_suffix("").as_posix() for p in packaged.rglob("*.yaml")]
+    wanted = relative if "/" in relative else f"{folder}/{relative}"
+    raise GramError(
+        f"{name}: expected a config file, here or in the package, found none{did_you_mean(wanted, known)}"
+    )
+
+
+def _packaged_configs() -> Path:
+    """The folder `configs/`: installed as gram_meta.configs, or at the top of a checkout."""
+    spec = importlib.util.find_spec("gram_meta.configs")
+    if spec is not None and spec.submodule_search_locations:
+        return Path(next(iter(spec.submodule_search_locations)))
+    return Path(__file__).resolve().parents[1] / "configs"
 
 
 def merge_file(config: CN, path: str | Path) -> None:

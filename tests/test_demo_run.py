@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,10 +33,7 @@ def settings(out, **changes):
 def small_world():
     """Two test pictures of a class instead of fifty-six, and few concepts: the pictures are not what is tested here."""
     patch = pytest.MonkeyPatch()
-    specs = {
-        name: world.DatasetSpec(spec.name, spec.source, spec.look, spec.pool_hands, 2)
-        for name, spec in world.SPECS.items()
-    }
+    specs = {name: replace(spec, test_per_class=2) for name, spec in world.SPECS.items()}
     patch.setattr(world, "SPECS", specs)
     yield
     patch.undo()

@@ -23,14 +23,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
-from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from gram_meta import __version__
+from gram_meta.config import find_config
 from gram_meta.errors import GramError
-from gram_meta.files import atomic_write, read_json, write_json
+from gram_meta.files import atomic_write, read_json, sha256_file, write_json
 
 TRAINER_CONFIG = "gram_small_c4_ep10_batch32_ctxv1"
 ZERO_SHOT_CONFIG = "gram_small"
@@ -386,17 +386,14 @@ class Demo:
             self.say(f"  $ {_line(argv)}")
 
     def _portable(self, argv: Sequence[str]) -> list[str]:
-        """Arguments without the place of the output folder and of the package, which do not change the outcome."""
-        return [word.replace(str(self.out), "OUT").replace(self._configs(), "CONFIGS") for word in argv]
-
-    def _configs(self) -> str:
-        return str(resources.files("gram_meta.configs"))
+        """Arguments without the place of the output folder, which does not change the outcome."""
+        return [word.replace(str(self.out), "OUT") for word in argv]
 
     def _meta_config(self) -> str:
-        return str(Path(self._configs()) / "gram_meta" / f"{self.settings.meta_config}.yaml")
+        return f"configs/gram_meta/{self.settings.meta_config}.yaml"  # found in the package from any folder
 
     def _meta_hash(self) -> str:
-        return hashlib.sha256(Path(self._meta_config()).read_bytes()).hexdigest()
+        return sha256_file(find_config(self._meta_config(), "gram_meta"))
 
     def _expected(self) -> list[str]:
         """The kinds of everything there is to do, in order."""
@@ -548,7 +545,6 @@ def _train(argv: Sequence[str]) -> None:
 
 def _weights(backbone: str) -> str:
     from gram_meta.demo.clip import weights_path
-    from gram_meta.files import sha256_file
 
     return sha256_file(weights_path()) if backbone == "gram-small" else backbone
 

@@ -20,7 +20,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import IO, Any
 
-from gram_meta.config import as_dict, did_you_mean, merge_file, merge_opts, nearest
+from gram_meta.config import as_dict, find_config, merge_file, merge_opts, nearest
 from gram_meta.errors import GramError
 from gram_meta.files import read_json, sha256_file, write_json
 
@@ -128,32 +128,6 @@ def reset_cfg(cfg: Any, args: argparse.Namespace) -> None:
             node[key] = value
     if args.seed >= 0:  # CoOp asks `if args.seed`, which loses seed 0
         cfg.SEED = args.seed
-
-
-def find_config(name: str, folder: str) -> Path:
-    """A YAML file: as a path, or by the same path or its bare name among the package's configs."""
-    if Path(name).is_file():
-        return Path(name)
-    packaged = _packaged_configs()
-    relative = name.removeprefix("./").removeprefix("configs/").removesuffix(".yaml").removesuffix(".yml")
-    for candidate in (relative, f"{folder}/{relative}"):
-        if (packaged / f"{candidate}.yaml").is_file():
-            return packaged / f"{candidate}.yaml"
-    known = [p.relative_to(packaged).with_suffix("").as_posix() for p in packaged.rglob("*.yaml")]
-    wanted = relative if "/" in relative else f"{folder}/{relative}"
-    raise GramError(
-        f"{name}: expected a config file, here or in the package, found none{did_you_mean(wanted, known)}"
-    )
-
-
-def _packaged_configs() -> Path:
-    """The folder `configs/`: installed as gram_meta.configs, or at the top of a checkout."""
-    import importlib.util
-
-    spec = importlib.util.find_spec("gram_meta.configs")
-    if spec is not None and spec.submodule_search_locations:
-        return Path(next(iter(spec.submodule_search_locations)))
-    return Path(__file__).resolve().parents[2] / "configs"
 
 
 # --------------------------------------------------------------------------------------------------------------- run
