@@ -116,7 +116,7 @@ def find_config(name: str, folder: str) -> Path:
     known = [p.relative_to(packaged).with_suffix("").as_posix() for p in packaged.rglob("*.yaml")]
     wanted = relative if "/" in relative else f"{folder}/{relative}"
     raise GramError(
-        f"{name}: expected a config file, here or in the package, found none{did_you_mean(wanted, known)}"
+        f"{name}: expected a YAML file, here or in the package, found none{did_you_mean(wanted, known)}"
     )
 
 

@@ -17,8 +17,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import shlex
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
@@ -97,6 +99,8 @@ def run_demo(settings: Settings, say: Callable[[str], None] = print) -> Path:
     Raises:
         GramError: a package, the packaged weights or a dataset that is not there; a stage that failed.
     """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "20")  # seconds; a log file needs no moving bars
     _check(settings)
     with Demo(settings, say) as demo:
         demo.introduce()
