@@ -157,7 +157,7 @@ class Demo:
         datasets = sorted(s.datasets)
         code = (
             f"from gram_meta.demo.world import write_world; "
-            f"write_world({str(folder)!r}, {datasets!r}, corpus_size={s.corpus_size})"
+            f"write_world({json.dumps(str(folder))}, {json.dumps(datasets)}, corpus_size={s.corpus_size})"
         )
         title = "the emoji world: pictures with captions, and few-shot datasets"
         key = _key("world", recipe_hash(), s.corpus_size, datasets)
