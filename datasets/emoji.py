@@ -5,19 +5,20 @@ from __future__ import annotations
 from gram_meta.datasets.base import SplitDataset
 from gram_meta.engine import register_dataset
 
-# one line per dataset: its folder is emoji_<lower case>, its class in the registry Emoji<Name>
-NAMES = ("Animals", "Food", "Travel", "Objects", "Activities")
+# one word per dataset: "animals" lies in emoji_animals and is called EmojiAnimals
+NAMES = ("animals", "food", "travel", "objects", "activities", "faces")
 
 
 def _dataset(name: str) -> type[SplitDataset]:
+    title = f"Emoji{name.title().replace('_', '')}"
     facts = {
         "__module__": __name__,
-        "__doc__": f"Emoji of the group {name.lower()}.",
-        "dataset_dir": f"emoji_{name.lower()}",
-        "split_file": f"split_zhou_Emoji{name}.json",
+        "__doc__": f"Emoji of the group {name!r}.",
+        "dataset_dir": f"emoji_{name}",
+        "split_file": f"split_zhou_{title}.json",
     }
-    return register_dataset(type(f"Emoji{name}", (SplitDataset,), facts))
+    return register_dataset(type(title, (SplitDataset,), facts))
 
 
-DATASETS = {f"Emoji{name}": _dataset(name) for name in NAMES}
+DATASETS = {dataset.__name__: dataset for dataset in map(_dataset, NAMES)}
 globals().update(DATASETS)

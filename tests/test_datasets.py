@@ -12,6 +12,7 @@ import gram_meta.plugin  # noqa: F401, fills the registries
 from gram_meta.datasets.base import SplitDataset, few_shot, read_split, subsample
 from gram_meta.datasets.emoji import DATASETS
 from gram_meta.engine import DATASET_REGISTRY, Datum
+from gram_meta.engine.launch import find_config
 from gram_meta.errors import GramError
 
 CLASSES = ["ant", "bee", "cat", "dog", "eel"]
@@ -60,6 +61,15 @@ def test_the_emoji_datasets_are_registered():
     for name, cls in DATASETS.items():
         assert DATASET_REGISTRY.get(name) is cls and issubclass(cls, SplitDataset)
         assert cls.__name__ == name and cls.split_file == f"split_zhou_{name}.json"
+
+
+def test_every_dataset_of_the_emoji_world_is_known():
+    world = pytest.importorskip("gram_meta.demo.world", reason="the demo's packages are not installed")
+    for spec in world.SPECS.values():
+        dataset = next(cls for cls in DATASETS.values() if cls.dataset_dir == spec.folder)
+        assert dataset.split_file == spec.split_file
+        config = find_config(f"emoji_{spec.name}", "datasets")
+        assert f'NAME: "{dataset.__name__}"' in config.read_text()
 
 
 def test_everything(root):

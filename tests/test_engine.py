@@ -20,7 +20,9 @@ from gram_meta.engine.random_state import kept_random_state, random_state, set_r
 from gram_meta.errors import GramError
 
 if engine.room() != "builtin":
-    pytest.skip("the real Dassl is behind the door: these are tests of the built-in engine", allow_module_level=True)
+    pytest.skip(
+        "the real Dassl is behind the door: these are tests of the built-in engine", allow_module_level=True
+    )
 
 from dassl.data import DataManager, DatasetWrapper
 from dassl.data.datasets import DATASET_REGISTRY, DatasetBase, Datum
@@ -126,7 +128,7 @@ def test_registry():
     with pytest.raises(KeyError, match="already"):
         registry.register(Apple)
     registry.register(Apple, force=True)
-    with pytest.raises(KeyError, match="nearest: \"Apple\""):
+    with pytest.raises(KeyError, match='nearest: "Apple"'):
         registry.get("Appel")
     with pytest.raises(ValueError, match="did you mean 'Apple'"):
         check_availability("Appel", ["Pear", "Apple"])
@@ -153,7 +155,9 @@ CONSTANT = ("OPTIM.WARMUP_EPOCH", 1, "OPTIM.WARMUP_TYPE", "constant")
 
 
 def test_cosine_after_a_constant_warmup_has_dassls_rates():
-    assert rates(5, *COSINE, *CONSTANT) == pytest.approx([1e-5, 0.002, 0.0018090, 0.0013090, 0.0006910], rel=1e-4)
+    assert rates(5, *COSINE, *CONSTANT) == pytest.approx(
+        [1e-5, 0.002, 0.0018090, 0.0013090, 0.0006910], rel=1e-4
+    )
 
 
 def test_warmup_without_recount_skips_the_epochs_it_took():
@@ -475,7 +479,9 @@ def test_random_state_survives_a_file(tmp_path):
     before = random_state()
     with kept_random_state():
         draw()
-    assert random_state()["python"] == before["python"] and torch.equal(random_state()["torch"], before["torch"])
+    assert random_state()["python"] == before["python"] and torch.equal(
+        random_state()["torch"], before["torch"]
+    )
 
 
 def test_logger_leaves_the_console_open(tmp_path, monkeypatch, capsys):
@@ -555,7 +561,12 @@ def test_a_plain_trainer_trains_tests_saves_and_logs(tmp_path, registered, capsy
     out = capsys.readouterr().out
     for line in ("Loading trainer: TinyTrainer", "Finish training", "Deploy the last-epoch model"):
         assert line in out.splitlines()
-    for part in ("Evaluate on the *test* set", "epoch [3/3] batch [2/3] time ", " lr 1.0000e-02 eta ", "Elapsed: 0:"):
+    for part in (
+        "Evaluate on the *test* set",
+        "epoch [3/3] batch [2/3] time ",
+        " lr 1.0000e-02 eta ",
+        "Elapsed: 0:",
+    ):
         assert part in out
     assert "batch [3/3]" not in out  # PRINT_FREQ 2
     assert (tmp_path / "out/model/checkpoint").read_text() == "model.pth.tar-3\n"

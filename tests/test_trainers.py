@@ -465,6 +465,19 @@ def test_a_finished_run_is_not_repeated_and_another_is_refused(world, tmp_path, 
         train(world, strange, "CoOp")
 
 
+def test_an_evaluation_is_not_taken_for_finished_when_the_model_was_trained_anew(world, tmp_path):
+    train(world, tmp_path / "run", "CoOp")
+    argv = ["--eval-only", "--model-dir", str(tmp_path / "run"), *flags(world, tmp_path / "new", "CoOp")]
+    first = launch.train(argv, quiet=True)
+    assert launch.train(argv, quiet=True) == first  # finished: not repeated
+    path = tmp_path / "run/prompt_learner/model.pth.tar-3"
+    state = torch.load(path, weights_only=True)
+    state["state_dict"]["ctx"] += 1
+    torch.save(state, path)
+    with pytest.raises(GramError, match="holds another run"):
+        launch.train(argv, quiet=True)
+
+
 def test_a_changed_meta_checkpoint_is_another_run(world, backbone, tmp_path):
     meta = save_meta(tmp_path / "meta.safetensors", backbone)
     train(world, tmp_path / "out", "CoOpGRAM", "TRAINER.GRAM.CHECKPOINT", meta)

@@ -77,6 +77,10 @@ class ClipTrainer(TrainerX):
             print(f"{torch.cuda.device_count()} GPUs are here, one is used; run other seeds on the others")
         return backbone
 
+    def resume_model_if_exist(self, directory: str) -> int:
+        """Nothing is learned, so there is nothing to go on from."""
+        return 0
+
     def after_train(self) -> None:
         self.seconds["train"] = time.time() - self.time_start
         super().after_train()

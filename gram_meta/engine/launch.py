@@ -307,18 +307,20 @@ class Tee:
 
 
 def _identity(cfg: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """What makes a run this run: every option that matters, what is evaluated, and the meta-checkpoint's contents."""
+    """What makes a run this run: every option that matters, what is evaluated, and the contents of the files it starts from."""
     identity = {key: value for key, value in _flat(as_dict(cfg)) if key not in INCIDENTAL}
     identity |= {
         "--eval-only": args.eval_only,
         "--model-dir": args.model_dir,
         "--load-epoch": args.load_epoch,
     }
-    checkpoint = identity.get("TRAINER.GRAM.CHECKPOINT")
-    if checkpoint and os.path.isfile(checkpoint):
-        identity["TRAINER.GRAM.CHECKPOINT"] = (
-            f"SHA-256 {sha256_file(checkpoint)}"  # a file may move, or change
-        )
+    for key in ("TRAINER.GRAM.CHECKPOINT", "MODEL.INIT_WEIGHTS"):
+        path = identity.get(key)
+        if path and os.path.isfile(path):
+            identity[key] = f"SHA-256 {sha256_file(path)}"  # a file may move, or change
+    if args.model_dir:  # what was trained anew there has to be evaluated anew
+        files = sorted(Path(args.model_dir).glob("*/model*.pth.tar*"))
+        identity["--model-dir"] = [args.model_dir, *(f"{file.name} {sha256_file(file)}" for file in files)]
     return identity
 
 
