@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 import os
 import re
 import sys
@@ -81,6 +82,8 @@ class SentenceBert:
         self.name = name
         self.fingerprint = sha256_file(weights[0])
         with quiet_import() as sentence_transformers:
+            logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
+            _without_progress_bars()
             try:
                 self.model = sentence_transformers.SentenceTransformer(
                     str(folder), device=device, local_files_only=True, model_kwargs={"use_safetensors": True}
@@ -152,6 +155,12 @@ def quiet_import() -> Iterator[Any]:
     finally:
         sys.path[:] = path
         sys.modules.update(hidden)
+
+
+def _without_progress_bars() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
 
 def _shadows_datasets(entry: str) -> bool:
