@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
+import gc
 import platform
 import random
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,12 +31,19 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     options.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (%(default)s)")
     options.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     options.add_argument("--repeats", type=int, default=5, help="rounds; each runs every variant once")
-    options.add_argument("--peak-of", default="", help=argparse.SUPPRESS)  # see peak_memories
+    options.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: processor time of all threads, for a machine that others use too (with --threads 1)",
+    )
     return options
 
 
 def begin(args: argparse.Namespace) -> Backbone:
     """Apply the options and load the backbone; exact float32 products on CUDA too, so that results can be compared."""
+    if args.clock == "cpu" and torch.device(args.device).type != "cpu":
+        raise SystemExit(f"--clock cpu: expected --device cpu, found {args.device}")
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -51,9 +58,9 @@ def environment(args: argparse.Namespace) -> str:
         machine = torch.cuda.get_device_name(args.device)
     else:
         machine = f"{_cpu_model()}, {torch.get_num_threads()} threads"
-    return (
-        f"{args.backbone}, float32, {machine}; torch {torch.__version__}, Python {platform.python_version()}"
-    )
+    software = f"torch {torch.__version__}, Python {platform.python_version()}"
+    clock = "processor time" if args.clock == "cpu" else "wall clock"
+    return f"{args.backbone}, float32, {machine}; {software}; {clock}, median of {args.repeats} rounds"
 
 
 def _cpu_model() -> str:
@@ -66,18 +73,39 @@ def _cpu_model() -> str:
 # --- time -------------------------------------------------------------------------------------------------------------
 
 
-def time_in_turns(steps: Mapping[str, Step], repeats: int, device: str) -> dict[str, float]:
-    """Median seconds of each step: one warm-up each, then rounds A, B, C, A, B, C, ..., so that noise hits all."""
+@dataclass
+class Measured:
+    """One variant: median seconds, peak memory in MB above what was there before, and what the step returned."""
+
+    seconds: float
+    peak_mb: float
+    result: Any
+
+
+def measure(steps: Mapping[str, Step], args: argparse.Namespace) -> dict[str, Measured]:
+    """Run every step once to warm up and to see its memory, then in turns A, B, C, A, B, C, ..., so that noise hits all."""
+    product_rate(args, 64, 512)  # the libraries' own buffers, so that they are nobody's
+    first = {name: _with_peak(step, args.device) for name, step in steps.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(repeats + 1):
+    for _ in range(args.repeats):
         for name, step in steps.items():
-            _synchronise(device)
-            start = time.perf_counter()
+            spent = stopwatch(args)
             step()
-            _synchronise(device)
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+            seconds[name].append(spent())
+    return {name: Measured(statistics.median(seconds[name]), *first[name]) for name in steps}
+
+
+def stopwatch(args: argparse.Namespace) -> Callable[[], float]:
+    """Starts now; call what it returns for the seconds since."""
+    clock = time.process_time if args.clock == "cpu" else time.perf_counter
+    _synchronise(args.device)
+    start = clock()
+
+    def spent() -> float:
+        _synchronise(args.device)
+        return clock() - start
+
+    return spent
 
 
 def _synchronise(device: str) -> None:
@@ -85,17 +113,15 @@ def _synchronise(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def product_rate(device: str, rows: int, width: int = 512, out: int = 2048, seconds: float = 0.5) -> float:
-    """Measured FLOP/s of the towers' own matrix product, (rows, width) by (width, out), float32."""
-    x, weight = torch.randn(rows, width, device=device), torch.randn(out, width, device=device)
+def product_rate(args: argparse.Namespace, rows: int, width: int) -> float:
+    """Measured FLOP/s, float32, of a tower's widest product: (rows, width) by (width, 4 width); median of 20."""
+    x = torch.randn(rows, width, device=args.device)
+    weight = torch.randn(4 * width, width, device=args.device)
     rates = []
-    begin_at = time.perf_counter()
-    while time.perf_counter() - begin_at < seconds or len(rates) < 5:
-        _synchronise(device)
-        start = time.perf_counter()
+    for _ in range(20):
+        spent = stopwatch(args)
         torch.nn.functional.linear(x, weight)
-        _synchronise(device)
-        rates.append(2 * rows * width * out / (time.perf_counter() - start))
+        rates.append(2 * rows * width * 4 * width / spent())
     return statistics.median(rates)
 
 
@@ -110,35 +136,20 @@ def text_flops(backbone: Backbone, tokens: int) -> float:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def peak_memories(names: Iterable[str]) -> dict[str, float]:
-    """MB that one step of each variant needs on top of what was there before it.
-
-    Each variant runs in a process of its own: this script again, with `--peak-of NAME`, which ends in `report_peak`.
-    """
-    peaks = {}
-    for name in names:
-        command = [sys.executable, *sys.argv, "--peak-of", name]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"{name}: the process that measures memory failed\n{done.stderr}")
-        peaks[name] = json.loads(done.stdout.splitlines()[-1])["peak_mb"]
-    return peaks
-
-
-def report_peak(step: Step, device: str) -> None:
-    """Run one step and print its peak: resident memory (CPU, Linux) or allocated memory (CUDA) above the start."""
+def _with_peak(step: Step, device: str) -> tuple[float, Any]:
+    """MB that a step needs on top of what was there before, resident (CPU, Linux) or allocated (CUDA); its result."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        step()
-        peak = torch.cuda.max_memory_allocated(device) - before
-    else:
-        ctypes.CDLL(None).malloc_trim(0)  # hand back what loading left behind
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
-        before = _status_bytes("VmRSS")
-        step()
-        peak = _status_bytes("VmHWM") - before
-    print(json.dumps({"peak_mb": peak / 1e6}))
+        result = step()
+        _synchronise(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6, result
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # hand back to the system what earlier steps have freed
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
+    before = _status_bytes("VmRSS")
+    result = step()
+    return (_status_bytes("VmHWM") - before) / 1e6, result
 
 
 def _status_bytes(field: str) -> int:
@@ -150,25 +161,35 @@ def _status_bytes(field: str) -> int:
 
 
 class PlainClassText:
-    """Class features as CoOp's trainer computes them: all 77 positions of every class through clip's own transformer."""
+    """Class features as CoOp's trainer computes them: all 77 positions of every class through clip's own transformer.
 
-    def __init__(self, backbone: Backbone, classnames: Sequence[str], tokens: int) -> None:
+    With `cut`, only as many positions as the longest sentence has; all else stays as it is.
+    """
+
+    def __init__(self, backbone: Backbone, classnames: Sequence[str], tokens: int, cut: bool = False) -> None:
         self.model = backbone.model
         slots = " ".join(["X"] * tokens)
         ids = backbone.tokenize([f"{slots} {name}." for name in classnames]).to(backbone.device)
-        embeddings = self.model.token_embedding(ids)
-        self.prefix = embeddings[:, :1]  # (N, 1, d)
-        self.suffix = embeddings[:, 1 + tokens :]  # (N, 76 - M, d)
         self.ends = ids.argmax(dim=-1)
+        self.length = int(self.ends.max()) + 1 if cut else ids.shape[1]
+        embeddings = self.model.token_embedding(ids[:, : self.length])
+        self.mask = self.model.build_attention_mask().to(ids.device)[: self.length, : self.length]
+        self.prefix = embeddings[:, :1]  # (N, 1, d)
+        self.suffix = embeddings[:, 1 + tokens :]  # (N, L - 1 - M, d)
 
     def features(self, prompt: Tensor) -> Tensor:
         """(N, D), L2-normalised, for a prompt (M, d)."""
         n = len(self.ends)
-        x = torch.cat([self.prefix, prompt.expand(n, -1, -1), self.suffix], dim=1)  # (N, 77, d)
-        x = (x + self.model.positional_embedding).transpose(0, 1)  # (77, N, d)
-        x = self.model.transformer(x).transpose(0, 1)
+        for block in self.model.transformer.resblocks:
+            block.attn_mask = self.mask
+        x = self.sentences(prompt) + self.model.positional_embedding[: self.length]  # (N, L, d)
+        x = self.model.transformer(x.transpose(0, 1)).transpose(0, 1)
         x = self.model.ln_final(x)[torch.arange(n), self.ends] @ self.model.text_projection
         return x / x.norm(dim=-1, keepdim=True)
+
+    def sentences(self, prompt: Tensor) -> Tensor:
+        """Token embeddings (N, L, d) with the prompt (M, d) in each."""
+        return torch.cat([self.prefix, prompt.expand(len(self.ends), -1, -1), self.suffix], dim=1)
 
 
 # --- class names ------------------------------------------------------------------------------------------------------
@@ -252,17 +273,11 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None
     print()
 
 
-def print_time_table(
-    seconds: Mapping[str, float],
-    base: str,
-    peaks: Mapping[str, float] | None = None,
-    only: Iterable[str] = (),
-) -> None:
-    """Time of each variant, how many times faster than `base` it is, and its peak memory where measured."""
-    names = list(only) or list(seconds)
-    header = ["", "time (ms)", "speed-up"] + (["peak memory (MB)"] if peaks else [])
-    rows = []
-    for name in names:
-        row = [name, f"{1000 * seconds[name]:.0f}", f"{seconds[base] / seconds[name]:.2f}"]
-        rows.append(row + ([f"{peaks[name]:.0f}"] if peaks else []))
-    print_table(header, rows)
+def print_comparison(measured: Mapping[str, Measured], names: Sequence[str]) -> None:
+    """Time and peak memory of these variants, and how many times faster than the first of them each is."""
+    base = measured[names[0]].seconds
+    rows = [
+        [name, f"{1000 * one.seconds:.0f}", f"{base / one.seconds:.2f}", f"{one.peak_mb:.0f}"]
+        for name, one in ((name, measured[name]) for name in names)
+    ]
+    print_table(["", "time (ms)", "speed-up", "peak memory (MB)"], rows)

@@ -10,6 +10,7 @@ mode (its weights are frozen, so no graph comes of it). Both sides end in the gr
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from functools import partial
 
@@ -22,7 +23,7 @@ from gram_meta.backbone import Backbone
 from gram_meta.prompts import PromptedCLIP, initial_prompts, logits
 
 TEXT, WHOLE, IMAGES = "text part", "whole step", "image tower alone"
-PLAIN, OURS = "official way", "this project"
+PLAIN, OURS, CUT = "official way", "this project", "official way, cut at the longest class"
 
 
 class Bench:
@@ -34,6 +35,7 @@ class Bench:
         self.model = PromptedCLIP(backbone, names, initial_prompts(backbone, 4, 0, "a photo of a"))
         self.context = self.model.prompt_learner.ctx
         self.plain_text = common.PlainClassText(backbone, names, len(self.context))
+        self.cut_text = common.PlainClassText(backbone, names, len(self.context), cut=True)
         self.images = torch.randn(batch, 3, size, size, device=device)
         self.labels = torch.arange(batch, device=device) % len(names)
         self.image_features = self.plain_images()  # what the text part alone is trained against
@@ -48,6 +50,7 @@ class Bench:
         model = self.model
         return {
             f"{TEXT}, {PLAIN}": lambda: self._logits(fixed, self.plain_text.features(self.context)),
+            f"{TEXT}, {CUT}": lambda: self._logits(fixed, self.cut_text.features(self.context)),
             f"{TEXT}, {OURS}": lambda: self._logits(fixed, model.class_features()),
             f"{WHOLE}, {PLAIN}": lambda: self._logits(
                 self.plain_images(), self.plain_text.features(self.context)
@@ -57,13 +60,13 @@ class Bench:
             f"{IMAGES}, {OURS}": lambda: model.image_features(self.images),
         }
 
-    def step(self, name: str) -> Tensor:
-        """Forward pass and, where there is a context in it, backward pass; returns the logits."""
+    def step(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """Forward pass and, where there is a context in it, backward pass; returns logits and the context's gradient."""
         self.context.grad = None
         scores = self.variants()[name]()
         if scores.requires_grad:
             F.cross_entropy(scores, self.labels).backward()
-        return scores.detach()
+        return scores.detach(), self.context.grad
 
     def _logits(self, images: Tensor, classes: Tensor) -> Tensor:
         return logits(images, classes, self.backbone.logit_scale)
@@ -78,33 +81,30 @@ def main() -> None:
     names = common.class_names(args.classes)
     bench = Bench(backbone, names, args.batch)
     steps = {name: partial(bench.step, name) for name in bench.variants()}
-    if args.peak_of:
-        return common.report_peak(steps[args.peak_of], args.device)
-
     print(common.environment(args))
     print(f"batch {args.batch}; {common.length_facts(backbone, names)}\n")
-    seconds = common.time_in_turns(steps, args.repeats, args.device)
-    peaks = common.peak_memories(steps)
+    measured = common.measure(steps, args)
     for part in (TEXT, WHOLE, IMAGES):
-        ways = [f"{part}, {way}" for way in (PLAIN, OURS)]
-        common.print_time_table(seconds, ways[0], peaks, ways)
-    print_equality(bench)
-    print_ceilings(bench, seconds, args.device)
+        common.print_comparison(measured, [name for name in steps if name.startswith(part)])
+    print_equality(measured)
+    print_ceilings(bench, {name: one.seconds for name, one in measured.items()}, args)
 
 
-def print_equality(bench: Bench) -> None:
+def print_equality(measured: dict[str, common.Measured]) -> None:
     """Logits and the context's gradient of the whole step, both ways."""
-    scores, gradients = {}, {}
-    for way in (PLAIN, OURS):
-        scores[way] = bench.step(f"{WHOLE}, {way}")
-        gradients[way] = bench.context.grad.clone()
+    apart = [
+        common.deviation(ours, plain)
+        for ours, plain in zip(
+            measured[f"{WHOLE}, {OURS}"].result, measured[f"{WHOLE}, {PLAIN}"].result, strict=True
+        )
+    ]
     print(
-        f"Largest deviation of the logits {common.deviation(scores[OURS], scores[PLAIN]):.1e}, of the context's gradient "
-        f"{common.deviation(gradients[OURS], gradients[PLAIN]):.1e}, relative to the largest entry.\n"
+        f"Largest deviation of the logits {apart[0]:.1e}, of the context's gradient {apart[1]:.1e}, "
+        "relative to the largest entry.\n"
     )
 
 
-def print_ceilings(bench: Bench, seconds: dict[str, float], device: str) -> None:
+def print_ceilings(bench: Bench, seconds: dict[str, float], args: argparse.Namespace) -> None:
     """What no way around the image tower can beat, and the matrix products of the text part."""
     whole, images = seconds[f"{WHOLE}, {PLAIN}"], seconds[f"{IMAGES}, {PLAIN}"]
     least = min(images, seconds[f"{IMAGES}, {OURS}"])
@@ -115,7 +115,7 @@ def print_ceilings(bench: Bench, seconds: dict[str, float], device: str) -> None
     text = bench.model.class_text
     tokens = 1 + text.tokens + int((text.ends + 1).sum())
     flops = 2 * common.text_flops(bench.backbone, tokens)
-    rate = common.product_rate(device, tokens, bench.backbone.text_width)
+    rate = common.product_rate(args, tokens, bench.backbone.text_width)
     print(
         f"Floor of the text part: {tokens} positions up to each class's end token x "
         f"{common.text_flops(bench.backbone, 1) / 1e6:.1f} MFLOP x 2 (forward, backward) = {flops / 1e9:.0f} GFLOP; at the "

@@ -10,7 +10,9 @@ meta-gradients of theta and phi differ; then the same for first order, and what 
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import common
@@ -25,9 +27,12 @@ from gram_meta.pretrain import TaskSet
 from gram_meta.prompts import ClassText, initial_prompts, logits
 from gram_meta.regulator import GradientRegulator
 
-PLAIN, OURS = "plainly", "this project"
-CUT, SHARED = "+ cut at the longest sentence", "+ prompt computed once for all classes"
+PLAIN, OURS = "plainly", "+ all tasks at once = this project"
+CUT = "+ cut at the longest sentence, on clip's modules"
+TOWER = "+ this project's text tower (no padding, last layer for end tokens alone)"
+SHARED = "+ start token and prompt once for all classes"
 PLAIN_FIRST, OURS_FIRST = "plainly, first order", "this project, first order"
+TRICKS = (PLAIN, CUT, TOWER, SHARED, OURS)
 
 
 class Bench:
@@ -52,35 +57,37 @@ class Bench:
         self.regulator = GradientRegulator({"text": backbone.text_width}).to(device)
         self.text = ClassText(backbone, words, len(self.theta))
         names = [[words[topic] for topic in task] for task in self.topics.tolist()]
-        self.plain_texts = [common.PlainClassText(backbone, each, len(self.theta)) for each in names]
+        self.plain_texts, self.cut_texts = (
+            [common.PlainClassText(backbone, each, len(self.theta), cut) for each in names]
+            for cut in (False, True)
+        )
 
     def parameters(self) -> list[Tensor]:
         return [self.theta, *self.regulator.parameters()]
 
-    def gradients(self, name: str) -> tuple[float, list[Tensor]]:
-        """Mean query loss, and the meta-gradients of theta and of phi's parameters, after one step."""
-        loss = self.step(name)
-        return loss.item(), [parameter.grad for parameter in self.parameters()]
-
-    def step(self, name: str) -> Tensor:
-        """One step of a variant from fresh gradients; returns the mean query loss."""
+    def step(self, name: str) -> tuple[Tensor, list[Tensor]]:
+        """One step of a variant: mean query loss, and the meta-gradients of theta and of phi's parameters."""
         for parameter in self.parameters():
             parameter.grad = None
-        return self.variants()[name]()
+        loss = self.variants()[name]()
+        return loss, [parameter.grad for parameter in self.parameters()]
 
     def variants(self) -> dict[str, Callable[[], Tensor]]:
         return {
-            PLAIN: lambda: self.plain(first_order=False),
-            CUT: lambda: self.one_after_another(self.cut_text),
+            PLAIN: lambda: self.plain(self.plain_texts),
+            CUT: lambda: self.plain(self.cut_texts),
+            TOWER: lambda: self.one_after_another(
+                lambda task: WholeSentences(self.backbone, self.cut_texts[task])
+            ),
             SHARED: lambda: self.one_after_another(
                 lambda task: self.text.select(self.topics[task : task + 1])
             ),
-            OURS: lambda: self.ours(first_order=False),
-            PLAIN_FIRST: lambda: self.plain(first_order=True),
+            OURS: lambda: self.ours(),
+            PLAIN_FIRST: lambda: self.plain(self.plain_texts, first_order=True),
             OURS_FIRST: lambda: self.ours(first_order=True),
         }
 
-    def ours(self, first_order: bool) -> Tensor:
+    def ours(self, first_order: bool = False) -> Tensor:
         text = self.text.select(self.topics)
         losses = self._losses(text, slice(None), first_order)
         losses.mean().backward()
@@ -90,32 +97,27 @@ class Bench:
         """This project's functions, for a batch of one task at a time."""
         total = torch.zeros(())
         for task in range(len(self.topics)):
-            loss = self._losses(text_of(task), slice(task, task + 1), first_order=False).mean() / len(
-                self.topics
-            )
+            loss = self._losses(text_of(task), slice(task, task + 1)).mean() / len(self.topics)
             loss.backward()
             total += loss.detach().cpu()
         return total
 
-    def _losses(self, text: object, tasks: slice, first_order: bool) -> Tensor:
+    def _losses(self, text: object, tasks: slice, first_order: bool = False) -> Tensor:
         support, query = (TaskSet(self.backbone, text, side[tasks]) for side in (self.support, self.query))
         alpha, steps = self.config.INNER.ALPHA, self.config.INNER.STEPS
         count = len(self.support[tasks])
         theta = {"text": self.theta}
         return meta_losses(support, query, theta, count, alpha, steps, self.regulator, first_order)
 
-    def cut_text(self, task: int) -> CutText:
-        return CutText(self.backbone, self.plain_texts[task])
-
-    def plain(self, first_order: bool) -> Tensor:
+    def plain(self, texts: list[common.PlainClassText], first_order: bool = False) -> Tensor:
         """Algorithm 1, lines 4 to 9, as one would write them down."""
         total = torch.zeros(())
-        for text, support, query in zip(self.plain_texts, self.support, self.query, strict=True):
-            with twice_differentiable():
+        for text, support, query in zip(texts, self.support, self.query, strict=True):
+            with nullcontext() if first_order else twice_differentiable():
                 loss = self._plain_loss(text, self.theta, support)
                 (gradient,) = torch.autograd.grad(loss, self.theta, create_graph=not first_order)
             adapted = self.theta - self.config.INNER.ALPHA * self.regulator({"text": gradient})["text"]
-            loss = self._plain_loss(text, adapted, query) / len(self.plain_texts)
+            loss = self._plain_loss(text, adapted, query) / len(texts)
             loss.backward()
             total += loss.detach().cpu()
         return total
@@ -128,18 +130,15 @@ class Bench:
         )
 
 
-class CutText:
-    """The length cut alone: whole sentences, start token and prompt in each, cut at the longest of the task."""
+class WholeSentences:
+    """Start token and prompt in each of a task's sentences, through this project's text tower."""
 
     def __init__(self, backbone: Backbone, text: common.PlainClassText) -> None:
         self.backbone, self.text = backbone, text
 
     def features(self, prompts: Tensor) -> Tensor:
         """(1, K, D) for one task's prompt (1, M, d)."""
-        ends = self.text.ends
-        parts = [self.text.prefix, prompts.expand(len(ends), -1, -1), self.text.suffix]
-        sentences = torch.cat(parts, dim=1)[:, : int(ends.max()) + 1]
-        return self.backbone.encode_text(sentences[None], ends)
+        return self.backbone.encode_text(self.text.sentences(prompts[0])[None], self.text.ends)
 
 
 def main() -> None:
@@ -155,44 +154,39 @@ def main() -> None:
     words = common.topic_words(100) if args.names == "topics" else common.class_names(100)
     bench = Bench(backbone, words, args.ways, args.tasks)
     steps = {name: partial(bench.step, name) for name in bench.variants()}
-    if args.peak_of:
-        return common.report_peak(steps[args.peak_of], args.device)
-
     print(common.environment(args))
     print(
         f"{args.ways}-way, {args.tasks} tasks, {bench.support.shape[2]} support and {bench.query.shape[2]} query shots; "
         f"{common.length_facts(backbone, words)}; longest drawn: {int(bench.text.ends[bench.topics].max()) - 1}\n"
     )
-    seconds = common.time_in_turns(steps, args.repeats, args.device)
-    peaks = common.peak_memories(steps)
-    common.print_time_table(seconds, PLAIN, peaks, (PLAIN, CUT, SHARED, OURS))
-    common.print_time_table(seconds, PLAIN_FIRST, peaks, (PLAIN_FIRST, OURS_FIRST))
-    for name, first in ((PLAIN, PLAIN_FIRST), (OURS, OURS_FIRST)):
-        print(f"second order / first order, {name}: {seconds[name] / seconds[first]:.2f}")
-    print_gradients(bench)
-    print_floor(bench, seconds[OURS], args.device)
+    measured = common.measure(steps, args)
+    common.print_comparison(measured, TRICKS)
+    common.print_comparison(measured, (PLAIN_FIRST, OURS_FIRST))
+    for name, exact, first in (("plainly", PLAIN, PLAIN_FIRST), ("this project", OURS, OURS_FIRST)):
+        ratio = measured[exact].seconds / measured[first].seconds
+        print(f"second order / first order, {name}: {ratio:.2f}")
+    print_gradients(measured)
+    print_floor(bench, measured[OURS].seconds, args)
 
 
-def print_gradients(bench: Bench) -> None:
+def print_gradients(measured: dict[str, common.Measured]) -> None:
     """How far the meta-gradients of each variant are from the plain ones, and first order from exact."""
-    loss, gradients = bench.gradients(PLAIN)
+    loss, gradients = measured[PLAIN].result
     rows = []
-    for name in (CUT, SHARED, OURS, PLAIN_FIRST, OURS_FIRST):
-        other_loss, others = bench.gradients(name)
+    for name in (*TRICKS[1:], PLAIN_FIRST, OURS_FIRST):
+        other_loss, others = measured[name].result
         apart = [common.deviation(a, b) for a, b in zip(others, gradients, strict=True)]
-        rows.append(
-            [name, f"{abs(other_loss - loss) / loss:.1e}", f"{apart[0]:.1e}", f"{max(apart[1:]):.1e}"]
-        )
+        rows.append([name, f"{abs(other_loss / loss - 1):.1e}", f"{apart[0]:.1e}", f"{max(apart[1:]):.1e}"])
     print("\nLargest deviation from the plain step, relative to the largest entry:\n")
     common.print_table(["", "query loss", "gradient of theta", "gradient of phi"], rows)
 
 
-def print_floor(bench: Bench, seconds: float, device: str) -> None:
+def print_floor(bench: Bench, seconds: float, args: argparse.Namespace) -> None:
     """The matrix products that second order cannot do without, at the rate this machine multiplies."""
     lengths = bench.text.ends[bench.topics] + 1  # (B, K)
     tokens = int(lengths.sum()) + lengths.shape[0] * (1 + bench.text.tokens)
     flops = 6 * common.text_flops(bench.backbone, tokens)
-    rate = common.product_rate(device, tokens, bench.backbone.text_width)
+    rate = common.product_rate(args, tokens, bench.backbone.text_width)
     print(
         f"Floor: {tokens} text positions x {common.text_flops(bench.backbone, 1) / 1e6:.1f} MFLOP x 6 (support and query "
         f"forward and backward, and backward through the support gradient's own two passes) = {flops / 1e9:.1f} GFLOP; "

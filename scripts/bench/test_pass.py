@@ -68,15 +68,13 @@ def main() -> None:
     names = common.class_names(args.classes)
     bench = Bench(backbone, names, args.batch, args.batches)
     steps = {name: partial(bench.step, name) for name in bench.variants()}
-    if args.peak_of:
-        return common.report_peak(steps[args.peak_of], args.device)
-
     print(common.environment(args))
     print(f"{args.batches} batches of {args.batch}; {common.length_facts(backbone, names)}\n")
-    seconds = common.time_in_turns(steps, args.repeats, args.device)
-    common.print_time_table(seconds, PLAIN, common.peak_memories(steps))
-    plain, ours = (torch.cat(bench.step(way)) for way in (PLAIN, OURS))
+    measured = common.measure(steps, args)
+    common.print_comparison(measured, list(steps))
+    plain, ours = (torch.cat(measured[way].result) for way in (PLAIN, OURS))
     print(f"Largest deviation of the logits, relative to the largest: {common.deviation(ours, plain):.1e}\n")
+    seconds = {name: one.seconds for name, one in measured.items()}
     print_whole_set(seconds, args.batches, args.images // args.batch)
 
 
