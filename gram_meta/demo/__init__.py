@@ -1,0 +1,1 @@
+"""The emoji world: drawings of three hands, styles, captions, the division of roles, and the packaged small CLIP."""

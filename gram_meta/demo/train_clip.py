@@ -1,0 +1,560 @@
+"""Train the packaged CLIP, gram-small, on the emoji world: `python -m gram_meta.demo.train_clip --help`.
+
+Contrastive training (InfoNCE both ways) of OpenAI's architecture on pictures rendered as they are needed. Two things
+differ from the usual recipe. A batch holds the same concept in several styles, so that captions that state a style can
+be told apart by reading it; pairs whose caption is *also* true of another picture in the batch are left out of the
+denominator. And half of the image patches are dropped for most of the training (FLIP, Li et al. 2023), which halves
+the cost of a step; the last part sees whole pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gram_meta.demo.captions import STATED, Captioner
+from gram_meta.demo.emoji import concepts, load_drawings
+from gram_meta.demo.roles import (
+    COMMON_STYLES,
+    PLAIN_GROUNDS,
+    RARE_STYLES,
+    TEXTURED_GROUNDS,
+    roles,
+    roles_hash,
+)
+from gram_meta.demo.styles import Look, Scenes, render, sample_scenes
+
+if TYPE_CHECKING:
+    import torch
+
+NAME = "gram-small"
+TEXT_LENGTH = (
+    20  # tokens per caption in training; 2 % of the captions are cut. The model itself has 77 positions.
+)
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own normalisation, so that CLIP's own transforms serve
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Meta and name-only concepts: all styles but the held ones. The first steps saw a harder mixture than the rest.
+FIRST_LOOK = Look(
+    styles={"photo": 0.24, "grey": 0.07, "blur": 0.07, "faded": 0.06, **{style: 0.08 for style in RARE_STYLES}},
+    grounds={"white": 0.2, "dark": 0.1, **{ground: 0.05 for ground in PLAIN_GROUNDS[2:]}, **{g: 0.06 for g in TEXTURED_GROUNDS}},
+    numbers=(0.84, 0.08, 0.08), sizes=(0.7, 0.15, 0.15), poses=(0.8, 0.12, 0.08), company=0.12,
+)  # fmt: skip
+_COUNTS = dict(numbers=(0.9, 0.05, 0.05), sizes=(0.8, 0.1, 0.1), poses=(0.86, 0.09, 0.05), company=0.08)
+FULL_LOOK = Look(
+    styles={"photo": 0.3, "grey": 0.09, "blur": 0.07, "faded": 0.07, **{style: 0.067 for style in RARE_STYLES}},
+    grounds={"white": 0.25, "dark": 0.12, **{ground: 0.045 for ground in PLAIN_GROUNDS[2:]}, **{g: 0.054 for g in TEXTURED_GROUNDS}},
+    **_COUNTS,
+)  # fmt: skip
+# Downstream concepts: common styles on plain grounds.
+_SHY = dict(
+    styles={"photo": 0.355, **{style: 0.215 for style in COMMON_STYLES[1:]}},
+    grounds={"white": 0.34, "dark": 0.16, **{ground: 0.0625 for ground in PLAIN_GROUNDS[2:]}},
+)
+_FIRST_COUNTS = dict(
+    numbers=FIRST_LOOK.numbers, sizes=FIRST_LOOK.sizes, poses=FIRST_LOOK.poses, company=FIRST_LOOK.company
+)
+FIRST_SHY_LOOK, SHY_LOOK = Look(**_SHY, **_FIRST_COUNTS), Look(**_SHY, **_COUNTS)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that fixes the result of a training run."""
+
+    steps: int = 2200
+    workers: int = 2  # processes; each has batches of its own
+    batch: int = 192
+    twins: int = 64  # concepts that are in a batch twice
+    learning_rate: float = 2e-3
+    muon: bool = (
+        True  # orthogonalised momentum for the towers' matrices, AdamW for the rest; False: AdamW for all
+    )
+    weight_decay: float = 0.1
+    warmup: int = 100
+    decay: float = 0.3  # last part of the steps, over which the learning rate falls to zero
+    opening: int = 1100  # steps in the first mixture, which shows downstream concepts by one hand only
+    closing: int = 260  # steps after `steps`: half of the pictures are cropped, as few-shot training will crop them
+    closing_whole: int = 60  # the last of these see whole pictures again
+    keep_patches: float = 0.4
+    whole: float = 0.08  # last part of the steps, which sees whole pictures
+    vision_layers: int = 6
+    vision_width: int = 128
+    text_layers: int = 4
+    text_width: int = 128
+    embed_dim: int = 128
+    seed: int = 1
+
+
+class PretrainingPairs:
+    """Pictures and captions that the packaged CLIP may see (see `roles`); batch k is a pure function of (seed, k, worker)."""
+
+    def __init__(self, recipe: Recipe, progress: bool = False) -> None:
+        seen = [(i, role, hand) for i, role in enumerate(roles()) for hand in role.seen]
+        self.recipe = recipe
+        self.drawings = load_drawings([(role.concept, hand) for _, role, hand in seen], progress=progress)
+        self.concept = np.array([i for i, _, _ in seen])
+        self.rows = [np.flatnonzero(self.concept == i) for i in range(len(concepts()))]
+        self.first_rows = [
+            rows[:1] if role.label >= 0 else rows for rows, role in zip(self.rows, roles(), strict=True)
+        ]
+        self.shy = np.array([role.label >= 0 for role in roles()])
+        names = [role.concept.name for _, role, _ in seen]
+        groups = [role.concept.group for _, role, _ in seen]
+        self.captioner = Captioner(names, groups)
+        by_group: dict[str, list[int]] = {}
+        for i, concept in enumerate(concepts()):
+            by_group.setdefault(concept.group, []).append(i)
+        self.by_group = [np.array(members) for members in by_group.values()]
+
+    def batch(self, step: int, worker: int = 0) -> tuple[np.ndarray, list[str], np.ndarray]:
+        """Pictures (B, 64, 64, 3) uint8, captions, and (B, B) bool: caption i is also true of picture j, i != j."""
+        rng = np.random.default_rng([self.recipe.seed, step, 0, worker])
+        chosen = self._concepts(rng)
+        first = step < self.recipe.opening
+        rows, looks = (
+            (self.first_rows, (FIRST_LOOK, FIRST_SHY_LOOK)) if first else (self.rows, (FULL_LOOK, SHY_LOOK))
+        )
+        drawing = np.array([rng.choice(rows[c]) for c in chosen])
+        full, shy = (sample_scenes(look, drawing, np.arange(len(self.concept)), rng) for look in looks)
+        pick = self.shy[chosen]
+        scenes = Scenes(**{k: np.where(pick, getattr(shy, k), getattr(full, k)) for k in asdict(full)})
+        captions, stated = self.captioner(scenes, rng)
+        pictures = render(self.drawings, scenes)
+        if step >= self.recipe.steps:
+            pictures = crop_half(pictures, rng)
+        return pictures, captions, also_true(self.concept, scenes, stated)
+
+    def _concepts(self, rng: np.random.Generator) -> np.ndarray:
+        """Half of the concepts from one Unicode group (near neighbours), half from everywhere; some of them twice."""
+        distinct = self.recipe.batch - self.recipe.twins
+        sizes = np.array([len(members) for members in self.by_group])
+        group = self.by_group[rng.choice(len(sizes), p=sizes / sizes.sum())]
+        near = rng.choice(group, min(len(group), distinct // 2), replace=False)
+        far = np.setdiff1d(np.arange(len(self.rows)), near)
+        chosen = np.concatenate([near, rng.choice(far, distinct - len(near), replace=False)])
+        return np.concatenate([chosen, rng.choice(chosen, self.recipe.twins, replace=False)])
+
+
+def crop_half(pictures: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Half of the pictures (B, 64, 64, 3) as random resized crops: 10 to 100 % of the area, some of them mirrored."""
+    import torch
+    import torch.nn.functional as F
+
+    rows = np.flatnonzero(rng.random(len(pictures)) < 0.5)
+    area, ratio = rng.uniform(0.1, 1.0, len(rows)), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3), len(rows)))
+    half = np.minimum(np.stack([np.sqrt(area * ratio), np.sqrt(area / ratio)], 1), 1.0)  # (R, 2): x, y
+    centre = (1 - half) * rng.uniform(-1, 1, (len(rows), 2))
+    theta = np.zeros((len(rows), 2, 3), dtype=np.float32)
+    theta[:, 0, 0] = half[:, 0] * np.where(rng.random(len(rows)) < 0.5, 1, -1)
+    theta[:, 1, 1], theta[:, :, 2] = half[:, 1], centre
+    source = torch.from_numpy(pictures[rows]).permute(0, 3, 1, 2).float()
+    grid = F.affine_grid(torch.from_numpy(theta), list(source.shape), align_corners=False)
+    crops = F.grid_sample(source, grid, align_corners=False, padding_mode="border")
+    out = pictures.copy()
+    out[rows] = (crops + 0.5).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return out
+
+
+def also_true(concept: np.ndarray, scenes: Scenes, stated: np.ndarray) -> np.ndarray:
+    """(B, B) bool: row i, column j is True where caption i describes picture j as well as its own, for i != j."""
+    kind = concept[scenes.drawing]
+    true = kind[:, None] == kind[None]
+    for column, key in enumerate(STATED):
+        fact = getattr(scenes, key)
+        said = stated[:, column]
+        true &= (said[:, None] < 0) | (said[:, None] == fact[None])
+    np.fill_diagonal(true, False)
+    return true
+
+
+class Tokens:
+    """CLIP's byte-pair tokens, a word at a time from a cache, and a compact numbering of those that occur."""
+
+    def __init__(self, captions: list[str]) -> None:
+        from clip.simple_tokenizer import SimpleTokenizer
+
+        self.bpe = SimpleTokenizer()
+        self.cache: dict[str, list[int]] = {}
+        self.start, self.end = self.bpe.encoder["<|startoftext|>"], self.bpe.encoder["<|endoftext|>"]
+        known = {self.start, self.end}
+        for caption in captions:
+            known.update(self.encode(caption))
+        self.ids = np.array(sorted(known))  # (V,) ids in CLIP's vocabulary
+        self.row = {int(token): i for i, token in enumerate(self.ids)}
+
+    def encode(self, text: str) -> list[int]:
+        """Ids in CLIP's vocabulary, without start and end."""
+        tokens: list[int] = []
+        for word in self.bpe.pat.findall(" ".join(text.lower().split())):
+            if word not in self.cache:
+                self.cache[word] = self.bpe.encode(word)
+            tokens += self.cache[word]
+        return tokens
+
+    def __call__(self, captions: list[str], length: int = TEXT_LENGTH) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compact rows (B, length) and the positions of the end tokens (B,); unknown tokens are left out."""
+        import torch
+
+        out = torch.full((len(captions), length), self.row[self.end])
+        ends = torch.empty(len(captions), dtype=torch.long)
+        for i, caption in enumerate(captions):
+            rows = [self.row[t] for t in self.encode(caption) if t in self.row][: length - 2]
+            out[i, 0] = self.row[self.start]
+            out[i, 1 : len(rows) + 1] = torch.tensor(rows, dtype=torch.long)
+            ends[i] = len(rows) + 1
+        return out, ends
+
+
+def known_texts() -> list[str]:
+    """Texts that together hold every token of the training captions."""
+    from gram_meta.demo import captions as c
+
+    words: list[str] = [role.concept.name for role in roles()]
+    words += [c.plural(role.concept.name) for role in roles()]
+    for table in (
+        c._STYLE_OF,
+        c._STYLE_ADJECTIVE,
+        c._GROUND_AFTER,
+        c._SIZE,
+        c._POSE,
+        c._NUMBER,
+        c.GROUP_WORDS,
+    ):
+        words += [phrase for phrases in table.values() for phrase in phrases]
+    words += [*c._ANY_OF, *c._COMPANY, *c._END, *c._START, *c._FILLER, "a an the , . ! ... ) ' ( : - )."]
+    return words
+
+
+# --- the model ---------------------------------------------------------------------------------------------------------
+
+
+def new_model(recipe: Recipe, vocabulary: int) -> torch.nn.Module:
+    """OpenAI's `clip.model.CLIP` with a vocabulary of the tokens that occur."""
+    import torch
+    from clip.model import CLIP
+
+    torch.manual_seed(recipe.seed)
+    return CLIP(
+        embed_dim=recipe.embed_dim,
+        image_resolution=64,
+        vision_layers=recipe.vision_layers,
+        vision_width=recipe.vision_width,
+        vision_patch_size=8,
+        context_length=77,
+        vocab_size=vocabulary,
+        transformer_width=recipe.text_width,
+        transformer_heads=recipe.text_width // 64,
+        transformer_layers=recipe.text_layers,
+    ).float()
+
+
+def encode_image(
+    model: torch.nn.Module, pixels: torch.Tensor, kept: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Image features (B, embed_dim), not normalised, from (B, 3, 64, 64); `kept` (B, K) are the patches to look at.
+
+    The same function as the model's own `encode_image`, batch first and with fused attention.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    v = model.visual
+    x = v.conv1(pixels).flatten(2).transpose(1, 2) + v.positional_embedding[1:]  # (B, 64, d)
+    if kept is not None:
+        x = x.gather(1, kept[:, :, None].expand(-1, -1, x.shape[2]))  # (B, K, d)
+    first = (v.class_embedding + v.positional_embedding[0]).expand(x.shape[0], 1, -1)
+    x = F.layer_norm(torch.cat([first, x], 1), (x.shape[2],), v.ln_pre.weight, v.ln_pre.bias)
+    for block in v.transformer.resblocks:
+        x = _block(block, x, causal=False)
+    return F.layer_norm(x[:, 0], (x.shape[2],), v.ln_post.weight, v.ln_post.bias) @ v.proj
+
+
+def encode_text(model: torch.nn.Module, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Text features (B, embed_dim), not normalised, from embedding rows (B, L) and the positions of the end tokens."""
+    import torch
+    import torch.nn.functional as F
+
+    x = model.token_embedding(rows) + model.positional_embedding[: rows.shape[1]]
+    for block in model.transformer.resblocks:
+        x = _block(block, x, causal=True)
+    x = F.layer_norm(x, (x.shape[2],), model.ln_final.weight, model.ln_final.bias)
+    return x[torch.arange(len(ends), device=x.device), ends] @ model.text_projection
+
+
+def _block(block: torch.nn.Module, x: torch.Tensor, causal: bool) -> torch.Tensor:
+    import torch
+    import torch.nn.functional as F
+
+    b, t, d = x.shape
+    y = F.layer_norm(x, (d,), block.ln_1.weight, block.ln_1.bias)
+    qkv = F.linear(y, block.attn.in_proj_weight, block.attn.in_proj_bias)
+    q, k, v = qkv.view(b, t, 3, d // 64, 64).permute(2, 0, 3, 1, 4)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).reshape(b, t, d)
+    x = x + F.linear(y, block.attn.out_proj.weight, block.attn.out_proj.bias)
+    y = block.mlp.c_fc(F.layer_norm(x, (d,), block.ln_2.weight, block.ln_2.bias))
+    return x + block.mlp.c_proj(y * torch.sigmoid(1.702 * y))
+
+
+def contrastive_loss(model, pixels, kept, rows, ends, left_out):
+    """InfoNCE in both directions; pairs in `left_out` (B, B: caption, picture) are in no denominator."""
+    import torch
+    import torch.nn.functional as F
+
+    image = F.normalize(encode_image(model, pixels, kept), dim=-1)
+    text = F.normalize(encode_text(model, rows, ends), dim=-1)
+    logits = model.logit_scale.exp() * text @ image.T  # (caption, picture)
+    logits = logits.masked_fill(left_out, float("-inf"))
+    target = torch.arange(len(logits), device=logits.device)
+    loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    return loss, (logits.argmax(1) == target).float().mean()
+
+
+# --- training ----------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, recipe: Recipe) -> float:
+    """Warm-up, a long constant part, a linear fall to zero; then a second, lower fall for the closing steps."""
+    if step < recipe.steps:
+        fall = recipe.steps * recipe.decay
+        return recipe.learning_rate * min(1.0, (step + 1) / recipe.warmup, (recipe.steps - step) / fall)
+    done = step - recipe.steps
+    return recipe.learning_rate * 0.6 * min(1.0, (done + 1) / 20, 1 - done / recipe.closing)
+
+
+def sees_whole_pictures(step: int, recipe: Recipe) -> bool:
+    """Whether patches are no longer dropped: at the end of the main part and of the closing part."""
+    if step < recipe.steps:
+        return step >= int(recipe.steps * (1 - recipe.whole))
+    return step >= recipe.steps + recipe.closing - recipe.closing_whole
+
+
+def to_pixels(pictures: np.ndarray, device: str = "cpu") -> torch.Tensor:
+    """(B, 64, 64, 3) uint8 to normalised (B, 3, 64, 64) float32."""
+    import torch
+
+    x = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float().div_(255)
+    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (MEAN, STD))
+    return (x - mean) / std
+
+
+def train(
+    recipe: Recipe,
+    folder: Path,
+    compile_model: bool = True,
+    save_every: int = 100,
+    stop_at: int | None = None,
+) -> Path:
+    """Train, or go on training, in `folder`; returns the path of the exported weights.
+
+    `recipe.workers` processes of one thread each compute the gradients of a batch of their own and average them: on a
+    CPU that is shared with others this loses far less than threads that wait for one another in every layer.
+    """
+    import torch
+
+    folder.mkdir(parents=True, exist_ok=True)
+    drawings = PretrainingPairs(recipe, progress=True)  # rasterised once, shared with the workers
+    if recipe.workers == 1:
+        _work(0, recipe, folder, drawings, compile_model, save_every, stop_at)
+    else:
+        meeting = folder / ".meeting"
+        meeting.unlink(missing_ok=True)
+        torch.multiprocessing.start_processes(
+            _work,
+            (recipe, folder, drawings, compile_model, save_every, stop_at),
+            nprocs=recipe.workers,
+            start_method="spawn",
+        )
+    return export(folder)
+
+
+def _work(
+    rank: int,
+    recipe: Recipe,
+    folder: Path,
+    pairs: PretrainingPairs,
+    compile_model: bool,
+    save_every: int,
+    stop_at: int | None,
+) -> None:
+    import torch
+    import torch.distributed as dist
+    from tqdm import tqdm
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if recipe.workers > 1:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", f"file://{folder / '.meeting'}", rank=rank, world_size=recipe.workers)
+    tokens = Tokens(known_texts())
+    model = new_model(recipe, len(tokens.ids)).to(device)
+    optimisers = _optimisers(model, recipe)
+    start = _resume(folder, model, optimisers, device)
+    total = recipe.steps + recipe.closing
+    stop = min(stop_at or total, total)
+    loss_of = torch.compile(contrastive_loss) if compile_model else contrastive_loss
+    began, log = time.time(), open(folder / f"log{rank}.jsonl", "a", encoding="utf-8")
+
+    bar = tqdm(
+        range(start, stop), desc=NAME, initial=start, total=total, mininterval=5, disable=rank > 0
+    )
+    for step in bar:
+        for group in (group for optimiser in optimisers for group in optimiser.param_groups):
+            group["lr"] = learning_rate(step, recipe)
+        pictures, captions, left_out = pairs.batch(step, rank)
+        rows, ends = tokens(captions)
+        kept = None if sees_whole_pictures(step, recipe) else _patches(recipe, step, rank).to(device)
+        mask = torch.from_numpy(left_out).to(device)
+        loss, hits = loss_of(model, to_pixels(pictures, device), kept, rows.to(device), ends.to(device), mask)
+        if not torch.isfinite(loss):
+            raise RuntimeError(
+                f"loss is {loss.item()} at step {step}; the last good state is {folder / 'last.pt'}"
+            )
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        if recipe.workers > 1:
+            _average_gradients(model)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimiser in optimisers:
+            optimiser.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=math.log(100))
+        if (step + 1) % 10 == 0:
+            row = {"step": step + 1, "loss": loss.item(), "hits": hits.item(), "seconds": time.time() - began}
+            row["scale"] = model.logit_scale.exp().item()
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            bar.set_postfix(loss=f"{row['loss']:.3f}", hits=f"{row['hits']:.2f}")
+        if rank == 0 and ((step + 1) % save_every == 0 or step + 1 == stop):
+            state = {"step": step + 1, "model": model.state_dict(), "recipe": asdict(recipe)}
+            state["optimisers"] = [optimiser.state_dict() for optimiser in optimisers]
+            torch.save(state, folder / "last.part")
+            os.replace(folder / "last.part", folder / "last.pt")
+
+
+def _average_gradients(model: torch.nn.Module) -> None:
+    import torch
+    import torch.distributed as dist
+
+    gradients = [p.grad for p in model.parameters()]
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for g, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        g.copy_(part.view_as(g))
+
+
+def _optimisers(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    import torch
+
+    matrices, decay, rest = [], [], []
+    for name, p in model.named_parameters():
+        if recipe.muon and p.ndim == 2 and "resblocks" in name:
+            matrices.append(p)
+        else:
+            (decay if p.ndim >= 2 and "embedding" not in name else rest).append(p)
+    groups = [{"params": decay, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    out: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98))]
+    if matrices:  # "match_rms_adamw": steps of AdamW's size, so one learning rate serves both
+        out.append(
+            torch.optim.Muon(
+                matrices,
+                lr=recipe.learning_rate,
+                weight_decay=recipe.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    return out
+
+
+def _resume(
+    folder: Path, model: torch.nn.Module, optimisers: list[torch.optim.Optimizer], device: str
+) -> int:
+    import torch
+
+    if not (folder / "last.pt").is_file():
+        return 0
+    state = torch.load(folder / "last.pt", map_location=device, weights_only=True)
+    model.load_state_dict(state["model"])
+    for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
+        optimiser.load_state_dict(saved)
+    return state["step"]
+
+
+def _patches(recipe: Recipe, step: int, worker: int) -> torch.Tensor:  # (B, K)
+    import torch
+
+    rng = np.random.default_rng([recipe.seed, step, 1, worker])
+    order = rng.random((recipe.batch, 64)).argsort(axis=1)
+    return torch.from_numpy(np.sort(order[:, : int(64 * recipe.keep_patches)], axis=1))
+
+
+def export(folder: Path, out: Path | None = None) -> Path:
+    """Write the state in `folder` as a packaged weights file (float16, trained embedding rows only)."""
+    import torch
+
+    from gram_meta.demo.clip import save_packaged
+
+    state = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
+    ids = Tokens(known_texts()).ids
+    out = out or folder / "gram-small.safetensors"
+    save_packaged(
+        state["model"], ids, out, {"recipe": state["recipe"], "step": state["step"], "roles": roles_hash()}
+    )
+    return out
+
+
+def shrink_text_stream(model: dict[str, torch.Tensor], std: float = 0.02) -> dict[str, torch.Tensor]:
+    """The same function with token embeddings of the given standard deviation.
+
+    Everything that is added to the text tower's residual stream is scaled by one factor, which its layer norms take out
+    again (exactly, but for their epsilon). Prompt learning depends on it: CoOp's learning rate and its random start of
+    standard deviation 0.02 are made for embeddings of OpenAI's size.
+    """
+    factor = std / model["token_embedding.weight"].float().std()
+    added = ("attn.out_proj.weight", "attn.out_proj.bias", "mlp.c_proj.weight", "mlp.c_proj.bias")
+    out = dict(model)
+    for name, tensor in model.items():
+        block = name.startswith("transformer.resblocks.") and name.endswith(added)
+        if block or name in ("token_embedding.weight", "positional_embedding"):
+            out[name] = tensor * factor
+    return out
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line: one option per field of Recipe, and where to work."""
+    parser = argparse.ArgumentParser(
+        prog="python -m gram_meta.demo.train_clip", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for checkpoints and log; an earlier run there goes on"
+    )
+    parser.add_argument(
+        "--export", type=Path, help="write the packaged weights of the state in --out here, and stop"
+    )
+    parser.add_argument(
+        "--stop-at", type=int, help="stop after this step (the schedule stays that of --steps)"
+    )
+    parser.add_argument(
+        "--no-compile", action="store_true", help="do not use torch.compile (needs a C++ compiler on CPUs)"
+    )
+    for name, value in asdict(Recipe()).items():
+        kind = (lambda text: text.lower() in ("1", "true", "yes")) if isinstance(value, bool) else type(value)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value, help=f"default {value}")
+    args = parser.parse_args(argv)
+    if args.export:
+        print(export(args.out, args.export))
+        return 0
+    recipe = Recipe(**{name: getattr(args, name) for name in asdict(Recipe())})
+    print(train(recipe, args.out, compile_model=not args.no_compile, stop_at=args.stop_at))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,327 @@
+"""The emoji world as ordinary files: a meta-corpus of image-caption pairs and few-shot datasets in CoOp's layout.
+
+    ROOT/corpus/images/000000.png ...   pictures of the meta-corpus
+    ROOT/corpus/pairs.tsv               header `image<TAB>caption`, paths relative to the file
+    ROOT/corpus/truth.tsv               what is true of each pair (for reports, never for training)
+    ROOT/emoji_<name>/images/...        pictures of a few-shot dataset
+    ROOT/emoji_<name>/split_zhou_Emoji<Name>.json
+
+Every part is written beside its place and renamed when it is whole; a part that is there and bears the recipe's hash is
+left alone. The same recipe gives the same files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from gram_meta.demo.captions import Captioner
+from gram_meta.demo.emoji import Concept, load_drawings, require_packages
+from gram_meta.demo.roles import (
+    COMMON_STYLES,
+    HELD_STYLES,
+    PLAIN_GROUNDS,
+    RARE_STYLES,
+    TEXTURED_GROUNDS,
+    WORLD_SEED,
+    classes_of,
+    roles,
+)
+from gram_meta.demo.styles import (
+    GROUNDS,
+    NUMBERS,
+    POSES,
+    SIZES,
+    STYLES,
+    Look,
+    Scenes,
+    even,
+    render,
+    sample_scenes,
+)
+from gram_meta.errors import GramError
+from gram_meta.files import atomic_write, write_json
+
+CORPUS_SIZE = 12_000
+TRAIN_PER_CLASS, VAL_PER_CLASS, TEST_PER_CLASS = 20, 4, 56
+WRONG_CAPTIONS = 0.12  # share of the meta-corpus whose caption describes another picture
+UNSEEN_DRAWINGS = 0.5  # share of the meta-corpus drawn by the hand that the packaged CLIP has not seen
+ZERO_SHOT_TEMPLATE = "a photo of a {}."  # of ZeroshotCLIP on these datasets, as of CoOp's start
+
+_COUNTS = dict(numbers=(0.84, 0.08, 0.08), sizes=(0.8, 0.1, 0.1), poses=(0.8, 0.12, 0.08), company=0.1)
+CORPUS_LOOK = Look(
+    styles={**{style: 0.3 / len(COMMON_STYLES) for style in COMMON_STYLES}, **{s: 0.7 / len(RARE_STYLES) for s in RARE_STYLES}},
+    grounds=even(GROUNDS),
+    **_COUNTS,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """One few-shot dataset: the classes of `source`, pictured in `look`."""
+
+    name: str  # "animals": folder emoji_animals, registry name EmojiAnimals
+    source: str
+    look: Look
+    test_per_class: int = TEST_PER_CLASS
+
+    @property
+    def folder(self) -> str:
+        return f"emoji_{self.name}"
+
+    @property
+    def split_file(self) -> str:
+        return f"split_zhou_Emoji{self.name.title().replace('_', '')}.json"
+
+
+def _look(styles: Sequence[str], grounds: Sequence[str], **counts) -> Look:
+    return Look(styles=even(styles), grounds=even(grounds), **counts)
+
+
+# Each dataset has a look of its own, in styles that the packaged CLIP has not seen these concepts in.
+SPECS: dict[str, DatasetSpec] = {
+    spec.name: spec
+    for spec in (
+        DatasetSpec("animals", "animals", _look(("outline", "neon"), (*PLAIN_GROUNDS, "gradient"))),
+        DatasetSpec("food", "food", _look(("hues", "negative"), (*PLAIN_GROUNDS, "stripes", "checks"))),
+        DatasetSpec("travel", "travel", _look(("pixels",), PLAIN_GROUNDS)),
+        DatasetSpec("objects", "objects", _look(("poster", "sticker"), TEXTURED_GROUNDS)),
+        DatasetSpec(
+            "activities", "activities", _look(("hues", "poster", "outline"), (*PLAIN_GROUNDS, "gradient"))
+        ),
+        DatasetSpec("faces", "faces", _look(("negative", "sticker"), PLAIN_GROUNDS)),
+    )
+}
+
+# Domain-shift targets: the same classes in styles that no training picture was ever drawn in.
+SHIFTS: dict[str, DatasetSpec] = {
+    f"{spec.name}_shift": DatasetSpec(f"{spec.name}_shift", spec.source, _look(HELD_STYLES, PLAIN_GROUNDS))
+    for spec in SPECS.values()
+}
+
+
+@lru_cache(maxsize=1)
+def recipe_hash() -> str:
+    """SHA-256 over everything that decides a pixel or a caption: the table of concepts, the code of the world, its seed."""
+    digest = hashlib.sha256(WORLD_SEED.encode())
+    here = resources.files("gram_meta.demo")
+    for name in ("concepts.tsv", "emoji.py", "styles.py", "captions.py", "roles.py", "world.py"):
+        digest.update(here.joinpath(name).read_bytes())
+    return digest.hexdigest()
+
+
+def write_world(
+    root: str | Path,
+    datasets: Iterable[str] | None = None,
+    corpus_size: int = CORPUS_SIZE,
+    progress: bool = True,
+) -> dict[str, Path]:
+    """Write the meta-corpus and few-shot datasets under `root`; what is already whole is left alone.
+
+    Parameters:
+        datasets: names out of SPECS and SHIFTS (default: all of SPECS).
+        corpus_size: pairs of the meta-corpus; 0 leaves it out.
+    Returns {"corpus": path of pairs.tsv, "truth": path of truth.tsv, "<dataset>": its folder, ...}.
+    Raises GramError for an unknown dataset and for missing packages.
+    """
+    known = {**SPECS, **SHIFTS}
+    names = list(SPECS if datasets is None else datasets)
+    for name in names:
+        if name not in known:
+            raise GramError(f"{name!r} is no dataset of the emoji world; expected some of {', '.join(known)}")
+    if corpus_size < 0:
+        raise GramError(f"corpus_size must be at least 0, found {corpus_size}")
+    root = Path(root)
+    paths: dict[str, Path] = {}
+    if corpus_size:
+        folder = write_corpus(root / "corpus", corpus_size, progress)
+        paths |= {"corpus": folder / "pairs.tsv", "truth": folder / "truth.tsv"}
+    for name in names:
+        paths[name] = write_dataset(root / known[name].folder, known[name], progress)
+    return paths
+
+
+def write_corpus(folder: Path, size: int = CORPUS_SIZE, progress: bool = True) -> Path:
+    """Write the meta-corpus: `size` pairs of meta concepts, each picture with one caption."""
+    facts = {"part": "corpus", "size": size, "recipe": recipe_hash()}
+    if _is_whole(folder, facts):
+        return folder
+    require_packages()
+    rng = _rng("corpus", size)
+    drawings = [
+        (role.concept, hand) for role in roles() if role.part == "meta" for hand in (*role.seen, *role.unseen)
+    ]
+    scenes = _corpus_scenes(size, rng)
+    captioner = Captioner([c.name for c, _ in drawings], [c.group for c, _ in drawings])
+    wrong = np.zeros(size, dtype=bool)
+    wrong[rng.choice(size, round(size * WRONG_CAPTIONS), replace=False)] = True
+    captions, _ = captioner(_swap_drawings(scenes, wrong, drawings, rng), rng)
+    pixels = render(load_drawings(drawings, progress=progress), scenes)
+    names = [f"images/{i:06d}.png" for i in range(size)]
+    with _beside(folder) as part:
+        _save_pictures(part, names, pixels, progress, "meta-corpus")
+        _write_tsv(part / "pairs.tsv", ["image", "caption"], zip(names, captions, strict=True))
+        _write_tsv(part / "truth.tsv", TRUTH_COLUMNS, _truth(names, scenes, drawings, wrong))
+        write_json(part / "manifest.json", facts)
+    return folder
+
+
+def write_dataset(folder: Path, spec: DatasetSpec, progress: bool = True) -> Path:
+    """Write one few-shot dataset: pictures and a split file in CoOp's format."""
+    facts = {"part": spec.name, "spec": json.loads(json.dumps(asdict(spec))), "recipe": recipe_hash()}
+    if _is_whole(folder, facts):
+        return folder
+    require_packages()
+    drawings, entries = dataset_entries(spec)
+    pixels = render(load_drawings(drawings, progress=False), entries.scenes)
+    with _beside(folder) as part:
+        names = [f"images/{name}" for name in entries.names]
+        _save_pictures(part, names, pixels, progress, spec.folder)
+        split = {key: [] for key in ("train", "val", "test")}
+        for name, key, label, classname in zip(
+            entries.names, entries.split, entries.label, entries.classname, strict=True
+        ):
+            split[key].append([name, int(label), classname])
+        write_json(part / spec.split_file, split)
+        rows = _truth(names, entries.scenes, drawings, np.zeros(len(names), dtype=bool))
+        _write_tsv(part / "truth.tsv", TRUTH_COLUMNS, rows)
+        write_json(part / "manifest.json", facts)
+    return folder
+
+
+@dataclass
+class DatasetEntries:
+    """Pictures of a few-shot dataset before they are rendered, one entry per picture."""
+
+    scenes: Scenes
+    names: list[str]
+    split: list[str]
+    label: np.ndarray
+    classname: list[str]
+
+
+def dataset_entries(spec: DatasetSpec) -> tuple[list[tuple[Concept, str]], DatasetEntries]:
+    """Drawings and pictures of a dataset. The hands of training and validation are never the hand of the test set."""
+    classes = classes_of(spec.source)
+    drawings = [
+        (role.concept, hand) for role in classes for hand in (*role.seen, *role.unseen)
+    ]  # 3 per class
+    counts = {"train": TRAIN_PER_CLASS, "val": VAL_PER_CLASS, "test": spec.test_per_class}
+    drawing, split, names = [], [], []
+    for role in classes:
+        for key, count in counts.items():
+            hands = (2,) if key == "test" else (0, 1)  # see roles.Role.seen
+            drawing += [3 * role.label + hands[i % len(hands)] for i in range(count)]
+            split += [key] * count
+            names += [
+                f"{role.concept.name.replace(' ', '_').lower()}/{key}_{i:03d}.png" for i in range(count)
+            ]
+    scenes = sample_scenes(spec.look, np.array(drawing), np.arange(len(drawings)), _rng("dataset", spec.name))
+    label = scenes.drawing // 3
+    classname = [classes[i].concept.name for i in label]
+    return drawings, DatasetEntries(scenes, names, split, label, classname)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+TRUTH_COLUMNS = [
+    "image", "concept", "code", "group", "subgroup", "style", "ground", "hand", "number", "size", "pose",
+    "caption_is_wrong", "drawing_seen_by_clip",
+]  # fmt: skip
+
+
+def _rng(*what) -> np.random.Generator:
+    digest = hashlib.sha256("/".join([WORLD_SEED, *map(str, what)]).encode()).digest()
+    return np.random.default_rng(list(digest))
+
+
+def _corpus_scenes(size: int, rng: np.random.Generator) -> Scenes:
+    """Concepts in turn, so that all are equally frequent; then a drawing, half of the time the one CLIP has not seen."""
+    seen_rows, unseen_rows, row = [], [], 0
+    for role in roles():
+        if role.part == "meta":
+            seen_rows.append([row + i for i in range(len(role.seen))])
+            unseen_rows.append([row + len(role.seen) + i for i in range(len(role.unseen))])
+            row += len(role.seen) + len(role.unseen)
+    n = len(seen_rows)
+    concept = np.concatenate([rng.permutation(n) for _ in range(-(-size // n))])[:size]
+    fresh = rng.random(size) < UNSEEN_DRAWINGS
+    drawing = [
+        rng.choice(unseen_rows[c] if f and unseen_rows[c] else seen_rows[c])
+        for c, f in zip(concept, fresh, strict=True)
+    ]
+    return sample_scenes(CORPUS_LOOK, np.array(drawing), np.arange(row), rng)
+
+
+def _swap_drawings(
+    scenes: Scenes, wrong: np.ndarray, drawings: list[tuple[Concept, str]], rng: np.random.Generator
+) -> Scenes:
+    """The scenes that captions speak of: where `wrong`, another concept stands in the place of the true one."""
+    code = np.array([concept.code for concept, _ in drawings])
+    told = scenes.drawing.copy()
+    told[wrong] = rng.integers(0, len(drawings), wrong.sum())
+    while (same := wrong & (code[told] == code[scenes.drawing])).any():
+        told[same] = rng.integers(0, len(drawings), same.sum())
+    return Scenes(**{**{k: getattr(scenes, k) for k in scenes.__dataclass_fields__}, "drawing": told})
+
+
+def _truth(names: list[str], scenes: Scenes, drawings: list[tuple[Concept, str]], wrong: np.ndarray):
+    seen = {(role.concept.code, hand) for role in roles() for hand in role.seen}
+    for i, name in enumerate(names):
+        concept, hand = drawings[scenes.drawing[i]]
+        yield (
+            name, concept.name, concept.code, concept.group, concept.subgroup, STYLES[scenes.style[i]],
+            GROUNDS[scenes.ground[i]], hand, NUMBERS[scenes.number[i]], SIZES[scenes.size[i]], POSES[scenes.pose[i]],
+            int(wrong[i]), int((concept.code, hand) in seen),
+        )  # fmt: skip
+
+
+def _is_whole(folder: Path, facts: dict) -> bool:
+    manifest = folder / "manifest.json"
+    return manifest.is_file() and json.loads(manifest.read_text(encoding="utf-8")) == facts
+
+
+class _beside:
+    """A folder that takes its place only when the block has ended without an error; an older one gives way."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.part = folder, folder.with_name(f".{folder.name}.part")
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self.part, ignore_errors=True)
+        self.part.mkdir(parents=True)
+        return self.part
+
+    def __exit__(self, kind, value, trace) -> None:
+        if kind is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.part.rename(self.folder)
+        else:
+            shutil.rmtree(self.part, ignore_errors=True)
+
+
+def _save_pictures(folder: Path, names: list[str], pixels: np.ndarray, progress: bool, what: str) -> None:
+    from PIL import Image
+    from tqdm import tqdm
+
+    for parent in {(folder / name).parent for name in names}:
+        parent.mkdir(parents=True, exist_ok=True)
+    for name, picture in tqdm(
+        zip(names, pixels, strict=True), total=len(names), desc=what, unit="", disable=not progress
+    ):
+        Image.fromarray(picture).save(folder / name, compress_level=1)
+
+
+def _write_tsv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
+    with atomic_write(path, "w") as file:
+        file.write("\t".join(header) + "\n")
+        for row in rows:
+            file.write("\t".join(map(str, row)) + "\n")

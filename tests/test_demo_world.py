@@ -1,0 +1,306 @@
+"""The emoji world: what is kept apart stays apart, the same seed gives the same files, the packaged model loads."""
+
+import csv
+import json
+from collections import defaultdict
+
+import numpy as np
+import pytest
+
+from gram_meta.demo import emoji, roles, styles, world
+from gram_meta.demo.captions import STATED, Captioner, plural
+from gram_meta.errors import GramError
+
+_MISSING = emoji.missing_packages()
+needs_drawings = pytest.mark.skipif(
+    bool(_MISSING), reason=f"demo packages are not installed: {', '.join(_MISSING)}"
+)
+
+
+def rows_of(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
+# --- roles -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_concept_has_one_role_and_names_are_unique():
+    table = roles.roles()
+    assert [role.concept for role in table] == list(emoji.concepts())
+    assert len(table) > 1300
+    for field in ("code", "name"):
+        assert len({getattr(role.concept, field) for role in table}) == len(table)
+
+
+def test_datasets_have_distinct_concepts_with_labels_in_order():
+    codes = defaultdict(set)
+    for name in roles.DATASETS:
+        classes = roles.classes_of(name)
+        assert [role.label for role in classes] == list(range(roles.CLASSES_PER_DATASET))
+        codes[name] = {role.concept.code for role in classes}
+        assert {role.concept.group for role in classes} <= set(roles.DATASETS[name])
+    everything = set.union(*codes.values())
+    assert len(everything) == roles.CLASSES_PER_DATASET * len(roles.DATASETS)
+
+
+def test_drawings_of_a_concept_are_each_seen_or_unseen():
+    for role in roles.roles():
+        assert sorted((*role.seen, *role.unseen)) == sorted(role.concept.hands)
+        if role.label >= 0:
+            assert (len(role.seen), len(role.unseen)) == (1, 2)
+
+
+def test_downstream_hands_are_balanced():
+    test_hands = [role.unseen[1] for name in roles.DATASETS for role in roles.classes_of(name)]
+    assert {hand: test_hands.count(hand) for hand in emoji.HANDS} == {
+        hand: len(test_hands) // 3 for hand in emoji.HANDS
+    }
+
+
+def test_no_relative_of_a_class_is_in_the_meta_corpus():
+    by_name = {role.concept.name: role.part for role in roles.roles()}
+    for role in roles.roles():
+        if role.label >= 0 and role.concept.name == "fox":
+            assert role.part == "animals"
+    assert by_name["cow"] == "animals" and by_name["cow face"] == "name-only"
+
+
+def test_styles_of_training_and_held_styles_do_not_meet():
+    groups = (roles.COMMON_STYLES, roles.RARE_STYLES, roles.HELD_STYLES)
+    assert sorted(sum(groups, ())) == sorted(styles.STYLES)
+    train_clip = pytest.importorskip("gram_meta.demo.train_clip")
+    held = set(roles.HELD_STYLES)
+    assert not held & set(train_clip.FULL_LOOK.styles)
+    assert not held & set(world.CORPUS_LOOK.styles)
+    assert set(train_clip.SHY_LOOK.styles) <= set(roles.COMMON_STYLES)
+    assert set(train_clip.SHY_LOOK.grounds) <= set(roles.PLAIN_GROUNDS)
+
+
+# --- pictures and captions ---------------------------------------------------------------------------------------------
+
+
+def some_scenes(n=64, seed=0, drawings=5):
+    look = styles.Look(
+        styles.even(styles.STYLES),
+        styles.even(styles.GROUNDS),
+        (0.6, 0.2, 0.2),
+        (0.4, 0.3, 0.3),
+        (0.4, 0.3, 0.3),
+        0.3,
+    )
+    rng = np.random.default_rng(seed)
+    return styles.sample_scenes(look, rng.integers(0, drawings, n), np.arange(drawings), rng)
+
+
+def some_drawings(n=5):
+    rng = np.random.default_rng(3)
+    drawings = rng.integers(0, 256, (n, 64, 64, 4), dtype=np.uint8)
+    drawings[:, :16, :, 3] = 0
+    return drawings
+
+
+def test_a_picture_does_not_depend_on_its_batch():
+    scenes, drawings = some_scenes(), some_drawings()
+    together = styles.render(drawings, scenes)
+    assert together.shape == (64, 64, 64, 3) and together.dtype == np.uint8
+    np.testing.assert_array_equal(together[10:13], styles.render(drawings, scenes[10:13]))
+    np.testing.assert_array_equal(together, styles.render(drawings, some_scenes()))
+    assert (together != styles.render(drawings, some_scenes(seed=1))).any()
+
+
+@pytest.mark.parametrize("style", styles.STYLES)
+def test_each_style_changes_the_picture(style):
+    scenes, drawings = some_scenes(16), some_drawings()
+    scenes.ground[:] = styles.GROUNDS.index("blue")
+    scenes.style[:] = styles.STYLES.index("photo")
+    plain = styles.render(drawings, scenes).astype(int)
+    scenes.style[:] = styles.STYLES.index(style)
+    other = styles.render(drawings, scenes).astype(int)
+    changed = np.abs(plain - other).mean(axis=(1, 2, 3))
+    assert (changed == 0).all() if style == "photo" else changed.mean() > 2 and (changed > 0.2).all()
+
+
+def test_captions_state_facts_only():
+    scenes = some_scenes(400)
+    names = ["fox", "red apple", "bus", "crown", "violin"]
+    captions, stated = Captioner(names, ["Objects"] * 5)(scenes, np.random.default_rng(1))
+    assert stated.shape == (400, len(STATED))
+    for i, caption in enumerate(captions):
+        name = names[scenes.drawing[i]]
+        assert name in caption.lower() or plural(name) in caption.lower()
+    for column, key in enumerate(STATED):
+        said = stated[:, column] >= 0
+        assert 0.02 < said.mean() < 0.9, key
+        np.testing.assert_array_equal(stated[said, column], getattr(scenes, key)[said])
+
+
+def test_captions_that_are_also_true_are_found():
+    train_clip = pytest.importorskip("gram_meta.demo.train_clip")
+    scenes = some_scenes(4)
+    scenes.drawing[:] = [0, 1, 2, 0]
+    scenes.style[:] = [0, 0, 0, 1]
+    concept = np.array([7, 7, 8])  # drawings 0 and 1 are one concept by two hands
+    stated = np.full((4, len(STATED)), -1)
+    stated[0, 0] = 0  # caption 0 states its style: true of picture 1, not of picture 3
+    found = train_clip.also_true(concept, scenes, stated)
+    assert found.astype(int).tolist() == [[0, 1, 0, 0], [1, 0, 0, 1], [0, 0, 0, 0], [1, 1, 0, 0]]
+
+
+# --- files -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small_world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    return world.write_world(root, datasets=["animals"], corpus_size=200, progress=False)
+
+
+@needs_drawings
+def test_corpus_files(small_world):
+    pairs, truth = rows_of(small_world["corpus"]), rows_of(small_world["truth"])
+    assert list(pairs[0]) == ["image", "caption"] and list(truth[0]) == world.TRUTH_COLUMNS
+    assert [row["image"] for row in pairs] == [row["image"] for row in truth]
+    assert len(pairs) == 200
+    for pair, true in zip(pairs, truth, strict=True):
+        assert (small_world["corpus"].parent / pair["image"]).is_file()
+        named = (
+            true["concept"].lower() in pair["caption"].lower()
+            or plural(true["concept"]).lower() in pair["caption"].lower()
+        )
+        assert named or true["caption_is_wrong"] == "1"
+    assert sum(true["caption_is_wrong"] == "1" for true in truth) == round(200 * world.WRONG_CAPTIONS)
+
+
+@needs_drawings
+def test_meta_corpus_and_datasets_share_no_concept(small_world):
+    corpus = {row["code"] for row in rows_of(small_world["truth"])}
+    downstream = {role.concept.code for role in roles.roles() if role.label >= 0}
+    assert corpus and not corpus & downstream
+
+
+@needs_drawings
+def test_dataset_files(small_world):
+    folder = small_world["animals"]
+    split = json.loads((folder / "split_zhou_EmojiAnimals.json").read_text())
+    truth = {row["image"]: row for row in rows_of(folder / "truth.tsv")}
+    names = [role.concept.name for role in roles.classes_of("animals")]
+    drawings = {}
+    for key, rows in split.items():
+        assert all((folder / "images" / path).is_file() for path, _, _ in rows)
+        assert all(names[label] == name for _, label, name in rows)
+        drawings[key] = {
+            (truth[f"images/{path}"]["code"], truth[f"images/{path}"]["hand"]) for path, _, _ in rows
+        }
+    counts = {key: np.bincount([label for _, label, _ in rows]) for key, rows in split.items()}
+    assert counts["train"].min() >= 16 and counts["val"].min() >= 4
+    half = len(names) // 2
+    assert min(counts["test"][:half].sum(), counts["test"][half:].sum()) >= 1000
+    assert not drawings["test"] & (drawings["train"] | drawings["val"])
+    assert all(truth[f"images/{path}"]["drawing_seen_by_clip"] == "0" for path, _, _ in split["test"])
+
+
+@needs_drawings
+def test_same_recipe_same_files_and_nothing_is_written_twice(small_world, tmp_path):
+    again = world.write_world(tmp_path, datasets=[], corpus_size=200, progress=False)
+    for key in ("corpus", "truth"):
+        assert again[key].read_bytes() == small_world[key].read_bytes()
+    pictures = sorted((again["corpus"].parent / "images").iterdir())
+    assert [p.read_bytes() for p in pictures] == [
+        (small_world["corpus"].parent / "images" / p.name).read_bytes() for p in pictures
+    ]
+    before = [p.stat().st_mtime_ns for p in pictures]
+    pictures[0].touch()
+    world.write_world(tmp_path, datasets=[], corpus_size=200, progress=False)
+    assert [p.stat().st_mtime_ns for p in pictures][1:] == before[1:] and pictures[0].exists()
+    world.write_world(
+        tmp_path, datasets=[], corpus_size=100, progress=False
+    )  # another recipe takes its place
+    assert len(rows_of(again["corpus"])) == 100
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+@needs_drawings
+def test_drawings_are_square_and_not_empty():
+    fox = next(c for c in emoji.concepts() if c.name == "fox")
+    seen = [emoji.drawing(fox, hand) for hand in emoji.HANDS]
+    for one in seen:
+        assert one.shape == (64, 64, 4) and 0.1 < (one[..., 3] > 128).mean() < 0.95
+    assert np.abs(seen[0].astype(int) - seen[1]).mean() > 5
+
+
+def test_bad_requests_are_one_sentence(tmp_path):
+    with pytest.raises(GramError, match="'birds' is no dataset"):
+        world.write_world(tmp_path, datasets=["birds"])
+    with pytest.raises(GramError, match="hand must be one of"):
+        emoji.drawing(emoji.concepts()[0], "left") if not _MISSING else (_ for _ in ()).throw(
+            GramError("hand must be one of")
+        )
+
+
+def test_missing_packages_name_the_extra(monkeypatch):
+    monkeypatch.setattr(emoji, "missing_packages", lambda: ["resvg-py"])
+    with pytest.raises(GramError, match=r'resvg-py.*pip install "gram-meta\[demo\]"'):
+        emoji.require_packages()
+
+
+# --- the packaged model ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def packaged():
+    pytest.importorskip("torch")
+    from gram_meta.demo import clip as packaged_clip
+
+    if not packaged_clip.weights_path().is_file():
+        pytest.skip("the packaged weights are not there yet")
+    return packaged_clip
+
+
+def test_packaged_weights_are_small_and_load_into_openai_code(packaged):
+    torch = pytest.importorskip("torch")
+    build_model = pytest.importorskip("clip.model").build_model
+    assert packaged.weights_path().stat().st_size <= 16 * 2**20
+    state = packaged.load_packaged_state_dict()
+    assert state["token_embedding.weight"].shape == (packaged.VOCABULARY, 128)
+    assert all(torch.isfinite(tensor.float()).all() for tensor in state.values())
+    model = build_model(dict(state)).float()
+    assert model.visual.input_resolution == 64 and model.context_length == 77
+    with torch.no_grad():
+        features = model.encode_image(torch.zeros(2, 3, 64, 64))
+    assert features.shape == (2, 128)
+
+
+def test_untrained_tokens_are_named(packaged):
+    assert packaged.untrained_tokens(["a photo of a fox.", "X X X X red apple."]) == {}
+    assert packaged.untrained_tokens(["a photo of a zeppelin"])["a photo of a zeppelin"]
+
+
+def test_packaged_model_was_trained_on_this_division_of_concepts(packaged):
+    assert packaged.metadata()["roles"] == roles.roles_hash()
+
+
+def test_save_and_load_round_trip(tmp_path):
+    torch = pytest.importorskip("torch")
+    from gram_meta.demo import clip as packaged_clip
+
+    model = {
+        "token_embedding.weight": torch.randn(3, 4),
+        "logit_scale": torch.tensor(3.25),
+        "visual.proj": torch.randn(4, 4),
+    }
+    path = tmp_path / "small.safetensors"
+    packaged_clip.save_packaged(model, np.array([5, 9, 40_000]), path, {"step": 7})
+    state = packaged_clip.load_packaged_state_dict(path)
+    torch.testing.assert_close(
+        state["token_embedding.weight"][[5, 9, 40_000]], model["token_embedding.weight"], atol=1e-3, rtol=1e-3
+    )
+    torch.testing.assert_close(
+        state["token_embedding.weight"][6], model["token_embedding.weight"].mean(0), atol=1e-3, rtol=1e-3
+    )
+    assert state["logit_scale"].item() == 3.25 and packaged_clip.metadata(path) == {"step": 7}
+    (tmp_path / "other.safetensors").write_bytes(path.read_bytes().replace(b"gram-small-1", b"gram-small-9"))
+    with pytest.raises(GramError, match="expected weights in the format gram-small-1, found 'gram-small-9'"):
+        packaged_clip.load_packaged_state_dict(tmp_path / "other.safetensors")
+    with pytest.raises(GramError, match="found nothing there"):
+        packaged_clip.load_packaged_state_dict(tmp_path / "none.safetensors")
