@@ -81,7 +81,9 @@ class Recipe:
     warmup: int = 100
     decay: float = 0.3  # last part of the steps, over which the learning rate falls to zero
     opening: int = 1100  # steps in the first mixture, which shows downstream concepts by one hand only
-    closing: int = 260  # steps after `steps`: half of the pictures are cropped, as few-shot training will crop them
+    closing: int = (
+        260  # steps after `steps`: half of the pictures are cropped, as few-shot training will crop them
+    )
     closing_whole: int = 60  # the last of these see whole pictures again
     keep_patches: float = 0.4
     whole: float = 0.08  # last part of the steps, which sees whole pictures
@@ -149,7 +151,10 @@ def crop_half(pictures: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     import torch.nn.functional as F
 
     rows = np.flatnonzero(rng.random(len(pictures)) < 0.5)
-    area, ratio = rng.uniform(0.1, 1.0, len(rows)), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3), len(rows)))
+    area, ratio = (
+        rng.uniform(0.1, 1.0, len(rows)),
+        np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3), len(rows))),
+    )
     half = np.minimum(np.stack([np.sqrt(area * ratio), np.sqrt(area / ratio)], 1), 1.0)  # (R, 2): x, y
     centre = (1 - half) * rng.uniform(-1, 1, (len(rows), 2))
     theta = np.zeros((len(rows), 2, 3), dtype=np.float32)
@@ -401,9 +406,7 @@ def _work(
     loss_of = torch.compile(contrastive_loss) if compile_model else contrastive_loss
     began, log = time.time(), open(folder / f"log{rank}.jsonl", "a", encoding="utf-8")
 
-    bar = tqdm(
-        range(start, stop), desc=NAME, initial=start, total=total, mininterval=5, disable=rank > 0
-    )
+    bar = tqdm(range(start, stop), desc=NAME, initial=start, total=total, mininterval=5, disable=rank > 0)
     for step in bar:
         for group in (group for optimiser in optimisers for group in optimiser.param_groups):
             group["lr"] = learning_rate(step, recipe)

@@ -90,14 +90,12 @@ def _look(styles: Sequence[str], grounds: Sequence[str], **counts) -> Look:
 SPECS: dict[str, DatasetSpec] = {
     spec.name: spec
     for spec in (
-        DatasetSpec("animals", "animals", _look(("outline", "neon"), (*PLAIN_GROUNDS, "gradient"))),
-        DatasetSpec("food", "food", _look(("hues", "negative"), (*PLAIN_GROUNDS, "stripes", "checks"))),
-        DatasetSpec("travel", "travel", _look(("pixels",), PLAIN_GROUNDS)),
-        DatasetSpec("objects", "objects", _look(("poster", "sticker"), TEXTURED_GROUNDS)),
-        DatasetSpec(
-            "activities", "activities", _look(("hues", "poster", "outline"), (*PLAIN_GROUNDS, "gradient"))
-        ),
-        DatasetSpec("faces", "faces", _look(("negative", "sticker"), PLAIN_GROUNDS)),
+        DatasetSpec("animals", "animals", _look(("negative", "poster"), PLAIN_GROUNDS)),
+        DatasetSpec("food", "food", _look(("negative", "poster"), TEXTURED_GROUNDS)),
+        DatasetSpec("travel", "travel", _look(("negative", "poster"), TEXTURED_GROUNDS)),
+        DatasetSpec("objects", "objects", _look(("outline", "poster"), TEXTURED_GROUNDS)),
+        DatasetSpec("activities", "activities", _look(("negative", "neon"), PLAIN_GROUNDS)),
+        DatasetSpec("faces", "faces", _look(("negative", "poster"), PLAIN_GROUNDS)),
     )
 }
 
