@@ -205,7 +205,9 @@ def test_dataset_files(small_world):
     assert min(counts["test"][:half].sum(), counts["test"][half:].sum()) >= 1000
     assert not drawings["test"] & (drawings["train"] | drawings["val"])
     looks = {(row["style"], row["ground"]) for row in truth.values()}
-    assert not {style for style, _ in looks} & set(roles.COMMON_STYLES)  # CLIP has not seen the drawings in these
+    assert not {style for style, _ in looks} & set(
+        roles.COMMON_STYLES
+    )  # CLIP has not seen the drawings in these
 
 
 @needs_drawings
@@ -277,6 +279,27 @@ def test_packaged_weights_are_small_and_load_into_openai_code(packaged):
     with torch.no_grad():
         features = model.encode_image(torch.zeros(2, 3, 64, 64))
     assert features.shape == (2, 128)
+
+
+def test_token_embeddings_have_the_size_that_prompt_learning_is_made_for(packaged):
+    table = packaged.load_packaged_state_dict()["token_embedding.weight"]
+    trained = table[(table - table.mean(0)).abs().sum(1) > 1e-3]  # the other rows are all the same
+    assert 0.015 < trained.std() < 0.025
+
+
+def test_shrinking_the_text_stream_changes_no_feature():
+    torch = pytest.importorskip("torch")
+    train_clip = pytest.importorskip("gram_meta.demo.train_clip")
+    recipe = train_clip.Recipe(text_layers=2, vision_layers=1)
+    model = train_clip.new_model(recipe, 50)
+    with torch.no_grad():
+        model.token_embedding.weight.mul_(10)
+    rows, ends = torch.randint(0, 50, (3, 9)), torch.tensor([4, 8, 6])
+    with torch.no_grad():
+        before = train_clip.encode_text(model, rows, ends)
+        model.load_state_dict(train_clip.shrink_text_stream(model.state_dict(), std=0.1))
+        after = train_clip.encode_text(model, rows, ends)
+    torch.testing.assert_close(before, after, atol=0.02, rtol=0.02)
 
 
 def test_untrained_tokens_are_named(packaged):

@@ -508,7 +508,10 @@ def export(folder: Path, out: Path | None = None) -> Path:
     ids = Tokens(known_texts()).ids
     out = out or folder / "gram-small.safetensors"
     save_packaged(
-        state["model"], ids, out, {"recipe": state["recipe"], "step": state["step"], "roles": roles_hash()}
+        shrink_text_stream(state["model"]),
+        ids,
+        out,
+        {"recipe": state["recipe"], "step": state["step"], "roles": roles_hash()},
     )
     return out
 
