@@ -1,0 +1,101 @@
+"""What comes from the start, what from the regulator, what from a smaller step: the controls, on one dataset.
+
+    python scripts/experiments/controls.py --checkpoint META/best.safetensors --root DATA --dataset emoji_animals \\
+        --out output/controls --seeds 1 2 3 --jobs 2
+
+Accuracy on base and new classes after 0, 1, 5, 20, 50 and 90 steps (ten epochs of 18 classes). Finished runs are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from pathlib import Path
+
+CONFIG = "gram_small_c4_ep10_batch32_ctxv1"
+STEPS = (0, 1, 5, 20, 50, 90)
+RAW = ["TRAINER.GRAM.REGULATE", "False"]
+WORDS = ["TRAINER.GRAM.INIT", "False"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--root", required=True)
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--jobs", type=int, default=2)
+    args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"  # before the workers import torch
+    with ProcessPoolExecutor(args.jobs) as pool:
+        regulated = {
+            name: list(pool.map(run, [args] * len(args.seeds), [name] * len(args.seeds), args.seeds, opts))
+            for name, opts in {
+                "theta*, R on": [[]] * len(args.seeds),
+                '"a photo of a", R on': [WORDS] * len(args.seeds),
+            }.items()
+        }
+        ratios = [r["regulator"]["text"]["mean_ratio"] for r in regulated["theta*, R on"]]
+        scale = ["TRAINER.GRAM.STEP_SCALE", f"{sum(ratios) / len(ratios):.4f}"]
+        raw = {
+            "theta*, R off": RAW,
+            f"theta*, raw gradient x {scale[1]}": RAW + scale,
+            '"a photo of a", R off (CoOp)': RAW + WORDS,
+            f'"a photo of a", raw gradient x {scale[1]}': RAW + WORDS + scale,
+        }
+        jobs = list(product(raw.items(), args.seeds))
+        done = list(
+            pool.map(
+                run,
+                [args] * len(jobs),
+                [n for (n, _), _ in jobs],
+                [s for _, s in jobs],
+                [o for (_, o), _ in jobs],
+            )
+        )
+    results = regulated
+    for ((name, _), _), result in zip(jobs, done, strict=True):
+        results.setdefault(name, []).append(result)
+    print(
+        "| start, gradient | "
+        + " | ".join(f"step {s}" for s in STEPS)
+        + " | H |\n|"
+        + "---|" * (len(STEPS) + 2)
+    )
+    for name, runs in results.items():
+        points = [
+            [mean(r["curve"][i][side] for r in runs) for side in ("base", "new")] for i in range(len(STEPS))
+        ]
+        base, new = points[-1]
+        cells = [f"{b:.1f} / {n:.1f}" for b, n in points]
+        print(f"| {name} | " + " | ".join(cells) + f" | {2 * base * new / (base + new):.2f} |")
+
+
+def run(args: argparse.Namespace, name: str, seed: int, opts: list[str]) -> dict:
+    """One training run; results.json's contents."""
+    from gram_meta.engine.launch import train
+
+    folder = args.out / "".join(c if c.isalnum() else "-" for c in name) / f"seed{seed}"
+    return train(
+        [
+            *("--trainer", "CoOpGRAM", "--root", args.root, "--seed", str(seed), "--output-dir", str(folder)),
+            *("--config-file", CONFIG, "--dataset-config-file", args.dataset, "DATASET.NUM_SHOTS", "16"),
+            *("DATASET.SUBSAMPLE_CLASSES", "base", "TEST.AT_STEPS", str(STEPS)),
+            *("TRAINER.GRAM.CHECKPOINT", args.checkpoint, *opts),
+        ],
+        quiet=True,
+    )
+
+
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+if __name__ == "__main__":
+    main()
