@@ -75,8 +75,9 @@ class Backbone(nn.Module):
     """
 
     logit_scale: Tensor
+    model: Any  # clip.model.CLIP: its parts are modules that only CLIP's code declares
 
-    def __init__(self, model: nn.Module, name: str, device: str | torch.device, precision: str) -> None:
+    def __init__(self, model: Any, name: str, device: str | torch.device, precision: str) -> None:
         super().__init__()
         self.name = name
         self.fingerprint = fingerprint(model.state_dict())
@@ -326,7 +327,7 @@ def _random_model(shape: str) -> nn.Module:
         return clip_module().model.CLIP(*_SHAPES[shape])
 
 
-def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def _cast(model: Any, dtype: torch.dtype) -> Any:
     """Give the matrix products their number type; under 16 bits everything else stays float32, as OpenAI has it."""
     if dtype in (torch.float32, torch.float64):
         return model.to(dtype)
@@ -375,7 +376,7 @@ def _merge_heads(attn: nn.MultiheadAttention, x: Tensor) -> Tensor:
     return F.linear(x.transpose(-3, -2).flatten(-2), attn.out_proj.weight, attn.out_proj.bias)
 
 
-def _mlp(mlp: nn.Sequential, x: Tensor) -> Tensor:
+def _mlp(mlp: Any, x: Tensor) -> Tensor:
     """CLIP's MLP. Its activation h sigmoid(a h) is silu(a h) / a: the factors go into the products, one pass is left."""
     a = 1.702
     flat = x.flatten(0, -2)
@@ -383,7 +384,7 @@ def _mlp(mlp: nn.Sequential, x: Tensor) -> Tensor:
     return torch.addmm(mlp.c_proj.bias, F.silu(hidden), mlp.c_proj.weight.T, alpha=1 / a).view_as(x)
 
 
-def _final_image_block(block: nn.Module, x: Tensor) -> Tensor:
+def _final_image_block(block: Any, x: Tensor) -> Tensor:
     """The last layer of the image tower, for the class token alone, as nothing else is read: (B, L, d) -> (B, d)."""
     normed = _layer_norm(block.ln_1, x)
     (query,) = _heads(block.attn, normed[:, :1], "q")  # (B, h, 1, d / h)
@@ -423,7 +424,7 @@ class _Packing:
 
 
 def _text_block(
-    block: nn.Module, tokens: Tensor, shared: Tensor | None, packing: _Packing
+    block: Any, tokens: Tensor, shared: Tensor | None, packing: _Packing
 ) -> tuple[Tensor, Tensor | None]:
     """One layer of the text tower over the texts' own tokens (T, d) and the shared ones (G, P, d)."""
     attn = block.attn
@@ -442,7 +443,7 @@ def _text_block(
     return tokens + _mlp(block.mlp, _layer_norm(block.ln_2, tokens)), shared
 
 
-def _final_text_block(block: nn.Module, tokens: Tensor, shared: Tensor | None, packing: _Packing) -> Tensor:
+def _final_text_block(block: Any, tokens: Tensor, shared: Tensor | None, packing: _Packing) -> Tensor:
     """The last layer, for the end tokens alone, as nothing else is read: (T, d) -> (G N, d)."""
     attn = block.attn
     normed = _layer_norm(block.ln_1, tokens)

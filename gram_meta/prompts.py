@@ -151,8 +151,9 @@ class PromptedCLIP(nn.Module):
     def class_features(self) -> Tensor:
         """(N, D). Without gradients they are computed once for a prompt, not once a batch."""
         ctx = self.prompt_learner.ctx
-        if ctx is None:
+        if self.fixed is not None:
             return self.fixed
+        assert ctx is not None and self.class_text is not None  # one of the two, by construction
         if torch.is_grad_enabled():
             return self.class_text.features(ctx)
         if self._kept is None or not torch.equal(self._kept[0], ctx):

@@ -96,8 +96,9 @@ def cluster_pairs(store: PairStore, config: CfgNode) -> Hierarchy:
         "topics_found": found,
         "topics_dropped": dropped,
     }
-    columns = (pair, np.asarray(store.image)[pair], topic_of, domain_of)
-    return Hierarchy(*(column[order].astype(np.int64) for column in columns), topics, fates, manifest)
+    image = np.asarray(store.image)[pair]
+    rows = [column[order].astype(np.int64) for column in (pair, image, topic_of, domain_of)]
+    return Hierarchy(rows[0], rows[1], rows[2], rows[3], topics, fates, manifest)
 
 
 def _topic(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
 from gram_meta.errors import GramError
@@ -61,7 +61,7 @@ def topic_words(
 
 def _best(
     counts: Counter[str], containing: Counter[str], topics: int, top: int
-) -> Sequence[tuple[str, float]]:
+) -> list[tuple[str, float]]:
     total = counts.total()  # N_l
     scores = {word: n / total * math.log(topics / (containing[word] + 1)) for word, n in counts.items()}
     return sorted(scores.items(), key=lambda item: (-item[1], -counts[item[0]], item[0]))[:top]

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -299,7 +299,9 @@ def _image_batches(
                 yield of_part[start : start + batch_size]
 
     files = ImageFiles(source.image_root, backbone.preprocess())
-    loader = DataLoader(files, batch_sampler=_Lists(locations), num_workers=workers, collate_fn=collate)
+    loader: DataLoader[Any] = DataLoader(
+        cast(Any, files), batch_sampler=_Lists(locations), num_workers=workers, collate_fn=collate
+    )
     try:
         yield from loader
     except RuntimeError as error:
@@ -448,7 +450,7 @@ def _join(index: Index, out: Path, settings: dict[str, Any]) -> None:
     }
     write_json(out / layout.MANIFEST, manifest)
     log.info("%s: %d pairs of %d images", out, pairs, images_ok)
-    for reason, count in manifest["skipped"].items():
+    for reason, count in sorted(skipped.items()):
         log.info("  skipped, %s: %d", reason, count)
 
 

@@ -14,7 +14,8 @@ import torch
 def random_state() -> dict[str, Any]:
     """States of Python's, NumPy's and torch's generators: tensors and plain values only."""
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    numpy_state: Any = np.random.get_state()  # typed as two formats at once
+    name, keys, position, has_gauss, cached = numpy_state
     return {
         "python": [version, list(words), gauss],
         "numpy": [name, keys.tolist(), int(position), int(has_gauss), float(cached)],
