@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from gram_meta.backbone import load_backbone
@@ -61,8 +62,17 @@ def corpus(tmp_path_factory):
     return folder / "pairs.tsv"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Features are equal to the byte at equal thread counts alone, and `start` gives its process one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
-def store(corpus, backbone, sentence_model, tmp_path_factory):
+def store(one_thread, corpus, backbone, sentence_model, tmp_path_factory):
     """An undisturbed run, in parts of 10 pairs."""
     out = tmp_path_factory.mktemp("stores") / "undisturbed"
     return embed_pairs(corpus, out, backbone, sentence_model, batch_size=4, part_size=10)
