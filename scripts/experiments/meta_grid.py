@@ -130,7 +130,7 @@ def summary(name: str, scores: dict, coop: dict, held: dict) -> dict[str, object
             "accuracy": f"{100 * held['accuracy_before']:.1f} -> {100 * held['accuracy_after']:.1f}",
             "alignment raw, R": f"{held['alignment_raw']:.3f}, {held['alignment']:.3f}",
             "step": held["step"],
-            "|R(g)|/|g|": f"{_mean(s['regulator'].get('mean_ratio') or 1.0 for s in scores.values()):.2f}",
+            "norm of R(g) / g": f"{_mean(s['regulator'].get('mean_ratio') or 1.0 for s in scores.values()):.2f}",
             "beta / gated path": f"{_mean(_share(s['regulator']) for s in scores.values()):.2f}",
         }
     return row
