@@ -121,3 +121,16 @@ def test_held_out_topics_share_no_word_and_no_image():
         )
     with pytest.raises(GramError, match="at least 14 topics"):
         split_topics(hierarchy, 0.3, 7, seed=1)
+
+
+def test_images_with_captions_in_several_topics_occur_once_in_a_task():
+    hierarchy = make_hierarchy([[30, 30]] * 4, "abcd")
+    random = np.random.default_rng(0)
+    hierarchy.image = np.concatenate(
+        [random.choice(90, 60, replace=False) for _ in range(4)]
+    )  # 2 of 3 in each topic
+    sampler = TaskSampler(hierarchy, 3, 2, 10, seed=0)
+    for number in range(30):
+        task = sampler.draw(number)
+        images = np.concatenate([task.support.ravel(), task.query.ravel()])
+        assert len(np.unique(images)) == len(images)
