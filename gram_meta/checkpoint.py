@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ class MetaCheckpoint:
         config: all settings of the meta-training.
         provenance: where the tasks came from (store and hierarchy fingerprints, topics, step, held-out scores).
         gradient_norms: by kind, quantiles of the raw support gradient's norm in meta-training.
+        extras: meta-learnt parameters that R^phi does not know, by name (CoCoOp's meta-net); mostly empty.
         sha256: of the file it was loaded from; "" before it is saved.
     """
 
@@ -42,6 +43,7 @@ class MetaCheckpoint:
     config: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     gradient_norms: dict[str, dict[str, float]] = field(default_factory=dict)
+    extras: dict[str, Tensor] = field(default_factory=dict)
     path: str = ""
     sha256: str = ""
 
@@ -50,8 +52,8 @@ class MetaCheckpoint:
         """M by kind."""
         return {kind: value.shape[0] for kind, value in self.prompts.items()}
 
-    def check(self, backbone: Backbone, tokens: Mapping[str, int]) -> None:
-        """Refuse a use with another backbone, other kinds of prompt or other token counts, in one sentence."""
+    def check(self, backbone: Backbone, tokens: Mapping[str, int], extras: Collection[str] = ()) -> None:
+        """Refuse a use with another backbone, other prompts, token counts or extras, in one sentence."""
         where = self.path or "meta-checkpoint"
         if backbone.fingerprint != self.backbone_fingerprint:
             raise GramError(
@@ -68,6 +70,11 @@ class MetaCheckpoint:
                     f"{where}: holds {self.tokens[kind]} {kind} tokens, but the trainer is set to {count}; "
                     "GRAM defines no other number than the one meta-trained"
                 )
+        if set(extras) != set(self.extras):
+            raise GramError(
+                f"{where}: was meta-trained with {_named(self.extras)} beside its prompts, but the trainer learns "
+                f"{_named(extras)} beside them (PROMPT.CONDITIONAL of the meta-training)"
+            )
 
 
 def save_meta_checkpoint(path: PathLike, checkpoint: MetaCheckpoint) -> None:
@@ -75,6 +82,7 @@ def save_meta_checkpoint(path: PathLike, checkpoint: MetaCheckpoint) -> None:
     from safetensors.torch import save
 
     tensors = {f"prompts.{kind}": value for kind, value in checkpoint.prompts.items()}
+    tensors |= {f"extras.{name}": value for name, value in checkpoint.extras.items()}
     if checkpoint.regulator is not None:
         tensors |= {f"regulator.{key}": value for key, value in checkpoint.regulator.state_dict().items()}
     facts = {
@@ -95,9 +103,7 @@ def load_meta_checkpoint(path: PathLike) -> MetaCheckpoint:
     path = Path(path)
     facts, tensors = _read(path)
     try:
-        prompts = {
-            key.removeprefix("prompts."): t for key, t in tensors.items() if key.startswith("prompts.")
-        }
+        prompts, extras = _group(tensors, "prompts."), _group(tensors, "extras.")
         regulator = _regulator(facts["regulator"], tensors)
         backbone = facts["backbone"]
         checkpoint = MetaCheckpoint(
@@ -108,6 +114,7 @@ def load_meta_checkpoint(path: PathLike) -> MetaCheckpoint:
             config=facts["config"],
             provenance=facts["provenance"],
             gradient_norms=facts["gradient_norms"],
+            extras=extras,
             path=os.fspath(path),
             sha256=sha256_file(path),
         )
@@ -145,9 +152,16 @@ def _regulator(description: dict[str, Any] | None, tensors: Mapping[str, Tensor]
         return None
     settings = dict(description)
     regulator = GradientRegulator(settings.pop("widths"), RegulatorConfig(**settings))
-    state = {key.removeprefix("regulator."): t for key, t in tensors.items() if key.startswith("regulator.")}
-    regulator.load_state_dict(state)
+    regulator.load_state_dict(_group(tensors, "regulator."))
     return regulator.requires_grad_(False).eval()
+
+
+def _group(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _named(names: Collection[str]) -> str:
+    return ", ".join(sorted(names)) or "nothing"
 
 
 def _kinds(kinds: Mapping[str, Any]) -> str:

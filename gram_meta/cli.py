@@ -16,8 +16,11 @@ COMMANDS = {
     "cluster": "organise a store into topics and visual domains (CHC, Sec. 3.2)",
     "inspect": "look at a hierarchy: topics, words, domains, sizes",
     "pretrain": "meta-learn a prompt and a gradient regulator from a hierarchy (Algorithm 1)",
+    "eval-meta": "what a meta-checkpoint's adaptation does on held-out tasks, R on and off",
+    "check-data": "which datasets are under a folder, what is missing or wrong, and where to get it",
     "train": "train or evaluate a trainer on a dataset: CoOp's train.py",
-    "report": "tables from output folders",
+    "bench": "many trainers, datasets and seeds over a protocol, resumable",
+    "report": "the paper's tables and figures from output folders",
     "demo": "the whole path on the emoji world, ending in a table",
 }
 
@@ -42,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, summary in COMMANDS.items():
         subparser = commands.add_parser(name, help=summary, description=summary, add_help=name != "train")
         if name == chosen:  # the others need no more than their line in the list
-            module = importlib.import_module(f"gram_meta.commands.{name}")
+            module = importlib.import_module(f"gram_meta.commands.{name.replace('-', '_')}")
             subparser.description = module.HELP
             subparser.formatter_class = argparse.RawDescriptionHelpFormatter
             module.add_arguments(subparser)

@@ -28,6 +28,7 @@ def get_meta_config() -> CN:
 
     # Cross-modal hierarchical clustering, Sec. 3.2
     c.CHC = CN()
+    c.CHC.LABELLED = False  # True: captions are class names, and the classes are the topics (Table 6, row 4)
     c.CHC.SEED = 1  # >= 0: reproducible, UMAP on one thread; -1: UMAP on all threads, different every time
     c.CHC.FILTER = CN()
     c.CHC.FILTER.KEEP = 0.9  # share of pairs to keep, by CLIP image-text similarity
@@ -55,6 +56,13 @@ def get_meta_config() -> CN:
     c.PROMPT.TEXT_TOKENS = 4
     c.PROMPT.VISUAL_TOKENS = 0
     c.PROMPT.WORDS = "a photo of a"  # start of the text prompt; "": random
+    c.PROMPT.TEMPLATE = "a photo of a {}."  # class text where there is no text prompt
+    c.PROMPT.CONDITIONAL = False  # True: a meta-net shifts the text prompt for each image, as in CoCoOp
+
+    # Images are read only where the features of a store do not do: visual prompts
+    c.LOADER = CN()
+    c.LOADER.WORKERS = 2  # processes that decode ahead; 0: none
+    c.LOADER.PREFETCH = 2  # batches of tasks that each of them keeps ready
 
     # R^phi, Eq. 5 and 6
     c.REGULATOR = CN()

@@ -52,12 +52,23 @@ class ClassText:
         return chosen
 
     def features(self, prompt: Tensor) -> Tensor:
-        """Class features (N, D) for a prompt (M, d), or (B, N, D) for B prompts (B, M, d); L2-normalised."""
+        """Class features, L2-normalised.
+
+        Args:
+            prompt: (M, d); or (..., M, d) with leading axes of its own: those of `own` first (a prompt per task), then
+                any others (a prompt per image of each task).
+
+        Returns:
+            (N, D), or (..., N, D).
+        """
         lead = prompt.shape[:-2]
         start = self.start.expand(*lead, *self.start.shape)
         shared = torch.cat([start, prompt.to(start.dtype)], dim=-2)  # (..., 1 + M, d)
-        own = self.own.expand(*lead, *self.own.shape[-3:])  # (..., N, L, d)
-        return self.backbone.encode_text(own, self.ends, shared)
+        tasks = self.own.shape[:-3]
+        between = (1,) * (len(lead) - len(tasks))
+        own = self.own.view(*tasks, *between, *self.own.shape[-3:]).expand(*lead, -1, -1, -1)  # (..., N, L, d)
+        ends = self.ends.view(*tasks, *between, -1).expand(*lead, -1)  # (..., N)
+        return self.backbone.encode_text(own, ends, shared)
 
 
 def context_from_words(backbone: Backbone, words: str) -> Tensor:
@@ -105,6 +116,45 @@ def initial_prompts(
             backbone.device
         )
     return prompts
+
+
+def initial_meta_net(backbone: Backbone, seed: int = 0) -> dict[str, Tensor]:
+    """Weights of CoCoOp's meta-net, drawn as torch draws linear layers: D -> D // 16 -> d_text, float32."""
+    hidden = backbone.embed_dim // 16
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = MetaNet(backbone.embed_dim, hidden, backbone.text_width)
+    return {name: value.detach().to(backbone.device) for name, value in net.state_dict().items()}
+
+
+def conditional_shift(net: Mapping[str, Tensor], features: Tensor) -> Tensor:
+    """What CoCoOp adds to each context token of an image's prompt: a small network of the image's feature.
+
+    Args:
+        net: `linear1.weight` (..., D // 16, D), `linear1.bias`, `linear2.weight` (..., d, D // 16), `linear2.bias`;
+            leading axes are tasks with weights of their own.
+        features: (..., n, D).
+
+    Returns:
+        (..., n, d_text).
+    """
+
+    def linear(x: Tensor, layer: str) -> Tensor:
+        return x @ net[f"{layer}.weight"].transpose(-1, -2) + net[f"{layer}.bias"].unsqueeze(-2)
+
+    return linear(torch.relu(linear(features, "linear1")), "linear2")
+
+
+class MetaNet(nn.Module):
+    """CoCoOp's meta-net (Zhou et al., CVPR 2022), with its parameters' names. features (n, D) -> shifts (n, d_text)."""
+
+    def __init__(self, width: int, hidden: int, text_width: int) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(width, hidden)
+        self.linear2 = nn.Linear(hidden, text_width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return conditional_shift(dict(self.named_parameters()), features)
 
 
 class PromptLearner(nn.Module):
@@ -171,6 +221,40 @@ class PromptedCLIP(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, N), the exponents of Eq. 1."""
         return logits(self.image_features(images), self.class_features(), self.backbone.logit_scale)
+
+
+class ConditionalCLIP(PromptedCLIP):
+    """CoCoOp's classifier: the text prompt is shifted for each image by a meta-net of the image's feature.
+
+    Args:
+        net: start of the meta-net (see `initial_meta_net`); it is learnt as `prompt_learner.meta_net`.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        classnames: Sequence[str],
+        prompts: Mapping[str, Tensor],
+        net: Mapping[str, Tensor],
+    ) -> None:
+        super().__init__(backbone, classnames, prompts)
+        hidden, width = net["linear1.weight"].shape
+        meta_net = MetaNet(width, hidden, backbone.text_width).to(backbone.device)
+        meta_net.load_state_dict(dict(net))
+        self.prompt_learner.add_module("meta_net", meta_net)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, N); each image has class features of its own."""
+        features = self.image_features(images)  # (B, D)
+        return self.image_logits(features)
+
+    def image_logits(self, features: Tensor) -> Tensor:
+        """Logits (B, N) of image features (B, D)."""
+        ctx = self.prompt_learner.ctx
+        assert ctx is not None and self.class_text is not None  # it has a text prompt, by construction
+        shift = self.prompt_learner.meta_net(features)  # (B, d)
+        classes = self.class_text.features(ctx + shift[:, None])  # (B, N, D)
+        return logits(features[:, None], classes, self.backbone.logit_scale).squeeze(1)
 
 
 def logits(image_features: Tensor, class_features: Tensor, scale: Tensor) -> Tensor:
