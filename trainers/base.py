@@ -115,6 +115,10 @@ class PromptTrainer(ClipTrainer):
 
     # ----------------------------------------------------------------------- what a trainer may say differently
 
+    def tokens(self) -> dict[str, int]:
+        """How many prompt tokens of each kind this trainer is set to learn."""
+        raise NotImplementedError
+
     def initial_prompts(self) -> dict[str, Tensor]:
         """The start, by kind, float32."""
         raise NotImplementedError
@@ -131,10 +135,20 @@ class PromptTrainer(ClipTrainer):
         if any(not isinstance(step, int) or step < 0 for step in steps):
             raise GramError(f"TEST.AT_STEPS is {steps}; expected numbers of steps, such as (0,1,5,20)")
 
+    def check_count(self, cfg: Any, key: str) -> None:
+        """A number of tokens is at least 1."""
+        count = cfg.TRAINER[self.node][key]
+        if count < 1:
+            raise GramError(f"TRAINER.{self.node}.{key} is {count}; expected at least 1")
+
     def build_model(self) -> None:
         cfg = self.cfg
         self.classnames = self.dm.dataset.classnames
         self.backbone = self.load_clip()
+        if "visual" in self.tokens() and not self.backbone.is_vit:
+            raise GramError(
+                f"{type(self).__name__}: visual prompts expect a ViT image tower, found the ResNet {self.backbone.name}"
+            )
         print("Building custom CLIP")
         prompts = self.initial_prompts()
         self.model = self.build_classifier(self.classnames, prompts)

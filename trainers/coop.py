@@ -37,6 +37,10 @@ class CoOp(PromptTrainer):
                 "TEST.AT_STEPS evaluate"
             )
 
+    def tokens(self) -> dict[str, int]:
+        words = self.options.CTX_INIT
+        return {"text": len(context_from_words(self.backbone, words)) if words else self.options.N_CTX}
+
     def initial_prompts(self) -> dict[str, Tensor]:
         options, width = self.options, self.backbone.text_width
         if options.CTX_INIT:

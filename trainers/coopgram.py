@@ -6,7 +6,6 @@ from typing import Any
 
 from gram_meta.engine import register_trainer
 from gram_meta.errors import GramError
-from gram_meta.prompts import context_from_words
 from gram_meta.trainers.coop import CoOp
 from gram_meta.trainers.regulated import Regulated
 
@@ -27,9 +26,3 @@ class CoOpGRAM(Regulated, CoOp):
             raise GramError(
                 f"TRAINER.COOP.CLASS_TOKEN_POSITION: GRAM defines 'end' alone; CoOpGRAM expects it, found {found!r}"
             )
-
-    def tokens(self) -> dict[str, int]:
-        options = self.options
-        if options.CTX_INIT:
-            return {"text": len(context_from_words(self.backbone, options.CTX_INIT))}
-        return {"text": options.N_CTX}

@@ -7,8 +7,20 @@ from typing import Any
 from torch import Tensor
 
 from gram_meta.checkpoint import MetaCheckpoint, load_meta_checkpoint
+from gram_meta.config import get_meta_config
 from gram_meta.errors import GramError
 from gram_meta.regulation import Regulation
+
+# What a table of results needs to know of the meta-training
+SETTINGS = (
+    "TASKS.DOMAIN_SHIFT",
+    "REGULATOR.ENABLED",
+    "OUTER.META",
+    "CHC.LABELLED",
+    "PROMPT.TEXT_TOKENS",
+    "PROMPT.VISUAL_TOKENS",
+    "PROMPT.CONDITIONAL",
+)
 
 
 class Regulated:
@@ -27,10 +39,6 @@ class Regulated:
             raise GramError(
                 "TRAINER.GRAM.STEP_SCALE scales raw gradients; it expects TRAINER.GRAM.REGULATE False"
             )
-
-    def tokens(self) -> dict[str, int]:
-        """How many prompt tokens of each kind this trainer is set to learn."""
-        raise NotImplementedError
 
     def initial_prompts(self) -> dict[str, Tensor]:
         gram = self.cfg.TRAINER.GRAM
@@ -74,5 +82,18 @@ class Regulated:
     def facts(self) -> dict[str, Any]:
         facts = {**super().facts(), "regulator": self.regulation.summary()}
         if self.meta is not None:
-            facts["meta_checkpoint"] = {"path": self.meta.path, "sha256": self.meta.sha256}
+            settings = {key: self.meta_setting(key) for key in SETTINGS} if self.meta.config else {}
+            facts["meta_checkpoint"] = {
+                "path": self.meta.path,
+                "sha256": self.meta.sha256,
+                "settings": settings,
+            }
         return facts
+
+    def meta_setting(self, key: str) -> Any:
+        """A setting of the meta-training, such as "PROMPT.TEMPLATE"; its default where the file is older than it."""
+        node, default = (self.meta.config if self.meta else {}), get_meta_config()
+        for part in key.split("."):
+            default = default[part]
+            node = node.get(part, default)
+        return node

@@ -19,8 +19,25 @@ def extend_cfg(cfg: CN) -> None:
     _add(cfg.TRAINER, "COCOOP", N_CTX=16, CTX_INIT="", PREC="fp16")
     _add(
         cfg.TRAINER,
+        "VPT",
+        N_CTX_VISION=4,  # visual prompt tokens
+        CTX_INIT="a photo of a",  # words before the class name
+        PREC="fp16",
+        PROMPT_DEPTH_VISION=1,  # layers with prompts of their own: the first alone
+    )
+    _add(
+        cfg.TRAINER,
+        "JOINT",  # of JointPrompt and UniGRAM
+        N_CTX_TEXT=2,
+        N_CTX_VISION=2,
+        CTX_INIT="a photo",  # N_CTX_TEXT tokens to start the text prompt from; "": random
+        PREC="fp16",
+    )
+    _add(
+        cfg.TRAINER,
         "GRAM",
         CHECKPOINT="",  # the meta-checkpoint (.safetensors) of `gram pretrain`
+        META="",  # name of the meta config whose checkpoint this is for; read by scripts, decides nothing in training
         INIT=True,  # start from theta*; False: from CTX_INIT
         REGULATE=True,  # pass every gradient through R^phi; False: raw gradients
         STEP_SCALE=1.0,  # times the raw gradient when REGULATE is off: a smaller step, as a control

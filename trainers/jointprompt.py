@@ -1,0 +1,46 @@
+"""JointPrompt: CoOp's context and VPT's visual prompt, learned together; UniGRAM without GRAM (Table 6, row 5)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from gram_meta.engine import register_trainer
+from gram_meta.errors import GramError
+from gram_meta.prompts import context_from_words, random_context
+from gram_meta.trainers.base import PromptTrainer
+
+
+@register_trainer
+class JointPrompt(PromptTrainer):
+    """Text and visual prompts. TRAINER.JOINT.*: N_CTX_TEXT, N_CTX_VISION, CTX_INIT (start of the text prompt), PREC."""
+
+    node = "JOINT"
+
+    def check_cfg(self, cfg: Any) -> None:
+        super().check_cfg(cfg)
+        self.check_count(cfg, "N_CTX_TEXT")
+        self.check_count(cfg, "N_CTX_VISION")
+
+    def tokens(self) -> dict[str, int]:
+        return {"text": self.options.N_CTX_TEXT, "visual": self.options.N_CTX_VISION}
+
+    def initial_prompts(self) -> dict[str, Tensor]:
+        options = self.options
+        if options.CTX_INIT:
+            context = context_from_words(self.backbone, options.CTX_INIT)  # (M, d)
+            if len(context) != options.N_CTX_TEXT:
+                raise GramError(
+                    f"TRAINER.JOINT.CTX_INIT {options.CTX_INIT!r} has {len(context)} tokens; expected "
+                    f"{options.N_CTX_TEXT}, as TRAINER.JOINT.N_CTX_TEXT says"
+                )
+            print(f'Initial context: "{options.CTX_INIT}" ({len(context)} tokens)')
+        else:
+            context = random_context(self.backbone.text_width, options.N_CTX_TEXT)
+            print(f"Initial context: {options.N_CTX_TEXT} random tokens")
+        print(f"Initial visual prompt: {options.N_CTX_VISION} random tokens")
+        return {
+            "text": context,
+            "visual": random_context(self.backbone.visual_width, options.N_CTX_VISION),
+        }

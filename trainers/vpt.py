@@ -1,0 +1,44 @@
+"""VPT: prompt tokens beside an image's patches, learned with cross-entropy (Jia et al., 2022, arXiv 2203.12119; shallow)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from gram_meta.engine import register_trainer
+from gram_meta.errors import GramError
+from gram_meta.prompts import PromptedCLIP, random_context
+from gram_meta.trainers.base import PromptTrainer
+
+
+@register_trainer
+class VPT(PromptTrainer):
+    """Visual Prompt Tuning. TRAINER.VPT.*: N_CTX_VISION, CTX_INIT (words before the class name), PREC."""
+
+    node = "VPT"
+
+    def check_cfg(self, cfg: Any) -> None:
+        super().check_cfg(cfg)
+        depth = cfg.TRAINER.VPT.PROMPT_DEPTH_VISION
+        if depth != 1:
+            raise GramError(
+                f"TRAINER.VPT.PROMPT_DEPTH_VISION is {depth}; expected 1: prompts at the input (shallow VPT)"
+            )
+        self.check_count(cfg, "N_CTX_VISION")
+
+    def tokens(self) -> dict[str, int]:
+        return {"visual": self.options.N_CTX_VISION}
+
+    def initial_prompts(self) -> dict[str, Tensor]:
+        print(f"Initial visual prompt: {self.options.N_CTX_VISION} random tokens")
+        return {"visual": random_context(self.backbone.visual_width, self.options.N_CTX_VISION)}
+
+    def template(self) -> str:
+        """The class sentence; nothing in it is learned."""
+        words = self.options.CTX_INIT.replace("_", " ")
+        return f"{words} {{}}." if words else "{}."
+
+    def build_classifier(self, classnames: list[str], prompts: Mapping[str, Tensor]) -> PromptedCLIP:
+        return PromptedCLIP(self.backbone, classnames, prompts, self.template())
