@@ -146,6 +146,7 @@ def make_store(
     locations = [f"images/{row}.png" for row in range(len(pictures))]
     store = SimpleNamespace(
         path=SimpleNamespace(resolve=lambda: "/a/store"),
+        manifest={"settings": {"source": {"kind": "tsv"}}},
         captions=Column(captions),
         image=image.astype(np.int64),
         locations=Column(locations),

@@ -2,6 +2,8 @@
 
 filter -> Sentence-BERT features -> UMAP -> HDBSCAN -> topics, a word for each (Eq. 3) -> k-means on CLIP
 image features inside each topic -> visual domains.
+
+A labelled collection (`CHC.LABELLED`, Table 6, row 4) has its topics already: classes, and their names as words.
 """
 
 from __future__ import annotations
@@ -28,10 +30,13 @@ from gram_meta.clustering.hierarchy import (
 )
 from gram_meta.clustering.words import topic_words
 from gram_meta.config import as_dict
+from gram_meta.corpus.classes import class_of, same_names
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
 
 log = logging.getLogger(__name__)
+
+Words = list[list[tuple[str, float]]]  # of each topic, the best ones with their scores, best first
 
 
 def cluster_pairs(store: PairStore, config: CfgNode) -> Hierarchy:
@@ -51,17 +56,11 @@ def cluster_pairs(store: PairStore, config: CfgNode) -> Hierarchy:
     chc = config.CHC
     _check(chc)
     fates = np.full(len(store), KEPT, np.uint8)
-    fates[filtered(store.similarity, chc.FILTER.KEEP, chc.FILTER.THRESHOLD)] = FILTERED
-    kept = np.flatnonzero(fates == KEPT)
-    log.info("filter: %d of %d pairs dropped (lowest CLIP similarity)", len(store) - len(kept), len(store))
-
-    label = topics_of(np.asarray(store.sentence_features[kept], np.float32), chc)  # (kept,), -1: noise
-    fates[kept[label < 0]] = NOISE
-    kept, label = kept[label >= 0], label[label >= 0]
-    found = int(label.max(initial=-1)) + 1
-    log.info("topics: %d found, %d pairs are noise and dropped", found, int((fates == NOISE).sum()))
-    # Over all topics found, also those dropped below: they are the L of Eq. 3.
-    words = topic_words(store.captions.take(kept), label, found)
+    if chc.LABELLED:
+        kept, label, words = _given_topics(store)
+    else:
+        kept, label, words = _found_topics(store, chc, fates)
+    found = len(words)
 
     dropped = {FATE_NAMES[fate]: 0 for fate in (NO_WORD, FEW_IMAGES, FEW_DOMAINS)}
     topics: list[Topic] = []
@@ -75,7 +74,7 @@ def cluster_pairs(store: PairStore, config: CfgNode) -> Hierarchy:
         else:
             topics.append(topic)
             members.append((pairs, domain))
-    _report_dropped(dropped, found, len(topics), store)
+    _report_dropped(dropped, found, len(topics), store, chc.LABELLED)
 
     pair = np.concatenate([pairs for pairs, _ in members])
     topic_of = np.repeat(np.arange(len(topics)), [len(pairs) for pairs, _ in members])
@@ -90,6 +89,7 @@ def cluster_pairs(store: PairStore, config: CfgNode) -> Hierarchy:
             "clip": store.clip_fingerprint,
             "sentence_model": store.sentence_fingerprint,
         },
+        "labelled": chc.LABELLED,
         "reproducible": chc.SEED >= 0,
         "config": {"CHC": as_dict(chc), "TASKS": as_dict(config.TASKS)},
         "pairs": {"in": len(store), **counts},
@@ -99,6 +99,47 @@ def cluster_pairs(store: PairStore, config: CfgNode) -> Hierarchy:
     image = np.asarray(store.image)[pair]
     rows = [column[order].astype(np.int64) for column in (pair, image, topic_of, domain_of)]
     return Hierarchy(rows[0], rows[1], rows[2], rows[3], topics, fates, manifest)
+
+
+def _given_topics(store: PairStore) -> tuple[np.ndarray, np.ndarray, Words]:
+    """All pairs, the class of each, and the one word of each class: its name, with score 1.
+
+    In a store of class folders a class is a folder, so that two classes may bear one name (ImageNet has two cranes);
+    in any other store it is a caption.
+    """
+    source = store.manifest["settings"]["source"]
+    classes: Sequence[str]
+    if source["kind"] == "classes":
+        of_image = [class_of(location, source["class_depth"]) for location in store.locations]
+        classes = [of_image[row] for row in np.asarray(store.image)]
+    else:
+        classes = list(store.captions)
+    number: dict[str, int] = {}
+    label = np.array([number.setdefault(name, len(number)) for name in classes])
+    _, first = np.unique(label, return_index=True)
+    words: Words = [[(name, 1.0)] for name in store.captions.take(first)]
+    log.info("labelled collection: %d classes are the topics, no filter, nothing is noise", len(words))
+    if same := same_names(dict(zip(number, (best[0][0] for best in words), strict=True))):
+        log.warning("%s: no task holds two of one name", same)
+    return np.arange(len(label)), label, words
+
+
+def _found_topics(store: PairStore, chc: CfgNode, fates: np.ndarray) -> tuple[np.ndarray, np.ndarray, Words]:
+    """Pairs that are neither filtered out nor noise (their fate is written into `fates`), the topic of each, and the
+    words of each topic."""
+    if store.manifest["settings"]["source"]["kind"] == "classes":
+        log.info("%s: is a labelled collection; CHC.LABELLED True makes its classes the topics", store.path)
+    fates[filtered(store.similarity, chc.FILTER.KEEP, chc.FILTER.THRESHOLD)] = FILTERED
+    kept = np.flatnonzero(fates == KEPT)
+    log.info("filter: %d of %d pairs dropped (lowest CLIP similarity)", len(store) - len(kept), len(store))
+
+    label = topics_of(np.asarray(store.sentence_features[kept], np.float32), chc)  # (kept,), -1: noise
+    fates[kept[label < 0]] = NOISE
+    kept, label = kept[label >= 0], label[label >= 0]
+    found = int(label.max(initial=-1)) + 1
+    log.info("topics: %d found, %d pairs are noise and dropped", found, int((fates == NOISE).sum()))
+    # Over all topics found, also those dropped below: they are the L of Eq. 3.
+    return kept, label, topic_words(store.captions.take(kept), label, found)
 
 
 def _topic(
@@ -121,16 +162,16 @@ def _topic(
     return KEPT, topic, domain[of_pair]
 
 
-def _report_dropped(dropped: dict[str, int], found: int, kept: int, store: PairStore) -> None:
+def _report_dropped(dropped: dict[str, int], found: int, kept: int, store: PairStore, labelled: bool) -> None:
     for reason, count in dropped.items():
         if count:
             log.info("dropped: %d of %d topics (%s)", count, found, reason)
     if not kept:
         why = ", ".join(f"{reason}: {count}" for reason, count in dropped.items() if count)
+        change = "are captions names of classes?" if labelled else "raise CHC.TOPICS.MIN_CLUSTER_SIZE"
         raise GramError(
             f"{store.path}: expected topics that can fill support and query sets, found none of {found} "
-            f"({why}); give more pairs, raise CHC.TOPICS.MIN_CLUSTER_SIZE, or lower TASKS.SUPPORT_SHOTS and "
-            "TASKS.QUERY_SHOTS"
+            f"({why}); give more pairs, {change}, or lower TASKS.SUPPORT_SHOTS and TASKS.QUERY_SHOTS"
         )
 
 

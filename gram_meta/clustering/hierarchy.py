@@ -37,7 +37,7 @@ class Topic:
     """One topic.
 
     Attributes:
-        word, score: its class name and that word's score by Eq. 3. words: the ten best, each [word, score].
+        word, score: its class name and that word's score by Eq. 3 (1 in a labelled collection). words: the ten best, each [word, score].
         size: pairs. images: distinct images. domains: images in each of its domains.
     """
 

@@ -7,7 +7,9 @@ import argparse
 HELP = """Organise a store into topics and visual domains: cross-modal hierarchical clustering (Sec. 3.2).
 
 Settings are the keys under CHC, and TASKS.SUPPORT_SHOTS and TASKS.QUERY_SHOTS (a topic that cannot fill a
-task is dropped); give them in YAML files or as KEY VALUE, e.g. CHC.DOMAINS.K 4 CHC.FILTER.KEEP 0.8."""
+task is dropped); give them in YAML files or as KEY VALUE, e.g. CHC.DOMAINS.K 4 CHC.FILTER.KEEP 0.8.
+
+CHC.LABELLED True takes a labelled collection (gram embed --format classes): its classes are the topics."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,8 @@ import argparse
 HELP = """Turn image-text pairs into a store of CLIP and Sentence-BERT features.
 
 SOURCE is a folder (images with a same-named .txt beside them, one caption a line) or a .tsv, .csv or .parquet
-file with an image column and a caption column. Rows and images that cannot be used are skipped and counted by
+file with an image column and a caption column. With --format classes it is a folder of class folders, a labelled
+collection such as ImageNet: captions are the names of the classes. Rows and images that cannot be used are skipped and counted by
 reason in the store's manifest.json. An interrupted run goes on where it was when the same command is given
 again."""
 
@@ -42,6 +43,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--caption-column", metavar="NAME", help="column of captions (default: caption, text, title, ...)")
     add("--image-root", metavar="FOLDER", help="where image paths start from (default: the file's folder)")
+    add(
+        "--format",
+        choices=("auto", "classes"),
+        default="auto",
+        help="classes: SOURCE is a folder of class folders, perhaps below train/ (default: %(default)s)",
+    )
+    add(
+        "--classnames",
+        metavar="FILE",
+        help='with --format classes: lines of "folder class name" (default: a classnames.txt in SOURCE or above it; '
+        "without one the folders' names, with spaces for underscores)",
+    )
     add("--batch-size", type=int, default=64, metavar="N", help="images in one pass (default: %(default)s)")
     add(
         "--part-size",
@@ -67,7 +80,9 @@ def run(args: argparse.Namespace) -> int:
     from gram_meta.corpus.readers import open_source
 
     # cheap errors come first
-    source = open_source(args.source, args.image_column, args.caption_column, args.image_root)
+    source = open_source(
+        args.source, args.image_column, args.caption_column, args.image_root, args.format, args.classnames
+    )
     from gram_meta.corpus.embed import embed_pairs, is_finished
 
     settings = {

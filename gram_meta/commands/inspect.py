@@ -97,6 +97,8 @@ def _counts(hierarchy: Hierarchy) -> str:
     words = len({topic.word for topic in hierarchy.topics})
     found = hierarchy.manifest["topics_found"]
     kind = "reproducible" if hierarchy.manifest["reproducible"] else "not reproducible (CHC.SEED is -1)"
+    if hierarchy.manifest.get("labelled"):
+        kind += "; labelled: topics are classes, their words are the classes' names and have no score"
     return f"{table}\n{len(hierarchy.topics)} topics with {words} different words, of {found} found; {kind}"
 
 

@@ -227,7 +227,8 @@ def _embed_parts(
     batches = _image_batches(index, parts, source, backbone, batch_size, workers)
     with tqdm(total=index.pairs, initial=done, unit="pair", disable=not progress, smoothing=0.05) as bar:
         for part in parts:
-            _embed_part(index, part, batches, out, backbone, sentence_model, batch_size, bar)
+            labelled = source.kind == "classes"
+            _embed_part(index, part, batches, out, backbone, sentence_model, batch_size, labelled, bar)
 
 
 def _embed_part(
@@ -238,6 +239,7 @@ def _embed_part(
     backbone: Backbone,
     sentence_model: SentenceModel,
     batch_size: int,
+    labelled: bool,
     bar: tqdm[Any],
 ) -> None:
     first, new = index.bounds[part], index.bounds[part + 1] - index.bounds[part]
@@ -263,9 +265,17 @@ def _embed_part(
     chosen = [caption for caption, use in zip(captions, usable, strict=True) if use]
     texts = np.zeros((len(image), backbone.embed_dim), np.float16)
     sentences = np.zeros((len(image), sentence_model.width), np.float16)
-    fitted, shortened = fit_texts(backbone, chosen)
-    texts[usable] = backbone.encode_texts(fitted, batch_size).float().cpu().numpy()
-    sentences[usable] = sentence_model.encode(chosen, batch_size)
+    # A part of a labelled collection has a few captions, each of them many times over.
+    different = list(dict.fromkeys(chosen)) if labelled else chosen
+    fitted, shortened = fit_texts(backbone, different)
+    of_text = backbone.encode_texts(fitted, batch_size).float().cpu().numpy()
+    of_sentence = sentence_model.encode(different, batch_size)
+    if labelled:
+        number = {caption: row for row, caption in enumerate(different)}
+        again = [number[caption] for caption in chosen]
+        of_text, of_sentence = of_text[again], of_sentence[again]
+        shortened = sum(fitted[row] != different[row] for row in again)
+    texts[usable], sentences[usable] = of_text, of_sentence
     with atomic_write(_part_path(out, part)) as file:
         np.savez(
             file,

@@ -1,4 +1,4 @@
-"""Where image-text pairs come from: a folder, or a TSV, CSV or Parquet file.
+"""Where image-text pairs come from: a folder, or a TSV, CSV or Parquet file; class folders are read in `classes`.
 
 Every reader yields `Row`s in a fixed order and never fails on a bad row: the row comes out with the reason
 why it cannot be used, so that the caller can count it.
@@ -36,6 +36,7 @@ IMAGE_SUFFIXES = frozenset(
     ]
 )
 KINDS = {".tsv": "tsv", ".tab": "tsv", ".csv": "csv", ".parquet": "parquet", ".pq": "parquet"}
+FORMATS = ("auto", "classes")
 MAX_CAPTION = 10_000  # characters; a longer one is not a caption but a sign of a broken file
 
 NO_IMAGE = "no image name"
@@ -61,9 +62,10 @@ class Source:
 
     Attributes:
         path: the folder or file.
-        kind: `folder`, `tsv`, `csv` or `parquet`.
+        kind: `folder`, `classes` (a folder of class folders), `tsv`, `csv` or `parquet`.
         image_root: folder that relative image paths start from.
         image_column, caption_column: as given (None: found by their usual names).
+        classnames: of class folders, the list of their names. class_depth: how many levels below `path` they lie.
     """
 
     path: Path
@@ -71,19 +73,25 @@ class Source:
     image_root: Path
     image_column: str | None = None
     caption_column: str | None = None
+    classnames: Path | None = None
+    class_depth: int = 1
 
     def rows(self) -> Iterator[Row]:
         """All rows, always in the same order."""
         if self.kind == "folder":
             return _folder_rows(self.path)
+        if self.kind == "classes":
+            from gram_meta.corpus.classes import class_rows
+
+            return class_rows(self)
         if self.kind == "parquet":
             return _parquet_rows(self)
         return _table_rows(self)
 
     def identity(self) -> dict[str, Any]:
         """What has to stay the same when an interrupted run goes on."""
-        content = None if self.kind == "folder" else sha256_file(self.path)
-        return {
+        content = None if self.path.is_dir() else sha256_file(self.path)
+        identity = {
             "path": str(self.path),
             "kind": self.kind,
             "sha256": content,
@@ -91,6 +99,11 @@ class Source:
             "image_column": self.image_column,
             "caption_column": self.caption_column,
         }
+        if self.kind == "classes":
+            names = self.classnames
+            identity["class_depth"] = self.class_depth
+            identity["classnames"] = {"path": str(names), "sha256": sha256_file(names)} if names else None
+        return identity
 
 
 def open_source(
@@ -98,6 +111,8 @@ def open_source(
     image_column: str | None = None,
     caption_column: str | None = None,
     image_root: PathLike | None = None,
+    format: str = "auto",
+    classnames: PathLike | None = None,
 ) -> Source:
     """Look at `path` and say what kind of source it is.
 
@@ -108,11 +123,28 @@ def open_source(
             counted from 1, in a file without a header. None: the usual names (`IMAGE_COLUMNS`,
             `CAPTION_COLUMNS`).
         image_root: folder that relative image paths start from; None: the folder of the file.
+        format: `classes` reads `path` as a folder of class folders, a labelled collection (`classes.open_classes`);
+            `auto` does not.
+        classnames: of class folders, the file that names them.
 
     Raises:
         GramError: nothing there, or another kind of file.
     """
     path = Path(path).expanduser()
+    if format not in FORMATS:
+        raise GramError(f"format: expected {' or '.join(FORMATS)}, found {format!r}")
+    if format == "classes":
+        if image_column or caption_column or image_root:
+            raise GramError(
+                f"{path}: image and caption columns and an image root do not belong to class folders"
+            )
+        from gram_meta.corpus.classes import open_classes
+
+        return open_classes(path, Path(classnames).expanduser() if classnames else None)
+    if classnames:
+        raise GramError(
+            f"{classnames}: a list of class names belongs to a folder of class folders (--format classes)"
+        )
     if path.is_dir():
         if image_column or caption_column or image_root:
             raise GramError(
@@ -186,7 +218,9 @@ def _images_below(folder: Path) -> Iterator[Path]:
 
 def _tables_in(root: Path) -> str:
     tables = sorted(path.name for path in root.iterdir() if path.suffix.lower() in KINDS)
-    return f"; it holds {', '.join(tables[:3])}: name that file instead" if tables else ""
+    if tables:
+        return f"; it holds {', '.join(tables[:3])}: name that file instead"
+    return "; for a folder of class folders, give --format classes"
 
 
 # --- TSV and CSV --------------------------------------------------------------------------------------------
