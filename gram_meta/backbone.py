@@ -211,13 +211,24 @@ class Backbone(nn.Module):
         x = _layer_norm(tower.ln_post, x)
         return self._normalised(x @ tower.proj.to(x.dtype))
 
-    def preprocess(self) -> Callable[[Any], Tensor]:
-        """CLIP's transform for evaluation: PIL image -> (3, H, W), resized (bicubic), centre-cropped, normalised."""
+    def preprocess(self, as_bytes: bool = False) -> Callable[[Any], Tensor]:
+        """CLIP's transform for evaluation: PIL image -> (3, H, W), resized (bicubic), centre-cropped, normalised.
+
+        `as_bytes`: stop before the last part, at a quarter of the memory; `normalise` does the rest.
+        """
         from torchvision import transforms as T
 
         resize = T.Resize(self.image_size, interpolation=T.InterpolationMode.BICUBIC)
         crop = T.CenterCrop(self.image_size)
+        if as_bytes:
+            return T.Compose([resize, crop, T.PILToTensor()])
         return T.Compose([resize, crop, T.ToTensor(), T.Normalize(PIXEL_MEAN, PIXEL_STD)])
+
+    @staticmethod
+    def normalise(images: Tensor) -> Tensor:
+        """Bytes (..., 3, H, W) -> the tower's float32 input, on the same device."""
+        mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (PIXEL_MEAN, PIXEL_STD))
+        return (images.float() / 255 - mean) / std
 
     def _normalised(self, features: Tensor) -> Tensor:
         return F.normalize(features.to(_feature_dtype(self.precision)), dim=-1)

@@ -67,10 +67,17 @@ def adapt(
         else:
             with twice_differentiable():
                 gradients = task_gradients(support_losses, prompts, create_graph=True)
-        if regulate is not None:
-            gradients = dict(regulate(gradients))
-        prompts = {kind: value - alpha * gradients[kind] for kind, value in prompts.items()}
+        prompts = descend(prompts, gradients, alpha, regulate)
     return dict(prompts)
+
+
+def descend(
+    prompts: Prompts, gradients: Prompts, alpha: float, regulate: Regulate | None = None
+) -> dict[str, Tensor]:
+    """One step of Eq. 7 with the raw gradients at `prompts`; parameters that R^phi does not know go by their raw one."""
+    if regulate is not None:
+        gradients = {**gradients, **regulate(gradients)}
+    return {kind: value - alpha * gradients[kind] for kind, value in prompts.items()}
 
 
 def meta_losses(

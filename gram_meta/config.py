@@ -63,6 +63,7 @@ def get_meta_config() -> CN:
     c.LOADER = CN()
     c.LOADER.WORKERS = 2  # processes that decode ahead; 0: none
     c.LOADER.PREFETCH = 2  # batches of tasks that each of them keeps ready
+    c.LOADER.IMAGE_ROOT = ""  # folder that the images' locations are relative to; "": where `gram embed` read them
 
     # R^phi, Eq. 5 and 6
     c.REGULATOR = CN()

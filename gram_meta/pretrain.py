@@ -16,21 +16,21 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 from yacs.config import CfgNode
 
 from gram_meta import __version__
-from gram_meta.backbone import Backbone, load_backbone
-from gram_meta.bilevel import adapt, for_each_task, inner_products, meta_losses, task_gradients
+from gram_meta.backbone import load_backbone
+from gram_meta.bilevel import adapt, descend, for_each_task, inner_products, meta_losses, task_gradients
 from gram_meta.checkpoint import MetaCheckpoint, save_meta_checkpoint
 from gram_meta.clustering.hierarchy import Hierarchy
 from gram_meta.config import as_dict
 from gram_meta.corpus.store import PairStore
+from gram_meta.episodes import Episode, Episodes, initial_theta
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike, atomic_write, read_json, write_json
-from gram_meta.prompts import ClassText, initial_prompts, logits
+from gram_meta.prompts import KINDS
 from gram_meta.regulator import GradientRegulator, RegulatorConfig
 from gram_meta.tasks import Task, TaskSampler, images_of, split_topics
 
@@ -73,71 +73,6 @@ def pretrain(
     return trainer.run(resume)
 
 
-class FeatureTasks:
-    """Losses of batches of tasks whose images are rows of stored features: the image tower never runs.
-
-    Args:
-        backbone: frozen CLIP.
-        features: (n_images, D) L2-normalised image features of a store.
-        words: label text of each topic.
-        tokens: M_t.
-    """
-
-    def __init__(self, backbone: Backbone, features: np.ndarray, words: Sequence[str], tokens: int) -> None:
-        self.backbone = backbone
-        self.features = features
-        self.class_text = ClassText(backbone, words, tokens)
-
-    def losses(self, tasks: Sequence[Task]) -> tuple[TaskSet, TaskSet]:
-        """The support and the query side of B tasks, as functions of their prompts."""
-        topics = torch.from_numpy(np.stack([task.topics for task in tasks]))  # (B, K)
-        text = self.class_text.select(topics.to(self.backbone.device))
-        support, query = (
-            self._images(np.stack([getattr(t, side) for t in tasks])) for side in ("support", "query")
-        )
-        return TaskSet(self.backbone, text, support), TaskSet(self.backbone, text, query)
-
-    def _images(self, rows: np.ndarray) -> Tensor:
-        """Features (B, K, n, D) of image rows (B, K, n)."""
-        flat = np.ascontiguousarray(self.features[rows.reshape(-1)])
-        return (
-            torch.from_numpy(flat)
-            .to(self.backbone.device, self.backbone.logit_scale.dtype)
-            .unflatten(0, rows.shape)
-        )
-
-
-class TaskSet:
-    """The support or the query side of B tasks: prompts -> one cross-entropy per task.
-
-    Args:
-        images: (B, K, n, D) features; `images[:, k]` belong to class k.
-    """
-
-    def __init__(self, backbone: Backbone, text: ClassText, images: Tensor) -> None:
-        batch, ways, shots, width = images.shape
-        self.scale = backbone.logit_scale
-        self.text = text
-        self.images = images.reshape(batch, ways * shots, width)  # (B, K n, D)
-        self.labels = (
-            torch.arange(ways, device=images.device).repeat_interleave(shots).expand(batch, -1)
-        )  # (B, K n)
-
-    def __call__(self, prompts: Mapping[str, Tensor]) -> Tensor:
-        """Mean cross-entropy of each task, (B,)."""
-        return self.losses_of(self.logits(prompts))
-
-    def logits(self, prompts: Mapping[str, Tensor]) -> Tensor:
-        """(B, K n, K) for text prompts (B, M, d)."""
-        return logits(self.images, self.text.features(prompts["text"]), self.scale)
-
-    def losses_of(self, scores: Tensor) -> Tensor:
-        return F.cross_entropy(scores.transpose(1, 2), self.labels, reduction="none").mean(dim=1)
-
-    def accuracies_of(self, scores: Tensor) -> Tensor:
-        return (scores.argmax(dim=2) == self.labels).float().mean(dim=1)
-
-
 class MetaTrainer:
     """Theta, phi, their optimiser, the tasks, and the loop over them."""
 
@@ -150,11 +85,6 @@ class MetaTrainer:
         device: str | torch.device = "cpu",
         progress: bool = True,
     ) -> None:
-        if config.PROMPT.VISUAL_TOKENS or not config.PROMPT.TEXT_TOKENS:
-            raise GramError(
-                "PROMPT: expected TEXT_TOKENS > 0 and VISUAL_TOKENS 0 (meta-training of visual prompts is not part of "
-                f"this version), found {config.PROMPT.TEXT_TOKENS} and {config.PROMPT.VISUAL_TOKENS}"
-            )
         self.config, self.out, self.progress = config, out, progress
         self.backbone = load_backbone(config.BACKBONE.NAME, device, config.BACKBONE.PRECISION)
         store.check_backbone(self.backbone)
@@ -170,18 +100,10 @@ class MetaTrainer:
         held = self._sampler(self.held_topics, config.SEED + 1, None)
         self.watched = held.draw_batch(0, config.EVAL.TASKS)
         words = [topic.word for topic in hierarchy.topics]
-        self.tasks = FeatureTasks(self.backbone, store.image_features, words, config.PROMPT.TEXT_TOKENS)
+        self.episodes = Episodes(self.backbone, store, words, config)
 
-        self.theta = {
-            kind: value.requires_grad_()
-            for kind, value in initial_prompts(
-                self.backbone,
-                config.PROMPT.TEXT_TOKENS,
-                config.PROMPT.VISUAL_TOKENS,
-                config.PROMPT.WORDS,
-                config.SEED,
-            ).items()
-        }
+        self.theta = initial_theta(self.backbone, config)
+        self.kinds = sorted(set(self.theta) & set(KINDS))  # the prompts; the rest stays out of R^phi
         self.regulator = self._regulator()
         self.optimiser = self._optimiser()
         self.norms: list[Tensor] = []  # raw support gradients' norms, (B, kinds) a step
@@ -203,8 +125,9 @@ class MetaTrainer:
             )
             if first == 0:
                 self._watch(0, scalars, log, bar)
-            for step in range(first + 1, steps + 1):
-                loss = self._step(step)
+            ahead = self.episodes.of(_Steps(self.train_tasks, self.config.OUTER.BATCH, first, steps))
+            for step, episode in enumerate(ahead, start=first + 1):
+                loss = self._step(step, episode)
                 bar.update(self.config.OUTER.BATCH)
                 scalars("meta_train/query_loss", loss, step)
                 if step % self.config.EVAL.EVERY == 0 or step == steps:
@@ -214,11 +137,10 @@ class MetaTrainer:
             bar.close()
         return self.out / BEST
 
-    def _step(self, step: int) -> float:
+    def _step(self, step: int, episode: Episode) -> float:
         """One update of theta and phi; returns the mean query loss after adaptation."""
         config = self.config
-        tasks = self.train_tasks.draw_batch((step - 1) * config.OUTER.BATCH, config.OUTER.BATCH)
-        support, query = self.tasks.losses(tasks)
+        tasks, support, query = episode.tasks, episode.support, episode.query
         self._set_learning_rates(step)
         if config.OUTER.META:
             losses = meta_losses(
@@ -236,13 +158,10 @@ class MetaTrainer:
         self.optimiser.step()
         return losses.mean().item()
 
-    def _regulate(self, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return self.regulator(gradients) if self.regulator is not None else gradients
-
     def _recorded_regulate(self, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        norms = [gradients[kind].detach().flatten(1).norm(dim=1) for kind in sorted(gradients)]
+        norms = [gradients[kind].detach().flatten(1).norm(dim=1) for kind in self.kinds]
         self.norms.append(torch.stack(norms, dim=1).cpu())  # (B, kinds)
-        return self._regulate(gradients)
+        return {} if self.regulator is None else self.regulator(self.regulator.known(gradients))
 
     def _set_learning_rates(self, step: int) -> None:
         """A function of the step alone, so that a resumed run has the same."""
@@ -264,7 +183,7 @@ class MetaTrainer:
 
     def _watch(self, step: int, scalars: Callable[[str, float, int], None], log: Any, bar: tqdm) -> None:
         """Look at the held-out tasks, log, and keep theta and phi if they are the best so far."""
-        seen = evaluate(self.tasks, self.watched, self.theta, self.regulator, self.config)
+        seen = evaluate(self.episodes, self.watched, self.theta, self.regulator, self.config)
         for key, value in seen.items():
             scalars(f"held_out/{key}", value, step)
         log.write(json.dumps({"step": step, **seen}) + "\n")
@@ -286,7 +205,8 @@ class MetaTrainer:
         save_meta_checkpoint(
             self.out / name,
             MetaCheckpoint(
-                prompts=dict(self.theta),
+                prompts={kind: self.theta[kind] for kind in self.kinds},
+                extras={name: value for name, value in self.theta.items() if name not in self.kinds},
                 regulator=self.regulator,
                 backbone_name=self.backbone.name,
                 backbone_fingerprint=self.backbone.fingerprint,
@@ -302,7 +222,7 @@ class MetaTrainer:
         norms = torch.cat(self.norms)  # (tasks so far, kinds)
         return {
             kind: {f"q{q:02d}": norms[:, i].quantile(q / 100).item() for q in (5, 25, 50, 75, 95)}
-            for i, kind in enumerate(sorted(self.theta))
+            for i, kind in enumerate(self.kinds)
         }
 
     def _facts(self) -> dict[str, Any]:
@@ -354,7 +274,7 @@ class MetaTrainer:
             "theta": {kind: value.detach() for kind, value in self.theta.items()},
             "regulator": self.regulator.state_dict() if self.regulator is not None else {},
             "optimiser": self.optimiser.state_dict(),
-            "norms": torch.cat(self.norms) if self.norms else torch.empty(0, len(self.theta)),
+            "norms": torch.cat(self.norms) if self.norms else torch.empty(0, len(self.kinds)),
             "best": self.best,
         }
         with atomic_write(self.out / _STATE) as file:
@@ -390,7 +310,7 @@ class MetaTrainer:
         if not (settings.ENABLED and self.config.OUTER.META):
             return None
         form = RegulatorConfig(settings.START, settings.GAMMA, settings.INPUT, settings.BETA)
-        widths = {kind: value.shape[-1] for kind, value in self.theta.items()}
+        widths = {kind: self.theta[kind].shape[-1] for kind in self.kinds}
         generator = torch.Generator().manual_seed(self.config.SEED)
         return GradientRegulator(widths, form, generator).to(self.backbone.device)
 
@@ -406,54 +326,77 @@ class MetaTrainer:
         return kinds[config.OPTIMIZER](groups, lr=config.LR_PROMPT)
 
 
+class _Steps:
+    """The batches of tasks of meta-training from after step `first` to step `last`, drawn when they are asked for."""
+
+    def __init__(self, sampler: TaskSampler, batch: int, first: int, last: int) -> None:
+        self.sampler, self.batch, self.first, self.last = sampler, batch, first, last
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __getitem__(self, index: int) -> list[Task]:
+        return self.sampler.draw_batch((self.first + index) * self.batch, self.batch)
+
+
 def evaluate(
-    tasks: FeatureTasks,
+    episodes: Episodes,
     watched: Sequence[Task],
     theta: Mapping[str, Tensor],
     regulator: GradientRegulator | None,
     config: CfgNode,
-    batch: int = 16,
 ) -> dict[str, float]:
     """What adaptation does on given tasks, averaged over them.
 
     Returns:
         `loss_before`, `accuracy_before`, `loss_after`, `accuracy_after` on the query sets; `alignment` and
         `alignment_raw`, the normalised inner product at theta of the query gradient with the regulated and with the raw
-        support gradient (Fig. 3b, Eq. 12); and per kind of prompt the path lengths of both terms of Eq. 6 in one step
-        (`path_gated_KIND`, `path_beta_KIND`), how much gamma and beta vary over tasks (`spread_gamma_KIND`,
-        `spread_beta_KIND`: standard deviation over tasks, averaged over entries), `gradient_norm_KIND`.
+        support gradient (Fig. 3b, Eq. 12), over all prompts; and per kind of prompt the path lengths of both terms of
+        Eq. 6 in one step (`path_gated_KIND`, `path_beta_KIND`), how much gamma and beta vary over tasks
+        (`spread_gamma_KIND`, `spread_beta_KIND`: standard deviation over tasks, averaged over entries),
+        `gradient_norm_KIND`.
     """
+    kinds = sorted(set(theta) & set(KINDS))
+    batch = config.OUTER.BATCH if episodes.reads_pixels else max(16, config.OUTER.BATCH)
     rows: list[dict[str, Tensor]] = []
-    parts: dict[str, list[tuple[Tensor, Tensor]]] = {kind: [] for kind in theta}
-    for start in range(0, len(watched), batch):
-        support, query = tasks.losses(watched[start : start + batch])
-        count = min(batch, len(watched) - start)
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {kind: [] for kind in kinds}
+    for episode in episodes.of([watched[i : i + batch] for i in range(0, len(watched), batch)]):
+        support, query = episode.support, episode.query
         before = {
-            kind: value.detach().requires_grad_() for kind, value in for_each_task(theta, count).items()
+            name: value.detach().requires_grad_()
+            for name, value in for_each_task(theta, len(episode.tasks)).items()
         }
         raw = task_gradients(support, before)
         query_scores = query.logits(before)
         query_gradient = task_gradients(lambda _: query.losses_of(query_scores), before)  # noqa: B023, used at once
-        with torch.no_grad():
-            regulated = raw if regulator is None else regulator(raw)
-        after = adapt(support, before, config.INNER.ALPHA, config.INNER.STEPS, regulator, first_order=True)
+        regulate = None if regulator is None else _frozen(regulator)
+        regulated = raw if regulate is None else {**raw, **regulate(raw)}
+        after = {
+            name: value.requires_grad_()
+            for name, value in descend(before, raw, config.INNER.ALPHA, regulate).items()
+        }
+        if config.INNER.STEPS > 1:
+            after = adapt(
+                support, after, config.INNER.ALPHA, config.INNER.STEPS - 1, regulate, first_order=True
+            )
         with torch.no_grad():
             after_scores = query.logits(after)
-            rows.append({
+            row = {
                 "loss_before": query.losses_of(query_scores),
                 "accuracy_before": query.accuracies_of(query_scores),
                 "loss_after": query.losses_of(after_scores),
                 "accuracy_after": query.accuracies_of(after_scores),
-                "alignment": inner_products(regulated, query_gradient),
-                "alignment_raw": inner_products(raw, query_gradient),
-            })  # fmt: skip
-            for kind, gradient in raw.items():
-                rows[-1][f"gradient_norm_{kind}"] = gradient.flatten(1).norm(dim=1)
+                "alignment": inner_products(_only(regulated, kinds), _only(query_gradient, kinds)),
+                "alignment_raw": inner_products(_only(raw, kinds), _only(query_gradient, kinds)),
+            }
+            for kind in kinds:
+                row[f"gradient_norm_{kind}"] = raw[kind].flatten(1).norm(dim=1)
                 if regulator is not None:
-                    piece = regulator.parts(kind, gradient)
-                    rows[-1][f"path_gated_{kind}"] = config.INNER.ALPHA * piece.gated.flatten(1).norm(dim=1)
-                    rows[-1][f"path_beta_{kind}"] = config.INNER.ALPHA * piece.beta.flatten(1).norm(dim=1)
+                    piece = regulator.parts(kind, raw[kind])
+                    row[f"path_gated_{kind}"] = config.INNER.ALPHA * piece.gated.flatten(1).norm(dim=1)
+                    row[f"path_beta_{kind}"] = config.INNER.ALPHA * piece.beta.flatten(1).norm(dim=1)
                     parts[kind].append((piece.gamma, piece.beta))
+            rows.append({key: value.detach() for key, value in row.items()})
     seen = {key: torch.cat([row[key] for row in rows]).mean().item() for key in rows[0]}
     for kind, pieces in parts.items():
         if pieces:
@@ -461,6 +404,15 @@ def evaluate(
             seen[f"spread_gamma_{kind}"] = gammas.std(dim=0).mean().item()
             seen[f"spread_beta_{kind}"] = betas.std(dim=0).mean().item()
     return seen
+
+
+def _frozen(regulator: GradientRegulator) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+    """R^phi of the gradients that it knows, outside any graph."""
+    return torch.no_grad()(lambda gradients: regulator(regulator.known(gradients)))
+
+
+def _only(gradients: Mapping[str, Tensor], kinds: Sequence[str]) -> dict[str, Tensor]:
+    return {kind: gradients[kind] for kind in kinds}
 
 
 def _first_difference(key: str, before: Any, now: Any) -> str:

@@ -16,6 +16,7 @@ from gram_meta.backbone import Backbone, end_positions
 from gram_meta.errors import GramError
 
 KINDS = ("text", "visual")
+META_NET = "meta_net."  # begins the names of the meta-net's weights wherever they stand beside prompts
 TEMPLATE = "a photo of a {}."
 
 

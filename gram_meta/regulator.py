@@ -92,6 +92,10 @@ class GradientRegulator(nn.Module):
             )
         return self.gates[kind](gradient)
 
+    def known(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of the gradients that this regulator was made for."""
+        return {kind: gradient for kind, gradient in gradients.items() if kind in self.gates}
+
     def describe(self) -> dict[str, Any]:
         """What it takes to build it again, fit for JSON."""
         return {"widths": self.widths, **asdict(self.config)}

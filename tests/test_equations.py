@@ -9,7 +9,7 @@ import torch
 from gram_meta.backbone import load_backbone
 from gram_meta.bilevel import adapt, for_each_task, inner_products, meta_losses, task_gradients
 from gram_meta.errors import GramError
-from gram_meta.pretrain import TaskSet
+from gram_meta.episodes import TaskSet
 from gram_meta.prompts import ClassText
 from gram_meta.regulator import GradientRegulator, RegulatorConfig
 
@@ -190,12 +190,12 @@ def one_loss(side, task, prompt):
 
     with sdpa_kernel(SDPBackend.MATH):
         features = plain_features(side, task, prompt)
-    scores = side.scale * side.images[task] @ features.T
+    scores = side.backbone.logit_scale * side.images[task] @ features.T
     return torch.nn.functional.cross_entropy(scores, side.labels[task])
 
 
 def plain_features(side, task, prompt):
-    text, model = side.text, side.text.backbone.model
+    text, model = side.classes, side.backbone.model
     rows = []
     for own, end in zip(text.own[task], text.ends[task], strict=True):
         x = torch.cat([text.start, prompt, own[: end + 1]])  # (1 + M + L, d)

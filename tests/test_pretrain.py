@@ -15,7 +15,7 @@ from gram_meta.clustering.hierarchy import Hierarchy, Topic
 from gram_meta.config import load_meta_config
 from gram_meta.errors import GramError
 from gram_meta.pretrain import MetaTrainer
-from gram_meta.prompts import ClassText
+from gram_meta.prompts import ClassText, initial_prompts
 
 WORDS = ["cat", "dog", "house", "tree", "boat", "lamp", "spoon", "cloud"]
 
@@ -93,7 +93,7 @@ def test_it_learns_and_writes_what_it_should(store, tmp_path):
     assert checkpoint.backbone_fingerprint == store.backbone and checkpoint.tokens == {"text": 4}
     norms = checkpoint.gradient_norms["text"]
     assert 0 < norms["q05"] <= norms["q50"] <= norms["q95"]
-    first = module.initial_prompts(load_backbone("random-tiny"), 4, 0, "a photo of a")["text"]
+    first = initial_prompts(load_backbone("random-tiny"), 4, 0, "a photo of a")["text"]
     assert not torch.equal(checkpoint.prompts["text"], first)
     regulator = checkpoint.regulator.gates["text"]
     assert all(parameter.abs().max() > 1e-4 for parameter in (regulator.weight_gamma, regulator.weight_beta))
@@ -114,10 +114,10 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(store, tmp_path, stop, mon
     broken = trainer(store, tmp_path / "broken")
     step = broken._step
 
-    def interrupted(number):
+    def interrupted(number, episode):
         if number == stop:
             raise KeyboardInterrupt
-        return step(number)
+        return step(number, episode)
 
     monkeypatch.setattr(broken, "_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -177,8 +177,8 @@ def test_held_out_topics_are_never_trained_on(store, tmp_path):
 def test_what_does_not_belong_together_is_refused(store, tmp_path):
     with pytest.raises(GramError, match="store: other backbone"):
         trainer(store, tmp_path, "BACKBONE.NAME", "random-tiny-RN")
-    with pytest.raises(GramError, match="PROMPT: expected TEXT_TOKENS > 0"):
-        trainer(store, tmp_path, "PROMPT.VISUAL_TOKENS", "2")
+    with pytest.raises(GramError, match="PROMPT: expected TEXT_TOKENS or VISUAL_TOKENS"):
+        trainer(store, tmp_path, "PROMPT.TEXT_TOKENS", "0")
     with pytest.raises(GramError, match="OUTER.OPTIMIZER"):
         trainer(store, tmp_path, "OUTER.OPTIMIZER", "lion")
 

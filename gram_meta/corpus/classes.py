@@ -69,8 +69,8 @@ def class_rows(source: Source) -> Iterator[Row]:
         yield Row(image.relative_to(source.path).as_posix(), "", NO_CLASS)
     found, empty = False, []
     for folder, name in named.items():
-        images = 0
-        for images, image in enumerate(images_below(folder), 1):
+        images = list(images_below(folder))
+        for image in images:
             location = image.relative_to(source.path).as_posix()
             if not name:
                 yield Row(location, "", NOT_LISTED)

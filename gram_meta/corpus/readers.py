@@ -91,7 +91,7 @@ class Source:
     def identity(self) -> dict[str, Any]:
         """What has to stay the same when an interrupted run goes on."""
         content = None if self.path.is_dir() else sha256_file(self.path)
-        identity = {
+        identity: dict[str, Any] = {
             "path": str(self.path),
             "kind": self.kind,
             "sha256": content,

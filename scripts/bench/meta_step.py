@@ -23,7 +23,7 @@ from torch import Tensor
 from gram_meta.backbone import Backbone
 from gram_meta.bilevel import meta_losses, twice_differentiable
 from gram_meta.config import get_meta_config
-from gram_meta.pretrain import TaskSet
+from gram_meta.episodes import TaskSet
 from gram_meta.prompts import ClassText, initial_prompts, logits
 from gram_meta.regulator import GradientRegulator
 

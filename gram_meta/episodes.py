@@ -1,0 +1,240 @@
+"""From tasks to losses: the support and query sets of meta-training, as functions of the prompts.
+
+Without visual prompts an image's feature never changes, so it is read from the store. With them the image tower has to
+run, so images are decoded by worker processes, ahead of the step that needs them, and travel as bytes; the towers'
+device normalises them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from yacs.config import CfgNode
+
+from gram_meta.backbone import Backbone
+from gram_meta.corpus.images import BadImage, read_image
+from gram_meta.corpus.store import PairStore
+from gram_meta.errors import GramError
+from gram_meta.prompts import (
+    META_NET,
+    ClassText,
+    conditional_shift,
+    initial_meta_net,
+    initial_prompts,
+    logits,
+    template_features,
+)
+from gram_meta.tasks import Task
+
+
+class Batches(Protocol):
+    """Batches of tasks by number: a list of lists, or something that draws them when they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sequence[Task]: ...
+
+
+@dataclass(frozen=True)
+class Episode:
+    """B tasks with the losses of both their sides."""
+
+    tasks: Sequence[Task]
+    support: TaskSet
+    query: TaskSet
+
+
+class Episodes:
+    """Makes batches of tasks over one store into episodes.
+
+    Args:
+        backbone: frozen CLIP.
+        store: where the images' features, and for visual prompts their files, are.
+        words: label text of each topic.
+        config: the PROMPT and LOADER nodes of `gram_meta.config` are read.
+
+    Raises:
+        GramError: no prompt tokens at all, a meta-net without a text prompt, or visual prompts whose image files are not
+            where the store has them.
+    """
+
+    def __init__(self, backbone: Backbone, store: PairStore, words: Sequence[str], config: CfgNode) -> None:
+        prompt = config.PROMPT
+        if not prompt.TEXT_TOKENS and not prompt.VISUAL_TOKENS:
+            raise GramError("PROMPT: expected TEXT_TOKENS or VISUAL_TOKENS above 0, found neither")
+        if prompt.CONDITIONAL and not prompt.TEXT_TOKENS:
+            raise GramError("PROMPT.CONDITIONAL: expected a text prompt to shift, found TEXT_TOKENS 0")
+        self.backbone = backbone
+        self.store = store
+        self.loader = config.LOADER
+        self.reads_pixels = prompt.VISUAL_TOKENS > 0
+        self.text = ClassText(backbone, words, prompt.TEXT_TOKENS) if prompt.TEXT_TOKENS else None
+        self.fixed = None if self.text else template_features(backbone, words, prompt.TEMPLATE)  # (L, D)
+        if self.reads_pixels:
+            self._image_path(0, check=True)
+
+    def of(self, batches: Batches) -> Iterator[Episode]:
+        """Episodes of these batches of tasks, in order; pixels are decoded ahead by LOADER.WORKERS processes."""
+        if not self.reads_pixels:
+            for index in range(len(batches)):
+                tasks = batches[index]
+                support, query = (self._features(tasks, side) for side in ("support", "query"))
+                yield self._episode(tasks, support, query)
+            return
+        for tasks, support, query, error in self._decoded(batches):
+            if error:
+                raise GramError(error)
+            yield self._episode(tasks, *(self._to_device(images) for images in (support, query)))
+
+    def _episode(self, tasks: Sequence[Task], support: Tensor, query: Tensor) -> Episode:
+        topics = torch.from_numpy(np.stack([task.topics for task in tasks])).to(
+            self.backbone.device
+        )  # (B, K)
+        classes = self.text.select(topics) if self.text is not None else self.fixed[topics]
+        sides = (TaskSet(self.backbone, classes, images) for images in (support, query))
+        return Episode(tasks, *sides)
+
+    def _features(self, tasks: Sequence[Task], side: str) -> Tensor:
+        """Stored features (B, K, n, D)."""
+        rows = np.stack([getattr(task, side) for task in tasks])  # (B, K, n)
+        flat = np.ascontiguousarray(self.store.image_features[rows.reshape(-1)])
+        features = torch.from_numpy(flat).to(self.backbone.device, self.backbone.logit_scale.dtype)
+        return features.unflatten(0, rows.shape)
+
+    # --- pixels -------------------------------------------------------------------------------------------------------
+
+    def _decoded(self, batches: Batches) -> DataLoader[Any]:
+        workers = min(self.loader.WORKERS, len(batches))
+        return DataLoader(
+            _Decoded(batches, self._image_path, self.backbone.preprocess(as_bytes=True)),
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=self.loader.PREFETCH if workers else None,
+            pin_memory=self.backbone.device.type == "cuda",
+        )
+
+    def _image_path(self, image: int, check: bool = False) -> Path:
+        root = self.loader.IMAGE_ROOT
+        path = Path(root, self.store.locations[image]) if root else self.store.image_path(image)
+        if check and not path.is_file():
+            raise GramError(
+                f"{path}: expected an image of {self.store.path}, found no such file; visual prompts are meta-trained on "
+                "pixels, so the images must stay readable (LOADER.IMAGE_ROOT says where they are now)"
+            )
+        return path
+
+    def _to_device(self, images: Tensor) -> Tensor:
+        """(B, K, n, 3, H, W) bytes, to be normalised where they are used."""
+        return images.to(self.backbone.device, non_blocking=True)
+
+
+class _Decoded(Dataset[Any]):
+    """Batch number -> its tasks, support and query images as bytes (B, K, n, 3, H, W), and what went wrong, if anything."""
+
+    def __init__(
+        self, batches: Batches, path: Callable[[int], Path], transform: Callable[[Any], Tensor]
+    ) -> None:
+        self.batches, self.path, self.transform = batches, path, transform
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> tuple[Sequence[Task], Tensor, Tensor, str]:
+        if index >= len(self):
+            raise IndexError(index)  # ends an iteration without workers
+        tasks = self.batches[index]
+        try:
+            support, query = (
+                self._images(np.stack([getattr(task, side) for task in tasks]))
+                for side in ("support", "query")
+            )
+        except GramError as error:  # as a value: a worker's exception would arrive as a traceback
+            return tasks, torch.empty(0), torch.empty(0), str(error)
+        return tasks, support, query, ""
+
+    def _images(self, rows: np.ndarray) -> Tensor:
+        return torch.stack([self._image(int(row)) for row in rows.reshape(-1)]).unflatten(0, rows.shape)
+
+    def _image(self, row: int) -> Tensor:
+        path = self.path(row)
+        try:
+            image, _ = read_image(path)
+        except BadImage as reason:
+            raise GramError(f"{path}: expected the image that `gram embed` read, found {reason}") from None
+        return self.transform(image)  # (3, H, W)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class TaskSet:
+    """The support or the query side of B tasks: prompts -> one cross-entropy per task.
+
+    Args:
+        backbone: frozen CLIP.
+        classes: the tasks' class sentences (with leading axes (B, K)), or fixed class features (B, K, D).
+        images: features (B, K, n, D), or bytes (B, K, n, 3, H, W); `images[:, k]` belong to class k.
+    """
+
+    def __init__(self, backbone: Backbone, classes: ClassText | Tensor, images: Tensor) -> None:
+        batch, ways, shots = images.shape[:3]
+        self.backbone = backbone
+        self.classes = classes
+        self.images = images.flatten(1, 2)  # (B, K n, D) or (B, K n, 3, H, W)
+        self.labels = (
+            torch.arange(ways, device=images.device).repeat_interleave(shots).expand(batch, -1)
+        )  # (B, K n)
+
+    def __call__(self, prompts: Mapping[str, Tensor]) -> Tensor:
+        """Mean cross-entropy of each task, (B,)."""
+        return self.losses_of(self.logits(prompts))
+
+    def logits(self, prompts: Mapping[str, Tensor]) -> Tensor:
+        """(B, K n, K) for prompts with a leading axis B: "text" (B, M, d), "visual" (B, M, d), the meta-net's weights."""
+        features = self._image_features(prompts.get("visual"))  # (B, K n, D)
+        scale = self.backbone.logit_scale
+        if isinstance(self.classes, Tensor):
+            return logits(features, self.classes, scale)
+        net = {name.removeprefix(META_NET): p for name, p in prompts.items() if name.startswith(META_NET)}
+        if not net:
+            return logits(features, self.classes.features(prompts["text"]), scale)
+        shift = conditional_shift(net, features)  # (B, K n, d)
+        context = prompts["text"][:, None] + shift[:, :, None]  # (B, K n, M, d)
+        classes = self.classes.features(context)  # (B, K n, K, D)
+        return logits(features[:, :, None], classes, scale).squeeze(2)
+
+    def losses_of(self, scores: Tensor) -> Tensor:
+        """(B,) of logits (B, K n, K)."""
+        return F.cross_entropy(scores.transpose(1, 2), self.labels, reduction="none").mean(dim=1)
+
+    def accuracies_of(self, scores: Tensor) -> Tensor:
+        """(B,), between 0 and 1, of logits (B, K n, K)."""
+        return (scores.argmax(dim=2) == self.labels).float().mean(dim=1)
+
+    def _image_features(self, prompt: Tensor | None) -> Tensor:
+        """(B, K n, D), through the image tower where the images are pixels."""
+        if self.images.dim() == 3:
+            return self.images
+        batch, count = self.images.shape[:2]
+        images = self.backbone.normalise(self.images.flatten(0, 1))  # (B K n, 3, H, W)
+        if prompt is not None:
+            prompt = prompt.repeat_interleave(count, dim=0)  # (B K n, M, d)
+        return self.backbone.encode_images(images, prompt).unflatten(0, (batch, count))
+
+
+def initial_theta(backbone: Backbone, config: CfgNode) -> dict[str, Tensor]:
+    """Where meta-training starts: the prompts, and the meta-net of a conditional one; leaves that require gradients."""
+    prompt = config.PROMPT
+    theta = initial_prompts(backbone, prompt.TEXT_TOKENS, prompt.VISUAL_TOKENS, prompt.WORDS, config.SEED)
+    if prompt.CONDITIONAL:
+        net = initial_meta_net(backbone, config.SEED)
+        theta |= {f"{META_NET}{name}": value for name, value in net.items()}
+    return {name: value.requires_grad_() for name, value in theta.items()}

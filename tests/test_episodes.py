@@ -1,0 +1,314 @@
+"""Visual, joint and conditional prompts in meta-training: losses and meta-gradients in float64, pixels, whole runs."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gram_meta.backbone import clip_module, load_backbone
+from gram_meta.bilevel import for_each_task, meta_losses
+from gram_meta.checkpoint import load_meta_checkpoint
+from gram_meta.clustering.hierarchy import Hierarchy, Topic
+from gram_meta.config import load_meta_config
+from gram_meta.episodes import Episodes, TaskSet
+from gram_meta.errors import GramError
+from gram_meta.pretrain import MetaTrainer
+from gram_meta.prompts import META_NET, ClassText, initial_meta_net, template_features
+from gram_meta.regulator import GradientRegulator
+
+ALPHA = 0.05
+NAMES = ["cat", "a big dog", "house", "sea lion"]
+CLASSES = torch.tensor([[0, 1], [3, 2]])  # two 2-way tasks
+FORMS = ["visual", "joint", "conditional"]
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return load_backbone("random-tiny", precision="fp64")
+
+
+@pytest.fixture(autouse=True)
+def clip_layer_norm_in_float64(monkeypatch):
+    """OpenAI's LayerNorm casts to float32; the plain calculations here need float64."""
+    monkeypatch.setattr(clip_module().model.LayerNorm, "forward", torch.nn.LayerNorm.forward)
+
+
+@pytest.fixture(scope="module")
+def images():
+    random = torch.Generator().manual_seed(4)
+    shape = (2, 2, 2, 3, 32, 32)  # tasks, ways, images, and an image as bytes
+    return [torch.randint(0, 256, shape, generator=random, dtype=torch.uint8) for _ in ("support", "query")]
+
+
+def make(form, backbone, images):
+    """theta, support and query of two tasks."""
+    random = torch.Generator().manual_seed(5)
+    theta = {}
+    if form != "visual":
+        theta["text"] = 0.05 * torch.randn(2, 64, generator=random)
+    if form != "conditional":
+        theta["visual"] = 0.05 * torch.randn(3, 64, generator=random)
+    if form == "conditional":
+        theta |= {f"{META_NET}{key}": value for key, value in initial_meta_net(backbone, 6).items()}
+    theta = {name: value.double().requires_grad_() for name, value in theta.items()}
+    if form == "visual":
+        classes = template_features(backbone, NAMES)[CLASSES]
+    else:
+        classes = ClassText(backbone, NAMES, 2).select(CLASSES)
+    return theta, *(TaskSet(backbone, classes, side) for side in images)
+
+
+def plain_loss(form, backbone, images, theta, task):
+    """One task's loss, image by image and class by class, through clip's own modules in its own order."""
+    model, loss = backbone.model, []
+    with sdpa_kernel(SDPBackend.MATH):
+        for k in range(2):
+            for image in images[task, k]:
+                feature = plain_image(model, image, theta.get("visual"))
+                context = theta.get("text")
+                if form == "conditional":
+                    hidden = F.relu(
+                        F.linear(feature, theta["meta_net.linear1.weight"], theta["meta_net.linear1.bias"])
+                    )
+                    context = context + F.linear(
+                        hidden, theta["meta_net.linear2.weight"], theta["meta_net.linear2.bias"]
+                    )
+                features = torch.stack([plain_text(backbone, NAMES[c], context) for c in CLASSES[task]])
+                scores = backbone.logit_scale * features @ feature
+                loss.append(F.cross_entropy(scores, torch.tensor(k)))
+    return torch.stack(loss).mean()
+
+
+def plain_image(model, image, prompt):
+    mean, std = (
+        torch.tensor([0.48145466, 0.4578275, 0.40821073]),
+        torch.tensor([0.26862954, 0.26130258, 0.27577711]),
+    )
+    pixels = ((image.float() / 255 - mean[:, None, None]) / std[:, None, None]).double()
+    tower = model.visual
+    x = tower.conv1(pixels[None]).flatten(2)[0].T
+    x = torch.cat([tower.class_embedding[None], x]) + tower.positional_embedding
+    x = x if prompt is None else torch.cat([x, prompt])
+    x = tower.transformer(tower.ln_pre(x)[:, None])[:, 0]
+    return F.normalize(tower.ln_post(x[0]) @ tower.proj, dim=0)
+
+
+def plain_text(backbone, name, context):
+    model = backbone.model
+    words = "a photo of a" if context is None else " ".join("X" * len(context))
+    ids = backbone.tokenize([f"{words} {name}."])[0]
+    x = model.token_embedding(ids)
+    if context is not None:
+        x = torch.cat([x[:1], context, x[1 + len(context) :]])
+    x = model.transformer((x + model.positional_embedding)[:, None])[:, 0]
+    return F.normalize(model.ln_final(x[ids.argmax()]) @ model.text_projection, dim=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_losses_against_clips_own_towers(form, backbone, images):
+    theta, support, _ = make(form, backbone, images)
+    losses = support(for_each_task(theta, 2))
+    expected = torch.stack([plain_loss(form, backbone, images[0], theta, task) for task in (0, 1)])
+    torch.testing.assert_close(losses, expected, rtol=1e-9, atol=1e-12)
+    ours = torch.autograd.grad(losses.sum(), list(theta.values()))
+    theirs = torch.autograd.grad(expected.sum(), list(theta.values()))
+    for name, one, other in zip(theta, ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_meta_gradients_against_finite_differences(form, backbone, images):
+    """Through the image tower and the meta-net, of theta, of what R does not know, and of phi."""
+    theta, support, query = make(form, backbone, images)
+    kinds = {name: 64 for name in theta if not name.startswith(META_NET)}
+    regulator = GradientRegulator(kinds).double()
+    random = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in regulator.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=random, dtype=torch.float64))
+
+    def total():
+        regulate = lambda gradients: regulator(regulator.known(gradients))  # noqa: E731
+        return meta_losses(support, query, theta, 2, ALPHA, 1, regulate).sum()
+
+    total().backward()
+    for name, parameter in [*theta.items(), *regulator.named_parameters()]:
+        direction = torch.randn(parameter.shape, generator=random, dtype=torch.float64)
+        start, h, at = parameter.detach().clone(), 1e-5, {}
+        for distance in (-2, -1, 1, 2):
+            with torch.no_grad():
+                parameter.copy_(start + distance * h * direction)
+            at[distance] = total().item()
+        with torch.no_grad():
+            parameter.copy_(start)
+        slope = (8 * (at[1] - at[-1]) - (at[2] - at[-2])) / (12 * h)
+        assert (parameter.grad * direction).sum().item() == pytest.approx(slope, rel=1e-5, abs=1e-8), name
+
+
+# --- from files -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A store with image files on disk, and a hierarchy over it: 6 topics, 2 domains of 8 images each."""
+    folder = tmp_path_factory.mktemp("corpus")
+    backbone = load_backbone("random-tiny")
+    random = np.random.default_rng(1)
+    locations = []
+    for i in range(96):
+        pixels = random.integers(0, 256, (40, 32, 3), dtype=np.uint8) // 2 + 20 * (i // 16)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        locations.append(f"{i}.png")
+
+    class Store:
+        path, fingerprint = folder / "store", "store-1"
+        image_features = random.normal(size=(96, 64)).astype(np.float16)
+
+        def image_path(self, image):
+            return folder / self.locations[image]
+
+        def check_backbone(self, backbone):
+            pass
+
+    Store.locations = locations
+    pair = np.arange(96)
+    words = ["cat", "dog", "house", "tree", "boat", "lamp"]
+    topics = [Topic(word, 1.0, [[word, 1.0]], 16, 16, [8, 8]) for word in words]
+    hierarchy = Hierarchy(
+        pair, pair, pair // 16, pair // 8 % 2, topics, np.zeros(96, np.uint8), {"fingerprints": {}}
+    )
+    hierarchy.check_store = lambda store: None
+    return Store(), hierarchy, backbone, folder
+
+
+def settings(*opts):
+    return load_meta_config(
+        [],
+        [
+            *(
+                "BACKBONE.NAME",
+                "random-tiny",
+                "TASKS.WAYS",
+                "2",
+                "TASKS.HELD_OUT",
+                "0.4",
+                "TASKS.SUPPORT_SHOTS",
+                "2",
+            ),
+            *(
+                "TASKS.QUERY_SHOTS",
+                "4",
+                "OUTER.STEPS",
+                "4",
+                "EVAL.EVERY",
+                "2",
+                "EVAL.TASKS",
+                "3",
+                "OUTER.BATCH",
+                "2",
+            ),
+            *("CHECKPOINT.EVERY", "2", "PROMPT.TEXT_TOKENS", "2", "PROMPT.WORDS", "a photo", *opts),
+        ],
+    )
+
+
+JOINT = ("PROMPT.VISUAL_TOKENS", "2")
+VISUAL = (*JOINT, "PROMPT.TEXT_TOKENS", "0")
+
+
+def trainer(corpus, out, *opts):
+    store, hierarchy, _, _ = corpus
+    return MetaTrainer(store, hierarchy, out, settings(*opts), progress=False)
+
+
+def test_workers_change_nothing(corpus, tmp_path):
+    finals = []
+    for workers in ("0", "2"):
+        out = tmp_path / workers
+        trainer(corpus, out, *JOINT, "LOADER.WORKERS", workers).run()
+        finals.append(load_meta_checkpoint(out / "last.safetensors"))
+    for kind in ("text", "visual"):
+        assert torch.equal(finals[0].prompts[kind], finals[1].prompts[kind])
+
+
+def test_pixels_are_the_images_of_the_tasks(corpus, tmp_path):
+    run = trainer(corpus, tmp_path, *JOINT)
+    tasks = run.watched[:2]
+    (episode,) = run.episodes.of([tasks])
+    transform = corpus[2].preprocess()
+    expected = torch.stack(
+        [transform(Image.open(corpus[3] / f"{row}.png")) for row in tasks[1].query.reshape(-1)]
+    )
+    seen = corpus[2].normalise(episode.query.images[1])
+    torch.testing.assert_close(seen, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("form", [VISUAL, JOINT, ("PROMPT.CONDITIONAL", "True")], ids=FORMS)
+def test_a_run_learns_every_part_and_resumes_exactly(form, corpus, tmp_path):
+    whole = trainer(corpus, tmp_path / "whole", *form)
+    start = {name: value.detach().clone() for name, value in whole.theta.items()}
+    whole.run()
+    for name, value in whole.theta.items():
+        assert not torch.equal(value, start[name]), name
+    broken = trainer(corpus, tmp_path / "broken", *form)
+    step = broken._step
+
+    def stop(number, episode):
+        if number == 3:
+            raise KeyboardInterrupt
+        return step(number, episode)
+
+    broken._step = stop
+    with pytest.raises(KeyboardInterrupt):
+        broken.run()
+    trainer(corpus, tmp_path / "broken", *form).run(resume=True)
+    one, other = (load_meta_checkpoint(tmp_path / name / "last.safetensors") for name in ("whole", "broken"))
+    assert set(one.prompts) == set(other.prompts) and set(one.extras) == set(other.extras)
+    for key, value in {**one.prompts, **one.extras}.items():
+        assert torch.equal(value, {**other.prompts, **other.extras}[key]), key
+    logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("whole", "broken")]
+    assert logs[0] == logs[1] and "alignment" in json.loads(logs[0].splitlines()[-1])
+
+
+def test_the_meta_net_is_kept_beside_the_prompts(corpus, tmp_path):
+    trainer(corpus, tmp_path, "PROMPT.CONDITIONAL", "True").run()
+    checkpoint = load_meta_checkpoint(tmp_path / "best.safetensors")
+    assert set(checkpoint.prompts) == {"text"} and checkpoint.regulator.widths == {"text": 64}
+    net = {f"{META_NET}{name}": tuple(value.shape) for name, value in initial_meta_net(corpus[2]).items()}
+    assert {name: tuple(value.shape) for name, value in checkpoint.extras.items()} == net
+    checkpoint.check(corpus[2], {"text": 2}, net)
+    with pytest.raises(
+        GramError, match="meta-trained with meta_net.linear1.bias.* but the trainer learns nothing"
+    ):
+        checkpoint.check(corpus[2], {"text": 2})
+
+
+def test_missing_and_broken_images_are_named(corpus, tmp_path):
+    store, hierarchy, backbone, folder = corpus
+    with pytest.raises(GramError, match=r"nowhere.0.png: expected an image .*LOADER.IMAGE_ROOT"):
+        trainer(corpus, tmp_path, *JOINT, "LOADER.IMAGE_ROOT", str(tmp_path / "nowhere"))
+    run = trainer(corpus, tmp_path / "run", *JOINT)
+    row = int(run.watched[0].support[0, 0])
+    kept = (folder / f"{row}.png").read_bytes()
+    (folder / f"{row}.png").write_bytes(kept[:100])
+    try:
+        with pytest.raises(
+            GramError, match=f"{row}.png: expected the image that `gram embed` read, found broken image"
+        ):
+            run.run()
+    finally:
+        (folder / f"{row}.png").write_bytes(kept)
+
+
+def test_what_makes_no_sense_is_refused(corpus):
+    store, _, backbone, _ = corpus
+    for opts, words in (
+        (("PROMPT.TEXT_TOKENS", "0"), "TEXT_TOKENS or VISUAL_TOKENS"),
+        ((*VISUAL, "PROMPT.CONDITIONAL", "True"), "PROMPT.CONDITIONAL"),
+    ):
+        with pytest.raises(GramError, match=words):
+            Episodes(backbone, store, ["cat"], settings(*opts))
