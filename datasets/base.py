@@ -37,6 +37,7 @@ class SplitDataset(DatasetBase):
     dataset_dir = ""
     image_dir = "images"
     split_file = ""
+    few_shot_dir = "split_fewshot"  # of its own where several datasets share a split file
 
     def __init__(self, cfg: Any) -> None:
         folder = Path(os.path.abspath(os.path.expanduser(cfg.DATASET.ROOT)), self.dataset_dir)
@@ -46,10 +47,12 @@ class SplitDataset(DatasetBase):
                 f"{folder}: expected the folder of {name} under DATASET.ROOT, found no such folder"
             )
         split_path = folder / self.split_file
-        splits = read_split(split_path)
+        splits = self.read(split_path)
         self.few_shot = {"path": "", "sha256": ""}
         if cfg.DATASET.NUM_SHOTS >= 1:
-            splits, self.few_shot = few_shot(splits, split_path, cfg.DATASET.NUM_SHOTS, cfg.SEED)
+            splits, self.few_shot = few_shot(
+                splits, split_path, cfg.DATASET.NUM_SHOTS, cfg.SEED, self.few_shot_dir
+            )
         splits = subsample(splits, cfg.DATASET.SUBSAMPLE_CLASSES)
         images = folder / self.image_dir
         _check_images(splits, images, split_path)
@@ -57,6 +60,10 @@ class SplitDataset(DatasetBase):
             [_datum(images, entry) for entry in splits[part]] for part in ("train", "val", "test")
         )
         super().__init__(train_x=train, val=val, test=test)
+
+    def read(self, path: Path) -> Splits:
+        """The splits that the file describes."""
+        return read_split(path)
 
 
 def read_split(path: Path) -> Splits:
@@ -85,13 +92,15 @@ def read_split(path: Path) -> Splits:
     return splits
 
 
-def few_shot(splits: Splits, split_path: Path, shots: int, seed: int) -> tuple[Splits, dict[str, str]]:
+def few_shot(
+    splits: Splits, split_path: Path, shots: int, seed: int, folder: str = "split_fewshot"
+) -> tuple[Splits, dict[str, str]]:
     """The same splits with `shots` training images per class (validation: at most 4), and which file says so.
 
     An existing file is used. Otherwise the subset is drawn and stored; where the folder cannot be written, or the seed
     is not fixed, it stays in memory.
     """
-    path = split_path.parent / "split_fewshot" / f"shot_{shots}-seed_{seed}.json"
+    path = split_path.parent / folder / f"shot_{shots}-seed_{seed}.json"
     source = sha256_file(split_path)
     if seed >= 0 and path.is_file():
         print(f"Loading preprocessed few-shot data from {path}")

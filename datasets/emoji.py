@@ -1,24 +1,81 @@
-"""Few-shot datasets over the emoji world that `gram demo` draws: ROOT/emoji_<name>/."""
+"""Few-shot datasets over the emoji world that `gram demo` draws: ROOT/emoji_<name>/ and ROOT/emoji_<name>_shift/.
+
+EmojiTravel is a dataset of its own. EmojiTravelShift holds the same classes in styles that nobody has seen before:
+targets of a domain shift. EmojiTravelHalftone, EmojiTravelMosaic and EmojiTravelShadow are its pictures of one style.
+"""
 
 from __future__ import annotations
 
-from gram_meta.datasets.base import SplitDataset
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+from gram_meta.datasets.base import SplitDataset, Splits, read_split
 from gram_meta.engine import register_dataset
+from gram_meta.errors import GramError
 
 # one word per dataset: "animals" lies in emoji_animals and is called EmojiAnimals
 NAMES = ("animals", "food", "travel", "objects", "activities", "faces")
+SHIFT_STYLES = ("halftone", "mosaic", "shadow")
+TRUTH = "truth.tsv"  # beside the split file: what was drawn, a row per picture
 
 
-def _dataset(name: str) -> type[SplitDataset]:
-    title = f"Emoji{name.title().replace('_', '')}"
+class StyleDataset(SplitDataset):
+    """The pictures of one style in a split file, by the column `style` of the truth.tsv beside it; all its classes."""
+
+    style = ""
+
+    def read(self, path: Path) -> Splits:
+        styles = read_styles(path.with_name(TRUTH))
+        whole = read_split(path)
+        splits = {
+            part: [entry for entry in entries if styles.get(f"{self.image_dir}/{entry[0]}") == self.style]
+            for part, entries in whole.items()
+        }
+        classes = {label for _, label, _ in whole["train"]}
+        for part in ("train", "test"):
+            if missing := classes - {label for _, label, _ in splits[part]}:
+                raise GramError(
+                    f"{path.with_name(TRUTH)}: expected pictures of style {self.style!r} for all {len(classes)} classes "
+                    f"in {part!r}, found none for {len(missing)} of them"
+                )
+        return splits
+
+
+def read_styles(path: Path) -> dict[str, str]:
+    """Picture -> style."""
+    if not path.is_file():
+        raise GramError(f"{path}: expected the table of what was drawn, found no such file")
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file, delimiter="\t")
+        if not {"image", "style"} <= set(rows.fieldnames or ()):
+            raise GramError(f"{path}: expected the columns image and style, found {rows.fieldnames}")
+        return {row["image"]: row["style"] for row in rows}
+
+
+def _dataset(title: str, folder: str, split: str, **style: str) -> type[SplitDataset]:
     facts = {
         "__module__": __name__,
-        "__doc__": f"Emoji of the group {name!r}.",
-        "dataset_dir": f"emoji_{name}",
-        "split_file": f"split_zhou_{title}.json",
+        "__doc__": f"Emoji in {folder}{', style ' + style['style'] if style else ''}.",
+        "dataset_dir": folder,
+        "split_file": f"split_zhou_{split}.json",
+        **style,
     }
-    return register_dataset(type(title, (SplitDataset,), facts))
+    return register_dataset(type(title, (StyleDataset if style else SplitDataset,), facts))
 
 
-DATASETS = {dataset.__name__: dataset for dataset in map(_dataset, NAMES)}
-globals().update(DATASETS)
+def _all() -> Iterator[type[SplitDataset]]:
+    for name in NAMES:
+        group, shift = f"Emoji{name.title()}", f"emoji_{name}_shift"
+        yield _dataset(group, f"emoji_{name}", group)
+        yield _dataset(f"{group}Shift", shift, f"{group}Shift")
+        for style in SHIFT_STYLES:
+            few_shot_dir = f"split_fewshot_{style}"
+            title = f"{group}{style.title()}"
+            yield _dataset(title, shift, f"{group}Shift", style=style, few_shot_dir=few_shot_dir)
+
+
+_ALL = {dataset.__name__: dataset for dataset in _all()}
+DATASETS = {name: cls for name, cls in _ALL.items() if not issubclass(cls, StyleDataset)}  # a split file each
+STYLE_DATASETS = {name: cls for name, cls in _ALL.items() if issubclass(cls, StyleDataset)}
+globals().update(_ALL)
