@@ -1,0 +1,143 @@
+"""A bench on the emoji world, which is made first: `gram bench --emoji DIR` needs no data, no GPU and no model hub.
+
+    DIR/world/       pictures with captions, and few-shot datasets in CoOp's layout
+    DIR/store/, DIR/hierarchy/                              gram embed, gram cluster
+    DIR/labelled/    the corpus by concept, as class folders; DIR/labelled_store/, DIR/labelled_hierarchy/
+    DIR/output/      runs; DIR/output/meta/ for the meta-trainings
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from gram_meta.bench import matrix
+from gram_meta.bench.matrix import Job, Settings
+from gram_meta.config import load_meta_config
+from gram_meta.errors import GramError
+
+SOURCE = "emoji_travel"
+DATASETS = {
+    "base2new": ("emoji_food", "emoji_travel", "emoji_objects", "emoji_activities", "emoji_faces"),
+    "xd": ("emoji_food", "emoji_objects", "emoji_activities", "emoji_faces"),  # settings were tuned on "animals"
+    "dg": tuple(f"{SOURCE}_{style}" for style in ("halftone", "mosaic", "shadow")),
+}
+META_CONFIG = "coop_gram_small"  # its settings of CHC made the hierarchy that all meta configs of this CLIP share
+
+
+def settings(args: argparse.Namespace) -> Settings:
+    """The settings of `gram bench --emoji DIR`; whatever is given goes before what lies in DIR."""
+    from gram_meta.commands.bench import common_settings
+
+    folder = Path(args.emoji)
+    if args.root:
+        raise GramError("--root and --emoji: expected one of them, found both; the root is DIR/world")
+    made = common_settings(
+        args,
+        backbone=args.backbone or "gram_small",
+        root=str(folder / "world"),
+        output=Path(args.output) if args.output else folder / "output",
+        datasets=DATASETS,
+        source=args.source or SOURCE,
+    )
+    return replace(
+        made,
+        store=made.store or str(folder / "store"),
+        hierarchy=made.hierarchy or str(folder / "hierarchy"),
+        labelled_store=made.labelled_store or str(folder / "labelled_store"),
+        labelled_hierarchy=made.labelled_hierarchy or str(folder / "labelled_hierarchy"),
+    )
+
+
+def plan(settings: Settings, folder: Path) -> list[Job]:
+    """Every job, those that make the world first."""
+    jobs = matrix.plan(settings)
+    needed = {upon for job in jobs for upon in job.after}
+    made = list(_corpus(settings, folder, needed))
+    corpus = bool(made)
+    return [_world(settings, corpus), *made, *jobs]
+
+
+def _world(settings: Settings, corpus: bool) -> Job:
+    """Pictures: the datasets that are asked for, and the corpus where a prompt is meta-learnt."""
+    root = Path(settings.root)
+    names = {name for protocol in settings.protocols for name in settings.datasets[protocol]}
+    if set(settings.protocols) - {"base2new"}:
+        names.add(settings.source)
+    parts = sorted({_part(name) for name in names})
+    size = "" if corpus else ", corpus_size=0"
+    code = (
+        f"from gram_meta.demo.world import write_world; write_world({str(root)!r}, {json.dumps(parts)}{size})"
+    )
+    leaves = [root / f"emoji_{part}" / "manifest.json" for part in parts]
+    if corpus:
+        leaves.append(root / "corpus" / "manifest.json")
+    return Job(("python", "-c", code), root, "the emoji world", ("world",), leaves=tuple(leaves))
+
+
+def _part(dataset: str) -> str:
+    """What `write_world` calls the folder of a dataset: emoji_travel_mosaic lies among the shifted pictures of travel."""
+    words = dataset.removeprefix("emoji_").split("_")
+    if not dataset.startswith("emoji_"):
+        raise GramError(f"{dataset}: expected a dataset of the emoji world (emoji_food, ...), found another")
+    return words[0] if len(words) == 1 else f"{words[0]}_shift"
+
+
+def _corpus(settings: Settings, folder: Path, needed: set[Path]) -> Iterator[Job]:
+    """Store and hierarchy, of the captioned corpus and of the labelled one, where a meta-training needs them."""
+    root, backbone = Path(settings.root), _backbone(settings)
+    pairs, labelled = root / "corpus" / "pairs.tsv", folder / "labelled"
+    if Path(settings.store) in needed:
+        yield from _organised(
+            settings, str(pairs), (), settings.store, settings.hierarchy, META_CONFIG, backbone, root
+        )
+    if Path(settings.labelled_store) in needed:
+        code = f"from gram_meta.bench.emoji import write_labelled; write_labelled({str(root)!r}, {str(labelled)!r})"
+        yield Job(
+            ("python", "-c", code), labelled, "the corpus as class folders", ("labelled",), (root,), (labelled,)
+        )
+        yield from _organised(
+            settings, str(labelled), ("--format", "classes"), settings.labelled_store,
+            settings.labelled_hierarchy, "unigram_gram_small_labelled", backbone, labelled,
+        )  # fmt: skip
+
+
+def _organised(
+    settings: Settings, source: str, flags: tuple[str, ...], store: str, hierarchy: str, config: str,
+    backbone: str, upon: Path,
+) -> Iterator[Job]:  # fmt: skip
+    embed = ("embed", source, "-o", store, "--backbone", backbone, *flags)
+    yield Job(embed, Path(store), f"features in {store}", ("embed",), (upon,))
+    cluster = ("cluster", store, "-o", hierarchy, "--config-file", f"configs/gram_meta/{config}.yaml")
+    yield Job(
+        (*cluster, *settings.meta_opts), Path(hierarchy), f"topics in {hierarchy}", ("cluster",), (Path(store),)
+    )
+
+
+def _backbone(settings: Settings) -> str:
+    return str(load_meta_config([META_CONFIG], settings.meta_opts).BACKBONE.NAME)
+
+
+def write_labelled(world: str | Path, folder: str | Path) -> Path:
+    """The corpus of the emoji world as a labelled collection: FOLDER/<concept>/<image>, links where the disk allows."""
+    images, folder = Path(world) / "corpus", Path(folder)
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    with open(images / "truth.tsv", encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
+            image = images / row["image"]
+            place = part / row["concept"].replace("/", "-").replace(" ", "_") / image.name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(image, place)
+            except OSError:
+                shutil.copy2(image, place)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+    return folder

@@ -1,0 +1,350 @@
+"""What a bench runs: the matrix of protocols, trainers, datasets and seeds as commands of `gram`, in CoOp's folders."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gram_meta.config import find_config, load_meta_config, nearest
+from gram_meta.errors import GramError
+from gram_meta.files import read_json
+
+PROTOCOLS = ("base2new", "xd", "dg")
+BACKBONES = ("gram_small", "vit_b16", "vit_b32", "vit_l14")  # prefixes of config files
+
+ZERO_SHOT = "ZeroshotCLIP"  # nothing is trained and nothing is drawn: one evaluation stands for all seeds
+CONFIGS = {
+    ZERO_SHOT: "{bb}",
+    "CoOp": "{bb}_c4_ep10_batch32_ctxv1",
+    "CoOpGRAM": "{bb}_c4_ep10_batch32_ctxv1",
+    "VPT": "{bb}_c4_ep10_batch32_ctxv1",
+    "VPTGRAM": "{bb}_c4_ep10_batch32_ctxv1",
+    "CoCoOp": "{bb}_c4_ep10_batch1_ctxv1",
+    "CoCoOpGRAM": "{bb}_c4_ep10_batch1_ctxv1",
+    "JointPrompt": "{bb}_c2+2_ep10_batch32_ctxv1",
+    "UniGRAM": "{bb}_c2+2_ep10_batch32_ctxv1",
+}  # fmt: skip
+
+SOURCE = "imagenet"
+ELEVEN = (
+    SOURCE, "caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101", "fgvc_aircraft", "sun397",
+    "dtd", "eurosat", "ucf101",
+)  # fmt: skip
+DATASETS = {
+    "base2new": ELEVEN,
+    "xd": ELEVEN[1:],
+    "dg": ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"),
+}
+
+CHECKPOINT = "best.safetensors"  # as `gram pretrain` names it
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to run. `datasets` are the trained ones in base2new and the targets in xd and dg, for each protocol."""
+
+    protocols: tuple[str, ...]
+    trainers: tuple[str, ...]  # TRAINER or TRAINER:CFG
+    backbone: str
+    root: str
+    output: Path
+    datasets: dict[str, tuple[str, ...]]
+    source: str = SOURCE
+    seeds: tuple[int, ...] = (1, 2, 3)
+    shots: int = 16
+    meta_dir: Path = Path("output/meta")
+    store: str = ""
+    hierarchy: str = ""
+    labelled_store: str = ""
+    labelled_hierarchy: str = ""
+    opts: tuple[str, ...] = ()  # KEY VALUE for `gram train`
+    meta_opts: tuple[str, ...] = ()  # KEY VALUE for `gram pretrain`
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A trainer with its config file."""
+
+    trainer: str
+    config: str  # bare name, or the path of a YAML file
+    plain: bool  # the trainer's default config
+    meta: str  # name of the meta config, or "" for a trainer without one
+    checkpoint: str  # that a GRAM trainer starts from
+
+    @property
+    def name(self) -> str:
+        """The config's name in folders."""
+        return Path(self.config).stem if self.config.endswith((".yaml", ".yml")) else self.config
+
+    @property
+    def file(self) -> str:
+        return self.config if self.name != self.config else f"configs/trainers/{self.trainer}/{self.config}.yaml"
+
+    @property
+    def label(self) -> str:
+        return self.trainer if self.plain else f"{self.trainer}:{self.name}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command, the folder it fills, and the folders it is built upon."""
+
+    argv: tuple[str, ...]  # of `gram`; or "python", "-c", code
+    folder: Path
+    title: str
+    pace: tuple[str, ...]  # jobs of the same pace take about as long; so do, less surely, those with its beginning
+    after: tuple[Path, ...] = ()
+    leaves: tuple[Path, ...] = ()  # of a command of Python: what is there when it is finished
+
+    @property
+    def line(self) -> str:
+        """The command as it can be typed."""
+        return shlex.join(self.command if self.argv[0] == "python" else ("gram", *self.command))
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """`argv`; a meta-training that was begun goes on."""
+        if self.argv[0] == "pretrain" and (self.folder / "run.json").exists():
+            return (self.argv[0], "--resume", *self.argv[1:])
+        return self.argv
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def plan(settings: Settings) -> list[Job]:
+    """Every job in the order of running: meta-trainings, then seed by seed, so that whole seeds are finished first.
+
+    Raises:
+        GramError: unknown names, or a meta-checkpoint that is neither there nor can be made.
+    """
+    check(settings)
+    entries = [read_entry(text, settings) for text in dict.fromkeys(settings.trainers)]
+    jobs = [*meta_jobs(entries, settings)]
+    for seed in settings.seeds:
+        for protocol in settings.protocols:
+            jobs += _base2new(entries, settings, seed) if protocol == "base2new" else _transfer(
+                entries, settings, seed, settings.datasets[protocol]
+            )  # fmt: skip
+    return list({job.folder: job for job in reversed(jobs)}.values())[::-1]  # xd and dg share their training
+
+
+def check(settings: Settings) -> None:
+    """Everything that can be said before a config file is read."""
+    if len(set(settings.seeds)) < len(settings.seeds) or min(settings.seeds, default=-1) < 0:
+        raise GramError(f"--seeds: expected different numbers from 0 on, found {' '.join(map(str, settings.seeds))}")
+    if settings.shots < 1:
+        raise GramError(f"--shots: expected a number from 1 on, found {settings.shots}")
+    used = {name for protocol in settings.protocols for name in settings.datasets[protocol]}
+    if set(settings.protocols) - {"base2new"}:
+        used.add(settings.source)
+    for name in sorted(used):
+        find_config(name, "datasets")
+    for one, other in (("store", "hierarchy"), ("labelled_store", "labelled_hierarchy")):
+        if bool(getattr(settings, one)) != bool(getattr(settings, other)):
+            raise GramError(
+                f"--{one} and --{other} belong together: expected both or neither".replace("_", "-")
+            )
+
+
+def read_entry(text: str, settings: Settings) -> Entry:
+    """TRAINER or TRAINER:CFG."""
+    trainer, _, config = text.partition(":")
+    plain = CONFIGS.get(trainer, "").format(bb=settings.backbone)
+    if not plain and not config:
+        guess = nearest(trainer, CONFIGS)
+        hint = f"did you mean {guess!r}?" if guess else f"known: {', '.join(CONFIGS)}; or give TRAINER:CFG"
+        raise GramError(f"--trainers {text}: expected a trainer with a default config, found none; {hint}")
+    config = config or plain
+    path = find_config(config, f"trainers/{trainer}")
+    meta = checkpoint = ""
+    if trainer.endswith("GRAM"):
+        gram = _gram_options(path, settings.opts)
+        meta, checkpoint = gram.get("META") or "", gram.get("CHECKPOINT") or ""
+        if checkpoint:  # named by hand
+            meta = ""
+        elif meta:
+            checkpoint = str(settings.meta_dir / meta / CHECKPOINT)
+        else:
+            raise GramError(
+                f"{path}: expected the name of a meta config as TRAINER.GRAM.META, found none; "
+                "give it, or TRAINER.GRAM.CHECKPOINT FILE, at the end of the command"
+            )
+    return Entry(trainer, config, config == plain, meta, checkpoint)
+
+
+def _gram_options(path: Path, opts: Sequence[str]) -> dict[str, str]:
+    """TRAINER.GRAM of a config file and of KEY VALUE pairs; the keys are checked when the runs are looked at."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise GramError(f"{path}: expected YAML, found {' '.join(str(error).split())}") from None
+    gram = dict((tree.get("TRAINER") or {}).get("GRAM") or {})
+    for key, value in zip(opts[::2], opts[1::2], strict=False):
+        if key.startswith("TRAINER.GRAM."):
+            gram[key.removeprefix("TRAINER.GRAM.")] = value
+    return gram
+
+
+# ------------------------------------------------------------------------------------------------------ meta-training
+
+
+def meta_jobs(entries: Iterable[Entry], settings: Settings) -> Iterator[Job]:
+    """The meta-trainings that entries need; none where the checkpoint is there and nothing to make it from."""
+    for name, entry in {entry.meta: entry for entry in entries if entry.meta}.items():
+        config = _meta_config(name, settings.meta_opts)
+        kind = "labelled_" if config.CHC.get("LABELLED", False) else ""
+        store, hierarchy = getattr(settings, f"{kind}store"), getattr(settings, f"{kind}hierarchy")
+        flags = [f"--{kind}{what}".replace("_", "-") for what in ("store", "hierarchy")]
+        given = (store or f"{kind}store".upper(), hierarchy or f"{kind}hierarchy".upper())
+        folder = settings.meta_dir / name
+        job = Job(
+            argv=(
+                *("pretrain", "--store", given[0], "--hierarchy", given[1]),
+                *("--config", f"configs/gram_meta/{name}.yaml", "-o", str(folder), *settings.meta_opts),
+            ),
+            folder=folder,
+            title=f"meta-training {name}",
+            pace=("pretrain", name),
+            after=(Path(store), Path(hierarchy)) if store else (),
+        )
+        state = meta_state(folder, settings.meta_opts)
+        if store or state == "finished":
+            yield job
+        elif state == "unfinished":
+            raise GramError(
+                f"{folder}: expected the meta-checkpoint for {entry.label}, found a meta-training that is not "
+                f"finished; go on with `{job.line}`, or give {' and '.join(flags)}"
+            )
+        else:
+            raise GramError(
+                f"{folder / CHECKPOINT}: expected the meta-checkpoint for {entry.label}, found no such file; "
+                f"make it with `{job.line}`, or give {' and '.join(flags)}"
+            )
+
+
+def meta_state(folder: Path, opts: Sequence[str] = ()) -> str:
+    """`finished`, `unfinished` or `new`. A checkpoint without the files of its training (a copy) is finished.
+
+    Raises:
+        GramError: the folder was trained with other values of `opts`.
+    """
+    if not (folder / "run.json").is_file():
+        return "finished" if (folder / CHECKPOINT).is_file() else "new"
+    config = read_json(folder / "run.json").get("config", {})
+    if opts:
+        wanted = _flat(_meta_config("", opts))
+        for key in opts[::2]:
+            there = _flat(config).get(key)
+            if there != wanted[key]:
+                raise GramError(
+                    f"{folder}: holds a meta-training with {key} {there!r}, expected {wanted[key]!r}; "
+                    "choose another --meta-dir or remove the folder"
+                )
+    log = folder / "log.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    last = json.loads(lines[-1]).get("step") if lines and lines[-1].endswith("}") else None
+    whole = (folder / CHECKPOINT).is_file() and last == config.get("OUTER", {}).get("STEPS")
+    return "finished" if whole else "unfinished"
+
+
+@lru_cache(maxsize=64)
+def _meta_config(name: str, opts: tuple[str, ...]) -> Any:
+    return load_meta_config([name] if name else [], opts)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+# ----------------------------------------------------------------------------------------------------------- protocols
+
+
+def _base2new(entries: Sequence[Entry], settings: Settings, seed: int) -> Iterator[Job]:
+    """Train on the base classes of each dataset (its own test is on them), then test on the new ones."""
+    for dataset in settings.datasets["base2new"]:
+        for entry in _of_seed(entries, settings, seed):
+            tail = f"{dataset}/shots_{settings.shots}/{entry.trainer}/{entry.name}/seed{seed}"
+            trained = settings.output / "base2new" / "train_base" / tail
+            tested = settings.output / "base2new" / "test_new" / tail
+            shots = ("DATASET.NUM_SHOTS", str(settings.shots), "DATASET.SUBSAMPLE_CLASSES")
+            yield _train(entry, settings, seed, dataset, trained, (*shots, "base"), "base")
+            yield _test(entry, settings, seed, dataset, tested, trained, (*shots, "new"), "new")
+
+
+def _transfer(
+    entries: Sequence[Entry], settings: Settings, seed: int, targets: Sequence[str]
+) -> Iterator[Job]:
+    """Train on all classes of the source, then test on every target: cross-dataset, and domain generalisation."""
+    entries = _of_seed(entries, settings, seed)
+    of_source = {
+        entry: settings.output / settings.source / entry.trainer / f"{entry.name}_{settings.shots}shots" / f"seed{seed}"
+        for entry in entries
+    }  # fmt: skip
+    for entry, folder in of_source.items():
+        shots = ("DATASET.NUM_SHOTS", str(settings.shots))
+        yield _train(entry, settings, seed, settings.source, folder, shots, "source")
+    for target in targets:
+        for entry, trained in of_source.items():
+            tail = f"{entry.name}_{settings.shots}shots/{target}/seed{seed}"
+            tested = settings.output / "evaluation" / entry.trainer / tail
+            yield _test(entry, settings, seed, target, tested, trained, (), "target")
+
+
+def _of_seed(entries: Sequence[Entry], settings: Settings, seed: int) -> list[Entry]:
+    return [entry for entry in entries if entry.trainer != ZERO_SHOT or seed == settings.seeds[0]]
+
+
+def _train(
+    entry: Entry, settings: Settings, seed: int, dataset: str, folder: Path, opts: Sequence[str], what: str
+) -> Job:
+    """Training, with its own test at the end; of a zero-shot trainer, a test."""
+    flags = ("--eval-only",) if entry.trainer == ZERO_SHOT else ()
+    return _job("train", entry, settings, seed, dataset, folder, flags, opts, what)
+
+
+def _test(
+    entry: Entry,
+    settings: Settings,
+    seed: int,
+    dataset: str,
+    folder: Path,
+    trained: Path,
+    opts: Sequence[str],
+    what: str,
+) -> Job:
+    if entry.trainer == ZERO_SHOT:
+        return _job("test", entry, settings, seed, dataset, folder, ("--eval-only",), opts, what)
+    flags = ("--eval-only", "--model-dir", str(trained))
+    return _job("test", entry, settings, seed, dataset, folder, flags, opts, what, (trained,))
+
+
+def _job(
+    kind: str, entry: Entry, settings: Settings, seed: int, dataset: str, folder: Path, flags: Sequence[str],
+    opts: Sequence[str], what: str, after: tuple[Path, ...] = (),
+) -> Job:  # fmt: skip
+    gram = ("TRAINER.GRAM.CHECKPOINT", entry.checkpoint) if entry.meta else ()
+    return Job(
+        argv=(
+            *("train", "--root", settings.root, "--seed", str(seed), "--trainer", entry.trainer),
+            *("--dataset-config-file", f"configs/datasets/{dataset}.yaml", "--config-file", entry.file),
+            *("--output-dir", str(folder), *flags, *opts, *gram, *settings.opts),
+        ),
+        folder=folder,
+        title=f"{entry.label}, {dataset}, seed {seed}, {what}",
+        pace=(kind, entry.label, dataset),
+        after=(*after, *((settings.meta_dir / entry.meta,) if entry.meta else ()), Path(settings.root)),
+    )

@@ -1,0 +1,323 @@
+"""Processes that run commands of `gram`, one at a time each: one per GPU, or one per share of the cores.
+
+Workers are started anew (spawn), with their environment set before anything is imported, and stay: importing torch
+costs seconds. A worker that dies takes one run with it; the next run gets another worker. Light at import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+GRACE = 10.0  # seconds that a stopped worker has to leave whole files behind
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A command for a worker, and the file for what it prints; the file is left only where the command fails."""
+
+    key: str
+    argv: tuple[str, ...]
+    log: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a task ended. `metrics` of a run that tested something; `error`: one line, where it failed."""
+
+    key: str
+    seconds: float
+    metrics: Mapping[str, float] | None = None
+    error: str = ""
+    broken: bool = False  # the worker is not to be used again
+
+
+def places(jobs: int, gpus: Sequence[str] = ()) -> list[dict[str, str]]:
+    """The environment of each worker: a GPU, and a share of the cores where the user has not set the threads."""
+    count = len(gpus) or jobs
+    threads = str(max(cores() // count, 1))
+    shares = {name: os.environ.get(name, threads) for name in THREADS}
+    return [
+        {**shares, "TOKENIZERS_PARALLELISM": "false", **({"CUDA_VISIBLE_DEVICES": gpus[i]} if gpus else {})}
+        for i in range(count)
+    ]
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ------------------------------------------------------------------------------------------------- in the main process
+
+
+class Pool:
+    """Up to one task at a time in each place.
+
+    with Pool(places(2)) as pool:
+        pool.start(task)        # while pool.free
+        outcomes = pool.wait()  # at least one
+    """
+
+    def __init__(self, environments: Sequence[Mapping[str, str]]) -> None:
+        self.idle: list[_Worker] = []
+        self.busy: list[_Worker] = []
+        self.unused = list(environments)
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def free(self) -> int:
+        """How many tasks can be started now."""
+        return len(self.idle) + len(self.unused)
+
+    def start(self, task: Task) -> None:
+        worker = self.idle.pop() if self.idle else _Worker(self.unused.pop(0))
+        self.busy.append(worker)
+        worker.give(task)
+
+    def wait(self) -> list[Outcome]:
+        """Sleep until a task has ended; what has ended since."""
+        wait([handle for worker in self.busy for handle in (worker.connection, worker.process.sentinel)])
+        outcomes = []
+        for worker in list(self.busy):
+            outcome = worker.outcome()
+            if outcome is None:
+                continue
+            outcomes.append(outcome)
+            self.busy.remove(worker)
+            if outcome.broken:
+                worker.stop()
+                self.unused.append(worker.environment)
+            else:
+                self.idle.append(worker)
+        return outcomes
+
+    def stop(self) -> None:
+        """End all workers and what they have started; a run in progress can be gone on with."""
+        with _deaf():
+            workers, self.idle, self.busy = [*self.idle, *self.busy], [], []
+            for worker in workers:
+                worker.process.terminate()
+            deadline = time.monotonic() + GRACE
+            for worker in workers:
+                worker.stop(max(deadline - time.monotonic(), 0.1))
+
+
+class _Worker:
+    """One process and the task it is at."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self.environment = environment
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs,), daemon=False)
+        with _environment(environment):  # what is imported first already sees it
+            self.process.start()
+        theirs.close()  # or the end of the process would not be seen
+        self.task: Task | None = None
+        self.begun = 0.0
+
+    def give(self, task: Task) -> None:
+        self.task, self.begun = task, time.monotonic()
+        with contextlib.suppress(BrokenPipeError, ConnectionError):  # it died: `outcome` says so
+            self.connection.send(task)
+
+    def outcome(self) -> Outcome | None:
+        """Of the task, once it has ended or the process has."""
+        assert self.task is not None
+        alive = self.process.is_alive()  # asked first: what it has sent before its end is read
+        with contextlib.suppress(EOFError, OSError):
+            if self.connection.poll():
+                return self.connection.recv()
+            if alive:
+                return None
+        self.process.join(GRACE)
+        seconds = time.monotonic() - self.begun
+        return Outcome(self.task.key, seconds, error=_cause_of_death(self.process.exitcode), broken=True)
+
+    def stop(self, grace: float = GRACE) -> None:
+        self.process.terminate()
+        self.process.join(grace)
+        if self.process.pid:  # the worker leads a group of its own: what it has started goes with it
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        self.connection.close()
+
+
+def _cause_of_death(status: int | None) -> str:
+    if status is None or status >= 0:
+        return f"the worker process ended with status {status}"
+    name = signal.Signals(-status).name if -status in set(signal.Signals) else str(-status)
+    hint = "; perhaps for lack of memory" if name == "SIGKILL" else ""
+    return f"the worker process was ended by {name}{hint}"
+
+
+@contextlib.contextmanager
+def _environment(changes: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """A second Ctrl-C while processes are being ended would leave some of them behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ----------------------------------------------------------------------------------------------------- in the workers
+
+
+def _serve(connection: Connection) -> None:
+    """Run tasks until the main process closes the connection, ends, or asks to stop."""
+    os.setsid()  # Ctrl-C reaches the main process alone, which then ends this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _leave)
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    while True:
+        try:
+            task = connection.recv()
+        except (EOFError, OSError):
+            return
+        outcome = _run(task)
+        connection.send(outcome)
+        if outcome.broken:
+            return
+
+
+def _leave(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: the files being written are tidied up now
+    raise SystemExit(143)
+
+
+def _follow_parent() -> None:
+    """End with the main process, however it ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _run(task: Task) -> Outcome:
+    Path(task.log).parent.mkdir(parents=True, exist_ok=True)
+    with open(task.log, "a+", encoding="utf-8") as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return Outcome(task.key, 0.0, error="another bench is at this run")
+        log.truncate(0)
+        failed = False
+        try:
+            with _printing_to(log.fileno()):
+                outcome = _attempt(task)
+            failed = bool(outcome.error)
+        finally:
+            if not failed:  # or it was asked to stop
+                Path(task.log).unlink(missing_ok=True)
+    return outcome
+
+
+def _attempt(task: Task) -> Outcome:
+    from gram_meta.errors import GramError
+
+    begun = time.monotonic()
+    try:
+        if task.argv[0] == "train":
+            import gram_meta.plugin  # noqa: F401, torch and CLIP, once in each worker: no part of the first run's time
+
+            begun = time.monotonic()
+        metrics = _execute(task)
+    except GramError as error:
+        print(f"{error}", file=sys.stderr)
+        return Outcome(task.key, time.monotonic() - begun, error=str(error))
+    except Exception as error:  # any other is a fault of the program or of the machine: memory may be left over
+        traceback.print_exc()
+        words = " ".join(str(error).split())
+        error_line = f"{type(error).__name__}: {words}" if words else type(error).__name__
+        return Outcome(task.key, time.monotonic() - begun, error=error_line, broken=True)
+    gc.collect()
+    return Outcome(task.key, time.monotonic() - begun, metrics)
+
+
+def _execute(task: Task) -> Mapping[str, float] | None:
+    """Run the command in this process; what a run tested."""
+    from gram_meta.errors import GramError
+
+    if task.argv[0] == "python":
+        done = subprocess.run([sys.executable, *task.argv[1:]], check=False)
+        if done.returncode:
+            raise GramError(_last_line(task.log) or f"python ended with status {done.returncode}")
+        return None
+    if task.argv[0] == "train":
+        from gram_meta.engine import launch
+
+        results: dict[str, Any] = launch.train(task.argv[1:], quiet=True)
+        return results.get("metrics")
+    from gram_meta import cli
+
+    status = cli.main(task.argv)
+    if status:
+        raise GramError(_last_line(task.log) or f"gram {task.argv[0]} ended with status {status}")
+    return None
+
+
+def _last_line(path: str) -> str:
+    sys.stderr.flush()
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1].strip() if lines else ""
+
+
+@contextlib.contextmanager
+def _printing_to(handle: int) -> Iterator[None]:
+    """What this process and its children print goes to a file, and afterwards nowhere."""
+    for number in (1, 2):
+        os.dup2(handle, number)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for number in (1, 2):
+            os.dup2(nowhere, number)
+        os.close(nowhere)

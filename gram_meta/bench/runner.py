@@ -1,0 +1,350 @@
+"""The loop of a bench: what is finished is skipped, what fails is reported, and the others go on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from gram_meta import __version__
+from gram_meta.bench.matrix import Job, Settings, meta_state
+from gram_meta.bench.pool import Outcome, Pool, Task
+from gram_meta.errors import GramError
+from gram_meta.files import read_json, write_json
+
+MANIFEST = "bench.json"
+LOGS = "bench_logs"  # what failing runs printed
+PACKAGES = ("torch", "torchvision", "numpy", "clip-anytorch", "safetensors", "yacs")
+
+
+def show(jobs: Sequence[Job], settings: Settings, say: Callable[[str], None] = print) -> None:
+    """All commands in order, as they can be typed; those that are finished as comments."""
+    states = look(jobs, settings)
+    for job in jobs:
+        marks = {"finished": "# finished: ", "refused": f"# {states[job.folder].why}\n# refused: "}
+        say(marks.get(states[job.folder].name, "") + job.line)
+
+
+def run(
+    jobs: Sequence[Job],
+    settings: Settings,
+    environments: Sequence[Mapping[str, str]],
+    say: Callable[[str], None] = print,
+) -> int:
+    """Run what is not finished; the exit status: 0 all finished, 1 some failed, 130 interrupted.
+
+    Raises:
+        GramError: an option or a name that no run could be started with.
+    """
+    states = look(jobs, settings)
+    output = settings.output
+    manifest = Manifest(output, settings, jobs)
+    with _bar(len(jobs), say) as bar:
+        bench = Bench(jobs, states, output, Clock(len(environments), manifest.durations), bar)
+        bench.introduce()
+        try:
+            with _interruptible(), Pool(environments) as pool:
+                bench.run(pool)
+        except KeyboardInterrupt:
+            bar.say("interrupted; the same command goes on here")
+            return 130
+        finally:
+            manifest.end(bench)
+    return bench.conclude()
+
+
+# ------------------------------------------------------------------------------------------------------ what is there
+
+
+@dataclass(frozen=True)
+class State:
+    name: str  # finished, unfinished, new or refused
+    why: str = ""
+
+
+def look(jobs: Sequence[Job], settings: Settings) -> dict[Path, State]:
+    """How far every job is. A job upon something that is not finished is not finished itself.
+
+    Raises:
+        GramError: an unknown option or name.
+    """
+    states: dict[Path, State] = {}
+    for job in jobs:
+        waits = any(states[folder].name != "finished" for folder in job.after if folder in states)
+        states[job.folder] = _state(job, settings, waits)
+    return states
+
+
+def _state(job: Job, settings: Settings, waits: bool) -> State:
+    if job.argv[0] == "train":
+        return _run_state(job, waits)
+    if job.argv[0] == "pretrain":
+        return State(meta_state(job.folder, settings.meta_opts))
+    if job.argv[0] == "embed":
+        manifest = job.folder / "manifest.json"
+        finished = manifest.is_file() and bool(read_json(manifest).get("finished"))
+    elif job.argv[0] == "cluster":
+        finished = (job.folder / "topics.json").is_file()
+    else:
+        finished = all(path.exists() for path in job.leaves)
+    return State("finished" if finished else "new")
+
+
+def _run_state(job: Job, waits: bool) -> State:
+    """As `gram train` itself sees it: by the run that the folder says it holds."""
+    from gram_meta.engine import launch
+
+    args = launch.build_parser().parse_args(job.argv[1:])
+    cfg = launch.setup_cfg(args)
+    if waits:  # its identity holds the contents of files that are still to come
+        return State("unfinished" if (job.folder / launch.RUN_FILE).is_file() else "new")
+    try:
+        folder = launch.OutputFolder(cfg, args)
+    except GramError as error:
+        return State("refused", str(error))
+    return State("finished" if folder.finished else "unfinished" if folder.goes_on else "new")
+
+
+# -------------------------------------------------------------------------------------------------------------- loop
+
+
+class Bench:
+    """What is to be done, what is being done, and what became of the rest."""
+
+    def __init__(
+        self, jobs: Sequence[Job], states: Mapping[Path, State], output: Path, clock: Clock, bar: Bar
+    ) -> None:
+        self.jobs = {job.folder: job for job in jobs}
+        self.states, self.output, self.clock, self.bar = states, output, clock, bar
+        self.before = [f for f, state in states.items() if state.name == "finished"]
+        self.done: set[Path] = set(self.before)
+        self.todo = [job for job in jobs if job.folder not in self.done]
+        self.running: dict[str, Job] = {}
+        self.failed: dict[Path, str] = {}
+
+    def introduce(self) -> None:
+        goes_on = sum(state.name == "unfinished" for state in self.states.values())
+        parts = [f"{len(self.before)} finished before"] if self.before else []
+        parts += [f"{goes_on} to go on with"] if goes_on else []
+        self.bar.say(f"{len(self.jobs)} runs in {self.output}" + (f": {', '.join(parts)}" if parts else ""))
+        self.bar.update(len(self.before))
+
+    def run(self, pool: Pool) -> None:
+        while self.todo or self.running:
+            while pool.free and (job := self._next()):
+                self.running[str(job.folder)] = job
+                pool.start(Task(str(job.folder), job.command, str(self._log(job))))
+            if not self.running:
+                continue  # the last were refused
+            for outcome in pool.wait():
+                self._ended(self.running.pop(outcome.key), outcome)
+
+    def _next(self) -> Job | None:
+        """The first job whose foundations are laid; what stands on a failed one fails."""
+        for job in list(self.todo):
+            state = self.states[job.folder]
+            broken = next((folder for folder in job.after if folder in self.failed), None)
+            if state.name == "refused" or broken is not None:
+                self.todo.remove(job)
+                self._fail(job, state.why or f"needs {self.jobs[broken].title}, which failed", broken is None)  # type: ignore[index]
+            elif all(folder in self.done for folder in job.after if folder in self.jobs):
+                self.todo.remove(job)
+                return job
+        return None
+
+    def _ended(self, job: Job, outcome: Outcome) -> None:
+        if outcome.error:
+            log = self._log(job)
+            where = f" (log: {log})" if log.is_file() else ""
+            self._fail(job, f"{outcome.error}{where}")
+            return
+        self.done.add(job.folder)
+        self.clock.passed(job.pace, outcome.seconds)
+        accuracy = (outcome.metrics or {}).get("accuracy")
+        result = "" if accuracy is None else f": {accuracy:.1f}"
+        left = self.clock.left([j.pace for j in [*self.todo, *self.running.values()]])
+        rest = f"; about {span(left)} left" if left else ""
+        self._tell(f"{job.title}{result} ({outcome.seconds:.0f} s{rest})")
+
+    def _fail(self, job: Job, why: str, told: bool = True) -> None:
+        self.failed[job.folder] = why
+        if told:
+            self._tell(f"FAILED {job.title}: {why}")
+        else:
+            self.bar.update(1)  # the line of what it needs says enough
+
+    def _tell(self, line: str) -> None:
+        self.bar.update(1)
+        count = len(self.done) + len(self.failed)
+        width = len(str(len(self.jobs)))
+        self.bar.say(f"[{count:{width}d}/{len(self.jobs)}] {line}")
+
+    def conclude(self) -> int:
+        if self.failed:
+            self.bar.say(f"{len(self.failed)} of {len(self.jobs)} runs failed or could not be started:")
+            for folder, why in self.failed.items():
+                self.bar.say(f"  {self.jobs[folder].title}: {why}")
+            self.bar.say("the same command tries them again")
+        if any(job.argv[0] == "train" and job.folder in self.done for job in self.jobs.values()):
+            self.bar.say(f"tables: gram report {shlex.quote(str(self.output))}")
+        return 1 if self.failed else 0
+
+    def _log(self, job: Job) -> Path:
+        folder = os.path.relpath(job.folder, self.output) if job.folder.is_relative_to(self.output) else job.folder
+        return self.output / LOGS / (re.sub(r"[^\w.+-]+", "-", str(folder)).strip("-") + ".log")
+
+
+@dataclass
+class Clock:
+    """Time left, from how long runs of the same kind took: here, and in this output folder before."""
+
+    workers: int
+    took: dict[str, list[float]] = field(default_factory=dict)  # pace, and every beginning of it -> count, seconds
+
+    def passed(self, pace: Sequence[str], seconds: float) -> None:
+        for end in range(len(pace) + 1):
+            entry = self.took.setdefault("|".join(pace[:end]), [0, 0.0])
+            entry[0] += 1
+            entry[1] += seconds
+
+    def expected(self, pace: Sequence[str]) -> float:
+        """Seconds for one run: the mean of the most similar ones; 0 where nothing is known."""
+        for end in range(len(pace), -1, -1):
+            count, seconds = self.took.get("|".join(pace[:end]), (0, 0.0))
+            if count:
+                return seconds / count
+        return 0.0
+
+    def left(self, paces: Sequence[Sequence[str]]) -> float:
+        """Seconds for these runs, shared among the workers; never less than the longest of them."""
+        times = [self.expected(pace) for pace in paces]
+        return max(sum(times) / self.workers, max(times)) if times else 0.0
+
+
+def span(seconds: float) -> str:
+    """Seconds in words: "40 s", "7 min", "3 h 20 min"."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+# ------------------------------------------------------------------------------------------------------------- manifest
+
+
+class Manifest:
+    """`bench.json`: every bench that was run into this folder, and how long runs took."""
+
+    def __init__(self, output: Path, settings: Settings, jobs: Sequence[Job]) -> None:
+        self.path = output / MANIFEST
+        self.value: dict[str, Any] = {"format": 1, "benches": [], "durations": {}}
+        if self.path.is_file():
+            self.value = read_json(self.path)
+            if not isinstance(self.value, dict) or self.value.get("format") != 1:
+                raise GramError(f"{self.path}: expected the manifest of a bench, format 1, found another file")
+        self.durations: dict[str, list[float]] = self.value["durations"]
+        self.entry: dict[str, Any] = {
+            "command": shlex.join(["gram", *sys.argv[1:]]),
+            "matrix": _plain(asdict(settings)),
+            "runs": len(jobs),
+            "versions": _versions(),
+            "started": _now(),
+            "ended": None,
+        }
+        self.value["benches"].append(self.entry)
+        write_json(self.path, self.value)
+
+    def end(self, bench: Bench) -> None:
+        self.entry |= {
+            "ended": _now(),
+            "finished": len(bench.done),
+            "failed": {str(folder): why for folder, why in bench.failed.items()},
+        }
+        write_json(self.path, self.value)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"gram-meta": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+# ------------------------------------------------------------------------------------------------------------- terminal
+
+
+class Bar:
+    """Lines, and below them a bar where stderr is a terminal."""
+
+    def __init__(self, total: int, say: Callable[[str], None]) -> None:
+        self.bar: Any = None
+        self._say = say
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, unit=" runs", desc="bench", smoothing=0, dynamic_ncols=True)
+
+    def say(self, line: str) -> None:
+        if self.bar is None:
+            self._say(line)
+            sys.stdout.flush()  # a log file is read while it grows
+        else:
+            with self.bar.external_write_mode():
+                self._say(line)
+
+    def update(self, count: int) -> None:
+        if self.bar is not None:
+            self.bar.update(count)
+
+
+@contextlib.contextmanager
+def _bar(total: int, say: Callable[[str], None]) -> Iterator[Bar]:
+    bar = Bar(total, say)
+    try:
+        yield bar
+    finally:
+        if bar.bar is not None:
+            bar.bar.close()
+            bar.bar = None
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM and a closed terminal end a bench as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

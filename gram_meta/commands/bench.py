@@ -1,0 +1,151 @@
+"""`gram bench`: many trainers, datasets and seeds over a protocol."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gram_meta.errors import GramError
+
+if TYPE_CHECKING:
+    from gram_meta.bench.matrix import Settings
+
+HELP = """Run many trainers on many datasets and seeds over the paper's protocols, by several processes.
+
+  base2new  train on the base classes of each dataset, test on the base and on the new ones
+  xd        train on the source (imagenet), test on the ten other datasets
+  dg        train on the source (imagenet), test on its four variants; shares the trainings of xd
+
+Finished runs are skipped, unfinished ones go on, a run that fails is reported and the others go on: give the same
+command again after an interruption. GRAM trainers start from META_DIR/<META>/best.safetensors, where META is named in
+their config file; with --store and --hierarchy it is meta-trained first if it is not there. Runs lie in CoOp's folders.
+
+  gram bench --protocol base2new --trainers CoOp CoOpGRAM UniGRAM --root DATA --gpus 0 1 2 3
+  gram bench --protocol xd dg --trainers CoOp UniGRAM --root DATA --store STORE --hierarchy HIERARCHY
+  gram bench --emoji DIR --trainers UniGRAM UniGRAM:gram_small_c2+2_ep10_batch32_ctxv1_no_regulator
+
+KEY VALUE pairs at the end go to every `gram train`. docs/PROTOCOLS.md says more."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from gram_meta.bench.matrix import BACKBONES, PROTOCOLS
+
+    add = parser.add_argument
+    add(
+        "--protocol", nargs="+", choices=PROTOCOLS, default=["base2new"], metavar="NAME",
+        help="base2new, xd, dg, or several of them (default: base2new)",
+    )  # fmt: skip
+    add(
+        "--trainers", nargs="+", required=True, metavar="TRAINER[:CFG]",
+        help="with the default config for the backbone, or with another one, by its bare name",
+    )  # fmt: skip
+    add("--datasets", nargs="+", metavar="NAME", help="names of dataset configs (default: those of the protocol)")
+    add("--source", metavar="NAME", help="dataset that is trained on in xd and dg (default: imagenet)")
+    add("--seeds", nargs="+", default=["1", "2", "3"], metavar="N", help="default: 1 2 3")
+    add("--shots", type=int, default=16, metavar="N", help="images per class to train on (default: %(default)s)")
+    add(
+        "--backbone", choices=BACKBONES, metavar="PREFIX",
+        help=f"beginning of the default configs' names: {', '.join(BACKBONES)} (default: vit_b16)",
+    )  # fmt: skip
+    add("--root", metavar="DATA", help="folder that holds the datasets' folders")
+    add("--output", metavar="DIR", help="folder for all runs (default: output)")
+    add("--meta-dir", metavar="DIR", help="folder of the meta-trainings' folders (default: OUTPUT/meta)")
+    add("--store", default="", help="pair store to meta-train from, where a checkpoint is not there")
+    add("--hierarchy", default="", help="its hierarchy")
+    add("--labelled-store", default="", metavar="STORE", help="the same for meta configs with CHC.LABELLED")
+    add("--labelled-hierarchy", default="", metavar="HIERARCHY", help="its hierarchy")
+    add("--meta-opts", nargs="+", default=[], metavar="KEY VALUE", help="settings for the meta-trainings")
+    add(
+        "--emoji", metavar="DIR",
+        help="everything on the emoji world in DIR, which is made where it is not there: pictures, store, hierarchy; "
+        "backbone gram_small, source emoji_travel",
+    )  # fmt: skip
+    workers = parser.add_mutually_exclusive_group()
+    add = workers.add_argument
+    add(
+        "--jobs", type=int, metavar="N",
+        help="worker processes, which share the cores (default: 1; with --emoji one per core, up to 8)",
+    )  # fmt: skip
+    add("--gpus", nargs="+", metavar="N", help="a worker for each GPU; a GPU named twice has two")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands; finished ones are comments")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="options for every `gram train`")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan, then show or run; the exit status."""
+    from gram_meta.bench import emoji, matrix, pool, runner
+
+    _give_back_options(args)
+    settings = read_settings(args)
+    jobs = emoji.plan(settings, Path(args.emoji)) if args.emoji else matrix.plan(settings)
+    if args.dry_run:
+        runner.show(jobs, settings)
+        return 0
+    count = args.jobs if args.jobs is not None else min(pool.cores(), 8) if args.emoji else 1
+    if count < 1:
+        raise GramError(f"--jobs: expected a number from 1 on, found {count}")
+    if not args.emoji and not Path(settings.root).is_dir():
+        raise GramError(f"--root {settings.root}: expected the folder of the datasets, found no folder")
+    return runner.run(jobs, settings, pool.places(count, args.gpus or ()))
+
+
+def read_settings(args: argparse.Namespace) -> Settings:
+    """The settings of a bench; --emoji has defaults of its own."""
+    from gram_meta.bench import emoji, matrix
+
+    if args.emoji:
+        return emoji.settings(args)
+    if not args.root:
+        raise GramError("--root: expected the folder of the datasets, found nothing; or give --emoji DIR")
+    return common_settings(
+        args,
+        backbone=args.backbone or "vit_b16",
+        root=args.root,
+        output=Path(args.output or "output"),
+        datasets=matrix.DATASETS,
+        source=args.source or matrix.SOURCE,
+    )
+
+
+def common_settings(
+    args: argparse.Namespace, *, backbone: str, root: str, output: Path, datasets: dict, source: str
+) -> Settings:
+    from gram_meta.bench.matrix import Settings
+
+    protocols = tuple(dict.fromkeys(args.protocol))
+    if args.datasets:
+        if len(protocols) > 1:
+            raise GramError(f"--datasets: expected one protocol beside it, found {', '.join(protocols)}")
+        datasets = {protocols[0]: tuple(dict.fromkeys(args.datasets))}
+    if bad := [seed for seed in args.seeds if not seed.isdecimal()]:
+        raise GramError(f"--seeds: expected numbers from 0 on, found {bad[0]!r}")
+    return Settings(
+        protocols=protocols,
+        trainers=tuple(args.trainers),
+        backbone=backbone,
+        root=root,
+        output=output,
+        datasets={protocol: datasets[protocol] for protocol in protocols},
+        source=source,
+        seeds=tuple(map(int, args.seeds)),
+        shots=args.shots,
+        meta_dir=Path(args.meta_dir or output / "meta"),
+        store=args.store,
+        hierarchy=args.hierarchy,
+        labelled_store=args.labelled_store,
+        labelled_hierarchy=args.labelled_hierarchy,
+        opts=tuple(args.opts),
+        meta_opts=tuple(args.meta_opts),
+    )
+
+
+def _give_back_options(args: argparse.Namespace) -> None:
+    """KEY VALUE pairs right after a list (`--seeds 1 2 OPTIM.MAX_EPOCH 5`) belong to no list."""
+    for name in ("trainers", "datasets", "seeds", "gpus"):
+        words = getattr(args, name) or []
+        first = next((i for i, word in enumerate(words) if re.fullmatch(r"[A-Z][A-Z_]*(\.[A-Z0-9_]+)+", word)), None)
+        if first is not None:
+            args.opts = [*args.opts, *words[first:]]
+            setattr(args, name, words[:first] or None)
