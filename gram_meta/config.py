@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,16 @@ def load_meta_config(files: Sequence[str | Path] = (), opts: Sequence[str] = ())
     config = get_meta_config()
     for file in files:
         merge_file(config, find_config(str(file), "gram_meta"))
+    merge_opts(config, opts)
+    config.freeze()
+    return config
+
+
+def stored_config(values: Mapping[str, Any], opts: Sequence[str] = ()) -> CN:
+    """Settings that a meta-checkpoint carries, then KEY VALUE pairs; keys that this version does not know are left."""
+    config = get_meta_config()
+    known = [key for key, _ in _leaves(config)]
+    _merge(config, [(key, value) for key, value in _leaves(dict(values)) if key in known], "meta-checkpoint")
     merge_opts(config, opts)
     config.freeze()
     return config
