@@ -42,7 +42,12 @@ def extend_cfg(cfg: CN) -> None:
         REGULATE=True,  # pass every gradient through R^phi; False: raw gradients
         STEP_SCALE=1.0,  # times the raw gradient when REGULATE is off: a smaller step, as a control
     )
-    _add(cfg, "DATASET", SUBSAMPLE_CLASSES="all")  # all, base or new
+    _add(
+        cfg,
+        "DATASET",
+        SUBSAMPLE_CLASSES="all",  # all, base or new
+        FOLDER="",  # of the dataset ImageFolder: a folder of class folders under DATASET.ROOT
+    )
     _add(
         cfg,
         "TEST",
