@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # `python -m pytest` puts the working directory first on the path, where `datasets/` hides Hugging Face's `datasets`.
@@ -11,3 +13,42 @@ here = [entry for entry in sys.path if Path(entry or os.getcwd()).resolve() == R
 sys.path[:] = [entry for entry in sys.path if entry not in here] + here
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def pixel_corpus(tmp_path_factory):
+    """A store with image files on disk, and a hierarchy over it: 6 topics, 2 domains of 8 images each."""
+    import numpy as np
+    from PIL import Image
+
+    from gram_meta.backbone import load_backbone
+    from gram_meta.clustering.hierarchy import Hierarchy, Topic
+
+    folder = tmp_path_factory.mktemp("corpus")
+    backbone = load_backbone("random-tiny")
+    random = np.random.default_rng(1)
+    locations = []
+    for i in range(96):
+        pixels = random.integers(0, 256, (40, 32, 3), dtype=np.uint8) // 2 + 20 * (i // 16)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        locations.append(f"{i}.png")
+
+    class Store:
+        path, fingerprint = folder / "store", "store-1"
+        image_features = random.normal(size=(96, 64)).astype(np.float16)
+
+        def image_path(self, image):
+            return folder / self.locations[image]
+
+        def check_backbone(self, backbone):
+            pass
+
+    Store.locations = locations
+    pair = np.arange(96)
+    words = ["cat", "dog", "house", "tree", "boat", "lamp"]
+    topics = [Topic(word, 1.0, [[word, 1.0]], 16, 16, [8, 8]) for word in words]
+    hierarchy = Hierarchy(
+        pair, pair, pair // 16, pair // 8 % 2, topics, np.zeros(96, np.uint8), {"fingerprints": {}}
+    )
+    hierarchy.check_store = lambda store: None
+    return Store(), hierarchy, backbone, folder

@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,7 +11,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gram_meta.backbone import clip_module, load_backbone
 from gram_meta.bilevel import for_each_task, meta_losses
 from gram_meta.checkpoint import load_meta_checkpoint
-from gram_meta.clustering.hierarchy import Hierarchy, Topic
 from gram_meta.config import load_meta_config
 from gram_meta.episodes import Episodes, TaskSet
 from gram_meta.errors import GramError
@@ -152,39 +150,6 @@ def test_meta_gradients_against_finite_differences(form, backbone, images):
 # --- from files -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """A store with image files on disk, and a hierarchy over it: 6 topics, 2 domains of 8 images each."""
-    folder = tmp_path_factory.mktemp("corpus")
-    backbone = load_backbone("random-tiny")
-    random = np.random.default_rng(1)
-    locations = []
-    for i in range(96):
-        pixels = random.integers(0, 256, (40, 32, 3), dtype=np.uint8) // 2 + 20 * (i // 16)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-        locations.append(f"{i}.png")
-
-    class Store:
-        path, fingerprint = folder / "store", "store-1"
-        image_features = random.normal(size=(96, 64)).astype(np.float16)
-
-        def image_path(self, image):
-            return folder / self.locations[image]
-
-        def check_backbone(self, backbone):
-            pass
-
-    Store.locations = locations
-    pair = np.arange(96)
-    words = ["cat", "dog", "house", "tree", "boat", "lamp"]
-    topics = [Topic(word, 1.0, [[word, 1.0]], 16, 16, [8, 8]) for word in words]
-    hierarchy = Hierarchy(
-        pair, pair, pair // 16, pair // 8 % 2, topics, np.zeros(96, np.uint8), {"fingerprints": {}}
-    )
-    hierarchy.check_store = lambda store: None
-    return Store(), hierarchy, backbone, folder
-
-
 def settings(*opts):
     return load_meta_config(
         [],
@@ -220,41 +185,41 @@ JOINT = ("PROMPT.VISUAL_TOKENS", "2")
 VISUAL = (*JOINT, "PROMPT.TEXT_TOKENS", "0")
 
 
-def trainer(corpus, out, *opts):
-    store, hierarchy, _, _ = corpus
+def trainer(pixel_corpus, out, *opts):
+    store, hierarchy, _, _ = pixel_corpus
     return MetaTrainer(store, hierarchy, out, settings(*opts), progress=False)
 
 
-def test_workers_change_nothing(corpus, tmp_path):
+def test_workers_change_nothing(pixel_corpus, tmp_path):
     finals = []
     for workers in ("0", "2"):
         out = tmp_path / workers
-        trainer(corpus, out, *JOINT, "LOADER.WORKERS", workers).run()
+        trainer(pixel_corpus, out, *JOINT, "LOADER.WORKERS", workers).run()
         finals.append(load_meta_checkpoint(out / "last.safetensors"))
     for kind in ("text", "visual"):
         assert torch.equal(finals[0].prompts[kind], finals[1].prompts[kind])
 
 
-def test_pixels_are_the_images_of_the_tasks(corpus, tmp_path):
-    run = trainer(corpus, tmp_path, *JOINT)
+def test_pixels_are_the_images_of_the_tasks(pixel_corpus, tmp_path):
+    run = trainer(pixel_corpus, tmp_path, *JOINT)
     tasks = run.watched[:2]
     (episode,) = run.episodes.of([tasks])
-    transform = corpus[2].preprocess()
+    transform = pixel_corpus[2].preprocess()
     expected = torch.stack(
-        [transform(Image.open(corpus[3] / f"{row}.png")) for row in tasks[1].query.reshape(-1)]
+        [transform(Image.open(pixel_corpus[3] / f"{row}.png")) for row in tasks[1].query.reshape(-1)]
     )
-    seen = corpus[2].normalise(episode.query.images[1])
+    seen = pixel_corpus[2].normalise(episode.query.images[1])
     torch.testing.assert_close(seen, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("form", [VISUAL, JOINT, ("PROMPT.CONDITIONAL", "True")], ids=FORMS)
-def test_a_run_learns_every_part_and_resumes_exactly(form, corpus, tmp_path):
-    whole = trainer(corpus, tmp_path / "whole", *form)
+def test_a_run_learns_every_part_and_resumes_exactly(form, pixel_corpus, tmp_path):
+    whole = trainer(pixel_corpus, tmp_path / "whole", *form)
     start = {name: value.detach().clone() for name, value in whole.theta.items()}
     whole.run()
     for name, value in whole.theta.items():
         assert not torch.equal(value, start[name]), name
-    broken = trainer(corpus, tmp_path / "broken", *form)
+    broken = trainer(pixel_corpus, tmp_path / "broken", *form)
     step = broken._step
 
     def stop(number, episode):
@@ -265,7 +230,7 @@ def test_a_run_learns_every_part_and_resumes_exactly(form, corpus, tmp_path):
     broken._step = stop
     with pytest.raises(KeyboardInterrupt):
         broken.run()
-    trainer(corpus, tmp_path / "broken", *form).run(resume=True)
+    trainer(pixel_corpus, tmp_path / "broken", *form).run(resume=True)
     one, other = (load_meta_checkpoint(tmp_path / name / "last.safetensors") for name in ("whole", "broken"))
     assert set(one.prompts) == set(other.prompts) and set(one.extras) == set(other.extras)
     for key, value in {**one.prompts, **one.extras}.items():
@@ -274,24 +239,24 @@ def test_a_run_learns_every_part_and_resumes_exactly(form, corpus, tmp_path):
     assert logs[0] == logs[1] and "alignment" in json.loads(logs[0].splitlines()[-1])
 
 
-def test_the_meta_net_is_kept_beside_the_prompts(corpus, tmp_path):
-    trainer(corpus, tmp_path, "PROMPT.CONDITIONAL", "True").run()
+def test_the_meta_net_is_kept_beside_the_prompts(pixel_corpus, tmp_path):
+    trainer(pixel_corpus, tmp_path, "PROMPT.CONDITIONAL", "True").run()
     checkpoint = load_meta_checkpoint(tmp_path / "best.safetensors")
     assert set(checkpoint.prompts) == {"text"} and checkpoint.regulator.widths == {"text": 64}
-    net = {f"{META_NET}{name}": tuple(value.shape) for name, value in initial_meta_net(corpus[2]).items()}
+    net = {f"{META_NET}{name}": tuple(value.shape) for name, value in initial_meta_net(pixel_corpus[2]).items()}
     assert {name: tuple(value.shape) for name, value in checkpoint.extras.items()} == net
-    checkpoint.check(corpus[2], {"text": 2}, net)
+    checkpoint.check(pixel_corpus[2], {"text": 2}, net)
     with pytest.raises(
         GramError, match="meta-trained with meta_net.linear1.bias.* but the trainer learns nothing"
     ):
-        checkpoint.check(corpus[2], {"text": 2})
+        checkpoint.check(pixel_corpus[2], {"text": 2})
 
 
-def test_missing_and_broken_images_are_named(corpus, tmp_path):
-    store, hierarchy, backbone, folder = corpus
+def test_missing_and_broken_images_are_named(pixel_corpus, tmp_path):
+    store, hierarchy, backbone, folder = pixel_corpus
     with pytest.raises(GramError, match=r"nowhere.0.png: expected an image .*LOADER.IMAGE_ROOT"):
-        trainer(corpus, tmp_path, *JOINT, "LOADER.IMAGE_ROOT", str(tmp_path / "nowhere"))
-    run = trainer(corpus, tmp_path / "run", *JOINT)
+        trainer(pixel_corpus, tmp_path, *JOINT, "LOADER.IMAGE_ROOT", str(tmp_path / "nowhere"))
+    run = trainer(pixel_corpus, tmp_path / "run", *JOINT)
     row = int(run.watched[0].support[0, 0])
     kept = (folder / f"{row}.png").read_bytes()
     (folder / f"{row}.png").write_bytes(kept[:100])
@@ -304,8 +269,8 @@ def test_missing_and_broken_images_are_named(corpus, tmp_path):
         (folder / f"{row}.png").write_bytes(kept)
 
 
-def test_what_makes_no_sense_is_refused(corpus):
-    store, _, backbone, _ = corpus
+def test_what_makes_no_sense_is_refused(pixel_corpus):
+    store, _, backbone, _ = pixel_corpus
     for opts, words in (
         (("PROMPT.TEXT_TOKENS", "0"), "TEXT_TOKENS or VISUAL_TOKENS"),
         ((*VISUAL, "PROMPT.CONDITIONAL", "True"), "PROMPT.CONDITIONAL"),

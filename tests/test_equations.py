@@ -8,8 +8,8 @@ import torch
 
 from gram_meta.backbone import load_backbone
 from gram_meta.bilevel import adapt, for_each_task, inner_products, meta_losses, task_gradients
-from gram_meta.errors import GramError
 from gram_meta.episodes import TaskSet
+from gram_meta.errors import GramError
 from gram_meta.prompts import ClassText
 from gram_meta.regulator import GradientRegulator, RegulatorConfig
 

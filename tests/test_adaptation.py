@@ -1,0 +1,94 @@
+"""gram eval-meta: the same tasks adapted in several ways, against a calculation task by task."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from gram_meta import adaptation as module
+from gram_meta.adaptation import evaluate_adaptation
+from gram_meta.checkpoint import load_meta_checkpoint
+from gram_meta.cli import main
+from gram_meta.commands.eval_meta import _table
+from gram_meta.config import load_meta_config, stored_config
+from gram_meta.episodes import Episodes
+from gram_meta.errors import GramError
+from gram_meta.pretrain import MetaTrainer
+
+OPTS = [
+    *("BACKBONE.NAME", "random-tiny", "TASKS.WAYS", "2", "TASKS.HELD_OUT", "0.4", "TASKS.SUPPORT_SHOTS", "2"),
+    *("TASKS.QUERY_SHOTS", "4", "OUTER.STEPS", "2", "EVAL.EVERY", "2", "EVAL.TASKS", "3", "OUTER.BATCH", "2"),
+    *("PROMPT.TEXT_TOKENS", "2", "PROMPT.WORDS", "a photo", "OUTER.LR_REGULATOR", "0.05", "INNER.ALPHA", "0.1"),
+]
+JOINT = ("PROMPT.VISUAL_TOKENS", "2", "LOADER.WORKERS", "0")
+
+
+@pytest.fixture(scope="module")
+def runs(pixel_corpus, tmp_path_factory):
+    store, hierarchy, _, _ = pixel_corpus
+    found = {}
+    for name, opts in {"joint": JOINT, "raw": ("REGULATOR.ENABLED", "False")}.items():
+        out = tmp_path_factory.mktemp(name)
+        best = MetaTrainer(store, hierarchy, out, load_meta_config([], [*OPTS, *opts]), progress=False).run()
+        found[name] = load_meta_checkpoint(best.with_name("last.safetensors"))
+    return found
+
+
+def measure(checkpoint, corpus, **more):
+    return evaluate_adaptation(checkpoint, corpus[0], corpus[1], progress=False, **{"tasks": 5, "steps": (0, 2), **more})
+
+
+def test_against_adapting_each_task_alone(runs, pixel_corpus):
+    store, hierarchy, backbone, _ = pixel_corpus
+    checkpoint = runs["joint"]
+    result = measure(checkpoint, pixel_corpus)
+    config = stored_config(checkpoint.config)
+    held = checkpoint.provenance["held_out_topics"]
+    sampler = module.TaskSampler(hierarchy, 2, 2, 4, 1000, held)
+    episodes = Episodes(backbone, store, [topic.word for topic in hierarchy.topics], config)
+    losses = {"R on": [], "R off": [], "R off, same length": []}
+    for task in sampler.draw_batch(0, 5):
+        (episode,) = episodes.of([[task]])
+        for form, found in losses.items():
+            prompts = {kind: value[None].clone().requires_grad_() for kind, value in checkpoint.prompts.items()}
+            for _ in range(2):
+                grads = torch.autograd.grad(episode.support(prompts).sum(), list(prompts.values()))
+                for (kind, value), g in zip(list(prompts.items()), grads, strict=True):
+                    regulated = checkpoint.regulator.parts(kind, g).regulated
+                    step = {
+                        "R on": regulated, "R off": g, "R off, same length": g * regulated.norm() / g.norm(),
+                    }[form]  # fmt: skip
+                    prompts[kind] = (value - 0.1 * step).detach().requires_grad_()
+            found.append(episode.query(prompts).item())
+    for form, found in losses.items():
+        (line,) = [line for line in result.lines if (line.start, line.gradient) == ("theta*", form)]
+        assert line.cells[-1].loss == pytest.approx(np.mean(found), rel=1e-5), form
+    assert losses["R on"] != losses["R off"]
+    assert "held out" in result.topics
+
+
+def test_tables_say_what_there_is(runs, pixel_corpus):
+    result = measure(runs["raw"], pixel_corpus, steps=(1, 0))
+    assert [(line.start, line.gradient) for line in result.lines] == [("theta*", "raw"), ('"a photo"', "raw")]
+    assert [cell.steps for cell in result.lines[0].cells] == [0, 1]
+    assert json.loads(json.dumps(result.as_dict()))["tasks"] == 5
+    text = _table(result)
+    assert "acc. 1" in text and "loss 0" in text and "5 2-way tasks from" in text
+
+
+def test_another_hierarchy_gives_all_its_topics(runs, pixel_corpus, monkeypatch):
+    checkpoint = runs["raw"]
+    monkeypatch.setitem(checkpoint.provenance, "hierarchy", "another")
+    assert "all topics" in measure(checkpoint, pixel_corpus, opts=["TASKS.WAYS", "5"]).topics
+
+
+def test_bad_input_is_one_sentence(runs, pixel_corpus, tmp_path, capsys):
+    with pytest.raises(GramError, match="--tasks"):
+        measure(runs["raw"], pixel_corpus, tasks=0)
+    with pytest.raises(GramError, match="TASKS.WAYS: expected at least 9 topics"):
+        measure(runs["raw"], pixel_corpus, opts=["TASKS.WAYS", "9"])
+    with pytest.raises(GramError, match="did you mean 'TASKS.WAYS'"):
+        measure(runs["raw"], pixel_corpus, opts=["TASKS.WAY", "9"])
+    assert main(["eval-meta", str(tmp_path / "none"), "--store", "a", "--hierarchy", "b"]) == 2
+    assert "expected a meta-checkpoint" in capsys.readouterr().err
