@@ -1,26 +1,54 @@
-"""`gram report`: tables from output folders."""
+"""`gram report`: the paper's tables from output folders."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 
-HELP = """Tables from output folders: base, new and their harmonic mean, with 95 % intervals over seeds, and the
-differences to a reference trainer, paired by seed.
+HELP = """The paper's tables from output folders: mean over seeds with 95 % intervals, differences to a reference trainer
+paired by seed, and the paper's numbers where dataset, backbone and shots are the paper's.
 
 Collects every results.json in and below the folders. What is missing is shown as missing; two runs of the same thing,
-or runs whose settings contradict each other, are refused."""
+or runs whose settings contradict each other, are refused. Without --table: every table that there are runs of.
+
+  gram report output
+  gram report output --table 1 --format latex
+  gram report --collect results.json output      one compact file, which stands for the folders:
+  gram report results.json --table 6"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument(
-        "folders", nargs="+", metavar="OUTPUT_DIR", help="folder with results.json files in or below it"
+        "folders",
+        nargs="+",
+        metavar="OUTPUT_DIR",
+        help="folder with results.json files in or below it, or a file of --collect",
+    )
+    parser.add_argument(
+        "--table",
+        action="append",
+        default=[],
+        choices=("1", "2", "3", "4", "5", "6", "7", "all"),
+        help="of the paper, with all its rows; may be given several times (default: those that there are runs of)",
     )
     parser.add_argument(
         "--format",
         choices=("table", "markdown", "csv", "latex", "json"),
         default="table",
-        help="default: table",
+        help="default: table; latex needs booktabs",
+    )
+    parser.add_argument(
+        "--collect",
+        metavar="FILE.json",
+        help="write everything that reports need into one file, and no table",
+    )
+    parser.add_argument(
+        "--datasets", metavar="A,B", help="only these datasets, by the names they are registered under"
+    )
+    parser.add_argument(
+        "--without", metavar="A,B", help="not these datasets, such as the one that was tuned on"
     )
     parser.add_argument(
         "--reference", metavar="TRAINER", help="differences are taken to this one (default: CoOp)"
@@ -43,14 +71,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the tables."""
+    """Print the tables, or write what was asked for."""
     from gram_meta import report
 
-    runs = report.read_runs(args.folders, args.metric, args.by, args.split)
+    evidence = report.gather(args.folders)
+    if args.collect:
+        report.write_collection(evidence, args.collect)
+        print(
+            f"{args.collect}: {len(evidence.results)} results, {len(evidence.metas)} meta-trainings",
+            file=sys.stderr,
+        )
+        return 0
+    runs = _chosen(report.runs_of(evidence, args.metric, args.by, args.split), args.datasets, args.without)
     if args.curve:
         print(report.render_curve(*report.build_curve(runs), args.format, args.digits))
         return 0
-    reports = report.build_reports(runs, args.reference)
-    tables = [report.render(one, args.format, args.digits) for one in reports]
-    print("[" + ",\n".join(tables) + "]" if args.format == "json" else "\n\n".join(tables))
+    print(report.render_all(_tables(args, runs), args.format, args.digits))
     return 0
+
+
+def _tables(args: argparse.Namespace, runs: Sequence) -> list:
+    from gram_meta import report
+
+    if args.table:
+        numbers = report.NUMBERS if "all" in args.table else sorted({int(number) for number in args.table})
+        tables = report.paper_tables(runs, numbers, args.reference)
+        absent = [str(number) for number in numbers if number not in {table.number for table in tables}]
+        if absent:
+            print(f"no runs of Table {', '.join(absent)}", file=sys.stderr)
+        return tables
+    if args.by:  # rows of one's own making: the paper has none such
+        return report.build_reports(runs, args.reference)
+    return report.all_tables(runs, args.reference)
+
+
+def _chosen(runs: Sequence, only: str | None, without: str | None) -> list:
+    from gram_meta.errors import GramError
+
+    there = {run.dataset for run in runs}
+    for option, names in (("--datasets", only), ("--without", without)):
+        for name in (names or "").split(","):
+            if name and name not in there:
+                raise GramError(
+                    f"{option} {name}: expected one of {', '.join(sorted(there))}, found no such runs"
+                )
+    kept = [run for run in runs if not only or run.dataset in only.split(",")]
+    kept = [run for run in kept if not without or run.dataset not in without.split(",")]
+    if not kept:
+        raise GramError("expected runs on other datasets than those left out, found none")
+    return kept

@@ -1,0 +1,373 @@
+"""What reports are made from: results.json files and the logs of the meta-trainings they used, from folders or collections.
+
+A *collection* is one compact JSON file that holds all of it: `gram report --collect FILE.json OUTPUT_DIRS...`. Configs,
+versions and other blocks that many runs share are stored once, by their hash; paths are relative.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from gram_meta.errors import GramError
+from gram_meta.files import atomic_write, read_json, sha256_file
+
+RESULTS = "results.json"
+LOG = "log.jsonl"
+CHECKPOINT = "best.safetensors"
+COLLECTION = "gram-report-collection"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class MetaTraining:
+    """One run of `gram pretrain`: what it was told, and what it logged on held-out tasks."""
+
+    path: str  # of best.safetensors
+    sha256: str  # of best.safetensors; "" where it is not there
+    facts: Mapping[str, Any] = field(
+        repr=False
+    )  # run.json: config, version, fingerprints of store and hierarchy
+    log: tuple[Mapping[str, float], ...] = field(repr=False)  # log.jsonl
+
+    @property
+    def name(self) -> str:
+        """The folder's name: the meta config's, where `gram bench` or the scripts made it."""
+        return PurePosixPath(self.path).parent.name
+
+
+@dataclass
+class Evidence:
+    """Results by path, in order of paths, and meta-trainings.
+
+    `beside` has the results of trainings that were not asked for, but whose models were tested in some of `results`.
+    """
+
+    results: dict[Path, dict[str, Any]] = field(default_factory=dict)
+    beside: dict[Path, dict[str, Any]] = field(default_factory=dict)
+    metas: list[MetaTraining] = field(default_factory=list)
+    folders: list[Path] = field(default_factory=list)
+    _by_ending: dict[tuple[str, ...], Path | None] | None = field(default=None, repr=False)
+
+    def training_of(self, path: Path) -> dict[str, Any]:
+        """The result of the run whose model was tested: what was trained is what that run was told, not this one.
+
+        The run's own result where it trained itself, where nothing was trained, and where the training's is not there.
+        """
+        trained = self.trained_path(path)
+        return self.results[path] if trained is None else (self.results | self.beside)[trained]
+
+    def source_of(self, path: Path) -> str:
+        """The dataset that the tested model was trained on."""
+        result = self.results[path]
+        if not result.get("model_dir"):
+            return result["dataset"]
+        if self.trained_path(path) is not None:
+            return self.training_of(path)["dataset"]
+        # OUT/<source>/<TRAINER>/<CFG>_<n>shots/seed<k>; but a base-to-new run's dataset is its own
+        parts = PurePosixPath(result["model_dir"].replace(os.sep, "/")).parts
+        if result["subsample"] != "all" or len(parts) < 4:
+            return result["dataset"]
+        known = {_plain(it["dataset"]): it["dataset"] for it in self.results.values()}
+        return known.get(_plain(parts[-4]), result["dataset"])
+
+    def trained_path(self, path: Path) -> Path | None:
+        """The results.json beside the model that was tested."""
+        model = self.results[path].get("model_dir")
+        if not model:
+            return None
+        beside = Path(model) / RESULTS
+        if beside not in self.results and beside not in self.beside and beside.is_file():
+            beside = beside.resolve()
+            if beside not in self.results:
+                self.beside[beside] = read_result(beside)
+        if beside in self.results or beside in self.beside:
+            return beside if beside != path else None
+        return self._same_ending(PurePosixPath(model.replace(os.sep, "/")), path)
+
+    def _same_ending(self, model: PurePosixPath, path: Path) -> Path | None:
+        """A folder that was moved, or a relative path from elsewhere: its last parts say which run it is."""
+        if self._by_ending is None:
+            self._by_ending = {}
+            for found in self.results:
+                for count in range(4, min(len(found.parts) - 1, 10) + 1):
+                    ending = found.parent.parts[-count:]
+                    # two runs with one ending: it does not say which
+                    self._by_ending[ending] = None if ending in self._by_ending else found
+        tested = self.results[path]
+        same = ("trainer", "seed") if tested["subsample"] == "all" else ("trainer", "seed", "dataset")
+        for count in range(min(len(model.parts), 10), 3, -1):
+            match = self._by_ending.get(model.parts[-count:])
+            if match is not None:
+                fits = match != path and all(self.results[match][key] == tested[key] for key in same)
+                return match if fits else None
+        return None
+
+
+def gather(sources: Iterable[str | Path]) -> Evidence:
+    """Everything in the given folders and collections.
+
+    Raises:
+        GramError: a folder without results, a file that is neither a result nor a collection.
+    """
+    evidence, paths = Evidence(), set()
+    for source in map(Path, sources):
+        if source.is_file() and source.name != RESULTS:
+            _add_collection(evidence, source)
+            continue
+        found = {path.resolve() for path in ([source] if source.is_file() else source.rglob(RESULTS))}
+        logs = {path.resolve() for path in source.rglob(LOG)} if source.is_dir() else set()
+        if not found and not logs:
+            raise GramError(f"{source}: expected results.json files in or below this folder, found none")
+        evidence.folders.append(source.resolve())
+        evidence.metas += [meta for path in sorted(logs) if (meta := _read_meta(path.parent))]
+        paths |= found
+    for path in sorted(paths):
+        evidence.results[path] = read_result(path)
+    _add_metas_of_results(evidence)
+    if not evidence.results and not evidence.metas:
+        raise GramError("expected results, found none")
+    return evidence
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """One results.json, checked for the keys that a report needs."""
+    result = read_json(path)
+    needed = ("trainer", "dataset", "subsample", "shots", "seed", "backbone", "split", "metrics")
+    if not isinstance(result, dict) or result.get("format") != 1:
+        found = result.get("format", "none") if isinstance(result, dict) else type(result).__name__
+        raise GramError(f"{path}: expected a result of format 1, found format {found}")
+    lacking = [key for key in needed if key not in result]
+    if lacking:
+        raise GramError(f"{path}: expected the keys of a result, found no {', '.join(lacking)}")
+    return result
+
+
+def _plain(name: str) -> str:
+    """One spelling for a dataset's class and its config: OxfordPets, oxford_pets."""
+    plain = name.lower().replace("_", "").replace("-", "")
+    return {"dtd": "describabletextures"}.get(plain, plain)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Meta-trainings
+
+
+def _add_metas_of_results(evidence: Evidence) -> None:
+    """The logs beside the checkpoints that runs name, where they can be found from here."""
+    seen = {meta.path for meta in evidence.metas} | {meta.sha256 for meta in evidence.metas if meta.sha256}
+    for result in evidence.results.values():
+        used = result.get("meta_checkpoint") or {}
+        if not used.get("path") or used.get("sha256") in seen:
+            continue
+        folder = Path(used["path"]).parent.resolve()
+        meta = _read_meta(folder) if (folder / LOG).is_file() else None
+        seen.add(used.get("sha256", ""))
+        if meta and meta.path not in seen:
+            seen |= {meta.path, meta.sha256}
+            evidence.metas.append(meta)
+
+
+def _read_meta(folder: Path) -> MetaTraining | None:
+    """A folder of `gram pretrain`; None for a log.jsonl of something else."""
+    facts_file = folder / "run.json"
+    facts = read_json(facts_file) if facts_file.is_file() else {}
+    log = []
+    for number, line in enumerate((folder / LOG).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            log.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise GramError(f"{folder / LOG}, line {number}: expected JSON, found {error}") from None
+    if not log or not all(isinstance(row, dict) and "alignment" in row and "step" in row for row in log):
+        return None
+    checkpoint = folder / CHECKPOINT
+    sha256 = sha256_file(checkpoint) if checkpoint.is_file() else ""
+    return MetaTraining(str(checkpoint), sha256, facts, tuple(log))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Collections
+
+_SHARED = ("config", "versions", "meta_checkpoint", "few_shot")  # blocks that many runs have in common
+# Config values that differ from run to run of one config; they stand beside the run.
+_OWN = (
+    "OUTPUT_DIR",
+    "RESUME",
+    "SEED",
+    "DATASET.ROOT",
+    "DATASET.NAME",
+    "DATASET.SUBSAMPLE_CLASSES",
+    "DATASET.NUM_SHOTS",
+)
+
+
+def write_collection(evidence: Evidence, path: str | Path) -> None:
+    """All of `evidence` as one JSON file, a line per run; paths become relative, so that it can be published."""
+    root = _common_root(evidence)
+    shared: dict[str, Any] = {}
+
+    def share(block: Any) -> str:
+        key = hashlib.sha256(json.dumps(block, sort_keys=True).encode()).hexdigest()[:12]
+        shared[key] = block
+        return key
+
+    short = _shortener(root)
+    models = {where: trained for where in evidence.results if (trained := evidence.trained_path(where))}
+    runs = [_pack(where, it, models.get(where), short, share) for where, it in evidence.results.items()]
+    runs += [_pack(where, it, None, short, share) | {"beside": True} for where, it in evidence.beside.items()]
+    metas = [
+        {
+            "path": short(meta.path, 2),
+            "sha256": meta.sha256,
+            "facts": meta.facts,
+            "log": _columns(meta.log),
+        }
+        for meta in evidence.metas
+    ]
+    with atomic_write(path, "w") as file:
+        file.write(f'{{"format": "{COLLECTION}", "version": {FORMAT},\n')
+        for name, block in (("shared", shared), ("metas", metas), ("runs", runs)):
+            lines = (
+                [f"{json.dumps(key)}: {_compact(value)}" for key, value in block.items()]
+                if isinstance(block, dict)
+                else [_compact(value) for value in block]
+            )
+            brackets = "{}" if isinstance(block, dict) else "[]"
+            file.write(f'"{name}": {brackets[0]}\n' + ",\n".join(lines) + f"\n{brackets[1]}")
+            file.write(",\n" if name != "runs" else "\n}\n")
+
+
+def _add_collection(evidence: Evidence, path: Path) -> None:
+    found = read_json(path)
+    if not isinstance(found, dict) or found.get("format") != COLLECTION:
+        raise GramError(
+            f"{path}: expected a folder, or a file that `gram report --collect` wrote, found another file"
+        )
+    if found.get("version") != FORMAT:
+        raise GramError(f"{path}: expected a collection of version {FORMAT}, found {found.get('version')}")
+    try:
+        for packed in found["runs"]:
+            beside = packed.pop("beside", False)
+            where, result = _unpack(packed, found["shared"])
+            before = (evidence.results | evidence.beside).get(where, result)
+            if before != result:
+                raise GramError(
+                    f"{path}: expected other runs than in the collections before it, found another {where}"
+                )
+            (evidence.beside if beside else evidence.results)[where] = result
+        for meta in found["metas"]:
+            evidence.metas.append(
+                MetaTraining(meta["path"], meta["sha256"], meta["facts"], tuple(_rows(meta["log"])))
+            )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise GramError(f"{path}: expected a whole collection, found a broken one ({error!r})") from None
+
+
+def _pack(
+    path: Path,
+    result: Mapping[str, Any],
+    trained: Path | None,
+    short: Callable[..., str],
+    share: Callable[[Any], str],
+) -> dict[str, Any]:
+    """One result with its shared blocks replaced by their hashes."""
+    packed = dict(result)
+    packed["path"] = short(str(path), 8)
+    if result.get("model_dir"):
+        beside = str(trained.parent) if trained else result["model_dir"]
+        packed["model_dir"] = short(beside, 7)
+    if "config" in packed:
+        config, own = _without(packed["config"], _OWN)
+        own["OUTPUT_DIR"] = short(str(path.parent), 7)
+        if "DATASET.ROOT" in own:
+            own["DATASET.ROOT"] = short(own["DATASET.ROOT"], 1)
+        packed["own"] = {key: value for key, value in own.items() if key in _OWN}
+        packed["config"] = _map_strings(config, lambda text: short(text, 2))
+    for key, parts in (("meta_checkpoint", 2), ("few_shot", 3)):
+        block = packed.get(key)
+        if isinstance(block, dict) and block.get("path"):
+            packed[key] = {**block, "path": short(block["path"], parts)}
+    for key in _SHARED:
+        if packed.get(key):
+            packed[key] = share(packed[key])
+    if packed.get("curve"):
+        packed["curve"] = _columns(packed["curve"])
+    return packed
+
+
+def _unpack(packed: Mapping[str, Any], shared: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
+    result = dict(packed)
+    where = Path(result.pop("path"))
+    for key in _SHARED:
+        if isinstance(result.get(key), str):
+            result[key] = json.loads(json.dumps(shared[result[key]]))  # a copy: runs do not share it
+    for key, value in result.pop("own", {}).items():
+        *above, name = key.split(".")
+        node = result["config"]
+        for part in above:
+            node = node.setdefault(part, {})
+        node[name] = value
+    if isinstance(result.get("curve"), dict):
+        result["curve"] = _rows(result["curve"])
+    return where, result
+
+
+def _common_root(evidence: Evidence) -> Path | None:
+    folders = [str(folder if folder.is_dir() else folder.parent) for folder in evidence.folders]
+    return Path(os.path.commonpath(folders)) if folders else None
+
+
+def _shortener(root: Path | None) -> Callable[..., str]:
+    def short(text: str, parts: int) -> str:
+        """Relative to the common folder; an absolute path from elsewhere keeps its last `parts` only."""
+        path = Path(text)
+        if not path.is_absolute():
+            return text
+        if root is not None and path.is_relative_to(root):
+            return path.relative_to(root).as_posix()
+        return "/".join(path.parts[1:][-parts:])
+
+    return short
+
+
+def _without(config: Mapping[str, Any], keys: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A copy of a nested config without some keys, and these by their dotted names."""
+    rest, taken = json.loads(json.dumps(config)), {}
+    for key in keys:
+        *above, name = key.split(".")
+        node: Any = rest
+        for part in above:
+            node = node.get(part, {}) if isinstance(node, dict) else {}
+        if isinstance(node, dict) and name in node:
+            taken[key] = node.pop(name)
+    return rest, taken
+
+
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _map_strings(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_map_strings(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def _columns(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Rows with the same keys as one list per key; a value that a row lacks is None."""
+    rows = list(rows)
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    return {key: [row.get(key) for row in rows] for key in keys}
+
+
+def _rows(columns: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    count = max((len(column) for column in columns.values()), default=0)
+    rows = [{key: column[i] for key, column in columns.items()} for i in range(count)]
+    return [{key: value for key, value in row.items() if value is not None} for row in rows]
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)

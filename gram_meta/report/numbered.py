@@ -1,0 +1,359 @@
+"""The paper's Tables 1 to 7 from runs: which runs fill which table, its rows in the paper's order, its numbers beside.
+
+Table 1: base-to-new, 16 shots. Tables 2 and 4: trained on a source, tested on its domain variants (16 and 4 shots);
+Tables 3 and 5: on other datasets. Tables 6 and 7: UniGRAM's ablations and token counts, averages over the datasets.
+
+A paper's number stands beside a measured one only where dataset, backbone, shots and epochs are the paper's and the trainer
+is in its standard form; beside an average only where it is over exactly the paper's datasets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from gram_meta.errors import GramError
+from gram_meta.report import paper
+from gram_meta.report.runs import (
+    EPOCHS,
+    LABELLED,
+    NO_META,
+    NO_REGULATOR,
+    NO_SHIFT,
+    TOKENS,
+    Run,
+)
+from gram_meta.report.tables import (
+    ALL,
+    BASE_NEW,
+    PaperNumbers,
+    Plan,
+    Report,
+    build,
+    check_reference,
+    labels_of,
+    plain_plan,
+)
+
+NUMBERS = (1, 2, 3, 4, 5, 6, 7)
+TITLES = {
+    1: "base-to-new generalisation, 16 shots",
+    2: "cross-domain generalisation, 16 shots",
+    3: "cross-dataset generalisation, 16 shots",
+    4: "cross-domain generalisation, 4 shots",
+    5: "cross-dataset generalisation, 4 shots",
+    6: "ablations of UniGRAM, base-to-new, 16 shots",
+    7: "UniGRAM by number of prompt tokens, base-to-new, 16 shots",
+}
+SOURCES = ("ImageNet", "EmojiTravel")  # trained for transfer also where no test on a target says so
+_TRANSFER = {(True, 16): 2, (False, 16): 3, (True, 4): 4, (False, 4): 5}  # (domain variants, shots) -> number
+_WANTED = 16  # shots of Tables 1, 6 and 7
+
+# Table 6: the row's trainer and what its meta-training lacks
+ABLATIONS = (
+    ("UniGRAM", ()),
+    ("UniGRAM", (NO_SHIFT,)),
+    ("UniGRAM", (NO_REGULATOR,)),
+    ("UniGRAM", (NO_META,)),
+    ("UniGRAM", (LABELLED,)),
+    ("JointPrompt", ()),
+)
+ROWS_6 = tuple(f"{row} {', '.join((trainer, *lacks))}" for row, (trainer, lacks) in enumerate(ABLATIONS))
+ROWS_7 = tuple(f"{2 * half} tokens ({half}+{half})" for half in (1, 2, 3, 4))
+
+
+def paper_tables(runs: Sequence[Run], numbers: Iterable[int], reference: str | None = None) -> list[Report]:
+    """The tables asked for, with every row of the paper's, there or not.
+
+    Raises:
+        GramError: no run of a table that is the only one asked for; mixed-up runs (see `tables.build`).
+    """
+    numbers = list(numbers)
+    check_reference(runs, reference)
+    reports = [it for number in numbers for it in _table(number, runs, reference or "CoOp", explicit=True)]
+    if not reports:
+        asked = " or ".join(f"Table {number} ({TITLES[number]})" for number in numbers)
+        raise GramError(f"expected runs of {asked}, found none")
+    return reports
+
+
+def all_tables(runs: Sequence[Run], reference: str | None = None) -> list[Report]:
+    """Every table of the paper that there are runs of, then what stands in none of them."""
+    check_reference(runs, reference)
+    reference = reference or "CoOp"
+    reports = [it for number in NUMBERS for it in _table(number, runs, reference, explicit=False)]
+    for rest in (_variants, _other_shots, _all_classes):
+        reports += rest(runs, reference)
+    return reports
+
+
+def _table(number: int, runs: Sequence[Run], reference: str, explicit: bool) -> list[Report]:
+    if number == 1:
+        return _table_1(runs, reference, explicit)
+    if number in (6, 7):
+        return _averages(number, runs, explicit)
+    return _transfer(number, runs, reference, explicit)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables 1, 6, 7: base to new
+
+
+def base_to_new_runs(runs: Sequence[Run], shots: int = _WANTED) -> list[Run]:
+    """Base and new runs of so many shots, and those without training, once each."""
+    wanted = [
+        run for run in runs if run.subsample in ("base", "new") and (run.untrained or run.shots == shots)
+    ]
+    return _once(wanted, shots)
+
+
+def _once(runs: Sequence[Run], shots: int) -> list[Run]:
+    """Shots are nothing to a run without training: of several, the one in the folder of these shots."""
+    kept: dict[tuple, Run] = {}
+    trained = [run for run in runs if not run.untrained]
+    doubled = []
+    for run in sorted((run for run in runs if run.untrained), key=lambda run: run.shots != shots):
+        key = (run.label, run.dataset, run.subsample, run.seed)
+        before = kept.setdefault(key, run)
+        if before is not run and before.shots == run.shots:
+            doubled.append(run)  # to be refused
+    return [*trained, *kept.values(), *doubled]
+
+
+def _table_1(runs: Sequence[Run], reference: str, explicit: bool) -> list[Report]:
+    mine = [run for run in base_to_new_runs(runs) if run.plain]
+    if not _worth_showing(mine, runs):
+        return []
+    datasets = _in_order({run.dataset for run in mine}, paper.datasets())
+    plan = Plan(
+        BASE_NEW,
+        labels=_rows(mine, paper.trainers(), explicit),
+        datasets=datasets,
+        average_over=datasets if len(datasets) > 1 else (),
+        reference=reference,
+        paper=_beside(mine, lambda label, members: paper.base_to_new(members, label)),
+        title=_title(f"Table 1: {TITLES[1]}", mine),
+        number=1,
+    )
+    return [_with_absent(build(mine, plan), mine, paper.datasets())]
+
+
+def _worth_showing(mine: Sequence[Run], runs: Sequence[Run]) -> bool:
+    """Zero-shot alone makes a table only where nothing at all was trained from base to new."""
+    if any(not run.untrained for run in mine):
+        return True
+    return bool(mine) and not any(run.subsample in ("base", "new") and not run.untrained for run in runs)
+
+
+def _averages(number: int, runs: Sequence[Run], explicit: bool) -> list[Report]:
+    """Table 6 or 7, over the datasets on which there is more than the full UniGRAM."""
+    rows, row_of = (ROWS_6, _ablation_row) if number == 6 else (ROWS_7, _tokens_row)
+    full = ROWS_6[0] if number == 6 else ROWS_7[1]
+    mine = [replace(run, label=row) for run in base_to_new_runs(runs) if (row := row_of(run))]
+    own = {run.dataset for run in mine if run.label != full and run.label != ROWS_6[5]}
+    own = own or {run.dataset for run in mine if run.label != full}
+    if not mine or not (own or explicit):
+        return []
+    left_out = {run.dataset for run in mine} - own if own else set()
+    mine = [run for run in mine if run.dataset not in left_out]
+    datasets = _in_order({run.dataset for run in mine}, paper.datasets())
+    there = {run.label for run in mine}
+    plan = Plan(
+        BASE_NEW,
+        labels=[row for row in rows if explicit or row in there],
+        datasets=datasets,
+        average_over=datasets,
+        reference=full,
+        paper=_beside(mine, lambda label, members: _average_number(number, label, members)),
+        title=_title(f"Table {number}: {TITLES[number]}", mine),
+        number=number,
+        averages_only=True,
+    )
+    report = _with_absent(build(mine, plan), mine, paper.datasets())
+    if left_out:
+        named = ", ".join(_in_order(left_out, paper.datasets()))
+        report.notes.append(f"without {named}, where no row but the full UniGRAM or JointPrompt has runs")
+    return [report]
+
+
+def _ablation_row(run: Run) -> str:
+    """The row of Table 6 that a run belongs to; "" for none."""
+    if run.tokens != TOKENS or run.label != ", ".join((run.trainer, *run.ablation)):
+        return ""  # other tokens, or a control
+    wanted = (run.trainer, run.ablation)
+    return ROWS_6[ABLATIONS.index(wanted)] if wanted in ABLATIONS else ""
+
+
+def _tokens_row(run: Run) -> str:
+    """The row of Table 7 that a run belongs to; "" for none."""
+    if run.trainer != "UniGRAM" or run.tokens is None or run.tokens[0] != run.tokens[1]:
+        return ""
+    half = run.tokens[0]
+    row = f"{2 * half} tokens ({half}+{half})"
+    usual = "UniGRAM" if run.tokens == TOKENS else f"UniGRAM, {half}+{half} tokens"
+    return row if row in ROWS_7 and run.label == usual else ""
+
+
+def _average_number(number: int, label: str, members: Sequence[str]) -> dict[str, float]:
+    if set(members) != set(paper.datasets()):
+        return {}
+    return paper.ablation(int(label[0])) if number == 6 else paper.tokens(int(label.split()[0]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables 2 to 5: trained on a source, tested elsewhere
+
+
+def is_variant(target: str, source: str) -> bool:
+    """A target is a domain variant of its source where its name begins with it: ImageNet, ImageNetV2."""
+    return target != source and target.startswith(source)
+
+
+def _transfer(number: int, runs: Sequence[Run], reference: str, explicit: bool) -> list[Report]:
+    variants, shots = next(key for key, value in _TRANSFER.items() if value == number)
+    tables = [
+        _transfer_table(runs, source, shots, variants, reference, explicit)
+        for source in _sources(runs, shots, explicit)
+    ]
+    return [table for table in tables if table]
+
+
+def _sources(runs: Sequence[Run], shots: int, explicit: bool) -> list[str]:
+    whole = [run for run in runs if run.subsample == "all" and not run.untrained and run.shots == shots]
+    tested = {run.source for run in whole if run.transferred}
+    return sorted(tested | ({run.source for run in whole if run.source in SOURCES} if explicit else set()))
+
+
+def _transfer_table(
+    runs: Sequence[Run], source: str, shots: int, variants: bool, reference: str, explicit: bool = False
+) -> Report | None:
+    """Trained on `source`, tested on its domain variants or on other datasets; None where nothing was tested."""
+    number = _TRANSFER.get((variants, shots), 0)
+    printed: Mapping[str, Any] = paper.table(number) if number else {"source": "", "targets": (), "rows": {}}
+    whole = [run for run in runs if run.subsample == "all"]
+    trained = [run for run in whole if not run.untrained and run.source == source and run.shots == shots]
+    tests = [run for run in trained if run.transferred and is_variant(run.dataset, source) == variants]
+    targets = _in_order({run.dataset for run in tests}, printed["targets"])
+    if explicit and not targets and source == printed["source"]:
+        targets = list(printed["targets"])
+    if not targets:
+        return None
+    at_source = [run for run in trained if not run.transferred]
+    untrained = [run for run in whole if run.untrained and run.dataset in (source, *targets)]
+    mine = [*tests, *at_source, *_once(untrained, shots)]
+    kind = "cross-domain" if variants else "cross-dataset"
+    title = f"Table {number}: {TITLES[number]}" if number else f"{kind} generalisation, {shots} shots"
+    plan = Plan(
+        ALL,
+        labels=_rows(mine, list(printed["rows"]) if explicit else paper.trainers(), explicit),
+        datasets=[source, *targets],
+        average_over=targets,
+        average_last=True,
+        reference=reference,
+        paper=_beside(mine, lambda label, members: _transfer_number(number, source, label, members)),
+        title=_title(f"{title}, trained on {source}", mine),
+        number=number,
+        wide=True,
+    )
+    return _with_absent(build(mine, plan), mine, printed["targets"])
+
+
+def _transfer_number(number: int, source: str, label: str, members: Sequence[str]) -> dict[str, float]:
+    row = paper.transfer(number, source, members, label) if number else {}
+    value = row.get(members[0]) if len(members) == 1 else row.get("average")
+    return {} if value is None else {"all": value}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What stands in no table of the paper
+
+
+def _variants(runs: Sequence[Run], reference: str) -> list[Report]:
+    """Controls and variants of trainers at 16 shots, with the reference beside to compare them to."""
+    mine = [run for run in base_to_new_runs(runs) if run.shots == _WANTED]
+    special = [run for run in mine if not (run.plain or _ablation_row(run) or _tokens_row(run))]
+    if not special:
+        return []
+    datasets = {run.dataset for run in special}
+    shown = [*special, *(run for run in mine if run.label == reference and run.dataset in datasets)]
+    title = _title("Controls and variants, base-to-new, 16 shots", shown)
+    return [build(shown, plain_plan(shown, BASE_NEW, reference, title))]
+
+
+def _other_shots(runs: Sequence[Run], reference: str) -> list[Report]:
+    """Base to new with other numbers of shots than the paper's."""
+    pairs = [run for run in runs if run.subsample in ("base", "new")]
+    shots = {run.shots for run in pairs if not run.untrained} - {_WANTED}
+    if not shots:
+        return []
+    shown = [run for run in pairs if not run.untrained and run.shots != _WANTED]
+    shown += _once([run for run in pairs if run.untrained], min(shots))
+    numbers = ", ".join(map(str, sorted(shots)))
+    return [
+        build(shown, plain_plan(shown, BASE_NEW, reference, _title(f"Base-to-new, {numbers} shots", shown)))
+    ]
+
+
+def _all_classes(runs: Sequence[Run], reference: str) -> list[Report]:
+    """Transfers with other numbers of shots; then trained and tested on all classes of one dataset."""
+    whole = [run for run in runs if run.subsample == "all"]
+    transfers = sorted({(run.source, run.shots) for run in whole if not run.untrained and run.transferred})
+    tables = [
+        _transfer_table(runs, source, shots, variants, reference)
+        for source, shots in transfers
+        for variants in (True, False)
+        if (variants, shots) not in _TRANSFER
+    ]
+    reports = [table for table in tables if table]
+    reached = {run.dataset for run in whole if run.transferred} | {source for source, _ in transfers}
+    alone = [run for run in whole if not run.untrained and not run.transferred]
+    alone = [run for run in alone if (run.source, run.shots) not in transfers]
+    untrained = [run for run in whole if run.untrained]
+    there = {run.dataset for run in alone}
+    shown = [*alone, *(run for run in untrained if run.dataset in there or run.dataset not in reached)]
+    if not shown:
+        return reports
+    shown = _once(shown, min((run.shots for run in alone), default=_WANTED))
+    return [*reports, build(shown, plain_plan(shown, ALL, reference, _title("All classes", shown)))]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows, order, and where the paper's numbers may stand
+
+
+def _rows(runs: Sequence[Run], order: Iterable[str], explicit: bool) -> list[str]:
+    """The paper's trainers in its order (all of them where the table was asked for), then the others."""
+    there = labels_of(runs)
+    first = [label for label in order if explicit or label in there]
+    return first + [label for label in there if label not in first]
+
+
+def _in_order(names: Collection[str], order: Sequence[str]) -> list[str]:
+    """Names that the paper has in its order, then the others by alphabet."""
+    return [name for name in order if name in names] + sorted(name for name in names if name not in order)
+
+
+def _beside(runs: Sequence[Run], lookup: PaperNumbers) -> PaperNumbers:
+    """`lookup` for the rows that were made as the paper's were, nothing for the others."""
+    unlike = {run.label for run in runs if not _as_in_the_paper(run)}
+    return lambda label, members: {} if label in unlike else lookup(label, members)
+
+
+def _as_in_the_paper(run: Run) -> bool:
+    """Backbone, schedule and metric; datasets and shots are the table's business."""
+    measured = (run.backbone, run.metric, run.split)
+    return measured == (paper.backbone(), "accuracy", "test") and (run.untrained or run.epochs == EPOCHS)
+
+
+def _title(text: str, runs: Sequence[Run]) -> str:
+    return f"{text} ({', '.join(sorted({run.backbone for run in runs}))})"
+
+
+def _with_absent(report: Report, runs: Sequence[Run], datasets: Sequence[str]) -> Report:
+    """Say which of the paper's datasets lack every run, where some of them have any."""
+    there = set(report.datasets) & set(datasets)
+    absent = [paper.name(name) for name in datasets if name not in there]
+    if there and absent and {run.backbone for run in runs} == {paper.backbone()}:
+        report.notes.append(f"of the paper's {len(datasets)} datasets, no run on {', '.join(absent)}")
+    return report

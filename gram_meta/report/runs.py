@@ -1,0 +1,263 @@
+"""Runs: what each `results.json` measured, and what sets it apart from others of its trainer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from gram_meta.errors import GramError
+from gram_meta.report.evidence import Evidence, gather
+
+METRICS = ("accuracy", "error_rate", "macro_f1")
+
+# Settings that say where and how a run was made, and nothing about what was measured.
+_PLACE = (
+    "OUTPUT_DIR", "RESUME", "SEED", "USE_CUDA", "VERBOSE", "ENV_INFO", "DATASET.ROOT", "DATASET.NAME",
+    "DATASET.SUBSAMPLE_CLASSES", "DATASET.SOURCE_DOMAINS", "DATASET.TARGET_DOMAINS", "DATALOADER.NUM_WORKERS",
+    "DATALOADER.TEST", "TEST.EVALUATOR", "TEST.PER_CLASS_RESULT", "TEST.COMPUTE_CMAT", "TEST.NO_TEST", "TEST.SPLIT",
+    "TEST.PER_EPOCH", "TEST.AT_STEPS", "TRAIN.PRINT_FREQ", "TRAIN.CHECKPOINT_FREQ", "TRAINER.GRAM.META",
+    "TRAINER.GRAM.CHECKPOINT",  # compared by its hash instead
+)  # fmt: skip
+# Settings of training, which a run that never trains does not have.
+_TRAINING = ("OPTIM", "TRAIN", "DATALOADER", "DATASET.NUM_SHOTS", "INPUT.TRANSFORMS", "INPUT.RRCROP_SCALE")
+
+# Where a trainer's options stand: TRAINER.<node>.
+_NODES = {
+    "JointPrompt": "JOINT",
+    "UniGRAM": "JOINT",
+    "CoOpGRAM": "COOP",
+    "CoCoOpGRAM": "COCOOP",
+    "VPTGRAM": "VPT",
+}
+WORDS = "a photo of a"  # the start in words; with fewer tokens, the first of them
+EPOCHS = 10  # the schedule of every trainer (Sec. 4.1)
+TOKENS = (2, 2)  # text and visual tokens of the joint prompts
+
+# Table 6: what the meta-checkpoint was trained without
+NO_SHIFT = "no domain shift"
+NO_REGULATOR = "no regulator"
+NO_META = "no meta-learning"
+LABELLED = "labelled data"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One `results.json`: one trainer on one set of classes of one dataset, with one seed."""
+
+    path: Path
+    label: str  # the trainer and what is special about it, e.g. "CoOpGRAM, R off"
+    dataset: str
+    subsample: str  # "base", "new" or "all"
+    seed: int
+    value: float  # the metric, in percent
+    untrained: bool
+    settings: Mapping[str, Any] = field(repr=False)
+    few_shot: str = ""  # SHA-256 of the few-shot subset
+    curve: tuple[Mapping[str, float], ...] = field(default=(), repr=False)
+    trainer: str = ""
+    source: str = ""  # the dataset trained on; the run's own where nothing was trained
+    shots: int = 0  # of the training
+    backbone: str = ""
+    epochs: int = EPOCHS
+    ablation: tuple[str, ...] = ()  # what its meta-training lacks (Table 6)
+    tokens: tuple[int, int] | None = None  # of a joint prompt: text, visual (Table 7)
+    start: str | None = None  # the words that the prompt starts from; "": random; None: theta*
+    metric: str = "accuracy"
+    split: str = "test"
+    result: Mapping[str, Any] = field(default_factory=dict, repr=False)  # all of results.json
+
+    @property
+    def transferred(self) -> bool:
+        """Trained on another dataset."""
+        return self.source != self.dataset
+
+    @property
+    def plain(self) -> bool:
+        """A trainer in its standard form: nothing but its name in the label."""
+        return self.label == self.trainer
+
+
+def read_runs(
+    folders: Iterable[str | Path], metric: str = "accuracy", by: Sequence[str] = (), split: str = "test"
+) -> list[Run]:
+    """Every run in `folders` (or collections, see `collect`) that was tested on `split`, sorted by path.
+
+    `by` names settings ("OPTIM.MAX_EPOCH") whose values become part of the label. Raises `GramError` for a folder
+    without results, and for a file that is not a result.
+    """
+    return runs_of(gather(folders), metric, by, split)
+
+
+def runs_of(
+    evidence: Evidence, metric: str = "accuracy", by: Sequence[str] = (), split: str = "test"
+) -> list[Run]:
+    """The runs of what was read; see `read_runs`."""
+    runs = [_run(path, evidence, metric, by) for path, it in evidence.results.items() if it["split"] == split]
+    if not runs:
+        raise GramError(f"expected runs tested on the {split} split, found {len(evidence.results)} on others")
+    return runs if "OPTIM.MAX_EPOCH" in by else _epochs_told_apart(runs)
+
+
+def _run(path: Path, evidence: Evidence, metric: str, by: Sequence[str]) -> Run:
+    result = evidence.results[path]
+    if metric not in result["metrics"]:
+        raise GramError(f"{path}: expected the metric {metric}, found {', '.join(result['metrics'])}")
+    training = evidence.training_of(path)
+    settings = flatten(training.get("config", {}))
+    settings["backbone"] = result["backbone"]
+    settings["meta-checkpoint"] = (training.get("meta_checkpoint") or {}).get("sha256", "")
+    settings["shots"] = training["shots"]
+    untrained = is_untrained(result)
+    ablation, tokens, start = _ablation(training), _tokens(training, settings), _start(training, settings)
+    words = [training["trainer"], *ablation, *_words(training, result, settings)]
+    if tokens and tokens != TOKENS:
+        words.append(f"{tokens[0]}+{tokens[1]} tokens")
+    return Run(
+        path=path,
+        label=", ".join(words + _by(by, settings)),
+        dataset=result["dataset"],
+        subsample=result["subsample"],
+        seed=int(result["seed"]),
+        value=float(result["metrics"][metric]),
+        untrained=untrained,
+        settings={key: value for key, value in settings.items() if _compared(key, untrained)},
+        few_shot="" if untrained else (training.get("few_shot") or {}).get("sha256", ""),
+        curve=tuple(result.get("curve") or ()),
+        trainer=training["trainer"],
+        source=result["dataset"] if untrained else evidence.source_of(path),
+        shots=int(training["shots"]),
+        backbone=result["backbone"],
+        epochs=int(settings.get("OPTIM.MAX_EPOCH", EPOCHS)),
+        ablation=ablation,
+        tokens=tokens,
+        start=start,
+        metric=metric,
+        split=result["split"],
+        result=result,
+    )
+
+
+def is_untrained(result: Mapping[str, Any]) -> bool:
+    """No step was taken: zero-shot, or a start prompt tested as it is."""
+    return bool(result.get("eval_only")) and not result.get("model_dir")
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"OPTIM": {"LR": 0.002}} -> {"OPTIM.LR": 0.002}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What sets a run apart from its trainer's plain form
+
+
+def _meta_settings(training: Mapping[str, Any]) -> Mapping[str, Any]:
+    return (training.get("meta_checkpoint") or {}).get("settings") or {}
+
+
+def _ablation(training: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the meta-checkpoint was made without (Table 6, rows 1 to 4)."""
+    meta, words = _meta_settings(training), []
+    if meta.get("TASKS.DOMAIN_SHIFT") is False:
+        words.append(NO_SHIFT)
+    if meta.get("OUTER.META") is False:  # which leaves nothing for a regulator to learn from
+        words.append(NO_META)
+    elif meta.get("REGULATOR.ENABLED") is False:
+        words.append(NO_REGULATOR)
+    if meta.get("CHC.LABELLED") is True:
+        words.append(LABELLED)
+    return tuple(words)
+
+
+def _words(training: Mapping[str, Any], result: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """The start, the regulator downstream, and whether a step was taken, where they are not the trainer's own."""
+    trainer, words = training["trainer"], []
+    zero_shot = trainer.startswith("Zeroshot")
+    start = None if zero_shot else _start(training, settings)
+    if trainer.endswith("GRAM") and start is not None:
+        words.append("random start" if start == "" else "start from words")
+    elif start == "":
+        words.append("random start")
+    elif start is not None and not _is_usual(start, trainer, settings):
+        words.append(f'start "{start}"')
+    meta = _meta_settings(training)
+    there_is_one = meta.get("REGULATOR.ENABLED") is not False and meta.get("OUTER.META") is not False
+    off = trainer.endswith("GRAM") and not settings.get("TRAINER.GRAM.REGULATE", True)
+    scale = settings.get("TRAINER.GRAM.STEP_SCALE", 1.0)
+    if off and not is_untrained(result) and (there_is_one or scale != 1):
+        words.append("R off" if scale == 1 else f"R off and step x {scale:.3g}")
+    if is_untrained(result) and not zero_shot:
+        words.append("no step")
+    return words
+
+
+def _node(trainer: str) -> str:
+    return f"TRAINER.{_NODES.get(trainer, trainer.upper())}"
+
+
+def _start(training: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
+    """The words of the start; "" for a random one; None for theta*, and where the config does not say."""
+    trainer = training["trainer"]
+    if trainer.endswith("GRAM") and settings.get("TRAINER.GRAM.INIT", True):
+        return None
+    words = settings.get(f"{_node(trainer)}.CTX_INIT")
+    if words is None and trainer.endswith("GRAM"):
+        return WORDS
+    return None if words is None else str(words).replace("_", " ").strip()
+
+
+def _is_usual(start: str, trainer: str, settings: Mapping[str, Any]) -> bool:
+    """CoOp's "a photo of a", and for a joint prompt of M text tokens its first M words."""
+    count = settings.get(f"{_node(trainer)}.N_CTX_TEXT", 4)
+    return start == " ".join(WORDS.split()[:count])
+
+
+def _tokens(training: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Text and visual tokens of a joint prompt."""
+    if _NODES.get(training["trainer"]) != "JOINT":
+        return None
+    meta = _meta_settings(training)
+    text = meta.get("PROMPT.TEXT_TOKENS", settings.get("TRAINER.JOINT.N_CTX_TEXT"))
+    visual = meta.get("PROMPT.VISUAL_TOKENS", settings.get("TRAINER.JOINT.N_CTX_VISION"))
+    return None if text is None or visual is None else (int(text), int(visual))
+
+
+def _by(by: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
+    for key in by:
+        if key not in settings:
+            known = ", ".join(sorted(settings)[:5])
+            raise GramError(
+                f"--by {key}: expected a setting of the runs (such as {known}), found no such setting"
+            )
+    return [f"{key} {settings[key]}" for key in by]
+
+
+def _compared(key: str, untrained: bool) -> bool:
+    hidden = _PLACE + (_TRAINING + ("shots",) if untrained else ())
+    return not any(key == name or key.startswith(name + ".") for name in hidden)
+
+
+def _epochs_told_apart(runs: Sequence[Run]) -> list[Run]:
+    """Longer trainings of the same thing, for the curves past 10 epochs, get a label of their own."""
+    seen: dict[tuple[str, str, str], set[int]] = defaultdict(set)
+    for run in runs:
+        if not run.untrained:
+            seen[run.label, run.source, run.subsample].add(run.epochs)
+    mixed = {label for (label, _, _), epochs in seen.items() if len(epochs) > 1}
+    every = {label: {e for (name, _, _), es in seen.items() if name == label for e in es} for label in mixed}
+    usual = {label: EPOCHS if EPOCHS in epochs else min(epochs) for label, epochs in every.items()}
+    return [
+        replace(run, label=f"{run.label}, {run.epochs} epochs")
+        if not run.untrained and run.epochs != usual.get(run.label, run.epochs)
+        else run
+        for run in runs
+    ]

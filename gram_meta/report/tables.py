@@ -1,0 +1,319 @@
+"""Tables: which runs stand in which row, what is missing, what contradicts, and what each cell is.
+
+How the numbers are made
+- per dataset: the mean over seeds, with the 95 % interval of Student's t over the seeds;
+- H: the harmonic mean of the *averaged* base and new accuracy, as in the paper; its interval is that of the seeds' own H;
+- average: over datasets first, inside each seed, then over seeds as above;
+- difference to the reference trainer: paired by seed (mean of the per-seed differences and its own t interval);
+- a run without training and without randomness (zero-shot, a start prompt with no step) has one value for all seeds.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gram_meta.errors import GramError
+from gram_meta.report.runs import Run
+from gram_meta.report.statistics import (
+    Estimate,
+    estimate,
+    harmonic,
+    harmonic_estimate,
+    mean,
+    paired_difference,
+)
+
+AVERAGE = "average"
+BASE_NEW = ("base", "new", "H")
+ALL = ("all",)
+
+# (label, dataset, subsample, seed) -> percent
+Values = Mapping[tuple[str, str, str, int], float]
+# (label, the datasets of the line) -> column -> the paper's number
+PaperNumbers = Callable[[str, Sequence[str]], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. A cell that could not be filled is None."""
+
+    dataset: str
+    label: str
+    cells: dict[str, Estimate | None]
+    differences: dict[str, Estimate | None]  # empty for the reference itself and where there is none
+    paper: dict[str, float] = field(default_factory=dict)  # only beside measured cells
+
+
+@dataclass(frozen=True)
+class Missing:
+    """One run that should be there and is not."""
+
+    label: str
+    dataset: str
+    subsample: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.label}: {self.dataset}, {self.subsample}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """A table and what has to be said about it."""
+
+    columns: tuple[str, ...]  # ("base", "new", "H"), or ("all",)
+    rows: list[Row]
+    reference: str  # "" when there is none
+    datasets: tuple[str, ...]
+    seeds: tuple[int, ...]
+    missing: list[Missing]
+    notes: list[str]
+    title: str = ""
+    number: int = 0  # of the paper's table; 0: none of them
+    wide: bool = False  # shown with a column per dataset, as Tables 2 to 5
+    averages_only: bool = False  # shown without the datasets' own lines, as Tables 6 and 7
+
+    @property
+    def labels(self) -> list[str]:
+        """The trainers, in the order of their lines."""
+        return list(dict.fromkeys(row.label for row in self.rows))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a table should hold, whether or not the runs are there.
+
+    `labels` and `datasets` are in the order of the lines; `average_over` are the members of the average ((): none).
+    """
+
+    columns: tuple[str, ...]
+    labels: Sequence[str]
+    datasets: Sequence[str]
+    average_over: Sequence[str] = ()
+    average_last: bool = False
+    reference: str = ""
+    paper: PaperNumbers = lambda label, members: {}
+    title: str = ""
+    number: int = 0
+    wide: bool = False
+    averages_only: bool = False
+
+
+def build_reports(runs: Sequence[Run], reference: str | None = None) -> list[Report]:
+    """One report for the base-to-new runs and one for those on all classes, where there are any.
+
+    `reference`: the label to which differences are taken; None: "CoOp" if it is there. Raises `GramError` for two runs of
+    the same thing and for settings that contradict each other.
+    """
+    check_reference(runs, reference)
+    protocols = {
+        BASE_NEW: [run for run in runs if run.subsample in ("base", "new")],
+        ALL: [run for run in runs if run.subsample == "all"],
+    }
+    return [
+        build(part, plain_plan(part, columns, reference or "CoOp"))
+        for columns, part in protocols.items()
+        if part
+    ]
+
+
+def plain_plan(runs: Sequence[Run], columns: tuple[str, ...], reference: str, title: str = "") -> Plan:
+    """Every label and every dataset that there are runs of; the average first."""
+    datasets = sorted({run.dataset for run in runs})
+    return Plan(
+        columns,
+        labels=labels_of(runs),
+        datasets=datasets,
+        average_over=datasets if len(datasets) > 1 else (),
+        reference=reference,
+        title=title,
+    )
+
+
+def check_reference(runs: Sequence[Run], reference: str | None) -> None:
+    """Raises `GramError` where no run bears the label asked for."""
+    labels = labels_of(runs)
+    if reference is not None and reference not in labels:
+        raise GramError(f"--reference {reference}: expected one of {'; '.join(labels)}, found no such runs")
+
+
+def labels_of(runs: Sequence[Run]) -> list[str]:
+    """Zero-shot first, then baselines, then GRAM; plain forms before special ones."""
+    return list(dict.fromkeys(run.label for run in ordered(runs)))
+
+
+def ordered(runs: Sequence[Run]) -> list[Run]:
+    """Runs in the order of `labels_of`."""
+    return sorted(
+        runs,
+        key=lambda run: (not run.label.startswith("Zeroshot"), "GRAM" in run.label, run.label, str(run.path)),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From runs to a table
+
+
+def build(runs: Sequence[Run], plan: Plan) -> Report:
+    """Fill the plan. Raises `GramError` for two runs of the same thing and for settings that contradict each other."""
+    runs = ordered(runs)
+    _refuse_duplicates(runs)
+    _refuse_conflicts(runs)
+    seeds = tuple(sorted({run.seed for run in runs if not run.untrained} or {run.seed for run in runs}))
+    values = {(run.label, run.dataset, run.subsample, run.seed): run.value for run in runs}
+    fixed = _spread_fixed(runs, values, seeds)
+    groups: list[tuple[str, tuple[str, ...]]] = [(name, (name,)) for name in plan.datasets]
+    if plan.average_over:
+        groups.insert(len(groups) if plan.average_last else 0, (AVERAGE, tuple(plan.average_over)))
+    reference = plan.reference if plan.reference in {run.label for run in runs} else ""
+    rows = []
+    for name, members in groups:
+        series = {label: _series(values, label, members, plan.columns, seeds) for label in plan.labels}
+        for label in plan.labels:
+            cells = {
+                column: _cell(series[label], column, len(seeds), label in fixed) for column in plan.columns
+            }
+            differences = {}
+            if reference and label != reference:
+                differences = {
+                    column: paired_difference(series[label][column], series[reference][column], len(seeds))
+                    for column in plan.columns
+                }
+            printed = plan.paper(label, members)
+            beside = {column: printed[column] for column in printed if cells.get(column) is not None}
+            rows.append(Row(name, label, cells, differences, beside))
+    return Report(
+        plan.columns,
+        rows,
+        reference,
+        tuple(plan.datasets),
+        seeds,
+        _missing(plan, values, seeds),
+        notes(runs, reference),
+        plan.title,
+        plan.number,
+        plan.wide,
+        plan.averages_only,
+    )
+
+
+def _missing(plan: Plan, values: Values, seeds: Sequence[int]) -> list[Missing]:
+    return [
+        Missing(label, dataset, subsample, seed)
+        for label in plan.labels
+        for dataset in plan.datasets
+        for subsample in plan.columns
+        if subsample != "H"
+        for seed in seeds
+        if (label, dataset, subsample, seed) not in values
+    ]
+
+
+def _refuse_duplicates(runs: Sequence[Run]) -> None:
+    seen: dict[tuple, Run] = {}
+    for run in runs:
+        key = (run.label, run.dataset, run.subsample, run.seed)
+        if key in seen:
+            raise GramError(
+                f"expected one run of {run.label} on {run.dataset} ({run.subsample} classes, seed {run.seed}), "
+                f"found {seen[key].path} and {run.path}{_hint(seen[key], run)}"
+            )
+        seen[key] = run
+
+
+def _hint(one: Run, other: Run) -> str:
+    apart = _first_difference(one, other)
+    return f" (they differ in {apart}: --by {apart} keeps them apart)" if apart else ""
+
+
+def _first_difference(one: Run, other: Run) -> str:
+    keys = sorted(set(one.settings) | set(other.settings))
+    return next((key for key in keys if one.settings.get(key) != other.settings.get(key)), "")
+
+
+def _refuse_conflicts(runs: Sequence[Run]) -> None:
+    """Runs that are averaged or subtracted must have been made in the same way."""
+    first: dict[tuple[str, str], Run] = {}
+    for run in runs:
+        other = first.setdefault((run.label, run.dataset), run)
+        key = _first_difference(other, run)
+        if key:
+            raise GramError(
+                f"{run.label} on {run.dataset}: expected equal settings in all runs, found {key} "
+                f"{other.settings.get(key)!r} in {other.path} and {run.settings.get(key)!r} in {run.path} "
+                f"(--by {key} keeps them apart)"
+            )
+    for key in ("backbone", "shots"):
+        for dataset in sorted({run.dataset for run in runs}):
+            holders: dict[Any, Run] = {}
+            for run in runs:
+                if run.dataset == dataset and key in run.settings and f"{key} " not in run.label:
+                    holders.setdefault(run.settings[key], run)
+            if len(holders) > 1:
+                (one, first_run), (two, second_run) = list(holders.items())[:2]
+                raise GramError(
+                    f"{dataset}: expected one {key} in a table, found {one!r} in {first_run.path} and {two!r} in "
+                    f"{second_run.path} (--by {key} keeps them apart)"
+                )
+
+
+def _spread_fixed(
+    runs: Sequence[Run], values: dict[tuple[str, str, str, int], float], seeds: Sequence[int]
+) -> set[str]:
+    """Give a run without training its one value for every seed; returns the labels where nothing was drawn."""
+    seen: dict[tuple[str, str, str], set[float]] = defaultdict(set)
+    for run in runs:
+        if run.untrained and "random start" not in run.label:
+            seen[run.label, run.dataset, run.subsample].add(run.value)
+    drawn = {label for (label, _, _), found in seen.items() if len(found) > 1}
+    for (label, dataset, subsample), found in seen.items():
+        if label not in drawn:
+            for seed in seeds:
+                values.setdefault((label, dataset, subsample, seed), min(found))
+    return {label for label, _, _ in seen} - drawn
+
+
+def _series(
+    values: Values, label: str, datasets: Sequence[str], columns: Sequence[str], seeds: Sequence[int]
+) -> dict[str, dict[int, float]]:
+    """Per column, seed -> value averaged over datasets. A seed is there only if no dataset lacks it."""
+
+    series: dict[str, dict[int, float]] = {}
+    for column in columns:
+        if column == "H":
+            both = [seed for seed in series["base"] if seed in series["new"]]
+            series["H"] = {seed: harmonic(series["base"][seed], series["new"][seed]) for seed in both}
+            continue
+        whole = [seed for seed in seeds if all((label, name, column, seed) in values for name in datasets)]
+        series[column] = {
+            seed: mean(values[label, name, column, seed] for name in datasets) for seed in whole
+        }
+    return series
+
+
+def _cell(series: dict[str, dict[int, float]], column: str, expected: int, fixed: bool) -> Estimate | None:
+    if column == "H":
+        return harmonic_estimate(series["base"], series["new"], expected, fixed)
+    return estimate(list(series[column].values()), expected, fixed)
+
+
+def notes(runs: Sequence[Run], reference: str) -> list[str]:
+    """What a reader of the averages should know: other training images, settings that vary over datasets."""
+    found = []
+    shots = {(run.source, run.seed): run.few_shot for run in runs if run.label == reference and run.few_shot}
+    for run in runs:
+        if run.few_shot and run.few_shot != shots.get((run.source, run.seed), run.few_shot):
+            found.append(
+                f"{run.label}: other training images than {reference} on {run.source}, seed {run.seed}"
+            )
+    first: dict[str, Run] = {}
+    for run in runs:
+        other = first.setdefault(run.label, run)
+        key = _first_difference(other, run)
+        if key:
+            one, two = other.settings.get(key), run.settings.get(key)
+            found.append(f"{run.label}: {key} is {one!r} on {other.dataset}, {two!r} on {run.dataset}")
+    return list(dict.fromkeys(found))

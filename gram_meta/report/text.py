@@ -1,0 +1,267 @@
+"""Reports as text: for a terminal, Markdown, LaTeX, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gram_meta.report.statistics import Estimate
+from gram_meta.report.tables import AVERAGE, Missing, Report, Row
+
+FORMATS = ("table", "markdown", "csv", "latex", "json")
+
+
+def render(report: Report, form: str = "table", digits: int = 1) -> str:
+    """The report as text in one of `FORMATS`. JSON and CSV are unrounded."""
+    if form == "json":
+        return json.dumps(asdict(report), indent=2, ensure_ascii=False)
+    if form == "csv":
+        return _csv(report)
+    grid = grid_of(report, digits)
+    if form == "latex":
+        comments = [f"% {line}" for line in remarks(report)]
+        return "\n".join([_latex(grid.headers, grid.rows, report.title), *comments])
+    title = [f"**{report.title}**" if form == "markdown" else report.title, ""] if report.title else []
+    lines = remarks(report)
+    below = [f"- {line}" for line in lines] if form == "markdown" else lines
+    return "\n".join([*title, _grid(grid.headers, grid.rows, form), "", *below])
+
+
+def render_all(reports: Sequence[Report], form: str = "table", digits: int = 1) -> str:
+    """Several reports: JSON as one list, the other formats one below the other."""
+    texts = [render(report, form, digits) for report in reports]
+    return "[" + ",\n".join(texts) + "]" if form == "json" else "\n\n".join(texts)
+
+
+def render_curve(
+    headers: Sequence[str], rows: Sequence[Sequence[Any]], form: str = "table", digits: int = 1
+) -> str:
+    """A curve as text in one of `FORMATS`."""
+    if form == "json":
+        return json.dumps(
+            [dict(zip(headers, row, strict=True)) for row in rows], indent=2, ensure_ascii=False
+        )
+    if form == "csv":
+        return write_csv([headers, *rows])
+    shown = [[f"{cell:.{digits}f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    return _latex(headers, shown) if form == "latex" else _grid(headers, shown, form)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Headers and cells
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of words. `kinds` says of each line what it is: "measured", "difference" or "paper"."""
+
+    headers: list[str]
+    rows: list[list[str]]
+    kinds: list[str]
+
+
+def grid_of(report: Report, digits: int = 1) -> Grid:
+    """What a reader sees: a line per trainer in blocks of datasets, or, where wide, a column per dataset."""
+    return _wide(report, digits) if report.wide else _long(report, digits)
+
+
+def _long(report: Report, digits: int) -> Grid:
+    printed = any(row.paper for row in report.rows)
+    shown = [row for row in report.rows if not report.averages_only or row.dataset == AVERAGE]
+    headers = [] if report.averages_only else ["dataset"]
+    headers.append("row" if report.averages_only else "trainer")
+    for column in report.columns:
+        headers += [column, f"{column} (paper)"] if printed else [column]
+    if report.reference:
+        headers += [f"{column} - {_short(report)}" for column in report.columns]
+    rows, above = [], ""  # a dataset's name stands in its first line only
+    for row in shown:
+        line = [] if report.averages_only else ["" if row.dataset == above else row.dataset]
+        line.append(row.label)
+        for column in report.columns:
+            line.append(cell(row.cells[column], digits))
+            if printed:
+                line.append(f"{row.paper[column]:.2f}" if column in row.paper else "")
+        if report.reference:
+            same = row.label == report.reference
+            line += [
+                "" if same else cell(row.differences.get(column), digits, sign=True)
+                for column in report.columns
+            ]
+        above = row.dataset
+        rows.append(line)
+    return Grid(headers, rows, ["measured"] * len(rows))
+
+
+def _wide(report: Report, digits: int) -> Grid:
+    """Tables 2 to 5: below a trainer's accuracies its differences to the reference, and the paper's numbers."""
+    column = report.columns[0]
+    by_place = {(row.label, row.dataset): row for row in report.rows}
+    places = list(dict.fromkeys(row.dataset for row in report.rows))
+    headers = ["trainer", *(f"{name} (source)" if i == 0 else name for i, name in enumerate(places))]
+    rows, kinds = [], []
+    for label in report.labels:
+        line: list[Row] = [by_place[label, place] for place in places]
+        rows.append([label, *(cell(row.cells[column], digits) for row in line)])
+        kinds.append("measured")
+        if report.reference and label != report.reference:
+            signed = [cell(row.differences.get(column), digits, sign=True) for row in line]
+            rows.append([f"  - {report.reference}", *signed])
+            kinds.append("difference")
+        if any(row.paper for row in line):
+            rows.append(["  paper", *(f"{row.paper[column]:.2f}" if row.paper else "" for row in line)])
+            kinds.append("paper")
+    return Grid(headers, rows, kinds)
+
+
+def _short(report: Report) -> str:
+    """What differences are taken to: a trainer's name, or the row of Table 6 or 7."""
+    return f"row {report.reference[0]}" if report.number == 6 else report.reference.partition(" (")[0]
+
+
+def cell(estimate: Estimate | None, digits: int, sign: bool = False) -> str:
+    """A mean with its interval, and how many seeds it has where some lack."""
+    if estimate is None:
+        return "missing"
+    text = f"{estimate.mean:{'+' if sign else ''}.{digits}f}"
+    if estimate.half_width is not None:
+        text += f" ± {estimate.half_width:.{digits}f}"
+    if estimate.seeds < estimate.expected:
+        text += f" ({estimate.seeds} of {estimate.expected} seeds)"
+    return text
+
+
+def remarks(report: Report) -> list[str]:
+    """The lines below a table: how its numbers were made, what is missing, what to know."""
+    datasets = f"{len(report.datasets)} dataset{'s' * (len(report.datasets) != 1)}"
+    seeds = f"seed{'s' * (len(report.seeds) != 1)} {', '.join(map(str, report.seeds))}"
+    lines = [f"{datasets}; {seeds}; percent; ± is the 95 % interval over seeds (Student's t)."]
+    if len(report.seeds) < 2:
+        lines.append("One seed: no intervals.")
+    if "H" in report.columns:
+        lines.append("H: harmonic mean of averaged base and new.")
+    if report.wide:
+        lines.append("average: over the targets, without the source.")
+    if report.averages_only:
+        lines.append(f"Averages over {', '.join(report.datasets)}.")
+    if report.reference:
+        lines.append(f"Differences to {report.reference} are paired by seed.")
+    if any(row.paper for row in report.rows):
+        lines.append("paper: the number the paper prints for this dataset, backbone and number of shots.")
+    lines += [f"missing: {line}" for line in missing_lines(report.missing)]
+    lines += [f"note: {line}" for line in report.notes]
+    return lines
+
+
+def missing_lines(missing: Sequence[Missing]) -> list[str]:
+    """One line for all datasets on which a trainer lacks the same runs."""
+    lacking: dict[str, dict[str, dict[str, list[int]]]] = {}
+    for one in missing:
+        by_class = lacking.setdefault(one.label, {}).setdefault(one.dataset, {})
+        by_class.setdefault(one.subsample, []).append(one.seed)
+    lines = []
+    for label, by_dataset in lacking.items():
+        alike: dict[str, list[str]] = {}
+        for dataset, by_class in by_dataset.items():
+            seeds: dict[tuple[int, ...], list[str]] = {}
+            for subsample, found in by_class.items():
+                seeds.setdefault(tuple(found), []).append(subsample)
+            what = "; ".join(f"{' and '.join(names)}, {_seeds(some)}" for some, names in seeds.items())
+            alike.setdefault(what, []).append(dataset)
+        lines += [f"{label}: {', '.join(datasets)}, {what}" for what, datasets in alike.items()]
+    return lines
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'s' * (len(seeds) != 1)} {', '.join(map(str, seeds))}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Formats
+
+
+def _grid(headers: Sequence[str], rows: Sequence[Sequence[Any]], form: str) -> str:
+    from tabulate import tabulate
+
+    style = {"table": "simple", "markdown": "github"}[form]
+    if form == "markdown":
+        headers, rows = (
+            [_escape_markdown(h) for h in headers],
+            [[_escape_markdown(c) for c in r] for r in rows],
+        )
+    return tabulate(rows, headers, tablefmt=style, disable_numparse=True)
+
+
+def _escape_markdown(text: Any) -> str:
+    return str(text).replace("|", "\\|").strip()
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", '"': "''",
+}  # fmt: skip
+
+
+def escape_latex(text: str) -> str:
+    """Text as LaTeX shows it; a line that begins with spaces is set in."""
+    indent = r"\quad " if text.startswith("  ") else ""
+    return indent + "".join(_LATEX.get(letter, letter) for letter in text.strip())
+
+
+def _latex(headers: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
+    """A table environment; needs the package booktabs."""
+
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join(escape_latex(str(one)) for one in cells) + r" \\"
+
+    names = sum(header in ("dataset", "trainer", "row") for header in headers)
+    columns = "l" * names + "r" * (len(headers) - names)
+    body = []
+    for i, row in enumerate(rows):
+        starts_a_block = "dataset" in headers and i and row[0]
+        body += ([r"\midrule"] if starts_a_block else []) + [line(row)]
+    return "\n".join([
+        r"\begin{table}",
+        r"\centering",
+        *([rf"\caption{{{escape_latex(caption)}}}"] if caption else []),
+        rf"\begin{{tabular}}{{{columns}}}",
+        r"\toprule",
+        line(headers),
+        r"\midrule",
+        *body,
+        r"\bottomrule",
+        r"\end{tabular}",
+        r"\end{table}",
+    ])  # fmt: skip
+
+
+def _csv(report: Report) -> str:
+    headers = ["table", "dataset", "trainer"]
+    for column in report.columns:
+        headers += [column, f"{column}_half_width", f"{column}_seeds"]
+        headers += [f"{column}_difference", f"{column}_difference_half_width", f"{column}_paper"]
+    rows: list[list[Any]] = [headers]
+    for row in report.rows:
+        line: list[Any] = [report.number or report.title, row.dataset, row.label]
+        for column in report.columns:
+            found, difference = row.cells[column], row.differences.get(column)
+            line += (
+                [found.mean, found.half_width, f"{found.seeds}/{found.expected}"]
+                if found
+                else ["missing", None, f"0/{len(report.seeds)}"]
+            )
+            line += [difference.mean, difference.half_width] if difference else [None, None]
+            line.append(row.paper.get(column))
+        rows.append(line)
+    return write_csv(rows)
+
+
+def write_csv(rows: Iterable[Sequence[Any]]) -> str:
+    """Rows as CSV; floats keep all their digits."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().rstrip("\n")
