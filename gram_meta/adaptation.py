@@ -103,8 +103,8 @@ def evaluate_adaptation(
     hierarchy.check_store(store)
     if tasks < 1 or min(steps, default=-1) < 0:
         raise GramError(f"--tasks, --steps: expected at least one task and steps of 0 or more, found {tasks}, {steps}")
-    held = checkpoint.provenance.get("held_out_topics")
-    same = held and checkpoint.provenance.get("hierarchy") == hierarchy.fingerprint
+    held = checkpoint.provenance.get("held_out_topics") or []
+    same = bool(held) and checkpoint.provenance.get("hierarchy") == hierarchy.fingerprint
     sampler = TaskSampler(
         hierarchy, config.TASKS.WAYS, config.TASKS.SUPPORT_SHOTS, config.TASKS.QUERY_SHOTS, seed,
         held if same else None, config.TASKS.DOMAIN_SHIFT,

@@ -98,7 +98,11 @@ class Episodes:
         topics = torch.from_numpy(np.stack([task.topics for task in tasks])).to(
             self.backbone.device
         )  # (B, K)
-        classes = self.text.select(topics) if self.text is not None else self.fixed[topics]
+        if self.text is not None:
+            classes: ClassText | Tensor = self.text.select(topics)
+        else:
+            assert self.fixed is not None  # one of the two, by construction
+            classes = self.fixed[topics]
         sides = (TaskSet(self.backbone, classes, images) for images in (support, query))
         return Episode(tasks, *sides)
 

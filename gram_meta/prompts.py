@@ -253,7 +253,7 @@ class ConditionalCLIP(PromptedCLIP):
         """Logits (B, N) of image features (B, D)."""
         ctx = self.prompt_learner.ctx
         assert ctx is not None and self.class_text is not None  # it has a text prompt, by construction
-        shift = self.prompt_learner.meta_net(features)  # (B, d)
+        shift = self.prompt_learner.get_submodule("meta_net")(features)  # (B, d)
         classes = self.class_text.features(ctx + shift[:, None])  # (B, N, D)
         return logits(features[:, None], classes, self.backbone.logit_scale).squeeze(1)
 
