@@ -1,8 +1,7 @@
 """A dataset that a CoOp-style split file describes: `split_zhou_<Name>.json` beside a folder of images.
 
 The file holds {"train": [[path, label, class name], ...], "val": [...], "test": [...]} with paths relative to the
-folder of images. Few-shot subsets are drawn as CoOp draws them and stored in the same form, relative paths and all, as
-`split_fewshot/shot_<n>-seed_<s>.json`.
+folder of images. Datasets without such a file read something else into the same form.
 """
 
 from __future__ import annotations
@@ -11,59 +10,116 @@ import hashlib
 import json
 import math
 import os
-import random
-from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from gram_meta.datasets.few_shot import Entry, FewShot, Splits
 from gram_meta.engine import DatasetBase, Datum
 from gram_meta.errors import GramError
-from gram_meta.files import read_json, sha256_file, write_json
-
-Entry = tuple[str, int, str]  # path relative to the folder of images, label, class name
-Splits = dict[str, list[Entry]]  # "train", "val", "test"
+from gram_meta.files import read_json, sha256_file
 
 SUBSAMPLES = ("all", "base", "new")
-MAX_VAL_SHOTS = 4  # CoOp's: validation never takes more than this many images of a class
+PARTS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Published:
+    """What is known of a published dataset: `gram check-data` compares with it.
+
+    Attributes:
+        classes, train, val, test: numbers of classes and images; None: not known.
+        sources: what is needed -> where its authors, or CoOp, offer it.
+        note: what else one has to know to get it.
+    """
+
+    classes: int | None = None
+    train: int | None = None
+    val: int | None = None
+    test: int | None = None
+    sources: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
 
 
 class SplitDataset(DatasetBase):
     """Subclasses name `dataset_dir` (under DATASET.ROOT), `image_dir` and `split_file` (in `dataset_dir`).
+
+    A dataset without a split file overrides `read`, which then gets the dataset's folder. With no `few_shot_parts` a
+    dataset is for testing alone.
 
     Attributes:
         few_shot: {"path", "sha256"} of the few-shot subset; empty without one, path empty where it was not stored.
     """
 
     dataset_dir = ""
-    image_dir = "images"
+    image_dir = "images"  # "": paths start from the dataset's folder
     split_file = ""
     few_shot_dir = "split_fewshot"  # of its own where several datasets share a split file
+    few_shot_parts: tuple[str, ...] = ("train", "val")
+    source = "lists"  # in words, what `read` reads where there is no split file
+    published: ClassVar[Published] = Published()
 
     def __init__(self, cfg: Any) -> None:
+        name, shots = type(self).__name__, cfg.DATASET.NUM_SHOTS
         folder = Path(os.path.abspath(os.path.expanduser(cfg.DATASET.ROOT)), self.dataset_dir)
-        name = type(self).__name__
         if not folder.is_dir():
             raise GramError(
                 f"{folder}: expected the folder of {name} under DATASET.ROOT, found no such folder"
             )
-        split_path = folder / self.split_file
-        splits = self.read(split_path)
+        path = folder / self.split_file
+        splits = self.read(path)
         self.few_shot = {"path": "", "sha256": ""}
-        if cfg.DATASET.NUM_SHOTS >= 1:
-            splits, self.few_shot = few_shot(
-                splits, split_path, cfg.DATASET.NUM_SHOTS, cfg.SEED, self.few_shot_dir
-            )
+        if shots >= 1 and self.few_shot_parts:
+            splits, self.few_shot = self.files(path, splits).subset(splits, shots, cfg.SEED)
+        elif shots >= 1:
+            print(f"Note: {name} is for testing alone; DATASET.NUM_SHOTS {shots} means nothing to it")
         splits = subsample(splits, cfg.DATASET.SUBSAMPLE_CLASSES)
-        images = folder / self.image_dir
-        _check_images(splits, images, split_path)
-        train, val, test = (
-            [_datum(images, entry) for entry in splits[part]] for part in ("train", "val", "test")
-        )
-        super().__init__(train_x=train, val=val, test=test)
+        super().__init__(**self.data(folder / self.image_dir, splits))
 
-    def read(self, path: Path) -> Splits:
-        """The splits that the file describes."""
+    @classmethod
+    def read(cls, path: Path) -> Splits:
+        """The splits that the split file describes, or the dataset's folder where there is no such file."""
+        if not path.is_file():
+            raise GramError(
+                f"{path}: expected a split file in CoOp's format, found no such file{cls.where()}"
+            )
         return read_split(path)
+
+    @classmethod
+    def fingerprint(cls, path: Path, splits: Splits) -> str:
+        """SHA-256 of what few-shot subsets are drawn from."""
+        if path.is_file():
+            return sha256_file(path)
+        drawn_from = [splits[part] for part in cls.few_shot_parts]
+        return hashlib.sha256(json.dumps(drawn_from).encode()).hexdigest()
+
+    @classmethod
+    def files(cls, path: Path, splits: Splits) -> FewShot:
+        """Where this dataset's few-shot subsets are kept."""
+        folder = path.parent if path.is_file() else path
+        return FewShot(
+            folder / cls.few_shot_dir,
+            folder / cls.image_dir,
+            path.name if path.is_file() else cls.source,
+            cls.fingerprint(path, splits),
+            cls.few_shot_parts,
+        )
+
+    def data(self, images: Path, splits: Splits) -> dict[str, list[Datum]]:
+        """Arguments of Dassl's DatasetBase."""
+        try:
+            train, val, test = ([_datum(images, entry) for entry in splits[part]] for part in PARTS)
+        except AssertionError:  # Datum looks for its image
+            _say_missing(splits, images, self.split_file or self.source)
+            raise
+        return {"train_x": train, "val": val, "test": test}
+
+    @classmethod
+    def where(cls) -> str:
+        """Half a sentence on where the split file is to be had."""
+        url = cls.published.sources.get(cls.split_file)
+        return f"; CoOp offers it at {url} (gram check-data says what else is missing)" if url else ""
 
 
 def read_split(path: Path) -> Splits:
@@ -76,10 +132,16 @@ def read_split(path: Path) -> Splits:
     try:
         splits = {
             part: [(str(image), int(label), str(name)) for image, label, name in raw.get(part, [])]
-            for part in ("train", "val", "test")
+            for part in PARTS
         }
     except (TypeError, ValueError):
         raise GramError(f"{path}: expected rows of [path, label, class name], found another row") from None
+    check_splits(splits, path)
+    return splits
+
+
+def check_splits(splits: Splits, path: Path) -> None:
+    """Raises `GramError` (naming `path`) unless labels run from 0, and each has training images and one name."""
     for part in ("train", "test"):
         if not splits[part]:
             raise GramError(f"{path}: expected images in {part!r}, found none")
@@ -89,46 +151,13 @@ def read_split(path: Path) -> Splits:
     for part in ("val", "test"):
         if strange := {label for _, label, _ in splits[part]} - known:
             raise GramError(f"{path}: {part!r} has labels without a training image ({_some(strange)})")
-    return splits
-
-
-def few_shot(
-    splits: Splits, split_path: Path, shots: int, seed: int, folder: str = "split_fewshot"
-) -> tuple[Splits, dict[str, str]]:
-    """The same splits with `shots` training images per class (validation: at most 4), and which file says so.
-
-    An existing file is used. Otherwise the subset is drawn and stored; where the folder cannot be written, or the seed
-    is not fixed, it stays in memory.
-    """
-    path = split_path.parent / folder / f"shot_{shots}-seed_{seed}.json"
-    source = sha256_file(split_path)
-    if seed >= 0 and path.is_file():
-        print(f"Loading preprocessed few-shot data from {path}")
-        stored = read_json(path)
-        if stored.get("split_sha256") != source:
-            raise GramError(
-                f"{path}: was drawn from another {split_path.name} than the one beside it; remove it to draw anew"
-            )
-        drawn = {part: [tuple(row) for row in stored[part]] for part in ("train", "val")}
-        return {**splits, **drawn}, {"path": os.fspath(path), "sha256": sha256_file(path)}
-    # the stream of `random` right after Dassl has seeded it, without touching the global generator
-    draw = random.Random(seed) if seed >= 0 else random
-    print(f"Creating a {shots}-shot dataset")
-    drawn = {
-        "train": _draw(splits["train"], shots, draw),
-        "val": _draw(splits["val"], min(shots, MAX_VAL_SHOTS), draw),
-    }
-    contents = {"format": 1, "shots": shots, "seed": seed, "split_sha256": source, **drawn}
-    facts = {"path": "", "sha256": hashlib.sha256(json.dumps(contents).encode()).hexdigest()}
-    if seed >= 0:
-        try:
-            write_json(path, contents)
-        except OSError as error:
-            print(f"Note: {path} cannot be written ({error.strerror}); the few-shot data stays in memory")
-        else:
-            print(f"Saving preprocessed few-shot data to {path}")
-            facts = {"path": os.fspath(path), "sha256": sha256_file(path)}
-    return {**splits, **drawn}, facts
+    names: dict[int, str] = {}
+    for entries in splits.values():
+        for image, label, name in entries:
+            if names.setdefault(label, name) != name:
+                raise GramError(
+                    f"{path}: expected one class name for label {label}, found {names[label]!r} and {name!r} ({image})"
+                )
 
 
 def subsample(splits: Splits, group: str) -> Splits:
@@ -152,25 +181,14 @@ def subsample(splits: Splits, group: str) -> Splits:
     }
 
 
-def _draw(entries: list[Entry], shots: int, draw: Any) -> list[Entry]:
-    """`shots` entries of each label, labels in the order of their first entry; a label with fewer gives all."""
-    by_label: dict[int, list[Entry]] = defaultdict(list)
-    for entry in entries:
-        by_label[entry[1]].append(entry)
-    drawn: list[Entry] = []
-    for group in by_label.values():
-        drawn.extend(draw.sample(group, shots) if len(group) >= shots else group)
-    return drawn
-
-
-def _check_images(splits: Splits, images: Path, split_path: Path) -> None:
+def _say_missing(splits: Splits, images: Path, source: str) -> None:
     named = [entry[0] for entries in splits.values() for entry in entries]
     missing = [image for image in named if not (images / image).is_file()]
     if missing:
         raise GramError(
-            f"{images / missing[0]}: {split_path.name} names this image, found no such file "
+            f"{images / missing[0]}: {source} names this image, found no such file "
             f"({len(missing)} of {len(named)} images are missing)"
-        )
+        ) from None
 
 
 def _datum(images: Path, entry: Entry) -> Datum:

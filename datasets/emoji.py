@@ -25,18 +25,19 @@ class StyleDataset(SplitDataset):
 
     style = ""
 
-    def read(self, path: Path) -> Splits:
+    @classmethod
+    def read(cls, path: Path) -> Splits:
         styles = read_styles(path.with_name(TRUTH))
         whole = read_split(path)
         splits = {
-            part: [entry for entry in entries if styles.get(f"{self.image_dir}/{entry[0]}") == self.style]
+            part: [entry for entry in entries if styles.get(f"{cls.image_dir}/{entry[0]}") == cls.style]
             for part, entries in whole.items()
         }
         classes = {label for _, label, _ in whole["train"]}
         for part in ("train", "test"):
             if missing := classes - {label for _, label, _ in splits[part]}:
                 raise GramError(
-                    f"{path.with_name(TRUTH)}: expected pictures of style {self.style!r} for all {len(classes)} classes "
+                    f"{path.with_name(TRUTH)}: expected pictures of style {cls.style!r} for all {len(classes)} classes "
                     f"in {part!r}, found none for {len(missing)} of them"
                 )
         return splits

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import gram_meta.plugin  # noqa: F401, fills the registries
-from gram_meta.datasets.base import SplitDataset, few_shot, read_split, subsample
+from gram_meta.datasets.base import SplitDataset, read_split, subsample
 from gram_meta.datasets.emoji import DATASETS
 from gram_meta.engine import DATASET_REGISTRY, Datum
 from gram_meta.engine.launch import find_config
@@ -133,11 +133,13 @@ def test_a_read_only_root_keeps_the_draw_in_memory(root, monkeypatch, capsys):
         raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as patch:
-        patch.setattr("gram_meta.datasets.base.write_json", refuse)
+        patch.setattr("gram_meta.datasets.few_shot.write_json", refuse)
         data = load(root, shots=2)
     assert "cannot be written (Permission denied)" in capsys.readouterr().out
     assert data.few_shot["path"] == "" and len(data.few_shot["sha256"]) == 64
-    assert names(data.train_x) == names(load(root, shots=2).train_x)
+    again = load(root, shots=2)
+    assert names(data.train_x) == names(again.train_x)
+    assert data.few_shot["sha256"] == again.few_shot["sha256"]  # of the file that could not be written
 
 
 def test_few_shot_of_another_split_is_refused(root):
@@ -159,7 +161,8 @@ def test_base_and_new_classes(root):
     for data in (base, new):
         for item in [*data.train_x, *data.val, *data.test]:
             assert data.classnames[item.label] == item.classname
-    assert len(list((root / "emoji_animals/split_fewshot").iterdir())) == 1
+    stored = sorted(path.name for path in (root / "emoji_animals/split_fewshot").iterdir())
+    assert stored == ["shot_2-seed_1.json", "shot_2-seed_1.pkl"]
     with pytest.raises(GramError, match="SUBSAMPLE_CLASSES is 'old'"):
         load(root, group="old")
     with pytest.raises(GramError, match="has none of them"):
@@ -192,6 +195,7 @@ def test_missing_things_are_named(root, tmp_path):
         ('{"train": [], "test": [["a", 0, "a"]]}', "expected images in 'train'"),
         ('{"train": [["a", 1, "a"]], "test": [["a", 1, "a"]]}', "expected training labels 0 to 0, found 1"),
         ('{"train": [["a", 0, "a"]], "test": [["a", 1, "b"]]}', "'test' has labels without a training image"),
+        ('{"train": [["a", 0, "a"]], "test": [["b", 0, "b"]]}', "one class name for label 0, found 'a' and 'b'"),
         ("{", "expected JSON"),
     ],
 )
@@ -206,5 +210,6 @@ def test_broken_split_files(tmp_path, contents, says):
 def test_without_validation_images(tmp_path):
     path = tmp_path / "split.json"
     path.write_text('{"train": [["a", 0, "a"], ["b", 0, "a"]], "test": [["c", 0, "a"]]}')
-    splits, facts = few_shot(read_split(path), path, 1, 5)
+    files = SplitDataset.files(path, read_split(path))
+    splits, facts = files.subset(read_split(path), 1, 5)
     assert len(splits["train"]) == 1 and splits["val"] == [] and facts["path"]

@@ -142,7 +142,7 @@ def train_folder(path: Path) -> Path:
     """`path`, or the folder of training images in it; a class called "train" holds images itself and is none."""
     for name in TRAIN_FOLDERS:
         folder = path / name
-        if folder.is_dir() and subfolders(folder) and next(_images_in(folder), None) is None:
+        if folder.is_dir() and subfolders(folder) and not images_in(folder):
             return folder
     return path
 
@@ -176,10 +176,10 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _images_in(folder: Path) -> Iterator[Path]:
+def images_in(folder: Path) -> list[str]:
+    """Names of the image files directly in a folder, sorted."""
     with os.scandir(folder) as entries:
-        listed = sorted(entry.name for entry in entries if is_image(entry.name) and not entry.is_dir())
-    return (folder / name for name in listed)
+        return sorted(entry.name for entry in entries if is_image(entry.name) and not entry.is_dir())
 
 
 def _with_names(source: Source, classnames: Path, depth: int) -> Source:
@@ -210,7 +210,7 @@ def _strays(base: Path, depth: int) -> Iterator[Path]:
     level = [base]
     for _ in range(depth):
         for folder in level:
-            yield from _images_in(folder)
+            yield from (folder / name for name in images_in(folder))
         level = [child for folder in level for child in subfolders(folder)]
 
 

@@ -1,0 +1,191 @@
+"""Few-shot subsets: drawn as CoOp draws them, and kept in `split_fewshot/` so that every run has the same.
+
+`shot_<n>-seed_<s>.json` is what holds: relative paths, good on every machine. `shot_<n>-seed_<s>.pkl` beside it is
+for CoOp's own code: written with the present absolute paths, and renewed when they change. A pickle that CoOp has left
+there is taken over, as long as there is no JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gram_meta.datasets.pickles import Record, absolute, read_pickle, relative_to, write_pickle
+from gram_meta.errors import GramError
+from gram_meta.files import read_json, sha256_file, write_json
+
+Entry = tuple[str, int, str]  # path relative to the folder of images, label, class name
+Splits = dict[str, list[Entry]]  # "train", "val", "test"
+
+MAX_VAL_SHOTS = 4  # CoOp's: validation never takes more than this many images of a class
+
+
+@dataclass(frozen=True)
+class FewShot:
+    """Where the subsets of one dataset are kept.
+
+    Attributes:
+        folder: `split_fewshot`. images: where relative paths start from.
+        source: in words, what the subsets are drawn from. fingerprint: SHA-256 of it.
+        parts: "train" and "val", or "train" alone where validation images are not cut.
+    """
+
+    folder: Path
+    images: Path
+    source: str
+    fingerprint: str
+    parts: tuple[str, ...] = ("train", "val")
+
+    def subset(self, splits: Splits, shots: int, seed: int) -> tuple[Splits, dict[str, str]]:
+        """The same splits with `shots` training images per class (validation: at most 4), and which file says so.
+
+        An existing file is used. Otherwise the subset is drawn and stored; where the folder cannot be written, or the
+        seed is not fixed, it stays in memory.
+
+        Returns:
+            The splits, and {"path", "sha256"} of the JSON file; path is empty where it could not be written.
+        """
+        path = self.folder / f"shot_{shots}-seed_{seed}.json"
+        pickled = path.with_suffix(".pkl")
+        if seed < 0:
+            drawn = self._draw(splits, shots, random)
+        elif path.is_file():
+            drawn = self._stored(path)
+        elif pickled.is_file():
+            drawn = self._taken_over(pickled, splits, shots)
+        else:  # the stream of `random` right after Dassl has seeded it, without touching the global generator
+            drawn = self._draw(splits, shots, random.Random(seed))
+        contents = {"format": 1, "shots": shots, "seed": seed, "split_sha256": self.fingerprint, **drawn}
+        text = json.dumps(contents, indent=2, ensure_ascii=False) + "\n"  # as write_json writes it
+        facts = {"path": "", "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        if seed >= 0 and (path.is_file() or _written(path, contents)):
+            facts = {"path": os.fspath(path), "sha256": sha256_file(path)}
+            self._export(pickled, drawn)
+        return {**splits, **drawn}, facts
+
+    def _draw(self, splits: Splits, shots: int, draw: Any) -> Splits:
+        print(f"Creating a {shots}-shot dataset")
+        wanted = {"train": shots, "val": min(shots, MAX_VAL_SHOTS)}
+        return {part: _sample(splits[part], wanted[part], draw) for part in self.parts}
+
+    def _stored(self, path: Path) -> Splits:
+        print(f"Loading preprocessed few-shot data from {path}")
+        stored = read_json(path)
+        try:
+            source = stored["split_sha256"]
+            drawn = {part: [(str(image), int(label), str(name)) for image, label, name in stored[part]]
+                     for part in self.parts}  # fmt: skip
+        except (KeyError, TypeError, ValueError):
+            raise GramError(
+                f"{path}: expected a few-shot subset, found other contents; remove it to draw anew"
+            ) from None
+        if source != self.fingerprint:
+            raise GramError(
+                f"{path}: was drawn from another {self.source} than the one there now; remove it to draw anew"
+            )
+        return drawn
+
+    def _taken_over(self, path: Path, splits: Splits, shots: int) -> Splits:
+        """What a pickle of CoOp's holds, at the present place of the images."""
+        print(f"Loading preprocessed few-shot data from {path}")
+        records = read_pickle(path)
+        drawn: Splits = {}
+        for part in self.parts:
+            if part not in records and splits[part]:
+                raise GramError(f"{path}: expected images under {part!r}, found none; remove it to draw anew")
+            known = {entry[0]: entry for entry in splits[part]}
+            drawn[part] = [self._known(path, part, record, known) for record in records.get(part, [])]
+            most = max(Counter(label for _, label, _ in drawn[part]).values(), default=0)
+            if most > shots:
+                raise GramError(f"{path}: expected at most {shots} images of a class, found {most}")
+        self._note_names(path, records, drawn)
+        return drawn
+
+    def _known(self, path: Path, part: str, record: Record, known: dict[str, Entry]) -> Entry:
+        image, label, _ = record
+        end = relative_to(image, known)
+        if end is None:
+            raise GramError(
+                f"{path}: names {image}, which is no {part} image of the {self.source} there now; remove it to draw anew"
+            )
+        if known[end][1] != label:
+            raise GramError(
+                f"{path}: gives {end} the label {label}, expected {known[end][1]} as in the {self.source} there now; "
+                "remove it to draw anew"
+            )
+        return known[end]
+
+    def _note_names(self, path: Path, records: dict[str, list[Record]], drawn: Splits) -> None:
+        pairs = {(there[2], here[2]) for part in drawn for there, here in zip(records.get(part, []), drawn[part],
+                                                                              strict=True)}  # fmt: skip
+        other = sorted(pair for pair in pairs if pair[0] != pair[1])
+        if other:
+            there, here = other[0]
+            print(
+                f"Note: {path} calls {len(other)} classes by other names ({there!r} for {here!r}, ...); those of the "
+                f"{self.source} hold"
+            )
+
+    def _export(self, path: Path, drawn: Splits) -> None:
+        """Write the pickle for CoOp's own code, or renew its paths; one that holds another subset is left alone."""
+        wanted = {
+            part: [(absolute(self.images, image), label, name) for image, label, name in entries]
+            for part, entries in drawn.items()
+        }
+        try:
+            if path.is_file():
+                try:
+                    found = read_pickle(path)
+                except GramError as error:
+                    print(f"Note: {error}; it is left alone, the JSON beside it holds")
+                    return
+                if found == wanted:
+                    return
+                if not _same_images(found, drawn):
+                    print(
+                        f"Note: {path} holds another subset than the JSON beside it; the JSON holds here, and CoOp's own "
+                        "code would use the pickle: remove the one that is not meant"
+                    )
+                    return
+            write_pickle(path, wanted)
+        except OSError as error:
+            print(f"Note: {path} cannot be written ({error.strerror})")
+
+
+def _written(path: Path, contents: dict[str, Any]) -> bool:
+    try:
+        write_json(path, contents)
+    except OSError as error:
+        print(f"Note: {path} cannot be written ({error.strerror}); the few-shot data stays in memory")
+        return False
+    print(f"Saving preprocessed few-shot data to {path}")
+    return True
+
+
+def _sample(entries: list[Entry], shots: int, draw: Any) -> list[Entry]:
+    """`shots` entries of each label, labels in the order of their first entry; a label with fewer gives all."""
+    by_label: dict[int, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        by_label[entry[1]].append(entry)
+    drawn: list[Entry] = []
+    for group in by_label.values():
+        drawn.extend(draw.sample(group, shots) if len(group) >= shots else group)
+    return drawn
+
+
+def _same_images(found: dict[str, list[Record]], drawn: Splits) -> bool:
+    """Whether a pickle holds these images in this order, wherever they lie."""
+    return set(found) == set(drawn) and all(
+        len(found[part]) == len(drawn[part])
+        and all(
+            there[1] == here[1] and relative_to(there[0], {here[0]}) is not None
+            for there, here in zip(found[part], drawn[part], strict=True)
+        )
+        for part in drawn
+    )

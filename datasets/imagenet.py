@@ -1,0 +1,206 @@
+"""ImageNet, and the four sets that test what was learnt on it under a shift.
+
+Each has class folders and a `classnames.txt` with lines "n01440764 tench". Labels are the places of the folders in the
+order of their names, and so is every listing: subsets do not depend on the file system.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gram_meta.corpus.classes import CLASSNAMES, images_in, read_classnames, subfolders
+from gram_meta.datasets.base import Published, SplitDataset, check_splits
+from gram_meta.datasets.benchmarks import DRIVE
+from gram_meta.datasets.few_shot import Entry, Splits
+from gram_meta.engine import register_dataset
+from gram_meta.errors import GramError
+
+NAMES_URL = f"{DRIVE}1-61f_ol79pViBFDG_IDlUQSwoLcn2XXF/view"
+
+
+@register_dataset
+class ImageNet(SplitDataset):
+    """Its validation set is the test set, as everywhere; it also stands in for validation and is never cut."""
+
+    dataset_dir = "imagenet"
+    few_shot_parts = ("train",)
+    source = "class folders in images/train"
+    published = Published(
+        classes=1000,
+        train=1281167,
+        test=50000,
+        sources={"images/train, images/val": "https://image-net.org/index.php", CLASSNAMES: NAMES_URL},
+        note="images/val needs class folders too (n01440764, ...), as images/train has them",
+    )
+
+    @classmethod
+    def read(cls, path: Path) -> Splits:
+        images, names = path / cls.image_dir, _names(path, cls)
+        train, test = (_listed(images, part, names) for part in ("train", "val"))
+        splits = {"train": train, "val": [], "test": test}
+        for part, other in (("train", "val"), ("val", "train")):
+            here, there = ({folder.name for folder in subfolders(images / part)} for part in (part, other))
+            if missing := sorted(here - there):
+                raise GramError(
+                    f"{images / other}: expected the class folders of {part}, found no {missing[0]} "
+                    f"({len(missing)} of {len(here)} are missing)"
+                )
+        check_splits(splits, path)
+        return splits
+
+    @classmethod
+    def fingerprint(cls, path: Path, splits: Splits) -> str:
+        """Of the classes alone: subsets stay good when images are added to a class."""
+        classes = sorted({(label, name) for _, label, name in splits["train"]})
+        return hashlib.sha256(json.dumps(classes).encode()).hexdigest()
+
+    def data(self, images: Path, splits: Splits) -> dict[str, Any]:
+        data = super().data(images, splits)
+        return {**data, "val": data["test"]}
+
+
+class ShiftedImageNet(SplitDataset):
+    """A test set: its images are all there is, and also serve where Dassl wants training images to name classes."""
+
+    few_shot_parts = ()
+
+    @classmethod
+    def read(cls, path: Path) -> Splits:
+        images = path / cls.image_dir
+        entries = cls.entries(images, _names(path, cls))
+        splits = {"train": [], "val": [], "test": entries}
+        check_splits({**splits, "train": entries}, images)
+        return splits
+
+    @classmethod
+    def entries(cls, images: Path, names: Mapping[str, str]) -> list[Entry]:
+        """Labels count the folders that are there: 200 in ImageNet-A and -R, which are problems of 200 classes."""
+        return _listed(images, "", names)
+
+    def __init__(self, cfg: Any) -> None:
+        group = cfg.DATASET.SUBSAMPLE_CLASSES
+        if group != "all":
+            raise GramError(
+                f"DATASET.SUBSAMPLE_CLASSES is {group!r}; expected 'all', as {type(self).__name__} is a test set of all "
+                "its classes"
+            )
+        super().__init__(cfg)
+
+    def data(self, images: Path, splits: Splits) -> dict[str, Any]:
+        test = super().data(images, splits)["test"]
+        return {"train_x": test, "test": test}
+
+
+@register_dataset
+class ImageNetV2(ShiftedImageNet):
+    """New photographs; the folders 0 ... 999 are places in the order of classnames.txt."""
+
+    dataset_dir = "imagenetv2"
+    image_dir = "imagenetv2-matched-frequency-format-val"
+    published = Published(
+        classes=1000,
+        test=10000,
+        sources={
+            image_dir: "https://s3-us-west-2.amazonaws.com/imagenetv2public/imagenetv2-matched-frequency.tar.gz",
+            CLASSNAMES: "a copy of imagenet/classnames.txt",
+        },
+        note="authors' page: https://github.com/modestyachts/ImageNetV2",
+    )
+
+    @classmethod
+    def entries(cls, images: Path, names: Mapping[str, str]) -> list[Entry]:
+        entries: list[Entry] = []
+        for label, name in enumerate(names.values()):
+            folder = images / str(label)
+            if not folder.is_dir():
+                raise GramError(f"{folder}: expected the images of {name!r}, found no such folder")
+            entries += _images(images, folder, label, name)
+        return entries
+
+
+@register_dataset
+class ImageNetSketch(ShiftedImageNet):
+    """Drawings."""
+
+    dataset_dir = "imagenet-sketch"
+    published = Published(
+        classes=1000,
+        test=50889,
+        sources={
+            "images": "https://github.com/HaohanWang/ImageNet-Sketch",
+            CLASSNAMES: "a copy of imagenet/classnames.txt",
+        },
+    )
+
+
+@register_dataset
+class ImageNetA(ShiftedImageNet):
+    """Photographs that classifiers got wrong, of 200 classes."""
+
+    dataset_dir = "imagenet-adversarial"
+    image_dir = "imagenet-a"
+    published = Published(
+        classes=200,
+        test=7500,
+        sources={
+            image_dir: "https://github.com/hendrycks/natural-adv-examples",
+            CLASSNAMES: "a copy of imagenet/classnames.txt",
+        },
+    )
+
+
+@register_dataset
+class ImageNetR(ShiftedImageNet):
+    """Paintings, toys, tattoos and other renditions, of 200 classes."""
+
+    dataset_dir = "imagenet-rendition"
+    image_dir = "imagenet-r"
+    published = Published(
+        classes=200,
+        test=30000,
+        sources={
+            image_dir: "https://github.com/hendrycks/imagenet-r",
+            CLASSNAMES: "a copy of imagenet/classnames.txt",
+        },
+    )
+
+
+def _names(folder: Path, dataset: type[SplitDataset]) -> dict[str, str]:
+    path = folder / CLASSNAMES
+    if not path.is_file():
+        where = dataset.published.sources[CLASSNAMES]
+        raise GramError(
+            f'{path}: expected lines of "n01440764 tench", found no such file; CoOp has it from {where}'
+        )
+    return read_classnames(path)
+
+
+def _listed(images: Path, part: str, names: Mapping[str, str]) -> list[Entry]:
+    """Images in class folders; labels are the folders' places."""
+    base = images / part
+    if not base.is_dir():
+        raise GramError(f"{base}: expected class folders like {next(iter(names))}, found no such folder")
+    folders = subfolders(base)
+    if not folders:
+        raise GramError(
+            f"{base}: expected class folders like {next(iter(names))}, found none; images that lie there side by side "
+            "have to be sorted into their classes' folders"
+        )
+    entries: list[Entry] = []
+    for label, folder in enumerate(folders):
+        if folder.name not in names:
+            raise GramError(f"{folder}: expected a class folder that {CLASSNAMES} names, found another")
+        entries += _images(images, folder, label, names[folder.name])
+    return entries
+
+
+def _images(images: Path, folder: Path, label: int, name: str) -> list[Entry]:
+    place = folder.relative_to(images).as_posix()
+    found = [(f"{place}/{image}", label, name) for image in images_in(folder)]
+    if not found:
+        raise GramError(f"{folder}: expected images of {name!r}, found none")
+    return found

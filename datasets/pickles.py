@@ -1,0 +1,95 @@
+"""CoOp's few-shot pickles, read without running what is in them, and written for CoOp's own code to read.
+
+Such a file holds {"train": [Datum, ...], "val": [Datum, ...]} with absolute paths, made by `dassl`. Unpickling in the
+ordinary way runs whatever the file says; here nothing but plain containers and such records can come out of it.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+from gram_meta.errors import GramError
+from gram_meta.files import atomic_write
+
+Record = tuple[str, int, str]  # absolute path of the image, label, class name
+
+MAX_BYTES = 256 << 20  # 16 shots of ImageNet are 2 MB
+DATUM_MODULES = ("dassl.data.datasets.base_dataset", "dassl.data.datasets", "dassl.data.datasets.build")
+
+
+class _Datum:
+    """What stands for Dassl's Datum while a file is read: a bag of attributes."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> type:
+        if module in DATUM_MODULES and name == "Datum":
+            return _Datum
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise pickle.UnpicklingError("it refers to something outside of itself")
+
+
+def read_pickle(path: Path) -> dict[str, list[Record]]:
+    """The records of a few-shot pickle, by part ("train", "val").
+
+    Raises:
+        GramError: anything else than lists of Datum in the file. No code of it is run.
+    """
+    expected = f"{path}: expected CoOp's few-shot records (lists of dassl's Datum) and nothing else"
+    if path.stat().st_size > MAX_BYTES:
+        raise GramError(f"{expected}, found more than {MAX_BYTES >> 20} MB")
+    try:
+        with open(path, "rb") as file:
+            contents = _Unpickler(file).load()
+    except Exception as error:  # noqa: BLE001 - a damaged pickle can raise nearly anything
+        raise GramError(f"{expected}; refused without running it: {_in_short(error)}") from None
+    if not isinstance(contents, dict) or not isinstance(contents.get("train"), list):
+        raise GramError(f'{expected}, found no list under "train"')
+    if strange := set(contents) - {"train", "val"}:
+        raise GramError(f"{expected}, found {', '.join(sorted(map(repr, strange)))[:100]} beside them")
+    return {part: [_record(item, expected) for item in items] for part, items in contents.items()}
+
+
+def write_pickle(path: Path, parts: dict[str, list[Record]]) -> None:
+    """Write the records as CoOp does, atomically; the images need not exist."""
+    from gram_meta.engine import Datum
+
+    def datum(record: Record) -> Any:
+        item = Datum.__new__(Datum)  # its __init__ looks for the image
+        item._impath, item._label, item._classname = record
+        item._domain = 0
+        return item
+
+    contents = {part: [datum(record) for record in records] for part, records in parts.items()}
+    with atomic_write(path) as file:
+        pickle.dump(contents, file, protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def _record(item: Any, expected: str) -> Record:
+    values = vars(item) if isinstance(item, _Datum) else {}
+    record = values.get("_impath"), values.get("_label"), values.get("_classname")
+    for value, kind in zip(record, (str, int, str), strict=True):
+        if type(value) is not kind:
+            raise GramError(f"{expected}, found a record without an image, a label or a class name")
+    return record  # type: ignore[return-value]
+
+
+def _in_short(error: Exception) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__
+
+
+def relative_to(path: str, known: Any) -> str | None:
+    """The end of an absolute path that is among the `known` relative paths, the longest; None: no end of it is."""
+    parts = path.replace("\\", "/").split("/")
+    ends = ("/".join(parts[first:]) for first in range(len(parts)))
+    return next((end for end in ends if end in known), None)
+
+
+def absolute(images: Path, image: str) -> str:
+    """A relative path of an image as CoOp writes it."""
+    return os.path.join(images, image)
