@@ -14,10 +14,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -29,20 +30,24 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_
 
 @dataclass(frozen=True)
 class Task:
-    """A command for a worker, and the file for what it prints; the file is left only where the command fails."""
+    """A command for a worker, and the file for what it prints; the file is left only where the command fails.
+
+    Instead of a command of `gram`: ("python", "-c", code), or ("call",) with a function and its arguments.
+    """
 
     key: str
     argv: tuple[str, ...]
     log: str
+    call: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a task ended. `metrics` of a run that tested something; `error`: one line, where it failed."""
+    """How a task ended. `result`: the metrics of a run, or what a call returned; `error`: one line, where it failed."""
 
     key: str
     seconds: float
-    metrics: Mapping[str, float] | None = None
+    result: Any = None
     error: str = ""
     broken: bool = False  # the worker is not to be used again
 
@@ -111,6 +116,17 @@ class Pool:
             else:
                 self.idle.append(worker)
         return outcomes
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function returns in a worker, which is to import torch anyway. Raises GramError as the function does."""
+        from gram_meta.errors import GramError
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.start(Task("call", ("call",), f"{folder}/log", (function, arguments)))
+            (outcome,) = self.wait()
+        if outcome.error:
+            raise GramError(outcome.error)
+        return outcome.result
 
     def stop(self) -> None:
         """End all workers and what they have started; a run in progress can be gone on with."""
@@ -266,7 +282,7 @@ def _attempt(task: Task) -> Outcome:
             import gram_meta.plugin  # noqa: F401, torch and CLIP, once in each worker: no part of the first run's time
 
             begun = time.monotonic()
-        metrics = _execute(task)
+        result = _execute(task)
     except GramError as error:
         print(f"{error}", file=sys.stderr)
         return Outcome(task.key, time.monotonic() - begun, error=str(error))
@@ -276,13 +292,16 @@ def _attempt(task: Task) -> Outcome:
         error_line = f"{type(error).__name__}: {words}" if words else type(error).__name__
         return Outcome(task.key, time.monotonic() - begun, error=error_line, broken=True)
     gc.collect()
-    return Outcome(task.key, time.monotonic() - begun, metrics)
+    return Outcome(task.key, time.monotonic() - begun, result)
 
 
-def _execute(task: Task) -> Mapping[str, float] | None:
-    """Run the command in this process; what a run tested."""
+def _execute(task: Task) -> Any:
+    """Run the command in this process; the metrics of a run that tested something."""
     from gram_meta.errors import GramError
 
+    if task.call is not None:
+        function, arguments = task.call
+        return function(*arguments)
     if task.argv[0] == "python":
         done = subprocess.run([sys.executable, *task.argv[1:]], check=False)
         if done.returncode:
@@ -291,8 +310,7 @@ def _execute(task: Task) -> Mapping[str, float] | None:
     if task.argv[0] == "train":
         from gram_meta.engine import launch
 
-        results: dict[str, Any] = launch.train(task.argv[1:], quiet=True)
-        return results.get("metrics")
+        return launch.train(task.argv[1:], quiet=True).get("metrics")
     from gram_meta import cli
 
     status = cli.main(task.argv)

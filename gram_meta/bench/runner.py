@@ -25,15 +25,23 @@ from gram_meta.files import read_json, write_json
 
 MANIFEST = "bench.json"
 LOGS = "bench_logs"  # what failing runs printed
+SHOWN = 10  # failed runs that are named again at the end
 PACKAGES = ("torch", "torchvision", "numpy", "clip-anytorch", "safetensors", "yacs")
 
 
-def show(jobs: Sequence[Job], settings: Settings, say: Callable[[str], None] = print) -> None:
+def show(
+    jobs: Sequence[Job],
+    settings: Settings,
+    environments: Sequence[Mapping[str, str]],
+    say: Callable[[str], None] = print,
+) -> None:
     """All commands in order, as they can be typed; those that are finished as comments."""
-    states = look(jobs, settings)
+    with Pool(environments[:1]) as pool:
+        states = pool.call(look, jobs, settings)
     for job in jobs:
-        marks = {"finished": "# finished: ", "refused": f"# {states[job.folder].why}\n# refused: "}
-        say(marks.get(states[job.folder].name, "") + job.line)
+        state = states[job.folder]
+        marks = {"finished": "# finished: ", "refused": f"# {state.why}\n# refused: "}
+        say(marks.get(state.name, "") + job.line)
 
 
 def run(
@@ -47,21 +55,21 @@ def run(
     Raises:
         GramError: an option or a name that no run could be started with.
     """
-    states = look(jobs, settings)
-    output = settings.output
-    manifest = Manifest(output, settings, jobs)
-    with _bar(len(jobs), say) as bar:
-        bench = Bench(jobs, states, output, Clock(len(environments), manifest.durations), bar)
-        bench.introduce()
-        try:
-            with _interruptible(), Pool(environments) as pool:
+    with _interruptible(), Pool(environments) as pool:
+        states = pool.call(look, jobs, settings)
+        manifest = Manifest(settings.output, settings, jobs)
+        with _bar(len(jobs), say) as bar:
+            bench = Bench(jobs, states, settings.output, Clock(len(environments), manifest.durations), bar)
+            bench.introduce()
+            try:
                 bench.run(pool)
-        except KeyboardInterrupt:
-            bar.say("interrupted; the same command goes on here")
-            return 130
-        finally:
-            manifest.end(bench)
-    return bench.conclude()
+            except KeyboardInterrupt:
+                pool.stop()
+                bar.say("interrupted; the same command goes on here")
+                return 130
+            finally:
+                manifest.end(bench)
+            return bench.conclude()
 
 
 # ------------------------------------------------------------------------------------------------------ what is there
@@ -171,7 +179,7 @@ class Bench:
             return
         self.done.add(job.folder)
         self.clock.passed(job.pace, outcome.seconds)
-        accuracy = (outcome.metrics or {}).get("accuracy")
+        accuracy = (outcome.result or {}).get("accuracy")
         result = "" if accuracy is None else f": {accuracy:.1f}"
         left = self.clock.left([j.pace for j in [*self.todo, *self.running.values()]])
         rest = f"; about {span(left)} left" if left else ""
@@ -192,9 +200,12 @@ class Bench:
 
     def conclude(self) -> int:
         if self.failed:
-            self.bar.say(f"{len(self.failed)} of {len(self.jobs)} runs failed or could not be started:")
-            for folder, why in self.failed.items():
-                self.bar.say(f"  {self.jobs[folder].title}: {why}")
+            causes = [folder for folder in self.failed if not any(f in self.failed for f in self.jobs[folder].after)]
+            self.bar.say(f"{len(self.failed)} of {len(self.jobs)} runs failed or need one that did:")
+            for folder in causes[:SHOWN]:
+                self.bar.say(f"  {self.jobs[folder].title}: {self.failed[folder]}")
+            if len(causes) > SHOWN:
+                self.bar.say(f"  ... and {len(causes) - SHOWN} more, which {self.output / MANIFEST} lists")
             self.bar.say("the same command tries them again")
         if any(job.argv[0] == "train" and job.folder in self.done for job in self.jobs.values()):
             self.bar.say(f"tables: gram report {shlex.quote(str(self.output))}")

@@ -80,15 +80,16 @@ def run(args: argparse.Namespace) -> int:
     _give_back_options(args)
     settings = read_settings(args)
     jobs = emoji.plan(settings, Path(args.emoji)) if args.emoji else matrix.plan(settings)
-    if args.dry_run:
-        runner.show(jobs, settings)
-        return 0
     count = args.jobs if args.jobs is not None else min(pool.cores(), 8) if args.emoji else 1
     if count < 1:
         raise GramError(f"--jobs: expected a number from 1 on, found {count}")
+    environments = pool.places(count, args.gpus or ())
+    if args.dry_run:
+        runner.show(jobs, settings, environments)
+        return 0
     if not args.emoji and not Path(settings.root).is_dir():
         raise GramError(f"--root {settings.root}: expected the folder of the datasets, found no folder")
-    return runner.run(jobs, settings, pool.places(count, args.gpus or ()))
+    return runner.run(jobs, settings, environments)
 
 
 def read_settings(args: argparse.Namespace) -> Settings:
