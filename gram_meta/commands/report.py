@@ -5,6 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from gram_meta.errors import GramError
+
+if TYPE_CHECKING:
+    from gram_meta.report import Evidence, Report, Run
 
 HELP = """The paper's tables from output folders: mean over seeds with 95 % intervals, differences to a reference trainer
 paired by seed, and the paper's numbers where dataset, backbone and shots are the paper's.
@@ -45,6 +51,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write everything that reports need into one file, and no table",
     )
     parser.add_argument(
+        "--figures",
+        metavar="DIR",
+        help="write Figures 1(a), 1(b), 3(a), 3(b) as PNG, and the numbers behind them as CSV, where runs logged them",
+    )
+    parser.add_argument(
+        "--html",
+        metavar="FILE.html",
+        help="write one page with tables, figures and what every run was made with",
+    )
+    parser.add_argument(
         "--datasets", metavar="A,B", help="only these datasets, by the names they are registered under"
     )
     parser.add_argument(
@@ -77,12 +93,17 @@ def run(args: argparse.Namespace) -> int:
     evidence = report.gather(args.folders)
     if args.collect:
         report.write_collection(evidence, args.collect)
-        print(
-            f"{args.collect}: {len(evidence.results)} results, {len(evidence.metas)} meta-trainings",
-            file=sys.stderr,
-        )
+        _say(f"{args.collect}: {len(evidence.results)} results, {len(evidence.metas)} meta-trainings")
+    runs = []
+    if evidence.results:
+        runs = report.runs_of(evidence, args.metric, args.by, args.split)
+        runs = _chosen(runs, args.datasets, args.without)
+    if args.figures:
+        _write_figures(args.figures, runs, evidence)
+    if args.html:
+        _write_page(args, runs, evidence)
+    if args.collect or args.figures or args.html:
         return 0
-    runs = _chosen(report.runs_of(evidence, args.metric, args.by, args.split), args.datasets, args.without)
     if args.curve:
         print(report.render_curve(*report.build_curve(runs), args.format, args.digits))
         return 0
@@ -90,7 +111,35 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _tables(args: argparse.Namespace, runs: Sequence) -> list:
+def _write_figures(folder: str, runs: Sequence[Run], evidence: Evidence) -> None:
+    from gram_meta.report.figures import draw, write_figures
+
+    drawings, lacking = draw(runs, evidence.metas)
+    for path in write_figures(drawings, folder):
+        _say(f"{path}")
+    for line in lacking:
+        _say(f"left out: {line}")
+    if not drawings:
+        raise GramError("--figures: expected runs that logged what a figure shows, found none")
+
+
+def _write_page(args: argparse.Namespace, runs: Sequence[Run], evidence: Evidence) -> None:
+    from gram_meta.report.figures import draw
+    from gram_meta.report.page import write_page
+
+    try:
+        drawings, lacking = draw(runs, evidence.metas)
+    except GramError as error:  # no matplotlib: the page says so
+        drawings, lacking = [], [str(error)]
+    write_page(args.html, _tables(args, runs), drawings, lacking, runs, evidence, args.digits)
+    _say(f"{args.html}: {len(runs)} runs, {len(drawings)} figures")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _tables(args: argparse.Namespace, runs: Sequence[Run]) -> list[Report]:
     from gram_meta import report
 
     if args.table:
@@ -98,16 +147,14 @@ def _tables(args: argparse.Namespace, runs: Sequence) -> list:
         tables = report.paper_tables(runs, numbers, args.reference)
         absent = [str(number) for number in numbers if number not in {table.number for table in tables}]
         if absent:
-            print(f"no runs of Table {', '.join(absent)}", file=sys.stderr)
+            _say(f"no runs of Table {', '.join(absent)}")
         return tables
     if args.by:  # rows of one's own making: the paper has none such
         return report.build_reports(runs, args.reference)
     return report.all_tables(runs, args.reference)
 
 
-def _chosen(runs: Sequence, only: str | None, without: str | None) -> list:
-    from gram_meta.errors import GramError
-
+def _chosen(runs: Sequence[Run], only: str | None, without: str | None) -> list[Run]:
     there = {run.dataset for run in runs}
     for option, names in (("--datasets", only), ("--without", without)):
         for name in (names or "").split(","):

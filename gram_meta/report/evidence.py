@@ -193,17 +193,21 @@ def _read_meta(folder: Path) -> MetaTraining | None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Collections
 
-_SHARED = ("config", "versions", "meta_checkpoint", "few_shot")  # blocks that many runs have in common
-# Config values that differ from run to run of one config; they stand beside the run.
-_OWN = (
-    "OUTPUT_DIR",
-    "RESUME",
-    "SEED",
-    "DATASET.ROOT",
-    "DATASET.NAME",
-    "DATASET.SUBSAMPLE_CLASSES",
-    "DATASET.NUM_SHOTS",
-)
+_SHARED = (
+    "config",
+    "versions",
+    "meta_checkpoint",
+    "few_shot",
+    "backbone_fingerprint",
+)  # blocks that many runs have in common
+# Config values that say of a run what its result says too: taken out of the shared config, and put back from there.
+_OWN = {
+    "SEED": "seed",
+    "DATASET.NAME": "dataset",
+    "DATASET.SUBSAMPLE_CLASSES": "subsample",
+    "DATASET.NUM_SHOTS": "shots",
+    "OUTPUT_DIR": "folder",
+}
 
 
 def write_collection(evidence: Evidence, path: str | Path) -> None:
@@ -281,13 +285,14 @@ def _pack(
     if result.get("model_dir"):
         beside = str(trained.parent) if trained else result["model_dir"]
         packed["model_dir"] = short(beside, 7)
-    if "config" in packed:
-        config, own = _without(packed["config"], _OWN)
-        own["OUTPUT_DIR"] = short(str(path.parent), 7)
-        if "DATASET.ROOT" in own:
-            own["DATASET.ROOT"] = short(own["DATASET.ROOT"], 1)
-        packed["own"] = {key: value for key, value in own.items() if key in _OWN}
-        packed["config"] = _map_strings(config, lambda text: short(text, 2))
+    packed["folder"] = short(str(path.parent), 7)
+    if isinstance(packed.get("config"), dict):
+        config, own = _without(_map_strings(packed["config"], lambda text: short(text, 2)), _OWN)
+        own["OUTPUT_DIR"] = packed["folder"]  # the same, told from elsewhere
+        other = {key: value for key, value in own.items() if packed[_OWN[key]] != value}
+        packed["config"] = config
+        packed |= {"own": other} if other else {}
+    del packed["folder"]
     for key, parts in (("meta_checkpoint", 2), ("few_shot", 3)):
         block = packed.get(key)
         if isinstance(block, dict) and block.get("path"):
@@ -304,14 +309,17 @@ def _unpack(packed: Mapping[str, Any], shared: Mapping[str, Any]) -> tuple[Path,
     result = dict(packed)
     where = Path(result.pop("path"))
     for key in _SHARED:
-        if isinstance(result.get(key), str):
+        if isinstance(result.get(key), str) and result[key]:
             result[key] = json.loads(json.dumps(shared[result[key]]))  # a copy: runs do not share it
-    for key, value in result.pop("own", {}).items():
-        *above, name = key.split(".")
-        node = result["config"]
-        for part in above:
-            node = node.setdefault(part, {})
-        node[name] = value
+    if isinstance(result.get("config"), dict):
+        told = {**result, "folder": where.parent.as_posix()}
+        own = {key: told[name] for key, name in _OWN.items()} | result.pop("own", {})
+        for key, value in own.items():
+            *above, name = key.split(".")
+            node = result["config"]
+            for part in above:
+                node = node.setdefault(part, {})
+            node[name] = value
     if isinstance(result.get("curve"), dict):
         result["curve"] = _rows(result["curve"])
     return where, result
@@ -333,6 +341,11 @@ def _shortener(root: Path | None) -> Callable[..., str]:
         return "/".join(path.parts[1:][-parts:])
 
     return short
+
+
+def without_own(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without what differs from run to run of it: seed, dataset, classes, shots and folders."""
+    return _without(config, (*_OWN, "DATASET.ROOT", "RESUME"))[0]
 
 
 def _without(config: Mapping[str, Any], keys: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -127,7 +127,8 @@ def cell(estimate: Estimate | None, digits: int, sign: bool = False) -> str:
     """A mean with its interval, and how many seeds it has where some lack."""
     if estimate is None:
         return "missing"
-    text = f"{estimate.mean:{'+' if sign else ''}.{digits}f}"
+    rounded = round(estimate.mean, digits) + 0.0  # no "-0.0"
+    text = f"{rounded:{'+' if sign else ''}.{digits}f}"
     if estimate.half_width is not None:
         text += f" ± {estimate.half_width:.{digits}f}"
     if estimate.seeds < estimate.expected:
@@ -185,15 +186,16 @@ def _seeds(seeds: Sequence[int]) -> str:
 
 
 def _grid(headers: Sequence[str], rows: Sequence[Sequence[Any]], form: str) -> str:
-    from tabulate import tabulate
-
-    style = {"table": "simple", "markdown": "github"}[form]
+    lines = [[str(cell) for cell in line] for line in (headers, *rows)]
     if form == "markdown":
-        headers, rows = (
-            [_escape_markdown(h) for h in headers],
-            [[_escape_markdown(c) for c in r] for r in rows],
-        )
-    return tabulate(rows, headers, tablefmt=style, disable_numparse=True)
+        lines = [[_escape_markdown(cell) for cell in line] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    if form == "markdown":
+        padded.insert(1, ["-" * width for width in widths])
+        return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+    padded.insert(1, ["-" * width for width in widths])
+    return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
 def _escape_markdown(text: Any) -> str:
