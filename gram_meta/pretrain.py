@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ class MetaTrainer:
             )
             if first == 0:
                 self._watch(0, scalars, log, bar)
-            ahead = self.episodes.of(_Steps(self.train_tasks, self.config.OUTER.BATCH, first, steps))
+            ahead = _Timed(self.episodes.of(_Steps(self.train_tasks, self.config.OUTER.BATCH, first, steps)))
             for step, episode in enumerate(ahead, start=first + 1):
                 loss = self._step(step, episode)
                 bar.update(self.config.OUTER.BATCH)
@@ -135,6 +136,8 @@ class MetaTrainer:
                 if step % self.config.CHECKPOINT.EVERY == 0 or step == steps:
                     self._save_state(step)
             bar.close()
+        if self.episodes.reads_pixels and first < steps:
+            logger.info(f"the towers waited {100 * ahead.share():.1f} % of the time for images (LOADER.WORKERS)")
         return self.out / BEST
 
     def _step(self, step: int, episode: Episode) -> float:
@@ -324,6 +327,31 @@ class MetaTrainer:
             learnt = [p for p in self.regulator.parameters() if p.requires_grad]
             groups.append({"params": learnt, "full_lr": config.LR_REGULATOR})
         return kinds[config.OPTIMIZER](groups, lr=config.LR_PROMPT)
+
+
+class _Timed:
+    """An iterator that knows which share of the time since its first item was spent waiting for the next one.
+
+    The first item is not counted: worker processes have to start.
+    """
+
+    def __init__(self, items: Iterator[Episode]) -> None:
+        self.items = items
+        self.begun = self.waited = 0.0
+
+    def __iter__(self) -> Iterator[Episode]:
+        asked = 0.0
+        for item in self.items:
+            now = time.perf_counter()
+            if self.begun:
+                self.waited += now - asked
+            else:
+                self.begun = now
+            yield item
+            asked = time.perf_counter()
+
+    def share(self) -> float:
+        return self.waited / max(time.perf_counter() - self.begun, 1e-9)
 
 
 class _Steps:

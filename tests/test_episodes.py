@@ -1,6 +1,7 @@
 """Visual, joint and conditional prompts in meta-training: losses and meta-gradients in float64, pixels, whole runs."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from gram_meta.checkpoint import load_meta_checkpoint
 from gram_meta.config import load_meta_config
 from gram_meta.episodes import Episodes, TaskSet
 from gram_meta.errors import GramError
-from gram_meta.pretrain import MetaTrainer
+from gram_meta.pretrain import MetaTrainer, _Timed
 from gram_meta.prompts import META_NET, ClassText, initial_meta_net, template_features
 from gram_meta.regulator import GradientRegulator
 
@@ -198,6 +199,17 @@ def test_workers_change_nothing(pixel_corpus, tmp_path):
         finals.append(load_meta_checkpoint(out / "last.safetensors"))
     for kind in ("text", "visual"):
         assert torch.equal(finals[0].prompts[kind], finals[1].prompts[kind])
+
+
+def test_a_run_says_how_long_the_towers_waited(pixel_corpus, tmp_path, caplog):
+    with caplog.at_level("INFO", logger="gram"):
+        trainer(pixel_corpus, tmp_path, *JOINT).run()
+    (line,) = [record.message for record in caplog.records if "waited" in record.message]
+    assert 0 <= float(line.split("waited ")[1].split(" %")[0]) < 100
+    items = _Timed(iter([1, 2]))
+    for _ in items:
+        time.sleep(0.02)
+    assert items.share() < 0.3  # this one never waits
 
 
 def test_pixels_are_the_images_of_the_tasks(pixel_corpus, tmp_path):
