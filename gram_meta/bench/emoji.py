@@ -28,6 +28,7 @@ DATASETS = {
     "xd": ("emoji_food", "emoji_objects", "emoji_activities", "emoji_faces"),  # settings were tuned on "animals"
     "dg": tuple(f"{SOURCE}_{style}" for style in ("halftone", "mosaic", "shadow")),
 }
+CORPUS_SIZE = 36_000  # pairs: a few tens per concept, enough for topics as fine as concepts
 META_CONFIG = "coop_gram_small"  # its settings of CHC made the hierarchy that all meta configs of this CLIP share
 
 
@@ -71,9 +72,10 @@ def _world(settings: Settings, corpus: bool) -> Job:
     if set(settings.protocols) - {"base2new"}:
         names.add(settings.source)
     parts = sorted({_part(name) for name in names})
-    size = "" if corpus else ", corpus_size=0"
+    size = CORPUS_SIZE if corpus else 0
     code = (
-        f"from gram_meta.demo.world import write_world; write_world({str(root)!r}, {json.dumps(parts)}{size})"
+        f"from gram_meta.demo.world import write_world; "
+        f"write_world({str(root)!r}, {json.dumps(parts)}, corpus_size={size})"
     )
     leaves = [root / f"emoji_{part}" / "manifest.json" for part in parts]
     if corpus:
