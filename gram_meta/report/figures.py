@@ -115,7 +115,7 @@ def _numbers(found: Estimate | None) -> list[Any]:
 def start_of(run: Run) -> str | None:
     """The line of Figure 1(a) that a run stands in; None for runs that differ from CoOp in more than the start."""
     if run.label == "CoOpGRAM":
-        return "meta-learnt (CoOp + GRAM)"
+        return "CoOp + GRAM (meta-learnt)"
     if run.trainer != "CoOp" or run.start is None:
         return None
     forms = ("CoOp", "CoOp, random start", f'CoOp, start "{run.start}"')
@@ -179,7 +179,7 @@ def _draw_starts(lines: Sequence[str], found: dict, seeds: dict) -> bytes:
                 markerfacecolor=colour if "GRAM" in line else "white", markeredgewidth=1.5,
             )  # fmt: skip
             values = seeds[line].get(column, {}).values()
-            axes.plot(list(values), [place + shift] * len(values), ".", color=colour, markersize=3, alpha=0.6)
+            axes.plot(list(values), [place + shift - 0.1] * len(values), ".", color=colour, markersize=4, alpha=0.7)
     axes.set_yticks(range(len(lines)), lines)
     axes.set_ylim(-0.6, len(lines) - 0.4)
     axes.set_xlabel("accuracy (%)")
@@ -364,7 +364,7 @@ def _at(meta: MetaTraining, step: int) -> Any:
 
 
 def _draw_alignments(series: dict[str, dict[str, list[tuple[int, Estimate]]]]) -> bytes:
-    across = min(len(series), 3)
+    across = 2 if len(series) in (2, 4) else min(len(series), 3)
     down = -(-len(series) // across)
     figure = _figure(3.1 * across + 1.0, 2.5 * down + 0.9)
     panels = figure.subplots(down, across, squeeze=False, sharey=True)
