@@ -150,13 +150,15 @@ class Bench:
 
     def run(self, pool: Pool) -> None:
         while self.todo or self.running:
+            waiting = len(self.todo)
             while pool.free and (job := self._next()):
                 self.running[str(job.folder)] = job
                 pool.start(Task(str(job.folder), job.command, str(self._log(job))))
-            if not self.running:
-                continue  # the last were refused
-            for outcome in pool.wait():
-                self._ended(self.running.pop(outcome.key), outcome)
+            if self.running:
+                for outcome in pool.wait():
+                    self._ended(self.running.pop(outcome.key), outcome)
+            else:  # what was left failed with what it needs
+                assert len(self.todo) < waiting, "jobs that wait for each other"
 
     def _next(self) -> Job | None:
         """The first job whose foundations are laid; what stands on a failed one fails."""

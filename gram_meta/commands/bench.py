@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = workers.add_argument
     add(
         "--jobs", type=int, metavar="N",
-        help="worker processes, which share the cores (default: 1; with --emoji one per core, up to 8)",
+        help="worker processes, which share the cores (default: 1; with --emoji one per core, up to 4)",
     )  # fmt: skip
     add("--gpus", nargs="+", metavar="N", help="a worker for each GPU; a GPU named twice has two")
     parser.add_argument("--dry-run", action="store_true", help="print the commands; finished ones are comments")
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     _give_back_options(args)
     settings = read_settings(args)
     jobs = emoji.plan(settings, Path(args.emoji)) if args.emoji else matrix.plan(settings)
-    count = args.jobs if args.jobs is not None else min(pool.cores(), 8) if args.emoji else 1
+    count = args.jobs if args.jobs is not None else min(pool.cores(), 4) if args.emoji else 1
     if count < 1:
         raise GramError(f"--jobs: expected a number from 1 on, found {count}")
     environments = pool.places(count, args.gpus or ())
