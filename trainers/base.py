@@ -23,7 +23,7 @@ from gram_meta.engine import TrainerX, build_lr_scheduler, build_optimizer, comp
 from gram_meta.engine.random_state import kept_random_state, random_state, set_random_state
 from gram_meta.engine.results import write_results
 from gram_meta.errors import GramError
-from gram_meta.prompts import PromptedCLIP, logits
+from gram_meta.prompts import PromptedCLIP, context_from_words, logits, random_context
 
 PRECISIONS = ("fp32", "fp16", "bf16", "amp")
 NAME = "prompt_learner"  # CoOp's name for the registered model, and so for the checkpoints' folder
@@ -127,6 +127,39 @@ class PromptTrainer(ClipTrainer):
         """The classifier over these classes; also built for classes that are evaluated along the way."""
         return PromptedCLIP(self.backbone, classnames, prompts)
 
+    def scores(self, model: PromptedCLIP, features: Tensor) -> Tensor:
+        """Logits (B, N) of image features (B, D), without gradients."""
+        return logits(features, model.class_features(), model.backbone.logit_scale)
+
+    # ------------------------------------------------------------------------------- what several of them say alike
+
+    def context_tokens(self, tokens: int) -> int:
+        """How many tokens the words of CTX_INIT have; `tokens` where there are none."""
+        words = self.options.CTX_INIT
+        return len(context_from_words(self.backbone, words)) if words else tokens
+
+    def initial_context(self, tokens: int) -> Tensor:
+        """Start (M, d) of a text prompt: the words of CTX_INIT; `tokens` random ones where there are none."""
+        words = self.options.CTX_INIT
+        if words:
+            context = context_from_words(self.backbone, words)
+            print(f'Initial context: "{words}" ({len(context)} tokens)')
+            return context
+        print(f"Initial context: {tokens} random tokens")
+        return random_context(self.backbone.text_width, tokens)
+
+    def initial_visual_prompt(self) -> Tensor:
+        """Start (M, d) of a visual prompt: random tokens."""
+        tokens = self.options.N_CTX_VISION
+        print(f"Initial visual prompt: {tokens} random tokens")
+        return random_context(self.backbone.visual_width, tokens)
+
+    def check_count(self, cfg: Any, key: str) -> None:
+        """A number of tokens is at least 1."""
+        count = cfg.TRAINER[self.node][key]
+        if count < 1:
+            raise GramError(f"TRAINER.{self.node}.{key} is {count}; expected at least 1")
+
     # ----------------------------------------------------------------------------------------------------- build
 
     def check_cfg(self, cfg: Any) -> None:
@@ -134,12 +167,6 @@ class PromptTrainer(ClipTrainer):
         steps = cfg.TEST.AT_STEPS
         if any(not isinstance(step, int) or step < 0 for step in steps):
             raise GramError(f"TEST.AT_STEPS is {steps}; expected numbers of steps, such as (0,1,5,20)")
-
-    def check_count(self, cfg: Any, key: str) -> None:
-        """A number of tokens is at least 1."""
-        count = cfg.TRAINER[self.node][key]
-        if count < 1:
-            raise GramError(f"TRAINER.{self.node}.{key} is {count}; expected at least 1")
 
     def build_model(self) -> None:
         cfg = self.cfg
@@ -208,7 +235,7 @@ class PromptTrainer(ClipTrainer):
 
     def model_inference(self, images: Tensor) -> Tensor:
         with self.autocast:
-            return self.model(images)
+            return self.scores(self.model, self.model.image_features(images))
 
     # --------------------------------------------------------------------------- base and new along the way
 
@@ -244,9 +271,35 @@ class PromptTrainer(ClipTrainer):
             "scaler": self.scaler.state_dict(),
             "random": random_state(),
             "curve": self.curve,
+            **self._belongs_to(),
             **self.state_to_save(),
         }
         engine.save_checkpoint(state, os.path.join(directory, NAME), is_best=is_best, model_name=model_name)
+
+    def _belongs_to(self) -> dict[str, Any]:
+        """Whose prompts a checkpoint holds, and the classes they were learned on, in their order."""
+        dataset = self.cfg.DATASET
+        return {
+            "trainer": type(self).__name__,
+            "dataset": dataset.NAME,
+            "subsample": dataset.SUBSAMPLE_CLASSES,
+            "classnames": list(self.classnames),
+        }
+
+    def look_at_loaded(self, path: Path, state: dict[str, Any]) -> None:
+        """Refuse the prompts of another trainer, or of the same classes under other names or in another order.
+
+        What CoOp itself has saved does not say whose it is, and is taken.
+        """
+        here = self._belongs_to()
+        there = {key: state[key] for key in here if key in state}
+        if there.get("trainer", here["trainer"]) != here["trainer"]:
+            raise GramError(
+                f"{path}: holds what {there['trainer']} has learned; expected that of {here['trainer']} (--trainer)"
+            )
+        same = [there.get(key) == here[key] for key in ("dataset", "subsample")]
+        if all(same) and there.get("classnames", here["classnames"]) != here["classnames"]:
+            raise GramError(f"{path}: {_difference(there['classnames'], here['classnames'])}")
 
     def state_to_save(self) -> dict[str, Any]:
         """What a trainer adds to its checkpoints: tensors and plain values."""
@@ -294,6 +347,7 @@ class PromptTrainer(ClipTrainer):
         print(f'Loading weights to {NAME} from "{path}" (epoch = {state["epoch"]})')
 
     def _load_prompts(self, path: Path, state: dict[str, Any]) -> None:
+        self.look_at_loaded(path, state)
         _copy_prompts(self._models[NAME], state["state_dict"], path)
 
     def _load_weights(self, path: str) -> None:
@@ -332,9 +386,8 @@ class _Group:
         self.model.eval()
         correct = total = 0
         with trainer.autocast:
-            classes = self.model.class_features()  # (N, D)
             for features, labels in self._images(trainer):
-                scores = logits(features, classes, self.model.backbone.logit_scale)  # (B, N)
+                scores = trainer.scores(self.model, features)  # (B, N)
                 correct += int((scores.argmax(1) == labels).sum())
                 total += len(labels)
         return 100.0 * correct / total
@@ -353,6 +406,15 @@ class _Group:
 
 
 # ------------------------------------------------------------------------------------------------- checkpoint files
+
+
+def _difference(there: list[str], here: list[str]) -> str:
+    """In what two lists of class names differ, in one sentence."""
+    what = "was learned on other classes of this dataset than are here now"
+    if len(there) != len(here):
+        return f"{what}: {len(there)} there, {len(here)} here"
+    index = next(i for i, (old, new) in enumerate(zip(there, here, strict=True)) if old != new)
+    return f"{what}: class {index} is {there[index]!r} there and {here[index]!r} here"
 
 
 def _checkpoint_path(folder: Path, epoch: int | None) -> Path:

@@ -11,7 +11,7 @@ from torch import Tensor
 from gram_meta.backbone import Backbone, end_positions
 from gram_meta.engine import register_trainer
 from gram_meta.errors import GramError
-from gram_meta.prompts import ClassText, PromptedCLIP, PromptLearner, context_from_words, random_context
+from gram_meta.prompts import ClassText, PromptedCLIP, PromptLearner, random_context
 from gram_meta.trainers.base import PromptTrainer
 
 POSITIONS = ("end", "middle", "front")
@@ -29,8 +29,8 @@ class CoOp(PromptTrainer):
             raise GramError(
                 f"TRAINER.COOP.CLASS_TOKEN_POSITION is {found!r}; expected {', '.join(POSITIONS)}"
             )
-        if not options.CTX_INIT and options.N_CTX < 1:
-            raise GramError(f"TRAINER.COOP.N_CTX is {options.N_CTX}; expected at least 1")
+        if not options.CTX_INIT:
+            self.check_count(cfg, "N_CTX")
         if options.CSC and (cfg.TEST.PER_EPOCH or cfg.TEST.AT_STEPS):
             raise GramError(
                 "TRAINER.COOP.CSC: class-specific contexts know no new classes, which TEST.PER_EPOCH and "
@@ -38,20 +38,15 @@ class CoOp(PromptTrainer):
             )
 
     def tokens(self) -> dict[str, int]:
-        words = self.options.CTX_INIT
-        return {"text": len(context_from_words(self.backbone, words)) if words else self.options.N_CTX}
+        return {"text": self.context_tokens(self.options.N_CTX)}
 
     def initial_prompts(self) -> dict[str, Tensor]:
-        options, width = self.options, self.backbone.text_width
-        if options.CTX_INIT:
-            context = context_from_words(self.backbone, options.CTX_INIT)  # (M, d)
-            print(f'Initial context: "{options.CTX_INIT}" ({len(context)} tokens)')
-        else:
-            n = len(self.classnames) if options.CSC else 1
-            context = random_context(width, n * options.N_CTX).view(n, options.N_CTX, width)
-            context = context if options.CSC else context[0]
-            print(f"Initial context: {options.N_CTX} random tokens{' per class' if options.CSC else ''}")
-        return {"text": context}
+        options = self.options
+        if not options.CSC or options.CTX_INIT:
+            return {"text": self.initial_context(options.N_CTX)}  # (M, d)
+        n, width = len(self.classnames), self.backbone.text_width
+        print(f"Initial context: {options.N_CTX} random tokens per class")
+        return {"text": random_context(width, n * options.N_CTX).view(n, options.N_CTX, width)}
 
     def build_classifier(self, classnames: list[str], prompts: Mapping[str, Tensor]) -> PromptedCLIP:
         context, position = prompts["text"], self.options.CLASS_TOKEN_POSITION

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from gram_meta.engine import register_trainer
 from gram_meta.errors import GramError
-from gram_meta.prompts import context_from_words, random_context
 from gram_meta.trainers.base import PromptTrainer
 
 
@@ -28,19 +27,10 @@ class JointPrompt(PromptTrainer):
 
     def initial_prompts(self) -> dict[str, Tensor]:
         options = self.options
-        if options.CTX_INIT:
-            context = context_from_words(self.backbone, options.CTX_INIT)  # (M, d)
-            if len(context) != options.N_CTX_TEXT:
-                raise GramError(
-                    f"TRAINER.JOINT.CTX_INIT {options.CTX_INIT!r} has {len(context)} tokens; expected "
-                    f"{options.N_CTX_TEXT}, as TRAINER.JOINT.N_CTX_TEXT says"
-                )
-            print(f'Initial context: "{options.CTX_INIT}" ({len(context)} tokens)')
-        else:
-            context = random_context(self.backbone.text_width, options.N_CTX_TEXT)
-            print(f"Initial context: {options.N_CTX_TEXT} random tokens")
-        print(f"Initial visual prompt: {options.N_CTX_VISION} random tokens")
-        return {
-            "text": context,
-            "visual": random_context(self.backbone.visual_width, options.N_CTX_VISION),
-        }
+        context = self.initial_context(options.N_CTX_TEXT)  # (M, d)
+        if len(context) != options.N_CTX_TEXT:
+            raise GramError(
+                f"TRAINER.JOINT.CTX_INIT is {options.CTX_INIT!r}, {len(context)} tokens; expected "
+                f"{options.N_CTX_TEXT}, as TRAINER.JOINT.N_CTX_TEXT says"
+            )
+        return {"text": context, "visual": self.initial_visual_prompt()}

@@ -1,15 +1,14 @@
-"""GRAM in a prompt trainer: start from theta*, and pass every few-shot gradient through R^phi ("Testing", Sec. 3.3)."""
+"""GRAM in this project's prompt trainers: all checks at hand, facts for results.json, and runs that go on."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import nn
 
-from gram_meta.checkpoint import MetaCheckpoint, load_meta_checkpoint
+from gram_meta.checkpoint import MetaCheckpoint
 from gram_meta.config import get_meta_config
-from gram_meta.errors import GramError
-from gram_meta.regulation import Regulation
+from gram_meta.regulation import WithGRAM
 
 # What a table of results needs to know of the meta-training
 SETTINGS = (
@@ -23,72 +22,50 @@ SETTINGS = (
 )
 
 
-class Regulated:
+class Regulated(WithGRAM):
     """Mixin before a `PromptTrainer`: `class CoOpGRAM(Regulated, CoOp)`. Options: TRAINER.GRAM.*."""
 
-    meta: MetaCheckpoint | None = None
+    meta_facts: dict[str, Any] | None = None  # of the meta-checkpoint behind prompts that were loaded
 
-    def check_cfg(self, cfg: Any) -> None:
-        super().check_cfg(cfg)
-        gram = cfg.TRAINER.GRAM
-        if (gram.INIT or gram.REGULATE) and not gram.CHECKPOINT:
-            raise GramError(
-                f"TRAINER.GRAM.CHECKPOINT is empty; {type(self).__name__} expects the meta-checkpoint of `gram pretrain`"
-            )
-        if gram.REGULATE and gram.STEP_SCALE != 1.0:
-            raise GramError(
-                "TRAINER.GRAM.STEP_SCALE scales raw gradients; it expects TRAINER.GRAM.REGULATE False"
-            )
+    def gram_prompts(self) -> dict[str, nn.Parameter]:
+        return self.model.prompt_learner.prompts()
 
-    def initial_prompts(self) -> dict[str, Tensor]:
-        gram = self.cfg.TRAINER.GRAM
-        if gram.CHECKPOINT:
-            self.meta = load_meta_checkpoint(gram.CHECKPOINT)
-            self.meta.check(self.backbone, self.tokens())
-            print(f"Meta-checkpoint {gram.CHECKPOINT} (SHA-256 {self.meta.sha256[:12]})")
-        if not gram.INIT:
-            return super().initial_prompts()
-        print("Initial prompts: theta* of the meta-checkpoint")
-        return {kind: value.to(self.backbone.device) for kind, value in self.meta.prompts.items()}
+    def gram_extras(self) -> dict[str, nn.Parameter]:
+        prompts = {id(prompt) for prompt in self.gram_prompts().values()}
+        named = self.model.prompt_learner.named_parameters()
+        return {name: parameter for name, parameter in named if id(parameter) not in prompts}
 
-    def build_model(self) -> None:
-        super().build_model()
-        gram, regulator = self.cfg.TRAINER.GRAM, None
-        if gram.REGULATE:
-            if self.meta.regulator is None:
-                raise GramError(f"{gram.CHECKPOINT}: holds no regulator; set TRAINER.GRAM.REGULATE False")
-            regulator = self.meta.regulator.to(self.device)
-            print("Every gradient passes through the frozen regulator")
-        self.regulation = Regulation(
-            self.model.prompt_learner.prompts(),
-            regulator,
-            gram.STEP_SCALE,
-            self.meta.gradient_norms if self.meta else None,
-        )
-        self.regulation.attach(self.optim)
-
-    def after_train(self) -> None:
-        for line in self.regulation.lines():
-            print(f"regulator: {line}")
-        super().after_train()
+    def check_meta(self, meta: MetaCheckpoint) -> None:
+        meta.check(self.backbone, self.tokens(), self.gram_extras())
 
     def state_to_save(self) -> dict[str, Any]:
-        return {**super().state_to_save(), "regulation": self.regulation.state_dict()}
+        facts = {"regulation": self.regulation.state_dict(), "meta_checkpoint": self._meta_facts()}
+        return {**super().state_to_save(), **facts}
 
     def load_saved_state(self, state: dict[str, Any]) -> None:
         super().load_saved_state(state)
         self.regulation.load_state_dict(state["regulation"])
 
+    def look_at_loaded(self, path: Any, state: dict[str, Any]) -> None:
+        super().look_at_loaded(path, state)
+        self.meta_facts = state.get("meta_checkpoint")
+
     def facts(self) -> dict[str, Any]:
-        facts = {**super().facts(), "regulator": self.regulation.summary()}
-        if self.meta is not None:
-            settings = {key: self.meta_setting(key) for key in SETTINGS} if self.meta.config else {}
-            facts["meta_checkpoint"] = {
-                "path": self.meta.path,
-                "sha256": self.meta.sha256,
-                "settings": settings,
-            }
-        return facts
+        return {
+            **super().facts(),
+            "regulator": self.regulation.summary(),
+            "raw_parameters": self.raw_parameters,
+            "meta_checkpoint": self._meta_facts(),
+        }
+
+    def _meta_facts(self) -> dict[str, Any]:
+        """Which meta-checkpoint the prompts come from, and how it was made; the loaded prompts' own where there are some."""
+        if self.meta_facts is not None:
+            return self.meta_facts
+        if self.meta is None:
+            return {"path": "", "sha256": "", "settings": {}}
+        settings = {key: self.meta_setting(key) for key in SETTINGS} if self.meta.config else {}
+        return {"path": self.meta.path, "sha256": self.meta.sha256, "settings": settings}
 
     def meta_setting(self, key: str) -> Any:
         """A setting of the meta-training, such as "PROMPT.TEMPLATE"; its default where the file is older than it."""

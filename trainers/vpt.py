@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gram_meta.engine import register_trainer
 from gram_meta.errors import GramError
-from gram_meta.prompts import PromptedCLIP, random_context
+from gram_meta.prompts import PromptedCLIP
 from gram_meta.trainers.base import PromptTrainer
 
 
@@ -32,8 +32,7 @@ class VPT(PromptTrainer):
         return {"visual": self.options.N_CTX_VISION}
 
     def initial_prompts(self) -> dict[str, Tensor]:
-        print(f"Initial visual prompt: {self.options.N_CTX_VISION} random tokens")
-        return {"visual": random_context(self.backbone.visual_width, self.options.N_CTX_VISION)}
+        return {"visual": self.initial_visual_prompt()}
 
     def template(self) -> str:
         """The class sentence; nothing in it is learned."""

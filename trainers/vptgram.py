@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
+from gram_meta.checkpoint import MetaCheckpoint
 from gram_meta.engine import register_trainer
 from gram_meta.trainers.regulated import Regulated
 from gram_meta.trainers.vpt import VPT
@@ -13,12 +12,11 @@ from gram_meta.trainers.vpt import VPT
 class VPTGRAM(Regulated, VPT):
     """VPT's options (TRAINER.VPT.*) and TRAINER.GRAM.*."""
 
-    def initial_prompts(self) -> dict[str, Tensor]:
-        prompts = super().initial_prompts()
+    def check_meta(self, meta: MetaCheckpoint) -> None:
+        super().check_meta(meta)
         learnt_with = self.meta_setting("PROMPT.TEMPLATE")
-        if self.cfg.TRAINER.GRAM.INIT and learnt_with != self.template():
+        if learnt_with != self.template():
             print(
                 f'Note: the class sentence is "{self.template()}" here (TRAINER.VPT.CTX_INIT), but was '
                 f'"{learnt_with}" in meta-training'
             )
-        return prompts

@@ -153,12 +153,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         from gram_meta.engine import build_trainer
 
         trainer = build_trainer(cfg)
+        if args.eval_only:
+            trainer.load_model(args.model_dir, epoch=args.load_epoch)
+        elif hasattr(trainer, "check_training"):
+            trainer.check_training()
         if args.no_train:
             return {}
         folder.claim()
         log.keep()
         if args.eval_only:
-            trainer.load_model(args.model_dir, epoch=args.load_epoch)
             trainer.test()
         else:
             trainer.train()
@@ -239,8 +242,9 @@ class OutputFolder:
             )
 
     def _compare(self, stored: dict[str, Any]) -> None:
+        unset = _defaults() if set(self.identity) - set(stored) else {}
         for key in sorted(set(stored) | set(self.identity)):
-            there, here = stored.get(key), self.identity.get(key)
+            there, here = stored.get(key, unset.get(key)), self.identity.get(key)
             if there != here:
                 raise GramError(
                     f"{self.path}: holds another run ({key} is {there!r} there and {here!r} here); "
@@ -323,6 +327,16 @@ def _identity(cfg: Any, args: argparse.Namespace) -> dict[str, Any]:
         files = sorted(Path(args.model_dir).glob("*/model*.pth.tar*"))
         identity["--model-dir"] = [args.model_dir, *(f"{file.name} {sha256_file(file)}" for file in files)]
     return identity
+
+
+def _defaults() -> dict[str, Any]:
+    """Every option where nothing sets it: what an option that is newer than a run was in that run."""
+    from gram_meta import engine
+    from gram_meta.engine.options import extend_cfg
+
+    cfg = engine.get_cfg_default()
+    extend_cfg(cfg)
+    return dict(_flat(as_dict(cfg)))
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

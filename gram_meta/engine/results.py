@@ -39,7 +39,8 @@ def write_results(trainer: Any) -> Path:
         "metrics": trainer.metrics,
         "curve": trainer.curve,
         "regulator": {},
-        "meta_checkpoint": {"path": "", "sha256": ""},
+        "raw_parameters": [],  # learned, but not known to the regulator
+        "meta_checkpoint": {"path": "", "sha256": "", "settings": {}},
         "few_shot": getattr(trainer.dm.dataset, "few_shot", {"path": "", "sha256": ""}),
         "backbone_fingerprint": trainer.backbone.fingerprint,
         **trainer.facts(),

@@ -1,0 +1,47 @@
+"""CoCoOp: a context that a small network shifts for each image (Zhou et al., CVPR 2022, arXiv 2203.05557)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gram_meta.engine import register_trainer
+from gram_meta.engine.random_state import kept_random_state
+from gram_meta.prompts import ConditionalCLIP, MetaNet
+from gram_meta.trainers.base import PromptTrainer
+
+SENTENCES = (
+    4096  # class sentences in the text tower at a time: every image of a test batch has all of its own
+)
+
+
+@register_trainer
+class CoCoOp(PromptTrainer):
+    """Conditional Context Optimization. TRAINER.COCOOP.*: N_CTX, CTX_INIT, PREC. Its authors train with batches of 1."""
+
+    node = "COCOOP"
+
+    def check_cfg(self, cfg: Any) -> None:
+        super().check_cfg(cfg)
+        if not cfg.TRAINER.COCOOP.CTX_INIT:
+            self.check_count(cfg, "N_CTX")
+
+    def tokens(self) -> dict[str, int]:
+        return {"text": self.context_tokens(self.options.N_CTX)}
+
+    def initial_prompts(self) -> dict[str, Tensor]:
+        context = self.initial_context(self.options.N_CTX)
+        backbone = self.backbone
+        self.net = MetaNet(backbone.embed_dim, backbone.embed_dim // 16, backbone.text_width).state_dict()
+        return {"text": context}
+
+    def build_classifier(self, classnames: list[str], prompts: Mapping[str, Tensor]) -> ConditionalCLIP:
+        with kept_random_state():  # the meta-net is drawn once, above
+            return ConditionalCLIP(self.backbone, classnames, prompts, self.net)
+
+    def scores(self, model: Any, features: Tensor) -> Tensor:
+        at_a_time = max(1, SENTENCES // len(model.class_text.ends))  # images
+        return torch.cat([model.image_logits(some) for some in features.split(at_a_time)])
