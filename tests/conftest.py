@@ -1,5 +1,6 @@
 """What every test starts from: no network, and the repository's own `datasets/` never found as a top-level package."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -52,3 +53,32 @@ def pixel_corpus(tmp_path_factory):
     )
     hierarchy.check_store = lambda store: None
     return Store(), hierarchy, backbone, folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """A root with EmojiFood and EmojiTravel: noisy squares of four classes, 2 / 1 / 2 images each."""
+    import numpy as np
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("tiny data")
+    rng = np.random.default_rng(0)
+    for name in ("food", "travel"):
+        folder = root / f"emoji_{name}"
+        (folder / "images").mkdir(parents=True)
+        split = {"train": [], "val": [], "test": []}
+        for label, classname in enumerate(("red", "green", "blue", "grey")):
+            for part, count in (("train", 2), ("val", 1), ("test", 2)):
+                for index in range(count):
+                    file = f"{classname}_{part}_{index}.png"
+                    pixels = rng.integers(0, 255, (32, 32, 3)).astype(np.uint8)
+                    Image.fromarray(pixels).save(folder / "images" / file)
+                    split[part].append([file, label, classname])
+        (folder / f"split_zhou_Emoji{name.title()}.json").write_text(json.dumps(split))
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_options():
+    """KEY VALUE for `gram train` on it: a random tiny CLIP, one epoch."""
+    return ("MODEL.BACKBONE.NAME", "random-tiny", "INPUT.SIZE", "(32,32)", "OPTIM.MAX_EPOCH", "1")

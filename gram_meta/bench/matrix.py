@@ -133,7 +133,10 @@ def plan(settings: Settings) -> list[Job]:
             jobs += _base2new(entries, settings, seed) if protocol == "base2new" else _transfer(
                 entries, settings, seed, settings.datasets[protocol]
             )  # fmt: skip
-    return list({job.folder: job for job in reversed(jobs)}.values())[::-1]  # xd and dg share their training
+    unique: dict[Path, Job] = {}
+    for job in jobs:
+        unique.setdefault(job.folder, job)  # xd and dg share their training
+    return list(unique.values())
 
 
 def check(settings: Settings) -> None:
