@@ -14,7 +14,8 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from pathlib import Path
 
-CONFIG = "gram_small_c4_ep10_batch32_ctxv1"
+from common import few_shot, harmonic, mean
+
 STEPS = (0, 1, 5, 20, 50, 90)
 RAW = ["TRAINER.GRAM.REGULATE", "False"]
 WORDS = ["TRAINER.GRAM.INIT", "False"]
@@ -73,28 +74,14 @@ def main() -> None:
         ]
         base, new = points[-1]
         cells = [f"{b:.1f} / {n:.1f}" for b, n in points]
-        print(f"| {name} | " + " | ".join(cells) + f" | {2 * base * new / (base + new):.2f} |")
+        print(f"| {name} | " + " | ".join(cells) + f" | {harmonic(base, new):.2f} |")
 
 
 def run(args: argparse.Namespace, name: str, seed: int, opts: list[str]) -> dict:
     """One training run; results.json's contents."""
-    from gram_meta.engine.launch import train
-
     folder = args.out / "".join(c if c.isalnum() else "-" for c in name) / f"seed{seed}"
-    return train(
-        [
-            *("--trainer", "CoOpGRAM", "--root", args.root, "--seed", str(seed), "--output-dir", str(folder)),
-            *("--config-file", CONFIG, "--dataset-config-file", args.dataset, "DATASET.NUM_SHOTS", "16"),
-            *("DATASET.SUBSAMPLE_CLASSES", "base", "TEST.AT_STEPS", str(STEPS)),
-            *("TRAINER.GRAM.CHECKPOINT", args.checkpoint, *opts),
-        ],
-        quiet=True,
-    )
-
-
-def mean(values) -> float:
-    values = list(values)
-    return sum(values) / len(values)
+    options = ["TEST.AT_STEPS", str(STEPS), "TRAINER.GRAM.CHECKPOINT", args.checkpoint, *opts]
+    return few_shot(args.root, args.dataset, "CoOpGRAM", folder, seed, options)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import common
 import yaml
-
-CONFIG = "gram_small_c4_ep10_batch32_ctxv1"
+from common import harmonic, mean
 
 
 def main() -> None:
@@ -88,24 +88,7 @@ def baseline(args: argparse.Namespace, seed: int) -> dict:
 
 def few_shot(args: argparse.Namespace, trainer: str, out: Path, seed: int, opts: list[str]) -> dict:
     """Base and new accuracy of a 16-shot run, before the first step (`start`) and after the last (`end`)."""
-    from gram_meta.engine.launch import train
-
-    result = train(
-        [
-            *("--trainer", trainer, "--root", args.root, "--seed", str(seed), "--output-dir", str(out)),
-            *("--config-file", CONFIG, "--dataset-config-file", args.dataset),
-            *(
-                "DATASET.NUM_SHOTS",
-                "16",
-                "DATASET.SUBSAMPLE_CLASSES",
-                "base",
-                "TEST.PER_EPOCH",
-                "True",
-                *opts,
-            ),
-        ],
-        quiet=True,
-    )
+    result = common.few_shot(args.root, args.dataset, trainer, out, seed, ["TEST.PER_EPOCH", "True", *opts])
     curve = result["curve"]
     facts = result.get("regulator", {}).get("text", {})
     return {"start": curve[0], "end": curve[-1], "curve": curve, "regulator": facts}
@@ -113,16 +96,16 @@ def few_shot(args: argparse.Namespace, trainer: str, out: Path, seed: int, opts:
 
 def summary(name: str, scores: dict, coop: dict, held: dict) -> dict[str, object]:
     """One row: means over seeds; H is that of the mean base and new."""
-    base, new = (_mean(s["end"][side] for s in scores.values()) for side in ("base", "new"))
-    start_base, start_new = (_mean(s["start"][side] for s in scores.values()) for side in ("base", "new"))
-    coop_base, coop_new = (_mean(s["end"][side] for s in coop.values()) for side in ("base", "new"))
+    base, new = (mean(s["end"][side] for s in scores.values()) for side in ("base", "new"))
+    start_base, start_new = (mean(s["start"][side] for s in scores.values()) for side in ("base", "new"))
+    coop_base, coop_new = (mean(s["end"][side] for s in coop.values()) for side in ("base", "new"))
     row: dict[str, object] = {
         "variant": name,
         "start base / new": f"{start_base:.1f} / {start_new:.1f}",
         "base": f"{base:.2f}",
         "new": f"{new:.2f}",
-        "H": f"{_h(base, new):.2f}",
-        "H - CoOp": f"{_h(base, new) - _h(coop_base, coop_new):+.2f}",
+        "H": f"{harmonic(base, new):.2f}",
+        "H - CoOp": f"{harmonic(base, new) - harmonic(coop_base, coop_new):+.2f}",
     }
     if held:
         row |= {
@@ -130,8 +113,8 @@ def summary(name: str, scores: dict, coop: dict, held: dict) -> dict[str, object
             "accuracy": f"{100 * held['accuracy_before']:.1f} -> {100 * held['accuracy_after']:.1f}",
             "alignment raw, R": f"{held['alignment_raw']:.3f}, {held['alignment']:.3f}",
             "step": held["step"],
-            "norm of R(g) / g": f"{_mean(s['regulator'].get('mean_ratio') or 1.0 for s in scores.values()):.2f}",
-            "beta / gated path": f"{_mean(_share(s['regulator']) for s in scores.values()):.2f}",
+            "norm of R(g) / g": f"{mean(s['regulator'].get('mean_ratio') or 1.0 for s in scores.values()):.2f}",
+            "beta / gated path": f"{mean(_share(s['regulator']) for s in scores.values()):.2f}",
         }
     return row
 
@@ -143,15 +126,6 @@ def _finished(folder: Path, steps: int) -> bool:
 
 def _share(facts: dict) -> float:
     return facts.get("path_beta", 0.0) / facts["path_gated"] if facts.get("path_gated") else 0.0
-
-
-def _mean(values) -> float:
-    values = list(values)
-    return sum(values) / len(values)
-
-
-def _h(base: float, new: float) -> float:
-    return 2 * base * new / (base + new) if base + new else 0.0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,31 @@
+"""The few-shot run that the experiments here share: 16 shots of the base classes, watched on base and new classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+CONFIG = "gram_small_c4_ep10_batch32_ctxv1"
+
+
+def few_shot(root: str, dataset: str, trainer: str, out: Path, seed: int, opts: Sequence[str]) -> dict:
+    """results.json's contents; a finished run is not run again."""
+    from gram_meta.engine.launch import train
+
+    return train(
+        [
+            *("--trainer", trainer, "--root", root, "--seed", str(seed), "--output-dir", str(out)),
+            *("--config-file", CONFIG, "--dataset-config-file", dataset, "DATASET.NUM_SHOTS", "16"),
+            *("DATASET.SUBSAMPLE_CLASSES", "base", *opts),
+        ],
+        quiet=True,
+    )
+
+
+def mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def harmonic(base: float, new: float) -> float:
+    return 2 * base * new / (base + new) if base + new else 0.0
