@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,6 +88,11 @@ class SplitDataset(DatasetBase):
         return read_split(path)
 
     @classmethod
+    def look(cls, path: Path) -> Splits:
+        """What `read` would give, without writing anything."""
+        return cls.read(path)
+
+    @classmethod
     def fingerprint(cls, path: Path, splits: Splits) -> str:
         """SHA-256 of what few-shot subsets are drawn from."""
         if path.is_file():
@@ -109,7 +115,9 @@ class SplitDataset(DatasetBase):
     def data(self, images: Path, splits: Splits) -> dict[str, list[Datum]]:
         """Arguments of Dassl's DatasetBase."""
         try:
-            train, val, test = ([_datum(images, entry) for entry in splits[part]] for part in PARTS)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Dassl warns before it fails
+                train, val, test = ([_datum(images, entry) for entry in splits[part]] for part in PARTS)
         except AssertionError:  # Datum looks for its image
             _say_missing(splits, images, self.split_file or self.source)
             raise

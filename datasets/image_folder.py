@@ -48,6 +48,14 @@ class ImageFolder(SplitDataset):
 
     @classmethod
     def read(cls, path: Path) -> Splits:
+        is_new = not (path / SPLIT).is_file() and not _is_split(path)
+        splits = cls.look(path)
+        if is_new:
+            _store(path / SPLIT, splits)
+        return splits
+
+    @classmethod
+    def look(cls, path: Path) -> Splits:
         names = read_classnames(path / CLASSNAMES) if (path / CLASSNAMES).is_file() else None
         if (path / SPLIT).is_file():
             splits = read_split(path / SPLIT)
@@ -56,7 +64,6 @@ class ImageFolder(SplitDataset):
             splits = _read_parts(path, names)
         else:
             splits = _divide(_listed(path, _class_root(path), names))
-            _store(path / SPLIT, splits)
         check_splits(splits, path)
         if same := same_names({str(label): name for _, label, name in splits["train"]}):
             print(f"Note: {path}: {same}; no text tells them apart")

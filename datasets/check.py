@@ -1,0 +1,227 @@
+"""What `gram check-data` finds under a folder of datasets: what is there, what is missing or wrong, where to get it."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from gram_meta.config import did_you_mean, find_config
+from gram_meta.datasets.base import PARTS, SplitDataset
+from gram_meta.datasets.few_shot import Splits
+from gram_meta.datasets.image_folder import ImageFolder
+from gram_meta.datasets.pickles import read_pickle
+from gram_meta.errors import GramError
+from gram_meta.files import read_json
+
+FINE, MISSING, WRONG = "fine", "missing", "wrong"
+
+# Those of the paper, and the four shifted test sets: what is looked for unless datasets are named.
+PAPER = (
+    "imagenet",
+    "caltech101",
+    "oxford_pets",
+    "stanford_cars",
+    "oxford_flowers",
+    "food101",
+    "fgvc_aircraft",
+    "sun397",
+    "dtd",
+    "eurosat",
+    "ucf101",
+    "imagenetv2",
+    "imagenet_sketch",
+    "imagenet_a",
+    "imagenet_r",
+)
+
+
+@dataclass
+class Finding:
+    """What was found of one dataset.
+
+    Attributes:
+        name: of its config. folder: where it lies, or should. state: `FINE`, `MISSING` or `WRONG`.
+        classes, images: numbers found (images by part); None and empty where they could not be read.
+        expected: the published numbers, as far as known: {"classes": 100, "train": 4128, ...}.
+        problems: a sentence each. notes: what does no harm but is good to know. sources: what is needed -> where it is.
+    """
+
+    name: str
+    folder: str
+    state: str = FINE
+    classes: int | None = None
+    images: dict[str, int] = field(default_factory=dict)
+    expected: dict[str, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    sources: dict[str, str] = field(default_factory=dict)
+
+
+def find_datasets(root: Path, names: Sequence[str]) -> list[tuple[str, type[SplitDataset]]]:
+    """Datasets by the name of their config or class, or of a folder under `root` (an ImageFolder).
+
+    Raises:
+        GramError: neither.
+    """
+    classes = {cls.__name__: cls for cls in _subclasses(SplitDataset)}
+    configs = {
+        config: classes[name] for config, name in _configs() if name in classes and name != "ImageFolder"
+    }
+    by_name = {
+        name.lower(): (config, cls) for config, cls in configs.items() for name in (config, cls.__name__)
+    }
+    found = []
+    for name in names:
+        if name.lower() in by_name:
+            found.append(by_name[name.lower()])
+        elif (root / name).is_dir():
+            found.append((name, type("ImageFolder", (ImageFolder,), {"dataset_dir": name})))
+        else:
+            raise GramError(
+                f"--datasets {name}: expected the name of a dataset or of a folder in {root}, found neither"
+                f"{did_you_mean(name, configs)}"
+            )
+    return found
+
+
+def check(
+    root: Path, name: str, dataset: type[SplitDataset], deep: bool = False, workers: int = 8
+) -> Finding:
+    """Look at one dataset. `deep` opens every image, in `workers` threads; else they are counted."""
+    folder = root / dataset.dataset_dir
+    published = dataset.published
+    found = Finding(name, os.fspath(folder), sources=dict(published.sources))
+    numbers = {"classes": published.classes, **{part: getattr(published, part) for part in PARTS}}
+    found.expected = {what: number for what, number in numbers.items() if number is not None}
+    if not folder.is_dir():
+        found.state = MISSING
+        found.problems.append(f"{folder}: no such folder")
+    else:
+        _check_folder(found, folder, dataset, workers if deep else 0)
+        found.state = WRONG if found.problems else FINE
+    if published.note and found.state != FINE:
+        found.notes.append(published.note)
+    return found
+
+
+def _check_folder(found: Finding, folder: Path, dataset: type[SplitDataset], workers: int) -> None:
+    path, images = folder / dataset.split_file, folder / dataset.image_dir
+    said = io.StringIO()
+    try:
+        with redirect_stdout(said):
+            splits = dataset.look(path)
+    except GramError as error:
+        found.problems.append(str(error))
+        if dataset.split_file and not images.is_dir():
+            found.problems.append(f"{images}: expected the folder of images, found no such folder")
+        return
+    found.notes += [line.removeprefix("Note: ") for line in said.getvalue().splitlines()]
+    found.classes = len({label for part in PARTS for _, label, _ in splits[part]})
+    found.images = {part: len(splits[part]) for part in PARTS if splits[part]}
+    for what, number in found.expected.items():
+        there = found.classes if what == "classes" else len(splits[what])
+        if there != number:
+            kind = "classes" if what == "classes" else f"{what} images"
+            found.problems.append(f"{path}: expected {number} {kind}, found {there}")
+    named = [image for part in PARTS for image, _, _ in splits[part]]
+    if not images.is_dir():
+        found.problems.append(f"{images}: expected the folder of images, found no such folder")
+        return
+    if dataset.split_file or (path / "split.json").is_file():
+        missing = _missing(images, named)
+        if missing:
+            found.problems.append(
+                f"{images}: {len(missing)} of {len(named)} images are missing, such as {missing[0]}"
+            )
+            named = sorted(set(named) - set(missing))
+    if workers:
+        found.problems += _broken(images, named, workers)
+    _check_few_shot(found, folder, path, splits, dataset)
+    if (folder / "preprocessed.pkl").is_file():
+        found.notes.append(
+            f"{folder / 'preprocessed.pkl'} is a cache of CoOp's own code and is not read here; remove it when images "
+            "have moved or changed"
+        )
+
+
+def _missing(images: Path, named: Sequence[str]) -> list[str]:
+    """Images that are not there; each folder is listed once."""
+    listed: dict[str, set[str]] = {}
+    missing = []
+    for image in named:
+        folder, _, name = image.rpartition("/")
+        if folder not in listed:
+            try:
+                listed[folder] = set(os.listdir(images / folder))
+            except OSError:
+                listed[folder] = set()
+        if name not in listed[folder]:
+            missing.append(image)
+    return missing
+
+
+def _broken(images: Path, named: Sequence[str], workers: int) -> list[str]:
+    """A sentence for each reason why images cannot be used."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from tqdm import tqdm
+
+    from gram_meta.corpus.images import BadImage, read_image
+
+    def reason(image: str) -> str:
+        try:
+            read_image(images / image)
+        except BadImage as error:
+            return str(error)
+        return ""
+
+    bad: dict[str, list[str]] = {}
+    with ThreadPoolExecutor(workers) as pool:
+        results = pool.map(reason, named, chunksize=64)
+        bar = tqdm(results, total=len(named), unit="image", desc=images.name, disable=None, leave=False)
+        for image, why in zip(named, bar, strict=True):
+            if why:
+                bad.setdefault(why, []).append(image)
+    return [f"{images}: {why}: {len(found)}, such as {found[0]}" for why, found in sorted(bad.items())]
+
+
+def _check_few_shot(
+    found: Finding, folder: Path, path: Path, splits: Splits, dataset: type[SplitDataset]
+) -> None:
+    stored = sorted((folder / dataset.few_shot_dir).glob("shot_*-seed_*.*"))
+    fingerprint = dataset.fingerprint(path, splits) if stored else ""
+    for file in stored:
+        try:
+            if file.suffix == ".json":
+                contents = read_json(file)
+                if not isinstance(contents, dict) or contents.get("split_sha256") != fingerprint:
+                    found.problems.append(
+                        f"{file}: was drawn from other images or another split file; remove it to draw anew"
+                    )
+            elif file.suffix == ".pkl":
+                records = [record for part in read_pickle(file).values() for record in part]
+                if records and not os.path.isfile(records[0][0]):
+                    found.notes.append(
+                        f"{file} names images where they are not ({records[0][0]}); the next run that uses it renews it"
+                    )
+        except GramError as error:
+            found.notes.append(str(error))
+
+
+def _subclasses(cls: type) -> Iterator[type]:
+    for subclass in cls.__subclasses__():
+        if subclass.__module__.startswith("gram_meta.datasets."):
+            yield subclass
+            yield from _subclasses(subclass)
+
+
+def _configs() -> Iterator[tuple[str, str]]:
+    """(name of a dataset's config, name of its class)"""
+    for path in sorted(find_config("caltech101", "datasets").parent.glob("*.yaml")):
+        yield path.stem, yaml.safe_load(path.read_text(encoding="utf-8"))["DATASET"]["NAME"]

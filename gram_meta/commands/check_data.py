@@ -1,0 +1,92 @@
+"""`gram check-data`: which datasets are under a folder, what is missing or wrong, and where to get it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gram_meta.datasets.check import Finding
+
+HELP = """Say which datasets are under ROOT (what --root is for training), what is missing or wrong, and where to get it.
+
+Without --datasets: the paper's eleven and ImageNetV2, -Sketch, -A and -R. Files are listed and counted, and compared with
+the published numbers; --deep opens every image. Nothing is written. The exit status is 0 if everything asked for is
+fine, else 1."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("root", metavar="ROOT", help="folder that holds the datasets' folders")
+    add(
+        "--datasets",
+        nargs="+",
+        metavar="NAME",
+        help="names of their configs (caltech101), or of folders of class folders in ROOT",
+    )
+    add("--deep", action="store_true", help="open every image")
+    add("--workers", type=int, default=8, metavar="N", help="threads for --deep (default: %(default)s)")
+    add("--json", action="store_true", help="print JSON instead of text")
+
+
+def run(args: argparse.Namespace) -> int:
+    import os
+    from pathlib import Path
+
+    import gram_meta.plugin  # noqa: F401, brings the datasets in
+    from gram_meta.datasets.check import FINE, PAPER, check, find_datasets
+    from gram_meta.errors import GramError
+
+    root = Path(os.path.abspath(os.path.expanduser(args.root)))
+    if not root.is_dir():
+        raise GramError(f"{root}: expected the folder that holds the datasets' folders, found no such folder")
+    if args.workers < 1:
+        raise GramError(f"--workers: expected at least 1, found {args.workers}")
+    names = [name for word in args.datasets or PAPER for name in word.split(",") if name]
+    found = [
+        check(root, name, dataset, args.deep, args.workers) for name, dataset in find_datasets(root, names)
+    ]
+    print(as_json(found) if args.json else as_text(found))
+    return 0 if all(finding.state == FINE for finding in found) else 1
+
+
+def as_json(found: list[Finding]) -> str:
+    """Everything `as_text` shows, for machines."""
+    import json
+    from dataclasses import asdict
+
+    return json.dumps([asdict(finding) for finding in found], indent=2, ensure_ascii=False)
+
+
+def as_text(found: list[Finding]) -> str:
+    """A table, and below it what is not as it should be."""
+    from collections import Counter
+
+    from tabulate import tabulate
+
+    rows = [
+        [
+            finding.name,
+            finding.state,
+            finding.classes,
+            *(finding.images.get(part) for part in ("train", "val", "test")),
+        ]
+        for finding in found
+    ]
+    parts = [tabulate(rows, ["dataset", "", "classes", "train", "val", "test"], missingval="-", intfmt=",")]
+    parts += [_details(finding) for finding in found if finding.problems or finding.notes]
+    counts = Counter(finding.state for finding in found)
+    parts.append(
+        ", ".join(f"{counts[state]} {state}" for state in ("fine", "missing", "wrong") if counts[state])
+    )
+    return "\n\n".join(parts)
+
+
+def _details(finding: Finding) -> str:
+    lines = [f"{finding.name}: {finding.state}", *(f"  {problem}" for problem in finding.problems)]
+    if finding.problems and finding.expected:
+        numbers = ", ".join(f"{what} {number:,}" for what, number in finding.expected.items())
+        lines.append(f"  published: {numbers}")
+    if finding.problems:
+        lines += [f"  {what}: {where}" for what, where in finding.sources.items()]
+    return "\n".join([*lines, *(f"  note: {note}" for note in finding.notes)])
