@@ -179,7 +179,9 @@ def _draw_starts(lines: Sequence[str], found: dict, seeds: dict) -> bytes:
                 markerfacecolor=colour if "GRAM" in line else "white", markeredgewidth=1.5,
             )  # fmt: skip
             values = seeds[line].get(column, {}).values()
-            axes.plot(list(values), [place + shift - 0.1] * len(values), ".", color=colour, markersize=4, alpha=0.7)
+            axes.plot(
+                list(values), [place + shift - 0.1] * len(values), ".", color=colour, markersize=4, alpha=0.7
+            )
     axes.set_yticks(range(len(lines)), lines)
     axes.set_ylim(-0.6, len(lines) - 0.4)
     axes.set_xlabel("accuracy (%)")

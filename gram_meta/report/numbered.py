@@ -132,7 +132,7 @@ def _table_1(runs: Sequence[Run], reference: str, explicit: bool) -> list[Report
         datasets=datasets,
         average_over=datasets if len(datasets) > 1 else (),
         reference=reference,
-        paper=_beside(mine, lambda label, members: paper.base_to_new(members, label)),
+        paper=_beside(mine, lambda label, _, members: paper.base_to_new(members, label)),
         title=_title(f"Table 1: {TITLES[1]}", mine),
         number=1,
     )
@@ -165,7 +165,7 @@ def _averages(number: int, runs: Sequence[Run], explicit: bool) -> list[Report]:
         datasets=datasets,
         average_over=datasets,
         reference=full,
-        paper=_beside(mine, lambda label, members: _average_number(number, label, members)),
+        paper=_beside(mine, lambda label, _, members: _average_number(number, label, members)),
         title=_title(f"Table {number}: {TITLES[number]}", mine),
         number=number,
         averages_only=True,
@@ -251,7 +251,7 @@ def _transfer_table(
         average_over=targets,
         average_last=True,
         reference=reference,
-        paper=_beside(mine, lambda label, members: _transfer_number(number, source, label, members)),
+        paper=_beside(mine, lambda *line: _transfer_number(number, source, *line)),
         title=_title(f"{title}, trained on {source}", mine),
         number=number,
         wide=True,
@@ -259,10 +259,12 @@ def _transfer_table(
     return _with_absent(build(mine, plan), mine, printed["targets"])
 
 
-def _transfer_number(number: int, source: str, label: str, members: Sequence[str]) -> dict[str, float]:
+def _transfer_number(
+    number: int, source: str, label: str, name: str, members: Sequence[str]
+) -> dict[str, float]:
+    """Of one dataset, or of the average (`name`) over `members`."""
     row = paper.transfer(number, source, members, label) if number else {}
-    value = row.get(members[0]) if len(members) == 1 else row.get("average")
-    return {} if value is None else {"all": value}
+    return {"all": row[name]} if name in row else {}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -337,7 +339,7 @@ def _in_order(names: Collection[str], order: Sequence[str]) -> list[str]:
 def _beside(runs: Sequence[Run], lookup: PaperNumbers) -> PaperNumbers:
     """`lookup` for the rows that were made as the paper's were, nothing for the others."""
     unlike = {run.label for run in runs if not _as_in_the_paper(run)}
-    return lambda label, members: {} if label in unlike else lookup(label, members)
+    return lambda label, *line: {} if label in unlike else lookup(label, *line)
 
 
 def _as_in_the_paper(run: Run) -> bool:

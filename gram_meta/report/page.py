@@ -34,8 +34,10 @@ h2 { font-size: 1.25rem; margin: 2.8rem 0 .8rem; padding-top: .6rem; border-top:
 h3 { font-size: 1.05rem; margin: 2rem 0 .5rem; }
 p, ul { max-width: 75ch; }
 a { color: var(--accent); }
-nav ul { columns: 22rem; padding-left: 1.2rem; margin: .4rem 0; max-width: none; }
-nav li { break-inside: avoid; margin-bottom: .2rem; }
+nav { margin-top: 1.2rem; padding: .4rem 1rem; background: var(--band); border-radius: 6px; }
+nav ul { padding-left: 1.2rem; margin: .3rem 0; max-width: none; }
+nav > ul > li > ul { columns: 26rem; }
+nav li { break-inside: avoid; margin-bottom: .1rem; }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
 .tall { max-height: 34rem; overflow-y: auto; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; width: max-content; min-width: 100%; }
@@ -46,9 +48,10 @@ tbody th, .words { text-align: left; font-weight: 400; }
 thead th.words { font-weight: 600; }
 tbody tr:last-child > * { border-bottom: 0; }
 tr.block > * { border-top: 2px solid var(--line); }
-tr.average > * { background: var(--band); font-weight: 600; }
+tr.average > * { background: var(--band); }
 tr.sub > * { color: var(--faint); font-size: .8125rem; border-bottom-style: dotted; }
 tr.sub > th { padding-left: 1.7rem; }
+td small { display: block; color: var(--gone); line-height: 1.1; }
 td.paper { color: var(--accent); }
 td.gone { color: var(--gone); font-weight: 400; }
 .remarks { color: var(--faint); font-size: .875rem; margin: .5rem 0 0; padding-left: 1.2rem; }
@@ -174,8 +177,10 @@ def _contents(
 ) -> str:
     items = []
     for key, title, _content in sections:
-        items.append(f'<li><a href="#{key}">{_(title)}</a></li>')
-        items += [f'<li><a href="#{_(anchor)}">{_(name)}</a></li>' for anchor, name in inner.get(key, ())]
+        below = "".join(
+            f'<li><a href="#{_(anchor)}">{_(name)}</a></li>' for anchor, name in inner.get(key, ())
+        )
+        items.append(f'<li><a href="#{key}">{_(title)}</a>{f"<ul>{below}</ul>" if below else ""}</li>')
     return f'<nav aria-label="Contents"><ul>{"".join(items)}</ul></nav>'
 
 
@@ -232,8 +237,15 @@ def _table_row(grid: Grid, place: int, names: int) -> str:
             marked = (
                 "paper" if "(paper)" in header or kind == "paper" else "gone" if text == "missing" else ""
             )
-            cells.append(f"<td{_class(marked)}>{_(text)}</td>")
+            cells.append(f"<td{_class(marked)}>{_number(text)}</td>")
     return f"<tr{_class(' '.join(classes))}>{''.join(cells)}</tr>"
+
+
+def _number(text: str) -> str:
+    """A cell with a typographer's minus; "(2 of 3 seeds)" goes below, where it widens no column."""
+    value, bracket, seeds = text.partition(" (")
+    value = "\N{MINUS SIGN}" + value[1:] if value.startswith("-") else value
+    return _(value) + (f"<small>{_(seeds.rstrip(')'))}</small>" if bracket else "")
 
 
 def _block_of(grid: Grid, place: int) -> str:

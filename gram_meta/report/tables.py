@@ -32,8 +32,8 @@ ALL = ("all",)
 
 # (label, dataset, subsample, seed) -> percent
 Values = Mapping[tuple[str, str, str, int], float]
-# (label, the datasets of the line) -> column -> the paper's number
-PaperNumbers = Callable[[str, Sequence[str]], Mapping[str, float]]
+# (label, the line's dataset or AVERAGE, the datasets that it is over) -> column -> the paper's number
+PaperNumbers = Callable[[str, str, Sequence[str]], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Plan:
     average_over: Sequence[str] = ()
     average_last: bool = False
     reference: str = ""
-    paper: PaperNumbers = lambda label, members: {}
+    paper: PaperNumbers = lambda label, name, members: {}
     title: str = ""
     number: int = 0
     wide: bool = False
@@ -182,7 +182,7 @@ def build(runs: Sequence[Run], plan: Plan) -> Report:
                     column: paired_difference(series[label][column], series[reference][column], len(seeds))
                     for column in plan.columns
                 }
-            printed = plan.paper(label, members)
+            printed = plan.paper(label, name, members)
             beside = {column: printed[column] for column in printed if cells.get(column) is not None}
             rows.append(Row(name, label, cells, differences, beside))
     return Report(

@@ -171,7 +171,10 @@ def missing_lines(missing: Sequence[Missing]) -> list[str]:
             seeds: dict[tuple[int, ...], list[str]] = {}
             for subsample, found in by_class.items():
                 seeds.setdefault(tuple(found), []).append(subsample)
-            what = "; ".join(f"{' and '.join(names)}, {_seeds(some)}" for some, names in seeds.items())
+            what = "; ".join(
+                _seeds(some) if names == ["all"] else f"{' and '.join(names)}, {_seeds(some)}"
+                for some, names in seeds.items()
+            )
             alike.setdefault(what, []).append(dataset)
         lines += [f"{label}: {', '.join(datasets)}, {what}" for what, datasets in alike.items()]
     return lines
