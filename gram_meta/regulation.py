@@ -115,8 +115,8 @@ class Regulation:
         for name, parameter in self.prompts.items():
             if parameter.grad is None or id(parameter) not in rates:
                 continue
-            raw = parameter.grad.to(torch.promote_types(parameter.grad.dtype, torch.float32))
-            if self.regulator is None:  # (M, d) or (layers, M, d)
+            raw = parameter.grad.to(self._dtype(parameter.grad))  # (M, d) or (layers, M, d)
+            if self.regulator is None:
                 gated, gamma, beta = raw * self.step_scale, None, None
                 new = gated
             else:
@@ -125,6 +125,12 @@ class Regulation:
             self.counts[name].add(raw, gated, gamma, beta, new, float(rates[id(parameter)]))
             parameter.grad = new.to(parameter.grad.dtype)
             self._warn(name)
+
+    def _dtype(self, gradient: Tensor) -> torch.dtype:
+        """What to calculate in: the regulator's number type; without one, at least float32."""
+        if self.regulator is None:
+            return torch.promote_types(gradient.dtype, torch.float32)
+        return next(self.regulator.parameters()).dtype
 
     def _check_widths(self, regulator: GradientRegulator) -> None:
         for name, parameter in self.prompts.items():

@@ -1,0 +1,341 @@
+"""GRAM for other people's trainers: deep and half-precision prompts, raw parameters, and what is refused."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import gram_meta.plugin  # noqa: F401, fills the registries
+from gram_meta.backbone import load_backbone
+from gram_meta.checkpoint import MetaCheckpoint, save_meta_checkpoint
+from gram_meta.engine import TRAINER_REGISTRY, TrainerX, build_lr_scheduler, build_optimizer, launch
+from gram_meta.errors import GramError
+from gram_meta.regulation import Regulation, WithGRAM, start_from
+from gram_meta.regulator import GradientRegulator, RegulatorConfig
+
+WIDTH = 64  # of the tiny CLIP's text tower
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return load_backbone("random-tiny")
+
+
+@pytest.fixture(scope="module")
+def regulator():
+    """Random, so that gamma and beta depend on the gradient."""
+    generator = torch.Generator().manual_seed(0)
+    return GradientRegulator({"text": WIDTH}, RegulatorConfig(start="random"), generator)
+
+
+@pytest.fixture(scope="module")
+def meta(backbone, regulator, tmp_path_factory):
+    theta = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(1)) * 0.1
+    checkpoint = MetaCheckpoint({"text": theta}, regulator, backbone.name, backbone.fingerprint)
+    path = tmp_path_factory.mktemp("meta") / "best.safetensors"
+    save_meta_checkpoint(path, checkpoint)
+    checkpoint.path = str(path)
+    return checkpoint
+
+
+def by_hand(regulator, gradient):
+    """Eq. 5 and 6."""
+    gate = regulator.gates["text"]
+    gamma = torch.tanh(gradient @ gate.weight_gamma.T + gate.bias_gamma)
+    beta = torch.tanh(gradient @ gate.weight_beta.T + gate.bias_beta)
+    return gamma * gradient + beta
+
+
+# ------------------------------------------------- a trainer as others write them: nothing of this project is in its code
+
+
+class ForeignLearner(nn.Module):
+    """Deep text prompts as in MaPLe: one for the input and one for each further layer, in half precision as in CoOp."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.ctx = nn.Parameter(torch.randn(3, WIDTH).mul(0.02).to(dtype))
+        self.deep = nn.ParameterList([nn.Parameter(torch.randn(2, WIDTH).mul(0.02).to(dtype))])
+        self.scale = nn.Parameter(torch.ones(1))
+
+
+class ForeignCLIP(nn.Module):
+    def __init__(self, clip, tokens, dtype):
+        super().__init__()
+        self.prompt_learner = ForeignLearner(dtype)
+        self.clip, self.tokens = [clip], tokens  # in a list: not part of what is saved
+
+    def forward(self, images):
+        (clip,), learner = self.clip, self.prompt_learner
+        x = clip.token_embedding(self.tokens)
+        context = learner.ctx.float().expand(len(x), -1, -1)
+        x = torch.cat([x[:, :1], context, x[:, 4:]], dim=1) + clip.positional_embedding
+        x = x.permute(1, 0, 2)
+        for layer, block in enumerate(clip.transformer.resblocks):
+            if layer:
+                deep = learner.deep[layer - 1].float()[:, None].expand(-1, x.shape[1], -1)
+                x = torch.cat([x[:1], deep, x[3:]])
+            x = block(x)
+        x = clip.ln_final(x.permute(1, 0, 2))
+        text = x[torch.arange(len(x)), self.tokens.argmax(-1)] @ clip.text_projection
+        features = clip.encode_image(images)
+        return 10 * learner.scale * F.normalize(features, dim=-1) @ F.normalize(text, dim=-1).T
+
+
+@TRAINER_REGISTRY.register()
+class Foreign(TrainerX):
+    dtype = torch.float16
+
+    def build_model(self):
+        names = self.dm.dataset.classnames
+        frozen = load_backbone("random-tiny")
+        self.model = ForeignCLIP(
+            frozen.model, frozen.tokenize([f"X X X {name}." for name in names]), self.dtype
+        )
+        self.optim = build_optimizer(self.model.prompt_learner, self.cfg.OPTIM)
+        self.sched = build_lr_scheduler(self.optim, self.cfg.OPTIM)
+        self.register_model("prompt_learner", self.model.prompt_learner, self.optim, self.sched)
+
+    def forward_backward(self, batch):
+        loss = F.cross_entropy(self.model(batch["img"]), batch["label"])
+        self.model_backward_and_update(loss)
+        return {"loss": loss.item()}
+
+
+@TRAINER_REGISTRY.register()
+class ForeignGRAM(WithGRAM, Foreign):
+    def gram_prompts(self):
+        learner = self.model.prompt_learner
+        return {"text": [learner.ctx, *learner.deep]}
+
+
+def train(data, options, out, *opts):
+    # the rate of the warm-up, 1e-5, would be lost in half precision
+    return launch.train(
+        [
+            "--root", str(data), "--seed", "1", "--trainer", "ForeignGRAM", "--dataset-config-file", "emoji_food",
+            "--config-file", "trainers/CoOp/gram_small_c4_ep10_batch32_ctxv1", "--output-dir", str(out), *options,
+            "DATASET.NUM_SHOTS", "2", "DATALOADER.TRAIN_X.BATCH_SIZE", "2", "OPTIM.WARMUP_EPOCH", "-1", *map(str, opts),
+        ],
+        quiet=True,
+    )  # fmt: skip
+
+
+def test_a_foreign_trainer_with_deep_half_precision_prompts(
+    tiny_data, tiny_options, tmp_path, meta, regulator, monkeypatch
+):
+    """Every step of a whole run: theta* in the first layer alone, R on all layers in float32, the rest raw."""
+    steps, starts = [], {}
+    regulate = Regulation.regulate
+
+    def watched(self, optimizer):
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        names = {id(p): name for name, p in self.prompts.items()}
+        before = {names.get(id(p), "raw"): (p.detach().clone(), p.grad.clone()) for p in held}
+        regulate(self, optimizer)
+        steps.append((before, {names.get(id(p), "raw"): p.grad.clone() for p in held}))
+
+    build = Foreign.build_model
+
+    def remembering(self):
+        build(self)
+        starts["own"] = self.model.prompt_learner.deep[0].detach().clone()
+
+    monkeypatch.setattr(Regulation, "regulate", watched)
+    monkeypatch.setattr(Foreign, "build_model", remembering)
+    train(tiny_data, tiny_options, tmp_path / "out", "TRAINER.GRAM.CHECKPOINT", meta.path)
+    assert len(steps) == 4
+    first = steps[0][0]
+    assert torch.equal(first["text"][0], meta.prompts["text"].half())
+    assert torch.equal(first["text.1"][0], starts["own"])
+    for before, after in steps:
+        assert set(before) == {"text", "text.1", "raw"}
+        for name in ("text", "text.1"):
+            raw = before[name][1]
+            assert raw.dtype == torch.float16 and raw.abs().max() > 0
+            assert torch.equal(after[name], by_hand(regulator, raw.float()).half())
+        assert torch.equal(after["raw"], before["raw"][1])
+    log = (tmp_path / "out/log.txt").read_text()
+    assert (
+        log.count("prompt is float16") == 1
+        and "Raw gradients, as the regulator does not know them: scale\n" in log
+    )
+    assert "regulator: text gradient norm" in log and "regulator: text.1 gradient norm" in log
+    assert "* accuracy: " in log
+    saved = torch.load(tmp_path / "out/prompt_learner/model.pth.tar-1", weights_only=True)["state_dict"]
+    assert set(saved) == {"ctx", "deep.0", "scale"}  # the trainer's own checkpoint, unchanged
+
+
+@pytest.mark.parametrize(
+    ("opts", "says"),
+    [
+        (["MODEL.BACKBONE.NAME", "ViT-B/16"], "expected the backbone it was made with, random-tiny, found 'ViT-B/16'"),
+        (["MODEL.INIT_WEIGHTS", "some.pth"], "MODEL.INIT_WEIGHTS and TRAINER.GRAM.INIT both name a start"),
+        (["TRAINER.GRAM.CHECKPOINT", "''"], "TRAINER.GRAM.CHECKPOINT is empty; ForeignGRAM expects"),
+        (["TRAINER.GRAM.STEP_SCALE", 0.5], "STEP_SCALE scales raw gradients"),
+    ],
+)  # fmt: skip
+def test_a_foreign_trainer_is_told_what_does_not_fit(tiny_data, tiny_options, tmp_path, meta, opts, says):
+    with pytest.raises(GramError, match=says) as error:
+        train(tiny_data, tiny_options, tmp_path / "out", "TRAINER.GRAM.CHECKPOINT", meta.path, *opts)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------- start and regulation
+
+
+def prompt(*shape, dtype=torch.float32):
+    return nn.Parameter(torch.zeros(*shape, dtype=dtype))
+
+
+def test_theta_goes_into_the_first_layer(meta):
+    theta = meta.prompts["text"]
+    whole, deep, several = (
+        prompt(3, WIDTH),
+        prompt(4, 3, WIDTH),
+        nn.ParameterList([prompt(3, WIDTH) for _ in "ab"]),
+    )
+    for prompts in (whole, deep, several):
+        start_from(meta, {"text": prompts})
+    assert whole.equal(theta) and deep[0].equal(theta) and not deep[1:].any()
+    assert several[0].equal(theta) and not several[1].any()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "extras", "says"),
+    [
+        ({"visual": (3, WIDTH)}, {}, "holds text prompts, but the trainer learns visual prompts"),
+        ({"text": (3, WIDTH), "visual": (3, 8)}, {}, "but the trainer learns text and visual prompts"),
+        (
+            {"text": (4, WIDTH)},
+            {},
+            "a text prompt of 3 tokens of width 64, but the trainer's has 4 tokens of",
+        ),
+        ({"text": (3, 512)}, {}, "3 tokens of width 64, but the trainer's has 3 tokens of width 512"),
+        ({"text": (2, 4, WIDTH)}, {}, "but the trainer's has 4 tokens"),
+        ({"text": (WIDTH,)}, {}, "expected a parameter of shape .M, d. or .layers, M, d., found .64,."),
+        ({"text": (3, WIDTH)}, {"net": (2,)}, "holds nothing beside its prompts, but the trainer learns net"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_one_sentence_and_changes_nothing(meta, prompts, extras, says):
+    parameters = {kind: prompt(*shape) for kind, shape in prompts.items()}
+    with pytest.raises(GramError, match=says) as error:
+        start_from(meta, parameters, {name: prompt(*shape) for name, shape in extras.items()})
+    assert "\n" not in str(error.value)
+    assert not any(parameter.any() for parameter in parameters.values())
+
+
+def test_extras_start_too_and_their_shapes_count(meta):
+    both = MetaCheckpoint(meta.prompts, None, "", "", extras={"net.weight": torch.ones(2, 3)})
+    net, ctx = prompt(2, 3), prompt(3, WIDTH)
+    start_from(both, {"text": ctx}, {"net.weight": net})
+    assert net.equal(torch.ones(2, 3)) and ctx.equal(meta.prompts["text"])
+    with pytest.raises(GramError, match=r"net.weight of shape \(2, 3\), but the trainer's has \(3, 3\)"):
+        start_from(both, {"text": ctx}, {"net.weight": prompt(3, 3)})
+
+
+def test_several_layers_and_optimisers_are_regulated_once_each(regulator):
+    first, second, other = prompt(3, WIDTH), prompt(2, WIDTH), prompt(5)
+    optimizers = torch.optim.SGD([first, other], lr=1.0), torch.optim.SGD([second], lr=1.0)
+    regulation = Regulation({"text": [first, second]}, regulator)
+    handles = regulation.attach(*optimizers)
+    gradients = [
+        torch.randn(p.shape, generator=torch.Generator().manual_seed(9)) for p in (first, second, other)
+    ]
+    for parameter, gradient in zip((first, second, other), gradients, strict=True):
+        parameter.grad = gradient.clone()
+    for optimizer in optimizers:
+        optimizer.step()
+    assert torch.allclose(-first, by_hand(regulator, gradients[0]), atol=1e-6)
+    assert torch.allclose(-second, by_hand(regulator, gradients[1]), atol=1e-6)
+    assert torch.equal(-other, gradients[2])
+    module = nn.ParameterDict({"a": first, "b": second, "c": other, "frozen": prompt(1)})
+    assert regulation.raw_parameters(module, *optimizers) == ["c"]
+    assert set(regulation.summary()) == {"text", "text.1"} and regulation.summary()["text.1"]["steps"] == 1
+    for handle in handles:
+        handle.remove()
+    other.grad, first.grad = None, gradients[0].clone()
+    before = first.detach().clone()
+    optimizers[0].step()
+    assert torch.allclose(before - first, gradients[0], atol=1e-6)  # raw again
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_sixteen_bits_are_regulated_in_float32_and_named_once(regulator, dtype, capsys):
+    parameter, second = prompt(3, WIDTH, dtype=dtype), prompt(3, WIDTH, dtype=dtype)
+    parameter.data += 0.02
+    regulation = Regulation({"text": [parameter, second]}, regulator)
+    optimizer = torch.optim.SGD([parameter, second], lr=0.0)
+    regulation.attach(optimizer)
+    gradient = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(2)).to(dtype)
+    for _ in range(2):
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    assert torch.equal(parameter.grad, by_hand(regulator, gradient.float()).to(dtype))
+    assert parameter.grad.dtype == dtype
+    lines = [line for line in capsys.readouterr().out.splitlines() if "prompt is" in line]
+    assert len(lines) == (1 if dtype.itemsize == 2 else 0)
+    if dtype == torch.float16:
+        assert "the text prompt is float16: at its size of 0.02 it loses steps below about 1e-05" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "says"),
+    [
+        ({"visual": (3, WIDTH)}, "learnt for text prompts, but is to regulate 'visual'"),
+        ({"text": (3, 512)}, "prompts of width 64, but the text prompt has width 512"),
+        ({"text": (WIDTH,)}, "the text prompt: expected a parameter of shape"),
+        ({}, "expected parameters by kind, each of them once, found none or one twice"),
+    ],
+)
+def test_prompts_that_the_regulator_does_not_know(regulator, prompts, says):
+    with pytest.raises(GramError, match=says) as error:
+        Regulation({kind: prompt(*shape) for kind, shape in prompts.items()}, regulator)
+    assert "\n" not in str(error.value)
+    twice = prompt(3, WIDTH)
+    with pytest.raises(GramError, match="one twice"):
+        Regulation({"text": [twice, twice]}, regulator)
+
+
+def test_gradients_that_would_slip_by_are_refused(regulator):
+    parameter = prompt(3, WIDTH)
+    regulation = Regulation({"text": parameter}, regulator)
+    with pytest.raises(GramError, match="the text prompt: expected an optimiser that holds it"):
+        regulation.attach(torch.optim.SGD([prompt(2, WIDTH)], lr=1.0))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    regulation.attach(optimizer)
+    for call in (lambda: optimizer.step(lambda: 0.0), lambda: optimizer.step(closure=lambda: 0.0)):
+        with pytest.raises(GramError, match=r"optimizer.step\(closure\)"):
+            call()
+    optimizer.grad_scale = torch.ones(())  # as a grad scaler sets it for a fused optimiser
+    with pytest.raises(GramError, match="a fused optimiser unscales gradients inside its step"):
+        optimizer.step()
+    assert not parameter.any()
+
+
+# -------------------------------------------------------------------------------------------------------- the example
+
+
+def test_the_example_without_dassl(meta, tmp_path, capsys):
+    path = Path(__file__).resolve().parents[1] / "examples/without_dassl.py"
+    spec = importlib.util.spec_from_file_location("without_dassl", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for index in range(2):
+            Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(
+                tmp_path / name / f"{index}.png"
+            )
+    regulation = example.main(meta.path, str(tmp_path), epochs=2)
+    assert not torch.equal(regulation.prompts["text"], meta.prompts["text"])
+    assert regulation.summary()["text"]["steps"] == 2 and "path_beta" in regulation.summary()["text"]
+    assert "epoch 2: loss" in capsys.readouterr().out
+    code = [line for line in path.read_text().split("def main")[1].splitlines() if line.strip()]
+    assert len(code) <= 26  # it promises to be short
