@@ -292,6 +292,18 @@ def test_other_shots_and_plain_datasets_have_tables_of_their_own(tmp_path):
     ]
 
 
+def test_folders_of_ones_own_images_are_told_apart(tmp_path):
+    tree = Tree(tmp_path)
+    for folder in ("birds", "boats"):
+        for part in ("base", "new"):
+            path = tree.write(f"{folder}/{part}", "CoOp", "ImageFolder", part, 1)
+            result = json.loads(path.read_text())
+            result["config"]["DATASET"]["FOLDER"] = folder
+            path.write_text(json.dumps(result))
+    report, _ = table(tree, 1)
+    assert report.datasets == ("ImageFolder birds", "ImageFolder boats") and report.notes == []
+
+
 def test_a_moved_tree_still_finds_its_trainings(world, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(world.root, moved)

@@ -66,15 +66,15 @@ class Evidence:
         """The dataset that the tested model was trained on."""
         result = self.results[path]
         if not result.get("model_dir"):
-            return result["dataset"]
+            return dataset_of(result)
         if self.trained_path(path) is not None:
-            return self.training_of(path)["dataset"]
+            return dataset_of(self.training_of(path))
         # OUT/<source>/<TRAINER>/<CFG>_<n>shots/seed<k>; but a base-to-new run's dataset is its own
         parts = PurePosixPath(result["model_dir"].replace(os.sep, "/")).parts
         if result["subsample"] != "all" or len(parts) < 4:
-            return result["dataset"]
+            return dataset_of(result)
         known = {_plain(it["dataset"]): it["dataset"] for it in self.results.values()}
-        return known.get(_plain(parts[-4]), result["dataset"])
+        return known.get(_plain(parts[-4]), dataset_of(result))
 
     def trained_path(self, path: Path) -> Path | None:
         """The results.json beside the model that was tested."""
@@ -146,6 +146,12 @@ def read_result(path: Path) -> dict[str, Any]:
     if lacking:
         raise GramError(f"{path}: expected the keys of a result, found no {', '.join(lacking)}")
     return result
+
+
+def dataset_of(result: Mapping[str, Any]) -> str:
+    """The dataset's name; folders of one's own images, which share one, have theirs behind it."""
+    folder = ((result.get("config") or {}).get("DATASET") or {}).get("FOLDER")
+    return f"{result['dataset']} {folder}" if folder else result["dataset"]
 
 
 def _plain(name: str) -> str:

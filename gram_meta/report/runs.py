@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from gram_meta.errors import GramError
-from gram_meta.report.evidence import Evidence, gather
+from gram_meta.report.evidence import Evidence, dataset_of, gather
 
 METRICS = ("accuracy", "error_rate", "macro_f1")
 
 # Settings that say where and how a run was made, and nothing about what was measured.
 _PLACE = (
-    "OUTPUT_DIR", "RESUME", "SEED", "USE_CUDA", "VERBOSE", "ENV_INFO", "DATASET.ROOT", "DATASET.NAME",
+    "OUTPUT_DIR", "RESUME", "SEED", "USE_CUDA", "VERBOSE", "ENV_INFO", "DATASET.ROOT", "DATASET.NAME", "DATASET.FOLDER",
     "DATASET.SUBSAMPLE_CLASSES", "DATASET.SOURCE_DOMAINS", "DATASET.TARGET_DOMAINS", "DATALOADER.NUM_WORKERS",
     "DATALOADER.TEST", "TEST.EVALUATOR", "TEST.PER_CLASS_RESULT", "TEST.COMPUTE_CMAT", "TEST.NO_TEST", "TEST.SPLIT",
     "TEST.PER_EPOCH", "TEST.AT_STEPS", "TRAIN.PRINT_FREQ", "TRAIN.CHECKPOINT_FREQ", "TRAINER.GRAM.META",
@@ -118,7 +118,7 @@ def _run(path: Path, evidence: Evidence, metric: str, by: Sequence[str]) -> Run:
     return Run(
         path=path,
         label=", ".join(words + _by(by, settings)),
-        dataset=result["dataset"],
+        dataset=dataset_of(result),
         subsample=result["subsample"],
         seed=int(result["seed"]),
         value=float(result["metrics"][metric]),
@@ -127,7 +127,7 @@ def _run(path: Path, evidence: Evidence, metric: str, by: Sequence[str]) -> Run:
         few_shot="" if untrained else (training.get("few_shot") or {}).get("sha256", ""),
         curve=tuple(result.get("curve") or ()),
         trainer=training["trainer"],
-        source=result["dataset"] if untrained else evidence.source_of(path),
+        source=dataset_of(result) if untrained else evidence.source_of(path),
         shots=int(training["shots"]),
         backbone=result["backbone"],
         epochs=int(settings.get("OPTIM.MAX_EPOCH", EPOCHS)),
