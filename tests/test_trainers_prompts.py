@@ -74,9 +74,11 @@ def go(tiny_data, tiny_options, tmp_path):
 
 
 @pytest.fixture
-def build(tiny_data, tiny_options):
+def build(tiny_data, tiny_options, tmp_path):
+    """build(trainer, *opts): a trainer on all four classes, without a run around it."""
+
     def build(trainer, *opts):
-        arguments = argv(tiny_data, "unused", trainer, tiny_options, *opts)
+        arguments = argv(tiny_data, tmp_path / "built", trainer, tiny_options, *opts)
         cfg = launch.setup_cfg(launch.build_parser().parse_args(arguments))
         set_random_seed(cfg.SEED)
         return build_trainer(cfg)
