@@ -36,7 +36,7 @@ p, ul { max-width: 75ch; }
 a { color: var(--accent); }
 nav { margin-top: 1.2rem; padding: .4rem 1rem; background: var(--band); border-radius: 6px; }
 nav ul { padding-left: 1.2rem; margin: .3rem 0; max-width: none; }
-nav > ul > li > ul { columns: 26rem; }
+nav > ul > li > ul { columns: 26rem; column-gap: 2.5rem; }
 nav li { break-inside: avoid; margin-bottom: .1rem; }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
 .tall { max-height: 34rem; overflow-y: auto; }
@@ -62,7 +62,7 @@ figure { margin: 1rem 0 2rem; }
 figure img { display: block; max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line);
   border-radius: 6px; padding: .4rem; }
 figcaption { max-width: 75ch; font-size: .9rem; color: var(--faint); margin-top: .5rem; }
-details { margin: .4rem 0; } summary { cursor: pointer; }
+details { margin: .4rem 0; } details > dl { margin: .4rem 0 .8rem 1.2rem; } summary { cursor: pointer; }
 pre { overflow: auto; max-height: 30rem; background: var(--band); padding: .8rem; border-radius: 6px; font-size: .8rem;
   line-height: 1.4; }
 code { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: .92em; }
@@ -295,16 +295,72 @@ def _metas(runs: Sequence[Run], evidence: Evidence) -> str:
         if sha256:
             used[sha256].append(run)
     logged = {meta.sha256 or meta.path: meta for meta in evidence.metas}
-    parts = []
-    for key in list(dict.fromkeys([*used, *logged])):
-        parts.append(_meta(key, used.get(key, []), logged.get(key)))
-    return "".join(parts) or "<p>No run used a meta-checkpoint.</p>"
+    keys = list(dict.fromkeys([*used, *logged]))
+    if not keys:
+        return "<p>No run used a meta-checkpoint.</p>"
+    rows = "".join(_meta_row(key, used.get(key, []), logged.get(key)) for key in keys)
+    head = "".join(
+        f'<th scope="col"{_class("words" if i in (0, 1, 9) else "")}>{name}</th>'
+        for i, name in enumerate(_META_HEADERS)
+    )
+    folded = "".join(_meta(key, used.get(key, []), logged.get(key)) for key in keys)
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+        '<ul class="remarks"><li>Loss, accuracy and inner product (cosine) are those of the held-out tasks, before and after '
+        "adaptation, at the best step.</li></ul>" + folded
+    )
+
+
+_META_HEADERS = (
+    "meta-training", "made without", "text + visual tokens", "runs", "best step", "query loss", "query accuracy (%)",
+    "inner product, raw", "regulated", "SHA-256",
+)  # fmt: skip
+
+
+def _meta_name(runs: Sequence[Run], meta: MetaTraining | None, key: str) -> str:
+    path = meta.path if meta else str(runs[0].result["meta_checkpoint"].get("path", ""))
+    return Path(path).parent.name or key[:12]
+
+
+def _best(meta: MetaTraining | None) -> Mapping[str, Any]:
+    """What was logged at the step whose weights were kept."""
+    rows = [row for row in meta.log if "loss_after" in row] if meta else []
+    return min(rows, key=lambda row: row["loss_after"], default={})
+
+
+def _meta_row(key: str, runs: Sequence[Run], meta: MetaTraining | None) -> str:
+    told = (runs[0].result["meta_checkpoint"].get("settings") or {}) if runs else {}
+    tokens = [told.get(f"PROMPT.{kind}_TOKENS") for kind in ("TEXT", "VISUAL")]
+    best = _best(meta)
+
+    def two(name: str, scale: float, digits: int) -> str:
+        pair = [best.get(f"{name}_{when}") for when in ("before", "after")]
+        return (
+            ""
+            if None in pair
+            else " \N{RIGHTWARDS ARROW} ".join(f"{scale * it:.{digits}f}" for it in pair if it is not None)
+        )
+
+    numbers = [
+        "" if None in tokens else f"{tokens[0]} + {tokens[1]}",
+        len(runs),
+        f"{best['step']} of {meta.log[-1]['step']}" if best and meta else "",
+        two("loss", 1, 3),
+        two("accuracy", 100, 1),
+        *(f"{best[name]:.3f}" if name in best else "" for name in ("alignment_raw", "alignment")),
+    ]
+    lacks = ", ".join(word.removeprefix("no ") for word in runs[0].ablation) if runs else ""
+    return (
+        f'<tr><th scope="row">{_(_meta_name(runs, meta, key))}</th><td class="words">{_(lacks)}</td>'
+        + "".join(f"<td>{_(number)}</td>" for number in numbers)
+        + f'<td class="words">{_link("meta", key[:12])}</td></tr>'
+    )
 
 
 def _meta(key: str, runs: Sequence[Run], meta: MetaTraining | None) -> str:
+    """All that is known of one, folded."""
     told = runs[0].result["meta_checkpoint"] if runs else {}
-    path = meta.path if meta else str(told.get("path", ""))
-    facts: list[tuple[str, Any]] = [("SHA-256", key), ("file", path)]
+    facts: list[tuple[str, Any]] = [("SHA-256", key), ("file", meta.path if meta else told.get("path", ""))]
     if runs:
         trainers = ", ".join(dict.fromkeys(run.trainer for run in runs))
         facts.append(("used by", f"{len(runs)} runs of {trainers}"))
@@ -316,26 +372,13 @@ def _meta(key: str, runs: Sequence[Run], meta: MetaTraining | None) -> str:
             for name in ("version", "topics", "store", "hierarchy")
             if name in meta.facts
         ]
-        losses = [row for row in meta.log if "loss_after" in row]
-        if losses:
-            best = min(losses, key=lambda row: row["loss_after"])
-            facts.append(
-                ("best step", f"{best['step']} of {meta.log[-1]['step']}, by query loss on held-out tasks")
-            )
-            for name in (
-                "loss_before",
-                "loss_after",
-                "accuracy_before",
-                "accuracy_after",
-                "alignment",
-                "alignment_raw",
-            ):
-                if name in best:
-                    facts.append((f"{name} at the best step", f"{best[name]:.4f}"))
-        config = _folded("Config of the meta-training", _yaml(meta.facts.get("config", {})))
-    name = Path(path).parent.name or key[:12]
+        config = f"<p>Config of the meta-training:</p><pre>{_(_yaml(meta.facts.get('config', {})))}</pre>"
     rows = "".join(f"<dt>{_(label)}</dt><dd>{_(value)}</dd>" for label, value in facts)
-    return f'<article id="meta-{_(key[:12])}"><h3>{_(name)}</h3><dl class="facts">{rows}</dl>{config}</article>\n'
+    name = _meta_name(runs, meta, key)
+    return (
+        f'<details id="meta-{_(key[:12])}"><summary>{_(key[:12])}: {_(name)}</summary>'
+        f'<dl class="facts">{rows}</dl>{config}</details>\n'
+    )
 
 
 def _manifests(runs: Sequence[Run]) -> str:
