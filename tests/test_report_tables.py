@@ -271,6 +271,16 @@ def test_ablations_are_averaged_where_they_ran(tmp_path):
     assert set(reports) == {1, 6} and reports[1].labels == ["UniGRAM"]
 
 
+def test_joint_prompts_alone_are_no_ablation(tmp_path):
+    tree = Tree(tmp_path)
+    tree.base_to_new("JointPrompt", PAIRS)
+    assert [report.number for report in all_tables(read_runs([tmp_path]))] == [1]
+    tree.base_to_new("UniGRAM", PAIRS, meta=meta("unigram"))
+    assert [report.number for report in all_tables(read_runs([tmp_path]))] == [1, 6]
+    _, rows = table(tree, 6)
+    assert rows["average", "1 UniGRAM, no domain shift"].cells["new"] is None
+
+
 def test_every_run_stands_somewhere(world):
     reports = all_tables(read_runs([world.root]))
     assert [report.number for report in reports] == [1, 2, 3, 4, 5, 6, 7, 0]

@@ -152,7 +152,8 @@ def _averages(number: int, runs: Sequence[Run], explicit: bool) -> list[Report]:
     full = ROWS_6[0] if number == 6 else ROWS_7[1]
     mine = [replace(run, label=row) for run in base_to_new_runs(runs) if (row := row_of(run))]
     own = {run.dataset for run in mine if run.label != full and run.label != ROWS_6[5]}
-    own = own or {run.dataset for run in mine if run.label != full}
+    if any(run.label == full for run in mine):
+        own = own or {run.dataset for run in mine if run.label != full}
     if not mine or not (own or explicit):
         return []
     left_out = {run.dataset for run in mine} - own if own else set()
