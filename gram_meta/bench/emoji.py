@@ -21,6 +21,7 @@ from gram_meta.bench import matrix
 from gram_meta.bench.matrix import Job, Settings
 from gram_meta.config import load_meta_config
 from gram_meta.errors import GramError
+from gram_meta.files import read_json
 
 SOURCE = "emoji_travel"
 DATASETS = {
@@ -72,14 +73,15 @@ def _world(settings: Settings, corpus: bool) -> Job:
     if set(settings.protocols) - {"base2new"}:
         names.add(settings.source)
     parts = sorted({_part(name) for name in names})
-    size = CORPUS_SIZE if corpus else 0
+    made = root / "corpus" / "manifest.json"  # one of another size stays, as stores are made of it
+    size = (read_json(made).get("size", CORPUS_SIZE) if made.is_file() else CORPUS_SIZE) if corpus else 0
     code = (
         f"from gram_meta.demo.world import write_world; "
         f"write_world({str(root)!r}, {json.dumps(parts)}, corpus_size={size})"
     )
     leaves = [root / f"emoji_{part}" / "manifest.json" for part in parts]
     if corpus:
-        leaves.append(root / "corpus" / "manifest.json")
+        leaves.append(made)
     return Job(("python", "-c", code), root, "the emoji world", ("world",), leaves=tuple(leaves))
 
 
