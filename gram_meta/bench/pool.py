@@ -288,7 +288,7 @@ def _attempt(task: Task) -> Outcome:
         return Outcome(task.key, time.monotonic() - begun, error=str(error))
     except Exception as error:  # any other is a fault of the program or of the machine: memory may be left over
         traceback.print_exc()
-        words = " ".join(str(error).split())
+        words = " ".join(str(error).split())[:300]  # the log has all of it
         error_line = f"{type(error).__name__}: {words}" if words else type(error).__name__
         return Outcome(task.key, time.monotonic() - begun, error=error_line, broken=True)
     gc.collect()
