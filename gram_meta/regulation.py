@@ -33,7 +33,7 @@ from gram_meta.errors import GramError
 from gram_meta.regulator import GradientRegulator
 
 # By kind ("text", "visual"): one parameter (M, d), one of all layers (layers, M, d), or a parameter for each layer
-Prompts = Mapping[str, nn.Parameter | Iterable[nn.Parameter]]
+Prompts = Mapping[str, Tensor | Iterable[Tensor]]
 
 FAR = 3.0  # times outside the quantiles of meta-training, from which on a run says so
 ENOUGH = 10  # steps to see before saying it
@@ -201,7 +201,7 @@ class Regulation:
 
 
 def start_from(
-    checkpoint: MetaCheckpoint, prompts: Prompts, extras: Mapping[str, nn.Parameter] | None = None
+    checkpoint: MetaCheckpoint, prompts: Prompts, extras: Mapping[str, Tensor] | None = None
 ) -> None:
     """Write theta* into prompts, and into parameters that were meta-learnt with them. Data changes, parameters stay.
 
@@ -270,7 +270,7 @@ class WithGRAM:
         """The prompts by kind: a parameter, or one for each layer (the first is nearest to the input)."""
         raise NotImplementedError
 
-    def gram_extras(self) -> dict[str, nn.Parameter]:
+    def gram_extras(self) -> Mapping[str, Tensor]:
         """Parameters that start from the meta-checkpoint too and that R^phi does not know (CoCoOp's meta-net), by name."""
         return {}
 
@@ -287,6 +287,11 @@ class WithGRAM:
 
     def check_cfg(self, cfg: Any) -> None:
         super().check_cfg(cfg)  # type: ignore[misc]
+        if "GRAM" not in cfg.TRAINER:
+            raise GramError(
+                "TRAINER.GRAM: expected these options in the config tree, found none; call "
+                "gram_meta.engine.options.extend_cfg(cfg) where the other options are added"
+            )
         gram = cfg.TRAINER.GRAM
         if gram.REGULATE and gram.STEP_SCALE != 1.0:
             raise GramError(
@@ -349,18 +354,20 @@ class WithGRAM:
         super().after_train()  # type: ignore[misc]
 
 
-def _named(prompts: Prompts) -> dict[str, nn.Parameter]:
+def _named(prompts: Prompts) -> dict[str, Tensor]:
     """One name for each parameter: the kind, then kind.1, kind.2, ... for the further ones of a list."""
-    named: dict[str, nn.Parameter] = {}
+    named: dict[str, Tensor] = {}
     for kind, value in prompts.items():
         parameters = [value] if isinstance(value, Tensor) else list(value)
         for index, parameter in enumerate(parameters):
             named[f"{kind}.{index}" if index else kind] = parameter
     for name, parameter in named.items():
-        if not isinstance(parameter, nn.Parameter) or parameter.dim() not in (2, 3):
-            found = tuple(parameter.shape) if isinstance(parameter, Tensor) else type(parameter).__name__
+        if not isinstance(parameter, Tensor):
+            raise GramError(f"the {name} prompt: expected a parameter, found {type(parameter).__name__}")
+        if not (parameter.is_leaf and parameter.requires_grad) or parameter.dim() not in (2, 3):
+            found = f"shape {tuple(parameter.shape)}, " + ("learned" if parameter.requires_grad else "frozen")
             raise GramError(
-                f"the {name} prompt: expected a parameter of shape (M, d) or (layers, M, d), found {found}"
+                f"the {name} prompt: expected a learned parameter of shape (M, d) or (layers, M, d), found {found}"
             )
     if not named or len({id(parameter) for parameter in named.values()}) < len(named):
         raise GramError("prompts: expected parameters by kind, each of them once, found none or one twice")
@@ -379,7 +386,7 @@ def _size(prompt: Tensor) -> str:
     return f"{prompt.shape[0]} tokens of width {prompt.shape[1]}"
 
 
-def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 

@@ -373,6 +373,7 @@ def test_a_run_and_its_evaluation_without_the_meta_checkpoint(go, save, tmp_path
     """results.json says what the meta-training was, also where the run's prompts are all that is left."""
     meta = save(kind)
     results = go(trainer, "TRAINER.GRAM.CHECKPOINT", meta)
+    assert go(trainer, "TRAINER.GRAM.CHECKPOINT", meta, "TRAINER.GRAM.META", "x") == results  # the same run
     text, visual = PROMPTS[kind]
     assert results["meta_checkpoint"]["path"] == meta and results["meta_checkpoint"]["settings"] == {
         "TASKS.DOMAIN_SHIFT": True,
@@ -466,9 +467,9 @@ def test_a_checkpoint_knows_its_trainer_and_its_classes(go, tiny_data, tmp_path)
     assert "\n" not in str(error.value) and not (tmp_path / "CoOp").exists()
     path = tmp_path / "VPT/prompt_learner/model.pth.tar-1"
     state = torch.load(path, weights_only=True)
-    facts = {key: state[key] for key in ("trainer", "dataset", "subsample", "classnames")}
-    names = ["red", "green"]
-    assert facts == {"trainer": "VPT", "dataset": "EmojiFood", "subsample": "base", "classnames": names}
+    facts = {key: state[key] for key in ("trainer", "dataset", "folder", "subsample", "classnames")}
+    where = {"dataset": "EmojiFood", "folder": "", "subsample": "base"}
+    assert facts == {"trainer": "VPT", **where, "classnames": ["red", "green"]}
     for changed, says in (
         (
             ["green", "red"],

@@ -186,6 +186,17 @@ def test_a_foreign_trainer_is_told_what_does_not_fit(tiny_data, tiny_options, tm
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
+def test_a_config_tree_without_the_options_says_where_they_come_from():
+    from gram_meta.engine import get_cfg_default
+    from gram_meta.engine.options import extend_cfg
+
+    trainer, cfg = ForeignGRAM.__new__(ForeignGRAM), get_cfg_default()
+    with pytest.raises(GramError, match=r"TRAINER.GRAM: .*gram_meta.engine.options.extend_cfg\(cfg\)"):
+        trainer.check_cfg(cfg)
+    extend_cfg(cfg)
+    trainer.check_cfg(cfg)
+
+
 # ------------------------------------------------------------------------------------------------- start and regulation
 
 
@@ -218,7 +229,11 @@ def test_theta_goes_into_the_first_layer(meta):
         ),
         ({"text": (3, 512)}, {}, "3 tokens of width 64, but the trainer's has 3 tokens of width 512"),
         ({"text": (2, 4, WIDTH)}, {}, "but the trainer's has 4 tokens"),
-        ({"text": (WIDTH,)}, {}, "expected a parameter of shape .M, d. or .layers, M, d., found .64,."),
+        (
+            {"text": (WIDTH,)},
+            {},
+            "expected a learned parameter of shape .M, d. or .layers, M, d., found shape .64,.",
+        ),
         ({"text": (3, WIDTH)}, {"net": (2,)}, "holds nothing beside its prompts, but the trainer learns net"),
     ],
 )
@@ -289,7 +304,7 @@ def test_sixteen_bits_are_regulated_in_float32_and_named_once(regulator, dtype, 
     [
         ({"visual": (3, WIDTH)}, "learnt for text prompts, but is to regulate 'visual'"),
         ({"text": (3, 512)}, "prompts of width 64, but the text prompt has width 512"),
-        ({"text": (WIDTH,)}, "the text prompt: expected a parameter of shape"),
+        ({"text": (WIDTH,)}, "the text prompt: expected a learned parameter of shape"),
         ({}, "expected parameters by kind, each of them once, found none or one twice"),
     ],
 )
@@ -300,6 +315,10 @@ def test_prompts_that_the_regulator_does_not_know(regulator, prompts, says):
     twice = prompt(3, WIDTH)
     with pytest.raises(GramError, match="one twice"):
         Regulation({"text": [twice, twice]}, regulator)
+    with pytest.raises(GramError, match=r"found shape \(3, 64\), frozen"):
+        Regulation({"text": twice.requires_grad_(False)}, regulator)
+    with pytest.raises(GramError, match="the text.1 prompt: expected a parameter, found str"):
+        Regulation({"text": [prompt(3, WIDTH), "ctx"]}, regulator)
 
 
 def test_gradients_that_would_slip_by_are_refused(regulator):

@@ -282,6 +282,7 @@ class PromptTrainer(ClipTrainer):
         return {
             "trainer": type(self).__name__,
             "dataset": dataset.NAME,
+            "folder": dataset.get("FOLDER", ""),  # which images, where the dataset's name does not say
             "subsample": dataset.SUBSAMPLE_CLASSES,
             "classnames": list(self.classnames),
         }
@@ -297,7 +298,7 @@ class PromptTrainer(ClipTrainer):
             raise GramError(
                 f"{path}: holds what {there['trainer']} has learned; expected that of {here['trainer']} (--trainer)"
             )
-        same = [there.get(key) == here[key] for key in ("dataset", "subsample")]
+        same = [there.get(key, here[key]) == here[key] for key in ("dataset", "folder", "subsample")]
         if all(same) and there.get("classnames", here["classnames"]) != here["classnames"]:
             raise GramError(f"{path}: {_difference(there['classnames'], here['classnames'])}")
 
