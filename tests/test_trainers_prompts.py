@@ -387,6 +387,9 @@ def test_a_run_and_its_evaluation_without_the_meta_checkpoint(go, save, tmp_path
     log = (tmp_path / trainer / "log.txt").read_text()
     raw = [f"meta_net.linear{i}.{part}" for i in (1, 2) for part in ("weight", "bias")]
     raw = raw if kind == "CoCoOp" else []
+    visual_too = ", a visual prompt of shape (2, 64)" if visual else ""
+    learned = [f"Learning a text prompt of shape ({text}, 64){visual_too}", *raw]
+    assert ", ".join(learned) in log.splitlines()
     assert results["raw_parameters"] == raw
     assert ("Raw gradients, as the regulator does not know them: meta_net.linear1" in log) == bool(raw)
     assert set(results["regulator"]) == ({"text", "visual"} if visual else {"text"})

@@ -184,7 +184,9 @@ class PromptTrainer(ClipTrainer):
         if cfg.MODEL.INIT_WEIGHTS:
             self._load_weights(cfg.MODEL.INIT_WEIGHTS)
         shapes = {kind: tuple(p.shape) for kind, p in learner.prompts().items()}
-        print(f"Learning {', '.join(f'a {kind} prompt of shape {shape}' for kind, shape in shapes.items())}")
+        beside = [name for name, _ in learner.named_parameters() if name not in ("ctx", "visual_ctx")]
+        learned = [f"a {kind} prompt of shape {shape}" for kind, shape in shapes.items()] + beside
+        print(f"Learning {', '.join(learned)}")
         self.optim = build_optimizer(learner, cfg.OPTIM)
         self.sched = build_lr_scheduler(self.optim, cfg.OPTIM)
         self.register_model(NAME, learner, self.optim, self.sched)
