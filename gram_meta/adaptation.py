@@ -27,8 +27,6 @@ from gram_meta.regulator import GradientRegulator
 from gram_meta.report.statistics import half_width
 from gram_meta.tasks import TaskSampler
 
-STEPS = (0, 1, 5, 20)
-
 Gradients = Mapping[str, Tensor]
 
 
@@ -77,7 +75,7 @@ def evaluate_adaptation(
     store: PairStore,
     hierarchy: Hierarchy,
     tasks: int = 100,
-    steps: Sequence[int] = STEPS,
+    steps: Sequence[int] = (0, 1, 5, 20),
     seed: int = 1000,
     opts: Sequence[str] = (),
     device: str | torch.device = "cpu",

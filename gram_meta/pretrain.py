@@ -90,6 +90,7 @@ class MetaTrainer:
         self.backbone = load_backbone(config.BACKBONE.NAME, device, config.BACKBONE.PRECISION)
         store.check_backbone(self.backbone)
         hierarchy.check_store(store)
+        _check_labelled(hierarchy, config.CHC.LABELLED)
         self.store, self.hierarchy = store, hierarchy
 
         self.train_topics, self.held_topics = split_topics(
@@ -441,6 +442,16 @@ def _frozen(regulator: GradientRegulator) -> Callable[[Mapping[str, Tensor]], di
 
 def _only(gradients: Mapping[str, Tensor], kinds: Sequence[str]) -> dict[str, Tensor]:
     return {kind: gradients[kind] for kind in kinds}
+
+
+def _check_labelled(hierarchy: Hierarchy, wanted: bool) -> None:
+    """CHC.LABELLED goes into the checkpoint and says which row of Table 6 it belongs to, so it has to be true."""
+    if bool(hierarchy.manifest.get("labelled")) != wanted:
+        found = "labelled classes" if not wanted else "topics found by clustering"
+        raise GramError(
+            f"CHC.LABELLED is {wanted}: expected a hierarchy of "
+            f"{'labelled classes' if wanted else 'topics found by clustering'}, found one of {found}"
+        )
 
 
 def _first_difference(key: str, before: Any, now: Any) -> str:

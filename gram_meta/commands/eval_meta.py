@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
-from gram_meta.adaptation import STEPS
+if TYPE_CHECKING:
+    from gram_meta.adaptation import Adaptation
 
 HELP = """Adapt to tasks that meta-training has not seen, from theta* and from where meta-training started, with R on and
 off, and score their query sets: minutes that say whether hours downstream are worth it.
@@ -23,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hierarchy", required=True, help="hierarchy, from `gram cluster`")
     parser.add_argument("--tasks", type=int, default=100, help="how many tasks; default: 100")
     parser.add_argument(
-        "--steps", type=int, nargs="+", default=list(STEPS), help="inner steps to look after; default: 0 1 5 20"
+        "--steps", type=int, nargs="+", default=[0, 1, 5, 20], help="inner steps to look after; default: 0 1 5 20"
     )
     parser.add_argument("--seed", type=int, default=1000, help="of the tasks; default: 1000")
     parser.add_argument("--device", default="", help="cpu, cuda, ...; default: cuda where there is one")
@@ -55,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _table(result) -> str:
+def _table(result: Adaptation) -> str:
     from tabulate import tabulate
 
     steps = [cell.steps for cell in result.lines[0].cells]
