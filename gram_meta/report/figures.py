@@ -196,7 +196,10 @@ def _draw_starts(lines: Sequence[str], found: dict, seeds: dict) -> bytes:
 
 def _epochs(runs: Sequence[Run]) -> list[Drawing | str]:
     """One figure for each length of training: 10 epochs, and longer ones."""
-    mine = [run for run in runs if run.trainer in NAMES and _per_epoch(run) and _only_longer(run)]
+    mine = [
+        run for run in runs if run.subsample == "base" and run.shots == 16
+    ]  # a source's curve is another thing
+    mine = [run for run in mine if run.trainer in NAMES and _only_longer(run) and _per_epoch(run)]
     lengths = sorted({run.epochs for run in mine})
     if not lengths:
         return [
