@@ -302,6 +302,27 @@ def test_other_shots_and_plain_datasets_have_tables_of_their_own(tmp_path):
     ]
 
 
+def test_start_prompts_without_a_step_stand_with_the_runs_of_their_shots(tmp_path):
+    more = {"meta": meta("coop"), "few_shot": {}}
+    for shots, titles in (
+        (2, ["Base-to-new, 2 shots"]),
+        (16, ["Table 1: base-to-new", "Controls and variants"]),
+    ):
+        tree = Tree(tmp_path / str(shots))
+        tree.base_to_new("ZeroshotCLIP", PAIRS[:1], (1,))
+        tree.base_to_new("CoOp", PAIRS[:1], (1, 2), shots)
+        tree.base_to_new("CoOpGRAM", PAIRS[:1], (1, 2), shots, **more)
+        for part in ("base", "new"):
+            tree.write(
+                f"start/{part}", "CoOpGRAM", PAIRS[0], part, 1, shots, eval_only=True, name="start", **more
+            )
+        reports = all_tables(read_runs([tree.root]))
+        assert all(report.title.startswith(title) for report, title in zip(reports, titles, strict=True))
+        labels = [label for report in reports for label in report.labels if label != "CoOp"]
+        assert labels == ["ZeroshotCLIP", "CoOpGRAM", "CoOpGRAM, no step"]
+        assert all(report.missing == [] and report.notes == [] for report in reports)
+
+
 def test_folders_of_ones_own_images_are_told_apart(tmp_path):
     tree = Tree(tmp_path)
     for folder in ("birds", "boats"):
