@@ -280,6 +280,16 @@ def test_starts(build, backbone):
     assert list(build("CoCoOp").model.prompt_learner.state_dict()) == names  # CoCoOp's own
 
 
+def test_cocoop_draws_its_meta_net_as_its_authors_do(build):
+    """Two linear layers from the run's seed, and nothing else: what is drawn afterwards (the order of images) agrees."""
+    net = build("CoCoOp").model.prompt_learner.meta_net
+    after = torch.rand(3)
+    set_random_seed(1)
+    first, second = torch.nn.Linear(64, 4), torch.nn.Linear(4, 64)
+    assert torch.equal(net.linear1.weight, first.weight) and torch.equal(net.linear2.bias, second.bias)
+    assert torch.equal(after, torch.rand(3))
+
+
 def test_nothing_is_computed_that_does_not_change(build, backbone, monkeypatch):
     """Class features of a visual prompt are those of the build; image features without one carry no graph."""
     calls = []
