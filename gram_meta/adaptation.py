@@ -24,7 +24,7 @@ from gram_meta.corpus.store import PairStore
 from gram_meta.episodes import Episodes, initial_theta
 from gram_meta.errors import GramError
 from gram_meta.regulator import GradientRegulator
-from gram_meta.report.statistics import half_width
+from gram_meta.statistics import half_width
 from gram_meta.tasks import TaskSampler
 
 Gradients = Mapping[str, Tensor]

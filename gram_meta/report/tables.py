@@ -17,7 +17,7 @@ from typing import Any
 
 from gram_meta.errors import GramError
 from gram_meta.report.runs import Run
-from gram_meta.report.statistics import (
+from gram_meta.statistics import (
     Estimate,
     estimate,
     harmonic,

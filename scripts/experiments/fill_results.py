@@ -1,0 +1,54 @@
+"""Put the tables of `gram report` into docs/RESULTS.md, between the lines `<!-- table N -->` and `<!-- end -->`.
+
+    gram report DIR/output --collect docs/results/emoji.json
+    python scripts/experiments/fill_results.py             # --check: say whether the page is as the results are
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PLACE = re.compile(r"(<!-- table (\d) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def filled(page: str, results: Path) -> str:
+    """The page with every table as the results give it."""
+    return PLACE.sub(lambda place: f"{place[1]}\n{table(place[2], results)}\n\n{place[3]}", page)
+
+
+def table(number: str, results: Path) -> str:
+    """Table `number` as Markdown."""
+    from gram_meta.cli import main
+
+    text = io.StringIO()
+    with redirect_stdout(text):
+        status = main(["report", str(results), "--table", number, "--format", "markdown"])
+    if status:
+        raise SystemExit(status)
+    return text.getvalue().strip()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if the page is out of date")
+    args = parser.parse_args()
+    path = DOCS / "RESULTS.md"
+    page = path.read_text(encoding="utf-8")
+    now = filled(page, DOCS / "results/emoji.json")
+    if args.check:
+        print("up to date" if now == page else f"{path}: tables differ from docs/results/emoji.json")
+        return int(now != page)
+    path.write_text(now, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
