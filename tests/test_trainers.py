@@ -478,6 +478,44 @@ def test_an_evaluation_is_not_taken_for_finished_when_the_model_was_trained_anew
         launch.train(argv, quiet=True)
 
 
+def folder_of(out, *words):
+    """The output folder of a run that these flags describe, as `gram train` finds it."""
+    args = launch.build_parser().parse_args(["--trainer", "CoOp", "--output-dir", str(out), *map(str, words)])
+    return launch.OutputFolder(launch.setup_cfg(args), args)
+
+
+def test_a_model_folder_is_the_same_under_each_of_its_names(tmp_path, monkeypatch):
+    model = tmp_path / "trained/prompt_learner/model.pth.tar-3"
+    model.parent.mkdir(parents=True)
+    model.write_bytes(b"learned")
+    monkeypatch.chdir(tmp_path)
+    folder_of("tested", "--eval-only", "--model-dir", "trained").finish()
+    for name in ("trained", "./trained/", tmp_path / "trained"):
+        assert folder_of("tested", "--eval-only", "--model-dir", name).finished
+    (tmp_path / "trained").rename(tmp_path / "moved")
+    assert folder_of("tested", "--eval-only", "--model-dir", "moved").finished
+    (tmp_path / "moved/prompt_learner/model.pth.tar-3").write_bytes(b"learned anew")
+    with pytest.raises(GramError, match="holds another run \\(--model-dir is "):
+        folder_of("tested", "--eval-only", "--model-dir", "moved")
+    with pytest.raises(GramError, match="holds another run \\(--model-dir is "):
+        folder_of("tested", "--eval-only")  # the start instead of what was learned
+
+
+def test_options_newer_than_a_run_were_at_their_defaults_in_it(tmp_path):
+    folder_of(tmp_path).finish()
+    stored = json.loads((tmp_path / "run.json").read_text())
+    newer = [key for key in stored["run"] if key.startswith("TRAINER.VPT.") or key == "TEST.AT_STEPS"]
+    assert len(newer) == 5
+    for key in newer:
+        del stored["run"][key]
+    (tmp_path / "run.json").write_text(json.dumps(stored))
+    assert folder_of(tmp_path).finished
+    with pytest.raises(GramError, match="\\(TRAINER.VPT.N_CTX_VISION is 4 there and 8 here\\)"):
+        folder_of(tmp_path, "TRAINER.VPT.N_CTX_VISION", 8)
+    with pytest.raises(GramError, match="\\(TEST.AT_STEPS is \\[\\] there and \\[0, 5\\] here\\)"):
+        folder_of(tmp_path, "TEST.AT_STEPS", "(0,5)")
+
+
 def test_a_changed_meta_checkpoint_is_another_run(world, backbone, tmp_path):
     meta = save_meta(tmp_path / "meta.safetensors", backbone)
     train(world, tmp_path / "out", "CoOpGRAM", "TRAINER.GRAM.CHECKPOINT", meta)

@@ -245,7 +245,7 @@ class OutputFolder:
         unset = _defaults() if set(self.identity) - set(stored) else {}
         for key in sorted(set(stored) | set(self.identity)):
             there, here = stored.get(key, unset.get(key)), self.identity.get(key)
-            if there != here:
+            if there != here and not (key == "--model-dir" and _same_model(there, here)):
                 raise GramError(
                     f"{self.path}: holds another run ({key} is {there!r} there and {here!r} here); "
                     "choose another --output-dir or remove the folder"
@@ -325,8 +325,18 @@ def _identity(cfg: Any, args: argparse.Namespace) -> dict[str, Any]:
             identity[key] = f"SHA-256 {sha256_file(path)}"  # a file may move, or change
     if args.model_dir:  # what was trained anew there has to be evaluated anew
         files = sorted(Path(args.model_dir).glob("*/model*.pth.tar*"))
-        identity["--model-dir"] = [args.model_dir, *(f"{file.name} {sha256_file(file)}" for file in files)]
+        hashes = (f"{file.name} {sha256_file(file)}" for file in files)
+        identity["--model-dir"] = [os.path.abspath(args.model_dir), *hashes]
     return identity
+
+
+def _same_model(there: Any, here: Any) -> bool:
+    """Two entries of --model-dir, folder and contents: the contents decide, as a folder may be named anew or move."""
+    if not (isinstance(there, list) and isinstance(here, list)):
+        return False
+    if len(there) > 1 or len(here) > 1:
+        return there[1:] == here[1:]
+    return os.path.realpath(there[0]) == os.path.realpath(here[0])
 
 
 def _defaults() -> dict[str, Any]:
