@@ -620,7 +620,10 @@ def test_gram_train_is_train_py(world, tmp_path, capsys):
     assert "did you mean 'EmojiFood'?" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
-    assert "--dataset-config-file" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "--dataset-config-file" in text
+    for folder in (Path(cli.__file__).parents[1] / "configs" / "trainers").iterdir():
+        assert folder.name in text
 
 
 def test_no_train_builds_and_leaves_nothing(world, tmp_path):

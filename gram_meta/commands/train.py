@@ -6,8 +6,18 @@ import argparse
 
 from gram_meta.engine import launch
 
-HELP = """Train or evaluate a trainer on a dataset: CoOp's train.py, flag by flag, with the trainers ZeroshotCLIP, CoOp and
-CoOpGRAM. Config files are found by name in the package when there is no such file here."""
+HELP = """Train or evaluate a trainer on a dataset: CoOp's train.py, flag by flag.
+
+  baselines  ZeroshotCLIP, CoOp, CoCoOp, VPT, JointPrompt
+  with GRAM  CoOpGRAM, CoCoOpGRAM, VPTGRAM, UniGRAM: start from TRAINER.GRAM.CHECKPOINT, made by `gram pretrain`
+
+Config files are found by name in the package when there is no such file here. A finished run is not run again, an
+unfinished one goes on, and a folder that holds another run is refused.
+
+  gram train --root DATA --seed 1 --trainer CoOpGRAM --dataset-config-file dtd \\
+      --config-file vit_b16_c4_ep10_batch32_ctxv1 --output-dir OUT \\
+      DATASET.NUM_SHOTS 16 DATASET.SUBSAMPLE_CLASSES base TRAINER.GRAM.CHECKPOINT META/best.safetensors
+  then, with another --output-dir: --eval-only --model-dir OUT ... DATASET.SUBSAMPLE_CLASSES new"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
