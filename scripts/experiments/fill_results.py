@@ -1,5 +1,7 @@
 """Put the tables of `gram report` into docs/RESULTS.md, between the lines `<!-- table N -->` and `<!-- end -->`.
 
+`<!-- table 0 -->` is what stands in no table of the paper: controls and variants.
+
     gram report DIR/output --collect docs/results/emoji.json
     python scripts/experiments/fill_results.py             # --check: say whether the page is as the results are
 """
@@ -23,15 +25,17 @@ def filled(page: str, results: Path) -> str:
 
 
 def table(number: str, results: Path) -> str:
-    """Table `number` as Markdown."""
+    """Table `number` as Markdown; 0 is the controls."""
     from gram_meta.cli import main
 
+    wanted = ["--table", number] if number != "0" else []
     text = io.StringIO()
     with redirect_stdout(text):
-        status = main(["report", str(results), "--table", number, "--format", "markdown"])
+        status = main(["report", str(results), *wanted, "--format", "markdown"])
     if status:
         raise SystemExit(status)
-    return text.getvalue().strip()
+    tables = text.getvalue().strip()
+    return tables if wanted else tables[tables.index("**Controls and variants") :]
 
 
 def main() -> int:
