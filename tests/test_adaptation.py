@@ -90,5 +90,8 @@ def test_bad_input_is_one_sentence(runs, pixel_corpus, tmp_path, capsys):
         measure(runs["raw"], pixel_corpus, opts=["TASKS.WAYS", "9"])
     with pytest.raises(GramError, match="did you mean 'TASKS.WAYS'"):
         measure(runs["raw"], pixel_corpus, opts=["TASKS.WAY", "9"])
-    assert main(["eval-meta", str(tmp_path / "none"), "--store", "a", "--hierarchy", "b"]) == 2
+    command = ["eval-meta", str(tmp_path / "none"), "--store", "a", "--hierarchy", "b"]
+    assert main([*command, "--steps", "0", "1", "TASKS.WAYS", "2"]) == 2  # KEY VALUE is no step
     assert "expected a meta-checkpoint" in capsys.readouterr().err
+    assert main([*command, "--steps", "0", "few"]) == 2
+    assert "--steps: expected numbers from 0 on, found 'few'" in capsys.readouterr().err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,8 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Plan, then show or run; the exit status."""
     from gram_meta.bench import emoji, matrix, pool, runner
+    from gram_meta.commands.lists import give_back_options
 
-    _give_back_options(args)
+    give_back_options(args, "trainers", "datasets", "seeds", "gpus")
     settings = read_settings(args)
     jobs = emoji.plan(settings, Path(args.emoji)) if args.emoji else matrix.plan(settings)
     count = args.jobs if args.jobs is not None else min(pool.cores(), 4) if args.emoji else 1
@@ -140,13 +140,3 @@ def common_settings(
         opts=tuple(args.opts),
         meta_opts=tuple(args.meta_opts),
     )
-
-
-def _give_back_options(args: argparse.Namespace) -> None:
-    """KEY VALUE pairs right after a list (`--seeds 1 2 OPTIM.MAX_EPOCH 5`) belong to no list."""
-    for name in ("trainers", "datasets", "seeds", "gpus"):
-        words = getattr(args, name) or []
-        first = next((i for i, word in enumerate(words) if re.fullmatch(r"[A-Z][A-Z_]*(\.[A-Z0-9_]+)+", word)), None)
-        if first is not None:
-            args.opts = [*args.opts, *words[first:]]
-            setattr(args, name, words[:first] or None)

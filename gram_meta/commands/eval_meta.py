@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hierarchy", required=True, help="hierarchy, from `gram cluster`")
     parser.add_argument("--tasks", type=int, default=100, help="how many tasks; default: 100")
     parser.add_argument(
-        "--steps", type=int, nargs="+", default=[0, 1, 5, 20], help="inner steps to look after; default: 0 1 5 20"
+        "--steps", nargs="+", default=["0", "1", "5", "20"], help="inner steps to look after; default: 0 1 5 20"
     )
     parser.add_argument("--seed", type=int, default=1000, help="of the tasks; default: 1000")
     parser.add_argument("--device", default="", help="cpu, cuda, ...; default: cuda where there is one")
@@ -35,6 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     import json
+
+    from gram_meta.commands.lists import give_back_options
+    from gram_meta.errors import GramError
+
+    give_back_options(args, "steps")
+    if bad := [word for word in args.steps if not word.isdecimal()]:
+        raise GramError(f"--steps: expected numbers from 0 on, found {bad[0]!r}")
 
     import torch
 
@@ -48,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         PairStore.open(args.store),
         Hierarchy.open(args.hierarchy),
         args.tasks,
-        args.steps,
+        [int(word) for word in args.steps],
         args.seed,
         args.opts,
         args.device or ("cuda" if torch.cuda.is_available() else "cpu"),

@@ -1,0 +1,27 @@
+"""Options that take a list, with KEY VALUE pairs behind it: `--seeds 1 2 3 OPTIM.MAX_EPOCH 5`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from gram_meta.errors import GramError
+
+KEY = re.compile(r"[A-Z][A-Z_]*(\.[A-Z0-9_]+)+")
+
+
+def give_back_options(args: argparse.Namespace, *names: str) -> None:
+    """Move KEY VALUE pairs, which argparse gives to the list before them, to `args.opts`.
+
+    Raises:
+        GramError: a list that holds nothing else.
+    """
+    for name in names:
+        words = getattr(args, name) or []
+        first = next((i for i, word in enumerate(words) if KEY.fullmatch(str(word))), None)
+        if first is None:
+            continue
+        if first == 0:
+            raise GramError(f"--{name}: expected a value, found {words[0]}")
+        args.opts = [*args.opts, *words[first:]]
+        setattr(args, name, words[:first])
