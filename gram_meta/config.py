@@ -16,6 +16,8 @@ from yacs.config import CfgNode as CN
 
 from gram_meta.errors import GramError
 
+INCIDENTAL = "LOADER"  # where images come from and how fast: a run with other values of it is the same run
+
 
 def get_meta_config() -> CN:
     """The default settings, not frozen."""

@@ -26,7 +26,7 @@ from gram_meta.backbone import load_backbone
 from gram_meta.bilevel import adapt, descend, for_each_task, inner_products, meta_losses, task_gradients
 from gram_meta.checkpoint import MetaCheckpoint, save_meta_checkpoint
 from gram_meta.clustering.hierarchy import Hierarchy
-from gram_meta.config import as_dict
+from gram_meta.config import INCIDENTAL, as_dict
 from gram_meta.corpus.store import PairStore
 from gram_meta.episodes import Episode, Episodes, initial_theta
 from gram_meta.errors import GramError
@@ -252,8 +252,9 @@ class MetaTrainer:
 
     def _resume(self) -> int:
         """Put back theta, phi, optimiser and records; returns the last finished step."""
-        before = read_json(self.out / _FACTS)
-        now = self._run_facts()
+        before, now = read_json(self.out / _FACTS), self._run_facts()
+        for facts in (before, now):
+            facts.get("config", {}).pop(INCIDENTAL, None)
         for key in now:
             if before.get(key) != now[key]:
                 raise GramError(

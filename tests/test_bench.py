@@ -128,6 +128,7 @@ def test_a_missing_checkpoint_is_one_sentence(tmp_path):
     assert matrix.meta_state(folder) == "finished"
     with pytest.raises(GramError, match="holds a meta-training with OUTER.STEPS 9, expected 8; .*--meta-dir"):
         matrix.meta_state(folder, ("OUTER.STEPS", "8"))
+    assert matrix.meta_state(folder, ("LOADER.WORKERS", "8")) == "finished"
     jobs = matrix.plan(settings(tmp_path, "CoOpGRAM", opts=("TRAINER.GRAM.CHECKPOINT", "mine.safetensors")))
     assert {job.argv[0] for job in jobs} == {"train"}
 
@@ -140,6 +141,7 @@ def test_a_missing_checkpoint_is_one_sentence(tmp_path):
         ("--trainers CoOp --datasets emoji_fod --root .", "emoji_fod: expected .* did you mean 'datasets/emoji_food'"),
         ("--trainers CoOp --seeds 1 1 --root .", "--seeds: expected different numbers from 0 on, found 1 1"),
         ("--trainers CoOp --seeds one --root .", "--seeds: expected numbers from 0 on, found 'one'"),
+        ("--trainers CoOp --root . --seeds OPTIM.LR 0.1", "--seeds: expected a value, found OPTIM.LR"),
         ("--trainers CoOp --shots 0 --root .", "--shots: expected a number from 1 on, found 0"),
         ("--trainers CoOp --jobs 0 --root .", "--jobs: expected a number from 1 on, found 0"),
         ("--trainers CoOp", "--root: expected the folder of the datasets"),

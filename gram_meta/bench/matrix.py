@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from gram_meta.config import find_config, load_meta_config, nearest
+from gram_meta.config import INCIDENTAL, find_config, load_meta_config, nearest
 from gram_meta.errors import GramError
 from gram_meta.files import read_json
 
@@ -246,7 +246,7 @@ def meta_state(folder: Path, opts: Sequence[str] = ()) -> str:
         wanted = _flat(_meta_config("", opts))
         for key in opts[::2]:
             there = _flat(config).get(key)
-            if there != wanted[key]:
+            if there != wanted[key] and not key.startswith(f"{INCIDENTAL}."):
                 raise GramError(
                     f"{folder}: holds a meta-training with {key} {there!r}, expected {wanted[key]!r}; "
                     "choose another --meta-dir or remove the folder"
