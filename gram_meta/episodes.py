@@ -79,7 +79,8 @@ class Episodes:
         self.text = ClassText(backbone, words, prompt.TEXT_TOKENS) if prompt.TEXT_TOKENS else None
         self.fixed = None if self.text else template_features(backbone, words, prompt.TEMPLATE)  # (L, D)
         if self.reads_pixels:
-            self._image_path(0, check=True)
+            self.places = _Places(store.locations, Path(config.LOADER.IMAGE_ROOT or store.image_root))
+            self._check_images()
 
     def of(self, batches: Batches) -> Iterator[Episode]:
         """Episodes of these batches of tasks, in order; pixels are decoded ahead by LOADER.WORKERS processes."""
@@ -118,26 +119,35 @@ class Episodes:
     def _decoded(self, batches: Batches) -> DataLoader[Any]:
         workers = min(self.loader.WORKERS, len(batches))
         return DataLoader(
-            _Decoded(batches, self._image_path, self.backbone.preprocess(as_bytes=True)),
+            _Decoded(batches, self.places, self.backbone.preprocess(as_bytes=True)),
             batch_size=None,
             num_workers=workers,
             prefetch_factor=self.loader.PREFETCH if workers else None,
             pin_memory=self.backbone.device.type == "cuda",
         )
 
-    def _image_path(self, image: int, check: bool = False) -> Path:
-        root = self.loader.IMAGE_ROOT
-        path = Path(root, self.store.locations[image]) if root else self.store.image_path(image)
-        if check and not path.is_file():
+    def _check_images(self) -> None:
+        path = self.places(0)
+        if not path.is_file():
             raise GramError(
                 f"{path}: expected an image of {self.store.path}, found no such file; visual prompts are meta-trained on "
                 "pixels, so the images must stay readable (LOADER.IMAGE_ROOT says where they are now)"
             )
-        return path
 
     def _to_device(self, images: Tensor) -> Tensor:
         """(B, K, n, 3, H, W) bytes, to be normalised where they are used."""
         return images.to(self.backbone.device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Image number -> its file. All that a worker process needs of a store: no towers, no features go to it."""
+
+    locations: Sequence[str]
+    root: Path
+
+    def __call__(self, image: int) -> Path:
+        return self.root / self.locations[image]
 
 
 class _Decoded(Dataset[Any]):

@@ -35,11 +35,8 @@ def pixel_corpus(tmp_path_factory):
         locations.append(f"{i}.png")
 
     class Store:
-        path, fingerprint = folder / "store", "store-1"
+        path, fingerprint, image_root = folder / "store", "store-1", folder
         image_features = random.normal(size=(96, 64)).astype(np.float16)
-
-        def image_path(self, image):
-            return folder / self.locations[image]
 
         def check_backbone(self, backbone):
             pass

@@ -1,6 +1,7 @@
 """Visual, joint and conditional prompts in meta-training: losses and meta-gradients in float64, pixels, whole runs."""
 
 import json
+import pickle
 import time
 
 import pytest
@@ -222,6 +223,17 @@ def test_pixels_are_the_images_of_the_tasks(pixel_corpus, tmp_path):
     )
     seen = pixel_corpus[2].normalise(episode.query.images[1])
     torch.testing.assert_close(seen, expected, rtol=0, atol=0)
+
+
+def test_workers_are_given_little(pixel_corpus, tmp_path):
+    """Where worker processes are started anew, all they need is pickled: no towers, and no features of the store."""
+    run = trainer(pixel_corpus, tmp_path, *JOINT)
+    run.episodes.backbone.to_find_in_a_pickle = lambda: None  # which pickle refuses
+    try:
+        decoded = pickle.loads(pickle.dumps(run.episodes._decoded([run.watched[:2]]).dataset))
+    finally:
+        del run.episodes.backbone.to_find_in_a_pickle
+    assert decoded[0][1].dtype == torch.uint8
 
 
 @pytest.mark.parametrize("form", [VISUAL, JOINT, ("PROMPT.CONDITIONAL", "True")], ids=FORMS)
