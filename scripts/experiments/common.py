@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 CONFIG = "gram_small_c4_ep10_batch32_ctxv1"
@@ -20,12 +20,3 @@ def few_shot(root: str, dataset: str, trainer: str, out: Path, seed: int, opts: 
         ],
         quiet=True,
     )
-
-
-def mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values)
-
-
-def harmonic(base: float, new: float) -> float:
-    return 2 * base * new / (base + new) if base + new else 0.0

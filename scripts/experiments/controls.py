@@ -14,7 +14,9 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from pathlib import Path
 
-from common import few_shot, harmonic, mean
+from common import few_shot
+
+from gram_meta.statistics import harmonic, mean
 
 STEPS = (0, 1, 5, 20, 50, 90)
 RAW = ["TRAINER.GRAM.REGULATE", "False"]

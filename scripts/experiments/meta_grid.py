@@ -19,7 +19,8 @@ from pathlib import Path
 
 import common
 import yaml
-from common import harmonic, mean
+
+from gram_meta.statistics import harmonic, mean
 
 
 def main() -> None:
