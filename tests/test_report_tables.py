@@ -271,6 +271,20 @@ def test_ablations_are_averaged_where_they_ran(tmp_path):
     assert set(reports) == {1, 6} and reports[1].labels == ["UniGRAM"]
 
 
+def test_uni_gram_without_its_regulator_downstream_is_no_row_of_table_6(tmp_path):
+    tree = Tree(tmp_path)
+    tree.base_to_new("UniGRAM", PAIRS, meta=meta("unigram"))
+    tree.base_to_new("UniGRAM", PAIRS, cfg="off", meta=meta("unigram"), name="off", regulate=False)
+    tree.base_to_new("UniGRAM", PAIRS, cfg="a2", meta=meta("2", **ABLATIONS["2"]), name="2", regulate=False)
+    for number in (6, 7):
+        _, rows = table(tree, number)
+        full = rows["average", {6: "0 UniGRAM", 7: "4 tokens (2+2)"}[number]].cells["new"]
+        same(full, np.mean([tree.of("UniGRAM", d, "new") for d in PAIRS], axis=0))
+    _, rows = table(tree, 6)
+    same(rows["average", "2 UniGRAM, no regulator"].cells["new"], np.mean([tree.of("2", d, "new") for d in PAIRS], axis=0))
+    assert "UniGRAM, R off" in all_tables(read_runs([tmp_path]))[-1].labels
+
+
 def test_joint_prompts_alone_are_no_ablation(tmp_path):
     tree = Tree(tmp_path)
     tree.base_to_new("JointPrompt", PAIRS)
