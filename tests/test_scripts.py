@@ -115,6 +115,7 @@ def test_settings_come_from_the_environment(place):
         ("xd_train.sh", ["1"], {"DATA": ""}, "DATA: expected the folder"),
         ("xd_train.sh", ["1"], {"DATA": "nowhere"}, "found none at nowhere"),
         ("xd_train.sh", ["1"], {"TRAINER": "CoOp", "CFG": "other"}, "trainers/CoOp/other.yaml: expected the config"),
+        ("xd_train.sh", ["1"], {"TRAINER": "COOP"}, "UniGRAM VPT VPTGRAM ZeroshotCLIP, found COOP"),
         ("xd_train.sh", ["1"], {"PYTHON": "no-python"}, "found no no-python"),
         ("xd_train.sh", ["1"], {}, "--config configs/gram_meta/coop_vit_b16.yaml -o output/meta/coop_vit_b16`"),
         ("xd_train.sh", ["1"], {"META": "gone.safetensors"}, "gone.safetensors: expected the meta-checkpoint"),

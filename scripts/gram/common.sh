@@ -52,6 +52,8 @@ settings() {
     command -v "$PYTHON" >/dev/null 2>&1 || fail "PYTHON: expected an interpreter, found no $PYTHON"
     [ -n "$DATA" ] || fail "DATA: expected the folder of the datasets' folders, found nothing; $SCRIPT -h says more"
     [ -d "$DATA" ] || fail "DATA: expected a folder, found none at $DATA"
+    [ -d "$ROOT/configs/trainers/$TRAINER" ] ||
+        fail "TRAINER: expected one of $(cd "$ROOT/configs/trainers" && echo *), found $TRAINER"
     [ -f "$(config_file)" ] || fail "$(config_file): expected the config of TRAINER and CFG, found no such file"
     case "$TRAINER" in *GRAM) find_meta ;; esac
 }
