@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 import gram_meta.plugin  # noqa: F401, fills the registries
+from gram_meta import regulation as module
 from gram_meta.backbone import load_backbone
 from gram_meta.checkpoint import MetaCheckpoint, save_meta_checkpoint
 from gram_meta.engine import TRAINER_REGISTRY, TrainerX, build_lr_scheduler, build_optimizer, launch
@@ -278,6 +279,21 @@ def test_several_layers_and_optimisers_are_regulated_once_each(regulator):
     before = first.detach().clone()
     optimizers[0].step()
     assert torch.allclose(before - first, gradients[0], atol=1e-6)  # raw again
+
+
+def test_far_gradients_are_told_once_and_looked_for_ever_more_rarely(regulator, capsys, monkeypatch):
+    looked = []
+    quantile = module._quantile
+    monkeypatch.setattr(module, "_quantile", lambda values, q: looked.append(len(values)) or quantile(values, q))
+    parameter = prompt(3, WIDTH)
+    regulation = Regulation({"text": parameter}, regulator, gradient_norms={"text": {"q05": 1.0, "q95": 1.0}})
+    optimizer = torch.optim.SGD([parameter], lr=0.0)
+    regulation.attach(optimizer)
+    for step in range(100):
+        parameter.grad = torch.full((3, WIDTH), (1.0 if step < 30 else 100.0) / (3 * WIDTH) ** 0.5)
+        optimizer.step()
+    assert looked == [10, 20, 40, 80]  # at 40 most of them were near
+    assert capsys.readouterr().out.count("gradient's norm is 100 here (median of 80 steps)") == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
