@@ -118,7 +118,7 @@ def evaluate_adaptation(
     forms = _forms(regulator)
     seen: dict[tuple[str, str, int], list[tuple[Tensor, Tensor]]] = {}
     alignment: dict[str, list[Tensor]] = {}
-    batch = config.OUTER.BATCH if episodes.reads_pixels else 16
+    batch = episodes.at_a_time
     with tqdm(total=tasks, unit=" tasks", desc="adapting", disable=not progress) as bar:
         for episode in episodes.of([drawn[i : i + batch] for i in range(0, tasks, batch)]):
             for start, theta in starts.items():

@@ -59,7 +59,11 @@ class Episodes:
         backbone: frozen CLIP.
         store: where the images' features, and for visual prompts their files, are.
         words: label text of each topic.
-        config: the PROMPT and LOADER nodes of `gram_meta.config` are read.
+        config: the PROMPT, LOADER and OUTER nodes of `gram_meta.config` are read.
+
+    Attributes:
+        at_a_time: tasks in one pass when they are looked at without training; no more than a training step takes where
+            every image goes through the tower, or has class sentences of its own.
 
     Raises:
         GramError: no prompt tokens at all, a meta-net without a text prompt, or visual prompts whose image files are not
@@ -76,6 +80,8 @@ class Episodes:
         self.store = store
         self.loader = config.LOADER
         self.reads_pixels = prompt.VISUAL_TOKENS > 0
+        few = self.reads_pixels or prompt.CONDITIONAL
+        self.at_a_time = config.OUTER.BATCH if few else max(16, config.OUTER.BATCH)
         self.text = ClassText(backbone, words, prompt.TEXT_TOKENS) if prompt.TEXT_TOKENS else None
         self.fixed = None if self.text else template_features(backbone, words, prompt.TEMPLATE)  # (L, D)
         if self.reads_pixels:

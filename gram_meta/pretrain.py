@@ -151,7 +151,7 @@ class MetaTrainer:
                 support, query, self.theta, len(tasks), config.INNER.ALPHA, config.INNER.STEPS,
                 self._recorded_regulate, config.INNER.FIRST_ORDER,
             )  # fmt: skip
-        else:  # plain pre-training on the same images, without an inner loop (Table 6, row 3)
+        else:  # plain pre-training on the query sets, which hold all domains; no inner loop (Table 6, row 3)
             losses = query(for_each_task(self.theta, len(tasks)))
         self._check_finite(losses, step, tasks)
         self.optimiser.zero_grad(set_to_none=True)
@@ -387,7 +387,7 @@ def evaluate(
         `gradient_norm_KIND`.
     """
     kinds = sorted(set(theta) & set(KINDS))
-    batch = config.OUTER.BATCH if episodes.reads_pixels else max(16, config.OUTER.BATCH)
+    batch = episodes.at_a_time
     rows: list[dict[str, Tensor]] = []
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {kind: [] for kind in kinds}
     for episode in episodes.of([watched[i : i + batch] for i in range(0, len(watched), batch)]):

@@ -293,6 +293,13 @@ def test_missing_and_broken_images_are_named(pixel_corpus, tmp_path):
         (folder / f"{row}.png").write_bytes(kept)
 
 
+def test_tasks_that_cost_much_are_looked_at_few_at_a_time(pixel_corpus):
+    store, _, backbone, _ = pixel_corpus
+    for opts, expected in (((), 16), (("OUTER.BATCH", "20"), 20), (VISUAL, 2), (("PROMPT.CONDITIONAL", "True"), 2)):
+        config = settings("OUTER.BATCH", "2", *opts)
+        assert Episodes(backbone, store, ["cat"], config).at_a_time == expected
+
+
 def test_what_makes_no_sense_is_refused(pixel_corpus):
     store, _, backbone, _ = pixel_corpus
     for opts, words in (
