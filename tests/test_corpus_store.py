@@ -108,7 +108,7 @@ def test_pairs_are_those_of_the_source_in_its_order(store, corpus):
 
 def test_features_are_those_of_the_towers(store, backbone, sentence_model):
     transform = backbone.preprocess()
-    pixels = [transform(Image.open(store.image_path(row)).convert("RGB")) for row in (0, 13, 31)]
+    pixels = [transform(Image.open(store.image_root / store.locations[row]).convert("RGB")) for row in (0, 13, 31)]
     for row, image in zip((0, 13, 31), pixels, strict=True):
         expected = backbone.encode_images(image[None])[0].numpy()
         assert np.allclose(store.image_features[row], expected, atol=1e-3)

@@ -130,10 +130,6 @@ class PairStore:
     def sentence_fingerprint(self) -> str:
         return self.manifest["settings"]["sentence_model"]["fingerprint"]
 
-    def image_path(self, image: int) -> Path:
-        """The file of an image, given its row."""
-        return self.image_root / self.locations[image]
-
     def check_backbone(self, backbone: Backbone) -> None:
         """Raises `GramError` when the features are of another CLIP than `backbone`."""
         if backbone.fingerprint != self.clip_fingerprint:
