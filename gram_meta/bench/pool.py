@@ -123,7 +123,10 @@ class Pool:
 
         with tempfile.TemporaryDirectory() as folder:
             self.start(Task("call", ("call",), f"{folder}/log", (function, arguments)))
-            (outcome,) = self.wait()
+            outcomes: list[Outcome] = []
+            while not outcomes:  # a process that was ended may be seen before it is gone
+                outcomes = self.wait()
+            (outcome,) = outcomes
         if outcome.error:
             raise GramError(outcome.error)
         return outcome.result
