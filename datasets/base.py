@@ -59,6 +59,7 @@ class SplitDataset(DatasetBase):
     few_shot_dir = "split_fewshot"  # of its own where several datasets share a split file
     few_shot_parts: tuple[str, ...] = ("train", "val")
     source = "lists"  # in words, what `read` reads where there is no split file
+    named_by = ""  # in words, what names an image that is not there, where that is neither of these
     published: ClassVar[Published] = Published()
 
     def __init__(self, cfg: Any) -> None:
@@ -119,7 +120,7 @@ class SplitDataset(DatasetBase):
                 warnings.simplefilter("ignore")  # Dassl warns before it fails
                 train, val, test = ([_datum(images, entry) for entry in splits[part]] for part in PARTS)
         except AssertionError:  # Datum looks for its image
-            _say_missing(splits, images, self.split_file or self.source)
+            _say_missing(splits, images, self.named_by or self.split_file or self.source)
             raise
         return {"train_x": train, "val": val, "test": test}
 

@@ -87,7 +87,7 @@ class FewShot:
             ) from None
         if source != self.fingerprint:
             raise GramError(
-                f"{path}: was drawn from another {self.source} than the one there now; remove it to draw anew"
+                f"{path}: was drawn from something else than the {self.source} there now; remove it to draw anew"
             )
         return drawn
 

@@ -37,6 +37,7 @@ class ImageFolder(SplitDataset):
 
     image_dir = ""
     source = "class folders"
+    named_by = SPLIT  # what is in class folders is there
 
     def __init__(self, cfg: Any) -> None:
         if not cfg.DATASET.FOLDER:

@@ -565,6 +565,10 @@ def test_class_folders_are_split_by_a_fixed_rule(tmp_path, capsys):
     again = load("ImageFolder", tmp_path, folder="animals")
     assert [item.impath for item in again.train_x] == [item.impath for item in data.train_x]
     assert "does not know 1 images that are there" in capsys.readouterr().out
+    shutil.move(tmp_path / "animals/sea_lion", tmp_path / "gone")
+    with pytest.raises(GramError, match=r"sea_lion/\d.jpg: split.json names this image, found no such file \(10 of 31"):
+        load("ImageFolder", tmp_path, folder="animals")
+    shutil.move(tmp_path / "gone", tmp_path / "animals/sea_lion")
     (tmp_path / "animals/split.json").unlink()
     other = load("ImageFolder", tmp_path, folder="animals")  # other classes keep their split
     assert rows(other.test, tmp_path)[4:] == rows(data.test, tmp_path)[3:]
@@ -607,7 +611,7 @@ def test_unusable_folders_are_one_sentence(tmp_path):
     touch(tmp_path / "parts/train/cat/d.jpg")
     load("ImageFolder", tmp_path, folder="parts", shots=1)
     touch(tmp_path / "parts/train/cat/e.jpg")
-    with pytest.raises(GramError, match="was drawn from another class folders than the one there now"):
+    with pytest.raises(GramError, match="was drawn from something else than the class folders there now"):
         load("ImageFolder", tmp_path, folder="parts", shots=1)
 
 

@@ -630,6 +630,7 @@ def test_without_matplotlib_there_is_one_sentence(world, tmp_path, capsys, monke
     assert main(["report", str(world.root), "--figures", str(tmp_path)]) == 2
     assert "pip install 'gram-meta[figures]'" in capsys.readouterr().err
     assert main(["report", str(world.root), "--html", str(tmp_path / "page.html")]) == 0
+    assert "pip install 'gram-meta[figures]'" in capsys.readouterr().err
     assert "gram-meta[figures]" in (tmp_path / "page.html").read_text()
 
 

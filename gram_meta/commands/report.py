@@ -129,8 +129,9 @@ def _write_page(args: argparse.Namespace, runs: Sequence[Run], evidence: Evidenc
 
     try:
         drawings, lacking = draw(runs, evidence.metas)
-    except GramError as error:  # no matplotlib: the page says so
+    except GramError as error:  # no matplotlib: said here and on the page
         drawings, lacking = [], [str(error)]
+        _say(f"left out: {error}")
     write_page(args.html, _tables(args, runs), drawings, lacking, runs, evidence, args.digits)
     _say(f"{args.html}: {len(runs)} runs, {len(drawings)} figures")
 
