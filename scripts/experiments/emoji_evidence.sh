@@ -24,7 +24,7 @@ bench --trainers UniGRAM:gram_small_c1+1_ep10_batch32_ctxv1 UniGRAM:gram_small_c
 bench --protocol xd dg --shots 4 --trainers ZeroshotCLIP CoOp CoOpGRAM VPT VPTGRAM UniGRAM CoCoOp
 # Figures 1(b) and 3(a), past ten epochs, and 1(a), on the source of Tables 2 to 5
 bench --output "$dir/curves" --meta-dir "$dir/output/meta" --datasets emoji_travel \
-    --trainers CoOp CoOpGRAM VPT VPTGRAM OPTIM.MAX_EPOCH 20 TEST.PER_EPOCH True
+    --trainers CoOp CoOpGRAM VPT VPTGRAM OPTIM.MAX_EPOCH 15 TEST.PER_EPOCH True
 number=0
 for words in "this is a drawing of" "an emoji of the" "one two three four" ""; do
     number=$((number + 1))
