@@ -237,20 +237,19 @@ def meta_state(folder: Path, opts: Sequence[str] = ()) -> str:
     """`finished`, `unfinished` or `new`. A checkpoint without the files of its training (a copy) is finished.
 
     Raises:
-        GramError: the folder was trained with other values of `opts`.
+        GramError: the folder was trained with other settings than its meta config, which has the folder's name, and
+            `opts` say now.
     """
     if not (folder / "run.json").is_file():
         return "finished" if (folder / CHECKPOINT).is_file() else "new"
     config = read_json(folder / "run.json").get("config", {})
-    if opts:
-        wanted = _flat(_meta_config("", opts))
-        for key in opts[::2]:
-            there = _flat(config).get(key)
-            if there != wanted[key] and not key.startswith(f"{INCIDENTAL}."):
-                raise GramError(
-                    f"{folder}: holds a meta-training with {key} {there!r}, expected {wanted[key]!r}; "
-                    "choose another --meta-dir or remove the folder"
-                )
+    there = _flat(config)
+    for key, value in _flat(_meta_config(folder.name, tuple(opts))).items():
+        if key in there and there[key] != value and not key.startswith(f"{INCIDENTAL}."):
+            raise GramError(
+                f"{folder}: holds a meta-training with {key} {there[key]!r}, expected {value!r}; "
+                "choose another --meta-dir or remove the folder"
+            )
     log = folder / "log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
     last = json.loads(lines[-1]).get("step") if lines and lines[-1].endswith("}") else None
