@@ -270,7 +270,7 @@ def test_a_failing_run_and_a_dying_worker_take_nothing_else_with_them(tmp_path):
     log = next(Path(out, "bench_logs").glob("*bad.log"))
     assert f"FAILED bad: what went wrong (log: {log})" in text and "on the way" in log.read_text()
     assert "FAILED killed: the worker process was ended by SIGKILL; perhaps for lack of memory" in text
-    assert "4 of 6 runs failed or need one that did" in text and "[6/6]" in text
+    assert "4 of 6 runs failed or need one that did" in text
     (entry,) = json.loads((out / "bench.json").read_text())["benches"]
     assert entry["failed"][str(folders["upon"])] == "needs bad, which failed"
     assert entry["finished"] == 2 and entry["ended"] >= entry["started"] and entry["versions"]["torch"]
@@ -319,7 +319,12 @@ def test_an_interrupted_bench_leaves_no_process_and_goes_on(tmp_path, number):
         f"    s = Settings(('base2new',), (), 'gram_small', '.', Path({str(tmp_path / 'out')!r}), {{}})\n"
         "    sys.exit(runner.run(jobs, s, [{}]))\n"
     )
-    process = subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(program)],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     until(lambda: pid.exists() and pid.read_text())
     process.send_signal(number)
     text, _ = process.communicate(timeout=120)
