@@ -337,6 +337,15 @@ def test_start_prompts_without_a_step_stand_with_the_runs_of_their_shots(tmp_pat
         assert all(report.missing == [] and report.notes == [] for report in reports)
 
 
+def test_a_start_tested_without_a_word_on_shots_is_shown(tmp_path):
+    tree = Tree(tmp_path)
+    for part in ("base", "new"):
+        more = {"eval_only": True, "name": "start", "meta": meta("coop"), "few_shot": {}}
+        tree.write(f"start/{part}", "CoOpGRAM", PAIRS[0], part, 1, -1, **more)
+    (report,) = all_tables(read_runs([tree.root]))
+    assert list(report.labels) == ["CoOpGRAM, no step"]
+
+
 def test_folders_of_ones_own_images_are_told_apart(tmp_path):
     tree = Tree(tmp_path)
     for folder in ("birds", "boats"):

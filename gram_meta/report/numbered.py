@@ -274,7 +274,8 @@ def _transfer_number(
 
 def _variants(runs: Sequence[Run], reference: str) -> list[Report]:
     """Controls and variants of trainers at 16 shots, with the reference beside to compare them to."""
-    mine = base_to_new_runs(runs)
+    # a start that was tested without a word on shots stands here; one with other shots beside the runs of these
+    mine = [run for run in base_to_new_runs(runs) if run.shots == _WANTED or run.shots < 1]
     special = [run for run in mine if not (run.plain or _ablation_row(run) or _tokens_row(run))]
     if not special:
         return []
