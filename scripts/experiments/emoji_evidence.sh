@@ -16,7 +16,7 @@ bench --trainers ZeroshotCLIP CoOp CoOpGRAM VPT VPTGRAM JointPrompt UniGRAM CoCo
 bench --trainers "UniGRAM:${cfg}_no_domain_shift" "UniGRAM:${cfg}_no_regulator" \
     "UniGRAM:${cfg}_no_meta_learning" "UniGRAM:${cfg}_labelled"
 # Tables 2 and 3
-bench --protocol xd dg --trainers ZeroshotCLIP CoOp CoOpGRAM VPT VPTGRAM UniGRAM CoCoOp
+bench --protocol xd dg --trainers ZeroshotCLIP CoOp CoOpGRAM VPT VPTGRAM UniGRAM CoCoOp JointPrompt
 # Table 7
 bench --trainers UniGRAM:gram_small_c1+1_ep10_batch32_ctxv1 UniGRAM:gram_small_c3+3_ep10_batch32_ctxv1 \
     UniGRAM:gram_small_c4+4_ep10_batch32_ctxv1
