@@ -95,8 +95,7 @@ def evaluate_adaptation(
     """
     config = stored_config(checkpoint.config, opts)
     backbone = load_backbone(config.BACKBONE.NAME, device, config.BACKBONE.PRECISION)
-    names = [name for name in checkpoint.extras]
-    checkpoint.check(backbone, checkpoint.tokens, names)
+    checkpoint.check(backbone, checkpoint.tokens, checkpoint.extras)
     store.check_backbone(backbone)
     hierarchy.check_store(store)
     if tasks < 1 or min(steps, default=-1) < 0:
@@ -158,9 +157,7 @@ def _forms(regulator: GradientRegulator | None) -> dict[str, Callable[[Gradients
     if regulator is None:
         return {"raw": None}
 
-    @torch.no_grad()
-    def regulated(gradients: Gradients) -> Gradients:
-        return regulator(regulator.known(gradients))
+    regulated = torch.no_grad()(regulator.of_known)
 
     @torch.no_grad()
     def stretched(gradients: Gradients) -> Gradients:

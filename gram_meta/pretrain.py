@@ -165,7 +165,7 @@ class MetaTrainer:
     def _recorded_regulate(self, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         norms = [gradients[kind].detach().flatten(1).norm(dim=1) for kind in self.kinds]
         self.norms.append(torch.stack(norms, dim=1).cpu())  # (B, kinds)
-        return {} if self.regulator is None else self.regulator(self.regulator.known(gradients))
+        return {} if self.regulator is None else self.regulator.of_known(gradients)
 
     def _set_learning_rates(self, step: int) -> None:
         """A function of the step alone, so that a resumed run has the same."""
@@ -399,7 +399,7 @@ def evaluate(
         raw = task_gradients(support, before)
         query_scores = query.logits(before)
         query_gradient = task_gradients(lambda _: query.losses_of(query_scores), before)  # noqa: B023, used at once
-        regulate = None if regulator is None else _frozen(regulator)
+        regulate = None if regulator is None else torch.no_grad()(regulator.of_known)
         regulated = raw if regulate is None else {**raw, **regulate(raw)}
         after = {
             name: value.requires_grad_()
@@ -434,11 +434,6 @@ def evaluate(
             seen[f"spread_gamma_{kind}"] = gammas.std(dim=0).mean().item()
             seen[f"spread_beta_{kind}"] = betas.std(dim=0).mean().item()
     return seen
-
-
-def _frozen(regulator: GradientRegulator) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
-    """R^phi of the gradients that it knows, outside any graph."""
-    return torch.no_grad()(lambda gradients: regulator(regulator.known(gradients)))
 
 
 def _only(gradients: Mapping[str, Tensor], kinds: Sequence[str]) -> dict[str, Tensor]:

@@ -96,6 +96,10 @@ class GradientRegulator(nn.Module):
         """Those of the gradients that this regulator was made for."""
         return {kind: gradient for kind, gradient in gradients.items() if kind in self.gates}
 
+    def of_known(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Regulated gradients of those that this regulator was made for; the others are left out."""
+        return self(self.known(gradients))
+
     def describe(self) -> dict[str, Any]:
         """What it takes to build it again, fit for JSON."""
         return {"widths": self.widths, **asdict(self.config)}
