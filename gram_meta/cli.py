@@ -21,6 +21,10 @@ COMMANDS = {
     "train": "train or evaluate a trainer on a dataset: CoOp's train.py",
     "bench": "many trainers, datasets and seeds over a protocol, resumable",
     "report": "the paper's tables and figures from output folders",
+    "predict": "classes of your own images, with the prompts of a run",
+    "interpret": "the words nearest to learned context tokens",
+    "export": "a meta-checkpoint's prompt as a checkpoint that CoOp's trainers start from",
+    "doctor": "what this environment has and lacks, and the command that mends it",
     "demo": "the whole path on the emoji world, ending in a table",
 }
 

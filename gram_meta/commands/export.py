@@ -1,0 +1,15 @@
+"""`gram export`."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "export"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """To be written."""
+
+
+def run(args: argparse.Namespace) -> int:
+    raise NotImplementedError
