@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,39 @@ class ClipTrainer(TrainerX):
     def facts(self) -> dict[str, Any]:
         """What a trainer adds to results.json."""
         return {}
+
+    @classmethod
+    def for_use(
+        cls,
+        cfg: Any,
+        backbone: Backbone,
+        classnames: Sequence[str],
+        state_dict: Mapping[str, Tensor],
+        where: str = "state dict",
+    ) -> ClipTrainer:
+        """A trainer that classifies and does nothing else: no data, no optimiser, no evaluator.
+
+        Its `model_inference` gives logits (B, N) of images (B, 3, H, W), as in an evaluation.
+
+        Args:
+            cfg: the run's configuration; TRAINER.<node> and DATASET.NAME are read.
+            backbone: frozen CLIP, on the device and in the precision to use.
+            classnames: N class names, which need not be those of training.
+            state_dict: what the trainer has learned, by its checkpoints' names; {} where it learns nothing.
+            where: what error messages call it.
+
+        Raises:
+            GramError: a state dict of other prompts.
+        """
+        trainer = cls.__new__(cls)
+        trainer.cfg, trainer.backbone, trainer.device = cfg, backbone, backbone.device
+        trainer.classnames = list(classnames)
+        trainer.build_for_use(state_dict, where)
+        return trainer
+
+    def build_for_use(self, state_dict: Mapping[str, Tensor], where: str) -> None:
+        """Build the frozen classifier from what was learned."""
+        raise NotImplementedError
 
     def _remember_metrics(self) -> None:
         evaluate = self.evaluator.evaluate
@@ -192,6 +225,26 @@ class PromptTrainer(ClipTrainer):
         self.register_model(NAME, learner, self.optim, self.sched)
         self._set_precision()
         self._groups: dict[str, _Group] = {}
+
+    def build_for_use(self, state_dict: Mapping[str, Tensor], where: str) -> None:
+        names = {"text": "ctx", "visual": "visual_ctx"}
+        prompts = {kind: state_dict[name] for kind, name in names.items() if name in state_dict}
+        if set(prompts) != set(self.tokens()):
+            raise GramError(
+                f"{where}: expected the {' and '.join(self.tokens())} prompt that {type(self).__name__} learns, found "
+                f"{', '.join(state_dict) or 'nothing'}"
+            )
+        width = self.backbone.text_width, self.backbone.visual_width
+        for kind, expected in zip(("text", "visual"), width, strict=True):
+            if kind in prompts and prompts[kind].shape[-1] != expected:
+                raise GramError(
+                    f"{where}: holds a {kind} prompt of width {prompts[kind].shape[-1]}, but {self.backbone.name} has "
+                    f"{expected}; expected the backbone of training (MODEL.BACKBONE.NAME)"
+                )
+        self.model = self.build_classifier(self.classnames, prompts)
+        self.model.requires_grad_(False).eval()
+        _copy_prompts(self.model.prompt_learner, state_dict, Path(where))
+        self._set_precision()
 
     def _set_precision(self) -> None:
         """amp: towers in float32 under autocast, gradients scaled; on a CPU, plain float32."""

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from gram_meta.engine import register_trainer
 from gram_meta.engine.random_state import kept_random_state
-from gram_meta.prompts import ConditionalCLIP, MetaNet
+from gram_meta.errors import GramError
+from gram_meta.prompts import META_NET, ConditionalCLIP, MetaNet
 from gram_meta.trainers.base import PromptTrainer
 
 SENTENCES = (
@@ -37,6 +38,13 @@ class CoCoOp(PromptTrainer):
         backbone = self.backbone
         self.net = MetaNet(backbone.embed_dim, backbone.embed_dim // 16, backbone.text_width).state_dict()
         return {"text": context}
+
+    def build_for_use(self, state_dict: Mapping[str, Tensor], where: str) -> None:
+        net = (name for name in state_dict if name.startswith(META_NET))
+        self.net = {name.removeprefix(META_NET): state_dict[name] for name in net}
+        if not self.net:
+            raise GramError(f"{where}: expected a meta-net beside the prompt, found {', '.join(state_dict)}")
+        super().build_for_use(state_dict, where)
 
     def build_classifier(self, classnames: list[str], prompts: Mapping[str, Tensor]) -> ConditionalCLIP:
         with kept_random_state():  # the meta-net is drawn once, above

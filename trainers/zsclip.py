@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from gram_meta.engine import register_trainer
@@ -27,10 +29,16 @@ class ZeroshotCLIP(ClipTrainer):
     def build_model(self) -> None:
         self.classnames = self.dm.dataset.classnames
         self.backbone = self.load_clip()
+        self.encode_classes()
+        self.max_epoch = 0  # nothing to learn
+
+    def build_for_use(self, state_dict: Mapping[str, Tensor], where: str) -> None:
+        self.encode_classes()
+
+    def encode_classes(self) -> None:
         template = CUSTOM_TEMPLATES.get(self.cfg.DATASET.NAME, TEMPLATE)
         print(f'Class sentence: "{template}"')
         self.class_features = template_features(self.backbone, self.classnames, template)  # (N, D)
-        self.max_epoch = 0  # nothing to learn
 
     def model_inference(self, images: Tensor) -> Tensor:
         return logits(self.backbone.encode_images(images), self.class_features, self.backbone.logit_scale)

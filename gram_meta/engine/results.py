@@ -36,6 +36,7 @@ def write_results(trainer: Any) -> Path:
         "model_dir": trainer.loaded["model_dir"] if not trainer.trained else "",
         "epoch": trainer.epoch + 1 if trainer.trained else trainer.loaded["epoch"],
         "classes": len(trainer.classnames),
+        "classnames": list(trainer.classnames),  # in the order of the labels
         "metrics": trainer.metrics,
         "curve": trainer.curve,
         "regulator": {},
