@@ -54,6 +54,16 @@ def extend_cfg(cfg: CN) -> None:
         PER_EPOCH=False,  # accuracy on base and on new classes before training and after every epoch
         AT_STEPS=(),  # the same after these numbers of steps; 0: before training
     )
+    _add(cfg, "TRAIN", DETERMINISTIC=False)  # equal numbers from equal seeds, at the cost of speed; see docs/RUNS.md
+
+
+def complete_cfg(cfg: CN) -> None:
+    """Add what is missing to a tree that may be frozen: a train.py may have replaced a whole node (`TRAINER.VPT = CN()`)."""
+    frozen = cfg.is_frozen()
+    cfg.defrost()
+    extend_cfg(cfg)
+    if frozen:
+        cfg.freeze()
 
 
 def _add(parent: CN, name: str, **defaults: object) -> None:
