@@ -438,13 +438,17 @@ def test_samplers(images):
 
 class Evil:
     def __reduce__(self):
-        return os.system, ("true",)
+        return os.mkdir, ("was run",)
 
 
-def test_checkpoints_hold_no_code(tmp_path):
-    torch.save({"state_dict": {}, "x": Evil()}, tmp_path / "evil")
-    with pytest.raises(GramError, match="expected a checkpoint of tensors"):
+def test_checkpoints_hold_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {}, "epoch": 3, "x": Evil()}, tmp_path / "evil")
+    assert load_checkpoint(str(tmp_path / "evil"))["epoch"] == 3
+    torch.save({"state_dict": {"ctx": Evil()}}, tmp_path / "evil")
+    with pytest.raises(GramError, match="expected a tensor as ctx in state_dict, found .*mkdir as an object"):
         load_checkpoint(str(tmp_path / "evil"))
+    assert not (tmp_path / "was run").exists()
     with pytest.raises(FileNotFoundError):
         load_checkpoint(str(tmp_path / "none"))
 

@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, StepLR
 from yacs.config import CfgNode
 
+from gram_meta.engine.checkpoints import restore_schedule, schedule_state
 from gram_meta.errors import GramError
 
 AVAI_SCHEDS = ["single_step", "multi_step", "cosine"]
@@ -41,14 +42,11 @@ class WarmupScheduler(LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values only; the successor's state is nested, as it belongs to the same optimiser."""
-        own = {key: value for key, value in self.__dict__.items() if key not in ("optimizer", "successor")}
-        own = {key: value for key, value in own.items() if not callable(value)}
-        return {**own, "successor": self.successor.state_dict()}
+        return schedule_state(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        own = dict(state_dict)
-        self.successor.load_state_dict(own.pop("successor"))
-        self.__dict__.update(own)
+        """From `state_dict()`, or from what Dassl saved: the successor as an object."""
+        restore_schedule(self, state_dict)
 
 
 class ConstantWarmupScheduler(WarmupScheduler):

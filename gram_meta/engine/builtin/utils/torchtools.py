@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gram_meta.errors import GramError
+from gram_meta.engine.checkpoints import read_checkpoint
 from gram_meta.files import atomic_write
 
 __all__ = [
@@ -52,16 +52,12 @@ def save_checkpoint(
 
 
 def load_checkpoint(fpath: str) -> dict[str, Any]:
-    """Read a checkpoint that holds tensors and plain values; anything else in it is refused, never executed."""
+    """Read a checkpoint; see `gram_meta.engine.checkpoints`: nothing in it is executed."""
     if fpath is None:
         raise ValueError("File path is None")
     if not os.path.exists(fpath):
         raise FileNotFoundError(f'File is not found at "{fpath}"')
-    try:
-        return torch.load(fpath, map_location=None if torch.cuda.is_available() else "cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise GramError(f"{fpath}: expected a checkpoint of tensors and plain values ({reason})") from error
+    return read_checkpoint(fpath, map_location=None if torch.cuda.is_available() else "cpu")
 
 
 def resume_from_checkpoint(fdir: str, model: nn.Module, optimizer: Any = None, scheduler: Any = None) -> int:
