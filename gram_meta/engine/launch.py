@@ -15,28 +15,25 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from typing import Any
 
-from gram_meta.config import as_dict, find_config, merge_file, merge_opts, nearest
+from gram_meta.config import find_config, merge_file, merge_opts, nearest
+from gram_meta.engine.run_folder import RUN_FILE, OutputFolder
 from gram_meta.errors import GramError
-from gram_meta.files import read_json, sha256_file, write_json
 
-RUN_FILE = "run.json"  # which run an output folder belongs to
-
-# Options that do not make another run of it
-INCIDENTAL = {
-    "OUTPUT_DIR",
-    "RESUME",
-    "VERBOSE",
-    "DATASET.ROOT",
-    "DATALOADER.NUM_WORKERS",
-    "TRAIN.PRINT_FREQ",
-    "TRAIN.CHECKPOINT_FREQ",
-    "TRAINER.GRAM.META",
-}
+__all__ = [
+    "RUN_FILE",
+    "OutputFolder",
+    "add_flags",
+    "build_parser",
+    "find_config",
+    "main",
+    "run",
+    "setup_cfg",
+    "train",
+]
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -146,7 +143,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     _check_names(trainer=cfg.TRAINER.NAME, dataset=cfg.DATASET.NAME)
     folder = OutputFolder(cfg, args)
     if folder.finished:
-        print(f"This run is finished: {folder.results_path}; remove the folder to run it again")
+        print(folder.already())
         return folder.results()
     with folder.log() as log:
         _start(cfg, args)
@@ -213,145 +210,3 @@ def _check_names(**names: str) -> None:
             guess = nearest(name, known)
             hint = f"did you mean {guess!r}?" if guess else f"known: {', '.join(sorted(known))}"
             raise GramError(f"{key} is {name!r}, which is no known {what}; {hint}")
-
-
-# ------------------------------------------------------------------------------------------------------ output folder
-
-
-class OutputFolder:
-    """One folder, one run: refuses a folder of another run, knows whether this one is finished."""
-
-    def __init__(self, cfg: Any, args: argparse.Namespace) -> None:
-        self.path = Path(cfg.OUTPUT_DIR)
-        self.results_path = self.path / "results.json"
-        self.run_path = self.path / RUN_FILE
-        self.identity = _identity(cfg, args)
-        self.finished = False
-        self.goes_on = False  # an unfinished run of the same identity is here
-        if args.no_train:
-            return
-        if self.run_path.is_file():
-            stored = read_json(self.run_path)
-            self._compare(stored.get("run", {}))
-            self.finished = bool(stored.get("finished"))
-            self.goes_on = not self.finished
-        elif (self.path / "log.txt").is_file():
-            raise GramError(
-                f"{self.path}: expected an empty folder or this same run, found the log.txt of a run without "
-                f"{RUN_FILE}; choose another --output-dir"
-            )
-
-    def _compare(self, stored: dict[str, Any]) -> None:
-        unset = _defaults() if set(self.identity) - set(stored) else {}
-        for key in sorted(set(stored) | set(self.identity)):
-            there, here = stored.get(key, unset.get(key)), self.identity.get(key)
-            if there != here and not (key == "--model-dir" and _same_model(there, here)):
-                raise GramError(
-                    f"{self.path}: holds another run ({key} is {there!r} there and {here!r} here); "
-                    "choose another --output-dir or remove the folder"
-                )
-
-    def claim(self) -> None:
-        """From now on the folder is this run's."""
-        write_json(self.run_path, {"finished": False, "run": self.identity})
-
-    def finish(self) -> None:
-        write_json(self.run_path, {"finished": True, "run": self.identity})
-
-    def results(self) -> dict[str, Any]:
-        return read_json(self.results_path) if self.results_path.is_file() else {}
-
-    @contextmanager
-    def log(self) -> Iterator[Tee]:
-        """What is printed goes to log.txt too; a run that goes on adds to its log."""
-        tee = Tee(sys.stdout, self.path / "log.txt", "a" if self.goes_on else "w")
-        try:
-            with redirect_stdout(tee):  # type: ignore[type-var]
-                yield tee
-        finally:
-            tee.close()
-
-
-class Tee:
-    """Writes to the console and, once `keep` was called, to a file, beginning with what came before.
-
-    A run that cannot be built (a typing error in an option) so leaves no folder behind.
-    """
-
-    def __init__(self, console: IO[str], path: Path, mode: str) -> None:
-        self.console, self.path, self.mode = console, path, mode
-        self.file: IO[str] | None = None
-        self.before: list[str] = []
-
-    def keep(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, self.mode, encoding="utf-8", buffering=1)  # noqa: SIM115, closed by close()
-        self.file.write("".join(self.before))
-        self.before.clear()
-
-    def write(self, text: str) -> int:
-        self.console.write(text)
-        if self.file is None:
-            self.before.append(text)
-        else:
-            self.file.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        self.console.flush()
-        if self.file is not None:
-            self.file.flush()
-
-    def isatty(self) -> bool:
-        return self.console.isatty()
-
-    def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
-            self.file = None
-
-
-def _identity(cfg: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """What makes a run this run: every option that matters, what is evaluated, and the contents of the files it starts from."""
-    identity = {key: value for key, value in _flat(as_dict(cfg)) if key not in INCIDENTAL}
-    identity |= {
-        "--eval-only": args.eval_only,
-        "--model-dir": args.model_dir,
-        "--load-epoch": args.load_epoch,
-    }
-    for key in ("TRAINER.GRAM.CHECKPOINT", "MODEL.INIT_WEIGHTS"):
-        path = identity.get(key)
-        if path and os.path.isfile(path):
-            identity[key] = f"SHA-256 {sha256_file(path)}"  # a file may move, or change
-    if args.model_dir:  # what was trained anew there has to be evaluated anew
-        files = sorted(Path(args.model_dir).glob("*/model*.pth.tar*"))
-        hashes = (f"{file.name} {sha256_file(file)}" for file in files)
-        identity["--model-dir"] = [os.path.abspath(args.model_dir), *hashes]
-    return identity
-
-
-def _same_model(there: Any, here: Any) -> bool:
-    """Two entries of --model-dir, folder and contents: the contents decide, as a folder may be named anew or move."""
-    if not (isinstance(there, list) and isinstance(here, list)):
-        return False
-    if len(there) > 1 or len(here) > 1:
-        return there[1:] == here[1:]
-    return os.path.realpath(there[0]) == os.path.realpath(here[0])
-
-
-def _defaults() -> dict[str, Any]:
-    """Every option where nothing sets it: what an option that is newer than a run was in that run."""
-    from gram_meta import engine
-    from gram_meta.engine.options import extend_cfg
-
-    cfg = engine.get_cfg_default()
-    extend_cfg(cfg)
-    return dict(_flat(as_dict(cfg)))
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value

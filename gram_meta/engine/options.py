@@ -54,7 +54,11 @@ def extend_cfg(cfg: CN) -> None:
         PER_EPOCH=False,  # accuracy on base and on new classes before training and after every epoch
         AT_STEPS=(),  # the same after these numbers of steps; 0: before training
     )
-    _add(cfg, "TRAIN", DETERMINISTIC=False)  # equal numbers from equal seeds, at the cost of speed; see docs/RUNS.md
+    _add(
+        cfg,
+        "TRAIN",
+        DETERMINISTIC=False,  # equal numbers from equal seeds, at a cost; see docs/RUNS.md
+    )
 
 
 def complete_cfg(cfg: CN) -> None:
