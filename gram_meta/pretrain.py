@@ -26,7 +26,7 @@ from gram_meta.backbone import load_backbone
 from gram_meta.bilevel import adapt, descend, for_each_task, inner_products, meta_losses, task_gradients
 from gram_meta.checkpoint import MetaCheckpoint, save_meta_checkpoint
 from gram_meta.clustering.hierarchy import Hierarchy
-from gram_meta.config import INCIDENTAL, as_dict
+from gram_meta.config import INCIDENTAL, as_dict, stored_config
 from gram_meta.corpus.store import PairStore
 from gram_meta.episodes import Episode, Episodes, initial_theta
 from gram_meta.errors import GramError
@@ -253,6 +253,8 @@ class MetaTrainer:
     def _resume(self) -> int:
         """Put back theta, phi, optimiser and records; returns the last finished step."""
         before, now = read_json(self.out / _FACTS), self._run_facts()
+        if "config" in before:  # a key that is newer than the run had its default in it
+            before["config"] = json.loads(json.dumps(as_dict(stored_config(before["config"]))))
         for facts in (before, now):
             facts.get("config", {}).pop(INCIDENTAL, None)
         for key in now:
@@ -403,7 +405,7 @@ def evaluate(
         regulated = raw if regulate is None else {**raw, **regulate(raw)}
         after = {
             name: value.requires_grad_()
-            for name, value in descend(before, raw, config.INNER.ALPHA, regulate).items()
+            for name, value in descend(before, regulated, config.INNER.ALPHA).items()
         }
         if config.INNER.STEPS > 1:
             after = adapt(

@@ -14,6 +14,7 @@ from gram_meta.cli import main
 from gram_meta.clustering.hierarchy import Hierarchy, Topic
 from gram_meta.config import load_meta_config
 from gram_meta.errors import GramError
+from gram_meta.files import read_json, write_json
 from gram_meta.pretrain import MetaTrainer
 from gram_meta.prompts import ClassText, initial_prompts
 
@@ -144,6 +145,16 @@ def test_another_runs_folder_is_refused(store, tmp_path):
     with pytest.raises(GramError, match="config.INNER.ALPHA as in the run to resume, 0.01, found 0.5"):
         trainer(store, tmp_path, "INNER.ALPHA", "0.5").run(resume=True)
     trainer(store, tmp_path, "LOADER.WORKERS", "0").run(resume=True)  # how fast images come is another thing
+
+
+def test_a_run_goes_on_under_a_version_with_more_settings(store, tmp_path):
+    trainer(store, tmp_path).run()
+    facts = read_json(tmp_path / "run.json")
+    del facts["config"]["OUTER"]["META"]  # as an older version wrote it
+    write_json(tmp_path / "run.json", facts)
+    trainer(store, tmp_path).run(resume=True)
+    with pytest.raises(GramError, match="config.OUTER.META as in the run to resume, True, found False"):
+        trainer(store, tmp_path, "OUTER.META", "False").run(resume=True)
 
 
 def test_a_loss_that_is_not_finite_names_step_and_task(store, tmp_path, monkeypatch):
