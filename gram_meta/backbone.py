@@ -21,10 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gram_meta.clip_weights import PIXEL_MEAN, PIXEL_STD, build_clip, empty_clip, read_clip
 from gram_meta.errors import GramError
-
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # RGB, of CLIP's training images
-PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 PACKAGED = "gram-small"  # the small CLIP that travels in this package
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -43,9 +41,9 @@ def load_backbone(name: str, device: str | torch.device = "cpu", precision: str 
     """Load a frozen CLIP.
 
     Args:
-        name: an OpenAI name (`"ViT-B/16"`, downloaded by the clip package to ~/.cache/clip), a path to a `.pt`
-            (TorchScript archive or plain state dict) or `.safetensors` file with OpenAI's key names, `"gram-small"` for
-            the model in this package, or `"random-SHAPE"` (`random-tiny`, `random-ViT-B/16`) for seeded random weights.
+        name: an OpenAI name (`"ViT-B/16"`, downloaded by the clip package to ~/.cache/clip), a path to a file or folder
+            with weights of OpenAI's, Hugging Face's or open_clip's layout (see `clip_weights`), `"gram-small"` for the
+            model in this package, or `"random-SHAPE"` (`random-tiny`, `random-ViT-B/16`) for seeded random weights.
         device: where the towers live.
         precision: `fp32`, `fp16`, `bf16` or `fp64` for the towers; features and logits are float32 (float64 for `fp64`).
 
@@ -57,7 +55,7 @@ def load_backbone(name: str, device: str | torch.device = "cpu", precision: str 
     if name.startswith("random-"):
         model = _random_model(name.removeprefix("random-"))
     else:
-        model = _build(_state_dict_for(name), name)
+        model = build_clip(clip_module(), _state_dict_for(name), name)
     return Backbone(model, name, device, precision)
 
 
@@ -280,54 +278,14 @@ def _state_dict_for(name: str) -> dict[str, Tensor]:
     if name in known:
         root = os.path.expanduser("~/.cache/clip")
         try:
-            return _read_weights(Path(clip_module().clip._download(known[name], root)))
+            return read_clip(Path(clip_module().clip._download(known[name], root)))
         except OSError as error:
             raise GramError(f"{name}: expected to download {known[name]} to {root}, found {error}") from None
-    if Path(name).is_file():
-        return _read_weights(Path(name))
+    if Path(name).exists():
+        return read_clip(Path(name))
     raise GramError(
-        f"backbone {name!r}: expected {PACKAGED}, a file, or one of {', '.join(known)}; found none of these"
+        f"backbone {name!r}: expected {PACKAGED}, a file or folder, or one of {', '.join(known)}; found none of these"
     )
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from .safetensors, a TorchScript archive, or a plain torch file (tensors only, never code)."""
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except Exception as error:  # noqa: BLE001, safetensors raises kinds of its own
-            raise GramError(f"{path}: expected a .safetensors file, found {error}") from None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.jit is deprecated; OpenAI's files are what they are
-            return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
-    except RuntimeError:
-        pass  # not a TorchScript archive
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001, pickle, zip and torch each raise their own
-        first = str(error).strip().splitlines()[0]
-        raise GramError(
-            f"{path}: expected a TorchScript archive or a state dict of tensors, found {first}"
-        ) from None
-    return loaded.get("state_dict", loaded)
-
-
-def _build(state_dict: dict[str, Tensor], name: str) -> nn.Module:
-    """CLIP's modules with these weights in float32; extra entries that OpenAI's archives carry are dropped."""
-    weights = {
-        key: value.to(torch.float32)
-        for key, value in state_dict.items()
-        if key not in ("input_resolution", "context_length", "vocab_size")
-    }
-    if "text_projection" not in weights or "visual.conv1.weight" not in weights:
-        some = ", ".join(list(weights)[:3]) or "nothing"
-        raise GramError(f"{name}: expected a CLIP state dict with OpenAI's key names, found {some}, ...")
-    model = clip_module().model.build_model(dict(weights)).float()
-    model.load_state_dict(weights)  # build_model went through fp16: put the exact values back
-    return model
 
 
 def _random_model(shape: str) -> nn.Module:
@@ -335,7 +293,7 @@ def _random_model(shape: str) -> nn.Module:
         raise GramError(f"backbone 'random-{shape}': expected random- and one of {', '.join(_SHAPES)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return clip_module().model.CLIP(*_SHAPES[shape])
+        return empty_clip(clip_module(), *_SHAPES[shape])
 
 
 def _cast(model: Any, dtype: torch.dtype) -> Any:
