@@ -6,9 +6,10 @@ import argparse
 import importlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from gram_meta import __version__
+from gram_meta.engine import checkout
 from gram_meta.errors import GramError
 
 COMMANDS = {
@@ -36,7 +37,10 @@ EPILOG = """the path:  gram embed SOURCE -o STORE  ->  gram cluster STORE -o HIE
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (0 fine, 1 failed, 2 bad input, 130 interrupted)."""
+    typed = argv is None
     argv = list(sys.argv[1:] if argv is None else argv)
+    if typed and argv[:1] == ["train"] and (script := checkout.train_py_for(argv[1:])):
+        return _said(argv[0], lambda: checkout.run(script, argv[1:]))
     parser = argparse.ArgumentParser(
         prog="gram",
         description="Gradient-Regulated Meta-Prompt Learning (ICCV 2023) for CLIP prompt tuning.",
@@ -63,13 +67,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    return _said(args.command, lambda: args.run(args))
+
+
+def _said(command: str, run: Callable[[], int]) -> int:
+    """Run it; bad input and an interruption are one line on stderr and an exit status."""
     try:
-        return args.run(args)
+        return run()
     except GramError as error:
-        print(f"gram {args.command}: {error}", file=sys.stderr)
+        print(f"gram {command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"gram {args.command}: interrupted", file=sys.stderr)
+        print(f"gram {command}: interrupted", file=sys.stderr)
         return 130
 
 

@@ -1,4 +1,8 @@
-"""Bring this project's trainers and datasets into Dassl's registries: `import gram_meta.plugin`.
+"""One line brings this project's trainers, datasets and options into a CoOp-style train.py: `import gram_meta.plugin`.
+
+It may stand before or after the imports of Dassl and of the checkout's own trainers and datasets. What the checkout
+registers under a name that this project has too (`CoOp`, `VPT`, `OxfordPets`) is what that name means; its `clip`,
+`trainers` and `datasets` are the ones that are imported. docs/PLUGIN.md tells the whole of it.
 
 `trainers/` and `datasets/` stand at the top of the repository and are installed inside the package. This is the one
 place in the package that imports them.
@@ -8,20 +12,41 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import pkgutil
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, TracebackType
+
+from gram_meta.engine.defaults import extend_defaults
+from gram_meta.errors import GramError
 
 PACKAGES = ("gram_meta.trainers", "gram_meta.datasets")
 
 
 def register() -> None:
-    """Import every trainer and dataset of this project; doing it again changes nothing."""
+    """Add the options, and import every trainer and dataset of this project; doing it again changes nothing."""
+    extend_defaults()
     for name in PACKAGES:
         package = _package(name)
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{name}.{module.name}")
+
+
+def say_bad_input_in_a_line() -> None:
+    """Let an uncaught `GramError` end the program with its one sentence, without a traceback, as `gram` does.
+
+    Every other exception, and a program with an `excepthook` of its own, stays as it is.
+    """
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _excepthook
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, GramError):
+        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def _package(name: str) -> ModuleType:
@@ -40,3 +65,4 @@ def _package(name: str) -> ModuleType:
 
 
 register()
+say_bad_input_in_a_line()

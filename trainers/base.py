@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from gram_meta import engine
 from gram_meta.backbone import Backbone, load_backbone
 from gram_meta.engine import TrainerX, build_lr_scheduler, build_optimizer, compute_accuracy, load_checkpoint
+from gram_meta.engine.options import complete_cfg
 from gram_meta.engine.random_state import kept_random_state, random_state, set_random_state
 from gram_meta.engine.results import write_results
 from gram_meta.errors import GramError
@@ -43,6 +44,7 @@ class ClipTrainer(TrainerX):
         self.loaded = {"model_dir": "", "epoch": 0}
         self.trained = False
         self.seconds = {"train": 0.0, "test": 0.0}
+        complete_cfg(cfg)  # a checkout's train.py may have replaced a node that it shares with us
         super().__init__(cfg)
         self._remember_metrics()
 

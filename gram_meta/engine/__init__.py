@@ -18,6 +18,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from gram_meta.engine.registries import register_dataset as register_dataset
+from gram_meta.engine.registries import register_trainer as register_trainer
 from gram_meta.errors import GramError
 
 # name -> the module of Dassl that holds it; a name outside this table is not part of the door
@@ -64,22 +66,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     room()
     return getattr(importlib.import_module(EXPORTS[name]), name)
-
-
-def register_trainer(trainer: type) -> type:
-    """Class decorator: add a trainer to the registry, unless a checkout has brought its own of that name."""
-    return _register(__getattr__("TRAINER_REGISTRY"), trainer)
-
-
-def register_dataset(dataset: type) -> type:
-    """Class decorator: add a dataset to the registry, unless a checkout has brought its own of that name."""
-    return _register(__getattr__("DATASET_REGISTRY"), dataset)
-
-
-def _register(registry: Any, cls: type) -> type:
-    if cls.__name__ not in registry.registered_names():
-        registry.register(cls)
-    return cls
 
 
 # ----------------------------------------------------------------------------------------------- opening the door
