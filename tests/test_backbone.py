@@ -1,5 +1,10 @@
 """The towers' forward passes against the clip package's own, and the prompts around them."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -246,3 +251,302 @@ def test_texts_and_images_that_do_not_fit(backbone):
         backbone.tokenize(["word " * 90])
     with pytest.raises(GramError, match="expected 32 x 32 pixels, found 224 x 224"):
         backbone.encode_images(torch.zeros(1, 3, 224, 224))
+
+
+# --- weights of other layouts -----------------------------------------------------------------------------------------
+
+WIDTH = 64  # of both towers of random-tiny: one head
+
+
+def in_hugging_face_names(weights):
+    """OpenAI's names as transformers' CLIPModel has them; written out here by hand, to check the way back."""
+    other = {}
+    for key, value in weights.items():
+        tower = "vision_model" if key.startswith("visual.") else "text_model"
+        rest = key.removeprefix("visual.")
+        if rest.startswith("transformer.resblocks."):
+            _, _, number, *inside = rest.split(".")
+            layer, inside = f"{tower}.encoder.layers.{number}", ".".join(inside)
+            if inside.startswith("attn.in_proj_"):
+                for which, part in zip("qkv", value.chunk(3), strict=True):
+                    other[f"{layer}.self_attn.{which}_proj.{inside.removeprefix('attn.in_proj_')}"] = part
+                continue
+            for old, new in (
+                ("attn.out_proj", "self_attn.out_proj"), ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"),
+                ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2"),
+            ):  # fmt: skip
+                inside = inside.replace(old, new)
+            other[f"{layer}.{inside}"] = value
+            continue
+        name = {
+            "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+            "positional_embedding": f"{tower}.embeddings.position_embedding.weight",
+            "ln_final.weight": "text_model.final_layer_norm.weight",
+            "ln_final.bias": "text_model.final_layer_norm.bias",
+            "class_embedding": "vision_model.embeddings.class_embedding",
+            "conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+            "ln_pre.weight": "vision_model.pre_layrnorm.weight",
+            "ln_pre.bias": "vision_model.pre_layrnorm.bias",
+            "ln_post.weight": "vision_model.post_layernorm.weight",
+            "ln_post.bias": "vision_model.post_layernorm.bias",
+            "text_projection": "text_projection.weight",
+            "proj": "visual_projection.weight",
+            "logit_scale": "logit_scale",
+        }[rest]
+        other[name] = value.T if name.endswith("projection.weight") else value
+    other["text_model.embeddings.position_ids"] = torch.arange(77)[None]  # as older files have them
+    return {key: value.contiguous().clone() for key, value in other.items()}
+
+
+def hugging_face_config(**changes):
+    tower = {"hidden_size": WIDTH, "num_attention_heads": 1, "hidden_act": "quick_gelu"}
+    config = {"model_type": "clip", "text_config": dict(tower), "vision_config": dict(tower)}
+    for key, value in changes.items():
+        *above, name = key.split("__")
+        (config[above[0]] if above else config)[name] = value
+    return json.dumps(config)
+
+
+def open_clip_config(**changes):
+    model = {
+        "embed_dim": 64,
+        "quick_gelu": True,
+        "vision_cfg": {"width": WIDTH, "patch_size": 8},
+        "text_cfg": {"width": WIDTH, "heads": 1},
+    }
+    config = {"model_cfg": model, "preprocess_cfg": {"mean": [0.48145466, 0.4578275, 0.40821073]}}
+    for key, value in changes.items():
+        *above, name = key.split("__")
+        node = config
+        for part in above:
+            node = node[part]
+        node[name] = value
+    return json.dumps(config)
+
+
+def test_hugging_face_names_in_a_folder_or_a_file(tmp_path, backbone, weights):
+    from safetensors.torch import save_file
+
+    other = in_hugging_face_names(weights)
+    assert not set(other) & set(weights) - {"logit_scale"}
+    folder = tmp_path / "clip-hf"
+    folder.mkdir()
+    (folder / "config.json").write_text(hugging_face_config())
+    torch.save(other, folder / "pytorch_model.bin")
+    assert load_backbone(str(folder)).fingerprint == backbone.fingerprint  # the very same values
+    assert load_backbone(str(folder / "pytorch_model.bin")).fingerprint == backbone.fingerprint
+    save_file({key: value + 1 for key, value in other.items()}, folder / "model.safetensors")
+    assert load_backbone(str(folder)).fingerprint != backbone.fingerprint  # safetensors come first
+
+
+def test_weights_in_parts_load(tmp_path, backbone, weights):
+    from safetensors.torch import save_file
+
+    other = in_hugging_face_names(weights)
+    names = sorted(other)
+    parts = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for file, keys in parts.items():
+        save_file({key: other[key] for key in keys}, tmp_path / file)
+    index = {"weight_map": {key: file for file, keys in parts.items() for key in keys}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "config.json").write_text(hugging_face_config())
+    assert load_backbone(str(tmp_path)).fingerprint == backbone.fingerprint
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "text.", "module.text."])
+def test_open_clips_names_with_and_without_prefixes(tmp_path, backbone, weights, prefix):
+    def named(key):
+        is_text = not key.startswith("visual.") and key != "logit_scale"
+        return prefix.removesuffix("text.") + ("text." if is_text and prefix.endswith("text.") else "") + key
+
+    other = {named(key): value for key, value in weights.items()} | {named("attn_mask"): torch.zeros(77, 77)}
+    torch.save({"epoch": 3, "name": "run", "state_dict": other}, tmp_path / "epoch_3.pt")
+    (tmp_path / "open_clip_config.json").write_text(open_clip_config())
+    assert load_backbone(str(tmp_path / "epoch_3.pt")).fingerprint == backbone.fingerprint
+
+
+def test_a_folder_of_open_clips_hub(tmp_path, backbone, weights):
+    torch.save(weights, tmp_path / "open_clip_pytorch_model.bin")
+    (tmp_path / "open_clip_config.json").write_text(open_clip_config())
+    assert load_backbone(str(tmp_path)).fingerprint == backbone.fingerprint
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"text_config__hidden_act": "gelu"}, "quick_gelu, with which .* found gelu .text_config.hidden_act"),
+        ({"vision_config__hidden_act": "gelu"}, "found gelu .vision_config.hidden_act"),
+        ({"vision_config__num_attention_heads": 4}, "heads of 64 channels.*found 4 .vision_config"),
+        ({"text_config__num_attention_heads": 2}, "heads of 64 channels.*found 2 .text_config"),
+        ({"text_config__layer_norm_eps": 1e-6}, "text_config.layer_norm_eps 1e-05, .* found 1e-06"),
+        ({"model_type": "siglip"}, "model_type 'clip', found 'siglip'"),
+    ],
+)
+def test_what_a_hugging_face_config_computes_differently_is_refused(tmp_path, weights, changes, sentence):
+    torch.save(in_hugging_face_names(weights), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(hugging_face_config(**changes))
+    with pytest.raises(GramError, match=sentence):
+        load_backbone(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"model_cfg__quick_gelu": False}, "expected the activation quick_gelu.* found gelu"),
+        ({"model_cfg__vision_cfg__head_width": 80}, "vision_cfg.head_width 64, .* found 80"),
+        ({"model_cfg__text_cfg__heads": 2}, "heads of 64 channels.*found 2"),
+        ({"model_cfg__vision_cfg__timm_model_name": "vit_so400m"}, "timm_model_name 'vit_so400m'"),
+        ({"model_cfg__text_cfg__hf_model_name": "roberta"}, "hf_model_name 'roberta'"),
+        ({"model_cfg__text_cfg__no_causal_mask": True}, "no_causal_mask False, .* found True"),
+        ({"model_cfg__vision_cfg__pool_type": "avg"}, "pool_type tok, .* found avg"),
+        ({"preprocess_cfg__mean": [0.5, 0.5, 0.5]}, "normalised with CLIP's mean .*found .0.5, 0.5, 0.5"),
+    ],
+)
+def test_what_an_open_clip_config_computes_differently_is_refused(tmp_path, weights, changes, sentence):
+    torch.save(weights, tmp_path / "open_clip_pytorch_model.bin")
+    (tmp_path / "open_clip_config.json").write_text(open_clip_config(**changes))
+    with pytest.raises(GramError, match=sentence):
+        load_backbone(str(tmp_path))
+
+
+def test_weights_that_do_not_say_how_to_compute_want_their_config(tmp_path, weights):
+    other = in_hugging_face_names(weights)
+    torch.save(other, tmp_path / "hf.bin")
+    with pytest.raises(GramError, match="expected config.json beside it.*activation"):
+        load_backbone(str(tmp_path / "hf.bin"))
+    torch.save(weights, tmp_path / "open_clip_pytorch_model.bin")
+    with pytest.raises(GramError, match="expected open_clip_config.json beside it.*quick_gelu"):
+        load_backbone(str(tmp_path / "open_clip_pytorch_model.bin"))
+    with pytest.raises(GramError, match="expected a Hugging Face model .* found hf.bin, open_clip"):
+        load_backbone(str(tmp_path))
+
+
+def test_other_architectures_and_broken_weights_are_one_sentence(tmp_path, weights):
+    (tmp_path / "config.json").write_text(hugging_face_config())
+    other = in_hugging_face_names(weights)
+    file = tmp_path / "pytorch_model.bin"
+    torch.save(other | {"logit_bias": torch.zeros(())}, file)
+    with pytest.raises(GramError, match="found another .such as SigLIP"):
+        load_backbone(str(tmp_path))
+    torch.save(other | {"text_model.head.weight": torch.zeros(2)}, file)
+    with pytest.raises(GramError, match="Hugging Face's CLIPModel, found text_model.head.weight"):
+        load_backbone(str(tmp_path))
+    torch.save(
+        {key: value for key, value in other.items() if not key.endswith("0.self_attn.k_proj.bias")}, file
+    )
+    with pytest.raises(GramError, match="expected .*0.self_attn.k_proj.bias beside"):
+        load_backbone(str(tmp_path))
+    torch.save({key: value for key, value in other.items() if "final_layer_norm" not in key}, file)
+    with pytest.raises(GramError, match="found no ln_final.weight"):
+        load_backbone(str(tmp_path))
+    key = "text_model.embeddings.token_embedding.weight"
+    torch.save(other | {key: other[key][:1000]}, file)
+    with pytest.raises(GramError, match="49408 tokens of CLIP's tokenizer, found 1000"):
+        load_backbone(str(tmp_path))
+    torch.save({key: value for key, value in weights.items() if "ln_2" not in key}, tmp_path / "some.pt")
+    with pytest.raises(GramError, match="some.pt: expected a whole CLIP .*ln_2"):
+        load_backbone(str(tmp_path / "some.pt"))
+
+
+def test_a_longer_context_and_a_bigger_vocabulary_serve(tmp_path, weights):
+    longer = dict(weights)
+    longer["positional_embedding"] = torch.cat([weights["positional_embedding"]] * 2)[:100]
+    longer["token_embedding.weight"] = torch.cat([weights["token_embedding.weight"], torch.ones(3, WIDTH)])
+    torch.save(longer, tmp_path / "longer.pt")
+    backbone = load_backbone(str(tmp_path / "longer.pt"))
+    assert backbone.context_length == 100
+    texts = ["a photo of a cat.", "word " * 90]
+    torch.testing.assert_close(
+        backbone.encode_texts(texts), normalised(backbone.model.encode_text(backbone.tokenize(texts)))
+    )
+
+
+def test_features_equal_transformers_own(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    tower = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(
+        text_config={**tower, "hidden_act": "quick_gelu"},
+        vision_config={**tower, "hidden_act": "quick_gelu", "image_size": 32, "patch_size": 8},
+        projection_dim=64,
+    )
+    torch.manual_seed(0)
+    theirs = transformers.CLIPModel(config).double().eval()
+    theirs.float().save_pretrained(tmp_path)
+    theirs.double()
+    ours = load_backbone(str(tmp_path), precision="fp64")
+    texts, images = ["a photo of a cat.", "two very small dogs"], torch.randn(3, 3, 32, 32).double()
+    with torch.no_grad():
+        out = theirs(input_ids=ours.tokenize(texts), pixel_values=images)
+    torch.testing.assert_close(ours.encode_texts(texts), out.text_embeds, rtol=0, atol=1e-12)
+    torch.testing.assert_close(ours.encode_images(images), out.image_embeds, rtol=0, atol=1e-12)
+    scores = ours.logit_scale * ours.encode_images(images) @ ours.encode_texts(texts).T
+    torch.testing.assert_close(scores, out.logits_per_image, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "CustomTextCLIP"])
+def test_features_equal_open_clips_own(tmp_path, kind):
+    module = pytest.importorskip("open_clip.model", reason="open_clip_torch is not installed")
+    vision = {"layers": 2, "width": 128, "patch_size": 8, "image_size": 32}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 2}
+    torch.manual_seed(0)
+    theirs = getattr(module, kind)(64, vision, text, quick_gelu=True).eval()
+    torch.save(theirs.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    config = {"model_cfg": {"embed_dim": 64, "quick_gelu": True, "vision_cfg": vision, "text_cfg": text}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    ours = load_backbone(str(tmp_path), precision="fp64")
+    theirs.double()
+    texts, images = ["a photo of a cat.", "two very small dogs"], torch.randn(3, 3, 32, 32).double()
+    with torch.no_grad():
+        expected = theirs.encode_text(ours.tokenize(texts)), theirs.encode_image(images)
+    torch.testing.assert_close(ours.encode_texts(texts), normalised(expected[0]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(ours.encode_images(images), normalised(expected[1]), rtol=0, atol=1e-12)
+
+
+def test_a_clip_package_that_wants_design_details_gets_those_of_a_plain_clip(
+    monkeypatch, tmp_path, weights, backbone
+):
+    """As in MaPLe's, PromptSRC's and ProMetaR's checkouts."""
+    module, seen = clip_module().model, []
+    build, build_clip = module.build_model, module.CLIP
+
+    def build_model(state_dict, design_details):
+        seen.append(design_details)
+        return build(state_dict)
+
+    def clip(*shape, design_details):
+        seen.append(design_details)
+        return build_clip(*shape)
+
+    torch.save(weights, tmp_path / "clip.pt")
+    monkeypatch.setattr(module, "build_model", build_model)
+    assert load_backbone(str(tmp_path / "clip.pt")).fingerprint == backbone.fingerprint
+    monkeypatch.setattr(module, "CLIP", clip)
+    assert load_backbone("random-tiny").fingerprint == backbone.fingerprint
+    for details in seen:
+        assert details["trainer"] == "CoOp" and details["vision_depth"] == details["language_depth"] == 0
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("checkout", ["CoOp", "MaPLe", "PromptSRC", "ProMetaR"])
+def test_features_are_the_same_with_a_checkouts_clip(checkout, backbone):
+    folder = os.environ.get("GRAM_CHECKOUTS")
+    if not folder or not os.path.isdir(os.path.join(folder, checkout, "clip")):
+        pytest.skip(f"GRAM_CHECKOUTS names no folder with {checkout}/clip")
+    code = (
+        "import torch, clip; from gram_meta.backbone import load_backbone; b = load_backbone('random-tiny');"
+        "i = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32);"
+        "print(clip.__file__); print(b.fingerprint);"
+        "print(torch.cat([b.encode_images(i), b.encode_texts(['a cat', 'dogs'])]).flatten().tolist())"
+    )
+    place = os.path.join(folder, checkout)
+    path = os.pathsep.join([place, *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=place, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    where, fingerprint_there, numbers = done.stdout.strip().splitlines()[-3:]
+    assert where.startswith(os.path.realpath(place)) or where.startswith(place)
+    assert fingerprint_there == backbone.fingerprint
+    images = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)
+    here = torch.cat([backbone.encode_images(images), backbone.encode_texts(["a cat", "dogs"])])
+    torch.testing.assert_close(torch.tensor(json.loads(numbers)).view_as(here), here, rtol=0, atol=1e-6)
