@@ -16,11 +16,14 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gram_meta.engine.registries import register_dataset as register_dataset
 from gram_meta.engine.registries import register_trainer as register_trainer
 from gram_meta.errors import GramError
+
+if TYPE_CHECKING:
+    from gram_meta.engine.real import Repair
 
 # name -> the module of Dassl that holds it; a name outside this table is not part of the door
 EXPORTS = {
@@ -51,6 +54,7 @@ EXPORTS = {
 }
 
 _room = ""  # "", "real" or "builtin"
+_repairs: list[Repair] = []
 
 
 def room() -> str:
@@ -59,6 +63,12 @@ def room() -> str:
     if not _room:
         _room = _open()
     return _room
+
+
+def repairs() -> list[Repair]:
+    """Every known repair of the real Dassl, with `id`, `summary` and `applied`; none in the built-in room. Opens the door."""
+    room()
+    return list(_repairs)
 
 
 def __getattr__(name: str) -> Any:
@@ -90,16 +100,18 @@ def _open_either() -> str:
 
 
 def _open_real() -> str:
+    global _repairs
     if not _real_is_there():
         raise GramError(
             "GRAM_DASSL is 'real', but no package `dassl` can be imported; install it, or use builtin"
         )
-    # Repairs of what breaks on a current torch belong here: before the import, and after it.
+    from gram_meta.engine import real
+
     try:
-        importlib.import_module("dassl.engine")
-    except ImportError as error:
+        _repairs = real.import_repaired()
+    except GramError:
         _forget_dassl()  # a half-imported package must not shadow the built-in one
-        raise GramError(f"the installed Dassl does not import ({error})") from error
+        raise
     return "real"
 
 

@@ -1,0 +1,137 @@
+"""Breaks around files: B2, B3 (checkpoints), B11 (confusion matrices), B12 (the console's copy in log.txt)."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import os
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from gram_meta.engine.checkpoints import read_checkpoint
+from gram_meta.engine.real.repair import Repair, rebind
+
+
+def repairs() -> list[Repair]:
+    return [
+        Repair(
+            "B2/B3",
+            "checkpoints load, old ones too, and nothing in them is executed",
+            _fails_or_executes,
+            _load_safely,
+        ),
+        Repair(
+            "B11", "confusion matrices load with torch.load as it is", _matrix_is_numpy, _matrix_of_tensors
+        ),
+        Repair("B12", "closing the log file leaves the console open", _closes_console, _close_file_alone),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+_executed: list[str] = []
+
+
+class _Canary:
+    """Leaves a note where a checkpoint with it is unpickled in good faith."""
+
+    def __reduce__(self) -> Any:
+        return _leave_note, ()
+
+
+def _leave_note() -> None:
+    _executed.append("code from a file")
+
+
+def _fails_or_executes() -> bool:
+    """Try it on what an unmended warm-up scheduler saves, with something to execute beside it."""
+    import torch
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    successor = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2.0)
+    state = {"state_dict": {}, "epoch": 1, "scheduler": {"successor": successor}, "canary": _Canary()}
+    _executed.clear()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        path = os.path.join(folder, "model.pth.tar-1")
+        torch.save(state, path)
+        try:
+            importlib.import_module("dassl.utils.torchtools").load_checkpoint(path)
+        except Exception:
+            return True
+    return bool(_executed)
+
+
+def _load_safely() -> None:
+    rebind(importlib.import_module("dassl.utils.torchtools").load_checkpoint, load_checkpoint)
+
+
+def load_checkpoint(fpath: str) -> dict[str, Any]:
+    """Dassl's `load_checkpoint`, on `gram_meta.engine.checkpoints`."""
+    import torch
+
+    if fpath is None:
+        raise ValueError("File path is None")
+    if not Path(fpath).exists():
+        raise FileNotFoundError(f'File is not found at "{fpath}"')
+    return read_checkpoint(fpath, map_location=None if torch.cuda.is_available() else "cpu")
+
+
+# ------------------------------------------------------------------------------------------------- confusion matrices
+
+
+def _matrix_is_numpy() -> bool:
+    """Let the evaluator write one, and read it with `torch.load` as it is."""
+    import torch
+
+    evaluator = importlib.import_module("dassl.evaluation.evaluator").Classification
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        test = SimpleNamespace(PER_CLASS_RESULT=False, COMPUTE_CMAT=True)
+        probe = evaluator(SimpleNamespace(TEST=test, OUTPUT_DIR=folder))
+        probe.process(torch.eye(2), torch.arange(2))
+        probe.evaluate()
+        try:
+            torch.load(os.path.join(folder, "cmat.pt"), weights_only=True)
+        except Exception:
+            return True
+    return False
+
+
+def _matrix_of_tensors() -> None:
+    module: Any = importlib.import_module("dassl.evaluation.evaluator")
+    compute = module.confusion_matrix
+
+    def confusion_matrix(*args: Any, **kwargs: Any) -> Any:
+        import torch
+
+        return torch.from_numpy(compute(*args, **kwargs))
+
+    module.confusion_matrix = confusion_matrix
+
+
+# -------------------------------------------------------------------------------------------------------------- logger
+
+
+def _logger() -> Any:
+    return importlib.import_module("dassl.utils.logger").Logger
+
+
+def _closes_console() -> bool:
+    console = io.StringIO()
+    probe = _logger().__new__(_logger())
+    probe.console, probe.file = console, None
+    probe.close()
+    return console.closed
+
+
+def _close_file_alone() -> None:
+    """`close` is what `__del__` and `__exit__` call."""
+
+    def close(self: Any) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
+    _logger().close = close

@@ -1,0 +1,194 @@
+"""Breaks that show while Dassl is imported: B6 (needs wilds), B7 (mutes logging), B8 (needs TensorBoard).
+
+Two modules of Dassl's get help while they are imported, and only where they would fail. Nothing is left behind under
+the name of the package that is missing: others in this process may ask whether it is there.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from gram_meta.engine.real.repair import Repair
+from gram_meta.errors import GramError
+
+WILDS = "dassl.data.datasets.dg.wilds"
+TENSORBOARD = "torch.utils.tensorboard"
+PIP_NAMES = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml", "cv2": "opencv-python"}
+
+Treatment = Callable[[ModuleType, Callable[[], None]], None]  # gets a module and what would fill it
+
+_without_wilds = False
+_without_tensorboard = False
+
+
+def import_dassl() -> list[Repair]:
+    """Import `dassl.engine`, and with it all of Dassl that trainers use; the repairs B6, B7 and B8.
+
+    Raises:
+        GramError: it does not import.
+    """
+    muted = _muted_by_dassl()
+    level = logging.root.manager.disable
+    try:
+        with _treated({WILDS: _fill_wilds, "dassl.engine.trainer": _fill_trainer}):
+            importlib.import_module("dassl.engine")
+    except ImportError as error:
+        logging.disable(level)
+        raise GramError(_why_not(error)) from error
+    level = logging.NOTSET if muted else level
+    return [
+        Repair(
+            "B7",
+            "logging is not muted for the whole process",
+            lambda: logging.root.manager.disable != level,
+            lambda: logging.disable(level),
+        ),
+        Repair("B6", "Dassl imports without the package wilds", lambda: _without_wilds, _nothing_left),
+        Repair("B8", "Dassl trains without TensorBoard", lambda: _without_tensorboard, _nothing_left),
+    ]
+
+
+def _nothing_left() -> None:
+    """B6 and B8 are mended in the course of the import, or the import fails."""
+
+
+def _muted_by_dassl() -> bool:
+    """Whether a Dassl that was imported before has muted logging: to just the level that it sets."""
+    return f"{WILDS}.wilds_base" in sys.modules and logging.root.manager.disable == logging.WARNING
+
+
+def _why_not(error: ImportError) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("dassl"):
+        return f"the installed Dassl needs the package {error.name}, which is not here: {_pip(error.name)}"
+    return f"the installed Dassl does not import ({error})"
+
+
+def _pip(module: str) -> str:
+    package = module.partition(".")[0]
+    return f"python -m pip install {PIP_NAMES.get(package, package)}"
+
+
+# ----------------------------------------------------------------------------------------------------------- B6: wilds
+
+
+def _fill_wilds(module: ModuleType, fill: Callable[[], None]) -> None:
+    """The datasets of WILDS; where they do not import, others of these names that say so when one is asked for."""
+    global _without_wilds
+    try:
+        fill()
+    except Exception as error:  # wilds, or a package that wilds or its readers need, is missing or broken
+        for name in [name for name in sys.modules if name.startswith(f"{WILDS}.")]:
+            del sys.modules[name]
+        _register_placeholders(module, error)
+        _without_wilds = True
+
+
+def _register_placeholders(module: ModuleType, error: Exception) -> None:
+    registry = importlib.import_module("dassl.data.datasets.build").DATASET_REGISTRY
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        reason = f"needs the package {error.name}, which is not here: {_pip(error.name)}"
+    else:
+        reason = f"does not import ({type(error).__name__}: {error})"
+    for name in _registered_classes(Path(str(module.__file__)).parent):
+        if name not in registry.registered_names():
+            placeholder = type(name, (), {"__init__": _refuse(name, reason), "__module__": module.__name__})
+            registry.register(placeholder)
+            setattr(module, name, placeholder)
+
+
+def _refuse(name: str, reason: str) -> Callable[..., None]:
+    def __init__(self: Any, cfg: Any) -> None:
+        raise GramError(f"DATASET.NAME is {name!r}: this dataset of WILDS {reason}")
+
+    return __init__
+
+
+def _registered_classes(folder: Path) -> list[str]:
+    """Names of the classes that the files of a folder enter in the registry of datasets; read, not imported."""
+    names = []
+    for path in sorted(folder.glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and any(
+                "DATASET_REGISTRY" in ast.dump(decorator) for decorator in node.decorator_list
+            ):
+                names.append(node.name)
+    return names
+
+
+# ----------------------------------------------------------------------------------------------------- B8: TensorBoard
+
+
+class SummaryWriter:
+    """Stands in for TensorBoard's where that is not installed: says so, and writes nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        print("TensorBoard is not installed: no scalars are written")
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: None
+
+
+def _fill_trainer(module: ModuleType, fill: Callable[[], None]) -> None:
+    """Dassl's trainers, which import TensorBoard's writer by name."""
+    global _without_tensorboard
+    try:
+        importlib.import_module(TENSORBOARD)
+    except Exception:
+        before = {name: sys.modules[name] for name in (TENSORBOARD,) if name in sys.modules}
+        stand_in: Any = ModuleType(TENSORBOARD)
+        stand_in.SummaryWriter = SummaryWriter
+        sys.modules[TENSORBOARD] = stand_in
+        try:
+            fill()
+        finally:
+            del sys.modules[TENSORBOARD]
+            sys.modules.update(before)
+        _without_tensorboard = True
+    else:
+        fill()
+
+
+# ------------------------------------------------------------------------------------------------------ the import hook
+
+
+class _Finder(MetaPathFinder):
+    """Finds the modules of `treatments` as ever, and lets their treatment fill them."""
+
+    def __init__(self, treatments: dict[str, Treatment]) -> None:
+        self.treatments = treatments
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        treatment = self.treatments.get(fullname)
+        if treatment is None:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+        loader: Any = spec.loader
+        loader.exec_module = lambda module: treatment(module, lambda: execute(module))
+        return spec
+
+
+@contextmanager
+def _treated(treatments: dict[str, Treatment]) -> Iterator[None]:
+    finder = _Finder(treatments)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
