@@ -74,9 +74,14 @@ def decode_image(content: bytes) -> Image.Image:
             raise BadImage(BOMB)
         try:
             image.load()
-            return _cut_strip(_to_rgb(_upright(image)))
+            return as_rgb(image)
         except Exception:  # noqa: BLE001 - truncated or damaged pixels, likewise
             raise BadImage(BROKEN) from None
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An opened image as upright 8-bit RGB, as `read_image` has it."""
+    return _cut_strip(_to_rgb(_upright(image)))
 
 
 def _upright(image: Image.Image) -> Image.Image:
