@@ -341,6 +341,8 @@ class WithGRAM:
             raise GramError(
                 f"TRAINER.GRAM.CHECKPOINT is empty; {type(self).__name__} expects the meta-checkpoint of `gram pretrain`"
             )
+        if hasattr(super(), "check_training"):  # of the trainer beside which this stands
+            super().check_training()  # type: ignore[misc]
 
     def before_train(self) -> None:
         self.check_training()

@@ -418,7 +418,7 @@ def test_what_needs_the_meta_checkpoint_says_so_and_leaves_no_folder(go, tmp_pat
         with pytest.raises(GramError, match="TRAINER.GRAM.CHECKPOINT is empty; UniGRAM expects") as error:
             go("UniGRAM", flags=flags)
         assert "\n" not in str(error.value)
-    with pytest.raises(GramError, match="expected prompt_learner/ in it, found nothing"):
+    with pytest.raises(GramError, match="expected prompt_learner/ in it, found no such folder"):
         go("UniGRAM", flags=["--eval-only", "--model-dir", str(tmp_path / "none")])
     assert not (tmp_path / "UniGRAM").exists()
 

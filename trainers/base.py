@@ -15,23 +15,31 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from gram_meta import engine
 from gram_meta.backbone import Backbone, load_backbone
-from gram_meta.engine import TrainerX, build_lr_scheduler, build_optimizer, compute_accuracy, load_checkpoint
+from gram_meta.engine import TrainerX, build_lr_scheduler, build_optimizer, compute_accuracy, run_folder
 from gram_meta.engine.options import complete_cfg
-from gram_meta.engine.random_state import kept_random_state, random_state, set_random_state
+from gram_meta.engine.random_state import (
+    kept_random_state,
+    make_deterministic,
+    random_state,
+    set_random_state,
+)
 from gram_meta.engine.results import write_results
+from gram_meta.engine.run_folder import Doing
 from gram_meta.errors import GramError
 from gram_meta.prompts import PromptedCLIP, context_from_words, logits, random_context
+from gram_meta.trainers import saved
+from gram_meta.trainers.saved import NAME
 
 PRECISIONS = ("fp32", "fp16", "bf16", "amp")
-NAME = "prompt_learner"  # CoOp's name for the registered model, and so for the checkpoints' folder
+NO_META = {"path": "", "sha256": "", "settings": {}}  # facts of a meta-checkpoint where there is none
 
 
 class ClipTrainer(TrainerX):
-    """Frozen CLIP, and an evaluation that leaves results.json beside log.txt."""
+    """Frozen CLIP, and runs that own their output folder: one folder, one run, results.json beside log.txt."""
 
     node = "COOP"  # the trainer's options are TRAINER.<node>
 
@@ -41,10 +49,15 @@ class ClipTrainer(TrainerX):
     def __init__(self, cfg: Any) -> None:
         self.curve: list[dict[str, Any]] = []  # accuracy on base and new classes along the way
         self.metrics: dict[str, float] = {}  # of the last evaluation
-        self.loaded = {"model_dir": "", "epoch": 0}
+        self.loaded: dict[str, Any] = {"model_dir": "", "epoch": 0, "learned_by": ""}
+        self.asked = Doing(eval_only=True)  # what load_model was asked for
+        self.claimed: Doing | None = None  # what the output folder is this trainer's for
         self.trained = False
         self.seconds = {"train": 0.0, "test": 0.0}
         complete_cfg(cfg)  # a checkout's train.py may have replaced a node that it shares with us
+        run_folder.check_options(cfg)
+        if cfg.TRAIN.DETERMINISTIC:
+            make_deterministic()
         super().__init__(cfg)
         self._remember_metrics()
 
@@ -75,25 +88,70 @@ class ClipTrainer(TrainerX):
             raise GramError(
                 f"INPUT.SIZE is {size}; {backbone.name} expects ({backbone.image_size}, {backbone.image_size})"
             )
-        if torch.cuda.device_count() > 1 and self.device.type == "cuda":
-            print(f"{torch.cuda.device_count()} GPUs are here, one is used; run other seeds on the others")
+        if torch.cuda.device_count() > 1:
+            used = "one of them" if self.device.type == "cuda" else "the CPU alone"
+            print(
+                f"{torch.cuda.device_count()} GPUs are here: {used} is used, never nn.DataParallel; "
+                "run other seeds on the others (CUDA_VISIBLE_DEVICES, `gram bench --gpus`)"
+            )
         return backbone
+
+    def check_training(self) -> None:
+        """Refuse a training that cannot begin, before anything is written."""
+        if self.cfg.TRAIN.DETERMINISTIC and self.cfg.SEED < 0:
+            raise GramError(
+                f"TRAIN.DETERMINISTIC: equal numbers take a fixed seed; expected --seed 0 or more, found {self.cfg.SEED}"
+            )
+        if self.cfg.RESUME:
+            self.check_resume(self.cfg.RESUME)
+
+    def check_resume(self, directory: str) -> None:
+        raise GramError(f"--resume {directory}: {type(self).__name__} learns nothing that could go on")
+
+    def train(self) -> None:
+        """Train and test, where the output folder is free for it; a run that is finished there is not repeated."""
+        self.check_training()
+        folder = run_folder.begin(self.cfg, Doing())
+        if folder is None:
+            return
+        self.claimed = Doing()
+        super().train()
+        folder.finish()
 
     def resume_model_if_exist(self, directory: str) -> int:
         """Nothing is learned, so there is nothing to go on from."""
         return 0
+
+    def load_model(self, directory: str, epoch: int | None = None) -> None:
+        """Nothing is learned, so there is nothing to load."""
+        self.asked = Doing(True, os.fspath(directory), epoch)
+        if directory:
+            print(f"Note: {type(self).__name__} learns nothing; --model-dir {directory} changes nothing")
 
     def after_train(self) -> None:
         self.seconds["train"] = time.time() - self.time_start
         super().after_train()
 
     def test(self, split: str | None = None) -> float:
-        """Evaluate; without a split named, this is the run's result and results.json is written."""
+        """Evaluate; without a split named, this is the run's result and results.json is written.
+
+        After a training of this trainer it is that run's. Else it is a run of its own, and the output folder has to be
+        free for it; one that is finished there is not repeated.
+        """
+        if split is not None:
+            return super().test(split)
+        folder = None
+        if self.claimed != Doing():
+            folder = run_folder.begin(self.cfg, self.asked, again=self.claimed is not None)
+            if folder is None:
+                return run_folder.stored_accuracy(self.cfg)
+            self.claimed = self.asked
         started = time.time()
-        accuracy = super().test(split)
-        if split is None:
-            self.seconds["test"] = time.time() - started
-            write_results(self)
+        accuracy = super().test()
+        self.seconds["test"] = time.time() - started
+        write_results(self)
+        if folder is not None:
+            folder.finish()
         return accuracy
 
     def facts(self) -> dict[str, Any]:
@@ -146,7 +204,13 @@ class ClipTrainer(TrainerX):
 
 
 class PromptTrainer(ClipTrainer):
-    """Learns the prompts of a `PromptedCLIP`; everything else in it is frozen."""
+    """Learns the prompts of a `PromptedCLIP`; everything else in it is frozen.
+
+    family: trainers whose prompts can be evaluated by each other, the one without GRAM first.
+    """
+
+    family: tuple[str, ...] = ()
+    meta_facts: dict[str, Any] | None = None  # of the meta-checkpoint behind prompts that were loaded
 
     # ----------------------------------------------------------------------- what a trainer may say differently
 
@@ -245,7 +309,7 @@ class PromptTrainer(ClipTrainer):
                 )
         self.model = self.build_classifier(self.classnames, prompts)
         self.model.requires_grad_(False).eval()
-        _copy_prompts(self.model.prompt_learner, state_dict, Path(where))
+        saved.load(self.model.prompt_learner, state_dict, Path(where))
         self._set_precision()
 
     def _set_precision(self) -> None:
@@ -331,33 +395,49 @@ class PromptTrainer(ClipTrainer):
             **self._belongs_to(),
             **self.state_to_save(),
         }
-        engine.save_checkpoint(state, os.path.join(directory, NAME), is_best=is_best, model_name=model_name)
+        saved.write(state, os.path.join(directory, NAME), is_best, model_name)
 
     def _belongs_to(self) -> dict[str, Any]:
-        """Whose prompts a checkpoint holds, and the classes they were learned on, in their order."""
+        """Whose prompts a checkpoint holds, what reads them, and the classes they were learned on, in their order."""
         dataset = self.cfg.DATASET
         return {
             "trainer": type(self).__name__,
+            "backbone": {"name": self.backbone.name, "fingerprint": self.backbone.fingerprint},
+            "reads": self.reads(),
             "dataset": dataset.NAME,
             "folder": dataset.get("FOLDER", ""),  # which images, where the dataset's name does not say
             "subsample": dataset.SUBSAMPLE_CLASSES,
             "classnames": list(self.classnames),
         }
 
-    def look_at_loaded(self, path: Path, state: dict[str, Any]) -> None:
-        """Refuse the prompts of another trainer, or of the same classes under other names or in another order.
+    def reads(self) -> dict[str, Any]:
+        """Options by which the same tensors are another prompt, and which their shape does not show."""
+        return {}
 
-        What CoOp itself has saved does not say whose it is, and is taken.
+    def check_loaded(self, path: Path, state: dict[str, Any]) -> None:
+        """Refuse prompts for another backbone, for other options, or of the same classes by other names or in another order.
+
+        What CoOp itself has saved says none of this, and is taken.
         """
         here = self._belongs_to()
-        there = {key: state[key] for key in here if key in state}
-        if there.get("trainer", here["trainer"]) != here["trainer"]:
+        there = {key: state.get(key, value) for key, value in here.items()}
+        if there["backbone"]["fingerprint"] != here["backbone"]["fingerprint"]:
+            old, new = there["backbone"]["name"], here["backbone"]["name"]
+            weights = f"{new}, of other weights" if old == new else new
             raise GramError(
-                f"{path}: holds what {there['trainer']} has learned; expected that of {here['trainer']} (--trainer)"
+                f"{path}: was learned for the backbone {old}, found {weights} (MODEL.BACKBONE.NAME); to try it there "
+                "none the less, name it as MODEL.INIT_WEIGHTS"
             )
-        same = [there.get(key, here[key]) == here[key] for key in ("dataset", "folder", "subsample")]
-        if all(same) and there.get("classnames", here["classnames"]) != here["classnames"]:
-            raise GramError(f"{path}: {_difference(there['classnames'], here['classnames'])}")
+        for key, value in here["reads"].items():
+            if there["reads"].get(key, value) != value:
+                raise GramError(f"{path}: was learned with {key} {there['reads'][key]!r}, found {value!r}")
+        same = all(there[key] == here[key] for key in ("dataset", "folder", "subsample"))
+        if same and there["classnames"] != here["classnames"]:
+            raise GramError(f"{path}: {saved.difference(there['classnames'], here['classnames'])}")
+
+    def learned_by(self, state: dict[str, Any]) -> str:
+        """The trainer that learned what a checkpoint holds; one that does not say is of the trainer without GRAM."""
+        return str(state.get("trainer", next(iter(self.family), type(self).__name__)))
 
     def state_to_save(self) -> dict[str, Any]:
         """What a trainer adds to its checkpoints: tensors and plain values."""
@@ -366,53 +446,98 @@ class PromptTrainer(ClipTrainer):
     def load_saved_state(self, state: dict[str, Any]) -> None:
         """Take back what `state_to_save` gave."""
 
-    def resume_model_if_exist(self, directory: str) -> int:
-        """Go on from the last checkpoint under `directory`; the epoch to start with (0: from scratch)."""
-        pointer = Path(directory, NAME, "checkpoint")
-        if not pointer.is_file():
-            if self.cfg.RESUME:
-                raise GramError(f"--resume {directory}: expected {pointer}, found no such file")
-            print("No checkpoint found, train from scratch")
-            return 0
-        path = pointer.with_name(pointer.read_text(encoding="utf-8").strip())
-        state = _read_checkpoint(path)
+    def facts(self) -> dict[str, Any]:
+        return {} if self.meta_facts is None else {"meta_checkpoint": self.meta_facts}
+
+    def check_resume(self, directory: str) -> None:
+        path = saved.last(directory)
+        if path is None:
+            there = saved.found_runs(Path(directory))
+            raise GramError(
+                f"--resume {directory}: expected {NAME}/checkpoint in it, found no such file"
+                + (f"; {there}" if there else "")
+            )
+        state = saved.read(path)
+        learner = self.learned_by(state)
+        if learner != type(self).__name__:
+            raise GramError(
+                f"{path}: holds what {learner} has learned; {type(self).__name__} (--trainer) expects its own to go on from"
+            )
         if "random" not in state:
             raise GramError(
                 f"{path}: expected a checkpoint that training can go on from, found learned tensors only"
             )
+        self.check_loaded(path, state)
+        saved.fit(self._models[NAME], state["state_dict"], path)
+
+    def resume_model_if_exist(self, directory: str) -> int:
+        """Go on from the last checkpoint under `directory`; the epoch to start with (0: from scratch)."""
+        path = saved.last(directory)
+        if path is None and not self.cfg.RESUME:
+            print("No checkpoint found, train from scratch")
+            return 0
+        self.check_resume(directory)
+        assert path is not None
+        state = saved.read(path)
         print(f"Found checkpoint at {path} (will resume training from epoch {state['epoch'] + 1})")
-        self._load_prompts(path, state)
+        saved.load(self._models[NAME], state["state_dict"], path)
+        self.meta_facts = state.get("meta_checkpoint")
         self.optim.load_state_dict(state["optimizer"])
         self.sched.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         self.curve = list(state["curve"])
         self.load_saved_state(state)
-        best = pointer.with_name("model-best.pth.tar")
+        best = path.with_name(saved.BEST)
         if self.cfg.TEST.FINAL_MODEL == "best_val" and best.is_file():
-            self.best_result = _read_checkpoint(best)["val_result"]
+            self.best_result = saved.read(best)["val_result"]
         set_random_state(state["random"])
         return state["epoch"]
 
     def load_model(self, directory: str, epoch: int | None = None) -> None:
-        """Load the prompts of an epoch; without one the best by validation where there is one, else the last."""
+        """Load the prompts of an epoch of a run, of this trainer's or of its family's; without an epoch see `saved.choose`."""
+        self.asked = Doing(True, os.fspath(directory), epoch)
         if not directory:
             print("Note that load_model() is skipped as no pretrained model is given")
             return
-        path = _checkpoint_path(Path(directory, NAME), epoch)
-        state = _read_checkpoint(path)
-        self._load_prompts(path, state)
-        self.loaded = {"model_dir": os.fspath(directory), "epoch": state["epoch"]}
-        print(f'Loading weights to {NAME} from "{path}" (epoch = {state["epoch"]})')
+        path, why = saved.choose(directory, epoch)
+        if why:
+            print(f"No epoch named (--load-epoch): {path.name} is taken, {why}")
+        state = saved.read(path)
+        learner = self._look_whose(path, state)
+        self.check_loaded(path, state)
+        saved.load(self._models[NAME], state["state_dict"], path)
+        self.meta_facts = state.get("meta_checkpoint", NO_META)
+        reached = int(state.get("epoch") or 0)
+        self.loaded = {
+            "model_dir": os.fspath(directory),
+            "epoch": reached,
+            "learned_by": learner,
+        }
+        print(f'Loading weights to {NAME} from "{path}" (epoch = {reached})')
 
-    def _load_prompts(self, path: Path, state: dict[str, Any]) -> None:
-        self.look_at_loaded(path, state)
-        _copy_prompts(self._models[NAME], state["state_dict"], path)
+    def _look_whose(self, path: Path, state: dict[str, Any]) -> str:
+        """The trainer that learned these prompts; said where it is another than this one, refused where no relative."""
+        own, learner = type(self).__name__, self.learned_by(state)
+        if "trainer" not in state:
+            print(f"Note: {path} does not say who learned these prompts; they are taken for {learner}'s")
+        elif learner != own:
+            if learner not in self.family:
+                raise GramError(
+                    f"{path}: holds what {learner} has learned; expected that of {' or '.join(self.family) or own} (--trainer)"
+                )
+            print(f"Note: these prompts were learned by {learner}; {own} evaluates them")
+        return learner
 
-    def _load_weights(self, path: str) -> None:
+    def _load_weights(self, name: str) -> None:
         """MODEL.INIT_WEIGHTS: start from the prompts in a checkpoint."""
-        state = _read_checkpoint(Path(path))
-        _copy_prompts(self.model.prompt_learner, state.get("state_dict", state), Path(path))
-        print(f"Successfully loaded pretrained weights from {path}")
+        state = saved.read_start(name)
+        saved.load(self.model.prompt_learner, state["state_dict"], Path(name))
+        made_for = state.get("backbone")
+        if isinstance(made_for, dict) and made_for.get("fingerprint") != self.backbone.fingerprint:
+            print(
+                f"Note: {name} was learned for the backbone {made_for.get('name')}, here is {self.backbone.name}"
+            )
+        print(f"Successfully loaded pretrained weights from {name}")
 
 
 class _Group:
@@ -461,57 +586,3 @@ class _Group:
             if fixed:
                 self.kept.append(pair)
             yield pair
-
-
-# ------------------------------------------------------------------------------------------------- checkpoint files
-
-
-def _difference(there: list[str], here: list[str]) -> str:
-    """In what two lists of class names differ, in one sentence."""
-    what = "was learned on other classes of this dataset than are here now"
-    if len(there) != len(here):
-        return f"{what}: {len(there)} there, {len(here)} here"
-    index = next(i for i, (old, new) in enumerate(zip(there, here, strict=True)) if old != new)
-    return f"{what}: class {index} is {there[index]!r} there and {here[index]!r} here"
-
-
-def _checkpoint_path(folder: Path, epoch: int | None) -> Path:
-    """The file of that epoch, or the sensible default; a `GramError` lists the epochs that are there."""
-    if not folder.is_dir():
-        there = sorted(p.name for p in folder.parent.iterdir()) if folder.parent.is_dir() else []
-        raise GramError(
-            f"--model-dir {folder.parent}: expected {folder.name}/ in it, found {', '.join(there) or 'nothing'}"
-        )
-    epochs = sorted(
-        int(suffix) for p in folder.glob("model.pth.tar-*") if (suffix := p.name.rpartition("-")[2]).isdigit()
-    )
-    best = folder / "model-best.pth.tar"
-    if epoch is None and best.is_file():
-        return best
-    if not epochs or (epoch is not None and epoch not in epochs):
-        asked = "any" if epoch is None else epoch
-        there = ", ".join(map(str, epochs)) or "none"
-        raise GramError(f"{folder}: expected a checkpoint of epoch {asked}, found epochs {there}")
-    return folder / f"model.pth.tar-{epochs[-1] if epoch is None else epoch}"
-
-
-def _read_checkpoint(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise GramError(f"{path}: expected a checkpoint, found no such file")
-    return load_checkpoint(os.fspath(path))
-
-
-def _copy_prompts(learner: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Load learned tensors, names and shapes checked. CoOp also saves the class names' tokens: these are left."""
-    given = {key: value for key, value in tensors.items() if key not in ("token_prefix", "token_suffix")}
-    own = learner.state_dict()
-    if set(given) != set(own):
-        raise GramError(
-            f"{path}: expected {', '.join(own)}, as this trainer learns it, found {', '.join(given) or 'nothing'}"
-        )
-    for key, value in given.items():
-        if value.shape != own[key].shape:
-            raise GramError(
-                f"{path}: holds {key} of shape {tuple(value.shape)}, but the trainer is set to {tuple(own[key].shape)}"
-            )
-    learner.load_state_dict(given)

@@ -24,6 +24,7 @@ class CoCoOp(PromptTrainer):
     """Conditional Context Optimization. TRAINER.COCOOP.*: N_CTX, CTX_INIT, PREC. Its authors train with batches of 1."""
 
     node = "COCOOP"
+    family = ("CoCoOp", "CoCoOpGRAM")
 
     def check_cfg(self, cfg: Any) -> None:
         super().check_cfg(cfg)

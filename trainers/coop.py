@@ -21,6 +21,8 @@ POSITIONS = ("end", "middle", "front")
 class CoOp(PromptTrainer):
     """Context Optimization. TRAINER.COOP.*: N_CTX, CTX_INIT, CSC, CLASS_TOKEN_POSITION, PREC."""
 
+    family = ("CoOp", "CoOpGRAM")
+
     def check_cfg(self, cfg: Any) -> None:
         super().check_cfg(cfg)
         options = cfg.TRAINER.COOP
@@ -36,6 +38,9 @@ class CoOp(PromptTrainer):
                 "TRAINER.COOP.CSC: class-specific contexts know no new classes, which TEST.PER_EPOCH and "
                 "TEST.AT_STEPS evaluate"
             )
+
+    def reads(self) -> dict[str, Any]:
+        return {"TRAINER.COOP.CLASS_TOKEN_POSITION": self.options.CLASS_TOKEN_POSITION}
 
     def tokens(self) -> dict[str, int]:
         return {"text": self.context_tokens(self.options.N_CTX)}

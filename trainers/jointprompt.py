@@ -16,6 +16,7 @@ class JointPrompt(PromptTrainer):
     """Text and visual prompts. TRAINER.JOINT.*: N_CTX_TEXT, N_CTX_VISION, CTX_INIT (start of the text prompt), PREC."""
 
     node = "JOINT"
+    family = ("JointPrompt", "UniGRAM")
 
     def check_cfg(self, cfg: Any) -> None:
         super().check_cfg(cfg)

@@ -9,6 +9,7 @@ from torch import nn
 from gram_meta.checkpoint import MetaCheckpoint
 from gram_meta.config import get_meta_config
 from gram_meta.regulation import WithGRAM
+from gram_meta.trainers.base import NO_META
 
 # What a table of results needs to know of the meta-training
 SETTINGS = (
@@ -24,8 +25,6 @@ SETTINGS = (
 
 class Regulated(WithGRAM):
     """Mixin before a `PromptTrainer`: `class CoOpGRAM(Regulated, CoOp)`. Options: TRAINER.GRAM.*."""
-
-    meta_facts: dict[str, Any] | None = None  # of the meta-checkpoint behind prompts that were loaded
 
     def gram_prompts(self) -> dict[str, nn.Parameter]:
         return self.model.prompt_learner.prompts()
@@ -46,10 +45,6 @@ class Regulated(WithGRAM):
         super().load_saved_state(state)
         self.regulation.load_state_dict(state["regulation"])
 
-    def look_at_loaded(self, path: Any, state: dict[str, Any]) -> None:
-        super().look_at_loaded(path, state)
-        self.meta_facts = state.get("meta_checkpoint")
-
     def facts(self) -> dict[str, Any]:
         return {
             **super().facts(),
@@ -63,7 +58,7 @@ class Regulated(WithGRAM):
         if self.meta_facts is not None:
             return self.meta_facts
         if self.meta is None:
-            return {"path": "", "sha256": "", "settings": {}}
+            return NO_META
         settings = {key: self.meta_setting(key) for key in SETTINGS} if self.meta.config else {}
         return {"path": self.meta.path, "sha256": self.meta.sha256, "settings": settings}
 

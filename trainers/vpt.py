@@ -18,6 +18,7 @@ class VPT(PromptTrainer):
     """Visual Prompt Tuning. TRAINER.VPT.*: N_CTX_VISION, CTX_INIT (words before the class name), PREC."""
 
     node = "VPT"
+    family = ("VPT", "VPTGRAM")
 
     def check_cfg(self, cfg: Any) -> None:
         super().check_cfg(cfg)

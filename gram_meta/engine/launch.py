@@ -70,7 +70,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--load-epoch",
         type=int,
-        help="epoch of these prompts; default: the best by validation, else the last",
+        help="epoch of these prompts; default: the last, or the best where the run was to end with its best",
     )
     add("--no-train", action="store_true", help="build everything, do not train")
     add("opts", default=None, nargs=argparse.REMAINDER, help="KEY VALUE pairs that change the configuration")
@@ -145,9 +145,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if folder.finished:
         print(folder.already())
         return folder.results()
-    with folder.log() as log:
+    from gram_meta.engine import build_trainer
+    from gram_meta.engine.random_state import kept_determinism
+
+    with folder.log() as log, kept_determinism():
         _start(cfg, args)
-        from gram_meta.engine import build_trainer
 
         trainer = build_trainer(cfg)
         if args.eval_only:

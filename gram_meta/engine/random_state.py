@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,3 +44,27 @@ def kept_random_state() -> Iterator[None]:
         yield
     finally:
         set_random_state(state)
+
+
+def make_deterministic() -> None:
+    """Have torch take the algorithms that give equal results every time (TRAIN.DETERMINISTIC), for this process.
+
+    An operation that has none raises torch's RuntimeError, which names it. cuBLAS reads its variable when it is used
+    first: a process that has multiplied matrices on a GPU before keeps what it had.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False  # CoOp's train.py sets it
+    torch.use_deterministic_algorithms(True)
+
+
+@contextmanager
+def kept_determinism() -> Iterator[None]:
+    """Whatever the block chooses, afterwards torch is as deterministic as it was."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.backends.cudnn.benchmark = benchmark

@@ -35,6 +35,8 @@ def write_results(trainer: Any) -> Path:
         "eval_only": not trainer.trained,
         "model_dir": trainer.loaded["model_dir"] if not trainer.trained else "",
         "epoch": trainer.epoch + 1 if trainer.trained else trainer.loaded["epoch"],
+        # whose prompts these are; another than `trainer` where that one only evaluates them; "": nobody's, a start
+        "learned_by": cfg.TRAINER.NAME if trainer.trained else trainer.loaded["learned_by"],
         "classes": len(trainer.classnames),
         "classnames": list(trainer.classnames),  # in the order of the labels
         "metrics": trainer.metrics,

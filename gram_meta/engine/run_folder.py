@@ -78,15 +78,17 @@ def check_options(cfg: Any) -> None:
         raise
 
 
-def begin(cfg: Any, task: Task) -> OutputFolder | None:
+def begin(cfg: Any, task: Task, again: bool = False) -> OutputFolder | None:
     """Make the output folder this run's, right before it trains or evaluates; None where this run is finished already.
+
+    `again`: the folder is the caller's own, who now evaluates something else in it: it is not looked at.
 
     Raises:
         GramError: the folder belongs to another run, or cannot be written.
     """
     path = Path(cfg.OUTPUT_DIR)
     try:
-        folder = OutputFolder(cfg, task)
+        folder = OutputFolder(cfg, task, look=not again)
     except GramError:
         _drop_logs(path)
         raise
@@ -97,6 +99,11 @@ def begin(cfg: Any, task: Task) -> OutputFolder | None:
     folder.claim()
     _one_log(path)
     return folder
+
+
+def stored_accuracy(cfg: Any) -> float:
+    """The accuracy of the finished run in the output folder."""
+    return float(read_json(Path(cfg.OUTPUT_DIR, RESULTS_FILE))["metrics"]["accuracy"])
 
 
 # ---------------------------------------------------------------------------------------------------------- the folder
@@ -111,13 +118,13 @@ class OutputFolder:
         adds: its log.txt is added to, not begun anew.
     """
 
-    def __init__(self, cfg: Any, task: Task) -> None:
+    def __init__(self, cfg: Any, task: Task, look: bool = True) -> None:
         self.path = Path(cfg.OUTPUT_DIR)
         self.results_path = self.path / RESULTS_FILE
         self.run_path = self.path / RUN_FILE
         self.identity = _identity(cfg, task)
         self.finished = self.goes_on = self.adds = False
-        if task.no_train:
+        if task.no_train or not look:
             return
         if self.run_path.is_file():
             stored = _stored(self.path)
@@ -179,7 +186,7 @@ def one_sentence(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise GramError(f"{error.filename or path}: cannot be written ({error.strerror or error})") from error
+        raise GramError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def _stored(folder: Path) -> dict[str, Any]:
@@ -284,7 +291,8 @@ class Tee:
         if self.file is None:
             self.before.append(text)
         else:
-            self.file.write(text)
+            with one_sentence(self.path):
+                self.file.write(text)
         return len(text)
 
     def flush(self) -> None:
