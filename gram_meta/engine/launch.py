@@ -103,7 +103,11 @@ def setup_cfg(args: argparse.Namespace) -> Any:
             cfg, find_config(args.config_file, f"trainers/{args.trainer}" if args.trainer else "trainers")
         )
     reset_cfg(cfg, args)
-    merge_opts(cfg, args.opts or [])
+    opts = args.opts or []
+    late = next((word for word in opts if word.startswith("--")), None)
+    if late is not None:  # argparse takes it for an option's name
+        raise GramError(f"{late} stands behind KEY VALUE pairs; expected flags before them")
+    merge_opts(cfg, opts)
     cfg.freeze()
     return cfg
 
