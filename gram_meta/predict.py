@@ -33,7 +33,7 @@ from gram_meta.corpus.images import BROKEN, BadImage, as_rgb, read_image
 from gram_meta.corpus.readers import IMAGE_SUFFIXES
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike
-from gram_meta.saved import Saved, read_classes, read_saved
+from gram_meta.run_reader import Saved, read_classes, read_saved
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,7 +120,7 @@ class Predictor:
 
         Args:
             run: an output folder of this project's or of an official CoOp's trainer, a checkpoint in one, or a
-                meta-checkpoint (.safetensors); see `gram_meta.saved.read_saved`.
+                meta-checkpoint (.safetensors); see `gram_meta.run_reader.read_saved`.
             classes: other class names than those of training, or a file of them (see `read_classes`); an official
                 run and a meta-checkpoint do not say theirs, so there they are needed.
             epoch: of the checkpoint; default: the one that the run was tested with.

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gram_meta.coop_log import FILE as LOG
+from gram_meta.coop_log import read_log
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike, read_json
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LEARNER = "prompt_learner"  # the folder of a run's checkpoints, CoOp's name for it and ours
+META = "best.safetensors"  # what a meta-training leaves
 CLASS_TENSORS = ("token_prefix", "token_suffix")  # of the class names of training; CoOp saves them too
 
 
@@ -65,37 +68,21 @@ def read_saved(path: PathLike, epoch: int | None = None) -> Saved:
         return _of_meta_checkpoint(path)
     if path.is_file():
         return _of_checkpoint(path, path.parent.parent if path.parent.name == LEARNER else None)
-    if not path.is_dir():
-        raise GramError(f"--model-dir {path}: expected a run's folder or a checkpoint, found nothing there")
     if path.name == LEARNER and not (path / LEARNER).exists():
         path = path.parent
-    if (path / LEARNER).is_dir():
-        return _of_checkpoint(find_checkpoint(path, epoch, _options(path)), path)
-    results = _results(path)
-    if results.get("model_dir"):
-        return _of_evaluation(path, results, epoch)
-    options = _options(path)
-    if options.get("TRAINER.NAME") == "ZeroshotCLIP":
-        return _with_results(Saved(path, "ZeroshotCLIP", options), results)
-    if (path / "best.safetensors").is_file():
-        return _of_meta_checkpoint(path / "best.safetensors")
-    raise GramError(f"--model-dir {path}: expected {LEARNER}/ in it, found {_contents(path)}")
+    if not (path / LEARNER).is_dir():
+        results, options = _results(path), _options(path)
+        if results.get("model_dir"):
+            return _of_evaluation(path, results, epoch)
+        if options.get("TRAINER.NAME") == "ZeroshotCLIP":
+            return _with_results(Saved(path, "ZeroshotCLIP", options), results)
+        if (path / META).is_file():
+            return _of_meta_checkpoint(path / META)
+    import gram_meta.plugin  # noqa: F401, brings the trainers in
+    from gram_meta.trainers.saved import choose
 
-
-def find_checkpoint(folder: Path, epoch: int | None, options: Mapping[str, Any]) -> Path:
-    """The checkpoint of an epoch, or the one that the run was tested with; a `GramError` lists what is there."""
-    where = folder / LEARNER
-    epochs = sorted(
-        int(suffix) for p in where.glob("model.pth.tar-*") if (suffix := p.name.rpartition("-")[2]).isdigit()
-    )
-    best = where / "model-best.pth.tar"
-    if epoch is None and best.is_file() and (options.get("TEST.FINAL_MODEL") == "best_val" or not epochs):
-        return best
-    if not epochs or (epoch is not None and epoch not in epochs):
-        asked = "any" if epoch is None else epoch
-        there = ", ".join(map(str, epochs)) or "none"
-        raise GramError(f"{where}: expected a checkpoint of epoch {asked}, found epochs {there}")
-    return where / f"model.pth.tar-{epochs[-1] if epoch is None else epoch}"
+    checkpoint, _ = choose(path, epoch)  # says what is there where it finds none
+    return _of_checkpoint(checkpoint, path)
 
 
 # ---------------------------------------------------------------------------------------------- the kinds of places
@@ -111,12 +98,16 @@ def _of_checkpoint(path: Path, folder: Path | None) -> Saved:
         for name, value in tensors.items()
         if name.removeprefix("module.") not in CLASS_TENSORS
     }
-    options = _options(folder) if folder else {}
+    options = (_options(folder) if folder else {}) | state.get("reads", {})
     saved = Saved(path, state.get("trainer") or options.get("TRAINER.NAME", ""), options, learned)
     saved.trainer = saved.trainer or _trainer_of(path, learned)
     saved.epoch = int(state.get("epoch") or 0)
     saved.classnames = list(state["classnames"]) if state.get("classnames") else None
-    return _with_results(saved, _results(folder) if folder else {})
+    saved = _with_results(saved, _results(folder) if folder else {})
+    backbone = state.get("backbone") or {}
+    saved.backbone = backbone.get("name") or saved.backbone
+    saved.fingerprint = backbone.get("fingerprint") or saved.fingerprint
+    return saved
 
 
 def _of_evaluation(folder: Path, results: Mapping[str, Any], epoch: int | None) -> Saved:
@@ -185,9 +176,8 @@ def _options(folder: Path) -> dict[str, Any]:
         return dict(_flat(results["config"]))
     if (folder / "run.json").is_file():
         return dict(read_json(folder / "run.json").get("run", {}))
-    if (folder / "log.txt").is_file():
-        return options_of_log(folder / "log.txt")
-    return {}
+    log = read_log(folder / LOG) if (folder / LOG).is_file() else None
+    return dict(_flat(log.config)) if log else {}
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -196,30 +186,6 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def options_of_log(path: PathLike) -> dict[str, Any]:
-    """The options that CoOp's train.py prints at the head of a log, by their full keys; {} where it holds none."""
-    from yacs.config import CfgNode
-
-    options: dict[str, Any] = {}
-    nodes: list[str] = []  # that the line stands in
-    inside = False
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if not inside:
-                inside = line.strip() == "** Config **"
-                continue
-            match = re.fullmatch(r"((?:  )*)([A-Z][A-Z0-9_a-z]*):(?: (.*))?", line.rstrip("\n"))
-            if match is None:
-                if options:
-                    break  # the section's end
-                continue  # the rule below its headline
-            indent, key, value = match.groups()
-            nodes = [*nodes[: len(indent) // 2], key]
-            if value is not None:
-                options[".".join(nodes)] = CfgNode._decode_cfg_value(value)
-    return options
 
 
 # ------------------------------------------------------------------------------------------------------ class names
@@ -276,16 +242,3 @@ def _classes_of_json(path: Path) -> list[str]:
             f"{path}: expected a list of class names or a split file in CoOp's format, found something else"
         ) from None
     return [named[label] for label in sorted(named)]
-
-
-# ------------------------------------------------------------------------------------------------------- in words
-
-
-def _contents(folder: Path) -> str:
-    """What is in a folder, for an error message, and where a run lies below it."""
-    names = sorted(p.name for p in folder.iterdir())
-    some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") or "nothing"
-    for levels in ("*", "*/*", "*/*/*"):
-        for run in sorted(folder.glob(f"{levels}/{LEARNER}")):
-            return f"{some}; did you mean {run.parent}?"
-    return some
