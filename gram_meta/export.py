@@ -118,6 +118,7 @@ def export(meta: PathLike, path: PathLike, trainer: str = "") -> Exported:
         "optimizer": None,
         "scheduler": None,
         "val_result": None,
+        "backbone": {"name": checkpoint.backbone_name, "fingerprint": checkpoint.backbone_fingerprint},
         "exported": _origin(checkpoint, trainer),
     }
     with atomic_write(path) as file:
@@ -168,6 +169,4 @@ def _origin(checkpoint: MetaCheckpoint, trainer: str) -> dict[str, Any]:
         "trainer": trainer,
         "meta_checkpoint": Path(checkpoint.path).name,
         "sha256": checkpoint.sha256,
-        "backbone": checkpoint.backbone_name,
-        "backbone_fingerprint": checkpoint.backbone_fingerprint,
     }

@@ -151,8 +151,8 @@ def _near_words(prompt: LearnedPrompt, clip: Backbone, topk: int) -> tuple[list[
 
 def _told_apart(embedding: Tensor) -> tuple[Tensor, list[str]]:
     """Rows that are one token's alone: those that many share (tokens that were never trained) are no words."""
-    probe = torch.randn(embedding.shape[1], generator=torch.Generator().manual_seed(0)).to(embedding.device)
-    values, inverse, counts = (embedding * probe).sum(1).unique(return_inverse=True, return_counts=True)
+    probe = torch.randn(embedding.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    _, inverse, counts = (embedding * probe).sum(1).unique(return_inverse=True, return_counts=True)
     own = counts[inverse] == 1  # (V,)
     rows = own.nonzero().squeeze(1)
     if len(rows) == len(own):
@@ -222,7 +222,7 @@ def _from_checkpoint(path: Path, run: Path) -> LearnedPrompt:
         remarks.append(_CONDITIONAL)
     if any("compound_prompts" in key or "VPT_shallow" in key for key in tensors):
         remarks.append("prompts of deeper layers are no word embeddings and are left out")
-    facts = _facts_of(run)
+    facts = _facts_of(run) | _own_facts(state)
     names = state.get("classnames")
     return LearnedPrompt(
         path,
@@ -234,6 +234,14 @@ def _from_checkpoint(path: Path, run: Path) -> LearnedPrompt:
         tuple(map(str, names)) if isinstance(names, list) else (),
         tuple(remarks),
     )
+
+
+def _own_facts(state: dict[str, Any]) -> dict[str, str]:
+    """What a checkpoint of ours says of its backbone itself."""
+    backbone = state.get("backbone")
+    if not isinstance(backbone, dict):
+        return {}
+    return {"backbone": str(backbone.get("name", "")), "fingerprint": str(backbone.get("fingerprint", ""))}
 
 
 def _no_words(path: Path) -> GramError:
@@ -286,7 +294,7 @@ def _checkpoint_in(run: Path, epoch: int | None) -> Path:
         for it in folder.glob("model.pth.tar-*")
         if (suffix := it.name.rpartition("-")[2]).isdigit()
     )
-    if epoch is None and best.is_file() and (not epochs or _deploys_best(run)):
+    if epoch is None and best.is_file() and (not epochs or _final_model(run) in ("best_val", "")):
         return best
     if not epochs or (epoch is not None and epoch not in epochs):
         asked = "any epoch" if epoch is None else f"epoch {epoch}"
@@ -303,11 +311,11 @@ def _model_dir(run: Path) -> Path | None:
     return Path(named) if named and Path(named).is_dir() and Path(named).resolve() != run.resolve() else None
 
 
-def _deploys_best(run: Path) -> bool:
-    """Whether the run is tested with its best epoch by validation (TEST.FINAL_MODEL)."""
+def _final_model(run: Path) -> str:
+    """TEST.FINAL_MODEL of a run: whether it is tested with its last epoch, or its best by validation; "" if not known."""
     if (run / "results.json").is_file():
         config = read_json(run / "results.json").get("config") or {}
     else:
         log = read_log(run / LOG) if (run / LOG).is_file() else None
         config = log.config if log else {}
-    return (config.get("TEST") or {}).get("FINAL_MODEL") == "best_val"
+    return str((config.get("TEST") or {}).get("FINAL_MODEL", ""))
