@@ -165,7 +165,7 @@ def _refuse_other_archives(path: Path) -> None:
 
         try:
             names = torch._C.PyTorchFileReader(os.fspath(path)).get_all_records()
-        except RuntimeError as error:
+        except Exception as error:  # a damaged archive; of several kinds, a name that is no text among them
             raise GramError(_unreadable(path, error)) from error
         if "constants.pkl" in names:
             raise GramError(

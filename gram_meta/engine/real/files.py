@@ -51,7 +51,7 @@ def _fails_or_executes() -> bool:
     import torch
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    successor = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2.0)
+    successor = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2)
     state = {"state_dict": {}, "epoch": 1, "scheduler": {"successor": successor}, "canary": _Canary()}
     _executed.clear()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):

@@ -53,13 +53,9 @@ def import_dassl() -> list[Repair]:
             lambda: logging.root.manager.disable != level,
             lambda: logging.disable(level),
         ),
-        Repair("B6", "Dassl imports without the package wilds", lambda: _without_wilds, _nothing_left),
-        Repair("B8", "Dassl trains without TensorBoard", lambda: _without_tensorboard, _nothing_left),
+        Repair("B6", "Dassl imports without the package wilds", lambda: _without_wilds, _workers_too),
+        Repair("B8", "Dassl trains without TensorBoard", lambda: _without_tensorboard, lambda: None),
     ]
-
-
-def _nothing_left() -> None:
-    """B6 and B8 are mended in the course of the import, or the import fails."""
 
 
 def _muted_by_dassl() -> bool:
@@ -123,6 +119,24 @@ def _registered_classes(folder: Path) -> list[str]:
             ):
                 names.append(node.name)
     return names
+
+
+def _workers_too() -> None:
+    """A loader's worker that is spawned (macOS, Windows) imports Dassl anew, to read the dataset: through the door."""
+    importlib.import_module("dassl.data.data_manager").DatasetWrapper.__reduce__ = _reduce
+
+
+def _reduce(wrapper: Any) -> Any:
+    # the class by its name: pickling the class itself would import Dassl first
+    return _restore, (type(wrapper).__module__, type(wrapper).__qualname__), wrapper.__dict__
+
+
+def _restore(module: str, name: str) -> Any:
+    from gram_meta import engine
+
+    engine.room()
+    cls = getattr(importlib.import_module(module), name)
+    return cls.__new__(cls)
 
 
 # ----------------------------------------------------------------------------------------------------- B8: TensorBoard

@@ -25,7 +25,7 @@ def _warmup() -> Any:
     import torch
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2.0)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2)
     return _module().ConstantWarmupScheduler(optimizer, cosine, 1, 0.5)
 
 
