@@ -138,7 +138,7 @@ class Predictor:
                 raise GramError(f"{name}: expected at least {least}, found {value}")
         saved = read_saved(run, epoch)
         trainer = _trainer(saved)
-        names = _classes(saved, classes)
+        names = _classes(saved, classes, os.fspath(run))
         device = _device(device)
         cfg = _config(saved)
         precision = _precision(precision or _of_run(cfg, trainer), asked=bool(precision), device=device)
@@ -382,12 +382,12 @@ def _subclasses(cls: type) -> Iterator[type]:
         yield from _subclasses(subclass)
 
 
-def _classes(saved: Saved, given: Sequence[str] | str | None) -> list[str]:
+def _classes(saved: Saved, given: Sequence[str] | str | None, run: str) -> list[str]:
     """The class names to choose from. A context per class belongs to the classes it was learned for."""
     names = read_classes(given) if isinstance(given, str) else list(given) if given else saved.classnames
     if names is None:
         raise GramError(
-            f"{saved.path}: does not say the names of its classes; expected --classes, such as a file of them "
+            f"{run}: does not say the names of its classes; expected --classes, such as a file of them "
             "or the dataset's split_zhou_*.json"
         )
     context = saved.state_dict.get("ctx")
