@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 HELP = """The paper's tables from output folders: mean over seeds with 95 % intervals, differences to a reference trainer
 paired by seed, and the paper's numbers where dataset, backbone and shots are the paper's.
 
-Collects every results.json in and below the folders. What is missing is shown as missing; two runs of the same thing,
+Collects every results.json in and below the folders, and the log.txt of runs of a CoOp, MaPLe, PromptSRC or ProMetaR
+checkout, which have no results.json: these are rows of their own, "from a log". What is missing is shown as missing; two runs of the same thing,
 or runs whose settings contradict each other, are refused. Without --table: every table that there are runs of.
 
   gram report output
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "folders",
         nargs="+",
         metavar="OUTPUT_DIR",
-        help="folder with results.json files in or below it, or a file of --collect",
+        help="folder with results.json files or CoOp's log.txt in or below it, or a file of --collect",
     )
     parser.add_argument(
         "--table",
@@ -91,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
     from gram_meta import report
 
     evidence = report.gather(args.folders)
+    _say_unfinished(evidence)
     if args.collect:
         report.write_collection(evidence, args.collect)
         _say(f"{args.collect}: {len(evidence.results)} results, {len(evidence.metas)} meta-trainings")
@@ -134,6 +136,13 @@ def _write_page(args: argparse.Namespace, runs: Sequence[Run], evidence: Evidenc
         _say(f"left out: {error}")
     write_page(args.html, _tables(args, runs), drawings, lacking, runs, evidence, args.digits)
     _say(f"{args.html}: {len(runs)} runs, {len(drawings)} figures")
+
+
+def _say_unfinished(evidence: Evidence) -> None:
+    for path in evidence.unfinished[:10]:
+        _say(f"left out: {path}, the log of a run that has not finished")
+    if len(evidence.unfinished) > 10:
+        _say(f"left out: {len(evidence.unfinished) - 10} more logs of runs that have not finished")
 
 
 def _say(line: str) -> None:

@@ -1,5 +1,8 @@
 """What reports are made from: results.json files and the logs of the meta-trainings they used, from folders or collections.
 
+A folder with a log.txt of CoOp's kind and no results.json is a run of a CoOp-style checkout: what its log says stands for
+its results (see `gram_meta.report.logs`).
+
 A *collection* is one compact JSON file that holds all of it: `gram report --collect FILE.json OUTPUT_DIRS...`. Configs,
 versions and other blocks that many runs share are stored once, by their hash; paths are relative.
 """
@@ -16,6 +19,7 @@ from typing import Any
 
 from gram_meta.errors import GramError
 from gram_meta.files import atomic_write, read_json, sha256_file
+from gram_meta.report.logs import LOG_TEXT, find_logs, result_of_log
 
 RESULTS = "results.json"
 LOG = "log.jsonl"
@@ -52,6 +56,7 @@ class Evidence:
     beside: dict[Path, dict[str, Any]] = field(default_factory=dict)
     metas: list[MetaTraining] = field(default_factory=list)
     folders: list[Path] = field(default_factory=list)
+    unfinished: list[Path] = field(default_factory=list)  # logs without a result
     _by_ending: dict[tuple[str, ...], Path | None] | None = field(default=None, repr=False)
 
     def training_of(self, path: Path) -> dict[str, Any]:
@@ -81,14 +86,22 @@ class Evidence:
         model = self.results[path].get("model_dir")
         if not model:
             return None
-        beside = Path(model) / RESULTS
-        if beside not in self.results and beside not in self.beside and beside.is_file():
-            beside = beside.resolve()
-            if beside not in self.results:
-                self.beside[beside] = read_result(beside)
-        if beside in self.results or beside in self.beside:
-            return beside if beside != path else None
+        for beside in (Path(model) / RESULTS, Path(model) / LOG_TEXT):
+            beside = self._read_beside(beside)
+            if beside in self.results or beside in self.beside:
+                return beside if beside != path else None
         return self._same_ending(PurePosixPath(model.replace(os.sep, "/")), path)
+
+    def _read_beside(self, path: Path) -> Path:
+        """The same path, resolved and read where it is a result that nobody asked for."""
+        if path in self.results or path in self.beside or not path.is_file():
+            return path
+        path = path.resolve()
+        if path not in self.results:
+            found = read_result(path) if path.name == RESULTS else result_of_log(path)
+            if found:
+                self.beside[path] = found
+        return path
 
     def _same_ending(self, model: PurePosixPath, path: Path) -> Path | None:
         """A folder that was moved, or a relative path from elsewhere: its last parts say which run it is."""
@@ -122,13 +135,20 @@ def gather(sources: Iterable[str | Path]) -> Evidence:
             continue
         found = {path.resolve() for path in ([source] if source.is_file() else source.rglob(RESULTS))}
         logs = {path.resolve() for path in source.rglob(LOG)} if source.is_dir() else set()
-        if not found and not logs:
-            raise GramError(f"{source}: expected results.json files in or below this folder, found none")
+        told, silent = find_logs(source) if source.is_dir() else ({}, [])
+        if not found and not logs and not told:
+            there = f"; {len(silent)} logs of runs that have not finished" if silent else ""
+            raise GramError(
+                f"{source}: expected results.json files, or CoOp's log.txt, in or below this folder, found none{there}"
+            )
+        evidence.results |= told
+        evidence.unfinished += silent
         evidence.folders.append(source.resolve())
         evidence.metas += [meta for path in sorted(logs) if (meta := _read_meta(path.parent))]
         paths |= found
     for path in sorted(paths):
         evidence.results[path] = read_result(path)
+    evidence.results = dict(sorted(evidence.results.items()))
     _add_metas_of_results(evidence)
     if not evidence.results and not evidence.metas:
         raise GramError("expected results, found none")

@@ -17,6 +17,7 @@ from gram_meta.errors import GramError
 from gram_meta.report import paper
 from gram_meta.report.runs import (
     EPOCHS,
+    FROM_LOG,
     LABELLED,
     NO_META,
     NO_REGULATOR,
@@ -280,7 +281,8 @@ def _variants(runs: Sequence[Run], reference: str) -> list[Report]:
     if not special:
         return []
     datasets = {run.dataset for run in special}
-    shown = [*special, *(run for run in mine if run.label == reference and run.dataset in datasets)]
+    beside = (reference, reference + FROM_LOG)
+    shown = [*special, *(run for run in mine if run.label in beside and run.dataset in datasets)]
     title = _title("Controls and variants, base-to-new, 16 shots", shown)
     return [build(shown, plain_plan(shown, BASE_NEW, reference, title))]
 
@@ -329,7 +331,10 @@ def _all_classes(runs: Sequence[Run], reference: str) -> list[Report]:
 def _rows(runs: Sequence[Run], order: Iterable[str], explicit: bool) -> list[str]:
     """The paper's trainers in its order (all of them where the table was asked for), then the others."""
     there = labels_of(runs)
-    first = [label for label in order if explicit or label in there]
+    first = []
+    for label in order:
+        both = [one for one in (label, label + FROM_LOG) if one in there]
+        first += both or ([label] if explicit else [])
     return first + [label for label in there if label not in first]
 
 
@@ -341,7 +346,7 @@ def _in_order(names: Collection[str], order: Sequence[str]) -> list[str]:
 def _beside(runs: Sequence[Run], lookup: PaperNumbers) -> PaperNumbers:
     """`lookup` for the rows that were made as the paper's were, nothing for the others."""
     unlike = {run.label for run in runs if not _as_in_the_paper(run)}
-    return lambda label, *line: {} if label in unlike else lookup(label, *line)
+    return lambda label, *line: {} if label in unlike else lookup(label.removesuffix(FROM_LOG), *line)
 
 
 def _as_in_the_paper(run: Run) -> bool:

@@ -33,6 +33,7 @@ _NODES = {
     "VPTGRAM": "VPT",
 }
 WORDS = "a photo of a"  # the start in words; with fewer tokens, the first of them
+FROM_LOG = ", from a log"  # ends the label of a run of which there is only a log.txt
 EPOCHS = 10  # the schedule of every trainer (Sec. 4.1)
 TOKENS = (2, 2)  # text and visual tokens of the joint prompts
 
@@ -76,8 +77,16 @@ class Run:
 
     @property
     def plain(self) -> bool:
-        """A trainer in its standard form: nothing but its name in the label."""
-        return self.label == self.trainer
+        """A trainer in its standard form: nothing but its name in the label, and that it was read from a log."""
+        return self.label in (self.trainer, self.trainer + FROM_LOG)
+
+    @property
+    def remark(self) -> str:
+        """How the value was read, where that is not from results.json."""
+        if "log" not in self.result:
+            return ""
+        exact = self.metric in ("accuracy", "error_rate") and not self.result["log"]["rounded"]
+        return "from the log's counts" if exact else "as the log prints it, rounded to one decimal"
 
 
 def read_runs(
@@ -117,7 +126,7 @@ def _run(path: Path, evidence: Evidence, metric: str, by: Sequence[str]) -> Run:
         words.append(f"{tokens[0]}+{tokens[1]} tokens")
     return Run(
         path=path,
-        label=", ".join(words + _by(by, settings)),
+        label=", ".join(words + _by(by, settings)) + (FROM_LOG if "log" in result else ""),
         dataset=dataset_of(result),
         subsample=result["subsample"],
         seed=int(result["seed"]),
@@ -189,6 +198,8 @@ def _words(training: Mapping[str, Any], result: Mapping[str, Any], settings: Map
         words.append("random start")
     elif start is not None and not _is_usual(start, trainer, settings):
         words.append(f'start "{start}"')
+    if trainer == "VPT" and (depth := settings.get("TRAINER.VPT.PROMPT_DEPTH_VISION", 1)) != 1:
+        words.append(f"prompts in {depth} layers")  # MaPLe's: a trainer of the same name
     meta = _meta_settings(training)
     there_is_one = meta.get("REGULATOR.ENABLED") is not False and meta.get("OUTER.META") is not False
     off = trainer.endswith("GRAM") and not settings.get("TRAINER.GRAM.REGULATE", True)
@@ -217,7 +228,7 @@ def _start(training: Mapping[str, Any], settings: Mapping[str, Any]) -> str | No
 
 def _is_usual(start: str, trainer: str, settings: Mapping[str, Any]) -> bool:
     """CoOp's "a photo of a", and for a joint prompt of M text tokens its first M words."""
-    count = settings.get(f"{_node(trainer)}.N_CTX_TEXT", 4)
+    count = settings.get("TRAINER.JOINT.N_CTX_TEXT", 4) if _NODES.get(trainer) == "JOINT" else 4
     return start == " ".join(WORDS.split()[:count])
 
 

@@ -11,12 +11,12 @@ How the numbers are made
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from gram_meta.errors import GramError
-from gram_meta.report.runs import Run
+from gram_meta.report.runs import FROM_LOG, Run
 from gram_meta.statistics import (
     Estimate,
     estimate,
@@ -168,7 +168,7 @@ def build(runs: Sequence[Run], plan: Plan) -> Report:
     groups: list[tuple[str, tuple[str, ...]]] = [(name, (name,)) for name in plan.datasets]
     if plan.average_over:
         groups.insert(len(groups) if plan.average_last else 0, (AVERAGE, tuple(plan.average_over)))
-    reference = plan.reference if plan.reference in {run.label for run in runs} else ""
+    reference = _reference({run.label for run in runs}, plan.reference)
     rows = []
     for name, members in groups:
         series = {label: _series(values, label, members, plan.columns, seeds) for label in plan.labels}
@@ -198,6 +198,11 @@ def build(runs: Sequence[Run], plan: Plan) -> Report:
         plan.wide,
         plan.averages_only,
     )
+
+
+def _reference(labels: Collection[str], wish: str) -> str:
+    """The trainer that differences are taken to, else the same one's logs; "" where there is neither."""
+    return next((label for label in (wish, wish + FROM_LOG) if label in labels), "")
 
 
 def _missing(plan: Plan, values: Values, seeds: Sequence[int]) -> list[Missing]:
@@ -302,7 +307,7 @@ def _cell(series: dict[str, dict[int, float]], column: str, expected: int, fixed
 
 def notes(runs: Sequence[Run], reference: str) -> list[str]:
     """What a reader of the averages should know: other training images, settings that vary over datasets."""
-    found = []
+    found = [f"{run.label}: {run.metric} {run.remark}" for run in runs if run.remark]
     shots = {(run.source, run.seed): run.few_shot for run in runs if run.label == reference and run.few_shot}
     for run in runs:
         if run.few_shot and run.few_shot != shots.get((run.source, run.seed), run.few_shot):
