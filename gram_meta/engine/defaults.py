@@ -19,6 +19,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 from yacs.config import CfgNode
@@ -118,8 +119,8 @@ def config_path(name: str) -> str:
 
 def flag(name: str) -> str:
     """The value of a flag on this process's command line; "" where it has none."""
-    arguments = sys.argv[1:]
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    words = [*sys.argv[1:], ""]
+    for word, following in pairwise(words):
         if word == name:
             return following
         if word.startswith(f"{name}="):
