@@ -57,13 +57,13 @@ def environment(args: argparse.Namespace) -> str:
     if torch.device(args.device).type == "cuda":
         machine = torch.cuda.get_device_name(args.device)
     else:
-        machine = f"{_cpu_model()}, {torch.get_num_threads()} threads"
+        machine = f"{cpu_model()}, {torch.get_num_threads()} threads"
     software = f"torch {torch.__version__}, Python {platform.python_version()}"
     clock = "processor time" if args.clock == "cpu" else "wall clock"
     return f"{args.backbone}, float32, {machine}; {software}; {clock}, median of {args.repeats} rounds"
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -85,7 +85,7 @@ class Measured:
 def measure(steps: Mapping[str, Step], args: argparse.Namespace) -> dict[str, Measured]:
     """Run every step once to warm up and to see its memory, then in turns A, B, C, A, B, C, ..., so that noise hits all."""
     product_rate(args, 64, 512)  # the libraries' own buffers, so that they are nobody's
-    first = {name: _with_peak(step, args.device) for name, step in steps.items()}
+    first = {name: with_peak(step, args.device) for name, step in steps.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(args.repeats):
         for name, step in steps.items():
@@ -98,17 +98,17 @@ def measure(steps: Mapping[str, Step], args: argparse.Namespace) -> dict[str, Me
 def stopwatch(args: argparse.Namespace) -> Callable[[], float]:
     """Starts now; call what it returns for the seconds since."""
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
-    _synchronise(args.device)
+    synchronise(args.device)
     start = clock()
 
     def spent() -> float:
-        _synchronise(args.device)
+        synchronise(args.device)
         return clock() - start
 
     return spent
 
 
-def _synchronise(device: str) -> None:
+def synchronise(device: str) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -136,23 +136,23 @@ def text_flops(backbone: Backbone, tokens: int) -> float:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def _with_peak(step: Step, device: str) -> tuple[float, Any]:
+def with_peak(step: Step, device: str) -> tuple[float, Any]:
     """MB that a step needs on top of what was there before, resident (CPU, Linux) or allocated (CUDA); its result."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         result = step()
-        _synchronise(device)
+        synchronise(device)
         return (torch.cuda.max_memory_allocated(device) - before) / 1e6, result
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # hand back to the system what earlier steps have freed
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     result = step()
-    return (_status_bytes("VmHWM") - before) / 1e6, result
+    return (status_bytes("VmHWM") - before) / 1e6, result
 
 
-def _status_bytes(field: str) -> int:
+def status_bytes(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 

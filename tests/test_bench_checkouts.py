@@ -1,0 +1,126 @@
+"""scripts/bench/checkouts.py: a small round over this project's trainers, and over checkouts where they are at hand."""
+
+import importlib.util
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).resolve().parents[1] / "scripts" / "bench"
+CHECKOUTS = os.environ.get("GRAM_CHECKOUTS", "")
+TINY = ("--model", "random-tiny", "--classes", "4", "--test-images", "6", "--rounds", "2", "--steps", "1")
+
+
+@pytest.fixture(scope="module")
+def checkouts():
+    """The script as a module; its neighbours are importable while it is in use."""
+    sys.path.insert(0, str(BENCH))
+    spec = importlib.util.spec_from_file_location("bench_checkouts", BENCH / "checkouts.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    sys.path.remove(str(BENCH))
+    for name in ("bench_checkouts", "common"):
+        sys.modules.pop(name, None)
+
+
+def rows(path):
+    """The tables of a report by group."""
+    report = json.loads(path.read_text())
+    return report, {table["group"]: table for table in report["tables"]}
+
+
+def test_help_says_how_to_start_it(checkouts, capsys):
+    with pytest.raises(SystemExit) as end:
+        checkouts.main(["--help"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert "--prometar" in printed and "git clone" in printed
+
+
+def test_a_round_over_our_own(checkouts, tmp_path, capsys, monkeypatch):
+    """One contestant that works, and one that cannot be built: it is left out, with the reason."""
+    theirs, _, gram = checkouts.GROUPS["cocoop"].entries
+    broken = checkouts.Entry("CoCoOp", "ours", "COCOOP", "no_such_config")
+    group = replace(checkouts.GROUPS["cocoop"], entries=(theirs, broken, gram))
+    monkeypatch.setitem(checkouts.GROUPS, "cocoop", group)
+    measures = ("--measures", "step", "test", "tower")
+    assert checkouts.main([*TINY, *measures, "--groups", "cocoop", "-o", str(tmp_path / "out.json")]) == 0
+    report, tables = rows(tmp_path / "out.json")
+    table = tables["cocoop"]
+    assert list(table["contestants"]) == ["CoCoOpGRAM, this project"]
+    assert "no_such_config" in table["left_out"]["CoCoOp, this project"]
+    row = table["contestants"]["CoCoOpGRAM, this project"]
+    assert row["built"]["classes"] == 4 and row["built"]["test_images"] == 6 and row["built"]["batch"] == 1
+    assert row["built"]["engine"] == "builtin"
+    assert len(row["rounds"]["step"]) == 2 and row["rounds"]["step"][0]["cpu"] > 0
+    assert all(row["peak_mb"][measure] >= 0 for measure in ("step", "test", "tower"))
+    summary = table["summary"]["step"]["CoCoOpGRAM, this project"]
+    assert summary["ratio"] == {"median": 1.0, "least": 1.0, "most": 1.0}
+    assert 0 < summary["cpu_ms"]["least"] <= summary["cpu_ms"]["median"] <= summary["cpu_ms"]["most"]
+    assert report["facts"]["versions"]["torch"] and str(tmp_path) not in json.dumps(report)
+    printed = capsys.readouterr().out
+    assert "CoCoOp, its checkout: left out, as there is no --coop" in printed
+    assert "| training step |" in printed and "4 classes, 32 x 32 pixels" in printed
+
+
+def test_ratios_are_paired_by_round(checkouts):
+    """The first contestant's time over another's, in the same round."""
+    times = {"a": [4.0, 12.0], "b": [2.0, 3.0]}
+    contestants = {
+        name: {"rounds": {"step": [{"cpu": t, "wall": t} for t in row]}, "peak_mb": {"step": 1.0}}
+        for name, row in times.items()
+    }
+    result = checkouts.summary({"contestants": contestants}, 2, "cpu")["step"]["b"]
+    assert result["ratio"] == {"median": 3.0, "least": 2.0, "most": 4.0}
+    assert result["cpu_ms"] == {"median": 1250.0, "least": 1000.0, "most": 1500.0}  # of one step of two
+
+
+def test_other_batches_are_refused(checkouts, tmp_path):
+    same = {"classnames_sha256": "a", "sha256": "b"}
+    checkouts.same_batches({"one": same, "two": dict(same)})
+    with pytest.raises(checkouts.GramError, match="two: its batches are not those of one"):
+        checkouts.same_batches({"one": same, "two": {**same, "sha256": "c"}})
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--coop", "nowhere"), "--coop nowhere: expected a checkout with a train.py"),
+        (("--data", "nowhere"), "--data nowhere: expected the folder"),
+    ],
+)
+def test_bad_input_is_one_sentence(checkouts, capsys, words, message):
+    assert checkouts.main([*TINY, *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_data_of_the_user_is_linked_not_written_to(checkouts, tmp_path):
+    (tmp_path / "mine" / "dtd" / "split_fewshot").mkdir(parents=True)
+    (tmp_path / "mine" / "dtd" / "images").mkdir()
+    root = checkouts.mirrored(tmp_path / "mine", tmp_path / "work")
+    assert [item.name for item in (root / "dtd").iterdir()] == ["images"]
+    (root / "dtd" / "split_fewshot").mkdir()
+    assert not list((tmp_path / "mine" / "dtd" / "split_fewshot").iterdir())
+
+
+@pytest.mark.skipif(not CHECKOUTS, reason="GRAM_CHECKOUTS names no folder of checkouts (CoOp, ProMetaR)")
+def test_checkouts_do_the_same_work(checkouts, tmp_path):
+    places = Path(CHECKOUTS)
+    words = ["--coop", str(places / "CoOp"), "--groups", "coop", "cocoop"]
+    if (places / "ProMetaR").is_dir() and (
+        importlib.util.find_spec("learn2learn") or (places / "learn2learn").is_dir()
+    ):
+        words += ["prometar", "--prometar", str(places / "ProMetaR")]
+        words += ["--learn2learn", str(places / "learn2learn")] if (places / "learn2learn").is_dir() else []
+    out = tmp_path / "out.json"
+    assert checkouts.main([*TINY, *words, "--measures", "step", "test", "-o", str(out)]) == 0
+    _, tables = rows(out)
+    assert all(not table["left_out"] for table in tables.values()), tables
+    for group in ("coop", "cocoop"):
+        for apart in tables[group]["equal"].values():
+            assert apart and max(apart.values()) < 1e-4, apart
