@@ -310,8 +310,8 @@ def check_dassl(patient: Patient) -> Iterator[Check]:
     where = Path(importlib.import_module("dassl").__file__ or "").parent
     yield Check("Dassl", FINE, f"the real one, {where}")
     for repair in engine.repairs():
-        state = "repaired in memory" if repair.applied else "needs no repair"
-        yield Check(f"Dassl {repair.id}", FINE, f"{state}: {repair.summary}")
+        if repair.applied:
+            yield Check(f"Dassl {repair.id}", FINE, f"repaired in memory: {repair.summary}")
 
 
 def check_clip(patient: Patient) -> Iterator[Check]:
@@ -420,14 +420,16 @@ def check_backbone(patient: Patient) -> Iterator[Check]:
     """The CLIP that was asked about, loaded where it is at hand."""
     if not patient.backbone or patient.has_problem("torch", "clip"):
         return
-    name = f"backbone {patient.backbone}"
+    name = "backbone"
     from gram_meta.errors import GramError
 
     urls: dict[str, str] = getattr(importlib.import_module("clip.clip"), "_MODELS", {})
     url = urls.get(patient.backbone, "")
     path = Path(os.path.expanduser("~/.cache/clip")) / url.rpartition("/")[2]
     if url and not path.is_file():
-        yield Check(name, NOTE, f"is downloaded to {path} at first use", download(url, path))
+        yield Check(
+            name, NOTE, f"{patient.backbone} is downloaded to {path} at first use", download(url, path)
+        )
         return
     if url and not zipfile.is_zipfile(path):
         yield Check(
@@ -445,7 +447,7 @@ def check_backbone(patient: Patient) -> Iterator[Check]:
     yield Check(
         name,
         FINE,
-        f"loads; {backbone.image_size} px, text width {backbone.text_width}, {backbone.fingerprint[:12]}",
+        f"{patient.backbone} loads: {backbone.image_size} px, text width {backbone.text_width}, {backbone.fingerprint[:12]}",
     )
 
 
@@ -470,75 +472,77 @@ def check_datasets(patient: Patient) -> Iterator[Check]:
     from gram_meta.datasets import check as datasets
 
     configs = sorted(path.stem for path in find_config("caltech101", "datasets").parent.glob("*.yaml"))
-    missing, fine = [], 0
+    command = f"gram check-data {shlex.quote(str(root))}"
+    missing, there = [], 0
     for name, dataset in datasets.find_datasets(root, [name for name in configs if name != "image_folder"]):
         if not (root / dataset.dataset_dir).is_dir():
             missing += [name] if name in datasets.PAPER else []
             continue
         finding = datasets.check(root, name, dataset)
         numbers = ", ".join(f"{part} {number:,}" for part, number in finding.images.items())
+        there += bool(finding.images)
         if finding.state == datasets.FINE:
-            fine += 1
             yield Check(f"dataset {name}", FINE, f"{finding.classes} classes, {numbers}")
         else:
-            mend = f"gram check-data {shlex.quote(str(root))} --datasets {name}"
-            yield Check(f"dataset {name}", NOTE, "; ".join(finding.problems), mend)
-    command = f"gram check-data {shlex.quote(str(root))}"
-    if missing:
-        yield Check(
-            "datasets",
-            NOTE if fine else PROBLEM,
-            f"not under {root}: {', '.join(missing)}",
-            f"{command} tells where they come from",
-        )
-    elif not fine:
-        yield Check("datasets", PROBLEM, f"none is whole under {root}", command)
+            first, *others = finding.problems
+            more = f"; and {len(others)} more" if others else ""
+            yield Check(f"dataset {name}", NOTE, f"{first}{more}", f"{command} --datasets {name}")
+    if not there:
+        yield Check("datasets", PROBLEM, f"{root}: none of those that are known here", command)
+    elif missing:
+        yield Check("datasets", NOTE, f"not under {root}: {', '.join(missing)}", command)
 
 
 def check_meta(patient: Patient) -> Iterator[Check]:
     """Meta-checkpoints that were named, or that lie where `gram pretrain` puts them by our documents."""
     if patient.has_problem("torch"):
         return
-    from gram_meta.checkpoint import load_meta_checkpoint
-
-    asked = bool(patient.meta)
-    files: list[Path] = []
-    for given in patient.meta or ["output/meta"]:
-        path = Path(os.path.expanduser(given))
-        found = sorted(path.rglob("best.safetensors")) if path.is_dir() else [path] if path.exists() else []
-        if asked and not found:
+    asked = [Path(os.path.expanduser(path)) for path in patient.meta]
+    usable = 0
+    for path in asked or [Path("output/meta")]:
+        files = sorted(path.rglob("best.safetensors")) if path.is_dir() else [path] if path.exists() else []
+        if asked and not files:
             what = "no best.safetensors below it" if path.is_dir() else "nothing there"
             yield Check(
-                "meta-checkpoint",
-                PROBLEM,
-                f"{path}: {what}",
-                "gram pretrain --config coop_vit_b16 ... -o META",
+                "meta-checkpoint", NOTE, f"{path}: {what}", "gram pretrain --help tells how one is made"
             )
-        files += found
-    for path in files:
-        try:
-            meta = load_meta_checkpoint(path)
-        except Exception as error:  # noqa: BLE001
-            mend = "meta-train it anew (gram pretrain), or copy it again"
-            yield Check("meta-checkpoint", PROBLEM if asked else NOTE, _sentence(error), mend)
-            continue
-        tokens = " + ".join(f"{count} {kind}" for kind, count in sorted(meta.tokens.items()))
-        regulator = "with R" if meta.regulator is not None else "without R"
-        found_text = f"{path}: for {meta.backbone_name} ({meta.backbone_fingerprint[:12]}), {tokens} tokens, {regulator}"
-        other = patient.fingerprint and meta.backbone_fingerprint != patient.fingerprint
-        other = other or (
-            patient.backbone and not patient.fingerprint and meta.backbone_name != patient.backbone
+        for file in files:
+            check = _look_at_meta(file, patient)
+            usable += check.state == FINE
+            yield check
+    if usable:
+        return
+    here = "among those named here" if asked else "below output/meta"
+    use = f" for {patient.backbone}" if patient.backbone else ""
+    yield Check(
+        "meta-checkpoint", PROBLEM if asked else NOTE, f"none{use} {here}; the GRAM trainers start from one",
+        "gram pretrain --help tells how one is made; gram demo makes one in minutes",
+    )  # fmt: skip
+
+
+def _look_at_meta(path: Path, patient: Patient) -> Check:
+    """For which backbone it is, and whether that is the one asked about."""
+    from gram_meta.checkpoint import load_meta_checkpoint
+
+    try:
+        meta = load_meta_checkpoint(path)
+    except Exception as error:  # noqa: BLE001
+        return Check(
+            "meta-checkpoint", NOTE, _sentence(error), "meta-train it anew (gram pretrain), or copy it again"
         )
-        if other and asked:
-            mend = f"--backbone {shlex.quote(meta.backbone_name)}, or gram pretrain ... BACKBONE.NAME {shlex.quote(patient.backbone)}"
-            yield Check("meta-checkpoint", PROBLEM, f"{found_text}; not for {patient.backbone}", mend)
-        else:
-            yield Check("meta-checkpoint", FINE, found_text)
-    if not files and not asked:
-        found_text = "none below output/meta; the GRAM trainers start from one"
-        yield Check(
-            "meta-checkpoint", NOTE, found_text, "gram demo makes one in minutes; gram pretrain --help"
-        )
+    tokens = " + ".join(f"{count} {kind}" for kind, count in sorted(meta.tokens.items()))
+    regulator = "with R" if meta.regulator is not None else "without R"
+    found = (
+        f"{path}: for {meta.backbone_name} ({meta.backbone_fingerprint[:12]}), {tokens} tokens, {regulator}"
+    )
+    if patient.fingerprint:
+        fits = meta.backbone_fingerprint == patient.fingerprint
+    else:
+        fits = patient.backbone in ("", meta.backbone_name)
+    if fits:
+        return Check("meta-checkpoint", FINE, found)
+    mend = f"train with --backbone {shlex.quote(meta.backbone_name)}"
+    return Check("meta-checkpoint", NOTE, f"{found}; not for {patient.backbone}", mend)
 
 
 def check_extras(patient: Patient) -> Iterator[Check]:
