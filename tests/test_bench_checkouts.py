@@ -48,7 +48,7 @@ def test_a_round_over_our_own(checkouts, tmp_path, capsys, monkeypatch):
     broken = checkouts.Entry("CoCoOp", "ours", "COCOOP", "no_such_config")
     group = replace(checkouts.GROUPS["cocoop"], entries=(theirs, broken, gram))
     monkeypatch.setitem(checkouts.GROUPS, "cocoop", group)
-    measures = ("--measures", "step", "test", "tower")
+    measures = ("--measures", "step", "test", "tower", "loader", "loader_of_test")
     assert checkouts.main([*TINY, *measures, "--groups", "cocoop", "-o", str(tmp_path / "out.json")]) == 0
     report, tables = rows(tmp_path / "out.json")
     table = tables["cocoop"]
@@ -58,7 +58,8 @@ def test_a_round_over_our_own(checkouts, tmp_path, capsys, monkeypatch):
     assert row["built"]["classes"] == 4 and row["built"]["test_images"] == 6 and row["built"]["batch"] == 1
     assert row["built"]["engine"] == "builtin"
     assert len(row["rounds"]["step"]) == 2 and row["rounds"]["step"][0]["cpu"] > 0
-    assert all(row["peak_mb"][measure] >= 0 for measure in ("step", "test", "tower"))
+    assert all(row["peak_mb"][measure] >= 0 for measure in ("step", "test"))
+    assert set(table["summary"]) == {"step", "test", "tower", "loader", "loader_of_test"}
     summary = table["summary"]["step"]["CoCoOpGRAM, this project"]
     assert summary["ratio"] == {"median": 1.0, "least": 1.0, "most": 1.0}
     assert 0 < summary["cpu_ms"]["least"] <= summary["cpu_ms"]["median"] <= summary["cpu_ms"]["most"]

@@ -51,7 +51,11 @@ TITLES = {
     "test_with_loader": "test pass, with decoding and resizing",
     "tower": "image tower alone, training batch",
     "tower_of_test": "image tower alone, test batches",
+    "loader": "decoding and augmenting alone, training batch",
+    "loader_of_test": "decoding and resizing alone, test images",
 }
+PER_STEP = ("step", "step_with_loader", "tower", "loader")
+WITH_PEAK = ("step", "step_with_loader", "test", "test_with_loader")
 WORKER = Path(__file__).with_name("contestant.py")
 
 # -------------------------------------------------------------------------------------------------------- contestants
@@ -79,7 +83,7 @@ class Group:
     batch: int
     entries: tuple[Entry, ...]
     conditional: bool = False
-    towers: bool = True  # whether the image tower can be told apart
+    towers: bool = True  # whether the image tower can be told apart: not where it learns
 
 
 WORDS = {"N_CTX": 4, "CTX_INIT": "a photo of a"}
@@ -360,7 +364,7 @@ class Bench:
                     rows[process.entry.name].setdefault("rounds", {}).setdefault(measure, []).append(answer)
             print(f"  round {number + 1} of {args.rounds} done", file=sys.stderr, flush=True)
         for process in running:  # memory apart from time, and once everything is warm
-            for measure in measures:
+            for measure in set(measures) & set(WITH_PEAK):
                 peak = process.ask("peak", measure=measure, count=1)
                 rows[process.entry.name].setdefault("peak_mb", {})[measure] = peak["peak_mb"]
         return {
@@ -419,7 +423,7 @@ def summary(table: Mapping[str, Any], steps: int, clock: str) -> dict[str, dict[
     names = list(table["contestants"])
     measures = table["contestants"][names[0]].get("rounds", {}) if names else {}
     for measure in measures:
-        count = steps if measure in ("step", "step_with_loader", "tower") else 1
+        count = steps if measure in PER_STEP else 1
         rows = {name: table["contestants"][name]["rounds"][measure] for name in names}
         for name in names:
             ratios = [a[clock] / b[clock] for a, b in zip(rows[names[0]], rows[name], strict=True)]
@@ -427,7 +431,7 @@ def summary(table: Mapping[str, Any], steps: int, clock: str) -> dict[str, dict[
                 "cpu_ms": spread([1000 * row["cpu"] / count for row in rows[name]]),
                 "wall_ms": spread([1000 * row["wall"] / count for row in rows[name]]),
                 "ratio": spread(ratios),
-                "peak_mb": table["contestants"][name]["peak_mb"][measure],
+                "peak_mb": table["contestants"][name].get("peak_mb", {}).get(measure),
             }
     return result
 
@@ -453,7 +457,8 @@ def print_group(table: Mapping[str, Any], args: argparse.Namespace) -> None:
         out = []
         for name, row in rows.items():
             times = figure(row["cpu_ms"]), figure(row["wall_ms"])
-            out.append([name, *times, figure(row["ratio"], 2), f"{row['peak_mb']:.0f}"])
+            peak = "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
+            out.append([name, *times, figure(row["ratio"], 2), peak])
         header = [TITLES[measure], "processor time (ms)", "wall clock (ms)", "ratio", "peak memory (MB)"]
         common.print_table(header, out)
     for name, row in table["equal"].items():

@@ -180,8 +180,8 @@ class Contestant:
         whole = trainer.test_loader
         count = min(self.spec["test_images"] or len(whole.dataset), len(whole.dataset))
         chosen = Subset(whole.dataset, [i * len(whole.dataset) // count for i in range(count)])
-        self.loader = DataLoader(chosen, batch_size=whole.batch_size, pin_memory=whole.pin_memory)
-        self.tests = list(self.loader)
+        self.loader_of_tests = DataLoader(chosen, batch_size=whole.batch_size, pin_memory=whole.pin_memory)
+        self.tests = list(self.loader_of_tests)
         digest = hashlib.sha256()
         for batch in (*self.batches, *self.tests):
             digest.update(batch["img"].numpy().data)
@@ -249,7 +249,7 @@ class Contestant:
 
     def test_with_loader(self, count: int) -> dict[str, Any]:
         """A full test pass with decoding and resizing in this process."""
-        return self._test(self.loader)
+        return self._test(self.loader_of_tests)
 
     def tower(self, count: int) -> dict[str, Any]:
         """The image tower alone: as many training batches as there are steps."""
@@ -262,6 +262,18 @@ class Contestant:
         with torch.no_grad():
             for batch in self.tests:
                 self._images(batch)
+        return {}
+
+    def loader(self, count: int) -> dict[str, Any]:
+        """Training batches decoded and augmented, and nothing done with them."""
+        for _ in range(count):
+            self._next()
+        return {}
+
+    def loader_of_test(self, count: int) -> dict[str, Any]:
+        """All test images decoded and resized."""
+        for _ in self.loader_of_tests:
+            pass
         return {}
 
     def _step(self, batch: Any) -> float:
