@@ -377,11 +377,11 @@ def test_without_an_epoch_the_last_one_or_the_best_where_the_run_was_to_end_with
     ours(flags("last", *options))
     ours(flags("best", *options, "TEST.FINAL_MODEL", "best_val"))
     last, best = tmp_path / "last", tmp_path / "best"
-    assert saved.choose(last, None) == (last / "prompt_learner/model.pth.tar-3", "the last of 1, 2, 3")
+    assert saved.choose(last, None) == (last / "prompt_learner/model.pth.tar-3", "the last of epochs 1, 2, 3")
     path, why = saved.choose(best, None)
     assert (
         path.name == "model-best.pth.tar"
-        and why == "the best by validation; here are 1, 2, 3, model-best.pth.tar"
+        and why == "the best by validation; epochs here: 1, 2, 3, model-best.pth.tar"
     )
     assert saved.choose(best, 2) == (best / "prompt_learner/model.pth.tar-2", "")
     shutil.copy(

@@ -48,10 +48,11 @@ def choose(directory: str | Path, epoch: int | None) -> tuple[Path, str]:
         return folder / f"model.pth.tar-{epoch}", ""
     wish = _final_model(Path(directory))
     if best.is_file() and (wish == "best_val" or not wish or not epochs):
-        return best, f"the best by validation; here are {listed}"
+        return best, f"the best by validation; epochs here: {listed}"
     if not epochs:
         raise GramError(f"{folder}: expected a checkpoint, model.pth.tar-<epoch>, found {listed}")
-    return folder / f"model.pth.tar-{epochs[-1]}", f"the last of {listed}"
+    why = f"the last of epochs {listed}" if len(there) > 1 else "the only one"
+    return folder / f"model.pth.tar-{epochs[-1]}", why
 
 
 def last(directory: str | Path) -> Path | None:
