@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 
 from gram_meta.engine.defaults import extend_defaults
+from gram_meta.engine.strangers import do_without_their_packages
 from gram_meta.errors import GramError
 
 PACKAGES = ("gram_meta.trainers", "gram_meta.datasets")
@@ -65,4 +66,5 @@ def _package(name: str) -> ModuleType:
 
 
 register()
+do_without_their_packages()
 say_bad_input_in_a_line()

@@ -1,0 +1,280 @@
+"""The plugin in the real checkouts of CoOp, MaPLe, PromptSRC and ProMetaR.
+
+Set GRAM_CHECKOUTS to a folder that holds them as `CoOp`, `MaPLe`, `PromptSRC` and `ProMetaR`; each test works in a copy. Where no
+`dassl` is importable, the built-in engine stands in for it. CLIP's weights come from this package: the test replaces the
+download, and nothing else, from outside.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PLACE = os.environ.get("GRAM_CHECKOUTS", "")
+NAMES = ("CoOp", "MaPLe", "PromptSRC", "ProMetaR")
+PARTS = (
+    "train.py",
+    "trainers",
+    "datasets",
+    "clip",
+    "configs",
+    "scripts",
+    "parse_test_res.py",
+    "meta_learning",
+)
+
+pytestmark = pytest.mark.skipif(
+    not PLACE,
+    reason="GRAM_CHECKOUTS does not name a folder with checkouts of CoOp, MaPLe, PromptSRC, ProMetaR",
+)
+
+# Python imports a module of this name at its start; this one lets any `clip._download` answer with a file
+NO_DOWNLOAD = """
+import importlib.abc
+import importlib.machinery
+import sys
+
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "clip.clip":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        fill = spec.loader.exec_module
+
+        def exec_module(module):
+            fill(module)
+            module._download = lambda url, root=None: {weights!r}
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.fixture(scope="session")
+def room(tmp_path_factory):
+    """A folder with EuroSAT in CoOp's layout, four classes of noise, and one for PYTHONPATH."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from gram_meta.demo.clip import load_packaged_state_dict
+
+    room = tmp_path_factory.mktemp("room")
+    images = room / "data" / "eurosat" / "2750"
+    images.mkdir(parents=True)
+    rng, split = np.random.default_rng(0), {"train": [], "val": [], "test": []}
+    for label, name in enumerate(("Forest", "Highway", "Pasture", "River")):
+        for part, count in (("train", 4), ("val", 2), ("test", 4)):
+            for index in range(count):
+                file = f"{name}_{part}_{index}.png"
+                pixels = rng.integers(0, 200, (64, 64, 3)) + 40 * (label == np.arange(3))
+                Image.fromarray(pixels.astype(np.uint8)).save(images / file)
+                split[part].append([file, label, name])
+    (room / "data/eurosat/split_zhou_EuroSAT.json").write_text(json.dumps(split))
+    # OpenAI's own code goes through 16 bits: values that survive it
+    weights = {key: value.half().float() for key, value in load_packaged_state_dict().items()}
+    torch.save(weights, room / "clip.pt")
+    (room / "path").mkdir()
+    (room / "path/sitecustomize.py").write_text(NO_DOWNLOAD.format(weights=str(room / "clip.pt")))
+    return room
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of a checkout, with or without the line in its train.py."""
+
+    def copy(name, line=True):
+        source, target = Path(PLACE, name), tmp_path / name
+        if not (source / "train.py").is_file():
+            pytest.skip(f"{source} holds no checkout of {name}")
+        target.mkdir()
+        for part in PARTS:
+            if (source / part).is_dir():
+                shutil.copytree(source / part, target / part)
+            elif (source / part).is_file():
+                shutil.copy(source / part, target / part)
+        if line:
+            train = target / "train.py"
+            train.write_text("import gram_meta.plugin\n" + train.read_text())
+        return target
+
+    return copy
+
+
+def run(folder, room, *command, **environment):
+    """Run a command there; the finished process, whose output is in the message where it fails."""
+    real = [entry for entry in sys.path if entry and Path(entry, "dassl", "__init__.py").is_file()]
+    path = os.pathsep.join([str(room / "path"), *real, str(ROOT)])
+    binaries = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PYTHONPATH": path, "PATH": binaries, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(
+        [*map(str, command)], cwd=folder, env=environment, capture_output=True, text=True, timeout=550
+    )
+    assert done.returncode == 0, (
+        f"{' '.join(map(str, command))}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    )
+    return done.stdout
+
+
+def flags(room, trainer, config, output, *options):
+    return (
+        *("--root", room / "data", "--seed", "1", "--trainer", trainer, "--output-dir", output),
+        *("--dataset-config-file", "configs/datasets/eurosat.yaml", "--config-file", config),
+        *("INPUT.SIZE", "(64, 64)", "DATALOADER.NUM_WORKERS", "0", "DATASET.NUM_SHOTS", "2"),
+        *("OPTIM.MAX_EPOCH", "2", "TRAIN.PRINT_FREQ", "1", *options),
+    )
+
+
+OURS = {
+    "CoOpGRAM": "configs/trainers/CoOpGRAM/gram_small_c4_ep10_batch32_ctxv1.yaml",
+    "VPTGRAM": "configs/trainers/VPTGRAM/gram_small_c4_ep10_batch32_ctxv1.yaml",
+    "UniGRAM": "configs/trainers/UniGRAM/gram_small_c2+2_ep10_batch32_ctxv1.yaml",
+    "CoCoOpGRAM": "configs/trainers/CoCoOpGRAM/gram_small_c4_ep10_batch1_ctxv1.yaml",
+}
+OFF = ("TRAINER.GRAM.REGULATE", "False", "TRAINER.GRAM.INIT", "False")
+
+
+@pytest.mark.parametrize(
+    ("name", "trainer"),
+    [*(("CoOp", trainer) for trainer in OURS), *((name, "VPTGRAM") for name in NAMES[1:])],
+)
+def test_ours_by_one_line(checkout, room, name, trainer):
+    folder = checkout(name)
+    said = run(folder, room, "python", "train.py", *flags(room, trainer, OURS[trainer], "out", *OFF))
+    assert "taken from the package" in said
+    results = json.loads((folder / "out/results.json").read_text())
+    assert results["trainer"] == trainer and results["metrics"]["total"] == 16
+    assert "trainers" not in results["config"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gram_train_without_an_edit(checkout, room, name):
+    folder = checkout(name, line=False)
+    run(folder, room, "gram", "train", *flags(room, "CoOpGRAM", OURS["CoOpGRAM"], "out", *OFF))
+    assert json.loads((folder / "out/results.json").read_text())["trainer"] == "CoOpGRAM"
+    assert "gram_meta" not in (folder / "train.py").read_text()
+
+
+PROBE = """
+import json
+import clip
+from dassl.data.datasets import DATASET_REGISTRY
+from dassl.engine import TRAINER_REGISTRY
+print(json.dumps([clip.__file__, [r.get(n).__module__ for r, n in
+    [(TRAINER_REGISTRY, n) for n in {trainers}] + [(DATASET_REGISTRY, "EuroSAT"), (DATASET_REGISTRY, "ImageNet")]]]))
+raise SystemExit
+"""
+WINNERS = {
+    "CoOp": {"CoOp": "trainers.coop", "ZeroshotCLIP": "trainers.zsclip", "VPT": "gram_meta.trainers.vpt"},
+    "MaPLe": {"VPT": "trainers.vpt", "MaPLe": "trainers.maple", "CoCoOp": "trainers.cocoop"},
+    "PromptSRC": {"PromptSRC": "trainers.promptsrc", "CoOp": "trainers.coop"},
+    "ProMetaR": {"ProMetaR": "trainers.prometar", "CoOp": "gram_meta.trainers.coop"},
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_the_checkout_has_wins(checkout, room, name):
+    folder = checkout(name)
+    text = (folder / "train.py").read_text()
+    probe = PROBE.format(trainers=list(WINNERS[name]))
+    (folder / "train.py").write_text(text.replace("\ndef print_args", f"{probe}\ndef print_args", 1))
+    clip, modules = json.loads(run(folder, room, "python", "train.py").splitlines()[-1])
+    assert clip == str(folder / "clip/__init__.py")
+    assert modules == [*WINNERS[name].values(), "datasets.eurosat", "datasets.imagenet"]
+
+
+# ------------------------------------------------------------------------------------------------------ equal numbers
+
+
+def losses(said):
+    return [float(loss) for loss in re.findall(r"epoch \[.*? loss ([\d.]+) ", said)]
+
+
+def accuracy(said):
+    return re.findall(r"\* accuracy: ([\d.]+)%", said)
+
+
+def prompts(output):
+    from gram_meta.engine.checkpoints import read_checkpoint
+
+    state = read_checkpoint(next(output.glob("prompt_learner/model.pth.tar-*")))["state_dict"]
+    return {key: value.float() for key, value in state.items() if not key.startswith("token_")}
+
+
+EQUAL = {
+    "CoOp": ("CoOp", "configs/trainers/CoOp/vit_b16_ep50_ctxv1.yaml", "COOP", ()),
+    "CoOpGRAM": ("CoOp", "configs/trainers/CoOp/vit_b16_ep50_ctxv1.yaml", "COOP", OFF),
+    "CoCoOp": ("CoCoOp", "configs/trainers/CoCoOp/vit_b16_c4_ep10_batch1_ctxv1.yaml", "COCOOP", ()),
+}
+
+
+@pytest.mark.parametrize("ours", EQUAL)
+def test_equal_seeds_give_equal_numbers(checkout, room, tmp_path, ours):
+    """In float32: the same losses, accuracy and prompts from the checkout's trainer and from ours, outside of it."""
+    theirs, config, node, more = EQUAL[ours]
+    options = (f"TRAINER.{node}.PREC", "fp32", f"TRAINER.{node}.N_CTX", "4", "OPTIM.LR", "0.02", *more)
+    options = ("OPTIM.WARMUP_EPOCH", "-1", *options)
+    folder, outside = checkout("CoOp"), tmp_path / "outside"
+    outside.mkdir()
+    official = run(folder, room, "python", "train.py", *flags(room, theirs, config, "out", *options))
+    assert not (folder / "out/results.json").exists()  # it was theirs
+    own = run(outside, room, "gram", "train", *flags(room, ours, folder / config, "out", *options))
+    assert len(losses(official)) == (16 if ours == "CoCoOp" else 2)
+    assert losses(official) == pytest.approx(losses(own), abs=2e-4)
+    assert accuracy(official) == accuracy(own) != []
+    there, here = prompts(folder / "out"), prompts(outside / "out")
+    assert set(there) == set(here)
+    assert max(float((there[key] - here[key]).abs().max()) for key in there) < 1e-5
+
+
+def test_equal_numbers_without_training(checkout, room, tmp_path):
+    config = "configs/trainers/CoOp/vit_b16_ep50_ctxv1.yaml"
+    folder, outside = checkout("CoOp"), tmp_path / "outside"
+    outside.mkdir()
+    command = flags(room, "ZeroshotCLIP", config, "out", "TRAINER.COOP.PREC", "fp32")
+    official = run(folder, room, "python", "train.py", "--eval-only", *command)
+    command = flags(room, "ZeroshotCLIP", folder / config, "out", "TRAINER.COOP.PREC", "fp32")
+    own = run(outside, room, "gram", "train", "--eval-only", *command)
+    assert accuracy(official) == accuracy(own) != []
+
+
+# ------------------------------------------------------------------------------------------------------------ scripts
+
+
+def change(script, **values):
+    """Set variables of a shell script, as an editor would."""
+    text = script.read_text()
+    for name, value in values.items():
+        text, count = re.subn(rf"^{name}=.*$", f"{name}={value}", text, flags=re.MULTILINE)
+        assert count == 1, (script, name)
+    script.write_text(text)
+
+
+def test_its_own_scripts(checkout, room, tmp_path):
+    """TRAINER and CFG changed, from the folder they expect; its own parser reads the logs."""
+    folder = checkout("CoOp")
+    scripts = folder / "scripts/cocoop"
+    own = folder / "configs/trainers/CoOpGRAM/mine.yaml"
+    own.parent.mkdir()
+    packaged = (ROOT / OURS["CoOpGRAM"]).read_text()
+    own.write_text(f"{packaged}    REGULATE: False\n    INIT: False\n".replace("META:", "META:", 1))
+    for name in ("base2new_train.sh", "base2new_test.sh"):
+        change(scripts / name, DATA=room / "data", TRAINER="CoOpGRAM", CFG="mine")
+    run(scripts, room, "bash", "base2new_train.sh", "eurosat", "1")
+    run(scripts, room, "bash", "base2new_test.sh", "eurosat", "1")
+    tail = "eurosat/shots_16/CoOpGRAM/mine"
+    for kind, more in (("train_base", ()), ("test_new", ("--test-log",))):
+        output = folder / "output/base2new" / kind / tail
+        results = json.loads((output / "seed1/results.json").read_text())
+        read = run(folder, room, "python", "parse_test_res.py", output, *more)
+        assert f"accuracy: {results['metrics']['accuracy']:.2f}%"[:-2] in read
