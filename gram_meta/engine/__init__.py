@@ -131,7 +131,8 @@ def _real_is_there() -> bool:
     module = sys.modules.get("dassl")
     if module is not None:
         return module.__name__ == "dassl"
-    return importlib.util.find_spec("dassl") is not None
+    spec = importlib.util.find_spec("dassl")
+    return spec is not None and spec.origin is not None  # a folder without __init__.py is no package
 
 
 def _forget_dassl() -> None:

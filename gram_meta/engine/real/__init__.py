@@ -10,7 +10,7 @@ them, so that it does not matter who comes first.
 
 from __future__ import annotations
 
-from gram_meta.engine.real import files, imports, schedules, transforms
+from gram_meta.engine.real import files, imports, metrics, schedules, transforms
 from gram_meta.engine.real.repair import Repair
 
 __all__ = ["Repair", "import_repaired"]
@@ -22,7 +22,9 @@ def import_repaired() -> list[Repair]:
     Raises:
         GramError: Dassl does not import; the message names the missing package.
     """
-    repairs = [*imports.import_dassl(), *schedules.repairs(), *files.repairs(), *transforms.repairs()]
+    repairs = imports.import_dassl()
+    for part in (schedules, files, transforms, metrics):
+        repairs += part.repairs()
     for repair in repairs:
         repair.apply()
     return repairs

@@ -56,8 +56,8 @@ def _fails_or_executes() -> bool:
     _executed.clear()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         path = os.path.join(folder, "model.pth.tar-1")
-        torch.save(state, path)
         try:
+            torch.save(state, path)
             importlib.import_module("dassl.utils.torchtools").load_checkpoint(path)
         except Exception:
             return True
@@ -121,7 +121,7 @@ def _logger() -> Any:
 def _closes_console() -> bool:
     console = io.StringIO()
     probe = _logger().__new__(_logger())
-    probe.console, probe.file = console, None
+    probe.console, probe.file = console, io.StringIO()
     probe.close()
     return console.closed
 

@@ -42,7 +42,9 @@ def import_dassl() -> list[Repair]:
     try:
         with _treated({WILDS: _fill_wilds, "dassl.engine.trainer": _fill_trainer}):
             importlib.import_module("dassl.engine")
-    except ImportError as error:
+    except (
+        Exception
+    ) as error:  # also what an old Dassl, or a fork of it, does that a new Python or torch refuses
         logging.disable(level)
         raise GramError(_why_not(error)) from error
     level = logging.NOTSET if muted else level
@@ -63,10 +65,10 @@ def _muted_by_dassl() -> bool:
     return f"{WILDS}.wilds_base" in sys.modules and logging.root.manager.disable == logging.WARNING
 
 
-def _why_not(error: ImportError) -> str:
-    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("dassl"):
+def _why_not(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] != "dassl":
         return f"the installed Dassl needs the package {error.name}, which is not here: {_pip(error.name)}"
-    return f"the installed Dassl does not import ({error})"
+    return f"the installed Dassl does not import ({type(error).__name__}: {error})"
 
 
 def _pip(module: str) -> str:

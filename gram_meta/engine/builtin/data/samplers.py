@@ -13,9 +13,15 @@ from yacs.config import CfgNode
 
 from gram_meta.errors import GramError
 
-__all__ = ["RandomClassSampler", "RandomDomainSampler", "build_sampler"]
+__all__ = ["RandomClassSampler", "RandomDomainSampler", "SeqDomainSampler", "build_sampler"]
 
-NAMES = ("RandomSampler", "SequentialSampler", "RandomDomainSampler", "RandomClassSampler")
+NAMES = (
+    "RandomSampler",
+    "SequentialSampler",
+    "RandomDomainSampler",
+    "SeqDomainSampler",
+    "RandomClassSampler",
+)
 
 
 class RandomDomainSampler(Sampler):
@@ -37,15 +43,29 @@ class RandomDomainSampler(Sampler):
         order: list[int] = []
         enough = True
         while enough:
-            for domain in random.sample(self.domains, self.n_domain):
+            for domain in self.next_domains():
                 drawn = random.sample(left[domain], self.n_img_per_domain)
                 order.extend(drawn)
                 left[domain] = [index for index in left[domain] if index not in drawn]
                 enough = enough and len(left[domain]) >= self.n_img_per_domain
         return iter(order)
 
+    def next_domains(self) -> list[Any]:
+        """The domains of a batch."""
+        return random.sample(self.domains, self.n_domain)
+
     def __len__(self) -> int:
         return self.length
+
+
+class SeqDomainSampler(RandomDomainSampler):
+    """The same with all domains in every batch, in their order."""
+
+    def __init__(self, data_source: Sequence[Any], batch_size: int) -> None:
+        super().__init__(data_source, batch_size, n_domain=0)
+
+    def next_domains(self) -> list[Any]:
+        return sorted(self.domains)
 
 
 class RandomClassSampler(Sampler):
@@ -104,6 +124,8 @@ def build_sampler(
         return SequentialSampler(data_source)
     if sampler_type == "RandomDomainSampler":
         return RandomDomainSampler(data_source, batch_size, n_domain)
+    if sampler_type == "SeqDomainSampler":
+        return SeqDomainSampler(data_source, batch_size)
     if sampler_type == "RandomClassSampler":
         return RandomClassSampler(data_source, batch_size, n_ins)
     raise GramError(f"sampler {sampler_type!r} is not known; known: {', '.join(NAMES)}")
