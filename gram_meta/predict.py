@@ -327,9 +327,11 @@ def _bytes_per_image(backbone: Backbone) -> int:
 
 
 def default_workers(backbone: Backbone) -> int:
-    """Processes that read images ahead: one for each core, up to 8; beside a CPU's own work, half of the cores."""
+    """Processes that read images ahead: for a GPU one for each core, up to 8; a CPU has its hands full with the model."""
+    if backbone.device.type == "cpu":
+        return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, cores if backbone.device.type == "cuda" else cores // 2)
+    return min(8, cores)
 
 
 def _device(name: str) -> str:

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=int,
         metavar="N",
-        help="processes that read images; default: by the number of cores, none for few images",
+        help="processes that read images; default: none on a CPU or for few images, else one for each core, up to 8",
     )
 
 
