@@ -21,6 +21,7 @@ from gram_meta.engine import build_trainer, launch, run_folder, set_random_seed,
 from gram_meta.errors import GramError
 from gram_meta.prompts import initial_meta_net, initial_prompts
 from gram_meta.regulator import GradientRegulator
+from gram_meta.report.runs import read_runs
 from gram_meta.trainers import base, saved
 
 CONFIG = {
@@ -531,6 +532,10 @@ def test_a_run_of_coop_itself_loads_here(flags, tmp_path, capsys):
         assert "does not say who learned these prompts; they are taken for CoOp's" in capsys.readouterr().out
         assert results["learned_by"] == "CoOp" and results["epoch"] == 50
         assert results["model_dir"] == str(tmp_path / "run")
+        (run,) = read_runs(
+            [tmp_path / f"by{trainer}"]
+        )  # a report takes it for CoOp's, whoever has evaluated it
+        assert run.trainer == "CoOp" and run.label == "CoOp" and run.source == "EmojiFood"
     trainer, _ = train_py(["--no-train", *flags("start", "MODEL.INIT_WEIGHTS", folder / "model.pth.tar-50")])
     context = trainer.model.prompt_learner.ctx
     assert context.dtype == torch.float32 and torch.equal(context, learner.ctx.float())

@@ -165,6 +165,9 @@ def read_result(path: Path) -> dict[str, Any]:
     lacking = [key for key in needed if key not in result]
     if lacking:
         raise GramError(f"{path}: expected the keys of a result, found no {', '.join(lacking)}")
+    result["trainer"] = (
+        result.get("learned_by") or result["trainer"]
+    )  # a relative may have evaluated the prompts
     return result
 
 
