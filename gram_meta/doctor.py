@@ -316,12 +316,12 @@ def check_dassl(patient: Patient) -> Iterator[Check]:
 
 def check_clip(patient: Patient) -> Iterator[Check]:
     """CLIP's code: OpenAI's, not the clipboard manager of that name, and with the pkg_resources that it asks for."""
-    get = install("clip-anytorch", SETUPTOOLS)
-    away = (
-        f"{shlex.quote(sys.executable)} -m pip uninstall -y clip"
-        if "-m pip" in get
-        else "uv pip uninstall clip"
-    )
+    published = _version("clip-anytorch")
+    # both packages write into the folder clip/: what the one leaves of the other has to be written anew
+    anew = ("--force-reinstall", "--no-deps") if published else ()
+    get = install(*anew, "clip-anytorch", SETUPTOOLS)
+    python = shlex.quote(sys.executable)
+    away = f"{python} -m pip uninstall -y clip" if "-m pip" in get else f"uv pip uninstall -p {python} clip"
     if patient.has_problem("torch"):
         return
     try:
@@ -343,7 +343,6 @@ def check_clip(patient: Patient) -> Iterator[Check]:
         mend = f"remove or rename {where}" if here else f"{away} && {get}"
         yield Check("clip", PROBLEM, f"another package of that name, not CLIP's code: {where}", mend)
         return
-    published = _version("clip-anytorch")
     what = f"clip-anytorch {published}" if published and "site-packages" in where else "a checkout's own"
     yield Check("clip", FINE, f"{what}, {where}")
     if what.startswith("clip-anytorch") and not satisfies(_version("setuptools") or "0", SETUPTOOLS):
