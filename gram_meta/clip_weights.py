@@ -129,7 +129,9 @@ def _told(error: Exception) -> str:
 
 def _file_of(folder: Path) -> Path:
     for config, files in (_HUGGING_FACE, _OPEN_CLIP):
-        if (folder / config).is_file():
+        if (folder / config).is_file() and (
+            config == _OPEN_CLIP[0] or "model_type" in _config(folder / config)
+        ):
             for file in files:
                 if (folder / file).is_file():
                     return folder / file
@@ -203,9 +205,13 @@ def _config_beside(file: Path, name: str, path: Path) -> dict[str, Any]:
             f"{path}: expected {name} beside it, which says what weights do not (the activation, the number of heads), "
             f"found none; for a model that computes as OpenAI's does, {least} is enough"
         )
-    config = read_json(beside)
+    return _config(beside)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    config = read_json(path)
     if not isinstance(config, dict):
-        raise GramError(f"{beside}: expected an {name} of keys and values, found {type(config).__name__}")
+        raise GramError(f"{path}: expected keys and values, found {type(config).__name__}")
     return config
 
 

@@ -104,6 +104,8 @@ def export(meta: PathLike, path: PathLike, trainer: str = "") -> Exported:
     Raises:
         GramError: no such trainer, or one that learns what the meta-checkpoint does not hold.
     """
+    if Path(path).is_dir():
+        raise GramError(f"{path}: expected the name of a file to write, found a folder")
     checkpoint = load_meta_checkpoint(meta)
     trainer = trainer or _plain_trainer(checkpoint)
     if trainer not in TARGETS:

@@ -324,19 +324,20 @@ def open_clip_config(**changes):
     return json.dumps(config)
 
 
-def test_hugging_face_names_in_a_folder_or_a_file(tmp_path, backbone, weights):
+def test_hugging_face_names_in_a_folder_or_a_file(tmp_path, weights):
     from safetensors.torch import save_file
 
+    weights = {key: value + 0.01 * torch.randn_like(value) for key, value in weights.items()}  # no two alike
     other = in_hugging_face_names(weights)
     assert not set(other) & set(weights) - {"logit_scale"}
     folder = tmp_path / "clip-hf"
     folder.mkdir()
     (folder / "config.json").write_text(hugging_face_config())
     torch.save(other, folder / "pytorch_model.bin")
-    assert load_backbone(str(folder)).fingerprint == backbone.fingerprint  # the very same values
-    assert load_backbone(str(folder / "pytorch_model.bin")).fingerprint == backbone.fingerprint
+    assert load_backbone(str(folder)).fingerprint == fingerprint(weights)  # the very same values
+    assert load_backbone(str(folder / "pytorch_model.bin")).fingerprint == fingerprint(weights)
     save_file({key: value + 1 for key, value in other.items()}, folder / "model.safetensors")
-    assert load_backbone(str(folder)).fingerprint != backbone.fingerprint  # safetensors come first
+    assert load_backbone(str(folder)).fingerprint != fingerprint(weights)  # safetensors come first
 
 
 def test_weights_in_parts_load(tmp_path, backbone, weights):
@@ -368,6 +369,10 @@ def test_open_clips_names_with_and_without_prefixes(tmp_path, backbone, weights,
 def test_a_folder_of_open_clips_hub(tmp_path, backbone, weights):
     torch.save(weights, tmp_path / "open_clip_pytorch_model.bin")
     (tmp_path / "open_clip_config.json").write_text(open_clip_config())
+    assert load_backbone(str(tmp_path)).fingerprint == backbone.fingerprint
+    # timm's folders hold the image tower alone beside it, with a config of their own
+    torch.save({"blocks.0.attn.qkv.weight": torch.zeros(2)}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_base_patch16_clip_224"}))
     assert load_backbone(str(tmp_path)).fingerprint == backbone.fingerprint
 
 
@@ -461,6 +466,15 @@ def test_a_longer_context_and_a_bigger_vocabulary_serve(tmp_path, weights):
     )
 
 
+def unlike(model):
+    """Every parameter moved at random: fresh layer norms are all alike, and mixing them up would go unseen."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim():
+                parameter += 0.05 * torch.randn_like(parameter)
+    return model
+
+
 def test_features_equal_transformers_own(tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     tower = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -470,8 +484,8 @@ def test_features_equal_transformers_own(tmp_path):
         projection_dim=64,
     )
     torch.manual_seed(0)
-    theirs = transformers.CLIPModel(config).double().eval()
-    theirs.float().save_pretrained(tmp_path)
+    theirs = transformers.CLIPModel(config).eval()
+    unlike(theirs).save_pretrained(tmp_path)
     theirs.double()
     ours = load_backbone(str(tmp_path), precision="fp64")
     texts, images = ["a photo of a cat.", "two very small dogs"], torch.randn(3, 3, 32, 32).double()
@@ -490,7 +504,7 @@ def test_features_equal_open_clips_own(tmp_path, kind):
     text = {"context_length": 77, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 2}
     torch.manual_seed(0)
     theirs = getattr(module, kind)(64, vision, text, quick_gelu=True).eval()
-    torch.save(theirs.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    torch.save(unlike(theirs).state_dict(), tmp_path / "open_clip_pytorch_model.bin")
     config = {"model_cfg": {"embed_dim": 64, "quick_gelu": True, "vision_cfg": vision, "text_cfg": text}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     ours = load_backbone(str(tmp_path), precision="fp64")
