@@ -4,6 +4,8 @@ It may stand before or after the imports of Dassl and of the checkout's own trai
 registers under a name that this project has too (`CoOp`, `VPT`, `OxfordPets`) is what that name means; its `clip`,
 `trainers` and `datasets` are the ones that are imported. docs/PLUGIN.md tells the whole of it.
 
+    python -m gram_meta.plugin SCRIPT ARGUMENTS     any script of a checkout, with this line before its first
+
 `trainers/` and `datasets/` stand at the top of the repository and are installed inside the package. This is the one
 place in the package that imports them.
 """
@@ -68,3 +70,10 @@ def _package(name: str) -> ModuleType:
 register()
 do_without_their_packages()
 say_bad_input_in_a_line()
+
+if __name__ == "__main__":
+    from gram_meta.engine import checkout
+
+    if len(sys.argv) < 2 or not Path(sys.argv[1]).is_file():
+        sys.exit("usage: python -m gram_meta.plugin SCRIPT ARGUMENTS; expected a script that is there")
+    sys.exit(checkout.run(Path(sys.argv[1]), sys.argv[2:]))

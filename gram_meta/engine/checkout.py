@@ -27,14 +27,16 @@ def find_train_py(folder: str | Path = ".") -> Path | None:
 
 
 def train_py_for(flags: Sequence[str]) -> Path | None:
-    """The train.py that `gram train FLAGS` runs: that of the checkout it is started in; None: this project's own."""
-    return None if {"-h", "--help"} & set(flags) else find_train_py()
+    """The train.py that `gram train FLAGS` runs, said on stderr: that of the checkout it is started in; None: our own."""
+    script = None if {"-h", "--help"} & set(flags) else find_train_py()
+    if script is not None:
+        print(f"gram train: {script}, with the trainers and options of gram_meta added", file=sys.stderr)
+    return script
 
 
 def run(script: Path, flags: Sequence[str]) -> int:
-    """Run a checkout's train.py as `python train.py FLAGS` would, with the plugin imported before it."""
-    print(f"gram train: {script}, with the trainers and options of gram_meta added", file=sys.stderr)
-    folder = str(script.parent)
+    """Run a script of a checkout as `python SCRIPT FLAGS` would, with the plugin imported before it."""
+    folder = str(script.resolve().parent)
     sys.argv = [str(script), *flags]
     sys.path.insert(0, folder)
     _forget_namesakes(folder)
