@@ -224,13 +224,17 @@ def rates(optimizer, scheduler, epochs):
 facts["rates"] = rates(*build(), 6)
 optimizer, scheduler = build()
 rates(optimizer, scheduler, 3)
-torch.save({"state_dict": {}, "o": optimizer.state_dict(), "s": scheduler.state_dict(), "x": Touch(), "old": scheduler.successor}, "saved")
+unmended = {key: value for key, value in vars(scheduler).items() if key != "optimizer"}
+torch.save({"state_dict": {}, "o": optimizer.state_dict(), "s": scheduler.state_dict(), "x": Touch(), "old": unmended}, "saved")
 state = dassl.engine.trainer.load_checkpoint("saved")
 optimizer, scheduler = build()
 optimizer.load_state_dict(state["o"]); scheduler.load_state_dict(state["s"])
 facts["resumed"] = rates(optimizer, scheduler, 3)
+optimizer, scheduler = build()
+optimizer.load_state_dict(state["o"]); scheduler.load_state_dict(state["old"])
+facts["resumed from unmended"] = rates(optimizer, scheduler, 3)
 facts["executed"] = os.path.exists("was run")
-facts["records"] = [isinstance(state[key], Record) for key in ("x", "old")]
+facts["records"] = [isinstance(value, Record) for value in (state["x"], state["old"]["successor"])]
 
 evaluator = Classification(SimpleNamespace(TEST=SimpleNamespace(COMPUTE_CMAT=True, PER_CLASS_RESULT=False), OUTPUT_DIR="."))
 evaluator.process(torch.eye(2), torch.arange(2))
@@ -336,7 +340,7 @@ def test_each_repair_is_said_once_at_debug_level(broken):
 def test_warmup_schedules_build_and_go_on_after_a_resume(broken):
     _, facts = broken
     assert facts["rates"] == pytest.approx(COSINE, rel=1e-12)
-    assert facts["resumed"] == facts["rates"][3:]
+    assert facts["resumed"] == facts["resumed from unmended"] == facts["rates"][3:]
 
 
 def test_checkpoints_load_and_run_nothing(broken):
@@ -496,7 +500,8 @@ def test_the_published_dassl_is_mended(published):
     assert facts["still"] == []
     assert {"B2/B3", "B4", "B12"} <= {id for id, applied in facts["repairs"].items() if applied}
     assert facts["repairs"]["B1"] or int(torch.__version__.split(".")[1]) < 7
-    assert facts["rates"] == pytest.approx(COSINE, rel=1e-12) and facts["resumed"] == facts["rates"][3:]
+    assert facts["rates"] == pytest.approx(COSINE, rel=1e-12)
+    assert facts["resumed"] == facts["resumed from unmended"] == facts["rates"][3:]
     assert facts["executed"] is False and facts["records"] == [True, True]
     assert facts["matrix"] == [[1.0, 0.0], [0.0, 1.0]]
     assert facts["log"] == [False, "one"] and facts["mute"] == 0
