@@ -445,6 +445,30 @@ def test_a_flag_behind_the_options_is_told(flags, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("before", "opts", "says"),
+    [
+        (
+            ["--model-dir", "run"],
+            [],
+            "--model-dir says whose prompts to evaluate; expected --eval-only with it",
+        ),
+        (
+            ["--eval-only", "--load-epoch", "0"],
+            [],
+            "--load-epoch 0: expected --model-dir with it, found none",
+        ),
+        ([], ["OPTIM.MAX_EPOCH", 0], "OPTIM.MAX_EPOCH is 0; expected at least 1"),
+        ([], ["DATALOADER.TRAIN_X.BATCH_SIZE", 0], "DATALOADER.TRAIN_X.BATCH_SIZE is 0; expected at least 1"),
+        (["--eval-only"], ["DATALOADER.TEST.BATCH_SIZE", -1], "DATALOADER.TEST.BATCH_SIZE is -1"),
+    ],
+)
+def test_what_would_do_nothing_or_fail_late_is_told_first(flags, tmp_path, before, opts, says):
+    with pytest.raises(GramError, match=says) as error:
+        ours([*before, *flags("out", *opts)])
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
 # ---------------------------------------------------------------------------------------------------------- interchange
 
 

@@ -72,6 +72,10 @@ class ClipTrainer(TrainerX):
             raise GramError(
                 f"TRAINER.{self.node}.PREC is {precision!r}; expected one of {', '.join(PRECISIONS)}"
             )
+        for part in ("TRAIN_X", "TEST"):
+            size = cfg.DATALOADER[part].BATCH_SIZE
+            if size < 1:
+                raise GramError(f"DATALOADER.{part}.BATCH_SIZE is {size}; expected at least 1")
 
     def load_clip(self) -> Backbone:
         """The backbone that MODEL.BACKBONE.NAME names, on this trainer's device, in the precision asked for."""
@@ -448,6 +452,14 @@ class PromptTrainer(ClipTrainer):
 
     def facts(self) -> dict[str, Any]:
         return {} if self.meta_facts is None else {"meta_checkpoint": self.meta_facts}
+
+    def check_training(self) -> None:
+        super().check_training()
+        if self.cfg.OPTIM.MAX_EPOCH < 1:
+            raise GramError(
+                f"OPTIM.MAX_EPOCH is {self.cfg.OPTIM.MAX_EPOCH}; expected at least 1 (the start itself: --eval-only "
+                "without --model-dir)"
+            )
 
     def check_resume(self, directory: str) -> None:
         path = saved.last(directory)

@@ -141,6 +141,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         GramError: bad input, or an output folder that belongs to another run.
     """
+    _check_flags(args)
     if args.trainer:
         _check_names(trainer=args.trainer)  # before its config file is looked for
     cfg = setup_cfg(args)
@@ -201,6 +202,17 @@ def _start(cfg: Any, args: argparse.Namespace) -> None:
     print("************\n** Config **\n************")
     print(cfg)
     print(f"** System info **\n{engine.collect_env_info()}\nDassl: {engine.room()}\n")
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that would change nothing where they stand."""
+    if args.model_dir and not args.eval_only:
+        raise GramError(
+            "--model-dir says whose prompts to evaluate; expected --eval-only with it, or, to start a training from "
+            "them, the checkpoint as MODEL.INIT_WEIGHTS"
+        )
+    if args.load_epoch is not None and not args.model_dir:
+        raise GramError(f"--load-epoch {args.load_epoch}: expected --model-dir with it, found none")
 
 
 def _check_names(**names: str) -> None:
