@@ -351,6 +351,10 @@ def test_meta_checkpoints_and_their_backbones(metas, monkeypatch, tmp_path):
     checks = run(doctor.check_meta, meta=[str(metas / "good")], backbone="ViT-B/16")
     assert [check.state for check in checks] == [NOTE, PROBLEM]
     assert checks[0].mend == "train with --backbone random-tiny"
+    patient = Patient(
+        meta=[str(metas / "good")], backbone="a file", fingerprint="0" * 64
+    )  # loaded, other weights
+    assert [check.state for check in doctor.check_meta(patient)] == [NOTE, PROBLEM]
     for path in (metas / "bad", tmp_path / "gone"):
         assert run(doctor.check_meta, meta=[str(path)])[-1].state == PROBLEM
     monkeypatch.chdir(tmp_path)

@@ -94,7 +94,7 @@ def flags(case, data, out, metas, *opts):
         "--root", str(data), "--seed", "1", "--trainer", trainer, "--dataset-config-file", "emoji_food",
         "--output-dir", str(out), "MODEL.BACKBONE.NAME", "random-tiny", "INPUT.SIZE", "(32,32)",
         "INPUT.INTERPOLATION", "bicubic", "INPUT.TRANSFORMS", "('random_flip','normalize')",
-        "INPUT.PIXEL_MEAN", "[0.48145466,0.4578275,0.40821073]", "INPUT.PIXEL_STD", "[0.26862954,0.26130258,0.27577711]",
+        "INPUT.PIXEL_MEAN", "[0.5,0.4,0.3]", "INPUT.PIXEL_STD", "[0.26862954,0.26130258,0.27577711]",
         "DATASET.NUM_SHOTS", "2", "DATALOADER.TRAIN_X.BATCH_SIZE", "4", "DATALOADER.NUM_WORKERS", "0",
         "OPTIM.NAME", "sgd", "OPTIM.LR", "0.5", "OPTIM.MAX_EPOCH", "2", "TRAIN.CHECKPOINT_FREQ", "1",
         f"TRAINER.{NODES.get(trainer, 'COOP')}.PREC", "fp32", *CASES.get(case, ()), *opts,
