@@ -224,9 +224,10 @@ def test_a_file_of_the_checkout_wins(cfg, tmp_path, monkeypatch, capsys):
 
 def test_a_file_that_is_nowhere_names_the_nearest(typed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    typed("--trainer", "CoOpGRAM", "--dataset-config-file", "configs/datasets/dtdd.yaml")
-    with pytest.raises(GramError, match="dtdd.yaml.*did you mean 'datasets/dtd'"):
-        config_path("configs/datasets/dtdd.yaml")
+    for name in ("configs/datasets/dtdd.yaml", "dtdd"):
+        typed("--trainer", "CoOpGRAM", "--dataset-config-file", name)
+        with pytest.raises(GramError, match=f"{name}.*did you mean 'datasets/dtd'"):
+            config_path(name)
     with pytest.raises(GramError, match="did you mean 'trainers/CoOpGRAM/vit_b16_c4_ep10_batch32_ctxv1'"):
         config_path("vit_b16_c4_ep10_batch23_ctxv1")
 
@@ -518,9 +519,9 @@ raise SystemExit
 NEEDY = "import no_such_package.part\n\n\nclass Needy:\n    pass\n"
 
 
-@pytest.mark.parametrize("trainer", ["CoOp", "Needy"])
+@pytest.mark.parametrize("trainer", ["CoOp", "Needy", ""])
 def test_a_trainer_that_lacks_a_package(tmp_path, monkeypatch, capsys, typed, trainer):
-    """A note, unless it is the one that is asked for."""
+    """A note where another is asked for, the error where it is itself, or where nothing is."""
     folder = tmp_path / "trainers"
     folder.mkdir()
     (folder / "__init__.py").touch()
@@ -532,7 +533,7 @@ def test_a_trainer_that_lacks_a_package(tmp_path, monkeypatch, capsys, typed, tr
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     strangers.do_without_their_packages()
     typed("--trainer", trainer)
-    if trainer == "Needy":
+    if trainer != "CoOp":
         with pytest.raises(ModuleNotFoundError, match="no_such_package"):
             importlib.import_module("trainers.needy")
     else:
@@ -555,7 +556,7 @@ def test_the_line_stands_anywhere(tmp_path, place, own_clip):
     lines["last"] = lines.get("last", "") + PROBE
     folder = write_checkout(tmp_path / "checkout", own_clip=own_clip, **lines)
     (folder / "trainers" / "needy.py").write_text(NEEDY)
-    run = in_checkout(folder, "train.py")
+    run = in_checkout(folder, "train.py", "--trainer", "CoOpGRAM")
     assert run.returncode == 0, run.stdout + run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
     assert found["gram"]

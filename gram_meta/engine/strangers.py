@@ -20,7 +20,7 @@ OF_A_CHECKOUT = re.compile(r"trainers\.\w+")
 
 
 def do_without_their_packages() -> None:
-    """From now on `import trainers.x` without a package that it needs is a note, unless `--trainer` asks for it."""
+    """From now on `import trainers.x` without a package that it needs is a note, where `--trainer` asks for another."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
@@ -54,7 +54,8 @@ class _Loader(Loader):
             self.loader.exec_module(module)
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]
-            if not package or _there(package) or self._holds(module.__name__, flag("--trainer")):
+            asked = flag("--trainer")
+            if not package or _there(package) or not asked or self._holds(module.__name__, asked):
                 raise
             print(
                 f"Note: {module.__name__} needs the package {package}, which is not here; its trainers are left out",
