@@ -9,11 +9,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+ROOMS = {"GRAM_DASSL": "auto (the real Dassl where it imports)", "GRAM_CHECKOUTS": "none"}
+
 # `python -m pytest` puts the working directory first on the path, where `datasets/` hides Hugging Face's `datasets`.
 here = [entry for entry in sys.path if Path(entry or os.getcwd()).resolve() == ROOT]
 sys.path[:] = [entry for entry in sys.path if entry not in here] + here
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_report_header():
+    """Which Dassl is asked for, and where checkouts to try it on are (tests/test_real_dassl.py)."""
+    return [f"{name}: {os.environ.get(name) or default}" for name, default in ROOMS.items()]
 
 
 @pytest.fixture(scope="session")

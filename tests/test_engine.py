@@ -425,6 +425,8 @@ def test_samplers(images):
     for start in range(0, len(domains), 4):
         assert sorted(images[i].domain for i in domains[start : start + 4]) == [0, 0, 1, 1]
     assert len(set(domains)) == len(domains) == 12
+    every = list(build_sampler("SeqDomainSampler", data_source=images, batch_size=4))
+    assert [images[i].domain for i in every] == [0, 0, 1, 1] * 3 and len(set(every)) == 12
     classes = list(build_sampler("RandomClassSampler", data_source=images, batch_size=4, n_ins=2))
     for start in range(0, len(classes), 4):
         labels = [images[i].label for i in classes[start : start + 4]]

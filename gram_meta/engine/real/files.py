@@ -50,6 +50,7 @@ def _fails_or_executes() -> bool:
     """Try it on what an unmended warm-up scheduler saves, with something to execute beside it."""
     import torch
 
+    theirs = importlib.import_module("dassl.utils.torchtools").load_checkpoint
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     successor = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2)
     state = {"state_dict": {}, "epoch": 1, "scheduler": {"successor": successor}, "canary": _Canary()}
@@ -58,7 +59,7 @@ def _fails_or_executes() -> bool:
         path = os.path.join(folder, "model.pth.tar-1")
         try:
             torch.save(state, path)
-            importlib.import_module("dassl.utils.torchtools").load_checkpoint(path)
+            theirs(path)
         except Exception:
             return True
     return bool(_executed)

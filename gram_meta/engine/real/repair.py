@@ -32,10 +32,15 @@ class Repair:
         except Exception as error:  # a Dassl that has no such part, or another one
             logger.debug("Dassl, %s: nothing to try (%s: %s)", self.id, type(error).__name__, error)
             return
-        if found:
+        if not found:
+            return
+        try:
             self.mend()
-            self.applied = True
-            logger.debug("Dassl repaired, %s: %s", self.id, self.summary)
+        except Exception as error:  # a fork of Dassl that is broken in another way
+            logger.warning("Dassl, %s could not be mended (%s: %s)", self.id, type(error).__name__, error)
+            return
+        self.applied = True
+        logger.debug("Dassl repaired, %s: %s", self.id, self.summary)
 
 
 def rebind(old: Any, new: Any) -> None:
