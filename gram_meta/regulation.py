@@ -184,7 +184,9 @@ class Regulation:
             self._warn(name)
             norms = s["gradient_norm"]
             line = f"{name} gradient norm {norms['q05']:.3g} / {norms['q50']:.3g} / {norms['q95']:.3g} (5, 50, 95 %)"
-            line += f", |R(g)|/|g| {s['mean_ratio']:.3g}, path of gamma*g {s['path_gated']:.3g} (net {s['net_gated']:.3g})"
+            if s["mean_ratio"] is not None:  # else every gradient was zero
+                line += f", |R(g)|/|g| {s['mean_ratio']:.3g}"
+            line += f", path of gamma*g {s['path_gated']:.3g} (net {s['net_gated']:.3g})"
             if "path_beta" in s:
                 line += (
                     f", path of beta {s['path_beta']:.3g} (net {s['net_beta']:.3g}), gamma {s['gamma_mean']:.3g} "

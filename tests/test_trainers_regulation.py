@@ -282,6 +282,18 @@ def test_several_layers_and_optimisers_are_regulated_once_each(regulator):
     assert torch.allclose(before - first, gradients[0], atol=1e-6)  # raw again
 
 
+def test_a_run_whose_gradients_were_all_zero_has_a_line():
+    """Two class names that CLIP cannot tell apart: the loss is flat."""
+    parameter = torch.nn.Parameter(torch.zeros(2, WIDTH))
+    regulation = Regulation({"text": parameter})
+    optimizer = torch.optim.SGD([parameter], 0.1)
+    regulation.attach(optimizer)
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    (line,) = regulation.lines()
+    assert "gradient norm 0 / 0 / 0" in line and "|R(g)|" not in line
+
+
 def test_far_gradients_are_told_once_and_looked_for_ever_more_rarely(regulator, capsys, monkeypatch):
     looked = []
     quantile = module._quantile
