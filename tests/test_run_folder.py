@@ -346,6 +346,33 @@ def test_a_missing_run_or_epoch_says_what_is_there(flags, tmp_path):
     assert "text.pth: expected a checkpoint" in no_start(tmp_path / "text.pth")
 
 
+def test_what_cannot_begin_in_a_train_py_leaves_no_folder(flags, tmp_path):
+    """As CoOp's scripts would take the folder for a result."""
+    train_py(flags("run"))
+    tested = ["--eval-only", "--model-dir", str(tmp_path / "run"), "--load-epoch", "7", *flags("out")]
+    with pytest.raises(GramError, match=r"epoch 7 \(--load-epoch\), found epochs 1"):
+        train_py(tested)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(GramError, match="TRAINER.COOP.PREC"):
+        train_py(flags("out", "TRAINER.COOP.PREC", "fp8"))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(GramError, match="TRAINER.GRAM.CHECKPOINT is empty"):
+        train_py(flags("out", trainer="CoOpGRAM"))
+    assert not (tmp_path / "out").exists()
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/notes").write_text("somebody's")
+    with pytest.raises(GramError, match="found epochs 1"):
+        train_py(tested)
+    assert set(contents(tmp_path / "out")) == {"notes"}
+
+    trainer, printed = train_py(flags("another"))  # one that has begun keeps its log
+    before = contents(tmp_path / "another")
+    with pytest.raises(GramError, match="found epochs 1"):
+        trainer.load_model(str(tmp_path / "run"), epoch=7)
+    assert contents(tmp_path / "another") == before
+
+
 def test_resume_of_something_that_is_not_there_leaves_no_folder(flags, tmp_path):
     ours(flags("run", trainer="CoOp"))
     with pytest.raises(

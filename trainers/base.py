@@ -58,7 +58,8 @@ class ClipTrainer(TrainerX):
         run_folder.check_options(cfg)
         if cfg.TRAIN.DETERMINISTIC:
             make_deterministic()
-        super().__init__(cfg)
+        with run_folder.nothing_left(cfg):
+            super().__init__(cfg)
         self._remember_metrics()
 
     @property
@@ -114,7 +115,8 @@ class ClipTrainer(TrainerX):
 
     def train(self) -> None:
         """Train and test, where the output folder is free for it; a run that is finished there is not repeated."""
-        self.check_training()
+        with run_folder.nothing_left(self.cfg):
+            self.check_training()
         folder = run_folder.begin(self.cfg, Doing())
         if folder is None:
             return
@@ -511,6 +513,10 @@ class PromptTrainer(ClipTrainer):
         if not directory:
             print("Note that load_model() is skipped as no pretrained model is given")
             return
+        with run_folder.nothing_left(self.cfg):
+            self._load_epoch(directory, epoch)
+
+    def _load_epoch(self, directory: str, epoch: int | None) -> None:
         path, why = saved.choose(directory, epoch)
         if why:
             print(f"No epoch named (--load-epoch): {path.name} is taken, {why}")

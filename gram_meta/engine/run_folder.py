@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -99,6 +99,27 @@ def begin(cfg: Any, task: Task, again: bool = False) -> OutputFolder | None:
     folder.claim()
     _one_log(path)
     return folder
+
+
+@contextmanager
+def nothing_left(cfg: Any) -> Iterator[None]:
+    """What stops a run before its first step leaves no log behind, nor a folder for it alone.
+
+    CoOp's scripts take a folder that is there for a result, and would skip the run once its options are mended.
+    """
+    try:
+        yield
+    except GramError:
+        folder = Path(cfg.OUTPUT_DIR)
+        logs = _logs_in(folder)
+        for stream in logs:
+            stream.flush()
+        paths = [path for stream in logs if (path := _path_of(stream)) is not None]
+        if paths and all(_failed_to_start(path) for path in paths):
+            _drop_logs(folder)
+            with suppress(OSError):  # something else is in it
+                folder.rmdir()
+        raise
 
 
 def stored_accuracy(cfg: Any) -> float:
