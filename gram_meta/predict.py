@@ -29,7 +29,7 @@ from PIL import Image
 
 from gram_meta.backbone import PACKAGED, Backbone, load_backbone
 from gram_meta.config import as_dict
-from gram_meta.corpus.images import BROKEN, BadImage, as_rgb, read_image
+from gram_meta.corpus.images import BROKEN, BadImage, as_rgb, images_of, read_image
 from gram_meta.corpus.readers import IMAGE_SUFFIXES
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike
@@ -279,15 +279,7 @@ def _loader(
         num_workers=workers,
         collate_fn=_collate,
     )
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise GramError(
-            f"reading images: a worker process died ({str(error).splitlines()[0]}); expected enough memory for "
-            f"{workers} of them, try --workers 0"
-        ) from None
+    yield from images_of(loader, f"expected enough memory for {workers} of them, try --workers 0")
 
 
 def _name(source: Source) -> str:

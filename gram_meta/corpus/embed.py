@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from gram_meta.corpus import store as layout
-from gram_meta.corpus.images import DIGEST_BYTES, NOT_FINITE, REASONS, ImageFiles, collate
+from gram_meta.corpus.images import DIGEST_BYTES, NOT_FINITE, REASONS, ImageFiles, collate, images_of
 from gram_meta.corpus.index import Index, write_index
 from gram_meta.corpus.readers import Source, open_source
 from gram_meta.corpus.store import PairStore, read_manifest, store_fingerprint
@@ -312,15 +312,8 @@ def _image_batches(
     loader: DataLoader[Any] = DataLoader(
         cast(Any, files), batch_sampler=_Lists(locations), num_workers=workers, collate_fn=collate
     )
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise GramError(
-            f"reading images: a worker process died ({str(error).splitlines()[0]}); what is done is kept: run "
-            "the same command again, with fewer workers if memory was short"
-        ) from None
+    advice = "what is done is kept: run the same command again, with fewer workers if memory was short"
+    yield from images_of(loader, advice)
 
 
 class _Lists:

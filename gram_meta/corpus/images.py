@@ -5,16 +5,22 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import signal
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from gram_meta.errors import GramError
+
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 MAX_PIXELS = 89_478_485  # Pillow's own line for a decompression bomb, a quarter of a gigabyte as RGB
 MAX_BYTES = 512 << 20
@@ -34,6 +40,31 @@ DIGEST_BYTES = 16
 
 class BadImage(Exception):
     """An image that cannot be used; the message is one of `REASONS`."""
+
+
+def images_of(loader: Iterable[T], advice: str) -> Iterator[T]:
+    """What a `DataLoader` gives; a process of it that died, mostly of memory, is a `GramError` that ends in `advice`."""
+    try:
+        yield from _told_when_asked(loader)
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        error.__traceback__ = None  # it holds the loader: let go of its other processes now
+        raise GramError(f"reading images: a worker process died ({first}); {advice}") from None
+
+
+def _told_when_asked(loader: Iterable[T]) -> Iterator[T]:
+    """An iterator of `loader` that tells of dead workers when it is asked for more, within seconds.
+
+    torch tells of them by a signal as well, whose error comes up in whatever the main thread is doing just then.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        return iter(loader)
+    handler = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(loader)
+    signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+    return iterator
 
 
 def read_image(path: str | os.PathLike[str]) -> tuple[Image.Image, bytes]:
