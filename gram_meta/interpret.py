@@ -19,6 +19,7 @@ from gram_meta.coop_log import read_log
 from gram_meta.engine.checkpoints import read_checkpoint
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike, read_json
+from gram_meta.run_reader import options_of
 
 META = "best.safetensors"  # of a folder of `gram pretrain`
 
@@ -294,7 +295,8 @@ def _checkpoint_in(run: Path, epoch: int | None) -> Path:
         for it in folder.glob("model.pth.tar-*")
         if (suffix := it.name.rpartition("-")[2]).isdigit()
     )
-    if epoch is None and best.is_file() and (not epochs or _final_model(run) in ("best_val", "")):
+    ends_with = options_of(run).get("TEST.FINAL_MODEL", "")
+    if epoch is None and best.is_file() and (not epochs or ends_with in ("best_val", "")):
         return best
     if not epochs or (epoch is not None and epoch not in epochs):
         asked = "any epoch" if epoch is None else f"epoch {epoch}"
@@ -309,13 +311,3 @@ def _model_dir(run: Path) -> Path | None:
         log = read_log(run / LOG) if (run / LOG).is_file() else None
         named = log.arguments.get("model_dir") if log else None
     return Path(named) if named and Path(named).is_dir() and Path(named).resolve() != run.resolve() else None
-
-
-def _final_model(run: Path) -> str:
-    """TEST.FINAL_MODEL of a run: whether it is tested with its last epoch, or its best by validation; "" if not known."""
-    if (run / "results.json").is_file():
-        config = read_json(run / "results.json").get("config") or {}
-    else:
-        log = read_log(run / LOG) if (run / LOG).is_file() else None
-        config = log.config if log else {}
-    return str((config.get("TEST") or {}).get("FINAL_MODEL", ""))

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gram_meta.coop_log import FILE as LOG
 from gram_meta.coop_log import read_log
+from gram_meta.engine.run_folder import flat
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike, read_json
 
@@ -71,7 +72,7 @@ def read_saved(path: PathLike, epoch: int | None = None) -> Saved:
     if path.name == LEARNER and not (path / LEARNER).exists():
         path = path.parent
     if not (path / LEARNER).is_dir():
-        results, options = _results(path), _options(path)
+        results, options = _results(path), options_of(path)
         if results.get("model_dir"):
             return _of_evaluation(path, results, epoch)
         if options.get("TRAINER.NAME") == "ZeroshotCLIP":
@@ -98,7 +99,7 @@ def _of_checkpoint(path: Path, folder: Path | None) -> Saved:
         for name, value in tensors.items()
         if name.removeprefix("module.") not in CLASS_TENSORS
     }
-    options = (_options(folder) if folder else {}) | state.get("reads", {})
+    options = (options_of(folder) if folder else {}) | state.get("reads", {})
     saved = Saved(path, state.get("trainer") or options.get("TRAINER.NAME", ""), options, learned)
     saved.trainer = saved.trainer or _trainer_of(path, learned)
     saved.epoch = int(state.get("epoch") or 0)
@@ -169,23 +170,15 @@ def _results(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _options(folder: Path) -> dict[str, Any]:
+def options_of(folder: Path) -> dict[str, Any]:
     """Every option of a run by its full key: from results.json, run.json or, last, from the log."""
     results = _results(folder)
     if results.get("config"):
-        return dict(_flat(results["config"]))
+        return dict(flat(results["config"]))
     if (folder / "run.json").is_file():
         return dict(read_json(folder / "run.json").get("run", {}))
     log = read_log(folder / LOG) if (folder / LOG).is_file() else None
-    return dict(_flat(log.config)) if log else {}
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    return dict(flat(log.config)) if log else {}
 
 
 # ------------------------------------------------------------------------------------------------------ class names

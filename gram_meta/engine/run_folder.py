@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,7 +251,7 @@ def _identity(cfg: Any, task: Task) -> dict[str, Any]:
 
 
 def _options(cfg: Any) -> dict[str, Any]:
-    options = {key: value for key, value in _flat(as_dict(cfg)) if key not in INCIDENTAL}
+    options = {key: value for key, value in flat(as_dict(cfg)) if key not in INCIDENTAL}
     for key in ("TRAINER.GRAM.CHECKPOINT", "MODEL.INIT_WEIGHTS"):
         path = options.get(key)
         if path and os.path.isfile(path):
@@ -275,13 +275,14 @@ def _defaults() -> dict[str, Any]:
 
     cfg = engine.get_cfg_default()
     extend_cfg(cfg)
-    return dict(_flat(as_dict(cfg)))
+    return dict(flat(as_dict(cfg)))
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Options by their full keys ("TEST.SPLIT"); tuples as lists, as JSON has them."""
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
 
