@@ -16,6 +16,7 @@ COMMANDS = {
     "embed": "turn image-text pairs into a store of features",
     "cluster": "organise a store into topics and visual domains (CHC, Sec. 3.2)",
     "inspect": "look at a hierarchy: topics, words, domains, sizes",
+    "check-overlap": "near-duplicates between a corpus and the test images of datasets",
     "pretrain": "meta-learn a prompt and a gradient regulator from a hierarchy (Algorithm 1)",
     "eval-meta": "what a meta-checkpoint's adaptation does on held-out tasks, R on and off",
     "check-data": "which datasets are under a folder, what is missing or wrong, and where to get it",

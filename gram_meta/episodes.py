@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from yacs.config import CfgNode
 
 from gram_meta.backbone import Backbone
-from gram_meta.corpus.images import BadImage, read_image
+from gram_meta.corpus.images import BadImage
+from gram_meta.corpus.places import Places
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
 from gram_meta.prompts import (
@@ -85,7 +85,7 @@ class Episodes:
         self.text = ClassText(backbone, words, prompt.TEXT_TOKENS) if prompt.TEXT_TOKENS else None
         self.fixed = None if self.text else template_features(backbone, words, prompt.TEMPLATE)  # (L, D)
         if self.reads_pixels:
-            self.places = _Places(store.locations, Path(config.LOADER.IMAGE_ROOT or store.image_root))
+            self.places = store.places(config.LOADER.IMAGE_ROOT or None)
             self._check_images()
 
     def of(self, batches: Batches) -> Iterator[Episode]:
@@ -133,36 +133,26 @@ class Episodes:
         )
 
     def _check_images(self) -> None:
-        path = self.places(0)
-        if not path.is_file():
+        try:
+            self.places.reader.content(self.places.place(0))
+        except BadImage:
             raise GramError(
-                f"{path}: expected an image of {self.store.path}, found no such file; visual prompts are meta-trained on "
-                "pixels, so the images must stay readable (LOADER.IMAGE_ROOT says where they are now)"
-            )
+                f"{self.places.name(0)}: expected an image of {self.store.path}, found no such file; visual prompts are "
+                "meta-trained on pixels, so the images must stay readable (LOADER.IMAGE_ROOT says where they are now)"
+            ) from None
 
     def _to_device(self, images: Tensor) -> Tensor:
         """(B, K, n, 3, H, W) bytes, to be normalised where they are used."""
         return images.to(self.backbone.device, non_blocking=True)
 
 
-@dataclass(frozen=True)
-class _Places:
-    """Image number -> its file. All that a worker process needs of a store: no towers, no features go to it."""
-
-    locations: Sequence[str]
-    root: Path
-
-    def __call__(self, image: int) -> Path:
-        return self.root / self.locations[image]
-
-
 class _Decoded(Dataset[Any]):
     """Batch number -> its tasks, support and query images as bytes (B, K, n, 3, H, W), and what went wrong, if anything."""
 
     def __init__(
-        self, batches: Batches, path: Callable[[int], Path], transform: Callable[[Any], Tensor]
+        self, batches: Batches, places: Places, transform: Callable[[Any], Tensor]
     ) -> None:
-        self.batches, self.path, self.transform = batches, path, transform
+        self.batches, self.places, self.transform = batches, places, transform
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -184,11 +174,10 @@ class _Decoded(Dataset[Any]):
         return torch.stack([self._image(int(row)) for row in rows.reshape(-1)]).unflatten(0, rows.shape)
 
     def _image(self, row: int) -> Tensor:
-        path = self.path(row)
         try:
-            image, _ = read_image(path)
+            image, _ = self.places.image(row)
         except BadImage as reason:
-            raise GramError(f"{path}: expected the image that `gram embed` read, found {reason}") from None
+            raise GramError(f"{self.places.name(row)}: expected the image that `gram embed` read, found {reason}") from None
         return self.transform(image)  # (3, H, W)
 
 

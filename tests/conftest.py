@@ -31,6 +31,7 @@ def pixel_corpus(tmp_path_factory):
 
     from gram_meta.backbone import load_backbone
     from gram_meta.clustering.hierarchy import Hierarchy, Topic
+    from gram_meta.corpus.store import PairStore
 
     folder = tmp_path_factory.mktemp("corpus")
     backbone = load_backbone("random-tiny")
@@ -49,6 +50,7 @@ def pixel_corpus(tmp_path_factory):
             pass
 
     Store.locations = locations
+    Store.places = PairStore.places
     pair = np.arange(96)
     words = ["cat", "dog", "house", "tree", "boat", "lamp"]
     topics = [Topic(word, 1.0, [[word, 1.0]], 16, 16, [8, 8]) for word in words]

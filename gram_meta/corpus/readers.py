@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gram_meta.corpus.places import Place
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike, sha256_file
 
@@ -54,6 +55,26 @@ class Row(NamedTuple):
     location: str
     caption: str
     skip: str = ""
+    shard: str = ""  # with offset and size: of `Place`
+    offset: int = 0
+    size: int = 0
+
+    @property
+    def place(self) -> Place:
+        """Where the image lies."""
+        return Place(self.location, self.shard, self.offset, self.size)
+
+
+class Shard(NamedTuple):
+    """A part of a source that can be read by itself; no image of it is in another one.
+
+    Attributes:
+        name: the file, relative to the image root; "" for a source that is one piece.
+        rows: reads its rows, always in the same order.
+    """
+
+    name: str
+    rows: Callable[[], Iterator[Row]]
 
 
 @dataclass(frozen=True)
@@ -87,6 +108,10 @@ class Source:
         if self.kind == "parquet":
             return _parquet_rows(self)
         return _table_rows(self)
+
+    def shards(self) -> list[Shard]:
+        """The parts that can be read by themselves, in their order; `rows` is their rows, one after the other."""
+        return [Shard("", self.rows)]
 
     def identity(self) -> dict[str, Any]:
         """What has to stay the same when an interrupted run goes on."""

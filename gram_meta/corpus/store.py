@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from gram_meta.corpus.places import ImageReader, Places
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike, read_json
 
@@ -121,6 +122,10 @@ class PairStore:
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    def places(self, root: PathLike | None = None) -> Places:
+        """Where the images lie and how to read them; `root` is the folder they are in now, None: as they were embedded."""
+        return Places(ImageReader(Path(root or self.image_root)), self.locations)
 
     @property
     def clip_fingerprint(self) -> str:

@@ -1,0 +1,109 @@
+"""Where an image lies: a file, a member of a tar shard, or a row of a Parquet shard; and reading it from there.
+
+Readers give each image a `Place`. A store keeps them as columns of images.parquet, and `Places` reads any image of a
+store at random: meta-training with visual prompts draws them so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from gram_meta.corpus.images import BOMB, DIGEST_BYTES, EMPTY, MAX_BYTES, MISSING, BadImage, decode_image
+
+
+class Place(NamedTuple):
+    """One image.
+
+    Attributes:
+        location: its name, different from all others of a corpus: a path relative to the image root, or absolute; of a
+            shard's image the shard's path, a slash, and the member's name or the row's number.
+        shard: the tar or Parquet file it is in, as a path like `location`; "" for an image that is a file of its own.
+        offset: in a tar, the byte at which it begins; in a Parquet file, its row.
+        size: in a tar, its number of bytes.
+    """
+
+    location: str
+    shard: str = ""
+    offset: int = 0
+    size: int = 0
+
+
+class ImageReader:
+    """Reads images of `Place`s below a folder. Small, and may be copied into worker processes."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def content(self, place: Place) -> bytes:
+        """The bytes of the image file.
+
+        Raises:
+            BadImage: not there, empty, or too large to be a photograph.
+        """
+        if place.shard:
+            return self._from_shard(place)
+        path = self.root / place.location
+        try:
+            if os.path.getsize(path) > MAX_BYTES:
+                raise BadImage(BOMB)
+            content = path.read_bytes()
+        except (OSError, ValueError):  # nothing there, a folder, no permission, a name too long
+            raise BadImage(MISSING) from None
+        if not content:
+            raise BadImage(EMPTY)
+        return content
+
+    def image(self, place: Place) -> tuple[Image.Image, bytes]:
+        """An image as upright 8-bit RGB (`images.decode_image`), and a digest (16 bytes) of its file's content.
+
+        Raises:
+            BadImage: with its reason.
+        """
+        content = self.content(place)
+        return decode_image(content), hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
+
+    def _from_shard(self, place: Place) -> bytes:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Places:
+    """The images of a store by their rows: all that a worker process needs of it, no features and no captions.
+
+    Attributes:
+        locations: m strings. shards: the different shards. shard_of: (m,) index into `shards`, -1: a file of its own;
+            None: all of them are. offsets, sizes: (m,) as in `Place`, or None.
+    """
+
+    reader: ImageReader
+    locations: Sequence[str]
+    shards: Sequence[str] = ()
+    shard_of: np.ndarray | None = None
+    offsets: np.ndarray | None = None
+    sizes: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.locations)
+
+    def place(self, row: int) -> Place:
+        if self.shard_of is None or self.shard_of[row] < 0:
+            return Place(self.locations[row])
+        assert self.offsets is not None and self.sizes is not None  # they come together
+        shard = self.shards[self.shard_of[row]]
+        return Place(self.locations[row], shard, int(self.offsets[row]), int(self.sizes[row]))
+
+    def image(self, row: int) -> tuple[Image.Image, bytes]:
+        """As `ImageReader.image`."""
+        return self.reader.image(self.place(row))
+
+    def name(self, row: int) -> str:
+        """What a message calls the image: its path, or its shard's path and its name in there."""
+        return str(self.reader.root / self.locations[row])
