@@ -1,0 +1,182 @@
+"""Where the time of a meta-training step goes: the towers, the regulator, the optimiser, waiting, and what is left.
+
+    profile = Profile()
+    with profile.watching(backbone, regulator):
+        for episode in episodes:
+            with profile.step():
+                ...forward, backward, and with profile.region("optimiser"): optimiser.step()
+    print(profile.table())
+
+A tower's backward pass, and the second one of exact second order, run inside autograd, far from the line that called the
+tower. So the prompt that goes into a tower and the features that come out of it pass through identities that note the
+time when values go through forwards, when gradients go through backwards, and when the gradients' own gradients do: what
+lies between the two identities belongs to the tower. Autograd works through the nodes of one tower in a row, as it takes
+the youngest first. The identities change no number.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IMAGE_TOWER, TEXT_TOWER, REGULATOR = "image tower", "text tower", "regulator"
+OPTIMISER, WAITING, EXCHANGE, EVALUATION = "optimiser", "waiting for images", "exchange", "held-out tasks"
+OTHER = "loss and the rest"
+TOWERS = (IMAGE_TOWER, TEXT_TOWER)
+ORDER = (*TOWERS, REGULATOR, OTHER, OPTIMISER, EXCHANGE, WAITING, EVALUATION)
+
+
+class Profile:
+    """Seconds by region, summed over steps.
+
+    Args:
+        device: of the towers; a GPU is waited for at every border between two regions, which costs it a little speed.
+        clock: seconds; `time.process_time` with one thread on a machine that others use too.
+
+    Attributes:
+        seconds: by region. steps: how many.
+    """
+
+    def __init__(
+        self, device: str | torch.device = "cpu", clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.seconds: dict[str, float] = {}
+        self.steps = 0
+        self._cuda = torch.device(device) if torch.device(device).type == "cuda" else None
+        self._clock = clock
+        self._region: str | None = None  # None: outside of all that is measured
+        self._fixed = False  # inside a region whose parts are not told apart
+        self._since = 0.0
+
+    # --- measuring ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """One step; what is in no other region is `OTHER`."""
+        self._go(OTHER)
+        try:
+            yield
+        finally:
+            self._go(None)
+            self.steps += 1
+
+    @contextmanager
+    def region(self, name: str) -> Iterator[None]:
+        """All inside counts for `name`, the towers' work too."""
+        before, fixed = self._region, self._fixed
+        self._go(name)
+        self._fixed = True
+        try:
+            yield
+        finally:
+            self._fixed = fixed
+            self._go(before)
+
+    @contextmanager
+    def watching(self, backbone: Any, regulator: Any = None) -> Iterator[None]:
+        """The towers of this backbone, and this regulator, note their time."""
+        watched = [(backbone, "encode_images", IMAGE_TOWER), (backbone, "encode_text", TEXT_TOWER)]
+        if regulator is not None:
+            watched.append((regulator, "forward", REGULATOR))
+        for owner, method, name in watched:
+            setattr(owner, method, self._noting(getattr(owner, method), name))
+        try:
+            yield
+        finally:
+            for owner, method, _ in watched:
+                delattr(owner, method)  # the class's own is found again
+
+    # --- results ------------------------------------------------------------------------------------------------------
+
+    def share_outside_towers(self) -> float:
+        """Of the steps' time without held-out tasks, what was spent neither in a tower's forward nor in its backward."""
+        spent = {name: seconds for name, seconds in self.seconds.items() if name != EVALUATION}
+        return 1 - sum(spent.get(name, 0.0) for name in TOWERS) / max(sum(spent.values()), 1e-12)
+
+    def rows(self) -> list[tuple[str, float, float]]:
+        """Region, seconds a step, share of a step; held-out tasks, which are not part of a step, have their sum and no share."""
+        whole = sum(seconds for name, seconds in self.seconds.items() if name != EVALUATION)
+        names = [name for name in ORDER if name in self.seconds]
+        names += [name for name in self.seconds if name not in ORDER]
+        return [
+            (name, self.seconds[name] / max(self.steps, 1), self.seconds[name] / max(whole, 1e-12))
+            for name in names
+            if name != EVALUATION
+        ]
+
+    def table(self) -> str:
+        """Markdown."""
+        lines = [f"| {self.steps} steps | ms a step | share |", "| --- | ---: | ---: |"]
+        lines += [
+            f"| {name} | {1000 * each:.2f} | {100 * share:.1f} % |" for name, each, share in self.rows()
+        ]
+        whole = sum(each for _, each, _ in self.rows())
+        lines.append(
+            f"| a step | {1000 * whole:.2f} | outside the towers {100 * self.share_outside_towers():.1f} % |"
+        )
+        if EVALUATION in self.seconds:
+            lines.append(f"| {EVALUATION}, once | {1000 * self.seconds[EVALUATION]:.0f} | |")
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Fit for JSON."""
+        return {
+            "steps": self.steps,
+            "seconds": dict(self.seconds),
+            "share_outside_towers": self.share_outside_towers(),
+        }
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _go(self, region: str | None) -> None:
+        """From here on time belongs to `region`."""
+        if self._cuda is not None:
+            torch.cuda.synchronize(self._cuda)
+        now = self._clock()
+        if self._region is not None:
+            self.seconds[self._region] = self.seconds.get(self._region, 0.0) + now - self._since
+        self._region, self._since = region, now
+
+    def _cross(self, region: str) -> None:
+        """Values or gradients go through a border: into a watched part, or out of it into `OTHER`."""
+        if self._region is not None and not self._fixed:
+            self._go(region)
+
+    def _noting(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = self._marked((args, kwargs), name, OTHER)
+            self._cross(name)
+            out = self._marked(function(*args, **kwargs), OTHER, name)
+            self._cross(OTHER)
+            return out
+
+        return noted
+
+    def _marked(self, value: Any, onward: str, backward: str) -> Any:
+        """Every tensor with a gradient, in tuples and dicts too, through an identity that notes the time."""
+        if isinstance(value, Tensor):
+            return _Border.apply(value, self, onward, backward) if value.requires_grad else value
+        if isinstance(value, tuple):
+            return tuple(self._marked(item, onward, backward) for item in value)
+        if isinstance(value, dict):
+            return {key: self._marked(item, onward, backward) for key, item in value.items()}
+        return value
+
+
+class _Border(torch.autograd.Function):
+    """The identity; it tells the profile which region comes next, also for gradients, and for gradients of gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, profile: Profile, onward: str, backward: str) -> Tensor:
+        ctx.profile, ctx.onward, ctx.back = profile, onward, backward
+        profile._cross(onward)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _Border.apply(grads[0], ctx.profile, ctx.back, ctx.onward), None, None, None
