@@ -3,16 +3,22 @@
     torchrun --nproc_per_node 4 -m gram_meta embed ...
 
 `job()` joins the others and says who is who. Results travel through gloo on CPUs and nccl between GPUs.
+
+When one of them fails, it says so to the others, which then end as well, without a word: one sentence is enough.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from gram_meta.errors import GramError
 
 if TYPE_CHECKING:
     import torch
@@ -46,10 +52,18 @@ class Job:
         """Every size-th item, from the rank-th on: what of a list is this process's."""
         return items[self.rank :: self.size]
 
-    def wait(self) -> None:
-        """Go on when all have come here."""
-        if self.size > 1:
-            self.gather(None)  # a barrier of nccl would occupy a GPU that the towers do not use yet
+    def wait(self, meanwhile: Callable[[], None] | None = None) -> None:
+        """Go on when all have come here; `meanwhile` is called a few times a second until then."""
+        if self.size == 1:
+            return
+        import torch.distributed as dist
+
+        with self._with_others():  # over gloo: a barrier of nccl would occupy a GPU that the towers do not use yet
+            work = dist.barrier(group=_on_cpu(), async_op=True)
+            while meanwhile is not None and not work.is_completed():
+                meanwhile()
+                time.sleep(0.2)
+            work.wait()
 
     def gather(self, value: T) -> list[T]:
         """What each process brings, in the order of ranks; small picklable things, all on the CPU."""
@@ -58,7 +72,8 @@ class Job:
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=_on_cpu())
+        with self._with_others():
+            dist.all_gather_object(values, value, group=_on_cpu())
         return values
 
     def from_first(self, value: T) -> T:
@@ -68,8 +83,39 @@ class Job:
         import torch.distributed as dist
 
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=_on_cpu())
+        with self._with_others():
+            dist.broadcast_object_list(box, src=0, group=_on_cpu())
         return box[0]
+
+    def first(self, make: Callable[[], T]) -> T:
+        """What the first process makes, in all of them; where it fails, all end."""
+        return self.from_first(make() if self.is_first else None)  # type: ignore[return-value]
+
+    def count(self, name: str, amount: int = 0) -> int:
+        """Add to a number that the processes share, and return its sum so far, without waiting for anybody.
+
+        Also where a process that works by itself for long learns that another one has failed: then it ends.
+        """
+        if self.size == 1:
+            _alone[name] = _alone.get(name, 0) + amount
+            return _alone[name]
+        with self._with_others():
+            if _store.add(FAILED, 0):
+                raise SystemExit(STATUS)
+            return _store.add(name, amount)
+
+    @contextmanager
+    def _with_others(self) -> Iterator[None]:
+        """An exchange with the others; when they are gone, why is known from them, or said here."""
+        try:
+            yield
+        except RuntimeError as error:  # of gloo, of the store: no better kind is promised
+            if _has_failed():
+                raise SystemExit(STATUS) from None
+            raise GramError(
+                f"process {self.rank} of {self.size}: expected the others, found that one has ended "
+                f"({_told(error)}); what is done is kept: run the same command again"
+            ) from None
 
     def add(self, tensors: list[Tensor]) -> None:
         """Replace each tensor by its sum over all processes, in one exchange; same shapes everywhere."""
@@ -79,7 +125,8 @@ class Job:
         import torch.distributed as dist
 
         together = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        dist.all_reduce(together)
+        with self._with_others():
+            dist.all_reduce(together)
         parts = together.split([tensor.numel() for tensor in tensors])
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
@@ -115,8 +162,11 @@ def device_for(job: Job, name: str = "") -> str:
 def job(device: str | torch.device = "cpu") -> Iterator[Job]:
     """Join the processes that `torchrun` started with this one, and leave them at the end.
 
+    Where the block fails here, the others end at their next exchange: with exit status 2 and without a word. All but
+    the first log warnings only.
+
     Args:
-        device: where this process's tensors live; a GPU is bound to nccl.
+        device: where this process's tensors live, as `device_for` takes it; a GPU is bound to nccl.
     """
     here = ranks()
     if here.size == 1:
@@ -125,15 +175,49 @@ def job(device: str | torch.device = "cpu") -> Iterator[Job]:
     import torch
     import torch.distributed as dist
 
+    global _store, _gloo
+    device = torch.device(device_for(here, str(device)))
     backend = "gloo"
-    if torch.device(device).type == "cuda":
+    if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=PATIENCE)
+    try:
+        _store, rank, size = next(dist.rendezvous("env://", here.rank, here.size, timeout=PATIENCE))
+        _store.set_timeout(PATIENCE)
+        dist.init_process_group(
+            backend, store=dist.PrefixStore("job", _store), rank=rank, world_size=size, timeout=PATIENCE
+        )
+    except RuntimeError as error:
+        raise GramError(
+            f"process {here.rank} of {here.size}: expected to join the others, found {_told(error)}"
+        ) from None
+    muted = logging.root.manager.disable
+    if not here.is_first:
+        logging.disable(logging.INFO)
     try:
         yield here
+    except BaseException:
+        with suppress(RuntimeError):
+            _store.add(FAILED, 1)
+        raise
     finally:
+        logging.disable(muted)
+        _gloo = None
         dist.destroy_process_group()
+
+
+def _has_failed() -> bool:
+    """Whether one of the processes has said that it ends."""
+    try:
+        return bool(_store.add(FAILED, 0))
+    except RuntimeError:  # the store went with the process that held it
+        return False
+
+
+def _told(error: RuntimeError) -> str:
+    """The first sentence of what gloo or the store says, without the place in its source."""
+    text = " ".join(str(error).split())
+    return text.partition("] ")[2].partition(". ")[0] if text.startswith("[/") else text.partition(". ")[0][:200]
 
 
 def _on_cpu() -> Any:
@@ -148,4 +232,9 @@ def _on_cpu() -> Any:
     return _gloo
 
 
+FAILED = "gram/failed"
+STATUS = 2  # of a process that ends because another one has failed
+
+_store: Any = None
 _gloo: Any = None
+_alone: dict[str, int] = {}  # the numbers of a job of one process
