@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from gram_meta.errors import GramError
+
 if TYPE_CHECKING:
     from gram_meta.clustering.hierarchy import Hierarchy
 
@@ -12,7 +14,12 @@ HELP = """Look at a hierarchy: topics by size with words, scores and domains, an
 
 With --truth, a .tsv, .csv or .parquet file with the column image (perhaps caption) and any of concept, group,
 subgroup, style, hand and caption_is_wrong, it also says how well topics, domains and the filter agree with
-them."""
+them.
+
+With --html, one page for a browser instead: topics with images of every visual domain, a sampled task, what was dropped. It
+needs nothing but itself, and stays below 10 MB: with many topics fewer of them, or fewer images, are shown."""
+
+PAGE_TOPICS, TABLE_TOPICS = 50, 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,30 +27,65 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--topics",
         type=int,
-        default=20,
         metavar="N",
-        help="show the N largest (default: %(default)s; 0: all)",
+        help=f"show the N largest (default: {TABLE_TOPICS}, with --html {PAGE_TOPICS}; 0: all)",
     )
     parser.add_argument("--truth", metavar="FILE", help="table of known facts to compare with")
     parser.add_argument("--store", metavar="STORE", help="where the store lies now (default: where it was)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    page = parser.add_argument_group("the page")
+    page.add_argument("--html", metavar="PAGE.html", help="write a page with images")
+    page.add_argument(
+        "--image-root", metavar="FOLDER", help="where the images are now (default: where gram embed read them)"
+    )
+    page.add_argument(
+        "--images", type=int, default=8, metavar="N", help="of each visual domain (default: %(default)s)"
+    )
+    page.add_argument(
+        "--seed", type=int, default=1, metavar="S", help="of the images, captions and the task (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     from gram_meta.clustering.hierarchy import Hierarchy
 
     hierarchy = Hierarchy.open(args.hierarchy)
+    if args.html and args.json:
+        raise GramError("--html and --json: expected one of them, found both")
     report = None
     if args.truth:
         from gram_meta.clustering.agreement import agreement, read_truth
 
         truth = read_truth(args.truth)
         report = agreement(hierarchy, hierarchy.open_store(args.store), truth)
-    if args.json:
-        print(as_json(hierarchy, args.topics, report))
+    if args.html:
+        print(_page(args, hierarchy, report))
+    elif args.json:
+        print(as_json(hierarchy, _or(args.topics, TABLE_TOPICS), report))
     else:
-        print(as_text(hierarchy, args.topics, report))
+        print(as_text(hierarchy, _or(args.topics, TABLE_TOPICS), report))
     return 0
+
+
+def _page(args: argparse.Namespace, hierarchy: Hierarchy, report: dict[str, Any] | None) -> str:
+    """Write the page; a line on what it came out as."""
+    from gram_meta.report.hierarchy_page import write_hierarchy_page
+
+    summary = write_hierarchy_page(
+        args.html,
+        hierarchy,
+        hierarchy.open_store(args.store),
+        _or(args.topics, PAGE_TOPICS),
+        args.images,
+        args.image_root,
+        args.seed,
+        _agreement(report) if report else "",
+    )
+    return f"{args.html}: {summary}"
+
+
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value
 
 
 def as_json(hierarchy: Hierarchy, topics: int, report: dict[str, Any] | None) -> str:
