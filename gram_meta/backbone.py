@@ -13,6 +13,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from gram_meta.clip_weights import PIXEL_MEAN, PIXEL_STD, build_clip, empty_clip, read_clip
 from gram_meta.errors import GramError
+from gram_meta.recompute import recomputed
 
 PACKAGED = "gram-small"  # the small CLIP that travels in this package
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -70,6 +72,8 @@ class Backbone(nn.Module):
         image_size: side of the square input in pixels.
         context_length: positions of the text tower (77).
         logit_scale: 1 / tau of Eq. 1, float32 scalar.
+        checkpointing: whether the activations of each transformer layer of both towers are computed again in the
+            backward pass instead of kept (False at first). Values and gradients stay the same, second derivatives too.
     """
 
     logit_scale: Tensor
@@ -86,6 +90,7 @@ class Backbone(nn.Module):
         self.image_size = int(model.visual.input_resolution)
         self.context_length = int(model.positional_embedding.shape[0])
         self.precision = precision
+        self.checkpointing = False
         self.register_buffer("logit_scale", model.logit_scale.detach().exp().to(_feature_dtype(precision)))
         self.model = _cast(model, PRECISIONS[precision]).requires_grad_(False)
         self.to(device).eval()
@@ -150,8 +155,10 @@ class Backbone(nn.Module):
         tokens = packing.pack(own)  # (T, d)
         *blocks, final = self.model.transformer.resblocks
         for block in blocks:
-            tokens, shared = _text_block(block, tokens, shared, packing)
-        last = _layer_norm(self.model.ln_final, _final_text_block(final, tokens, shared, packing))  # (G N, d)
+            tokens, *rest = self._layer(partial(_text_block, block, packing), tokens, *_given(shared))
+            shared = rest[0] if rest else None
+        last = self._layer(partial(_final_text_block, final, packing), tokens, *_given(shared))  # (G N, d)
+        last = _layer_norm(self.model.ln_final, last)
         features = last @ self.model.text_projection.to(last.dtype)  # (G N, D)
         return self._normalised(features).reshape(*lead, n, self.embed_dim)
 
@@ -202,10 +209,8 @@ class Backbone(nn.Module):
         x = _layer_norm(tower.ln_pre, x)
         *blocks, final = tower.transformer.resblocks
         for block in blocks:
-            query, key, value = _heads(block.attn, _layer_norm(block.ln_1, x))
-            x = x + _merge_heads(block.attn, F.scaled_dot_product_attention(query, key, value))
-            x = x + _mlp(block.mlp, _layer_norm(block.ln_2, x))
-        x = _final_image_block(final, x)  # (B, d)
+            x = self._layer(partial(_image_block, block), x)
+        x = self._layer(partial(_final_image_block, final), x)  # (B, d)
         x = _layer_norm(tower.ln_post, x)
         return self._normalised(x @ tower.proj.to(x.dtype))
 
@@ -227,6 +232,10 @@ class Backbone(nn.Module):
         """Bytes (..., 3, H, W) -> the tower's float32 input, on the same device."""
         mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (PIXEL_MEAN, PIXEL_STD))
         return (images.float() / 255 - mean) / std
+
+    def _layer(self, layer: Callable[..., Any], *inputs: Tensor) -> Any:
+        """One transformer layer; what it computes on the way is kept for the backward pass, or computed again."""
+        return recomputed(layer, *inputs) if self.checkpointing else layer(*inputs)
 
     def _normalised(self, features: Tensor) -> Tensor:
         return F.normalize(features.to(_feature_dtype(self.precision)), dim=-1)
@@ -353,6 +362,13 @@ def _mlp(mlp: Any, x: Tensor) -> Tensor:
     return torch.addmm(mlp.c_proj.bias, F.silu(hidden), mlp.c_proj.weight.T, alpha=1 / a).view_as(x)
 
 
+def _image_block(block: Any, x: Tensor) -> Tensor:
+    """One layer of the image tower: (B, L, d) -> (B, L, d)."""
+    query, key, value = _heads(block.attn, _layer_norm(block.ln_1, x))
+    x = x + _merge_heads(block.attn, F.scaled_dot_product_attention(query, key, value))
+    return x + _mlp(block.mlp, _layer_norm(block.ln_2, x))
+
+
 def _final_image_block(block: Any, x: Tensor) -> Tensor:
     """The last layer of the image tower, for the class token alone, as nothing else is read: (B, L, d) -> (B, d)."""
     normed = _layer_norm(block.ln_1, x)
@@ -393,9 +409,9 @@ class _Packing:
 
 
 def _text_block(
-    block: Any, tokens: Tensor, shared: Tensor | None, packing: _Packing
-) -> tuple[Tensor, Tensor | None]:
-    """One layer of the text tower over the texts' own tokens (T, d) and the shared ones (G, P, d)."""
+    block: Any, packing: _Packing, tokens: Tensor, shared: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """One layer of the text tower over the texts' own tokens (T, d) and, where there are any, the shared ones (G, P, d)."""
     attn = block.attn
     qkv = _projected(attn, _layer_norm(block.ln_1, tokens))  # (T, 3 d)
     query, key, value = _split_heads(attn, packing.unpack(qkv))  # (G, N, h, L, d / h)
@@ -409,10 +425,10 @@ def _text_block(
     )  # (G N, h, L, d / h)
     seen = packing.pack(seen.transpose(1, 2).flatten(2).unflatten(0, packing.shape[:2]))  # (T, d)
     tokens = tokens + F.linear(seen, attn.out_proj.weight, attn.out_proj.bias)
-    return tokens + _mlp(block.mlp, _layer_norm(block.ln_2, tokens)), shared
+    return tokens + _mlp(block.mlp, _layer_norm(block.ln_2, tokens)), *_given(shared)
 
 
-def _final_text_block(block: Any, tokens: Tensor, shared: Tensor | None, packing: _Packing) -> Tensor:
+def _final_text_block(block: Any, packing: _Packing, tokens: Tensor, shared: Tensor | None = None) -> Tensor:
     """The last layer, for the end tokens alone, as nothing else is read: (T, d) -> (G N, d)."""
     attn = block.attn
     normed = _layer_norm(block.ln_1, tokens)
@@ -427,6 +443,10 @@ def _final_text_block(block: Any, tokens: Tensor, shared: Tensor | None, packing
     )  # (G N, h, 1, d / h)
     last = tokens.index_select(0, packing.ends) + _merge_heads(attn, seen).squeeze(1)
     return last + _mlp(block.mlp, _layer_norm(block.ln_2, last))
+
+
+def _given(*tensors: Tensor | None) -> list[Tensor]:
+    return [x for x in tensors if x is not None]
 
 
 def _behind(shared: Tensor, own: Tensor) -> Tensor:
