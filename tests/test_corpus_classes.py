@@ -134,7 +134,7 @@ def test_unusable_collections_are_one_sentence(tmp_path):
         rows_of(tmp_path / "list", image_column="image")
     with pytest.raises(GramError, match="belongs to a folder of class folders"):
         open_source(tmp_path / "list", classnames=tmp_path / "names.txt")
-    with pytest.raises(GramError, match="expected auto or classes, found 'folders'"):
+    with pytest.raises(GramError, match="format: expected auto, .* found 'folders'"):
         open_source(tmp_path, format="folders")
     with pytest.raises(GramError, match="give --format classes"):
         list(open_source(tmp_path / "list").rows())

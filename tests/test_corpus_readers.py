@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gram_meta.corpus import images, readers, sentences
+from gram_meta.corpus import images, rows, sentences
 from gram_meta.corpus.images import BadImage, ImageFiles, collate, decode_image, read_image
-from gram_meta.corpus.readers import Row, open_source
+from gram_meta.corpus.readers import open_source
+from gram_meta.corpus.rows import Row
 from gram_meta.errors import GramError
 
 
@@ -27,12 +28,12 @@ def rows_of(path, **options):
     return list(open_source(path, **options).rows())
 
 
-def skips(rows):
-    return Counter(row.skip for row in rows if row.skip)
+def skips(found):
+    return Counter(row.skip for row in found if row.skip)
 
 
-def good(rows):
-    return [(row.location, row.caption) for row in rows if not row.skip]
+def good(found):
+    return [(row.location, row.caption) for row in found if not row.skip]
 
 
 # --- TSV ----------------------------------------------------------------------------------------------------
@@ -57,19 +58,19 @@ def test_tsv_reads_good_rows_and_counts_broken_ones(tmp_path):
     ]
     path = tmp_path / "pairs.tsv"
     path.write_bytes(b"\n".join(lines))
-    rows = rows_of(path)
-    assert good(rows) == [
+    found = rows_of(path)
+    assert good(found) == [
         ("a.jpg", "a dog"),
         ("a.jpg", "two dogs"),
         ("g.jpg", '"quoted at its start only'),
         ("j.jpg", "ein Käfer 🐞"),
     ]
-    assert skips(rows) == {
-        readers.EMPTY_CAPTION: 2,
-        readers.NO_IMAGE: 2,
-        readers.COLUMN_COUNT: 2,
-        readers.BAD_UTF8: 1,
-        readers.LONG_CAPTION: 1,
+    assert skips(found) == {
+        rows.EMPTY_CAPTION: 2,
+        rows.NO_IMAGE: 2,
+        rows.COLUMN_COUNT: 2,
+        rows.BAD_UTF8: 1,
+        rows.LONG_CAPTION: 1,
     }
 
 
@@ -145,14 +146,14 @@ def test_csv_reads_quoted_rows_and_counts_broken_ones(tmp_path):
         b"g.jpg,a bird\n"
         b'h.jpg,"never closed\n'
     )
-    rows = rows_of(path)
-    assert good(rows) == [
+    found = rows_of(path)
+    assert good(found) == [
         ("a.jpg", "a dog, and a cat"),
         ("b.jpg", "two lines"),
         ("c.jpg", 'she said "no"'),
         ("g.jpg", "a bird"),
     ]
-    assert skips(rows) == {readers.COLUMN_COUNT: 1, readers.BAD_UTF8: 1, readers.UNREADABLE: 2}
+    assert skips(found) == {rows.COLUMN_COUNT: 1, rows.BAD_UTF8: 1, rows.UNREADABLE: 2}
 
 
 @settings(max_examples=60, deadline=None)
@@ -173,17 +174,17 @@ def test_parquet_reads_good_rows_and_counts_broken_ones(tmp_path):
     broken = pa.array([b"a dog", b"bad \xff", None, b""]).cast(pa.binary()).view(pa.string())
     image = pa.array(["a.jpg", "b.jpg", "c.jpg", None])
     pq.write_table(pa.table({"image": image, "caption": broken}), path)
-    rows = rows_of(path)
-    assert good(rows) == [("a.jpg", "a dog")]
-    assert skips(rows) == {readers.BAD_UTF8: 1, readers.EMPTY_CAPTION: 1, readers.NO_IMAGE: 1}
+    found = rows_of(path)
+    assert good(found) == [("a.jpg", "a dog")]
+    assert skips(found) == {rows.BAD_UTF8: 1, rows.EMPTY_CAPTION: 1, rows.NO_IMAGE: 1}
 
 
 def test_parquet_with_several_captions_in_a_row(tmp_path):
     path = tmp_path / "pairs.parquet"
     pq.write_table(pa.table({"file": ["a.jpg", "b.jpg"], "captions": [["a dog", "", "one dog"], []]}), path)
-    rows = rows_of(path)
-    assert good(rows) == [("a.jpg", "a dog"), ("a.jpg", "one dog")]
-    assert skips(rows) == {readers.EMPTY_CAPTION: 2}
+    found = rows_of(path)
+    assert good(found) == [("a.jpg", "a dog"), ("a.jpg", "one dog")]
+    assert skips(found) == {rows.EMPTY_CAPTION: 2}
 
 
 def test_parquet_with_a_damaged_row_group_loses_no_more_than_it(tmp_path):
@@ -196,9 +197,9 @@ def test_parquet_with_a_damaged_row_group_loses_no_more_than_it(tmp_path):
     start = pq.ParquetFile(path).metadata.row_group(1).column(0).dictionary_page_offset
     content[start : start + 40] = bytes(40)
     path.write_bytes(content)
-    rows = rows_of(path)
-    assert skips(rows) == {readers.UNREADABLE: 10}
-    assert [location for location, _ in good(rows)] == names[:10] + names[20:]
+    found = rows_of(path)
+    assert skips(found) == {rows.UNREADABLE: 10}
+    assert [location for location, _ in good(found)] == names[:10] + names[20:]
 
 
 def test_parquet_with_images_inside_is_refused(tmp_path):
@@ -219,9 +220,9 @@ def test_folder_reads_captions_beside_images(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"bad \xff\ngood\n")
     (tmp_path / "b" / "c.txt").write_bytes(b" \n")
     (tmp_path / "b" / "d.txt").write_text("a dog")
-    rows = rows_of(tmp_path)
-    assert good(rows) == [("a.PNG", "good"), ("b/d.webp", "a dog"), ("z.jpg", "last"), ("z.jpg", "of all")]
-    assert skips(rows) == {readers.BAD_UTF8: 1, readers.EMPTY_CAPTION: 1, readers.NO_CAPTION_FILE: 1}
+    found = rows_of(tmp_path)
+    assert good(found) == [("a.PNG", "good"), ("b/d.webp", "a dog"), ("z.jpg", "last"), ("z.jpg", "of all")]
+    assert skips(found) == {rows.BAD_UTF8: 1, rows.EMPTY_CAPTION: 1, rows.NO_CAPTION_FILE: 1}
 
 
 def test_file_names_that_are_not_utf8_are_counted(tmp_path):
@@ -232,7 +233,7 @@ def test_file_names_that_are_not_utf8_are_counted(tmp_path):
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
     Path(tmp_path / "\udcff.txt").write_text("a dog")
-    assert skips(rows_of(tmp_path)) == {readers.BAD_UTF8: 1}
+    assert skips(rows_of(tmp_path)) == {rows.BAD_UTF8: 1}
 
 
 # --- images -------------------------------------------------------------------------------------------------
@@ -381,7 +382,7 @@ def test_sentence_bert_beside_foreign_folders(tmp_path):
         "assert not tried, tried;"
         "assert '' in sys.path and m.width == 384 and a @ b > 0.5 > 0.3 > a @ c, (a @ b, a @ c)"
     )
-    root = str(Path(readers.__file__).parents[2])
+    root = str(Path(rows.__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.append({root!r}); {code}"],
         cwd=tmp_path,
@@ -393,6 +394,6 @@ def test_sentence_bert_beside_foreign_folders(tmp_path):
 
 
 def test_rows_know_their_reasons():
-    assert readers.checked("a.jpg", "a dog") == Row("a.jpg", "a dog")
-    assert readers.checked(None, "a dog").skip == readers.NO_IMAGE
-    assert readers.checked("a.jpg", None).skip == readers.EMPTY_CAPTION
+    assert rows.checked("a.jpg", "a dog") == Row("a.jpg", "a dog")
+    assert rows.checked(None, "a dog").skip == rows.NO_IMAGE
+    assert rows.checked("a.jpg", None).skip == rows.EMPTY_CAPTION

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image-root", metavar="FOLDER", help="where image paths start from (default: the file's folder)")
     add(
         "--format",
-        choices=("auto", "classes"),
+        choices=("auto", "classes", "webdataset"),
         default="auto",
         help="classes: SOURCE is a folder of class folders, perhaps below train/ (default: %(default)s)",
     )

@@ -12,7 +12,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from gram_meta.corpus.readers import IMAGE_SUFFIXES, Row, Source, checked
+from gram_meta.corpus.readers import Source
+from gram_meta.corpus.rows import IMAGE_SUFFIXES, Row, checked
 from gram_meta.errors import GramError
 
 log = logging.getLogger(__name__)

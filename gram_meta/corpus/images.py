@@ -76,16 +76,24 @@ def read_image(path: str | os.PathLike[str]) -> tuple[Image.Image, bytes]:
     Raises:
         BadImage: with its reason.
     """
+    return with_digest(file_content(Path(path)))
+
+
+def file_content(path: Path) -> bytes:
+    """The bytes of an image file; raises `BadImage`: not there, empty, or too large to be a photograph."""
     try:
         if os.path.getsize(path) > MAX_BYTES:
             raise BadImage(BOMB)
-        content = Path(path).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise BadImage(MISSING) from None
-    except (OSError, ValueError):  # a folder, no permission, a name too long
+        content = path.read_bytes()
+    except (OSError, ValueError):  # nothing there, a folder, no permission, a name too long
         raise BadImage(MISSING) from None
     if not content:
         raise BadImage(EMPTY)
+    return content
+
+
+def with_digest(content: bytes) -> tuple[Image.Image, bytes]:
+    """The image in the bytes of a file (`decode_image`), and their digest."""
     return decode_image(content), hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 

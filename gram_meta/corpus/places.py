@@ -6,9 +6,7 @@ store at random: meta-training with visual prompts draws them so.
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from gram_meta.corpus.images import BOMB, DIGEST_BYTES, EMPTY, MAX_BYTES, MISSING, BadImage, decode_image
+from gram_meta.corpus.images import BOMB, BROKEN, EMPTY, MAX_BYTES, BadImage, file_content, with_digest
+from gram_meta.corpus.open_shards import TARS, TarFile
 
 
 class Place(NamedTuple):
@@ -37,41 +36,48 @@ class Place(NamedTuple):
 
 
 class ImageReader:
-    """Reads images of `Place`s below a folder. Small, and may be copied into worker processes."""
+    """Reads images of `Place`s below a folder. Small, and may be copied into worker processes.
 
-    def __init__(self, root: Path) -> None:
+    Attributes:
+        root: folder that locations and shards are relative to.
+        shard_sizes: shard -> its bytes when it was embedded, to see that it is still the same; None: not known.
+    """
+
+    def __init__(self, root: Path, shard_sizes: Mapping[str, int] | None = None) -> None:
         self.root = root
+        self.shard_sizes = shard_sizes or {}
 
     def content(self, place: Place) -> bytes:
         """The bytes of the image file.
 
         Raises:
             BadImage: not there, empty, or too large to be a photograph.
+            GramError: its shard is not there, or has changed: no image of it can be trusted.
         """
         if place.shard:
             return self._from_shard(place)
-        path = self.root / place.location
-        try:
-            if os.path.getsize(path) > MAX_BYTES:
-                raise BadImage(BOMB)
-            content = path.read_bytes()
-        except (OSError, ValueError):  # nothing there, a folder, no permission, a name too long
-            raise BadImage(MISSING) from None
-        if not content:
-            raise BadImage(EMPTY)
-        return content
+        return file_content(self.root / place.location)
 
     def image(self, place: Place) -> tuple[Image.Image, bytes]:
         """An image as upright 8-bit RGB (`images.decode_image`), and a digest (16 bytes) of its file's content.
 
         Raises:
             BadImage: with its reason.
+            GramError: as `content`.
         """
-        content = self.content(place)
-        return decode_image(content), hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
+        return with_digest(self.content(place))
 
     def _from_shard(self, place: Place) -> bytes:
-        raise NotImplementedError
+        if not place.size:
+            raise BadImage(EMPTY)
+        if place.size > MAX_BYTES:
+            raise BadImage(BOMB)
+        path, size = self.root / place.shard, self.shard_sizes.get(place.shard)
+        tar = TARS.get((path, size), lambda: TarFile(path, size))
+        try:
+            return tar.read(place.offset, place.size)
+        except OSError:  # the disk has lost this piece
+            raise BadImage(BROKEN) from None
 
 
 @dataclass(frozen=True)

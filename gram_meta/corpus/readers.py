@@ -1,4 +1,4 @@
-"""Where image-text pairs come from: a folder, or a TSV, CSV or Parquet file; class folders are read in `classes`.
+"""Where image-text pairs come from: shards, folders and files of many formats, and which of them a path holds.
 
 Every reader yields `Row`s in a fixed order and never fails on a bad row: the row comes out with the reason
 why it cannot be used, so that the caller can count it.
@@ -8,73 +8,39 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from gram_meta.corpus.places import Place
+from gram_meta.corpus.patterns import expand, is_pattern
+from gram_meta.corpus.rows import (
+    BAD_UTF8,
+    COLUMN_COUNT,
+    EMPTY_CAPTION,
+    IMAGE_SUFFIXES,
+    NO_CAPTION_FILE,
+    UNREADABLE,
+    Row,
+    Shard,
+    checked,
+)
+from gram_meta.corpus.tars import refuse_compressed, shard_rows
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike, sha256_file
 
 IMAGE_COLUMNS = ("image", "image_path", "path", "filename", "file_name", "filepath", "file")
 CAPTION_COLUMNS = ("caption", "captions", "text", "title")
-IMAGE_SUFFIXES = frozenset(
-    [
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".png",
-        ".webp",
-        ".gif",
-        ".bmp",
-        ".tif",
-        ".tiff",
-        ".ppm",
-        ".pgm",
-        ".avif",
-    ]
-)
-KINDS = {".tsv": "tsv", ".tab": "tsv", ".csv": "csv", ".parquet": "parquet", ".pq": "parquet"}
-FORMATS = ("auto", "classes")
-MAX_CAPTION = 10_000  # characters; a longer one is not a caption but a sign of a broken file
-
-NO_IMAGE = "no image name"
-NO_CAPTION_FILE = "no caption file"
-EMPTY_CAPTION = "empty caption"
-LONG_CAPTION = "caption too long"
-BAD_UTF8 = "bad UTF-8"
-COLUMN_COUNT = "wrong column count"
-UNREADABLE = "unreadable row"
-
-
-class Row(NamedTuple):
-    """One image-text pair as its source has it, or (in `skip`) the reason why it cannot be used."""
-
-    location: str
-    caption: str
-    skip: str = ""
-    shard: str = ""  # with offset and size: of `Place`
-    offset: int = 0
-    size: int = 0
-
-    @property
-    def place(self) -> Place:
-        """Where the image lies."""
-        return Place(self.location, self.shard, self.offset, self.size)
-
-
-class Shard(NamedTuple):
-    """A part of a source that can be read by itself; no image of it is in another one.
-
-    Attributes:
-        name: the file, relative to the image root; "" for a source that is one piece.
-        rows: reads its rows, always in the same order.
-    """
-
-    name: str
-    rows: Callable[[], Iterator[Row]]
+KINDS = {
+    ".tsv": "tsv",
+    ".tab": "tsv",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".tar": "webdataset",
+}
+FORMATS = ("auto", "classes", "webdataset")
 
 
 @dataclass(frozen=True)
@@ -82,11 +48,12 @@ class Source:
     """A source of pairs.
 
     Attributes:
-        path: the folder or file.
-        kind: `folder`, `classes` (a folder of class folders), `tsv`, `csv` or `parquet`.
-        image_root: folder that relative image paths start from.
+        path: the folder, file or pattern.
+        kind: `webdataset` (tar shards), `folder`, `classes` (a folder of class folders), `tsv`, `csv` or `parquet`.
+        image_root: folder that relative image paths, and the names of shards, start from.
         image_column, caption_column: as given (None: found by their usual names).
         classnames: of class folders, the list of their names. class_depth: how many levels below `path` they lie.
+        files: the shards, in their order, of a source that has shards.
     """
 
     path: Path
@@ -96,9 +63,12 @@ class Source:
     caption_column: str | None = None
     classnames: Path | None = None
     class_depth: int = 1
+    files: tuple[Path, ...] = ()
 
     def rows(self) -> Iterator[Row]:
         """All rows, always in the same order."""
+        if self.kind == "webdataset":
+            return (row for shard in self.shards() for row in shard.rows())
         if self.kind == "folder":
             return _folder_rows(self.path)
         if self.kind == "classes":
@@ -111,11 +81,17 @@ class Source:
 
     def shards(self) -> list[Shard]:
         """The parts that can be read by themselves, in their order; `rows` is their rows, one after the other."""
+        if self.kind == "webdataset":
+            names = [self._name(file) for file in self.files]
+            return [Shard(name, partial(shard_rows, self.image_root, name, self.caption_column)) for name in names]
         return [Shard("", self.rows)]
 
     def identity(self) -> dict[str, Any]:
-        """What has to stay the same when an interrupted run goes on."""
-        content = None if self.path.is_dir() else sha256_file(self.path)
+        """What has to stay the same when an interrupted run goes on.
+
+        Of one file, its SHA-256; of shards, which may be hundreds of gigabytes, their names and sizes.
+        """
+        content = None if self.files or self.path.is_dir() else sha256_file(self.path)
         identity: dict[str, Any] = {
             "path": str(self.path),
             "kind": self.kind,
@@ -128,7 +104,20 @@ class Source:
             names = self.classnames
             identity["class_depth"] = self.class_depth
             identity["classnames"] = {"path": str(names), "sha256": sha256_file(names)} if names else None
+        if self.files:
+            identity["shard_count"] = len(self.files)
+            identity["shards"] = {self._name(file): _size(file) for file in self.files}
         return identity
+
+    def _name(self, file: Path) -> str:
+        return file.relative_to(self.image_root).as_posix()
+
+
+def _size(shard: Path) -> int:
+    try:
+        return shard.stat().st_size
+    except OSError:
+        raise GramError(f"{shard}: expected a shard, found nothing there any more") from None
 
 
 def open_source(
@@ -142,11 +131,12 @@ def open_source(
     """Look at `path` and say what kind of source it is.
 
     Args:
-        path: a folder (images with a same-named `.txt` beside them, one caption a line), or a `.tsv`, `.csv`
-            or `.parquet` file with an image column and a caption column.
+        path: a folder of WebDataset shards (`.tar`) or one of them; a folder (images with a same-named `.txt` beside
+            them, one caption a line), or a `.tsv`, `.csv` or `.parquet` file with an image column and a caption column.
+            Several shards can also be named by a pattern: `{00000..00331}.tar`, `*.tar`.
         image_column, caption_column: their names in the file's header; for TSV and CSV also their numbers,
             counted from 1, in a file without a header. None: the usual names (`IMAGE_COLUMNS`,
-            `CAPTION_COLUMNS`).
+            `CAPTION_COLUMNS`). In tar shards, `caption_column` is as in `tars.shard_rows`.
         image_root: folder that relative image paths start from; None: the folder of the file.
         format: `classes` reads `path` as a folder of class folders, a labelled collection (`classes.open_classes`);
             `auto` does not.
@@ -157,7 +147,7 @@ def open_source(
     """
     path = Path(path).expanduser()
     if format not in FORMATS:
-        raise GramError(f"format: expected {' or '.join(FORMATS)}, found {format!r}")
+        raise GramError(f"format: expected {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, found {format!r}")
     if format == "classes":
         if image_column or caption_column or image_root:
             raise GramError(
@@ -170,6 +160,11 @@ def open_source(
         raise GramError(
             f"{classnames}: a list of class names belongs to a folder of class folders (--format classes)"
         )
+    shards = _tar_shards(path)
+    if shards or format == "webdataset":
+        if image_column or image_root:
+            raise GramError(f"{path}: an image column and an image root do not belong to tar shards")
+        return _webdataset(path, shards, caption_column)
     if path.is_dir():
         if image_column or caption_column or image_root:
             raise GramError(
@@ -189,19 +184,30 @@ def open_source(
     return Source(path.resolve(), kind, root.resolve(), image_column, caption_column)
 
 
-def checked(location: str | None, caption: str | None) -> Row:
-    """A row with a normalised location and single spaces in its caption, or the reason to skip it."""
-    location = (location or "").strip()
-    caption = " ".join((caption or "").split())
-    if not location or "\0" in location:
-        return Row(location, caption, NO_IMAGE)
-    if not caption:
-        return Row(location, caption, EMPTY_CAPTION)
-    if _is_broken(location) or _is_broken(caption):  # file names need not be UTF-8
-        return Row("", "", BAD_UTF8)
-    if len(caption) > MAX_CAPTION:
-        return Row(location, "", LONG_CAPTION)
-    return Row(os.path.normpath(location), caption)
+def _tar_shards(path: Path) -> list[Path]:
+    """The tar files that `path` is, holds, or stands for."""
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if _is_tar(file))
+    if is_pattern(path):
+        return [file for file in expand(path) if _is_tar(file)]
+    return [path] if path.is_file() and _is_tar(path) else []
+
+
+def _is_tar(path: Path) -> bool:
+    name = path.name.lower()
+    return not name.startswith(".") and (name.endswith((".tar", ".tgz")) or ".tar." in name)
+
+
+def _webdataset(path: Path, shards: list[Path], caption_column: str | None) -> Source:
+    if not shards:
+        raise GramError(f"{path}: expected WebDataset shards (.tar files), found none")
+    files = tuple(Path(os.path.abspath(shard)) for shard in shards)
+    with open(files[0], "rb") as file:
+        refuse_compressed(files[0], file.read(6))
+    root = Path(os.path.commonpath([file.parent for file in files]))
+    return Source(
+        Path(os.path.abspath(path)), "webdataset", root, caption_column=caption_column, files=files
+    )
 
 
 # --- folder -------------------------------------------------------------------------------------------------
@@ -295,10 +301,6 @@ def _csv_records(file: Any) -> Iterator[list[str] | None]:
             return
         except csv.Error:
             yield None
-
-
-def _is_broken(text: str) -> bool:
-    return not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _numbered(source: Source) -> tuple[int, int] | None:
