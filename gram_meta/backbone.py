@@ -72,8 +72,9 @@ class Backbone(nn.Module):
         image_size: side of the square input in pixels.
         context_length: positions of the text tower (77).
         logit_scale: 1 / tau of Eq. 1, float32 scalar.
-        checkpointing: whether the activations of each transformer layer of both towers are computed again in the
-            backward pass instead of kept (False at first). Values and gradients stay the same, second derivatives too.
+        checkpointing: whether the activations of each transformer layer are computed again in the backward pass instead
+            of kept: False (at first), True (both towers), "text" or "images". Values and gradients of every order stay
+            the same.
     """
 
     logit_scale: Tensor
@@ -90,7 +91,7 @@ class Backbone(nn.Module):
         self.image_size = int(model.visual.input_resolution)
         self.context_length = int(model.positional_embedding.shape[0])
         self.precision = precision
-        self.checkpointing = False
+        self.checkpointing: bool | str = False
         self.register_buffer("logit_scale", model.logit_scale.detach().exp().to(_feature_dtype(precision)))
         self.model = _cast(model, PRECISIONS[precision]).requires_grad_(False)
         self.to(device).eval()
@@ -124,7 +125,9 @@ class Backbone(nn.Module):
         """Token embeddings (..., L, d_text) of ids (..., L), in the towers' number type."""
         return self.model.token_embedding(tokens.to(self.device)).to(self.dtype)
 
-    def encode_text(self, own: Tensor, ends: Tensor, shared: Tensor | None = None) -> Tensor:
+    def encode_text(
+        self, own: Tensor, ends: Tensor, shared: Tensor | None = None, packing: Packing | None = None
+    ) -> Tensor:
         """Features of texts given as token embeddings, L2-normalised.
 
         The tower is causal: what stands after the end token changes nothing, so `own` may be cut there; and what stands
@@ -135,6 +138,7 @@ class Backbone(nn.Module):
             own: (..., N, L, d) the texts' own tokens; leading axes are free (a batch of tasks).
             ends: (..., N) or (N,), index into the L positions of each text's end token.
             shared: (..., P, d) tokens that stand before `own` in each of the N texts of a leading index, or None.
+            packing: `packing(ends, L, P)`, where it is at hand from an earlier call.
 
         Returns:
             (..., N, D) float32 (float64 for an fp64 backbone).
@@ -150,17 +154,22 @@ class Backbone(nn.Module):
         own = own + positions[before : before + length]
         if shared is not None:
             shared = shared.reshape(-1, before, width).to(self.dtype) + positions[:before]  # (G, P, d)
-        ends = ends.to(own.device).expand(*lead, n).reshape(-1, n)  # (G, N)
-        packing = _Packing(ends, length, before)
+        packing = packing or self.packing(ends.expand(*lead, n), length, before)
         tokens = packing.pack(own)  # (T, d)
         *blocks, final = self.model.transformer.resblocks
         for block in blocks:
-            tokens, *rest = self._layer(partial(_text_block, block, packing), tokens, *_given(shared))
+            tokens, *rest = self._layer("text", partial(_text_block, block, packing), tokens, *_given(shared))
             shared = rest[0] if rest else None
-        last = self._layer(partial(_final_text_block, final, packing), tokens, *_given(shared))  # (G N, d)
+        last = self._layer(
+            "text", partial(_final_text_block, final, packing), tokens, *_given(shared)
+        )  # (G N, d)
         last = _layer_norm(self.model.ln_final, last)
         features = last @ self.model.text_projection.to(last.dtype)  # (G N, D)
         return self._normalised(features).reshape(*lead, n, self.embed_dim)
+
+    def packing(self, ends: Tensor, length: int, before: int) -> Packing:
+        """How texts of these ends (..., N) are packed for `encode_text`; depends on nothing else, and may be kept."""
+        return Packing(ends.to(self.device).reshape(-1, ends.shape[-1]), length, before)
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
@@ -209,8 +218,8 @@ class Backbone(nn.Module):
         x = _layer_norm(tower.ln_pre, x)
         *blocks, final = tower.transformer.resblocks
         for block in blocks:
-            x = self._layer(partial(_image_block, block), x)
-        x = self._layer(partial(_final_image_block, final), x)  # (B, d)
+            x = self._layer("images", partial(_image_block, block), x)
+        x = self._layer("images", partial(_final_image_block, final), x)  # (B, d)
         x = _layer_norm(tower.ln_post, x)
         return self._normalised(x @ tower.proj.to(x.dtype))
 
@@ -233,9 +242,9 @@ class Backbone(nn.Module):
         mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (PIXEL_MEAN, PIXEL_STD))
         return (images.float() / 255 - mean) / std
 
-    def _layer(self, layer: Callable[..., Any], *inputs: Tensor) -> Any:
+    def _layer(self, tower: str, layer: Callable[..., Any], *inputs: Tensor) -> Any:
         """One transformer layer; what it computes on the way is kept for the backward pass, or computed again."""
-        return recomputed(layer, *inputs) if self.checkpointing else layer(*inputs)
+        return recomputed(layer, *inputs) if self.checkpointing in (True, tower) else layer(*inputs)
 
     def _normalised(self, features: Tensor) -> Tensor:
         return F.normalize(features.to(_feature_dtype(self.precision)), dim=-1)
@@ -378,7 +387,7 @@ def _final_image_block(block: Any, x: Tensor) -> Tensor:
     return (start + _mlp(block.mlp, _layer_norm(block.ln_2, start))).squeeze(1)
 
 
-class _Packing:
+class Packing:
     """Texts of different lengths as one list of tokens, so that only attention sees what pads them to a rectangle.
 
     Args:
@@ -409,12 +418,13 @@ class _Packing:
 
 
 def _text_block(
-    block: Any, packing: _Packing, tokens: Tensor, shared: Tensor | None = None
+    block: Any, packing: Packing, tokens: Tensor, shared: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     """One layer of the text tower over the texts' own tokens (T, d) and, where there are any, the shared ones (G, P, d)."""
-    attn = block.attn
-    qkv = _projected(attn, _layer_norm(block.ln_1, tokens))  # (T, 3 d)
-    query, key, value = _split_heads(attn, packing.unpack(qkv))  # (G, N, h, L, d / h)
+    attn, width = block.attn, tokens.shape[-1]
+    q, kv = _projected(attn, _layer_norm(block.ln_1, tokens)).split([width, 2 * width], -1)  # (T, 3 d)
+    (query,) = _split_heads(attn, packing.unpack(q))  # (G, N, h, L, d / h); apart, as keys and values are copied below
+    key, value = _split_heads(attn, packing.unpack(kv))
     if shared is not None:
         q, k, v = _heads(attn, _layer_norm(block.ln_1, shared))  # (G, h, P, d / h)
         key, value = _behind(k, key), _behind(v, value)  # (G, N, h, P + L, d / h)
@@ -428,7 +438,7 @@ def _text_block(
     return tokens + _mlp(block.mlp, _layer_norm(block.ln_2, tokens)), *_given(shared)
 
 
-def _final_text_block(block: Any, packing: _Packing, tokens: Tensor, shared: Tensor | None = None) -> Tensor:
+def _final_text_block(block: Any, packing: Packing, tokens: Tensor, shared: Tensor | None = None) -> Tensor:
     """The last layer, for the end tokens alone, as nothing else is read: (T, d) -> (G N, d)."""
     attn = block.attn
     normed = _layer_norm(block.ln_1, tokens)

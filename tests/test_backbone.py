@@ -72,11 +72,11 @@ def test_sentences_are_cut_at_the_longest(backbone):
 
 
 def test_what_stands_behind_an_end_token_is_never_read(backbone):
-    text, prompt = ClassText(backbone, NAMES, 4), torch.randn(4, 64)
-    expected = text.features(prompt)
+    text, shared = ClassText(backbone, NAMES, 4), torch.randn(5, 64)
+    expected = backbone.encode_text(text.own, text.ends, shared)
     behind = torch.arange(text.own.shape[1]) > text.ends[:, None]
-    text.own = text.own.masked_fill(behind[..., None], float("nan"))
-    torch.testing.assert_close(text.features(prompt), expected, rtol=0, atol=0)
+    strange = text.own.masked_fill(behind[..., None], float("nan"))
+    torch.testing.assert_close(backbone.encode_text(strange, text.ends, shared), expected, rtol=0, atol=0)
 
 
 def test_a_batch_of_prompts_and_classes_is_one_after_another(backbone):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from gram_meta.backbone import Backbone, end_positions
 from gram_meta.engine import register_trainer
 from gram_meta.errors import GramError
-from gram_meta.prompts import ClassText, PromptedCLIP, PromptLearner, random_context
+from gram_meta.prompts import ClassText, Parts, PromptedCLIP, PromptLearner, random_context
 from gram_meta.trainers.base import PromptTrainer
 
 POSITIONS = ("end", "middle", "front")
@@ -74,20 +74,35 @@ class PlacedText(ClassText):
         lengths = (
             end_positions(backbone.tokenize([name.replace("_", " ") for name in classnames])) - 1
         )  # (N,)
-        total = 1 + tokens + self.own.shape[1]
+        total = 1 + tokens + self.ids.shape[1]
         before = {"end": tokens, "middle": tokens // 2, "front": 0}[position]
-        self.order = torch.stack(
-            [_order(total, tokens, before, int(length)) for length in lengths]
-        )  # (N, total)
-        self.order = self.order.to(backbone.device)
+        order = torch.stack([_order(total, tokens, before, int(length)) for length in lengths])  # (N, total)
+        self.order = order.to(backbone.device)
 
-    def features(self, prompt: Tensor) -> Tensor:
+    def select(self, classes: Tensor) -> PlacedText:
+        chosen = super().select(classes)
+        assert isinstance(chosen, PlacedText)
+        # what is cut off stands behind the longest end token, and nothing is moved there
+        chosen.order = self.order[classes, : 1 + self.tokens + chosen.ids.shape[-1]]
+        return chosen
+
+    def _images(self, prompt: Tensor) -> int:
+        return 1  # its leading axis are classes
+
+    def _features(self, prompt: Tensor) -> Tensor:
         """Class features (N, D)."""
-        n, _, width = self.own.shape
-        context = prompt.to(self.own.dtype).expand(n, -1, -1)  # (N, M, d)
-        sentence = torch.cat([self.start.expand(n, 1, -1), context, self.own], dim=1)  # (N, 1 + M + L, d)
+        own = self.own  # (N, L, d)
+        n, _, width = own.shape
+        context = prompt.to(own.dtype).expand(n, -1, -1)  # (N, M, d)
+        sentence = torch.cat([self.start.expand(n, 1, -1), context, own], dim=1)  # (N, 1 + M + L, d)
         sentence = sentence.gather(1, self.order[..., None].expand(-1, -1, width))
-        return self.backbone.encode_text(sentence, self.ends + 1 + self.tokens)
+        ends = self.ends + 1 + self.tokens
+        return self.backbone.encode_text(sentence, ends, packing=self._packing(ends, sentence.shape[1], 0))
+
+    def _prompts_of_parts(self, prompt: Tensor, parts: Parts) -> Sequence[Tensor]:
+        if prompt.dim() == 2:
+            return super()._prompts_of_parts(prompt, parts)
+        return prompt.index_select(0, parts.order).split([len(text.ids) for text in parts.texts])
 
 
 def _order(total: int, tokens: int, before: int, name: int) -> Tensor:
