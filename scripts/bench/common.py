@@ -9,6 +9,7 @@ import platform
 import random
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ def begin(args: argparse.Namespace) -> Backbone:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
-    return load_backbone(args.backbone, args.device)
+    return load_backbone(args.backbone, args.device, getattr(args, "precision", "fp32"))
 
 
 def environment(args: argparse.Namespace) -> str:
@@ -60,7 +61,8 @@ def environment(args: argparse.Namespace) -> str:
         machine = f"{cpu_model()}, {torch.get_num_threads()} threads"
     software = f"torch {torch.__version__}, Python {platform.python_version()}"
     clock = "processor time" if args.clock == "cpu" else "wall clock"
-    return f"{args.backbone}, float32, {machine}; {software}; {clock}, median of {args.repeats} rounds"
+    precision = getattr(args, "precision", "fp32")
+    return f"{args.backbone}, {precision}, {machine}; {software}; {clock}, median of {args.repeats} rounds"
 
 
 def cpu_model() -> str:
@@ -75,24 +77,44 @@ def cpu_model() -> str:
 
 @dataclass
 class Measured:
-    """One variant: median seconds, peak memory in MB above what was there before, and what the step returned."""
+    """One variant: median seconds, peak memory in MB above what was there before, what the step returned, all seconds."""
 
     seconds: float
     peak_mb: float
     result: Any
+    rounds: list[float]
 
 
-def measure(steps: Mapping[str, Step], args: argparse.Namespace) -> dict[str, Measured]:
+class Elsewhere(ABC):
+    """A step that runs in a process of its own, which measures it."""
+
+    @abstractmethod
+    def seconds(self) -> float:
+        """Run it; by the clock of the run."""
+
+    @abstractmethod
+    def with_peak(self) -> tuple[float, Any]:
+        """Run it for the first time; as `with_peak` below."""
+
+
+def measure(steps: Mapping[str, Step | Elsewhere], args: argparse.Namespace) -> dict[str, Measured]:
     """Run every step once to warm up and to see its memory, then in turns A, B, C, A, B, C, ..., so that noise hits all."""
     product_rate(args, 64, 512)  # the libraries' own buffers, so that they are nobody's
-    first = {name: with_peak(step, args.device) for name, step in steps.items()}
+    first = {
+        name: step.with_peak() if isinstance(step, Elsewhere) else with_peak(step, args.device)
+        for name, step in steps.items()
+    }
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(args.repeats):
         for name, step in steps.items():
-            spent = stopwatch(args)
-            step()
-            seconds[name].append(spent())
-    return {name: Measured(statistics.median(seconds[name]), *first[name]) for name in steps}
+            seconds[name].append(step.seconds() if isinstance(step, Elsewhere) else timed(step, args))
+    return {name: Measured(statistics.median(spent), *first[name], spent) for name, spent in seconds.items()}
+
+
+def timed(step: Step, args: argparse.Namespace) -> float:
+    spent = stopwatch(args)
+    step()
+    return spent()
 
 
 def stopwatch(args: argparse.Namespace) -> Callable[[], float]:
@@ -173,18 +195,20 @@ class PlainClassText:
         self.ends = ids.argmax(dim=-1)
         self.length = int(self.ends.max()) + 1 if cut else ids.shape[1]
         embeddings = self.model.token_embedding(ids[:, : self.length])
-        self.mask = self.model.build_attention_mask().to(ids.device)[: self.length, : self.length]
+        mask = self.model.build_attention_mask()[: self.length, : self.length]
+        self.mask = mask.to(ids.device, embeddings.dtype)
         self.prefix = embeddings[:, :1]  # (N, 1, d)
         self.suffix = embeddings[:, 1 + tokens :]  # (N, L - 1 - M, d)
 
-    def features(self, prompt: Tensor) -> Tensor:
-        """(N, D), L2-normalised, for a prompt (M, d)."""
+    def features(self, prompt: Tensor, model: Any = None) -> Tensor:
+        """(N, D), L2-normalised, for a prompt (M, d); through another model's text tower than the backbone's, if given."""
+        model = model or self.model
         n = len(self.ends)
-        for block in self.model.transformer.resblocks:
+        for block in model.transformer.resblocks:
             block.attn_mask = self.mask
-        x = self.sentences(prompt) + self.model.positional_embedding[: self.length]  # (N, L, d)
-        x = self.model.transformer(x.transpose(0, 1)).transpose(0, 1)
-        x = self.model.ln_final(x)[torch.arange(n), self.ends] @ self.model.text_projection
+        x = self.sentences(prompt) + model.positional_embedding[: self.length]  # (N, L, d)
+        x = model.transformer(x.transpose(0, 1)).transpose(0, 1)
+        x = model.ln_final(x)[torch.arange(n), self.ends] @ model.text_projection
         return x / x.norm(dim=-1, keepdim=True)
 
     def sentences(self, prompt: Tensor) -> Tensor:

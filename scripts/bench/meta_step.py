@@ -1,133 +1,289 @@
-"""A CoOpGRAM meta-step beside the same step written plainly.
+"""A meta-training step of each family of prompts beside the same step written with learn2learn, and beside ProMetaR's.
 
-Plainly: 77 positions through clip's own transformer, one task after another, inner forward pass on attention that has a
-second derivative. Image features stand in for images on both sides. What is measured: time, peak memory, and how far the
-meta-gradients of theta and phi differ; then the same for first order, and what each trick brings.
-
-    python scripts/bench/meta_step.py                # ViT-B/16 shapes, random weights, CPU
+    python scripts/bench/meta_step.py                       # ViT-B/16 shapes, random weights, CPU, all three families
+    python scripts/bench/meta_step.py --family visual joint --tasks 1 --ways 2 --support 2 --query 4 --threads 1 --clock cpu
+    python scripts/bench/meta_step.py --prometar ProMetaR --learn2learn learn2learn -o numbers.json
     python scripts/bench/meta_step.py --device cuda --names classes
+
+Clone and adapt, the way of learn2learn's MAML, is in meta_clone.py, in our own words. All variants have the same weights,
+tasks and start, so the same losses and meta-gradients: how far these are apart is printed. A step is forward, backward,
+clipping and the optimiser (its learning rates are zero, so that every step starts at the same point). Text prompts take
+image features as images on both sides, as they do not change; visual prompts have fixed class features. ProMetaR's step
+is another method's: it stands here for its cost at the same number of images and classes.
+
+Then what the towers set as a ceiling: their matrix products at the rate that this machine multiplies, their bare forward
+pass times the passes that exact second order needs, and their bare passes. And where the time of a step goes.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from contextlib import nullcontext
+import contextlib
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import common
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from meta_ceiling import image_passes, text_passes
+from meta_clone import PlainTask, PromptedModel, clone_and_adapt, in_double
+from torch import Tensor, nn
 
 from gram_meta.backbone import Backbone
-from gram_meta.bilevel import meta_losses, twice_differentiable
+from gram_meta.bilevel import for_each_task, lean_backward, meta_losses, task_gradients, twice_differentiable
 from gram_meta.config import get_meta_config
 from gram_meta.episodes import TaskSet
-from gram_meta.prompts import ClassText, initial_prompts, logits
+from gram_meta.files import atomic_write
+from gram_meta.profiling import OPTIMISER, Profile
+from gram_meta.prompts import ClassText, initial_prompts, template_features
 from gram_meta.regulator import GradientRegulator
 
-PLAIN, OURS = "plainly", "+ all tasks at once = this project"
-CUT = "+ cut at the longest sentence, on clip's modules"
-TOWER = "+ this project's text tower (no padding, last layer for end tokens alone)"
+CLONE, OURS = "clone and adapt (learn2learn's way)", "this project"
+LEAN, CHECKPOINTED = "this project, lean", "this project, checkpointing"
+SINGLE, LEAST = "this project, one task at a time", "this project, lean, checkpointing, one task at a time"
+CUT = "clone and adapt, cut at the longest sentence"
+TOWER = "+ this project's text tower (no padding, last layer for end tokens alone), nothing cloned"
 SHARED = "+ start token and prompt once for all classes"
-PLAIN_FIRST, OURS_FIRST = "plainly, first order", "this project, first order"
-TRICKS = (PLAIN, CUT, TOWER, SHARED, OURS)
+CLONE_FIRST, OURS_FIRST = "clone and adapt, first order", "this project, first order"
+PROMETAR = "ProMetaR, its checkout (another method)"
+FORWARD_SUPPORT, FORWARD_QUERY = "towers forward, support", "towers forward, query"
+PASSES = "the towers' passes with nothing around them"
+BARE = (FORWARD_SUPPORT, FORWARD_QUERY, PASSES)
+TRICKS = (CLONE, CUT, TOWER, SHARED, OURS)
+
+
+@dataclass(frozen=True)
+class Family:
+    """How many prompt tokens of each kind, and the text prompt's start."""
+
+    text: int
+    visual: int
+    words: str = ""
+
+
+FAMILIES = {"text": Family(4, 0, "a photo of a"), "visual": Family(0, 4), "joint": Family(2, 2, "a photo")}
 
 
 class Bench:
-    """Tasks with random features, theta and phi, and the step in every variant."""
+    """Made-up tasks, theta and phi of one family, and its step in every variant."""
 
-    def __init__(self, backbone: Backbone, words: list[str], ways: int, tasks: int) -> None:
-        config = get_meta_config()
-        self.backbone, self.config = backbone, config
-        device = backbone.device
+    def __init__(self, backbone: Backbone, family: Family, words: list[str], args: argparse.Namespace) -> None:
+        self.backbone, self.config, self.family = backbone, get_meta_config(), family
+        self.batch, self.ways = args.tasks, args.ways
         generator = torch.Generator().manual_seed(0)
         self.topics = torch.stack(
-            [torch.randperm(len(words), generator=generator)[:ways] for _ in range(tasks)]
-        )
-        self.support, self.query = (
-            F.normalize(torch.randn(tasks, ways, shots, backbone.embed_dim, generator=generator), dim=-1).to(
-                device
-            )
-            for shots in (config.TASKS.SUPPORT_SHOTS, config.TASKS.QUERY_SHOTS)
-        )
-        prompts = initial_prompts(backbone, config.PROMPT.TEXT_TOKENS, 0, config.PROMPT.WORDS)
-        self.theta = prompts["text"].requires_grad_()  # (M, d)
-        self.regulator = GradientRegulator({"text": backbone.text_width}).to(device)
-        self.text = ClassText(backbone, words, len(self.theta))
-        names = [[words[topic] for topic in task] for task in self.topics.tolist()]
-        self.plain_texts, self.cut_texts = (
-            [common.PlainClassText(backbone, each, len(self.theta), cut) for each in names]
-            for cut in (False, True)
-        )
+            [torch.randperm(len(words), generator=generator)[: self.ways] for _ in range(self.batch)]
+        )  # (B, K)
+        self.support, self.query = (self._images(shots, generator) for shots in (args.support, args.query))
+        prompts = initial_prompts(backbone, family.text, family.visual, family.words)
+        high = torch.float64 if backbone.precision == "fp64" else torch.float32
+        self.theta = nn.ParameterDict({kind: nn.Parameter(value.to(high)) for kind, value in prompts.items()})
+        widths = {kind: value.shape[-1] for kind, value in prompts.items()}
+        self.regulator = GradientRegulator(widths).to(backbone.device, high)
+        self.optimiser = torch.optim.Adam(self.parameters(), lr=0.0)
+        self.text = ClassText(backbone, words, family.text) if family.text else None
+        self.fixed = None if family.text else template_features(backbone, words)  # (L, D)
+        self.model = PromptedModel(backbone, dict(self.theta))
+        self.tasks, self.cut_tasks = (self._plain_tasks(words, cut) for cut in (False, True))
+        self.kept: list[Tensor] = []
+
+    # --- tasks --------------------------------------------------------------------------------------------------------
+
+    def _images(self, shots: int, generator: torch.Generator) -> Tensor:
+        """Features (B, K, n, D), or bytes (B, K, n, 3, H, W) where the image tower has to run."""
+        lead, side = (self.batch, self.ways, shots), self.backbone.image_size
+        if self.family.visual:
+            pixels = torch.randint(256, (*lead, 3, side, side), generator=generator, dtype=torch.uint8)
+            return pixels.to(self.backbone.device)
+        features = torch.randn(*lead, self.backbone.embed_dim, generator=generator)
+        return F.normalize(features, dim=-1).to(self.backbone.device, self.backbone.logit_scale.dtype)
+
+    def _plain_tasks(self, words: list[str], cut: bool) -> list[PlainTask]:
+        tasks = []
+        for index, topics in enumerate(self.topics.tolist()):
+            if self.fixed is None:
+                names = [words[topic] for topic in topics]
+                classes: Any = common.PlainClassText(self.backbone, names, self.family.text, cut)
+            else:
+                classes = self.fixed[topics]
+            sides = (side[index].flatten(0, 1) for side in (self.support, self.query))
+            tasks.append(PlainTask(*sides, classes))
+        return tasks
+
+    def sets(self, tasks: slice = slice(None), classes: Any = None) -> tuple[TaskSet, TaskSet]:
+        """Support and query of some of the tasks, as meta-training makes them."""
+        if classes is None:
+            topics = self.topics[tasks].to(self.backbone.device)
+            classes = self.fixed[topics] if self.text is None else self.text.select(topics)
+        support, query = (TaskSet(self.backbone, classes, side[tasks]) for side in (self.support, self.query))
+        return support, query
 
     def parameters(self) -> list[Tensor]:
-        return [self.theta, *self.regulator.parameters()]
+        return [*self.theta.values(), *self.regulator.parameters()]
 
-    def step(self, name: str) -> tuple[Tensor, list[Tensor]]:
-        """One step of a variant: mean query loss, and the meta-gradients of theta and of phi's parameters."""
-        for parameter in self.parameters():
-            parameter.grad = None
+    # --- one step -----------------------------------------------------------------------------------------------------
+
+    def step(self, name: str, keep: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """One step of a variant: mean query loss; with `keep`, the meta-gradients of theta and of phi's parameters too."""
+        self.optimiser.zero_grad(set_to_none=True)
         loss = self.variants()[name]()
-        return loss, [parameter.grad for parameter in self.parameters()]
+        kept = [parameter.grad.clone() for parameter in self.parameters()] if keep else []
+        self.update()
+        return loss, kept
+
+    def update(self) -> None:
+        for group in (list(self.theta.values()), list(self.regulator.parameters())):
+            torch.nn.utils.clip_grad_norm_(group, self.config.OUTER.CLIP_NORM)
+        self.optimiser.step()
 
     def variants(self) -> dict[str, Callable[[], Tensor]]:
+        alpha = self.config.INNER.ALPHA
+        theirs = partial(clone_and_adapt, self.model, self.tasks, alpha, self.regulator)
+        variants: dict[str, Callable[[], Tensor]] = {CLONE: theirs}
+        if self.text is not None and not self.family.visual:
+            variants[CUT] = partial(clone_and_adapt, self.model, self.cut_tasks, alpha, self.regulator)
+            variants[TOWER] = partial(self.one_after_another, self.ours, self._whole_sentences)
+            variants[SHARED] = partial(self.one_after_another, self.ours)
+        variants[OURS] = self.ours
+        if self.batch > 1 and SHARED not in variants:
+            variants[SINGLE] = partial(self.one_after_another, self.ours)
+        variants[LEAN] = self.lean
+        variants[CHECKPOINTED] = partial(self.checkpointed, self.ours)
+        least = partial(self.one_after_another, self.lean) if self.batch > 1 else self.lean
+        variants[LEAST if self.batch > 1 else LEAST.removesuffix(", one task at a time")] = partial(
+            self.checkpointed, least
+        )
+        variants[CLONE_FIRST] = partial(theirs, first_order=True)
+        variants[OURS_FIRST] = partial(self.ours, first_order=True)
+        return variants
+
+    def ours(
+        self, tasks: slice = slice(None), classes: Any = None, first_order: bool = False, regulate: Any = None
+    ) -> Tensor:
+        """The summands of some of the tasks: their mean over the whole batch."""
+        support, query = self.sets(tasks, classes)
+        inner, count = self.config.INNER, len(self.topics[tasks])
+        losses = meta_losses(
+            support, query, dict(self.theta), count, inner.ALPHA, inner.STEPS,
+            regulate or self.regulator, first_order,
+        )  # fmt: skip
+        loss = losses.sum() / self.batch
+        loss.backward()
+        return loss.detach()
+
+    def lean(self, tasks: slice = slice(None), classes: Any = None) -> Tensor:
+        """The same by one Hessian-vector product."""
+        support, query = self.sets(tasks, classes)
+        inner, count = self.config.INNER, len(self.topics[tasks])
+        losses = lean_backward(
+            support, query, dict(self.theta), count, inner.ALPHA, inner.STEPS,
+            self.regulator, weight=1 / self.batch,
+        )  # fmt: skip
+        return losses.sum() / self.batch
+
+    def one_after_another(
+        self, step: Callable[..., Tensor], classes_of: Callable[[int], Any] | None = None
+    ) -> Tensor:
+        total = torch.zeros_like(self.backbone.logit_scale)
+        for task in range(self.batch):
+            total += step(slice(task, task + 1), classes_of(task) if classes_of else None)
+        return total
+
+    def checkpointed(self, step: Callable[[], Tensor]) -> Tensor:
+        self.backbone.checkpointing = True
+        try:
+            return step()
+        finally:
+            self.backbone.checkpointing = False
+
+    def _whole_sentences(self, task: int) -> WholeSentences:
+        return WholeSentences(self.backbone, self.cut_tasks[task].classes)
+
+    # --- the towers alone ---------------------------------------------------------------------------------------------
+
+    def bare(self) -> dict[str, Callable[[], object]]:
         return {
-            PLAIN: lambda: self.plain(self.plain_texts),
-            CUT: lambda: self.plain(self.cut_texts),
-            TOWER: lambda: self.one_after_another(
-                lambda task: WholeSentences(self.backbone, self.cut_texts[task])
-            ),
-            SHARED: lambda: self.one_after_another(
-                lambda task: self.text.select(self.topics[task : task + 1])
-            ),
-            OURS: lambda: self.ours(),
-            PLAIN_FIRST: lambda: self.plain(self.plain_texts, first_order=True),
-            OURS_FIRST: lambda: self.ours(first_order=True),
+            FORWARD_SUPPORT: partial(self._forward, 0),
+            FORWARD_QUERY: partial(self._forward, 1),
+            PASSES: self._passes,
         }
 
-    def ours(self, first_order: bool = False) -> Tensor:
-        text = self.text.select(self.topics)
-        losses = self._losses(text, slice(None), first_order)
-        losses.mean().backward()
-        return losses.detach().mean()
+    def _features(self, side: TaskSet, prompts: Mapping[str, Tensor]) -> list[Tensor]:
+        """What the towers make of one side: images where they are pixels, class sentences where they have a prompt."""
+        features = [side._image_features(prompts["visual"])] if "visual" in prompts else []
+        return features + ([side.classes.features(prompts["text"])] if "text" in prompts else [])
 
-    def one_after_another(self, text_of: Callable[[int], object]) -> Tensor:
-        """This project's functions, for a batch of one task at a time."""
-        total = torch.zeros(())
-        for task in range(len(self.topics)):
-            loss = self._losses(text_of(task), slice(task, task + 1)).mean() / len(self.topics)
-            loss.backward()
-            total += loss.detach().cpu()
-        return total
+    @torch.no_grad()
+    def _forward(self, side: int) -> None:
+        self._features(self.sets()[side], for_each_task(dict(self.theta), self.batch))
 
-    def _losses(self, text: object, tasks: slice, first_order: bool = False) -> Tensor:
-        support, query = (TaskSet(self.backbone, text, side[tasks]) for side in (self.support, self.query))
-        alpha, steps = self.config.INNER.ALPHA, self.config.INNER.STEPS
-        count = len(self.support[tasks])
-        theta = {"text": self.theta}
-        return meta_losses(support, query, theta, count, alpha, steps, self.regulator, first_order)
+    def _passes(self) -> None:
+        """Forward, backward and both again for the second derivative, over support and query: no loss, no R, no update."""
+        support, query = self.sets()
+        prompts = for_each_task(dict(self.theta), self.batch)
 
-    def plain(self, texts: list[common.PlainClassText], first_order: bool = False) -> Tensor:
-        """Algorithm 1, lines 4 to 9, as one would write them down."""
-        total = torch.zeros(())
-        for text, support, query in zip(texts, self.support, self.query, strict=True):
-            with nullcontext() if first_order else twice_differentiable():
-                loss = self._plain_loss(text, self.theta, support)
-                (gradient,) = torch.autograd.grad(loss, self.theta, create_graph=not first_order)
-            adapted = self.theta - self.config.INNER.ALPHA * self.regulator({"text": gradient})["text"]
-            loss = self._plain_loss(text, adapted, query) / len(texts)
-            loss.backward()
-            total += loss.detach().cpu()
-        return total
+        def along(side: TaskSet, prompts: Mapping[str, Tensor]) -> Tensor:
+            return torch.stack([features.cos().sum() for features in self._features(side, prompts)])
 
-    def _plain_loss(self, text: common.PlainClassText, prompt: Tensor, images: Tensor) -> Tensor:
-        ways, shots = images.shape[:2]
-        labels = torch.arange(ways, device=images.device).repeat_interleave(shots)
-        return F.cross_entropy(
-            logits(images.flatten(0, 1), text.features(prompt), self.backbone.logit_scale), labels
-        )
+        with twice_differentiable():
+            gradients = task_gradients(partial(along, support), prompts, create_graph=True)
+        moved = {kind: value - 0.01 * gradients[kind] for kind, value in prompts.items()}
+        torch.autograd.grad(along(query, moved).sum(), list(self.theta.values()))
+
+    # --- FLOP ---------------------------------------------------------------------------------------------------------
+
+    def flops(self) -> dict[str, float]:
+        """GFLOP of the matrix products that an exact step needs, by tower."""
+        result = {}
+        if self.family.visual:
+            each = image_passes(self.backbone, self.family.visual)
+            images = [side.shape[:3].numel() for side in (self.support, self.query)]
+            result["image tower"] = images[0] * each.support + images[1] * each.query
+        if self.text is not None:
+            passes = text_passes(common.text_flops(self.backbone, self.positions()))
+            result["text tower"] = passes.support + passes.query
+        return {name: flops / 1e9 for name, flops in result.items()}
+
+    def positions(self) -> int:
+        """Positions that the text tower has to compute for one side: the sentences' own, and the shared ones of each task."""
+        assert self.text is not None
+        own = self.text.ends[self.topics.to(self.text.ends.device)] + 1  # (B, K)
+        return int(own.sum()) + self.batch * (1 + self.text.tokens)
+
+    def rate(self, args: argparse.Namespace) -> float:
+        """GFLOP/s of the product that is largest in the step: as many rows as the query set has positions."""
+        if self.family.visual:
+            length = self.backbone.model.visual.positional_embedding.shape[0] + self.family.visual
+            rows, width = self.query.shape[:3].numel() * length, self.backbone.visual_width
+        else:
+            rows, width = self.positions(), self.backbone.text_width
+        return common.product_rate(args, rows, width) / 1e9
+
+    # --- where a step's time goes -------------------------------------------------------------------------------------
+
+    def profile(self, args: argparse.Namespace) -> Profile:
+        clock = time.process_time if args.clock == "cpu" else time.perf_counter
+        profile = Profile(args.device, clock)
+        with profile.watching(self.backbone, self.regulator):
+            for _ in range(max(args.repeats, 2)):
+                with profile.step():
+                    with profile.region(OPTIMISER):
+                        self.optimiser.zero_grad(set_to_none=True)
+                    self.ours().item()
+                    with profile.region(OPTIMISER):
+                        self.update()
+        return profile
 
 
 class WholeSentences:
@@ -141,59 +297,218 @@ class WholeSentences:
         return self.backbone.encode_text(self.text.sentences(prompts[0])[None], self.text.ends)
 
 
-def main() -> None:
+class ProMetaR(common.Elsewhere):
+    """ProMetaR's own `forward_backward` in a process of its own, on a batch of made-up images of these classes."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path, images: int) -> None:
+        import checkouts
+
+        group = replace(checkouts.GROUPS["prometar"], batch=images)
+        checkouts.GROUPS["prometar"] = group
+        settings = SimpleNamespace(
+            model=args.backbone, coop=None, prometar=args.prometar, learn2learn=args.learn2learn, dassl=None,
+            data=None, dataset="caltech101", classes=args.ways, groups=["prometar"], test_images=2,
+            device=args.device, threads=torch.get_num_threads(),
+        )  # fmt: skip
+        bench = checkouts.Bench(settings, folder)
+        entry, self.clock, self.images = group.entries[0], args.clock, images
+        (folder / "prometar").mkdir()
+        spec = bench.spec(group, entry, "fp32", folder / "prometar")
+        self.process = checkouts.Process(entry, spec, bench.environment())
+        self.built = self.process.ask("build")
+
+    def seconds(self) -> float:
+        return self.process.ask("timed", measure="step", count=1)[self.clock]
+
+    def with_peak(self) -> tuple[float, Any]:
+        return self.process.ask("peak", measure="step", count=1)["peak_mb"], None
+
+    def close(self) -> None:
+        self.process.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------- run
+
+
+def build_parser() -> argparse.ArgumentParser:
     options = common.parser(__doc__.splitlines()[0])
-    options.add_argument("--ways", type=int, default=5)
-    options.add_argument("--tasks", type=int, default=4)
+    options.add_argument("--family", nargs="+", choices=list(FAMILIES), default=list(FAMILIES), help="(all)")
+    options.add_argument("--tasks", type=int, default=4, help="B (%(default)s)")
+    options.add_argument("--ways", type=int, default=5, help="K (%(default)s)")
+    options.add_argument("--support", type=int, default=4, help="images per class (%(default)s)")
+    options.add_argument("--query", type=int, default=12, help="images per class (%(default)s)")
+    options.add_argument("--variants", nargs="+", help="parts of the variants' names to keep (all)")
     options.add_argument(
         "--names", choices=("topics", "classes"), default="topics",
         help="topics: single words, as clustering labels topics; classes: longer names, as ImageNet's",
     )  # fmt: skip
-    args = options.parse_args()
+    options.add_argument("--prometar", type=Path, help="a checkout of mlvlab/ProMetaR")
+    options.add_argument("--learn2learn", type=Path, help="sources of learn2learn, where it is not installed")
+    options.add_argument("--precision", choices=("fp32", "fp64"), default="fp32", help="(%(default)s)")
+    options.add_argument("-o", "--output", type=Path, help="JSON with all numbers, round by round")
+    return options
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
     backbone = common.begin(args)
+    if args.precision == "fp64":
+        in_double(backbone)
     words = common.topic_words(100) if args.names == "topics" else common.class_names(100)
-    bench = Bench(backbone, words, args.ways, args.tasks)
-    steps = {name: partial(bench.step, name) for name in bench.variants()}
     print(common.environment(args))
+    report: dict[str, Any] = {"facts": facts(args), "families": {}}
+    with theirs(args) as prometar:
+        for name in args.family:
+            report["families"][name] = run(name, backbone, words, prometar, args)
+            report["facts"]["load_average_after"] = os.getloadavg()
+            if args.output:
+                with atomic_write(args.output) as file:
+                    file.write(json.dumps(report, indent=1).encode())
+    print(f"load average before {report['facts']['load_average_before']}, after {os.getloadavg()}")
+
+
+def facts(args: argparse.Namespace) -> dict[str, Any]:
+    settings = {key: "given" if isinstance(value, Path) else value for key, value in vars(args).items()}
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "environment": common.environment(args),
+        "settings": settings,
+        "load_average_before": os.getloadavg(),
+    }
+
+
+@contextlib.contextmanager
+def theirs(args: argparse.Namespace) -> Iterator[ProMetaR | None]:
+    """ProMetaR's process, if its checkout is given."""
+    if not args.prometar:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="meta-step-") as folder:
+        prometar = ProMetaR(args, Path(folder), args.tasks * args.ways * (args.support + args.query))
+        try:
+            yield prometar
+        finally:
+            prometar.close()
+
+
+def run(
+    name: str, backbone: Backbone, words: list[str], prometar: ProMetaR | None, args: argparse.Namespace
+) -> dict[str, Any]:
+    """One family: all its measures in turns, its tables, and the numbers for the report."""
+    bench = Bench(backbone, FAMILIES[name], words, args)
+    steps: dict[str, Any] = {each: First(partial(bench.step, each)) for each in bench.variants()}
+    if args.variants:
+        steps = {each: step for each, step in steps.items() if each in (CLONE, OURS) or any(p in each for p in args.variants)}
+    if prometar is not None:
+        steps[PROMETAR] = prometar
+    print_tasks(name, bench, args)
+    measured = common.measure({**steps, **bench.bare()}, args)
+    rates = sorted(bench.rate(args) for _ in range(3))
+    apart = deviations(measured, bench)
+    print_steps(measured, [each for each in measured if each not in BARE])
+    print_deviations(apart)
+    ceilings = ceiling_rows(bench, measured, rates[1])
+    print_ceilings(ceilings, measured[OURS].seconds)
+    profile = bench.profile(args)
+    print(profile.table() + "\n")
+    if prometar is not None:
+        for patch in prometar.built["patches"]:
+            print(f"ProMetaR, patched: {patch}")
+    return {
+        "measured": {
+            each: {"seconds": row.rounds, "peak_mb": row.peak_mb} for each, row in measured.items()
+        },
+        "deviations": apart,
+        "gflop": bench.flops(),
+        "product_rate_gflops": rates,
+        "ceilings_seconds": ceilings,
+        "profile": profile.as_dict(),
+    }
+
+
+class First:
+    """A step that keeps its gradients when it runs for the first time."""
+
+    def __init__(self, step: Callable[..., Any]) -> None:
+        self.step, self.keep = step, True
+
+    def __call__(self) -> Any:
+        keep, self.keep = self.keep, False
+        return self.step(keep=keep)
+
+
+def print_tasks(name: str, bench: Bench, args: argparse.Namespace) -> None:
+    images = [side.shape[:3].numel() for side in (bench.support, bench.query)]
+    print(f"\n## {name} prompts ({bench.family.text} text tokens, {bench.family.visual} visual tokens)\n")
     print(
-        f"{args.ways}-way, {args.tasks} tasks, {bench.support.shape[2]} support and {bench.query.shape[2]} query shots; "
-        f"{common.length_facts(backbone, words)}; longest drawn: {int(bench.text.ends[bench.topics].max()) - 1}\n"
+        f"{args.tasks} tasks, {args.ways}-way, {args.support} support and {args.query} query shots: {images[0]} + "
+        f"{images[1]} {'images' if bench.family.visual else 'image features'}"
+        + (f"; {bench.positions()} text positions a side" if bench.text is not None else "")
+        + "\n"
     )
-    measured = common.measure(steps, args)
-    common.print_comparison(measured, TRICKS)
-    common.print_comparison(measured, (PLAIN_FIRST, OURS_FIRST))
-    for name, exact, first in (("plainly", PLAIN, PLAIN_FIRST), ("this project", OURS, OURS_FIRST)):
-        ratio = measured[exact].seconds / measured[first].seconds
-        print(f"second order / first order, {name}: {ratio:.2f}")
-    print_gradients(measured)
-    print_floor(bench, measured[OURS].seconds, args)
 
 
-def print_gradients(measured: dict[str, common.Measured]) -> None:
-    """How far the meta-gradients of each variant are from the plain ones, and first order from exact."""
-    loss, gradients = measured[PLAIN].result
+def print_steps(measured: Mapping[str, common.Measured], names: list[str]) -> None:
+    """Median time and range, how many times faster than clone and adapt (paired by round), peak memory."""
     rows = []
-    for name in (*TRICKS[1:], PLAIN_FIRST, OURS_FIRST):
-        other_loss, others = measured[name].result
+    for name in names:
+        one = measured[name]
+        ratios = sorted(a / b for a, b in zip(measured[CLONE].rounds, one.rounds, strict=True))
+        times = [1000 * value for value in (one.seconds, min(one.rounds), max(one.rounds))]
+        rows.append(
+            [
+                name,
+                f"{times[0]:.0f} ({times[1]:.0f} to {times[2]:.0f})",
+                f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
+                f"{one.peak_mb:.0f}",
+            ]
+        )
+    common.print_table(["", "time (ms)", "speed-up", "peak memory (MB)"], rows)
+
+
+def deviations(measured: Mapping[str, common.Measured], bench: Bench) -> dict[str, dict[str, float]]:
+    """How far each variant's loss and meta-gradients are from clone and adapt's, relative to the largest entry."""
+    loss, gradients = measured[CLONE].result
+    count = len(bench.theta)
+    rows = {}
+    for name, one in measured.items():
+        if name in (CLONE, PROMETAR, *BARE):
+            continue
+        other_loss, others = one.result
         apart = [common.deviation(a, b) for a, b in zip(others, gradients, strict=True)]
-        rows.append([name, f"{abs(other_loss / loss - 1):.1e}", f"{apart[0]:.1e}", f"{max(apart[1:]):.1e}"])
-    print("\nLargest deviation from the plain step, relative to the largest entry:\n")
-    common.print_table(["", "query loss", "gradient of theta", "gradient of phi"], rows)
+        rows[name] = {
+            "query loss": abs(float(other_loss / loss) - 1),
+            "gradient of theta": max(apart[:count]),
+            "gradient of phi": max(apart[count:]),
+        }
+    return rows
 
 
-def print_floor(bench: Bench, seconds: float, args: argparse.Namespace) -> None:
-    """The matrix products that second order cannot do without, at the rate this machine multiplies."""
-    lengths = bench.text.ends[bench.topics] + 1  # (B, K)
-    tokens = int(lengths.sum()) + lengths.shape[0] * (1 + bench.text.tokens)
-    flops = 6 * common.text_flops(bench.backbone, tokens)
-    rate = common.product_rate(args, tokens, bench.backbone.text_width)
-    print(
-        f"Floor: {tokens} text positions x {common.text_flops(bench.backbone, 1) / 1e6:.1f} MFLOP x 6 (support and query "
-        f"forward and backward, and backward through the support gradient's own two passes) = {flops / 1e9:.1f} GFLOP; "
-        f"at the measured {rate / 1e9:.0f} GFLOP/s {1000 * flops / rate:.0f} ms. "
-        f"This project's step takes {seconds * rate / flops:.2f} times as long."
-    )
+def print_deviations(rows: Mapping[str, Mapping[str, float]]) -> None:
+    print("Largest deviation from clone and adapt, relative to the largest entry:\n")
+    header = ["", "query loss", "gradient of theta", "gradient of phi"]
+    common.print_table(header, [[name, *(f"{value:.1e}" for value in row.values())] for name, row in rows.items()])
+
+
+def ceiling_rows(bench: Bench, measured: Mapping[str, common.Measured], rate: float) -> dict[str, float]:
+    """Seconds that a step cannot fall below, by three reckonings."""
+    flops = bench.flops()
+    forwards = 4 * measured[FORWARD_SUPPORT].seconds + 2 * measured[FORWARD_QUERY].seconds
+    return {
+        f"products: {' + '.join(f'{value:.1f} GFLOP ({name})' for name, value in flops.items())} at {rate:.0f} GFLOP/s": sum(
+            flops.values()
+        )
+        / rate,
+        "bare forward passes: 4 of the support set, 2 of the query set": forwards,
+        PASSES: measured[PASSES].seconds,
+    }
+
+
+def print_ceilings(ceilings: Mapping[str, float], seconds: float) -> None:
+    print("What the towers set as a ceiling:\n")
+    rows = [[name, f"{1000 * value:.0f}", f"{value / seconds:.2f}"] for name, value in ceilings.items()]
+    common.print_table(["", "time (ms)", "of this project's step"], rows)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
