@@ -78,7 +78,9 @@ FAMILIES = {"text": Family(4, 0, "a photo of a"), "visual": Family(0, 4), "joint
 class Bench:
     """Made-up tasks, theta and phi of one family, and its step in every variant."""
 
-    def __init__(self, backbone: Backbone, family: Family, words: list[str], args: argparse.Namespace) -> None:
+    def __init__(
+        self, backbone: Backbone, family: Family, words: list[str], args: argparse.Namespace
+    ) -> None:
         self.backbone, self.config, self.family = backbone, get_meta_config(), family
         self.batch, self.ways = args.tasks, args.ways
         generator = torch.Generator().manual_seed(0)
@@ -398,7 +400,11 @@ def run(
     bench = Bench(backbone, FAMILIES[name], words, args)
     steps: dict[str, Any] = {each: First(partial(bench.step, each)) for each in bench.variants()}
     if args.variants:
-        steps = {each: step for each, step in steps.items() if each in (CLONE, OURS) or any(p in each for p in args.variants)}
+        steps = {
+            each: step
+            for each, step in steps.items()
+            if each in (CLONE, OURS) or any(p in each for p in args.variants)
+        }
     if prometar is not None:
         steps[PROMETAR] = prometar
     print_tasks(name, bench, args)
@@ -415,9 +421,7 @@ def run(
         for patch in prometar.built["patches"]:
             print(f"ProMetaR, patched: {patch}")
     return {
-        "measured": {
-            each: {"seconds": row.rounds, "peak_mb": row.peak_mb} for each, row in measured.items()
-        },
+        "measured": {each: {"seconds": row.rounds, "peak_mb": row.peak_mb} for each, row in measured.items()},
         "deviations": apart,
         "gflop": bench.flops(),
         "product_rate_gflops": rates,
@@ -487,7 +491,9 @@ def deviations(measured: Mapping[str, common.Measured], bench: Bench) -> dict[st
 def print_deviations(rows: Mapping[str, Mapping[str, float]]) -> None:
     print("Largest deviation from clone and adapt, relative to the largest entry:\n")
     header = ["", "query loss", "gradient of theta", "gradient of phi"]
-    common.print_table(header, [[name, *(f"{value:.1e}" for value in row.values())] for name, row in rows.items()])
+    common.print_table(
+        header, [[name, *(f"{value:.1e}" for value in row.values())] for name, row in rows.items()]
+    )
 
 
 def ceiling_rows(bench: Bench, measured: Mapping[str, common.Measured], rate: float) -> dict[str, float]:
