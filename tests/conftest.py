@@ -43,7 +43,7 @@ def pixel_corpus(tmp_path_factory):
         locations.append(f"{i}.png")
 
     class Store:
-        path, fingerprint, image_root = folder / "store", "store-1", folder
+        path, fingerprint, image_root, in_shards = folder / "store", "store-1", folder, None
         image_features = random.normal(size=(96, 64)).astype(np.float16)
 
         def check_backbone(self, backbone):

@@ -19,6 +19,7 @@ from PIL import Image
 
 from gram_meta.corpus import images, rows, sentences
 from gram_meta.corpus.images import BadImage, ImageFiles, collate, decode_image, read_image
+from gram_meta.corpus.places import ImageReader, Place
 from gram_meta.corpus.readers import open_source
 from gram_meta.corpus.rows import Row
 from gram_meta.errors import GramError
@@ -323,12 +324,15 @@ def test_the_image_data_set_never_raises_and_travels_to_workers(tmp_path):
 
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"")
-    files = pickle.loads(pickle.dumps(ImageFiles(tmp_path, load_backbone("random-tiny").preprocess())))
-    stacked, reasons, digests = collate([files["a.png"], files["b.png"], files["c.png"]])
+    files = ImageFiles(ImageReader(tmp_path), load_backbone("random-tiny").preprocess())
+    files = pickle.loads(pickle.dumps(files))
+    stacked, reasons, digests = collate([files[Place(name)] for name in ("a.png", "b.png", "c.png")])
     assert stacked.shape == (1, 3, 32, 32)
     assert [images.REASONS[reason] for reason in reasons] == ["", images.EMPTY, images.MISSING]
     assert [any(digest) for digest in digests] == [True, False, False]
-    assert collate([files["b.png"]])[0] is None
+    assert collate([files[Place("b.png")]])[0] is None
+    gone = collate([files[Place("a.png")], files[Place("00000.tar/a.png", "00000.tar", 512, 9)]])
+    assert isinstance(gone, GramError) and "00000.tar: expected the shard" in str(gone)
 
 
 # --- sentences ----------------------------------------------------------------------------------------------

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gram_meta.corpus.readers import Source
+    from gram_meta.processes import Job
 
 HELP = """Turn image-text pairs into a store of CLIP and Sentence-BERT features.
 
@@ -75,16 +80,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     import os
+
+    from gram_meta.processes import job
+
+    # the tokenizer's threads do not survive the forking of image workers
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with job(args.device) as here:
+        source = here.first(lambda: _source(args))  # cheap errors come first, and once
+        if source is not None:
+            _embed(args, source, here)
+    return 0
+
+
+def _source(args: argparse.Namespace) -> Source | None:
+    """What is to be embedded; None when that has been done."""
+    import os
     import sys
 
+    from gram_meta.corpus.embed import check_free, is_finished
     from gram_meta.corpus.readers import open_source
 
-    # cheap errors come first
     source = open_source(
         args.source, args.image_column, args.caption_column, args.image_root, args.format, args.classnames
     )
-    from gram_meta.corpus.embed import embed_pairs, is_finished
-
+    check_free(args.out)
     settings = {
         "source": source.identity(),
         "clip": {"name": args.backbone, "precision": args.precision},
@@ -96,29 +115,25 @@ def run(args: argparse.Namespace) -> int:
     by_name = not os.path.exists(args.backbone) and not os.path.exists(args.sentence_model)
     if is_finished(args.out, settings) and by_name:
         print(f"{args.out}: finished before, nothing to do", file=sys.stderr)
-        return 0
+        return None
+    return source
 
-    # the tokenizer's threads do not survive the forking of image workers
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-    import torch
-
+def _embed(args: argparse.Namespace, source: Source, here: Job) -> None:
     from gram_meta.backbone import load_backbone
+    from gram_meta.corpus.embed import embed_pairs
     from gram_meta.corpus.sentences import load_sentence_model
+    from gram_meta.processes import device_for
 
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    backbone = load_backbone(args.backbone, device, args.precision)
-    sentence_model = load_sentence_model(args.sentence_model, device)
+    device = device_for(here, args.device)
     embed_pairs(
         source,
         args.out,
-        backbone,
-        sentence_model,
+        load_backbone(args.backbone, device, args.precision),
+        load_sentence_model(args.sentence_model, device),
         batch_size=args.batch_size,
         part_size=args.part_size,
         workers=args.workers,
         progress=True,
+        job=here,
     )
-    return 0

@@ -20,6 +20,8 @@ from gram_meta.errors import GramError
 if TYPE_CHECKING:
     import torch
 
+    from gram_meta.corpus.places import ImageReader, Place
+
 T = TypeVar("T")
 
 MAX_PIXELS = 89_478_485  # Pillow's own line for a decompression bomb, a quarter of a gigabyte as RGB
@@ -159,28 +161,43 @@ def _cut_strip(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + w, top + h))
 
 
-class ImageFiles:
-    """Map-style data set: location -> (tensor (3, H, W) or None, index into `REASONS`, digest). Never raises."""
+# What a worker process sends of an image: bytes (3, H, W) or None, index into `REASONS`, digest of its file; or, of a
+# shard that is gone or has changed, the error, as a loader would put its own words for one that is raised there.
+Read = tuple["torch.Tensor | None", int, bytes] | GramError
 
-    def __init__(self, root: Path, transform: Callable[[Image.Image], Any]) -> None:
-        self.root = root
+
+class ImageFiles:
+    """Map-style data set: the place of an image -> what is read there. Never raises.
+
+    Args:
+        reader: reads an image by its place (`places.ImageReader`).
+        transform: image -> tensor.
+    """
+
+    def __init__(self, reader: ImageReader, transform: Callable[[Image.Image], Any]) -> None:
+        self.reader = reader
         self.transform = transform
 
-    def __getitem__(self, location: str) -> tuple[torch.Tensor | None, int, bytes]:
+    def __getitem__(self, place: Place) -> Read:
         try:
-            image, digest = read_image(self.root / location)
+            image, digest = self.reader.image(place)
             return self.transform(image), 0, digest
         except BadImage as error:
             return None, REASONS.index(str(error)), bytes(DIGEST_BYTES)
+        except GramError as error:
+            return error
         except Exception:  # noqa: BLE001 - a transform that cannot take this image
             return None, REASONS.index(BROKEN), bytes(DIGEST_BYTES)
 
 
-def collate(
-    items: list[tuple[torch.Tensor | None, int, bytes]],
-) -> tuple[torch.Tensor | None, list[int], list[bytes]]:
-    """The readable images of a batch stacked (k, 3, H, W) or None, with reasons and digests of all of it."""
+def collate(items: list[Read]) -> tuple[torch.Tensor | None, list[int], list[bytes]] | GramError:
+    """The readable images of a batch stacked (k, 3, H, W) or None, with reasons and digests of all of it; or an error."""
     import torch
 
-    images = [image for image, _, _ in items if image is not None]
-    return (torch.stack(images) if images else None), [item[1] for item in items], [item[2] for item in items]
+    read: list[Any] = []
+    for item in items:
+        if isinstance(item, GramError):
+            return item
+        read.append(item)
+    images = [image for image, _, _ in read if image is not None]
+    return (torch.stack(images) if images else None), [item[1] for item in read], [item[2] for item in read]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 MANIFEST = "manifest.json"
 CAPTIONS = "captions.parquet"  # image, caption
-IMAGES = "images.parquet"  # location, digest
+IMAGES = "images.parquet"  # location, digest; of images in shards also shard, offset, size
 IMAGE_FEATURES = "image_features.npy"
 SENTENCE_FEATURES = "sentence_features.npy"
 SIMILARITY = "similarity.npy"
@@ -76,20 +77,44 @@ class PairStore:
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
-        import pyarrow.parquet as pq
-
         self.path = path
         self.manifest = manifest
         self.fingerprint: str = manifest["fingerprint"]
-        pairs = pq.read_table(path / CAPTIONS)
-        images = pq.read_table(path / IMAGES)
-        self.captions = Strings(pairs["caption"])
-        self.image: np.ndarray = pairs["image"].to_numpy()
-        self.locations = Strings(images["location"])
         self.image_root = Path(manifest["settings"]["source"]["image_root"])
-        self.image_features = _array(path / IMAGE_FEATURES, len(self.locations))
-        self.sentence_features = _array(path / SENTENCE_FEATURES, len(self.captions))
-        self.similarity = _array(path / SIMILARITY, len(self.captions))
+        pairs, _ = _rows_and_columns(path / CAPTIONS, ("image", "caption"))
+        images, columns = _rows_and_columns(path / IMAGES, ("location",))
+        self.has_shards = "shard" in columns
+        self.image_features = _array(path / IMAGE_FEATURES, images)
+        self.sentence_features = _array(path / SENTENCE_FEATURES, pairs)
+        self.similarity = _array(path / SIMILARITY, pairs)
+
+    @cached_property
+    def captions(self) -> Strings:
+        return Strings(_columns(self.path / CAPTIONS, ["caption"])["caption"])
+
+    @cached_property
+    def image(self) -> np.ndarray:
+        return _columns(self.path / CAPTIONS, ["image"])["image"].to_numpy()
+
+    @cached_property
+    def locations(self) -> Strings:
+        return Strings(_columns(self.path / IMAGES, ["location"])["location"])
+
+    @cached_property
+    def in_shards(self) -> InShards | None:
+        """Where the images lie in tar or Parquet shards; None: each is a file of its own."""
+        if not self.has_shards:
+            return None
+        import pyarrow as pa
+
+        table = _columns(self.path / IMAGES, ["shard", "offset", "size"], dictionary=["shard"])
+        shards = pa.chunked_array(table["shard"].chunks, table["shard"].type).unify_dictionaries()
+        names = shards.chunk(0).dictionary.to_pylist() if shards.num_chunks else []
+        indices = [chunk.indices.to_numpy(zero_copy_only=False) for chunk in shards.chunks]
+        shard_of = np.concatenate(indices).astype(np.int32) if indices else np.zeros(0, np.int32)
+        if "" in names:  # files of their own among them
+            shard_of[shard_of == names.index("")] = -1
+        return InShards(names, shard_of, table["offset"].to_numpy(), table["size"].to_numpy())
 
     @classmethod
     def open(cls, path: PathLike) -> PairStore:
@@ -121,11 +146,13 @@ class PairStore:
             ) from None
 
     def __len__(self) -> int:
-        return len(self.captions)
+        return len(self.similarity)
 
     def places(self, root: PathLike | None = None) -> Places:
         """Where the images lie and how to read them; `root` is the folder they are in now, None: as they were embedded."""
-        return Places(ImageReader(Path(root or self.image_root)), self.locations)
+        sizes = self.manifest["settings"]["source"].get("shards") if self.in_shards else None
+        reader = ImageReader(Path(root or self.image_root), sizes)
+        return Places(reader, self.locations, *(self.in_shards or ()))
 
     @property
     def clip_fingerprint(self) -> str:
@@ -143,6 +170,15 @@ class PairStore:
                 f"{self.path}: its features are of the CLIP {clip['name']} ({clip['fingerprint'][:12]}), "
                 f"expected {backbone.name} ({backbone.fingerprint[:12]})"
             )
+
+
+class InShards(NamedTuple):
+    """Columns of `Places`."""
+
+    shards: list[str]
+    shard_of: np.ndarray  # (m,) int32, index into `shards`; -1: a file of its own
+    offsets: np.ndarray  # (m,) int64
+    sizes: np.ndarray  # (m,) int64
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -170,6 +206,30 @@ def store_fingerprint(settings: dict[str, Any], counts: dict[str, int], content:
         counts["images"],
     ]
     return hashlib.sha256(json.dumps([*facts, *content]).encode()).hexdigest()
+
+
+def _rows_and_columns(path: Path, expected: Sequence[str]) -> tuple[int, list[str]]:
+    """From the end of a Parquet file, without reading the rest of it; raises `KeyError` where a column lacks."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        for name in expected:
+            if name not in names:
+                raise KeyError(f"no column {name} in {path.name}")
+        return file.metadata.num_rows, names
+
+
+def _columns(path: Path, names: list[str], dictionary: list[str] | None = None) -> pa.Table:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(path, columns=names, read_dictionary=dictionary)
+    except (OSError, pa.ArrowException) as error:
+        raise GramError(
+            f"{path}: expected a whole file of a pair store, found {' '.join(str(error).split())[:200]}"
+        ) from None
 
 
 def _array(path: Path, rows: int) -> np.ndarray:
