@@ -42,9 +42,11 @@ def get_meta_config() -> CN:
     c.CHC.TOPICS.MIN_CLUSTER_SIZE = 30  # HDBSCAN, pairs
     c.CHC.TOPICS.MIN_SAMPLES = 5  # HDBSCAN
     c.CHC.TOPICS.SELECTION = "eom"  # HDBSCAN: eom, its own default, or leaf: more and smaller topics
+    c.CHC.TOPICS.SAMPLE = 100_000  # pairs that UMAP and HDBSCAN see; of more pairs, the others are assigned; 0: all
     c.CHC.DOMAINS = CN()
     c.CHC.DOMAINS.K = 3  # U of Sec. 3.2: k-means clusters in each topic; fewer where one would be too small for a task
     c.CHC.DOMAINS.STARTS = 10  # k-means runs, of which the best is taken
+    c.CHC.DOMAINS.SAMPLE = 10_000  # images of a topic that k-means sees; of more, the others go to the nearest centre; 0: all
 
     # Meta-training tasks, Sec. 3.3
     c.TASKS = CN()

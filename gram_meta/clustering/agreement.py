@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gram_meta.clustering.hierarchy import FILTERED, NOISE, Hierarchy
+from gram_meta.clustering.hierarchy import EXCLUDED, FILTERED, NOISE, Hierarchy
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike
@@ -116,7 +116,7 @@ def agreement(hierarchy: Hierarchy, store: PairStore, truth: Mapping[str, Sequen
                 hierarchy, member, _codes(truth[name])[row[hierarchy.pair]]
             )
 
-    passed = int((hierarchy.fates != FILTERED).sum())
+    passed = int((~np.isin(hierarchy.fates, (FILTERED, EXCLUDED))).sum())
     report["noise"] = float((hierarchy.fates == NOISE).sum() / max(passed, 1))
     report["in_topics"] = float(len(hierarchy.pair) / max(len(store), 1))
     if WRONG in truth:

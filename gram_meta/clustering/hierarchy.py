@@ -21,7 +21,7 @@ TOPICS = "topics.json"
 FATES = "fates.npy"
 
 # What became of each pair of the store; `fates` holds indices into it: append only.
-KEPT, FILTERED, NOISE, NO_WORD, FEW_IMAGES, FEW_DOMAINS = range(6)
+KEPT, FILTERED, NOISE, NO_WORD, FEW_IMAGES, FEW_DOMAINS, EXCLUDED = range(7)
 FATE_NAMES = (
     "kept",
     "filtered",
@@ -29,6 +29,7 @@ FATE_NAMES = (
     "topic without a word",
     "topic with too few images",
     "topic without two domains",
+    "excluded",
 )
 
 

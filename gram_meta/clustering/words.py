@@ -40,7 +40,7 @@ def topic_words(
     the alphabet.
 
     Args:
-        captions: n texts. topic: n topic numbers in 0 ... topics - 1.
+        captions: n texts. topic: n topic numbers in 0 ... topics - 1; -1: of no topic, left out.
         topics: L. top: how many words to return for each topic.
 
     Raises:
@@ -54,7 +54,8 @@ def topic_words(
         )
     counts: list[Counter[str]] = [Counter() for _ in range(topics)]  # N_wl
     for caption, number in zip(captions, topic, strict=True):
-        counts[number].update(tokens(caption))
+        if number >= 0:
+            counts[number].update(tokens(caption))
     containing = Counter(word for of_topic in counts for word in of_topic)  # L_w
     return [_best(of_topic, containing, topics, top) for of_topic in counts]
 

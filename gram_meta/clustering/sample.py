@@ -1,0 +1,211 @@
+"""Topics of many pairs from the topics of a sample of them: near-linear in the number of pairs, in bounded memory.
+
+UMAP and HDBSCAN see a sample. Every other pair asks the sample pairs nearest to it in the space of sentence features,
+and a rule that was learnt from the sample says whether their answer is good enough, or the pair noise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+log = logging.getLogger(__name__)
+
+NEIGHBOURS = 15  # sample pairs that a pair asks
+SHARPNESS = 10.0  # a neighbour whose cosine is 0.1 below the nearest one's has 1/e of its vote
+SHRINK = 30  # pairs that the sample's common threshold counts for beside a topic's own members
+SEARCH = 0.1  # pynndescent's epsilon: how far beyond the best found so far it looks
+BATCH = 1 << 14  # pairs that are assigned at once
+
+
+def vote(label: np.ndarray, similarity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The topic that the neighbours of each pair choose, and the share of their votes that it has.
+
+    The vote of a neighbour with cosine s weighs exp(SHARPNESS (s - s_1)), s_1 that of the nearest one; neighbours that
+    are noise vote for no topic.
+
+    Args:
+        label: (n, k) topics of the neighbours, the nearest first; -1 is noise.
+        similarity: (n, k) cosines.
+
+    Returns:
+        (n,) topics, -1 where all neighbours are noise, and (n,) shares in 0 ... 1.
+    """
+    weight = np.exp(SHARPNESS * (similarity - similarity[:, :1]))  # (n, k)
+    weight /= weight.sum(1, keepdims=True)
+    same = label[:, :, None] == label[:, None, :]  # (n, k, k)
+    votes = np.einsum("nij,nj->ni", same, weight)
+    votes[label < 0] = 0
+    rows, best = np.arange(len(label)), votes.argmax(1)  # of equals the nearest
+    share = votes[rows, best]
+    return np.where(share > 0, label[rows, best], -1), share
+
+
+def thresholds(topic: np.ndarray, share: np.ndarray, label: np.ndarray, topics: int) -> np.ndarray:
+    """The share of votes to require, for each topic, learnt from pairs whose label is known.
+
+    One threshold for all topics calls as many of these pairs noise as clustering does. A topic's own threshold gives
+    it as many pairs as clustering does; it counts for as much as the topic has members, the common one for SHRINK of
+    them, so that small topics do not follow chance.
+
+    Args:
+        topic, share: (n,) what the neighbours of each pair chose, the pair itself left out.
+        label: (n,) what clustering says of it; -1 is noise.
+
+    Returns:
+        (topics,) in 0 ... 1.
+    """
+    common = float(np.quantile(share, (label < 0).mean())) if len(share) else 0.0
+    members = np.bincount(label[label >= 0], minlength=topics)
+    order = np.lexsort((-share, topic))  # by topic, the surest first
+    start = np.searchsorted(topic[order], np.arange(topics + 1))
+    result = np.full(topics, common)
+    for number in np.flatnonzero(members):
+        chosen = share[order[start[number] : start[number + 1]]]
+        if len(chosen):
+            own = chosen[min(members[number], len(chosen)) - 1]
+            result[number] = (members[number] * own + SHRINK * common) / (members[number] + SHRINK)
+    return result
+
+
+def verdict(topic: np.ndarray, share: np.ndarray, threshold: np.ndarray) -> np.ndarray:
+    """(n,) topics: what the neighbours chose where its share reaches the topic's threshold, else -1."""
+    if not len(threshold):
+        return np.full(len(topic), -1)
+    return np.where((topic >= 0) & (share >= threshold[topic]), topic, -1)
+
+
+@dataclass
+class Rule:
+    """How a pair outside the sample gets a topic.
+
+    Attributes:
+        label: (s,) topics of the sample's pairs; -1 is noise.
+        threshold: (topics,) share of its neighbours' votes that a pair needs.
+        held_out: what it says of sample pairs, each left out of its own neighbours and thresholds, against what
+            clustering says of them.
+    """
+
+    index: Any  # pynndescent.NNDescent over the sample's sentence features
+    label: np.ndarray
+    threshold: np.ndarray
+    held_out: dict[str, Any]
+
+    @classmethod
+    def learn(cls, features: np.ndarray, label: np.ndarray, alone: np.ndarray, seed: int) -> Rule:
+        """Learn the thresholds from a clustered sample.
+
+        Args:
+            features: (s, S) float32, L2-normalised. label: (s,) topics; -1 is noise.
+            alone: (s,) bool, pairs whose caption occurs once in the sample: only these stand for new captions, as
+                the others find themselves among their neighbours.
+            seed: of the approximate search, or -1.
+        """
+        topics = int(label.max(initial=-1)) + 1
+        index = nearest_index(features, seed)
+        rows = np.flatnonzero(alone)
+        parts = [
+            vote(label[near], similarity)
+            for part in batches(len(rows))
+            for near, similarity in [_others(index, features[rows[part]], rows[part])]
+        ]
+        topic = np.concatenate([part[0] for part in parts])
+        share = np.concatenate([part[1] for part in parts])
+        known = label[rows]
+        # Each half is judged by the thresholds of the other; what is used comes from both.
+        judged = np.empty_like(topic)
+        half = np.random.default_rng(0).permutation(len(rows)) % 2 == 0
+        for fit, rest in ((half, ~half), (~half, half)):
+            threshold = thresholds(topic[fit], share[fit], known[fit], topics)
+            judged[rest] = verdict(topic[rest], share[rest], threshold)
+        return cls(index, label, thresholds(topic, share, known, topics), against(judged, known))
+
+    def assign(self, features: np.ndarray) -> np.ndarray:
+        """Topics (n,) of pairs with sentence features (n, S), float32; -1 is noise."""
+        near, distance = self.index.query(features, k=NEIGHBOURS, epsilon=SEARCH)
+        return verdict(*vote(self.label[near], 1 - distance), self.threshold)
+
+
+def nearest_index(features: np.ndarray, seed: int) -> Any:
+    """An approximate index of cosine neighbours over (s, S) features; s is at least NEIGHBOURS + 2."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numba's remarks on threads
+        import pynndescent
+
+        index = pynndescent.NNDescent(
+            features, metric="cosine", n_neighbors=20, random_state=seed if seed >= 0 else None
+        )
+        index.prepare()
+    return index
+
+
+def _others(index: Any, features: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Neighbours (n, k) of the index's own `rows` and their cosines, without the row itself."""
+    near, distance = index.query(features, k=NEIGHBOURS + 1, epsilon=SEARCH)
+    itself = near == rows[:, None]
+    itself[~itself.any(1), -1] = True  # the approximate search missed it: the farthest goes
+    shape = (len(rows), NEIGHBOURS)
+    return near[~itself].reshape(shape), 1 - distance[~itself].reshape(shape)
+
+
+def against(judged: np.ndarray, known: np.ndarray) -> dict[str, Any]:
+    """How far labels agree with known ones: shares of noise in both, of pairs that agree, and how many of those given a
+    topic have the right one (`precision`) and of those called noise are noise (`noise_precision`)."""
+    topic, noise = judged >= 0, judged < 0
+    return {
+        "pairs": len(judged),
+        "noise": float(noise.mean()),
+        "noise_by_clustering": float((known < 0).mean()),
+        "agreement": float((judged == known).mean()),
+        "precision": float((judged == known)[topic].mean()) if topic.any() else 0.0,
+        "noise_precision": float((known < 0)[noise].mean()) if noise.any() else 0.0,
+    }
+
+
+def captions_by_number(captions: Iterable[str], wanted: np.ndarray) -> np.ndarray:
+    """For the rows marked in `wanted` (bool, one for each caption) a number (int64): equal for equal captions.
+
+    The number is that of the first wanted row with the caption, counted among the wanted ones. Captions are compared
+    by a 64-bit hash: with 3 million of them two different ones share it with a chance of 2e-7.
+    """
+    digests = (
+        int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "little")
+        for caption, is_wanted in zip(captions, wanted, strict=True)
+        if is_wanted
+    )
+    digest = np.fromiter(digests, np.uint64, int(wanted.sum()))
+    _, first, number = np.unique(digest, return_index=True, return_inverse=True)
+    return first[number]
+
+
+def same_for_copies(number: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Labels in which rows of one number agree: the most frequent label among them; of equals the largest, so that a
+    topic stands before noise."""
+    order = np.lexsort((label, number))
+    n, of = number[order], label[order]
+    run = np.flatnonzero(
+        np.r_[True, (n[1:] != n[:-1]) | (of[1:] != of[:-1])]
+    )  # runs of equal number and label
+    length = np.diff(np.r_[run, len(n)])
+    best = np.lexsort((of[run], length, n[run]))  # of each number the longest run comes last
+    last = np.flatnonzero(np.r_[n[run][best][1:] != n[run][best][:-1], True])
+    names, winners = n[run][best][last], of[run][best][last]
+    return winners[np.searchsorted(names, number)]
+
+
+def draw(pairs: int, size: int, seed: int) -> np.ndarray:
+    """`size` of `pairs` rows at random, ascending."""
+    random = np.random.default_rng([seed, 5] if seed >= 0 else None)
+    return np.sort(random.permutation(pairs)[:size])
+
+
+def batches(rows: int, size: int = BATCH) -> Iterator[slice]:
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))

@@ -1,0 +1,54 @@
+"""What a long clustering has found so far, kept beside its result so that an interrupted run can go on."""
+
+from __future__ import annotations
+
+import logging
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from gram_meta.files import PathLike, atomic_write
+
+log = logging.getLogger(__name__)
+
+NAMES = ("sample", "assigned")
+
+
+class Steps:
+    """Arrays in hidden files of a folder, each with a key that says what it was made from.
+
+    Args:
+        folder: None: nothing is kept.
+    """
+
+    def __init__(self, folder: PathLike | None) -> None:
+        self.folder = None if folder is None else Path(folder)
+
+    def once(self, name: str, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """What an earlier run with this key kept under `name`, else what `make` returns, which is then kept."""
+        if self.folder is None:
+            return make()
+        path = self.path(name)
+        try:
+            with np.load(path, allow_pickle=False) as kept:
+                if str(kept["key"]) == key:
+                    log.info("%s: found by an earlier run that was interrupted", name)
+                    return kept["value"]
+        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+            pass  # none, or damaged: made anew
+        value = make()
+        with atomic_write(path) as file:
+            np.savez(file, key=np.array(key), value=value)
+        return value
+
+    def path(self, name: str) -> Path:
+        assert self.folder is not None and name in NAMES
+        return self.folder / f".{name}.npz"
+
+    def forget(self) -> None:
+        """Remove what was kept."""
+        if self.folder is not None:
+            for name in NAMES:
+                self.path(name).unlink(missing_ok=True)
