@@ -130,7 +130,7 @@ def test_unusable_collections_are_one_sentence(tmp_path):
         rows_of(tree(tmp_path / "empty", "dog/notes.txt"))
     with pytest.raises(GramError, match="names.txt: expected lines of .* found no such file"):
         rows_of(tree(tmp_path / "list", "dog/a.jpg"), classnames=tmp_path / "names.txt")
-    with pytest.raises(GramError, match="do not belong to class folders"):
+    with pytest.raises(GramError, match="an image column does not belong to a folder of class folders"):
         rows_of(tmp_path / "list", image_column="image")
     with pytest.raises(GramError, match="belongs to a folder of class folders"):
         open_source(tmp_path / "list", classnames=tmp_path / "names.txt")
@@ -226,7 +226,7 @@ def test_classes_are_the_topics(commands, capsys):
     assert hierarchy.manifest["topics_dropped"]["topic with too few images"] == 1
     assert hierarchy.manifest["pairs"] == {
         "in": 123, "kept": 120, "filtered": 0, "noise": 0, "topic without a word": 0,
-        "topic with too few images": 3, "topic without two domains": 0,
+        "topic with too few images": 3, "topic without two domains": 0, "excluded": 0,
     }  # fmt: skip
     capsys.readouterr()
     assert main(["inspect", str(commands / "hierarchy")]) == 0

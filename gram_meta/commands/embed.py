@@ -9,18 +9,45 @@ if TYPE_CHECKING:
     from gram_meta.corpus.readers import Source
     from gram_meta.processes import Job
 
+FORMATS = (  # readers.FORMATS, which is not loaded for --help
+    "auto",
+    "webdataset",
+    "parquet",
+    "folder",
+    "classes",
+    "tsv",
+    "csv",
+    "tokens",
+    "coco",
+    "karpathy",
+    "records",
+    "cc3m",
+)
+
 HELP = """Turn image-text pairs into a store of CLIP and Sentence-BERT features.
 
-SOURCE is a folder (images with a same-named .txt beside them, one caption a line) or a .tsv, .csv or .parquet
-file with an image column and a caption column. With --format classes it is a folder of class folders, a labelled
-collection such as ImageNet: captions are the names of the classes. Rows and images that cannot be used are skipped and counted by
-reason in the store's manifest.json. An interrupted run goes on where it was when the same command is given
-again."""
+SOURCE is one of
+
+  shards/                    WebDataset tars (KEY.jpg, KEY.txt, KEY.json), as img2dataset writes them; or some of them:
+  '{00000..00331}.tar'       by braces or wildcards, in quotes
+  parquets/                  Parquet files with images inside, as Hugging Face's; or one, or 'train-*.parquet'
+  images/                    a folder of images with a same-named .txt beside each, one caption a line
+  pairs.tsv, .csv, .jsonl, .parquet
+                             an image column and a caption column
+  captions_train2017.json    COCO's captions
+  dataset_coco.json          Karpathy's splits of COCO, Flickr8k or Flickr30k
+  Flickr8k.token.txt, captions.txt
+  Train_GCC-training.tsv     CC3M's captions and URLs, with --image-root FOLDER of what was downloaded
+  classes/                   with --format classes: a labelled collection such as ImageNet; captions are class names
+
+Which it is shows in what is there, and is said. Rows and images that cannot be used are skipped and counted by reason in the
+store's manifest.json. An interrupted run goes on where it was when the same command is given again. docs/CORPUS.md says
+more about every one of them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="folder, .tsv, .csv or .parquet file")
+    add("source", metavar="SOURCE", help="folder, file or pattern: see above")
     add("-o", "--out", metavar="STORE", required=True, help="folder for the store")
     add(
         "--backbone",
@@ -46,13 +73,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="column of image paths (default: image, path, filename, ...); with both columns given as numbers "
         "from 1, the file has no header",
     )
-    add("--caption-column", metavar="NAME", help="column of captions (default: caption, text, title, ...)")
-    add("--image-root", metavar="FOLDER", help="where image paths start from (default: the file's folder)")
+    add(
+        "--caption-column",
+        metavar="NAME",
+        help="column of captions (default: caption, text, title, ...); in tars the suffix of a text member, or a key of "
+        "the .json (default: .txt, then caption in .json)",
+    )
+    add(
+        "--image-root",
+        metavar="FOLDER",
+        help="where image paths start from (default: the file's folder; for captions in JSON also folders beside it, such "
+        "as train2017)",
+    )
+    add(
+        "--image-name",
+        metavar="RULE",
+        help="how CC3M's images are called, such as 'train/{row:08d}.jpg' or '{crc32}' (default: found out by looking)",
+    )
+    add(
+        "--split",
+        metavar="NAMES",
+        help="of Karpathy's JSON or Hugging Face's Parquet files: train, val, ..., several with commas, or all (default: "
+        "train, and COCO's restval, where there are splits)",
+    )
     add(
         "--format",
-        choices=("auto", "classes", "webdataset"),
+        choices=FORMATS,
         default="auto",
-        help="classes: SOURCE is a folder of class folders, perhaps below train/ (default: %(default)s)",
+        metavar="NAME",
+        help=f"what SOURCE is: {', '.join(FORMATS)} (default: %(default)s, what it looks like; never classes)",
     )
     add(
         "--classnames",
@@ -101,7 +150,14 @@ def _source(args: argparse.Namespace) -> Source | None:
     from gram_meta.corpus.readers import open_source
 
     source = open_source(
-        args.source, args.image_column, args.caption_column, args.image_root, args.format, args.classnames
+        args.source,
+        args.image_column,
+        args.caption_column,
+        args.image_root,
+        args.format,
+        args.classnames,
+        args.split,
+        args.image_name,
     )
     check_free(args.out)
     settings = {

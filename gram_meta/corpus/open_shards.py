@@ -8,26 +8,33 @@ from __future__ import annotations
 
 import os
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
+from gram_meta.corpus.parquet_files import holds_images, leaf_of, open_parquet
 from gram_meta.errors import GramError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 T = TypeVar("T")
 
 MAX_OPEN = 64  # files; a process may mostly have 1,024
+MAX_GROUPS = 256 << 20  # bytes of images, in row groups of Parquet files
 
 
 class Opened(Generic[T]):
-    """The most recently used of what `make` gives for a key, at most `most` of them.
+    """The most recently used of what `make` gives for a key, of at most `most` weight together (but always one).
 
     What is dropped is not closed but let go of: a thread that still reads from it keeps it alive.
     """
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, most: int, weight: Callable[[T], int] = lambda made: 1) -> None:
+        self.most, self.weight = most, weight
         self.lock = threading.Lock()
         self.held: OrderedDict[object, T] = OrderedDict()
         if hasattr(os, "register_at_fork"):
@@ -41,7 +48,7 @@ class Opened(Generic[T]):
         made = make()
         with self.lock:
             made = self.held.setdefault(key, made)
-            while len(self.held) > self.most:
+            while len(self.held) > 1 and sum(map(self.weight, self.held.values())) > self.most:
                 self.held.popitem(last=False)
         return made
 
@@ -93,4 +100,46 @@ def changed(path: Path, expected: str, found: str) -> str:
     return f"{path}: expected the shard that was embedded, of {expected}, found {found}: it has changed since"
 
 
+class ParquetImages:
+    """An open Parquet shard with images inside; they are read a row group at a time."""
+
+    def __init__(self, path: Path, size: int | None) -> None:
+        self.path = path
+        self.size = check_shard(path, size)
+        self.lock = threading.Lock()  # pyarrow's reader serves one thread at a time
+        self.file = open_parquet(path)
+        groups = [self.file.metadata.row_group(group).num_rows for group in range(self.file.num_row_groups)]
+        self.first = [0, *accumulate(groups)]  # row group -> its first row
+
+    def read(self, row: int, column: int) -> bytes | None:
+        """The bytes in a row of the column of images (its number), None for a null.
+
+        Raises:
+            GramError: the file has no such row, or no images there.
+            pa.ArrowException, OSError: the row group is damaged.
+        """
+        schema = self.file.schema_arrow
+        if not (0 <= row < self.first[-1] and column < len(schema.names) and holds_images(schema, column)):
+            name = repr(schema.names[column]) if column < len(schema.names) else f"number {column}"
+            raise GramError(
+                changed(
+                    self.path,
+                    f"an image in row {row} of column {name}",
+                    f"{self.first[-1]} rows of {schema.names}",
+                )
+            )
+        group = bisect_right(self.first, row) - 1
+        images = GROUPS.get((self.path, self.size, column, group), lambda: self._group(group, column))
+        return images[row - self.first[group]].as_py()
+
+    def _group(self, group: int, column: int) -> pa.ChunkedArray:
+        schema = self.file.schema_arrow
+        with self.lock:
+            table = self.file.read_row_group(group, columns=[leaf_of(schema, column)], use_threads=False)
+        images = table.column(0)
+        return images if schema.names[column] == leaf_of(schema, column) else images.flatten()[0]
+
+
 TARS: Opened[TarFile] = Opened(MAX_OPEN)
+PARQUETS: Opened[ParquetImages] = Opened(MAX_OPEN)
+GROUPS: Opened[pa.ChunkedArray] = Opened(MAX_GROUPS, lambda images: images.nbytes)

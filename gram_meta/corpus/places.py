@@ -14,8 +14,19 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from gram_meta.corpus.images import BOMB, BROKEN, EMPTY, MAX_BYTES, BadImage, file_content, with_digest
-from gram_meta.corpus.open_shards import TARS, TarFile
+from gram_meta.corpus.images import (
+    BOMB,
+    BROKEN,
+    EMPTY,
+    MAX_BYTES,
+    MISSING,
+    BadImage,
+    file_content,
+    with_digest,
+)
+from gram_meta.corpus.open_shards import PARQUETS, TARS, ParquetImages, TarFile
+
+PARQUET_SUFFIXES = (".parquet", ".pq")
 
 
 class Place(NamedTuple):
@@ -26,7 +37,7 @@ class Place(NamedTuple):
             shard's image the shard's path, a slash, and the member's name or the row's number.
         shard: the tar or Parquet file it is in, as a path like `location`; "" for an image that is a file of its own.
         offset: in a tar, the byte at which it begins; in a Parquet file, its row.
-        size: in a tar, its number of bytes.
+        size: in a tar, its number of bytes; in a Parquet file, the number of the column of images.
     """
 
     location: str
@@ -68,16 +79,34 @@ class ImageReader:
         return with_digest(self.content(place))
 
     def _from_shard(self, place: Place) -> bytes:
+        path, size = self.root / place.shard, self.shard_sizes.get(place.shard)
+        if path.suffix.lower() in PARQUET_SUFFIXES:
+            return _from_parquet(PARQUETS.get((path, size), lambda: ParquetImages(path, size)), place)
         if not place.size:
             raise BadImage(EMPTY)
         if place.size > MAX_BYTES:
             raise BadImage(BOMB)
-        path, size = self.root / place.shard, self.shard_sizes.get(place.shard)
         tar = TARS.get((path, size), lambda: TarFile(path, size))
         try:
             return tar.read(place.offset, place.size)
         except OSError:  # the disk has lost this piece
             raise BadImage(BROKEN) from None
+
+
+def _from_parquet(file: ParquetImages, place: Place) -> bytes:
+    import pyarrow as pa
+
+    try:
+        content = file.read(place.offset, place.size)
+    except (pa.ArrowException, OSError):  # a damaged row group
+        raise BadImage(BROKEN) from None
+    if content is None:
+        raise BadImage(MISSING)
+    if not content:
+        raise BadImage(EMPTY)
+    if len(content) > MAX_BYTES:
+        raise BadImage(BOMB)
+    return content
 
 
 @dataclass(frozen=True)

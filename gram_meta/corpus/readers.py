@@ -6,54 +6,57 @@ why it cannot be used, so that the caller can count it.
 
 from __future__ import annotations
 
-import csv
+import logging
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from gram_meta.corpus import annotations, conceptual, folders, parquet, tables, tars
 from gram_meta.corpus.patterns import expand, is_pattern
-from gram_meta.corpus.rows import (
-    BAD_UTF8,
-    COLUMN_COUNT,
-    EMPTY_CAPTION,
-    IMAGE_SUFFIXES,
-    NO_CAPTION_FILE,
-    UNREADABLE,
-    Row,
-    Shard,
-    checked,
-)
-from gram_meta.corpus.tars import refuse_compressed, shard_rows
+from gram_meta.corpus.places import PARQUET_SUFFIXES
+from gram_meta.corpus.rows import Row, Shard
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike, sha256_file
 
-IMAGE_COLUMNS = ("image", "image_path", "path", "filename", "file_name", "filepath", "file")
-CAPTION_COLUMNS = ("caption", "captions", "text", "title")
-KINDS = {
-    ".tsv": "tsv",
-    ".tab": "tsv",
-    ".csv": "csv",
-    ".parquet": "parquet",
-    ".pq": "parquet",
-    ".tar": "webdataset",
+log = logging.getLogger(__name__)
+
+# --format, and what each of them is in a message.
+FORMATS = {
+    "auto": "what SOURCE looks like",
+    "webdataset": "tar shards",
+    "parquet": "Parquet files",
+    "folder": "a folder of images with captions beside them",
+    "classes": "a folder of class folders",
+    "tsv": "a tab-separated table",
+    "csv": "a comma-separated table",
+    "tokens": "lines of name.jpg#0, a tab and a caption",
+    "coco": "COCO's captions in JSON",
+    "karpathy": "Karpathy's splits in JSON",
+    "records": "JSON records",
+    "cc3m": "captions and URLs with images that were downloaded",
 }
-FORMATS = ("auto", "classes", "webdataset")
+SUFFIXES = {".tsv": "tsv", ".tab": "tsv", ".csv": "csv"}
+SHARDED = ("webdataset", "parquet")
+KNOWN = "a folder, tar shards, or a .tsv, .csv, .txt, .json or .parquet file"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A source of pairs.
+    """A source of pairs. May be sent to other processes.
 
     Attributes:
         path: the folder, file or pattern.
-        kind: `webdataset` (tar shards), `folder`, `classes` (a folder of class folders), `tsv`, `csv` or `parquet`.
+        kind: one of `FORMATS` but `auto`.
         image_root: folder that relative image paths, and the names of shards, start from.
         image_column, caption_column: as given (None: found by their usual names).
         classnames: of class folders, the list of their names. class_depth: how many levels below `path` they lie.
-        files: the shards, in their order, of a source that has shards.
+        files: the files, in their order, of a source that is several, or that has shards.
+        split: the splits that are read, separated by commas; None: all.
+        naming: of `cc3m`, how images are called (`conceptual.RULES`); of `karpathy`, whether their folder is part of it.
     """
 
     path: Path
@@ -64,32 +67,31 @@ class Source:
     classnames: Path | None = None
     class_depth: int = 1
     files: tuple[Path, ...] = ()
+    split: str | None = None
+    naming: str | None = None
 
     def rows(self) -> Iterator[Row]:
         """All rows, always in the same order."""
         if self.kind == "webdataset":
             return (row for shard in self.shards() for row in shard.rows())
-        if self.kind == "folder":
-            return _folder_rows(self.path)
-        if self.kind == "classes":
-            from gram_meta.corpus.classes import class_rows
-
-            return class_rows(self)
-        if self.kind == "parquet":
-            return _parquet_rows(self)
-        return _table_rows(self)
+        return _READERS[self.kind](self)
 
     def shards(self) -> list[Shard]:
         """The parts that can be read by themselves, in their order; `rows` is their rows, one after the other."""
         if self.kind == "webdataset":
             names = [self._name(file) for file in self.files]
-            return [Shard(name, partial(shard_rows, self.image_root, name, self.caption_column)) for name in names]
+            return [
+                Shard(name, partial(tars.shard_rows, self.image_root, name, self.caption_column))
+                for name in names
+            ]
+        if self.kind == "parquet":
+            return parquet.parquet_shards(self)
         return [Shard("", self.rows)]
 
     def identity(self) -> dict[str, Any]:
         """What has to stay the same when an interrupted run goes on.
 
-        Of one file, its SHA-256; of shards, which may be hundreds of gigabytes, their names and sizes.
+        Of a file that names images, its SHA-256; of shards, which may be hundreds of gigabytes, their names and sizes.
         """
         content = None if self.files or self.path.is_dir() else sha256_file(self.path)
         identity: dict[str, Any] = {
@@ -104,13 +106,35 @@ class Source:
             names = self.classnames
             identity["class_depth"] = self.class_depth
             identity["classnames"] = {"path": str(names), "sha256": sha256_file(names)} if names else None
+        if self.split or self.naming:
+            identity["split"], identity["naming"] = self.split, self.naming
         if self.files:
             identity["shard_count"] = len(self.files)
             identity["shards"] = {self._name(file): _size(file) for file in self.files}
         return identity
 
     def _name(self, file: Path) -> str:
-        return file.relative_to(self.image_root).as_posix()
+        return parquet.relative(self.image_root, file)
+
+
+def _class_rows(source: Source) -> Iterator[Row]:
+    from gram_meta.corpus.classes import class_rows
+
+    return class_rows(source)
+
+
+_READERS: dict[str, Callable[[Source], Iterator[Row]]] = {
+    "parquet": parquet.parquet_rows,
+    "folder": lambda source: folders.folder_rows(source.path),
+    "classes": _class_rows,
+    "tsv": tables.table_rows,
+    "csv": tables.table_rows,
+    "tokens": tables.token_rows,
+    "coco": annotations.json_rows,
+    "karpathy": annotations.json_rows,
+    "records": annotations.json_rows,
+    "cc3m": conceptual.conceptual_rows,
+}
 
 
 def _size(shard: Path) -> int:
@@ -120,6 +144,9 @@ def _size(shard: Path) -> int:
         raise GramError(f"{shard}: expected a shard, found nothing there any more") from None
 
 
+# --- opening ------------------------------------------------------------------------------------------------
+
+
 def open_source(
     path: PathLike,
     image_column: str | None = None,
@@ -127,70 +154,143 @@ def open_source(
     image_root: PathLike | None = None,
     format: str = "auto",
     classnames: PathLike | None = None,
+    split: str | None = None,
+    image_name: str | None = None,
 ) -> Source:
     """Look at `path` and say what kind of source it is.
 
     Args:
-        path: a folder of WebDataset shards (`.tar`) or one of them; a folder (images with a same-named `.txt` beside
-            them, one caption a line), or a `.tsv`, `.csv` or `.parquet` file with an image column and a caption column.
-            Several shards can also be named by a pattern: `{00000..00331}.tar`, `*.tar`.
+        path: a folder of WebDataset shards (`.tar`), of Parquet files with images inside, or of images with a same-named
+            `.txt` beside them; one such shard; a table of image paths and captions (`.tsv`, `.csv`, `.parquet`, `.jsonl`);
+            captions of COCO, Karpathy or Flickr8k; a TSV of captions and URLs as CC3M's. Several shards can be
+            named by a pattern: `{00000..00331}.tar`, `train-*.parquet`.
         image_column, caption_column: their names in the file's header; for TSV and CSV also their numbers,
-            counted from 1, in a file without a header. None: the usual names (`IMAGE_COLUMNS`,
-            `CAPTION_COLUMNS`). In tar shards, `caption_column` is as in `tars.shard_rows`.
-        image_root: folder that relative image paths start from; None: the folder of the file.
-        format: `classes` reads `path` as a folder of class folders, a labelled collection (`classes.open_classes`);
-            `auto` does not.
+            counted from 1, in a file without a header. None: the usual names (`tables.IMAGE_COLUMNS`,
+            `tables.CAPTION_COLUMNS`). In tar shards, `caption_column` is as in `tars.shard_rows`.
+        image_root: folder that relative image paths start from; None: the folder of the file, and for captions in JSON
+            and tokens the folders beside it in which such images mostly lie.
+        format: one of `FORMATS`; `auto` never takes a folder for one of class folders (`classes.open_classes`).
         classnames: of class folders, the file that names them.
+        split: of Karpathy's JSON, and of Parquet files called train-00000-of-00005.parquet: the splits to read,
+            separated by commas; None: train (and restval) where there is one, else all; `all`.
+        image_name: of CC3M, how images are called (`conceptual.RULES`); None: found out.
 
     Raises:
-        GramError: nothing there, or another kind of file.
+        GramError: nothing there, another kind of file, or an option that does not belong to what is there.
     """
     path = Path(path).expanduser()
+    root = Path(image_root).expanduser() if image_root else None
     if format not in FORMATS:
-        raise GramError(f"format: expected {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, found {format!r}")
-    if format == "classes":
-        if image_column or caption_column or image_root:
-            raise GramError(
-                f"{path}: image and caption columns and an image root do not belong to class folders"
-            )
-        from gram_meta.corpus.classes import open_classes
-
-        return open_classes(path, Path(classnames).expanduser() if classnames else None)
-    if classnames:
+        names = list(FORMATS)
+        raise GramError(f"format: expected {', '.join(names[:-1])} or {names[-1]}, found {format!r}")
+    if classnames and format != "classes":
         raise GramError(
             f"{classnames}: a list of class names belongs to a folder of class folders (--format classes)"
         )
-    shards = _tar_shards(path)
-    if shards or format == "webdataset":
-        if image_column or image_root:
-            raise GramError(f"{path}: an image column and an image root do not belong to tar shards")
-        return _webdataset(path, shards, caption_column)
-    if path.is_dir():
-        if image_column or caption_column or image_root:
-            raise GramError(
-                f"{path}: image and caption columns and an image root belong to a file, found a folder"
-            )
-        return Source(path.resolve(), "folder", path.resolve())
-    if not path.is_file():
-        raise GramError(f"{path}: expected a folder or a .tsv, .csv or .parquet file, found nothing there")
-    kind = KINDS.get(path.suffix.lower())
-    if kind is None:
-        raise GramError(
-            f"{path}: expected a folder or a .tsv, .csv or .parquet file, found {path.suffix or 'no suffix'}"
-        )
-    root = Path(image_root).expanduser() if image_root else path.parent
-    if not root.is_dir():
+    if root and not root.is_dir():
         raise GramError(f"{root}: expected the folder that image paths start from, found no folder")
-    return Source(path.resolve(), kind, root.resolve(), image_column, caption_column)
+    files = _files(path)
+    kind = _kind(path, files, image_column, caption_column) if format == "auto" else format
+    _check_options(path, kind, image_column, caption_column, root, split, image_name)
+    if kind == "classes":
+        from gram_meta.corpus.classes import open_classes
+
+        return open_classes(path, Path(classnames).expanduser() if classnames else None)
+    if kind in SHARDED:
+        source = _sharded(path, kind, files, root, split, image_column)
+    elif kind == "folder":
+        if not path.is_dir():
+            raise GramError(f"{path}: expected {FORMATS[kind]}, found {_found(path)}")
+        source = Source(path.resolve(), kind, path.resolve())
+    else:
+        if not path.is_file():
+            raise GramError(f"{path}: expected {FORMATS[kind]}, found {_found(path)}")
+        source = _with_images(path.resolve(), kind, root, image_column, caption_column, split, image_name)
+    source = replace(source, image_column=image_column, caption_column=caption_column)
+    if kind == "parquet":
+        source.shards()  # all footers, and the columns in them: what is wrong with them shows now
+    of = f" in {len(source.files)} files" if len(source.files) > 1 else ""
+    log.info("%s: read as %s%s (--format %s)", path, FORMATS[kind], of, kind)
+    return source
 
 
-def _tar_shards(path: Path) -> list[Path]:
-    """The tar files that `path` is, holds, or stands for."""
+def _found(path: Path) -> str:
+    return "a folder" if path.is_dir() else "a file" if path.exists() else "nothing there"
+
+
+def _check_options(
+    path: Path,
+    kind: str,
+    image_column: str | None,
+    caption_column: str | None,
+    root: Path | None,
+    split: str | None,
+    image_name: str | None,
+) -> None:
+    """Refuse options that mean nothing for a kind, rather than leave them out silently."""
+    kinds = {
+        "an image column": (image_column, ("tsv", "csv", "parquet", "records")),
+        "a caption column": (caption_column, ("tsv", "csv", "parquet", "records", "webdataset")),
+        "an image root": (
+            root,
+            [other for other in FORMATS if other not in ("folder", "classes", "webdataset")],
+        ),
+        "a split": (split, ("karpathy", "records", "parquet")),
+        "a rule for image names": (image_name, ("cc3m",)),
+    }
+    for what, (value, of) in kinds.items():
+        if value and kind not in of:
+            raise GramError(f"{path}: {what} does not belong to {FORMATS[kind]} (--format {kind})")
+
+
+def _with_images(
+    path: Path,
+    kind: str,
+    root: Path | None,
+    image_column: str | None,
+    caption_column: str | None,
+    split: str | None,
+    image_name: str | None,
+) -> Source:
+    """A file that names images: where these lie, and for some kinds how they are called."""
+    if kind == "cc3m":
+        base = (root or path.parent).resolve()
+        rule = conceptual.check_rule(image_name) if image_name else conceptual.find_rule(path, base)
+        return Source(path, kind, base, naming=rule)
+    if kind == "tokens":
+        names = list(dict.fromkeys(tables.token_names(path)))
+        if not names:
+            raise GramError(f"{path}: expected {FORMATS[kind]}, found no such line")
+        base, _ = annotations.find_images(path, root, {"": names})
+        return Source(path, kind, base)
+    if kind in ("coco", "karpathy", "records"):
+        listed = list(annotations.records(path, kind, image_column, caption_column))
+        split = annotations.choose_split(path, Counter(record.split for record in listed), split)
+        chosen = [record for record in listed if annotations.wanted(record.split, split)]
+        forms = {
+            form: [name for record in chosen if (name := annotations.placed(record, form))]
+            for form in (("filepath", "filename") if kind == "karpathy" else ("",))
+        }
+        base, form = annotations.find_images(path, root, forms)
+        return Source(path, kind, base, split=split, naming=form or None)
+    return Source(path, kind, (root or path.parent).resolve())
+
+
+# --- which kind ---------------------------------------------------------------------------------------------
+
+
+def _files(path: Path) -> list[Path]:
+    """The tar or Parquet files that `path` is, holds (also in `data/`, as on the hub), or stands for."""
     if path.is_dir():
-        return sorted(file for file in path.iterdir() if _is_tar(file))
+        for folder in (path, path / "data"):
+            there = sorted(folder.iterdir()) if folder.is_dir() else []
+            for is_kind in (_is_tar, _is_parquet):
+                if files := [file for file in there if is_kind(file) and file.is_file()]:
+                    return files
+        return []
     if is_pattern(path):
-        return [file for file in expand(path) if _is_tar(file)]
-    return [path] if path.is_file() and _is_tar(path) else []
+        return expand(path)
+    return [path] if path.is_file() and (_is_tar(path) or _is_parquet(path)) else []
 
 
 def _is_tar(path: Path) -> bool:
@@ -198,187 +298,71 @@ def _is_tar(path: Path) -> bool:
     return not name.startswith(".") and (name.endswith((".tar", ".tgz")) or ".tar." in name)
 
 
-def _webdataset(path: Path, shards: list[Path], caption_column: str | None) -> Source:
-    if not shards:
-        raise GramError(f"{path}: expected WebDataset shards (.tar files), found none")
-    files = tuple(Path(os.path.abspath(shard)) for shard in shards)
-    with open(files[0], "rb") as file:
-        refuse_compressed(files[0], file.read(6))
-    root = Path(os.path.commonpath([file.parent for file in files]))
-    return Source(
-        Path(os.path.abspath(path)), "webdataset", root, caption_column=caption_column, files=files
-    )
+def _is_parquet(path: Path) -> bool:
+    return path.suffix.lower() in PARQUET_SUFFIXES and not path.name.startswith(".")
 
 
-# --- folder -------------------------------------------------------------------------------------------------
-
-
-def _folder_rows(root: Path) -> Iterator[Row]:
-    found = False
-    for image in _images_below(root):
-        location = image.relative_to(root).as_posix()
-        try:
-            content = image.with_suffix(".txt").read_bytes()
-        except OSError:
-            yield Row(location, "", NO_CAPTION_FILE)
-            continue
-        found = True
-        lines = [line for line in content.splitlines() if line.strip()]
-        if not lines:
-            yield Row(location, "", EMPTY_CAPTION)
-        for line in lines:
-            try:
-                yield checked(location, line.decode("utf-8-sig"))
-            except UnicodeDecodeError:
-                yield Row(location, "", BAD_UTF8)
-    if not found:
+def _kind(path: Path, files: list[Path], image_column: str | None, caption_column: str | None) -> str:
+    """What there is at `path`."""
+    if files and all(map(_is_tar, files)):
+        return "webdataset"
+    if files and all(map(_is_parquet, files)):
+        # Beside folders of images img2dataset leaves Parquet files of facts about them.
+        if not path.is_dir() or any(parquet.has_images(file, image_column) for file in files[:1]):
+            return "parquet"
+    elif files:
         raise GramError(
-            f"{root}: expected images with a same-named .txt beside them, found none{_tables_in(root)}"
+            f"{path}: expected .tar or .parquet files, found {', '.join(file.name for file in files[:3])}"
         )
+    if path.is_dir():
+        return "folder"
+    if not path.is_file():
+        raise GramError(f"{path}: expected {KNOWN}, found nothing there")
+    return _kind_of_file(path, tables.numbered(image_column, caption_column) is not None, image_column)
 
 
-def _images_below(folder: Path) -> Iterator[Path]:
-    """Image files in the order of their names, folder by folder; links to folders are not followed."""
-    with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.is_dir(follow_symlinks=False):
-                yield from _images_below(Path(entry.path))
-            elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES and not entry.name.startswith("."):
-                yield Path(entry.path)
+def _kind_of_file(path: Path, is_numbered: bool, image_column: str | None) -> str:
+    suffix = path.suffix.lower()
+    if suffix in (".json", ".jsonl"):
+        return annotations.json_kind(path)
+    first = tables.first_lines(path, 1)[0]
+    if suffix not in SUFFIXES and suffix not in (".txt", ".token"):
+        raise GramError(f"{path}: expected {KNOWN}, found {suffix or 'no suffix'}")
+    if tables.is_token_line(first):
+        return "tokens"
+    if suffix == ".tsv" and not (is_numbered or image_column) and conceptual.is_conceptual(path):
+        return "cc3m"
+    if suffix in SUFFIXES:
+        return SUFFIXES[suffix]
+    if "," in first and "\t" not in first:  # Flickr8k's captions.txt: image,caption
+        return "csv"
+    if "\t" in first:
+        return "tsv"
+    raise GramError(f"{path}: expected a table of images and captions, found the first line {first[:60]!r}")
 
 
-def _tables_in(root: Path) -> str:
-    tables = sorted(path.name for path in root.iterdir() if path.suffix.lower() in KINDS)
-    if tables:
-        return f"; it holds {', '.join(tables[:3])}: name that file instead"
-    return "; for a folder of class folders, give --format classes"
-
-
-# --- TSV and CSV --------------------------------------------------------------------------------------------
-
-
-def _table_rows(source: Source) -> Iterator[Row]:
-    # surrogateescape lets a line with broken UTF-8 through, to be seen and counted alone.
-    with open(source.path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        records = _tsv_records(file) if source.kind == "tsv" else _csv_records(file)
-        columns = _numbered(source)
-        if columns is None:
-            header = next(records, None)
-            if not header:
-                raise GramError(
-                    f"{source.path}: expected a header line, found {'none' if header is None else 'no text'}"
-                )
-            columns = _named(source, header)
-            width = len(header)
-        else:
-            width = None  # no header: the first readable row says how many columns there are
-        for record in records:
-            if record is None:
-                yield Row("", "", UNREADABLE)
-                continue
-            if not any(record):
-                continue  # a blank line is no row
-            width = width or len(record)
-            if len(record) != width or max(columns) >= width:
-                yield Row("", "", COLUMN_COUNT)
-                continue
-            yield checked(record[columns[0]], record[columns[1]])
-
-
-def _tsv_records(file: Any) -> Iterator[list[str] | None]:
-    """Tab-separated without quoting, as web-caption files are: a caption may begin with a quotation mark."""
-    for line in file:
-        yield line.rstrip("\r\n").split("\t")
-
-
-def _csv_records(file: Any) -> Iterator[list[str] | None]:
-    """Comma-separated with quoting; None for a record that breaks the rules of quoting."""
-    records = csv.reader(file, strict=True)
-    while True:
-        try:
-            yield next(records)
-        except StopIteration:
-            return
-        except csv.Error:
-            yield None
-
-
-def _numbered(source: Source) -> tuple[int, int] | None:
-    """Column indices when both columns were given as numbers from 1: then the file has no header."""
-    given = (source.image_column, source.caption_column)
-    if all(name is not None and name.isdecimal() and int(name) > 0 for name in given):
-        return int(given[0]) - 1, int(given[1]) - 1  # type: ignore[arg-type]
-    return None
-
-
-def _named(source: Source, header: Sequence[str]) -> tuple[int, int]:
-    image = _find(source.path, header, source.image_column, IMAGE_COLUMNS, "image")
-    return image, _find(source.path, header, source.caption_column, CAPTION_COLUMNS, "caption")
-
-
-def _find(path: Path, header: Sequence[str], given: str | None, usual: Sequence[str], what: str) -> int:
-    names = [name.strip().lower() for name in header]
-    for name in [given.lower()] if given else usual:
-        if name in names:
-            return names.index(name)
-    expected = repr(given) if given else f"named {', '.join(usual[:-1])} or {usual[-1]}"
-    found = ", ".join(name.strip()[:40] for name in header[:12])
-    raise GramError(f"{path}: expected a column {expected}, found {found}; name it with --{what}-column")
-
-
-# --- Parquet ------------------------------------------------------------------------------------------------
-
-
-def _parquet_rows(source: Source) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(source.path)
-    except (pa.ArrowException, OSError) as error:
+def _sharded(
+    path: Path, kind: str, files: list[Path], root: Path | None, split: str | None, image_column: str | None
+) -> Source:
+    is_kind = _is_tar if kind == "webdataset" else _is_parquet
+    files = [Path(os.path.abspath(file)) for file in files if is_kind(file)]
+    if not files and path.is_file() and kind == "webdataset":  # by another name
+        files = [Path(os.path.abspath(path))]
+    if not files:
         raise GramError(
-            f"{source.path}: expected a Parquet file, found {' '.join(str(error).split())[:200]}"
-        ) from None
-    with file:
-        names = file.schema_arrow.names
-        image, caption = (names[column] for column in _named(source, names))
-        kind = file.schema_arrow.field(image).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise GramError(f"{source.path}: expected image paths in column {image!r}, found {kind}")
-        for group in range(file.num_row_groups):
-            read = 0
-            try:
-                for batch in file.iter_batches(batch_size=4096, row_groups=[group], columns=[image, caption]):
-                    locations, captions = _values(batch.column(image)), _values(batch.column(caption))
-                    for location, of_image in zip(locations, captions, strict=True):
-                        yield from _parquet_row(location, of_image)
-                    read += batch.num_rows
-            except (pa.ArrowException, OSError):  # damaged pages
-                for _ in range(file.metadata.row_group(group).num_rows - read):
-                    yield Row("", "", UNREADABLE)
-
-
-def _parquet_row(location: Any, captions: Any) -> Iterator[Row]:
-    """One row; a list of captions is one pair for each."""
-    for caption in captions if isinstance(captions, list) else [captions]:
-        if isinstance(location, bytes) or isinstance(caption, bytes):
-            yield Row("", "", BAD_UTF8)
-        else:
-            yield checked(location, None if caption is None else str(caption))
-    if captions == []:
-        yield checked(location, "")
-
-
-def _values(column: Any) -> list[Any]:
-    """Python values of an Arrow column; a string that is not UTF-8 stays bytes."""
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        return [_value(scalar) for scalar in column]
-
-
-def _value(scalar: Any) -> Any:
-    try:
-        return scalar.as_py()
-    except UnicodeDecodeError:
-        return b""
+            f"{path}: expected {FORMATS[kind]}, found {'none in there' if path.exists() else 'nothing'}"
+        )
+    if kind == "webdataset":
+        tars.check_shard_file(files[0])
+    else:
+        split = annotations.choose_split(path, Counter(map(parquet.split_of, files)), split)
+        files = [file for file in files if annotations.wanted(parquet.split_of(file), split)]
+    base = root.resolve() if root else Path(os.path.commonpath([file.parent for file in files]))
+    if (
+        kind == "parquet"
+        and len(files) == 1
+        and path.is_file()
+        and not parquet.has_images(files[0], image_column)
+    ):
+        return Source(files[0], kind, base)  # a table of paths
+    return Source(Path(os.path.abspath(path)), kind, base, files=tuple(files), split=split)

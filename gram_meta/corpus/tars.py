@@ -218,7 +218,7 @@ def shard_rows(root: Path, name: str, caption: str | None = None) -> Iterator[Ro
     try:
         end = os.fstat(descriptor).st_size
         window = _Window(descriptor)
-        refuse_compressed(path, window.read(0, 6))
+        _refuse_compressed(path, window.read(0, 6))
         if end == 0:
             yield Row("", "", DAMAGED)
         yield from _sample_rows(window, end, name, caption)
@@ -226,8 +226,17 @@ def shard_rows(root: Path, name: str, caption: str | None = None) -> Iterator[Ro
         os.close(descriptor)
 
 
-def refuse_compressed(path: Path, start: bytes) -> None:
-    """Raises `GramError` when a shard's first bytes are those of a compressed file."""
+def check_shard_file(path: Path) -> None:
+    """Raises `GramError` for a shard that cannot be opened, or is compressed."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(6)
+    except OSError as error:
+        raise GramError(f"{path}: expected a shard (a .tar file), found {error.strerror}") from None
+    _refuse_compressed(path, start)
+
+
+def _refuse_compressed(path: Path, start: bytes) -> None:
     for magic, kind in COMPRESSED.items():
         if start.startswith(magic):
             raise GramError(
