@@ -200,7 +200,9 @@ def _sampled_topics(
     size = chc.TOPICS.SAMPLE
     chosen = sample.draw(len(kept), size, chc.SEED)
     log.info("sample: topics are found on %d of %d pairs", size, len(kept))
-    read = [np.asarray(store.sentence_features[kept[chosen[part]]], np.float32) for part in sample.batches(size)]
+    read = [
+        np.asarray(store.sentence_features[kept[chosen[part]]], np.float32) for part in sample.batches(size)
+    ]
     features = np.concatenate(read)
     del read
     key = _key(store, kept, chc)
@@ -248,7 +250,9 @@ def _sampled_topics(
         "rule": {
             "neighbours": sample.NEIGHBOURS,
             "sharpness": sample.SHARPNESS,
-            "thresholds": np.quantile(rule.threshold, (0, 0.25, 0.5, 0.75, 1)).tolist() if len(rule.threshold) else [],
+            "thresholds": np.quantile(rule.threshold, (0, 0.25, 0.5, 0.75, 1)).tolist()
+            if len(rule.threshold)
+            else [],
         },
         "held_out": held_out,
         "assigned": {"captions": len(ask), "noise": float((label[ask] < 0).mean()) if len(ask) else 0.0},
@@ -276,7 +280,9 @@ def _pictures(
     with _bar(sum(map(len, pairs_of.values())), "domains", "pair", progress) as bar:
         for numbers in _groups(pairs_of):
             # An image with several captions in a topic counts once.
-            images = {number: np.unique(store.image[pairs_of[number]], return_inverse=True) for number in numbers}
+            images = {
+                number: np.unique(store.image[pairs_of[number]], return_inverse=True) for number in numbers
+            }
             features, at = store.image_features, {number: rows for number, (rows, _) in images.items()}
             if len(numbers) > 1 or len(at[numbers[0]]) <= GATHER:
                 wanted = np.unique(np.concatenate(list(at.values())))
