@@ -6,10 +6,13 @@ import tarfile
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from gram_meta.corpus import rows
+from gram_meta.corpus.images import BROKEN, EMPTY, BadImage
 from gram_meta.corpus.places import ImageReader
 from gram_meta.corpus.readers import open_source
 from gram_meta.errors import GramError
@@ -162,3 +165,353 @@ def test_damage_costs_what_it_hits(tmp_path):
     assert [caption for _, caption in good(hit)] == [f"caption {number}" for number in (0, 1, 3, 4, 5)]
     assert skips(read(b"")) == {rows.DAMAGED: 1}
     assert read(bytes(10240)) == []
+
+
+def test_damage_is_found_again_at_any_place(tmp_path):
+    """Whatever 700 bytes are lost: no error, no image that is not the right one, and most of the others are there."""
+    members = [member for number in range(1, 9) for member in sample(f"{number:09d}", f"caption {number}")]
+    whole = bytearray(write_tar(tmp_path / "a.tar", members).read_bytes())
+    path = tmp_path / "b.tar"
+    for start in range(0, len(whole) - 10240, 1371):
+        path.write_bytes(whole[:start] + bytes([start % 256]) * 700 + whole[start + 700 :])
+        source = open_source(path)
+        found = list(source.rows())
+        reader = ImageReader(source.image_root)
+        for row in found:
+            if not row.skip:
+                number = int(row.location[-13:-4])
+                content, expected = reader.content(row.place), picture(number)
+                hit = start < row.offset + row.size and row.offset < start + 700
+                assert row.caption == f"caption {number}" or hit or start + 700 > row.offset
+                assert content == expected or hit
+        assert len(good(found)) >= 6
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_long_names_and_names_of_other_scripts(tmp_path, format):
+    folder = "/".join(["a-folder-with-a-name-of-forty-characters"] * 3)
+    keys = (
+        [f"{folder}/{'x' * 90}7", "Käfer 🐞 8"]
+        if format != tarfile.USTAR_FORMAT
+        else [f"{folder}/{'x' * 80}7", "k8"]
+    )
+    members = [member for key in keys for member in sample(key, f"at {key}")]
+    path = write_tar(tmp_path / "a.tar", members, format)
+    source = open_source(path)
+    found = list(source.rows())
+    assert good(found) == [(f"a.tar/{key}.jpg", f"at {key}") for key in keys]
+    assert [ImageReader(tmp_path).content(row.place) for row in found] == [picture(7), picture(8)]
+
+
+def test_members_of_a_sample_need_not_stand_together(tmp_path):
+    members = [
+        ("2.txt", b"two"),
+        ("1.jpg", picture(1)),
+        ("2.png", picture(2, "PNG")),
+        ("3.json", b"{}"),
+        ("1.txt", b"one"),
+    ]
+    assert good(rows_of(write_tar(tmp_path / "a.tar", members))) == [
+        ("a.tar/2.png", "two"),
+        ("a.tar/1.jpg", "one"),
+    ]
+
+
+def test_duplicate_keys_are_counted_and_the_first_is_taken(tmp_path):
+    for shard in ("a.tar", "b.tar"):
+        members = [
+            *sample("1", "first"),
+            *sample("2", "other"),
+            ("1.jpg", b"another"),
+            ("./1.JPG", b"third"),
+            ("1.txt", b"x"),
+        ]
+        write_tar(tmp_path / shard, members)
+    source = open_source(tmp_path)
+    found = list(source.rows())
+    keys = [
+        (f"{shard}/{key}.jpg", text)
+        for shard in ("a.tar", "b.tar")
+        for key, text in (("1", "first"), ("2", "other"))
+    ]
+    assert good(found) == keys  # the same key in two shards is two images
+    assert skips(found) == {rows.DUPLICATE: 4}
+    assert ImageReader(tmp_path).content(next(row for row in found if not row.skip).place) == picture(1)
+
+
+def test_captions_come_from_txt_then_json_or_where_one_says(tmp_path):
+    members = [
+        *sample("1", "of the txt\nin two lines", caption="of the json", alt="alternative"),
+        *sample("2", caption="of the json", alt=["one", "two", 3]),
+        *sample("3", " \n", caption="behind an empty txt"),
+        *sample("4", caption=None, alt="alternative"),
+        *sample("5"),
+        ("6.jpg", picture(6)),
+        ("6.json", b'{"caption": "cut'),
+        ("7.jpg", picture(7)),
+        ("7.txt", b"bad \xff bytes"),
+        *sample("8", "x" * 10_001),
+        *sample("9", "x" * 100_001),
+        ("10.txt", b"no image"),
+        ("11.pickle", b"cos\nsystem\n(S'touch /tmp/unpickled'\ntR."),
+        ("11.pyd", b""),
+        ("README", b"no suffix"),
+    ]
+    path = write_tar(tmp_path / "a.tar", members)
+    found = rows_of(path)
+    assert [caption for _, caption in good(found)] == [
+        "of the txt in two lines",
+        "of the json",
+        "behind an empty txt",
+    ]
+    assert skips(found) == {
+        rows.EMPTY_CAPTION: 1,
+        rows.NO_CAPTION_FILE: 1,
+        rows.UNREADABLE: 1,
+        rows.BAD_UTF8: 1,
+        rows.LONG_CAPTION: 2,
+        rows.NO_MEMBER: 1,
+    }
+    found = rows_of(path, caption_column="alt")
+    assert [caption for _, caption in good(found)] == ["alternative", "one", "two", "alternative"]
+    assert [caption for _, caption in good(rows_of(path, caption_column="txt"))] == [
+        "of the txt in two lines"
+    ]
+
+
+def test_names_of_members_lead_nowhere_else(tmp_path):
+    names = ["/etc/1.jpg", "../../2.jpg", "./a/./3.jpg", "a/../4.jpg", "a.b/5.x.jpg", "._6.jpg", "b/.jpg"]
+    members = [
+        member
+        for name in names
+        for member in ((name, picture(1)), (name.removesuffix("jpg") + "txt", b"text"))
+    ]
+    write_tar(tmp_path / "a.tar", members)
+    with open(tmp_path / "a.tar", "rb") as file:
+        content = file.read()
+    (tmp_path / "b.tar").write_bytes(
+        content.replace(b"./a/./3.", b"./a/\xff/3.")
+    )  # its checksum no longer fits
+    expected = ["etc/1.jpg", "%2E%2E/%2E%2E/2.jpg", "a/3.jpg", "a/%2E%2E/4.jpg"]
+    found = good(rows_of(tmp_path / "a.tar"))
+    assert [location for location, _ in found] == [f"a.tar/{name}" for name in expected]
+    assert skips(rows_of(tmp_path / "b.tar")) == {rows.DAMAGED: 1}  # one place
+
+
+def test_a_name_that_is_not_utf8_is_counted(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        for name, content in [*sample("é1", "bad name"), *sample("2", "good name")]:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    found = rows_of(tmp_path / "a.tar")
+    assert good(found) == [("a.tar/2.jpg", "good name")] and skips(found) == {rows.BAD_UTF8: 1}
+
+
+def test_sizes_above_eight_gigabytes_and_tars_one_after_the_other(tmp_path):
+    info = tarfile.TarInfo("huge.bin")
+    info.size = 9 << 30
+    huge = info.tobuf(tarfile.GNU_FORMAT)
+    path = write_tar(tmp_path / "b.tar", sample("1", "after it"))
+    with open(tmp_path / "a.tar", "wb") as file:  # sparse: it takes no place on the disk
+        file.write(huge)
+        file.seek(9 << 30, io.SEEK_CUR)
+        file.write(path.read_bytes() + write_tar(tmp_path / "c.tar", sample("2", "appended")).read_bytes())
+    source = open_source(tmp_path / "a.tar")
+    found = list(source.rows())
+    assert good(found) == [("a.tar/1.jpg", "after it"), ("a.tar/2.jpg", "appended")]
+    assert found[0].offset > 9 << 30 and ImageReader(tmp_path).content(found[0].place) == picture(1)
+
+
+def test_few_files_are_open_at_a_time(tmp_path, monkeypatch):
+    import os
+
+    from gram_meta.corpus import open_shards
+
+    monkeypatch.setattr(open_shards.TARS, "most", 3)
+    for shard in range(12):
+        write_tar(tmp_path / f"{shard:05d}.tar", sample(f"{shard}", "text"))
+    source = open_source(tmp_path)
+    found, reader = list(source.rows()), ImageReader(source.image_root)
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
+    for row in found * 2:
+        assert reader.content(row.place) == picture(int(row.shard[:5]))
+    assert len(open_shards.TARS.held) == 3
+    if before is not None:
+        assert len(os.listdir("/proc/self/fd")) <= before + 3
+
+
+@pytest.mark.parametrize("way", ["fork", "spawn", "threads"])
+def test_processes_and_threads_read_from_the_same_shards(shards, way):
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+
+    source = open_source(shards)
+    reader = ImageReader(source.image_root, source.identity()["shards"])
+    places = [row.place for row in source.rows()] * 4
+    expected = [picture(int(place.location[-13:-4])) for place in places]
+    assert reader.content(places[0]) == expected[0]  # open in this process before the others begin
+    if way == "threads":
+        pool = ThreadPoolExecutor(8)
+    else:
+        pool = ProcessPoolExecutor(2, mp_context=multiprocessing.get_context(way))
+    with pool:
+        assert list(pool.map(reader.content, places, chunksize=6)) == expected
+
+
+# --- Parquet with images inside -----------------------------------------------------------------------------
+
+
+def write_parquet(path, images, captions, **options):
+    """As Hugging Face's `datasets` writes: `images` are bytes, (bytes, path), or None."""
+    structs = [
+        {"bytes": image[0], "path": image[1]} if isinstance(image, tuple) else image for image in images
+    ]
+    pq.write_table(pa.table({"caption": captions, "image": structs}), path, **options)
+    return path
+
+
+def test_parquet_with_images_inside(tmp_path):
+    for shard in range(2):
+        images = [(picture(shard * 10 + number), f"{number}.jpg") for number in range(10)]
+        captions = [[f"a {number}", f"b {number}"] for number in range(10)]
+        write_parquet(tmp_path / f"train-0000{shard}-of-00002.parquet", images, captions, row_group_size=4)
+    write_parquet(tmp_path / "test-00000-of-00001.parquet", [(picture(1), "")], [["a test image"]])
+    source = open_source(tmp_path)
+    found = list(source.rows())
+    assert source.kind == "parquet" and source.split == "train"
+    names = [f"train-0000{shard}-of-00002.parquet" for shard in range(2)]
+    assert [shard.name for shard in source.shards()] == names
+    assert [row for shard in source.shards() for row in shard.rows()] == found
+    expected = [
+        (f"{name}/{number}", f"{letter} {number}")
+        for name in names
+        for number in range(10)
+        for letter in "ab"
+    ]
+    assert good(found) == expected and not skips(found)
+    reader = ImageReader(source.image_root, source.identity()["shards"])
+    for row in [found[index] for index in (39, 0, 17, 20, 8)]:
+        assert reader.content(row.place) == picture(row.offset + 10 * names.index(row.shard))
+    assert len(rows_of(tmp_path, split="all")) == 41 and len(rows_of(tmp_path, split="test")) == 1
+    with pytest.raises(GramError, match="expected the split 'val', found test .1., train .2."):
+        open_source(tmp_path, split="val")
+    assert len(rows_of(tmp_path / "train-{00000..00001}-of-00002.parquet")) == 40
+
+
+def test_images_of_parquet_that_are_null_empty_or_files(tmp_path):
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "a.jpg").write_bytes(picture(5))
+    images = [
+        (picture(0), None),
+        (None, "files/a.jpg"),
+        (None, None),
+        None,
+        (b"", "b.jpg"),
+        (picture(3), "x.jpg"),
+    ]
+    path = write_parquet(tmp_path / "a.parquet", images, [f"caption {number}" for number in range(6)])
+    source = open_source(path)
+    found = list(source.rows())
+    assert [shard.name for shard in source.shards()] == [""]  # a path may stand in several files
+    assert skips(found) == {rows.NO_IMAGE: 2}
+    assert [row.location for row in found if not row.skip] == [
+        "a.parquet/0",
+        "files/a.jpg",
+        "a.parquet/4",
+        "a.parquet/5",
+    ]
+    reader = ImageReader(source.image_root)
+    contents = [reader.content(row.place) for row in found if not row.skip and row.offset != 4]
+    assert contents == [picture(0), picture(5), picture(3)]
+    with pytest.raises(BadImage, match=EMPTY):
+        reader.content(found[4].place)
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"jpg": [b"x"], "caption": ["a dog"], "url": ["u"]}, ["a dog"]),  # img2dataset's parquet
+        (
+            {
+                "image": [b"x"],
+                "sentences": [[{"raw": "one", "tokens": ["one"]}, {"raw": "two", "tokens": []}]],
+            },
+            ["one", "two"],
+        ),
+        ({"image": [b"x"], "caption_0": ["one"], "caption_1": ["two"]}, ["one", "two"]),
+        ({"picture": [{"bytes": b"x", "path": ""}], "text": ["a dog"]}, ["a dog"]),
+    ],
+)
+def test_columns_of_parquet_are_found(tmp_path, columns, expected):
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    found = rows_of(tmp_path)
+    assert [row.caption for row in found] == expected
+    assert ImageReader(tmp_path).content(found[0].place) == b"x"
+
+
+def test_damage_in_parquet_costs_the_row_group(tmp_path):
+    images = [(picture(number), "") for number in range(12)]
+    path = write_parquet(
+        tmp_path / "a.parquet",
+        images,
+        [str(number) for number in range(12)],
+        row_group_size=4,
+        compression="snappy",
+    )
+    start = pq.ParquetFile(path).metadata.row_group(1).column(1).data_page_offset
+    content = bytearray(path.read_bytes())
+    content[start : start + 60] = bytes(60)
+    path.write_bytes(content)
+    source = open_source(path)
+    reader, bad = ImageReader(source.image_root), 0
+    for row in source.rows():
+        try:
+            assert reader.content(row.place) == picture(row.offset)
+        except BadImage as error:
+            assert str(error) == BROKEN and 4 <= row.offset < 8
+            bad += 1
+    assert bad == 4
+    path.write_bytes(content[:-100])  # cut off: it has no footer
+    with pytest.raises(GramError, match="a.parquet: expected a Parquet file"):
+        open_source(path)
+
+
+def test_a_parquet_shard_that_has_changed_is_named(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", [(picture(1), "")] * 3, ["a", "b", "c"])
+    source = open_source(path)
+    sizes, found = source.identity()["shards"], list(source.rows())
+    write_parquet(path, [(picture(1), "")], ["a"])
+    with pytest.raises(
+        GramError, match="a.parquet: expected the shard that was embedded, of .* bytes, found"
+    ):
+        ImageReader(tmp_path, sizes).content(found[2].place)
+    with pytest.raises(
+        GramError, match="expected the shard .* of an image in row 2 of column 'image', found 1 rows"
+    ):
+        ImageReader(tmp_path).content(found[2].place)
+
+
+def test_images_that_hugging_face_wrote(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="Hugging Face's datasets is not installed")
+    from datasets.table import embed_table_storage
+
+    for number in range(6):
+        (tmp_path / f"{number}.jpg").write_bytes(picture(number))
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    columns = {
+        "image": [str(tmp_path / f"{number}.jpg") for number in range(6)],
+        "caption": [str(number) for number in range(6)],
+    }
+    data = datasets.Dataset.from_dict(columns, features)
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    pq.write_table(
+        embed_table_storage(data.data.table), tmp_path / "hub" / "data" / "train-00000-of-00001.parquet"
+    )
+    data.to_parquet(tmp_path / "paths.parquet")  # this one has paths, and bytes that are null
+    for source in (open_source(tmp_path / "hub"), open_source(tmp_path / "paths.parquet")):
+        reader = ImageReader(source.image_root)
+        assert [reader.content(row.place) for row in source.rows()] == [
+            picture(number) for number in range(6)
+        ]
+        assert [row.caption for row in source.rows()] == list("012345")

@@ -129,12 +129,13 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _all_inside(path: Path, image_column: str | None) -> bool:
+    """Whether no row of a file can name an image that another file names as well."""
     with open_parquet(path) as file:
         schema = file.schema_arrow
         image = find_image(path, schema, image_column)
-        leaf = leaf_of(schema, image)
-        groups = range(file.num_row_groups)
-        return holds_images(schema, image) and not any(_nulls(file, group, leaf) for group in groups)
+        if not is_struct(schema.field(image).type):
+            return holds_images(schema, image)  # a null in a column of bytes is no image at all
+        return not any(_nulls(file, group, leaf_of(schema, image)) for group in range(file.num_row_groups))
 
 
 def _nulls(file: pq.ParquetFile, group: int, leaf: str) -> bool:
