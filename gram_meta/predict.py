@@ -30,7 +30,7 @@ from PIL import Image
 from gram_meta.backbone import PACKAGED, Backbone, load_backbone
 from gram_meta.config import as_dict
 from gram_meta.corpus.images import BROKEN, BadImage, as_rgb, images_of, read_image
-from gram_meta.corpus.readers import IMAGE_SUFFIXES
+from gram_meta.corpus.rows import IMAGE_SUFFIXES
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike
 from gram_meta.run_reader import Saved, read_classes, read_saved

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gram_meta.corpus import annotations, conceptual, folders, parquet, tables, tars
+from gram_meta.corpus import captions, conceptual, folders, parquet, tables, tars
 from gram_meta.corpus.patterns import expand, is_pattern
 from gram_meta.corpus.places import PARQUET_SUFFIXES
 from gram_meta.corpus.rows import Row, Shard
@@ -130,9 +130,9 @@ _READERS: dict[str, Callable[[Source], Iterator[Row]]] = {
     "tsv": tables.table_rows,
     "csv": tables.table_rows,
     "tokens": tables.token_rows,
-    "coco": annotations.json_rows,
-    "karpathy": annotations.json_rows,
-    "records": annotations.json_rows,
+    "coco": captions.json_rows,
+    "karpathy": captions.json_rows,
+    "records": captions.json_rows,
     "cc3m": conceptual.conceptual_rows,
 }
 
@@ -261,17 +261,17 @@ def _with_images(
         names = list(dict.fromkeys(tables.token_names(path)))
         if not names:
             raise GramError(f"{path}: expected {FORMATS[kind]}, found no such line")
-        base, _ = annotations.find_images(path, root, {"": names})
+        base, _ = captions.find_images(path, root, {"": names})
         return Source(path, kind, base)
     if kind in ("coco", "karpathy", "records"):
-        listed = list(annotations.records(path, kind, image_column, caption_column))
-        split = annotations.choose_split(path, Counter(record.split for record in listed), split)
-        chosen = [record for record in listed if annotations.wanted(record.split, split)]
+        listed = list(captions.records(path, kind, image_column, caption_column))
+        split = captions.choose_split(path, Counter(record.split for record in listed), split)
+        chosen = [record for record in listed if captions.wanted(record.split, split)]
         forms = {
-            form: [name for record in chosen if (name := annotations.placed(record, form))]
+            form: [name for record in chosen if (name := captions.placed(record, form))]
             for form in (("filepath", "filename") if kind == "karpathy" else ("",))
         }
-        base, form = annotations.find_images(path, root, forms)
+        base, form = captions.find_images(path, root, forms)
         return Source(path, kind, base, split=split, naming=form or None)
     return Source(path, kind, (root or path.parent).resolve())
 
@@ -324,7 +324,7 @@ def _kind(path: Path, files: list[Path], image_column: str | None, caption_colum
 def _kind_of_file(path: Path, is_numbered: bool, image_column: str | None) -> str:
     suffix = path.suffix.lower()
     if suffix in (".json", ".jsonl"):
-        return annotations.json_kind(path)
+        return captions.json_kind(path)
     first = tables.first_lines(path, 1)[0]
     if suffix not in SUFFIXES and suffix not in (".txt", ".token"):
         raise GramError(f"{path}: expected {KNOWN}, found {suffix or 'no suffix'}")
@@ -355,8 +355,8 @@ def _sharded(
     if kind == "webdataset":
         tars.check_shard_file(files[0])
     else:
-        split = annotations.choose_split(path, Counter(map(parquet.split_of, files)), split)
-        files = [file for file in files if annotations.wanted(parquet.split_of(file), split)]
+        split = captions.choose_split(path, Counter(map(parquet.split_of, files)), split)
+        files = [file for file in files if captions.wanted(parquet.split_of(file), split)]
     base = root.resolve() if root else Path(os.path.commonpath([file.parent for file in files]))
     if (
         kind == "parquet"

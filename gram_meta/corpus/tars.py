@@ -87,7 +87,8 @@ def members(window: _Window, end: int) -> Iterator[Member | None]:
     After damage it goes on at the next block that is a header. Two blocks of zeros are the end of a tar, but a tar
     may follow (`cat a.tar b.tar`), and so may the rest of one that a disk has forgotten a piece of: zeros are passed over.
     """
-    position, long_name, attributes = 0, b"", {}
+    attributes: dict[bytes, bytes] = {}
+    position, long_name = 0, b""
     while position < end:
         header = window.read(position, BLOCK)
         if not header.strip(b"\0"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -239,7 +239,7 @@ def placed(record: Record, naming: str | None) -> str | None:
     return f"{record.folder}/{record.name}" if record.folder and naming == "filepath" else record.name
 
 
-def find_images(path: Path, given: Path | None, forms: dict[str, Sequence[str]]) -> tuple[Path, str]:
+def find_images(path: Path, given: Path | None, forms: Mapping[str, Sequence[str]]) -> tuple[Path, str]:
     """The folder that image names start from, and the form of names of which most were found there.
 
     Looks for some names of each form in `given`, or (None) beside the file and one level above it, and there in the
