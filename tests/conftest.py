@@ -23,6 +23,22 @@ def pytest_report_header():
     return [f"{name}: {os.environ.get(name) or default}" for name, default in ROOMS.items()]
 
 
+@pytest.fixture
+def forked():
+    """`forked.py`: jobs of several processes; this process and those of the job have one thread each."""
+    import importlib.util
+
+    import torch
+
+    spec = importlib.util.spec_from_file_location("forked", ROOT / "tests" / "forked.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield module
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def pixel_corpus(tmp_path_factory):
     """A store with image files on disk, and a hierarchy over it: 6 topics, 2 domains of 8 images each."""

@@ -99,20 +99,19 @@ def embed_pairs(
             parts = out / layout.PARTS
             index = _index(source, parts, part_size, job, workers, progress)
             missing = job.first(lambda: _missing(index, parts))
-            bar = _Progress(index, missing, job, progress)
-            embed_parts(
-                index,
-                _share(missing, job),
-                source.image_root,
-                parts,
-                backbone,
-                sentence_model,
-                batch_size,
-                workers,
-                bar.tell,
-            )
-            job.wait(bar.show)
-            bar.close()
+            with _Progress(index, missing, job, progress) as bar:
+                embed_parts(
+                    index,
+                    _share(missing, job),
+                    source.image_root,
+                    parts,
+                    backbone,
+                    sentence_model,
+                    batch_size,
+                    workers,
+                    bar.tell,
+                )
+                job.wait(bar.show)
             job.first(lambda: _finish(index, out, settings))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -302,8 +301,12 @@ class _Progress:
         self.untold, self.last = 0, time.monotonic()
         self.bar.update(done - self.bar.n)
 
-    def close(self) -> None:
-        self.show()
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        if kind is None:
+            self.show()
         self.bar.close()
 
 
