@@ -41,7 +41,10 @@ class ClassText:
         chunk: class sentences of which activations are kept at a time while the prompt is learnt: those of the others
             are computed again in the backward pass. 0: all of them, nothing twice. Tasks (`select` with (B, K)) are
             always encoded at once. Without gradients at most `SENTENCES` are encoded at a time.
+        placed: whether a sentence's M slots are positions of its own, not shared by all of them.
     """
+
+    placed = False
 
     def __init__(self, backbone: Backbone, classnames: Sequence[str], tokens: int, suffix: str = ".") -> None:
         names = [name.replace("_", " ") for name in classnames]
@@ -91,10 +94,6 @@ class ClassText:
         done = [self._features_by_parts(some, min(most, len(self.ids))) for some in each]
         return torch.cat(done).unflatten(0, prompt.shape[:-2])
 
-    def parts(self, size: int) -> list[ClassText]:
-        """The classes in parts of at most `size`, shortest sentences first, so that few of them pad many."""
-        return self._in_parts(size).texts
-
     def _images(self, prompt: Tensor) -> int:
         """How often each class is encoded: for every image that has a prompt of its own."""
         return math.prod(prompt.shape[:-2])
@@ -109,7 +108,9 @@ class ClassText:
         own = self.own  # (tasks, N, L, d)
         own = own.view(*tasks, *between, *own.shape[-3:]).expand(*lead, -1, -1, -1)  # (..., N, L, d)
         ends = self.ends.view(*tasks, *between, -1).expand(*lead, -1)  # (..., N)
-        return self.backbone.encode_text(own, ends, shared, self._packing(ends, own.shape[-2], shared.shape[-2]))
+        return self.backbone.encode_text(
+            own, ends, shared, self._packing(ends, own.shape[-2], shared.shape[-2])
+        )
 
     def _packing(self, ends: Tensor, length: int, before: int) -> Packing:
         """Kept, as it depends on the sentences alone, and finding it makes a GPU wait."""

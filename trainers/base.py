@@ -31,7 +31,7 @@ from gram_meta.engine.results import write_results
 from gram_meta.engine.run_folder import Doing
 from gram_meta.errors import GramError
 from gram_meta.prompts import PromptedCLIP, context_from_words, logits, random_context
-from gram_meta.trainers import saved
+from gram_meta.trainers import memory, saved
 from gram_meta.trainers.saved import NAME
 
 PRECISIONS = ("fp32", "fp16", "bf16", "amp")
@@ -73,6 +73,7 @@ class ClipTrainer(TrainerX):
             raise GramError(
                 f"TRAINER.{self.node}.PREC is {precision!r}; expected one of {', '.join(PRECISIONS)}"
             )
+        memory.check(cfg.TRAINER.MEMORY)
         for part in ("TRAIN_X", "TEST"):
             size = cfg.DATALOADER[part].BATCH_SIZE
             if size < 1:
@@ -292,6 +293,8 @@ class PromptTrainer(ClipTrainer):
         beside = [name for name, _ in learner.named_parameters() if name not in ("ctx", "visual_ctx")]
         learned = [f"a {kind} prompt of shape {shape}" for kind, shape in shapes.items()] + beside
         print(f"Learning {', '.join(learned)}")
+        for sentence in memory.arrange(self.model, cfg.TRAINER.MEMORY, cfg.DATALOADER.TRAIN_X.BATCH_SIZE):
+            print(sentence)
         self.optim = build_optimizer(learner, cfg.OPTIM)
         self.sched = build_lr_scheduler(self.optim, cfg.OPTIM)
         self.register_model(NAME, learner, self.optim, self.sched)

@@ -69,6 +69,8 @@ class PlacedText(ClassText):
     The context may be one for all classes, (M, d), or one per class, (N, M, d).
     """
 
+    placed = True
+
     def __init__(self, backbone: Backbone, classnames: list[str], tokens: int, position: str) -> None:
         super().__init__(backbone, classnames, tokens)
         lengths = (

@@ -43,6 +43,14 @@ def extend_cfg(cfg: CN) -> None:
         STEP_SCALE=1.0,  # times the raw gradient when REGULATE is off: a smaller step, as a control
     )
     _add(
+        cfg.TRAINER,
+        "MEMORY",  # what a training step keeps for its backward pass, and what it computes twice; see docs/DEFAULTS.md
+        CHECKPOINT="auto",  # auto: where more than the GB below would be kept; always; never
+        CLASS_CHUNK=0,  # class sentences at a time; 0: as many as TEXT_GB allows
+        TEXT_GB=1.0,  # of the text tower
+        IMAGE_GB=0.0,  # of the image tower, for visual prompts; 0: half of the device's memory
+    )
+    _add(
         cfg,
         "DATASET",
         SUBSAMPLE_CLASSES="all",  # all, base or new
