@@ -25,7 +25,7 @@ from gram_meta.corpus import parts
 from gram_meta.corpus.embed import embed_pairs
 from gram_meta.corpus.index import write_index
 from gram_meta.corpus.places import ImageReader
-from gram_meta.corpus.readers import Source, open_source
+from gram_meta.corpus.readers import Source
 from gram_meta.corpus.rows import Row, Shard
 from gram_meta.corpus.sentences import load_sentence_model
 from gram_meta.corpus.store import PairStore

@@ -21,7 +21,6 @@ import io
 import json
 import logging
 import os
-import random
 import resource
 import shutil
 import statistics
@@ -209,8 +208,15 @@ class Towers:
         self.tokens = [tokens_of(backbone, batch)[0] for batch in lists]
         self.sentences: list[Any] = lists
         if isinstance(sentence_model, SentenceBert):
+            model = sentence_model.model
+            tokens = (
+                getattr(model, "preprocess", None) or model.tokenize
+            )  # its name up to sentence-transformers 5.1
             self.sentences = [
-                {key: value.to(args.device) for key, value in sentence_model.model.tokenize(batch).items()}
+                {
+                    key: value.to(args.device) if isinstance(value, torch.Tensor) else value
+                    for key, value in tokens(batch).items()
+                }
                 for batch in lists
             ]
 
@@ -252,38 +258,16 @@ def print_results(args: Any, pairs: int, rounds: list[dict[str, Spent]]) -> None
     print(f"{common.environment(args)}; load average {load}")
     print(f"{pairs} pairs of {args.images} images, batches of {args.batch_size}, parts of {args.part_size}\n")
 
-    def median(value: Callable[[dict[str, Spent]], float]) -> float:
-        return statistics.median(value(one) for one in rounds)
-
+    cases = [(workers, kind) for workers in args.workers for kind in ("files", "tars")]
     table = []
-    for workers in args.workers:
-        for kind in ("files", "tars"):
-            decoding, embed = f"decoding {kind} {workers}", f"embed {kind} {workers}"
-            beside = max(workers, 1)
-
-            def floor(one: dict[str, Spent], cpu: bool, shared: bool) -> float:
-                """The least seconds that the round's own towers and decoding allow."""
-                a = one["towers"].main if cpu else one["towers"].wall
-                b = (sum(one[decoding][1:]) / beside) if cpu else one[decoding].wall
-                return a + b if shared else max(a, b)
-
-            def cores(one: dict[str, Spent]) -> float:
-                """Seconds of `gram embed` if every process had a core: those of its busiest one."""
-                main, of_workers = one[embed].main, one[embed].workers / beside
-                return max(main, of_workers)
-
-            shared = workers == 0
-            table.append(
-                [
-                    f"{kind}, {workers} workers",
-                    f"{median(lambda one: pairs / one['towers'].wall):.1f}",
-                    f"{median(lambda one: pairs / one[decoding].wall):.1f}",
-                    f"{median(lambda one: pairs / one[embed].wall):.1f}",
-                    f"{median(lambda one: floor(one, False, False) / one[embed].wall):.2f}",
-                    f"{median(lambda one: floor(one, False, True) / one[embed].wall):.2f}",
-                    f"{median(lambda one: floor(one, True, shared) / cores(one)):.2f}",
-                ]
-            )
+    for workers, kind in cases:
+        ratios = [of_round(one, workers, kind, pairs) for one in rounds]
+        middle = [statistics.median(column) for column in zip(*ratios, strict=True)]
+        table.append(
+            [f"{kind}, {workers} workers"]
+            + [f"{rate:.1f}" for rate in middle[:3]]
+            + [f"{ratio:.2f}" for ratio in middle[3:]]
+        )
     common.print_table(
         [
             "",
@@ -295,6 +279,24 @@ def print_results(args: Any, pairs: int, rounds: list[dict[str, Spent]]) -> None
             "by processor time",
         ],
         table,
+    )
+
+
+def of_round(one: dict[str, Spent], workers: int, kind: str, pairs: int) -> tuple[float, ...]:
+    """Three rates in pairs a second; then `gram embed`'s as shares: of the smaller of the others and of the bound where
+    they share cores, both on the clock; and of what applies, by processor time, if each process had a core."""
+    towers, decoding, embed = one["towers"], one[f"decoding {kind} {workers}"], one[f"embed {kind} {workers}"]
+    beside = max(workers, 1)
+    alone = (decoding.main + decoding.workers) / beside  # seconds of processor time of each decoding process
+    least = max(towers.main, alone) if workers else towers.main + alone
+    busiest = max(embed.main, embed.workers / beside)
+    return (
+        pairs / towers.wall,
+        pairs / decoding.wall,
+        pairs / embed.wall,
+        max(towers.wall, decoding.wall) / embed.wall,
+        (towers.wall + decoding.wall) / embed.wall,
+        least / busiest,
     )
 
 
