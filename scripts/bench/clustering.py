@@ -6,6 +6,7 @@
     python scripts/bench/clustering.py bertopic FOLDER/100k           # BERTopic's own pipeline on the same features
     python scripts/bench/clustering.py topics FOLDER/100k evoc        # ways to find topics: evoc, umap+fast-hdbscan, ...
     python scripts/bench/clustering.py rules FOLDER/100k 30000 transform   # ways to assign pairs to topics of a sample
+    python scripts/bench/clustering.py table FOLDER                   # all rows so far, in Markdown
 
 Each prints a row of JSON, also added to FOLDER/results.jsonl. Time is wall clock and processor time of the process
 and all its threads; memory is the high-water mark of the resident set (VmHWM), which counts pages of the memory-mapped
@@ -500,6 +501,48 @@ def rules(store: Path, opts: list[str]) -> list[dict[str, Any]]:
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
+def tables(folder: Path) -> None:
+    """Markdown of all rows in FOLDER/results.jsonl."""
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    runs = [row for row in rows if row["what"] != "rules"]
+    print(
+        "| pairs | what | wall clock | processor time | peak memory | of that its own | topics | noise | AMI | ARI | "
+        "noise: precision | recall | domains: AMI |\n|" + " --- |" * 2 + " ---: |" * 11
+    )
+    for row in runs:
+        name = " ".join([row["what"], *row["opts"]])
+        if row["rc"]:
+            print(
+                f"| {row['store']} | {name} | ended after {row['wall_s']:.0f} s (load {row['load']:.0f}) | | | | | | | | | | |"
+            )
+            continue
+        numbers = [
+            row.get(key, "")
+            for key in ("topics", "noise", "ami", "ari", "noise_precision", "noise_recall", "domain_ami")
+        ]
+        cells = [
+            f"{x:.2f}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else x for x in numbers
+        ]
+        usage = [
+            f"{row['wall_s']:,.0f} s",
+            f"{row['cpu_s']:,.0f} s",
+            f"{row['peak_gb']:.2f} GB",
+            f"{row['own_gb']:.2f} GB",
+        ]
+        print("| " + " | ".join([row["store"], name, *usage, *cells]) + " |")
+    print(
+        "\n| store | rule | noise | AMI with un-sampled | the same, noise a topic | same verdict on noise | AMI with truth | ms per pair |"
+    )
+    print("| --- | --- |" + " ---: |" * 6)
+    for row in rows:
+        if row["what"] == "rules":
+            other, truth = row["unsampled"], row.get("truth", {})
+            print(
+                f"| {row['store']}, sample {int(row['opts'][0]):,} | {row['rule']} | {100 * row['noise']:.1f} % | {other['ami']:.3f} | "
+                f"{other['ami_with_noise']:.3f} | {100 * other['noise_agreement']:.1f} % | {truth.get('ami', '')} | {row['ms_per_pair']} |"
+            )
+
+
 def main() -> None:
     if sys.argv[1:2] in (["_bertopic"], ["_topics"]):  # the process that is measured
         run = run_bertopic if sys.argv[1] == "_bertopic" else run_topics
@@ -507,8 +550,8 @@ def main() -> None:
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("what", choices=("make", "gram", "bertopic", "topics", "rules"))
-    options.add_argument("first", help="make: pairs; else the store")
+    options.add_argument("what", choices=("make", "gram", "bertopic", "topics", "rules", "table"))
+    options.add_argument("first", help="make: pairs; table: the folder of the stores; else a store")
     options.add_argument(
         "rest", nargs="*", help="make: the folder; gram: KEY VALUE; topics: a way; rules: pairs of the sample"
     )
@@ -519,6 +562,8 @@ def main() -> None:
     args = options.parse_args()
     if args.what == "make":
         return make(int(args.first), Path(args.rest[0]), args.seed)
+    if args.what == "table":
+        return tables(Path(args.first))
     store = Path(args.first)
     if args.what == "rules":
         rows = rules(store, args.rest)
