@@ -63,6 +63,12 @@ class Finding:
     sources: dict[str, str] = field(default_factory=dict)
 
 
+def known_datasets() -> list[str]:
+    """Names of the configs of all datasets that have a folder of their own: the paper's first."""
+    names = [config for config, name in _configs() if name != "ImageFolder"]
+    return sorted(names, key=lambda name: (name not in PAPER, name))
+
+
 def find_datasets(root: Path, names: Sequence[str]) -> list[tuple[str, type[SplitDataset]]]:
     """Datasets by the name of their config or class, or of a folder under `root` (an ImageFolder).
 

@@ -3,15 +3,248 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from gram_meta.errors import GramError
 
-HELP = "Near-duplicates between a corpus and the test images of the datasets under a root."
+if TYPE_CHECKING:
+    from gram_meta.corpus.store import PairStore
+    from gram_meta.overlap import Match, TestImage
+
+HELP = """Find test images of datasets in a corpus: equal files, and near-duplicates (re-encoded, resized, cropped, mirrored).
+
+Meta-training on pairs that hold test images is a leak. Without --datasets, every known dataset whose folder is in ROOT is
+looked at. The matches are written as a TSV whose column image holds locations of the store, so that
+
+    gram check-overlap STORE --root DATA -o overlap.tsv
+    gram cluster STORE -o HIERARCHY --exclude overlap.tsv
+
+leaves them out. What was read of images is kept in a folder beside the TSV: an interrupted run goes on there, and a second
+one with other thresholds takes minutes. The exit status is 0, or 1 with --fail where something was found, and where a
+dataset could not be read."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", metavar="STORE", help="folder written by gram embed")
+    from gram_meta.overlap import DISTANCE, NEIGHBOURS, PIXEL_THRESHOLD, THRESHOLD
+
+    add = parser.add_argument
+    add("store", metavar="STORE", help="folder written by gram embed")
+    add("--root", metavar="DATA", required=True, help="folder that holds the datasets' folders")
+    add(
+        "--datasets",
+        nargs="+",
+        metavar="NAME",
+        help="names of their configs (caltech101), or of folders of class folders in DATA",
+    )
+    add(
+        "--parts",
+        nargs="+",
+        default=["test"],
+        choices=("train", "val", "test"),
+        help="whose images to look for (default: test)",
+    )
+    add(
+        "-o",
+        "--out",
+        metavar="TSV",
+        default="overlap.tsv",
+        help="where to write matches (default: %(default)s)",
+    )
+    add(
+        "--image-root",
+        metavar="FOLDER",
+        help="where the corpus' images are now (default: where gram embed read them)",
+    )
+    add(
+        "--backbone",
+        metavar="NAME",
+        help="the CLIP of the store's features (default: the name that the store has)",
+    )
+    add(
+        "--pixels-only",
+        action="store_true",
+        help="without CLIP: candidates by pictures of 8 x 8 pixels, for which every image of the corpus is read",
+    )
+    add(
+        "--pixels-too",
+        action="store_true",
+        help="these candidates beside CLIP's: finds most, and reads every image of the corpus once",
+    )
+    add(
+        "--neighbours",
+        type=int,
+        default=NEIGHBOURS,
+        metavar="K",
+        help="images of the corpus that are compared with a test image, and with its mirror image (default: %(default)s)",
+    )
+    add(
+        "--threshold",
+        type=float,
+        default=THRESHOLD,
+        metavar="COSINE",
+        help=f"least cosine of them by CLIP (default: {THRESHOLD}; by 8 x 8 pixels it is {PIXEL_THRESHOLD})",
+    )
+    add(
+        "--distance",
+        type=float,
+        default=DISTANCE,
+        metavar="D",
+        help="largest distance of near-duplicates, 1 - correlation of pixels (default: %(default)s)",
+    )
+    add("--workers", type=int, default=4, metavar="N", help="threads that read images (default: %(default)s)")
+    add("--cache", metavar="FOLDER", help="for what was read of images (default: beside the TSV, TSV.cache)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: cuda where there is one)")
+    add("--fail", action="store_true", help="exit with status 1 where something was found")
 
 
 def run(args: argparse.Namespace) -> int:
-    raise GramError("check-overlap: is being written")
+    import os
+
+    from gram_meta.corpus.store import PairStore
+    from gram_meta.overlap import PIXEL_THRESHOLD, Settings, find_overlap, write_matches
+
+    _check(args)
+    root = Path(os.path.abspath(os.path.expanduser(args.root)))
+    if not root.is_dir():
+        raise GramError(f"{root}: expected the folder that holds the datasets' folders, found no such folder")
+    store = PairStore.open(args.store)
+    tests, unread = test_images(root, args.datasets, args.parts)
+    if not tests:
+        raise GramError(
+            f"{root}: expected a dataset with images, found none" + "".join(f"; {why}" for why in unread)
+        )
+    device = _device(args.device)
+    backbone = None if args.pixels_only else _backbone(store, args.backbone, device)
+    settings = Settings(
+        args.neighbours,
+        args.threshold,
+        PIXEL_THRESHOLD if args.pixels_only or args.pixels_too else None,
+        args.distance,
+        args.workers,
+        Path(args.cache or f"{args.out}.cache"),
+        device,
+    )
+    matches, counts = find_overlap(store, tests, backbone, settings, args.image_root)
+    write_matches(args.out, store, tests, matches)
+    print(as_text(store, tests, matches, counts, args))
+    for why in unread:
+        print(f"not looked at: {why}", file=sys.stderr)
+    return 1 if unread or (args.fail and matches) else 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name, value, least in (("neighbours", args.neighbours, 1), ("workers", args.workers, 1)):
+        if value < least:
+            raise GramError(f"--{name}: expected at least {least}, found {value}")
+    if not 0 <= args.distance <= 2:
+        raise GramError(f"--distance: expected a number from 0 to 2, found {args.distance}")
+    if args.pixels_only and args.backbone:
+        raise GramError("--pixels-only and --backbone: expected one of them, found both")
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _backbone(store: PairStore, name: str | None, device: str) -> Any:
+    """The CLIP of the store's features."""
+    from gram_meta.backbone import load_backbone
+
+    clip = store.manifest["settings"]["clip"]
+    try:
+        backbone = load_backbone(name or clip["name"], device, clip.get("precision", "fp32"))
+    except GramError as error:
+        raise GramError(
+            f"{error} (--pixels-only needs no CLIP, but reads every image of the corpus)"
+        ) from None
+    store.check_backbone(backbone)
+    return backbone
+
+
+def test_images(
+    root: Path, names: Sequence[str] | None, parts: Sequence[str]
+) -> tuple[list[TestImage], list[str]]:
+    """Images of these parts of the datasets under `root`, and sentences on those that cannot be read.
+
+    Raises:
+        GramError: a dataset that `names` asks for is not known, or cannot be read.
+    """
+    import io
+    from contextlib import redirect_stdout
+
+    import gram_meta.plugin  # noqa: F401, brings the datasets in
+    from gram_meta.datasets.check import find_datasets, known_datasets
+    from gram_meta.overlap import TestImage
+
+    asked = [name for word in names or () for name in word.split(",") if name]
+    found: list[TestImage] = []
+    unread: list[str] = []
+    for name, dataset in find_datasets(root, asked or known_datasets()):
+        folder = root / dataset.dataset_dir
+        if not asked and not folder.is_dir():
+            continue
+        try:
+            with redirect_stdout(io.StringIO()):
+                splits = dataset.look(folder / dataset.split_file)
+        except GramError as error:
+            if asked:
+                raise
+            unread.append(f"{name}: {error}")
+            continue
+        images = folder / dataset.image_dir
+        named = dict.fromkeys(image for part in parts for image, _label, _class in splits[part])
+        found += [TestImage(name, image, str(images / image)) for image in named]
+    return found, unread
+
+
+def as_text(
+    store: PairStore,
+    tests: Sequence[TestImage],
+    matches: Sequence[Match],
+    counts: dict[str, int],
+    args: argparse.Namespace,
+) -> str:
+    """A table of datasets, and what has to be known of the search."""
+    from collections import Counter
+
+    from tabulate import tabulate
+
+    from gram_meta.overlap import EXACT
+
+    total = Counter(test.dataset for test in tests)
+    exact = {match.test for match in matches if match.kind == EXACT}
+    near = {match.test for match in matches} - exact
+    rows = []
+    for name, count in total.items():
+        of_kind = [sum(tests[test].dataset == name for test in kind) for kind in (exact, near)]
+        rows.append([name, count, *of_kind, f"{100 * sum(of_kind) / count:.2f} %"])
+    what = " and ".join(args.parts)
+    lines = [
+        tabulate(rows, ["dataset", f"{what} images", "equal files", "near-duplicates", "share"], intfmt=",")
+    ]
+    images = len({match.row for match in matches})
+    lines.append(
+        f"{images:,} of the {len(store.locations):,} images of {store.path} are {what} images or nearly so: {args.out}\n"
+        f"{counts['candidates']:,} pairs were compared pixel by pixel"
+    )
+    if images:
+        lines.append(f"gram cluster {args.store} -o HIERARCHY --exclude {args.out} leaves them out")
+    if counts["full"]:
+        lines.append(
+            f"{counts['full']:,} {what} images have {args.neighbours} or more near-duplicates: there may be more of them "
+            f"(--neighbours {4 * args.neighbours})"
+        )
+    for key, where in (
+        ("unreadable tests", f"{what} images"),
+        ("unreadable candidates", "images of the corpus"),
+    ):
+        if counts[key]:
+            lines.append(f"{counts[key]:,} {where} could not be read and were not compared")
+    return "\n".join(lines)

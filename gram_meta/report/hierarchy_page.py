@@ -139,8 +139,8 @@ class _Thumbnails:
         caption = _short(caption, 160)
         try:
             image, _digest = self.places.image(row)
-        except (BadImage, OSError) as error:
-            reason = str(error) if isinstance(error, BadImage) else "not readable"
+        except (BadImage, GramError, OSError) as error:
+            reason = str(error) if isinstance(error, BadImage) else "its shard is gone or has changed"
             self.unreadable[reason] += 1
             return (
                 f'<span class="gone" role="img" aria-label="{_(caption)} ({_(reason)})" title="{_(self.places.locations[row])}">'
