@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from gram_meta.clip_weights import PIXEL_MEAN, PIXEL_STD, build_clip, empty_clip, read_clip
 from gram_meta.errors import GramError
 from gram_meta.recompute import recomputed
+from gram_meta.second_order import ACTIVATION, activate_and_project, layer_norm, self_attention
 
 PACKAGED = "gram-small"  # the small CLIP that travels in this package
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -336,8 +337,7 @@ def _feature_dtype(precision: str) -> torch.dtype:
 def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """Layer norm computed in at least float32, whatever the towers' number type."""
     high = torch.promote_types(x.dtype, torch.float32)
-    y = F.layer_norm(x.to(high), norm.normalized_shape, norm.weight.to(high), norm.bias.to(high), norm.eps)
-    return y.to(x.dtype)
+    return layer_norm(x.to(high), norm.weight.to(high), norm.bias.to(high), norm.eps).to(x.dtype)
 
 
 def _projected(attn: nn.MultiheadAttention, x: Tensor, which: str = "qkv") -> Tensor:
@@ -365,17 +365,27 @@ def _merge_heads(attn: nn.MultiheadAttention, x: Tensor) -> Tensor:
 
 def _mlp(mlp: Any, x: Tensor) -> Tensor:
     """CLIP's MLP. Its activation h sigmoid(a h) is silu(a h) / a: the factors go into the products, one pass is left."""
-    a = 1.702
-    flat = x.flatten(0, -2)
+    flat, a = x.flatten(0, -2), ACTIVATION
     hidden = torch.addmm(mlp.c_fc.bias, flat, mlp.c_fc.weight.T, beta=a, alpha=a)
-    return torch.addmm(mlp.c_proj.bias, F.silu(hidden), mlp.c_proj.weight.T, alpha=1 / a).view_as(x)
+    return activate_and_project(hidden, mlp.c_proj.weight, mlp.c_proj.bias).view_as(x)
 
 
 def _image_block(block: Any, x: Tensor) -> Tensor:
     """One layer of the image tower: (B, L, d) -> (B, L, d)."""
-    query, key, value = _heads(block.attn, _layer_norm(block.ln_1, x))
-    x = x + _merge_heads(block.attn, F.scaled_dot_product_attention(query, key, value))
+    attn = block.attn
+    qkv = _projected(attn, _layer_norm(block.ln_1, x))  # (B, L, 3 d)
+    if _needs_second_derivative(qkv):
+        seen = self_attention(qkv, attn.num_heads)  # (B, L, d)
+        x = x + F.linear(seen, attn.out_proj.weight, attn.out_proj.bias)
+    else:
+        x = x + _merge_heads(attn, F.scaled_dot_product_attention(*_split_heads(attn, qkv)))
     return x + _mlp(block.mlp, _layer_norm(block.ln_2, x))
+
+
+def _needs_second_derivative(x: Tensor) -> bool:
+    """Whether attention that can be differentiated twice was asked for, by `sdpa_kernel(SDPBackend.MATH)`."""
+    fused = torch.backends.cuda.flash_sdp_enabled() or torch.backends.cuda.mem_efficient_sdp_enabled()
+    return not fused and not torch.is_autocast_enabled(x.device.type)
 
 
 def _final_image_block(block: Any, x: Tensor) -> Tensor:

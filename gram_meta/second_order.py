@@ -1,0 +1,221 @@
+"""Pieces of a transformer layer whose first and second derivatives are written by hand, for frozen weights.
+
+Meta-training differentiates the towers twice. Autograd can do so by itself, but takes many passes over large tensors for
+it and keeps many of them. Here each derivative is a function of its own: the layer norm and the MLP's activation take
+fewer passes; attention keeps neither its weights nor their derivatives, only queries, keys and values, so its forward
+pass may be a fused kernel although that has no second derivative. Gradients go to the activations alone; a third
+derivative is refused by autograd. Checked against autograd and finite differences in float64 (tests/test_second_order.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATION = 1.702  # a of CLIP's h sigmoid(a h)
+_norm_backward = torch.ops.aten.native_layer_norm_backward
+_silu_backward = torch.ops.aten.silu_backward
+_softmax_backward = torch.ops.aten._softmax_backward_data
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`F.layer_norm` over the last axis of x (..., d)."""
+    return _Norm.apply(x, weight, bias, eps)
+
+
+def activate_and_project(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Second half of CLIP's MLP, (n, k) -> (n, d): silu(hidden) W^T / a + b, with the first half's output times a."""
+    return _Activation.apply(hidden, weight.to(hidden.dtype), bias.to(hidden.dtype))
+
+
+def self_attention(qkv: Tensor, heads: int) -> Tensor:
+    """Attention of all tokens to all: queries, keys, values side by side (B, L, 3 d) -> (B, L, d).
+
+    Derivatives of 16 bit values are computed in float32, as torch's own differentiable attention does.
+    """
+    return _Attention.apply(qkv, heads)
+
+
+def _last(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """What this computes has no graph; torch's `once_differentiable` would leave its part out without a word."""
+
+    @wraps(backward)
+    def checked(*args: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a third derivative was asked for; the towers' layers are differentiable twice"
+            )
+        return backward(*args)
+
+    return checked
+
+
+# --- layer norm -------------------------------------------------------------------------------------------------------
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *dy: Tensor) -> tuple[Tensor, None, None, None]:
+        return _NormGradient.apply(dy[0], *ctx.saved_tensors), None, None, None
+
+
+class _NormGradient(torch.autograd.Function):
+    """dx = r P g with g = w dy, r = 1 / std, and the projection P = I - 1 1^T / d - n n^T / d, n = r (x - mean)."""
+
+    @staticmethod
+    def forward(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+        ctx.save_for_backward(dy, x, weight, mean, rstd)
+        return _norm_backward(dy, x, x.shape[-1:], mean, rstd, weight, None, [True, False, False])[0]
+
+    @staticmethod
+    @_last
+    def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:
+        dy, x, weight, mean, rstd = ctx.saved_tensors
+        d = x.shape[-1]
+        # P is symmetric: what u gives back to g is r P u
+        to_dy = _norm_backward(u, x, x.shape[-1:], mean, rstd, None, None, [True, False, False])[0]
+        # the gradient of <u, r P g> with respect to x, with u and g centred:
+        # -r^2 / d ((<u, g> - 3 <u, n> <g, n> / d) n + <g, n> u + <u, n> g)
+        n = (x - mean).mul_(rstd)
+        g = dy * weight
+        g.sub_(g.mean(-1, keepdim=True))
+        u = u - u.mean(-1, keepdim=True)
+        un, gn, ug = ((a * b).sum(-1, keepdim=True) for a, b in ((u, n), (g, n), (u, g)))  # (..., 1)
+        scale = rstd.square().div_(-d)
+        to_x = n.mul_((ug - 3 / d * un * gn) * scale).addcmul_(u, gn * scale).addcmul_(g, un * scale)
+        return to_dy.mul_(weight), to_x, None, None, None
+
+
+# --- MLP --------------------------------------------------------------------------------------------------------------
+
+
+class _Activation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return torch.addmm(bias, F.silu(hidden), weight.T, alpha=1 / ACTIVATION)
+
+    @staticmethod
+    def backward(ctx: Any, *dy: Tensor) -> tuple[Tensor, None, None]:
+        return _ActivationGradient.apply(dy[0], *ctx.saved_tensors), None, None
+
+
+class _ActivationGradient(torch.autograd.Function):
+    """silu'(h) s with s = dy W / a."""
+
+    @staticmethod
+    def forward(ctx: Any, dy: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+        s = _product(dy, weight)  # (n, k)
+        ctx.save_for_backward(hidden, weight, s)
+        return _silu_backward(s, hidden)
+
+    @staticmethod
+    @_last
+    def backward(ctx: Any, u: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden, weight, s = ctx.saved_tensors
+        to_dy = _product(_silu_backward(u, hidden), weight.T)
+        # silu''(h) s u, with silu''(h) = 2 q (1 - q) (1 + h (1/2 - q)) and q = sigmoid(h)
+        q = torch.sigmoid(hidden)
+        curved = torch.rsub(q, 0.5).mul_(hidden).add_(1)
+        curved.mul_(q.addcmul_(q, q, value=-1)).mul_(s).mul_(u).mul_(2)
+        return to_dy, curved, None
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W / a, the factor inside the product."""
+    return torch.addmm(x.new_empty(1, 1), x, weight, beta=0, alpha=1 / ACTIVATION)
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, heads: int) -> Tensor:
+        ctx.save_for_backward(qkv)
+        ctx.heads = heads
+        return _merged(F.scaled_dot_product_attention(*_views(qkv, heads).unbind()))
+
+    @staticmethod
+    def backward(ctx: Any, *do: Tensor) -> tuple[Tensor, None]:
+        return _AttentionGradient.apply(do[0], *ctx.saved_tensors, ctx.heads), None
+
+
+class _AttentionGradient(torch.autograd.Function):
+    """With S = c Q K^T, P = softmax(S), O = P V: dV = P^T dO, dS = P (dP - r), dP = dO V^T, r = sum(dP P) over keys."""
+
+    @staticmethod
+    def forward(ctx: Any, do: Tensor, qkv: Tensor, heads: int) -> Tensor:
+        ctx.save_for_backward(do, qkv)
+        ctx.heads = heads
+        q, k, v = _split(qkv, heads)
+        (do,) = _split(do, heads, 1)
+        p, c = _weights(q, k)
+        ds = _softmax_backward(do @ v.mT, p, -1, p.dtype).mul_(c)
+        return _joined((ds @ k, ds.mT @ q, p.mT @ do), qkv)
+
+    @staticmethod
+    @_last
+    def backward(ctx: Any, u: Tensor) -> tuple[Tensor, Tensor, None]:
+        """How dQ, dK, dV change as Q, K, V move along u: S', P' and so on are the changes; dO's own gradient is O'."""
+        given, qkv = ctx.saved_tensors
+        q, k, v = _split(qkv, ctx.heads)
+        uq, uk, uv = _split(u, ctx.heads)
+        (do,) = _split(given, ctx.heads, 1)
+        p, c = _weights(q, k)
+        p_turned = _softmax_backward(
+            (uq @ k.mT).add_(q @ uk.mT).mul_(c), p, -1, p.dtype
+        )  # P' = P (S' - sum(P S'))
+        to_do = (p_turned @ v).add_(p @ uv)
+        to_v = p_turned.mT @ do
+        dp = do @ v.mT
+        dp.sub_((dp * p).sum(-1, keepdim=True))  # dP - r
+        ds = (p * dp).mul_(c)
+        to_q, to_k = ds @ uk, ds.mT @ uq
+        p_turned.mul_(dp)  # P' (dP - r), whose sum is that of P' dP, as that of P' is zero
+        dp_turned = do @ uv.mT
+        dp_turned.sub_((dp_turned * p).sum(-1, keepdim=True).add_(p_turned.sum(-1, keepdim=True)))  # dP' - r'
+        ds_turned = p_turned.addcmul_(p, dp_turned).mul_(c)
+        to_q.add_(ds_turned @ k)
+        to_k.add_(ds_turned.mT @ q)
+        return _merged(to_do).to(given.dtype), _joined((to_q, to_k, to_v), qkv), None
+
+
+def _views(x: Tensor, heads: int, parts: int = 3) -> Tensor:
+    """(B, L, parts d) -> (parts, B, heads, L, d / heads)."""
+    return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4)
+
+
+def _split(x: Tensor, heads: int, parts: int = 3) -> tuple[Tensor, ...]:
+    """Copies of queries, keys and values (B, L, 3 d), or of one part (B, L, d), in at least float32."""
+    return _views(x, heads, parts).to(torch.promote_types(x.dtype, torch.float32)).contiguous().unbind()
+
+
+def _merged(x: Tensor) -> Tensor:
+    """(B, heads, L, d / heads) -> (B, L, d)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def _joined(parts: tuple[Tensor, ...], like: Tensor) -> Tensor:
+    """Queries', keys' and values' (B, heads, L, d / heads) side by side, (B, L, 3 d)."""
+    out = torch.empty_like(like)
+    for place, part in zip(_views(out, parts[0].shape[1]), parts, strict=True):
+        place.copy_(part)
+    return out
+
+
+def _weights(q: Tensor, k: Tensor) -> tuple[Tensor, float]:
+    """P (B, heads, L, L), and c."""
+    c = q.shape[-1] ** -0.5
+    return torch.softmax((q @ k.mT).mul_(c), dim=-1), c
