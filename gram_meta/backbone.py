@@ -378,7 +378,8 @@ def _image_block(block: Any, x: Tensor) -> Tensor:
         seen = self_attention(qkv, attn.num_heads)  # (B, L, d)
         x = x + F.linear(seen, attn.out_proj.weight, attn.out_proj.bias)
     else:
-        x = x + _merge_heads(attn, F.scaled_dot_product_attention(*_split_heads(attn, qkv)))
+        query, key, value = _split_heads(attn, qkv)
+        x = x + _merge_heads(attn, F.scaled_dot_product_attention(query, key, value))
     return x + _mlp(block.mlp, _layer_norm(block.ln_2, x))
 
 
