@@ -76,7 +76,7 @@ def test_shards_of_img2dataset_are_read_in_their_order(shards):
     source = open_source(shards)
     found = list(source.rows())
     keys = [f"{shard:05d}{number:04d}" for shard in range(3) for number in range(4)]
-    assert source.kind == "webdataset"
+    assert source.kind == "webdataset" and not skips(found)
     assert good(found) == [(f"{key[:5]}.tar/{key}.jpg", f"caption {key}") for key in keys]
     assert [shard.name for shard in source.shards()] == ["00000.tar", "00001.tar", "00002.tar"]
     assert [row for shard in source.shards() for row in shard.rows()] == found
