@@ -16,7 +16,9 @@ from yacs.config import CfgNode as CN
 
 from gram_meta.errors import GramError
 
-INCIDENTAL = "LOADER"  # where images come from and how fast: a run with other values of it is the same run
+# Where images come from and how fast, and how much goes through the towers at a time: a run with other values of these
+# is the same run.
+INCIDENTAL = ("LOADER", "MEMORY")
 
 
 def get_meta_config() -> CN:
@@ -27,6 +29,7 @@ def get_meta_config() -> CN:
     c.BACKBONE = CN()
     c.BACKBONE.NAME = "ViT-B/16"
     c.BACKBONE.PRECISION = "fp32"  # of the frozen towers: fp32, bf16, fp16
+    c.BACKBONE.LOSS_SCALE = 0.0  # fp16: what losses are multiplied by before gradients are taken; 0: 256 for fp16, else 1
 
     # Cross-modal hierarchical clustering, Sec. 3.2
     c.CHC = CN()
@@ -65,9 +68,17 @@ def get_meta_config() -> CN:
 
     # Images are read only where the features of a store do not do: visual prompts
     c.LOADER = CN()
-    c.LOADER.WORKERS = 2  # processes that decode ahead; 0: none
+    c.LOADER.WORKERS = 2  # processes that decode ahead, for each process of meta-training; 0: none
     c.LOADER.PREFETCH = 2  # batches of tasks that each of them keeps ready
     c.LOADER.IMAGE_ROOT = ""  # folder that the images' locations are relative to; "": where `gram embed` read them
+
+    # How much of a batch of tasks goes through the towers at a time: the same gradients to rounding, in less memory
+    c.MEMORY = CN()
+    c.MEMORY.SECOND_ORDER = "auto"  # whole: one graph of everything; lean: one graph at a time; auto: whole where it fits
+    c.MEMORY.TASKS = 0  # tasks in one pass; 0: as many as fit
+    c.MEMORY.IMAGES = 0  # lean, visual prompts: images of one side of a task in one pass; 0: as many as fit
+    c.MEMORY.CHECKPOINTING = False  # keep each layer's input alone, and compute the rest again in backward passes
+    c.MEMORY.BUDGET = 0.0  # GB that "fit" means, for each process; 0: half of the device's memory
 
     # R^phi, Eq. 5 and 6
     c.REGULATOR = CN()

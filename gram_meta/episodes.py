@@ -50,6 +50,27 @@ class Episode:
     tasks: Sequence[Task]
     support: TaskSet
     query: TaskSet
+    classes_of: Callable[[slice], ClassText | Tensor]  # what makes the class sentences, or features, of some of the tasks
+
+    def parts(self, tasks: int) -> list[Episode]:
+        """Episodes of at most so many of the tasks each."""
+        if tasks >= len(self.tasks):
+            return [self]
+        some = [slice(start, start + tasks) for start in range(0, len(self.tasks), tasks)]
+        return [self._of(part) for part in some]
+
+    def _of(self, part: slice) -> Episode:
+        classes = self.classes_of(part)
+        sides = (
+            TaskSet(side.backbone, classes, side.images[part], side.labels[part], side.count)
+            for side in (self.support, self.query)
+        )
+
+        def classes_of(smaller: slice) -> ClassText | Tensor:
+            rows = range(*part.indices(len(self.tasks)))[smaller]
+            return self.classes_of(slice(rows.start, rows.stop))
+
+        return Episode(self.tasks[part], *sides, classes_of)
 
 
 class Episodes:
@@ -105,13 +126,16 @@ class Episodes:
         topics = torch.from_numpy(np.stack([task.topics for task in tasks])).to(
             self.backbone.device
         )  # (B, K)
-        if self.text is not None:
-            classes: ClassText | Tensor = self.text.select(topics)
-        else:
+
+        def classes_of(part: slice) -> ClassText | Tensor:
+            if self.text is not None:
+                return self.text.select(topics[part])
             assert self.fixed is not None  # one of the two, by construction
-            classes = self.fixed[topics]
+            return self.fixed[topics[part]]
+
+        classes = classes_of(slice(None))
         sides = (TaskSet(self.backbone, classes, images) for images in (support, query))
-        return Episode(tasks, *sides)
+        return Episode(tasks, *sides, classes_of)
 
     def _features(self, tasks: Sequence[Task], side: str) -> Tensor:
         """Stored features (B, K, n, D)."""
@@ -191,16 +215,39 @@ class TaskSet:
         backbone: frozen CLIP.
         classes: the tasks' class sentences (with leading axes (B, K)), or fixed class features (B, K, D).
         images: features (B, K, n, D), or bytes (B, K, n, 3, H, W); `images[:, k]` belong to class k.
+        labels, count: for some of the images only, (B, c, D) or (B, c, 3, H, W): their classes (B, c), and how many images
+            a task has; losses then are these images' part of the mean.
     """
 
-    def __init__(self, backbone: Backbone, classes: ClassText | Tensor, images: Tensor) -> None:
-        batch, ways, shots = images.shape[:3]
+    def __init__(
+        self,
+        backbone: Backbone,
+        classes: ClassText | Tensor,
+        images: Tensor,
+        labels: Tensor | None = None,
+        count: int = 0,
+    ) -> None:
         self.backbone = backbone
         self.classes = classes
-        self.images = images.flatten(1, 2)  # (B, K n, D) or (B, K n, 3, H, W)
-        self.labels = (
-            torch.arange(ways, device=images.device).repeat_interleave(shots).expand(batch, -1)
-        )  # (B, K n)
+        if labels is None:
+            batch, ways, shots = images.shape[:3]
+            images = images.flatten(1, 2)  # (B, K n, D) or (B, K n, 3, H, W)
+            labels = (
+                torch.arange(ways, device=images.device).repeat_interleave(shots).expand(batch, -1)
+            )  # (B, K n)
+        self.images, self.labels = images, labels
+        self.count = count or labels.shape[1]
+
+    def parts(self, images: int = 0) -> list[TaskSet]:
+        """The same tasks in parts of at most so many images each (0: all), whose losses add up to the whole's."""
+        have = self.labels.shape[1]
+        if not images or images >= have:
+            return [self]
+        some = [slice(start, start + images) for start in range(0, have, images)]
+        return [
+            TaskSet(self.backbone, self.classes, self.images[:, part], self.labels[:, part], self.count)
+            for part in some
+        ]
 
     def __call__(self, prompts: Mapping[str, Tensor]) -> Tensor:
         """Mean cross-entropy of each task, (B,)."""
@@ -222,7 +269,8 @@ class TaskSet:
 
     def losses_of(self, scores: Tensor) -> Tensor:
         """(B,) of logits (B, K n, K)."""
-        return F.cross_entropy(scores.transpose(1, 2), self.labels, reduction="none").mean(dim=1)
+        losses = F.cross_entropy(scores.transpose(1, 2), self.labels, reduction="none")  # (B, K n)
+        return losses.mean(dim=1) if losses.shape[1] == self.count else losses.sum(dim=1) / self.count
 
     def accuracies_of(self, scores: Tensor) -> Tensor:
         """(B,), between 0 and 1, of logits (B, K n, K)."""
@@ -240,10 +288,13 @@ class TaskSet:
 
 
 def initial_theta(backbone: Backbone, config: CfgNode) -> dict[str, Tensor]:
-    """Where meta-training starts: the prompts, and the meta-net of a conditional one; leaves that require gradients."""
+    """Where meta-training starts: the prompts, and the meta-net of a conditional one; leaves that require gradients.
+
+    float32, whatever the towers' number type; float64 with fp64 towers, which are there for checks.
+    """
     prompt = config.PROMPT
     theta = initial_prompts(backbone, prompt.TEXT_TOKENS, prompt.VISUAL_TOKENS, prompt.WORDS, config.SEED)
     if prompt.CONDITIONAL:
         net = initial_meta_net(backbone, config.SEED)
         theta |= {f"{META_NET}{name}": value for name, value in net.items()}
-    return {name: value.requires_grad_() for name, value in theta.items()}
+    return {name: value.to(backbone.logit_scale.dtype).requires_grad_() for name, value in theta.items()}

@@ -2,8 +2,10 @@
 
 import json
 import pickle
+import tarfile
 import time
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,9 +16,11 @@ from gram_meta.backbone import clip_module, load_backbone
 from gram_meta.bilevel import for_each_task, meta_losses
 from gram_meta.checkpoint import load_meta_checkpoint
 from gram_meta.config import load_meta_config
+from gram_meta.corpus.places import ImageReader, Places
 from gram_meta.episodes import Episodes, TaskSet
 from gram_meta.errors import GramError
-from gram_meta.pretrain import MetaTrainer, _Timed
+from gram_meta.pretrain import MetaTrainer, _Steps, _Timed
+from gram_meta.processes import Job
 from gram_meta.prompts import META_NET, ClassText, initial_meta_net, template_features
 from gram_meta.regulator import GradientRegulator
 
@@ -200,6 +204,39 @@ def test_workers_change_nothing(pixel_corpus, tmp_path):
         finals.append(load_meta_checkpoint(out / "last.safetensors"))
     for kind in ("text", "visual"):
         assert torch.equal(finals[0].prompts[kind], finals[1].prompts[kind])
+
+
+def test_images_in_a_shard_are_the_same_as_files(pixel_corpus, tmp_path):
+    """Drawn at random from a tar, by two workers that were forked from a process that has read it before."""
+    folder, runs = pixel_corpus[3], []
+    with tarfile.open(tmp_path / "00000.tar", "w") as tar:
+        for row in range(96):
+            tar.add(folder / f"{row}.png", f"{row:09d}.png")
+    with tarfile.open(tmp_path / "00000.tar") as tar:
+        members = [(f"00000.tar/{member.name}", member.offset_data, member.size) for member in tar]
+    names, offsets, sizes = (np.array(column) for column in zip(*members, strict=True))
+    places = Places(
+        ImageReader(tmp_path), names.tolist(), ["00000.tar"], np.zeros(96, np.int64), offsets, sizes
+    )
+    for name in ("files", "shard"):
+        runs.append(trainer(pixel_corpus, tmp_path / name, *JOINT, "LOADER.WORKERS", "2"))
+        if name == "shard":
+            runs[1].episodes.places = places
+            places.image(0)
+        runs[-1].run()
+    for kind in ("text", "visual"):
+        assert torch.equal(runs[0].theta[kind], runs[1].theta[kind])
+
+
+def test_a_process_decodes_its_own_tasks_alone(pixel_corpus, tmp_path):
+    store, hierarchy, _, _ = pixel_corpus
+    config = settings(*VISUAL, "OUTER.BATCH", "3", "LOADER.WORKERS", "0")
+    run = MetaTrainer(store, hierarchy, tmp_path, config, progress=False, job=Job(1, 2))
+    steps = _Steps(run.train_tasks, 3, 0, 2, run.own)
+    drawn = [run.train_tasks.draw(number) for number in (2, 5)]
+    assert [task.words for tasks in map(steps.__getitem__, range(2)) for task in tasks] == [t.words for t in drawn]
+    (decoded, _) = run.episodes._decoded(steps)
+    assert decoded[1].shape[:3] == (1, 2, 2)
 
 
 def test_a_run_says_how_long_the_towers_waited(pixel_corpus, tmp_path, caplog):

@@ -245,7 +245,7 @@ def meta_state(folder: Path, opts: Sequence[str] = ()) -> str:
     config = read_json(folder / "run.json").get("config", {})
     there = _flat(config)
     for key, value in _flat(_meta_config(folder.name, tuple(opts))).items():
-        if key in there and there[key] != value and not key.startswith(f"{INCIDENTAL}."):
+        if key in there and there[key] != value and key.partition(".")[0] not in INCIDENTAL:
             raise GramError(
                 f"{folder}: holds a meta-training with {key} {there[key]!r}, expected {value!r}; "
                 "choose another --meta-dir or remove the folder"

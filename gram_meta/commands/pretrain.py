@@ -11,6 +11,10 @@ TRAINER.GRAM.CHECKPOINT); last.safetensors; log.jsonl, the held-out scores; Tens
 
   gram pretrain --store STORE --hierarchy HIERARCHY --config configs/gram_meta/coop_vit_b16.yaml -o OUT
   gram pretrain --store STORE --hierarchy HIERARCHY -o OUT BACKBONE.NAME ViT-B/32 OUTER.STEPS 5000
+  torchrun --nproc_per_node 8 -m gram_meta pretrain --store ...     # the tasks of each step shared among 8 processes
+
+SIGTERM (Slurm sends it before a job's time is up) ends it after the step under way, with the state saved and exit status
+143; the same command with --resume goes on, with any number of processes.
 """
 
 
@@ -30,17 +34,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", default="", help="cpu, cuda, cuda:1, ...; default: cuda where there is one"
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in OUT")
+    parser.add_argument(
+        "--profile",
+        type=int,
+        default=0,
+        metavar="N",
+        help="take N steps, say where their time goes (OUT/profile.json), and end",
+    )
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="settings that override the files'")
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
+    import sys
 
     from gram_meta.config import load_meta_config
-    from gram_meta.pretrain import pretrain
+    from gram_meta.pretrain import Stopped, pretrain
+    from gram_meta.processes import device_for, job
 
     config = load_meta_config(args.config, args.opts)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    best = pretrain(args.store, args.hierarchy, args.output, config, device, args.resume)
-    print(f"meta-checkpoint: {best}")
+    with job(args.device or "auto") as here:
+        device = device_for(here, args.device)
+        try:
+            done = pretrain(
+                args.store, args.hierarchy, args.output, config, device, args.resume, job=here, profile=args.profile
+            )
+        except Stopped as word:
+            if here.is_first:
+                print(f"gram pretrain: {word}", file=sys.stderr)
+            return 143
+        if here.is_first:
+            print(f"{'profile' if args.profile else 'meta-checkpoint'}: {done}")
     return 0
