@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -450,6 +451,19 @@ def test_columns_of_parquet_are_found(tmp_path, columns, expected):
     assert ImageReader(tmp_path).content(found[0].place) == b"x"
 
 
+def test_large_row_groups_are_told_of(tmp_path, monkeypatch, caplog):
+    from gram_meta.corpus import parquet
+
+    path = write_parquet(
+        tmp_path / "a.parquet", [(picture(n), "") for n in range(8)], list("abcdefgh"), row_group_size=4
+    )
+    open_source(path)
+    assert "row groups" not in caplog.text
+    monkeypatch.setattr(parquet, "LARGE_GROUP", 3000)
+    open_source(path)
+    assert "a.parquet: row groups of up to" in caplog.text
+
+
 def test_damage_in_parquet_costs_the_row_group(tmp_path):
     images = [(picture(number), "") for number in range(12)]
     path = write_parquet(
@@ -515,3 +529,68 @@ def test_images_that_hugging_face_wrote(tmp_path):
             picture(number) for number in range(6)
         ]
         assert [row.caption for row in source.rows()] == list("012345")
+
+
+# --- into a store -------------------------------------------------------------------------------------------
+
+
+def _faulty():
+    """Images as they come, each with the reason that the manifest has to give, or "" for one that is used."""
+    from PIL import ImageDraw
+
+    from gram_meta.corpus import images
+
+    def encoded(image, kind, **options):
+        file = io.BytesIO()
+        image.save(file, kind, **options)
+        return file.getvalue()
+
+    red = Image.new("RGB", (30, 20), (255, 0, 0))
+    ImageDraw.Draw(red).ellipse((5, 5, 15, 15), fill=(0, 0, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    bomb = bytearray(encoded(Image.new("1", (1, 1)), "PNG"))
+    bomb[16:24] = (60_000).to_bytes(4, "big") * 2
+    bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
+    noise = picture(5)
+    return [
+        (encoded(red.convert("CMYK"), "JPEG"), "jpg", ""),
+        (encoded(red.convert("P"), "PNG"), "png", ""),
+        (encoded(Image.fromarray(np.full((20, 30), 30_000, np.uint16)), "PNG"), "png", ""),
+        (encoded(red, "JPEG", exif=exif), "jpg", ""),
+        (encoded(red, "WEBP"), "webp", ""),
+        (noise[: len(noise) // 2], "jpg", images.BROKEN),
+        (b"", "jpg", images.EMPTY),
+        (b"<html>404</html>", "jpg", images.NOT_IMAGE),
+        (bytes(bomb), "png", images.BOMB),
+    ]
+
+
+@pytest.mark.parametrize("container", ["tar", "parquet"])
+def test_faults_are_counted_by_reason_in_the_manifest(tmp_path, container):
+    from gram_meta.backbone import load_backbone
+    from gram_meta.corpus.embed import embed_pairs
+    from gram_meta.corpus.sentences import load_sentence_model
+
+    faulty = _faulty()
+    if container == "tar":
+        members = []
+        for number, (content, suffix, _) in enumerate(faulty):
+            members += [(f"{number}.{suffix}", content), (f"{number}.txt", f"caption {number}".encode())]
+        whole = write_tar(tmp_path / "a.tar", [*members, *sample("77", "cut off")]).read_bytes()
+        (tmp_path / "a.tar").write_bytes(whole[: whole.index(b"77.jpg") + 600])
+        source = open_source(tmp_path / "a.tar")
+    else:
+        contents = [(content, "") for content, _, _ in faulty]
+        captions = [f"caption {number}" for number in range(len(faulty))]
+        source = open_source(write_parquet(tmp_path / "a.parquet", contents, captions, row_group_size=4))
+    store = embed_pairs(
+        source, tmp_path / "store", load_backbone("random-tiny"), load_sentence_model("hash:16"), batch_size=4
+    )
+    expected = Counter(reason for _, _, reason in faulty if reason)
+    expected.update({rows.DAMAGED: 1} if container == "tar" else {})
+    assert store.manifest["skipped"] == expected
+    assert store.manifest["counts"]["rows"] == len(store) + expected.total()
+    assert list(store.captions) == [f"caption {number}" for number in range(5)]
+    sizes = [store.places().image(row)[0].size for row in range(5)]
+    assert sizes == [(30, 20), (30, 20), (30, 20), (20, 30), (30, 20)]  # the turned one is upright

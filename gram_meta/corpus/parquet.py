@@ -6,6 +6,7 @@ touches the bytes where the file's own counts say that none is null.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
     from gram_meta.corpus.readers import Source
 
+log = logging.getLogger(__name__)
+
 INSIDE_COLUMNS = ("jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes")  # besides the usual names
 NUMBERED = re.compile(r"captions?_?\d+")  # caption_0 ... caption_4
 TEXT_OF = (
@@ -31,6 +34,7 @@ TEXT_OF = (
     "text",
 )  # where the text stands in a list of structs: COCO's and Flickr's sentences
 PART = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?\.parquet")  # SPLIT-00000-of-00005.parquet
+LARGE_GROUP = 16 << 20  # bytes of images in a row group
 ROWS_AT_ONCE = 4096
 IMAGES_AT_ONCE = 32  # rows, where bytes have to be looked at
 
@@ -79,6 +83,27 @@ def has_images(path: Path, image_column: str | None = None) -> bool:
             return holds_images(file.schema_arrow, find_image(path, file.schema_arrow, image_column))
         except GramError:
             return False
+
+
+def warn_of_large_groups(path: Path, image_column: str | None) -> None:
+    """Say when the images of a file lie in row groups so large that single ones are slow to read."""
+    with open_parquet(path) as file:
+        leaf = leaf_of(file.schema_arrow, find_image(path, file.schema_arrow, image_column))
+        largest = 0
+        for group in range(file.num_row_groups):
+            columns = file.metadata.row_group(group)
+            sizes = {
+                columns.column(number).path_in_schema: columns.column(number).total_uncompressed_size
+                for number in range(columns.num_columns)
+            }
+            largest = max(largest, sizes.get(leaf, 0))
+    if largest > LARGE_GROUP:
+        log.warning(
+            "%s: row groups of up to %d MB; an image at random costs the reading of one (meta-training with visual prompts "
+            "is faster from smaller ones, or from tars)",
+            path,
+            largest >> 20,
+        )
 
 
 def split_of(path: Path) -> str:

@@ -209,6 +209,8 @@ def open_source(
     source = replace(source, image_column=image_column, caption_column=caption_column)
     if kind == "parquet":
         source.shards()  # all footers, and the columns in them: what is wrong with them shows now
+        if source.files and parquet.has_images(source.files[0], image_column):
+            parquet.warn_of_large_groups(source.files[0], image_column)
     of = f" in {len(source.files)} files" if len(source.files) > 1 else ""
     log.info("%s: read as %s%s (--format %s)", path, FORMATS[kind], of, kind)
     return source
