@@ -84,6 +84,24 @@ def test_captions_are_numbered_by_their_first_wanted_row():
     assert sample.captions_by_number(captions, wanted).tolist() == [0, 1, 2, 0, 1]
 
 
+def test_the_sample_stands_for_its_captions():
+    number = np.array([0, 1, 0, 3, 1, 0])  # captions a b a c b a
+    assert sample.representatives(number, np.array([4, 5])).tolist() == [5, 4, 5, 3, 4, 5]
+    assert sample.representatives(number, np.array([0])).tolist() == [0, 1, 0, 3, 1, 0]
+
+
+def test_a_held_out_pair_is_not_its_own_neighbour():
+    features = unit(np.random.default_rng(0).standard_normal((300, 16))).astype(np.float32)
+    features[7] = features[3]  # found at the same distance as itself
+    index = sample.nearest_index(features, 1)
+    rows = np.arange(0, 300, 3)
+    near, similarity = sample._others(index, features[rows], rows)
+    assert near.shape == similarity.shape == (100, sample.NEIGHBOURS)
+    assert not (near == rows[:, None]).any() and 7 in near[1]
+    exact = np.sort(features[rows] @ features.T)[:, -2:-17:-1]
+    assert np.abs(similarity - exact).mean() < 0.02
+
+
 # --- topics from a sample -------------------------------------------------------------------------------------------
 
 

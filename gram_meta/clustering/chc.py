@@ -215,10 +215,7 @@ def _sampled_topics(
     label = np.full(len(kept), -1)
     label[chosen] = sample.same_for_copies(number[chosen], found)
 
-    # A row that stands for its caption: one of the sample's where it has any, else the first.
-    stands = np.arange(len(kept))
-    stands[number[chosen]] = chosen
-    stands = stands[number]
+    stands = sample.representatives(number, chosen)
     ask = np.setdiff1d(np.flatnonzero(stands == np.arange(len(kept))), chosen)
     alone = np.bincount(number[chosen], minlength=len(kept))[number[chosen]] == 1
     log.info("sample: learning the rule, then %d different captions are assigned", len(ask))

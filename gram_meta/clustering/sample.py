@@ -185,6 +185,16 @@ def captions_by_number(captions: Iterable[str], wanted: np.ndarray) -> np.ndarra
     return first[number]
 
 
+def representatives(number: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """For each row the row that stands for its caption: one of the `chosen` rows where it has any, else the first.
+
+    `number` is as `captions_by_number` returns it.
+    """
+    of_number = np.arange(len(number))
+    of_number[number[chosen]] = chosen
+    return of_number[number]
+
+
 def same_for_copies(number: np.ndarray, label: np.ndarray) -> np.ndarray:
     """Labels in which rows of one number agree: the most frequent label among them; of equals the largest, so that a
     topic stands before noise."""

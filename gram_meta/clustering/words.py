@@ -60,9 +60,7 @@ def topic_words(
     return [_best(of_topic, containing, topics, top) for of_topic in counts]
 
 
-def _best(
-    counts: Counter[str], containing: Counter[str], topics: int, top: int
-) -> list[tuple[str, float]]:
+def _best(counts: Counter[str], containing: Counter[str], topics: int, top: int) -> list[tuple[str, float]]:
     total = counts.total()  # N_l
     scores = {word: n / total * math.log(topics / (containing[word] + 1)) for word, n in counts.items()}
     return sorted(scores.items(), key=lambda item: (-item[1], -counts[item[0]], item[0]))[:top]
