@@ -343,21 +343,41 @@ def test_few_files_are_open_at_a_time(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("way", ["fork", "spawn", "threads"])
-def test_processes_and_threads_read_from_the_same_shards(shards, way):
+def test_processes_and_threads_read_from_the_same_shards(shards, tmp_path, way):
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
-    source = open_source(shards)
-    reader = ImageReader(source.image_root, source.identity()["shards"])
-    places = [row.place for row in source.rows()] * 4
-    expected = [picture(int(place.location[-13:-4])) for place in places]
-    assert reader.content(places[0]) == expected[0]  # open in this process before the others begin
-    if way == "threads":
-        pool = ThreadPoolExecutor(8)
-    else:
+    (tmp_path / "parquet").mkdir()
+    images = [(picture(number), "") for number in range(20)]
+    write_parquet(tmp_path / "parquet" / "a.parquet", images, [str(n) for n in range(20)], row_group_size=3)
+    tars, parquet = open_source(shards), open_source(tmp_path / "parquet")
+    of_tars = [row.place for row in tars.rows()] * 4
+    of_parquet = [row.place for row in parquet.rows()] * 4
+    pool = ThreadPoolExecutor(8)
+    if way != "threads":
         pool = ProcessPoolExecutor(2, mp_context=multiprocessing.get_context(way))
+    for source, places in ((tars, of_tars), (parquet, of_parquet)):
+        reader = ImageReader(source.image_root, source.identity()["shards"])
+        reader.content(places[0])  # open in this process before the others begin
     with pool:
-        assert list(pool.map(reader.content, places, chunksize=6)) == expected
+        for source, places in ((tars, of_tars), (parquet, of_parquet)):
+            reader = ImageReader(source.image_root, source.identity()["shards"])
+            found = list(pool.map(reader.content, places, chunksize=6))
+            if source is tars:
+                assert found == [picture(int(place.location[-13:-4])) for place in places]
+            else:
+                assert found == [picture(place.offset) for place in places]
+
+
+def test_a_half_written_parquet_beside_images_is_passed_over(tmp_path):
+    (tmp_path / "00000").mkdir()
+    (tmp_path / "00000" / "1.jpg").write_bytes(picture(1))
+    (tmp_path / "00000" / "1.txt").write_text("a dog")
+    (tmp_path / "00000.parquet").write_bytes(b"PAR1 and no end")  # img2dataset's, while it is at work
+    assert good(rows_of(tmp_path)) == [("00000/1.jpg", "a dog")]
+    write_parquet(tmp_path / "00001.parquet", [(picture(2), "")], ["a cat"])
+    with pytest.raises(GramError, match="00000.parquet: expected a Parquet file"):
+        open_source(tmp_path)
 
 
 # --- Parquet with images inside -----------------------------------------------------------------------------

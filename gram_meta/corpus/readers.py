@@ -310,7 +310,7 @@ def _kind(path: Path, files: list[Path], image_column: str | None, caption_colum
         return "webdataset"
     if files and all(map(_is_parquet, files)):
         # Beside folders of images img2dataset leaves Parquet files of facts about them.
-        if not path.is_dir() or any(parquet.has_images(file, image_column) for file in files[:1]):
+        if not path.is_dir() or _has_images(files, image_column):
             return "parquet"
     elif files:
         raise GramError(
@@ -321,6 +321,16 @@ def _kind(path: Path, files: list[Path], image_column: str | None, caption_colum
     if not path.is_file():
         raise GramError(f"{path}: expected {KNOWN}, found nothing there")
     return _kind_of_file(path, tables.numbered(image_column, caption_column) is not None, image_column)
+
+
+def _has_images(files: list[Path], image_column: str | None) -> bool:
+    """Whether the first file that is whole has images inside; one that is not is told of when it is read."""
+    for file in files:
+        try:
+            return parquet.has_images(file, image_column)
+        except GramError:
+            continue
+    return False
 
 
 def _kind_of_file(path: Path, is_numbered: bool, image_column: str | None) -> str:
