@@ -369,6 +369,25 @@ def test_processes_and_threads_read_from_the_same_shards(shards, tmp_path, way):
                 assert found == [picture(place.offset) for place in places]
 
 
+def test_a_process_forked_in_the_middle_of_an_opening_reads_on(shards):
+    """Another thread holds the cache's lock just when image workers are forked: they must not wait for it for ever."""
+    import multiprocessing
+
+    from gram_meta.corpus import open_shards
+
+    if "fork" not in multiprocessing.get_all_start_methods():
+        pytest.skip("this system does not fork")
+    reader = ImageReader(shards)
+    place = next(iter(open_source(shards).rows())).place
+    process = multiprocessing.get_context("fork").Process(target=reader.content, args=(place,))
+    with open_shards.TARS.lock:
+        process.start()
+    process.join(60)
+    alive = process.is_alive()
+    process.kill()
+    assert not alive and process.exitcode == 0
+
+
 def test_a_half_written_parquet_beside_images_is_passed_over(tmp_path):
     (tmp_path / "00000").mkdir()
     (tmp_path / "00000" / "1.jpg").write_bytes(picture(1))
