@@ -291,6 +291,20 @@ def test_a_shard_that_was_read_is_not_read_again(tmp_path):
         )
 
 
+def test_a_run_that_an_earlier_version_began(forked, one_piece, tmp_path):
+    """Its parts hold other arrays: they are made anew."""
+    backbone, model = load_backbone("random-tiny"), load_sentence_model("hash:16")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(embedding, "join_parts", lambda *args: exec("raise KeyboardInterrupt"))
+        embed_pairs(one_piece, tmp_path / "s", backbone, model, batch_size=4, part_size=5)
+    plan = tmp_path / "s" / "parts" / "plan.json"
+    plan.write_text(json.dumps({**json.loads(plan.read_text()), "format": None}))
+    np.savez(tmp_path / "s" / "parts" / "000001.npz", status=np.zeros(3, np.uint8))
+    embed_pairs(one_piece, tmp_path / "s", backbone, model, batch_size=4, part_size=5)
+    embed_pairs(one_piece, tmp_path / "alone", backbone, model, batch_size=4, part_size=5)
+    assert contents(tmp_path / "s") == contents(tmp_path / "alone")
+
+
 # --- faults -------------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import logging
+import shutil
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
@@ -134,18 +135,24 @@ def write_index(
         GramError: of the source; a worker process died.
     """
     shards = source.shards()
-    if (
-        not job.first((folder / PLAN).exists)
-        or job.first(lambda: read_json(folder / PLAN).get("format")) != PLAN_FORMAT
-    ):
+    if not job.first(lambda: _is_written(folder)):
         missing = job.first(lambda: _without_index(folder, len(shards)))
         _write_shards(
             shards, job.share(missing), source.image_root, folder, part_size, job, workers, progress
         )
         job.first(lambda: _write_plan(folder, len(shards)))
-    else:
-        job.wait()
     return Index(folder)
+
+
+def _is_written(folder: Path) -> bool:
+    """Whether the index is complete; one of an earlier version is removed, with the parts that were made from it."""
+    if not (folder / PLAN).exists():
+        return False
+    if read_json(folder / PLAN).get("format") == PLAN_FORMAT:
+        return True
+    log.info("%s: begun by an earlier version, which cut parts otherwise: beginning anew", folder)
+    shutil.rmtree(folder)
+    return False
 
 
 def _index_path(folder: Path, shard: int) -> Path:
