@@ -2,10 +2,12 @@
 
 Every setting runs in a process of its own, from few classes to many. The text part: class sentences -> features -> logits against fixed image
 features -> loss -> gradient of the context -> regulator -> SGD. The whole step has the image tower in front. Class names are
-ImageNet's (torchvision's list), drawn at random below 1,000, with made-up ones of that manner above.
+ImageNet's (torchvision's list), drawn at random below 1,000, with made-up ones of that manner above. The part "images" is a
+UniGRAM step (2 + 2 tokens) over 10 classes, against the images in its batch.
 
     python scripts/bench/classes.py --output docs/benchmarks/classes       # ViT-B/16 shapes; .json, .csv, .svg
     python scripts/bench/classes.py --classes 1000 --settings plain automatic --parts whole
+    python scripts/bench/classes.py --images 1 4 8 --settings plain layers --parts images
 
 A measurement that stands in the JSON file already is not repeated. `--repeats 0` times the first step, whose memory is
 measured, and no other.
@@ -43,7 +45,8 @@ SETTINGS: dict[str, dict[str, Any]] = {  # of TRAINER.MEMORY, where not its defa
     LAYERS: {"CHECKPOINT": "always", "TEXT_GB": 1000.0},
     CHUNKS: {"CLASS_CHUNK": 128},
 }
-TEXT, WHOLE = "text", "whole"
+TEXT, WHOLE, IMAGES = "text", "whole", "images"
+FEW = 10  # classes where images are counted
 Row = dict[str, Any]
 
 
@@ -51,7 +54,10 @@ def main() -> None:
     options = common.parser(__doc__.splitlines()[0])
     options.add_argument("--classes", type=int, nargs="+", default=COUNTS)
     options.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    options.add_argument("--parts", nargs="+", choices=(TEXT, WHOLE), default=[TEXT])
+    options.add_argument("--parts", nargs="+", choices=(TEXT, WHOLE, IMAGES), default=[TEXT])
+    options.add_argument(
+        "--images", type=int, nargs="+", default=(1, 2, 4, 8), help="batches of the part images"
+    )
     options.add_argument("--batch", type=int, default=32)
     options.add_argument("--most", type=float, default=8.0, help="GB; larger ones by arithmetic are left out")
     options.add_argument("--output", type=Path, help="results, with .json, .csv and .svg behind")
@@ -67,9 +73,8 @@ def main() -> None:
     rows = read(args.output)
     for part in args.parts:
         for setting in args.settings:
-            missing = [
-                count for count in args.classes if not any(is_of(row, count, setting, part) for row in rows)
-            ]
+            counts = args.images if part == IMAGES else args.classes
+            missing = [n for n in counts if not any(is_of(row, n, setting, part) for row in rows)]
             for found in in_own_process(missing, setting, part) if missing else ():
                 rows.append(found)
                 write(args.output, rows)
@@ -84,21 +89,24 @@ def main() -> None:
 class Step:
     """A CoOpGRAM training step, as its trainer takes it."""
 
-    def __init__(self, args: argparse.Namespace, backbone: Backbone, count: int, setting: str) -> None:
+    def __init__(
+        self, args: argparse.Namespace, backbone: Backbone, count: int, setting: str, part: str
+    ) -> None:
+        count, batch = (FEW, count) if part == IMAGES else (count, args.batch)
+        tokens = (2, 2, "a photo") if part == IMAGES else (4, 0, "a photo of a")
         self.backbone = backbone
-        self.model = PromptedCLIP(
-            self.backbone, names(count), initial_prompts(self.backbone, 4, 0, "a photo of a")
-        )
+        self.model = PromptedCLIP(backbone, names(count), initial_prompts(backbone, *tokens))
         self.model.requires_grad_(False).prompt_learner.requires_grad_(True)
-        self.context = self.model.prompt_learner.ctx
+        self.prompts = self.model.prompt_learner.prompts()
         self.settings = settings(setting)
-        self.said = memory.arrange(self.model, self.settings, args.batch)
-        self.regulator = GradientRegulator({"text": self.backbone.text_width}).to(self.backbone.device)
-        self.optimiser = torch.optim.SGD([self.context], lr=0.002, momentum=0.9, weight_decay=5e-4)
+        self.said = memory.arrange(self.model, self.settings, batch)
+        widths = {kind: prompt.shape[1] for kind, prompt in self.prompts.items()}
+        self.regulator = GradientRegulator(widths).to(backbone.device)
+        self.optimiser = torch.optim.SGD(self.prompts.values(), lr=0.002, momentum=0.9, weight_decay=5e-4)
         size = self.backbone.image_size
-        self.images = torch.randn(args.batch, 3, size, size, device=self.backbone.device)
-        self.features = F.normalize(torch.randn(args.batch, self.backbone.embed_dim), dim=-1).to(args.device)
-        self.labels = torch.arange(args.batch, device=args.device) % count
+        self.images = torch.randn(batch, 3, size, size, device=self.backbone.device)
+        self.features = F.normalize(torch.randn(batch, self.backbone.embed_dim), dim=-1).to(args.device)
+        self.labels = torch.arange(batch, device=args.device) % count
 
     def text(self) -> float:
         return self._learn(logits(self.features, self.model.class_features(), self.backbone.logit_scale))
@@ -111,15 +119,17 @@ class Step:
         loss = F.cross_entropy(scores, self.labels)
         loss.backward()
         with torch.no_grad():
-            self.context.grad = self.regulator({"text": self.context.grad})["text"]
+            gradients = {kind: prompt.grad for kind, prompt in self.prompts.items()}
+            for kind, gradient in self.regulator(gradients).items():
+                self.prompts[kind].grad = gradient
         self.optimiser.step()
         return loss.item()
 
 
 def measure(args: argparse.Namespace, backbone: Backbone, count: int, setting: str, part: str) -> Row:
-    step = Step(args, backbone, count, setting)
+    step = Step(args, backbone, count, setting, part)
     text = step.model.class_text
-    expected = memory.text_bytes(text)
+    expected = memory.image_bytes(backbone, count, 2) if part == IMAGES else memory.text_bytes(text)
     if setting == PLAIN and expected > args.most * memory.GB:
         return row(count, setting, part, expected, left_out=f"more than {args.most:g} GB by arithmetic")
     run: Callable[[], float] = step.text if part == TEXT else step.whole
@@ -138,7 +148,8 @@ def measure(args: argparse.Namespace, backbone: Backbone, count: int, setting: s
 
 
 def row(count: int, setting: str, part: str, expected: float, **found: Any) -> Row:
-    return {"classes": count, "setting": setting, "part": part, "estimate_mb": round(expected / 1e6), **found}
+    sizes = {"classes": FEW, "images": count} if part == IMAGES else {"classes": count}
+    return {**sizes, "setting": setting, "part": part, "estimate_mb": round(expected / 1e6), **found}
 
 
 def settings(name: str) -> CfgNode:
@@ -172,14 +183,19 @@ def in_own_process(counts: Sequence[int], setting: str, part: str) -> Iterator[R
         for line in process.stdout:
             found = json.loads(line)
             peak = found.get("peak_mb", found.get("left_out"))
-            print(f"{part}, {setting}, {found['classes']} classes: {peak}", file=sys.stderr, flush=True)
+            print(f"{part}, {setting}, {size(found)}: {peak}", file=sys.stderr, flush=True)
             yield found
     if process.returncode:
         print(f"{part}, {setting}: stopped with {process.returncode}", file=sys.stderr)
 
 
 def is_of(found: Row, count: int, setting: str, part: str) -> bool:
-    return (found["classes"], found["setting"], found["part"]) == (count, setting, part)
+    return (size(found), found["setting"], found["part"]) == (count, setting, part)
+
+
+def size(found: Row) -> int:
+    """Images where they are counted, else classes."""
+    return found.get("images", found["classes"])
 
 
 def read(output: Path | None) -> list[Row]:
@@ -190,7 +206,7 @@ def read(output: Path | None) -> list[Row]:
 def write(output: Path | None, rows: Sequence[Row]) -> None:
     if output is None:
         return
-    rows = sorted(rows, key=lambda row: (row["part"], row["classes"], list(SETTINGS).index(row["setting"])))
+    rows = sorted(rows, key=lambda row: (row["part"], size(row), list(SETTINGS).index(row["setting"])))
     output.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
     columns = [
         "part",
@@ -212,8 +228,8 @@ def write(output: Path | None, rows: Sequence[Row]) -> None:
 
 def print_rows(rows: Sequence[Row]) -> None:
     """A table for each part: a row for a number of classes, peak memory and time for each setting."""
-    for part in (TEXT, WHOLE):
-        found = {(row["classes"], row["setting"]): row for row in rows if row["part"] == part}
+    for part in (TEXT, WHOLE, IMAGES):
+        found = {(size(row), row["setting"]): row for row in rows if row["part"] == part}
         shown = [setting for setting in SETTINGS if any(setting == s for _, s in found)]
         if not shown:
             continue
@@ -222,7 +238,7 @@ def print_rows(rows: Sequence[Row]) -> None:
         for count in sorted({count for count, _ in found}):
             cells = [found.get((count, setting), {}) for setting in shown]
             table.append([f"{count:,}", *(cell(one) for one in cells)])
-        common.print_table(["classes", *shown], table)
+        common.print_table(["images" if part == IMAGES else "classes", *shown], table)
 
 
 def cell(found: Row) -> str:
