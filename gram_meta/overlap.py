@@ -43,7 +43,7 @@ QUERY_BLOCK = 4_096  # test images: 268 MB of cosines
 PAIR_BLOCK = 128  # pairs compared at once
 VERSION = 1  # of what is in the cache
 # Measured on made-up near-duplicates (docs/INSPECT.md)
-NEIGHBOURS, THRESHOLD, PIXEL_THRESHOLD, DISTANCE = 10, 0.5, 0.5, 0.35
+NEIGHBOURS, THRESHOLD, PIXEL_THRESHOLD, DISTANCE = 10, 0.5, 0.5, 0.25
 EXACT, NEAR = "exact", "near"
 COLUMNS = ("image", "dataset", "test_image", "kind", "cosine", "distance")
 

@@ -282,3 +282,13 @@ def test_windows_are_crops():
 
 def test_the_store_is_a_pair_store(corpus):
     assert len(PairStore.open(corpus / "store").locations) == 49
+
+
+def test_gram_cluster_takes_the_file(corpus, data, tmp_path):
+    """--exclude leaves out the images that were found, each once."""
+    from gram_meta.commands.cluster import excluded_images
+
+    _, rows = check(corpus, data, tmp_path / "overlap.tsv")
+    store = PairStore.open(corpus / "store")
+    excluded = excluded_images(str(tmp_path / "overlap.tsv"), store)
+    assert {store.locations[int(row)] for row in excluded} == {row["image"] for row in rows}
