@@ -448,11 +448,13 @@ def _look(paths: Sequence[str], backbone: Backbone | None, settings: Settings) -
 
     width = backbone.embed_dim if backbone is not None else 0
     feature, mirrored = (np.zeros((len(paths), width), np.float16) for _ in range(2))
-    digests, smalls, oks = [], [], []
+    digests: list[bytes] = []
+    smalls: list[np.ndarray] = []
+    oks: list[bool] = []
     with ThreadPoolExecutor(settings.workers) as pool:
         for start in range(0, len(paths), 64):
-            digest, small, pixels, ok = zip(*pool.map(read, paths[start : start + 64]), strict=True)
-            digests += digest
+            some, small, pixels, ok = zip(*pool.map(read, paths[start : start + 64]), strict=True)
+            digests += some
             smalls += small
             oks += ok
             if backbone is not None and any(ok):
@@ -535,5 +537,5 @@ def _cached(cache: Path | None, key: str, make: Callable[[], dict[str, np.ndarra
             log.info("%s: damaged (%s), made anew", path, type(error).__name__)
     made = make()
     with atomic_write(path) as file:
-        np.savez(file, **made)
+        np.savez(file, **made)  # type: ignore[arg-type]  # its stubs take the arrays for a flag
     return made
