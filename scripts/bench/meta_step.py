@@ -189,7 +189,7 @@ class Bench:
         support, query = self.sets(tasks, classes)
         inner, count = self.config.INNER, len(self.topics[tasks])
         losses = lean_backward(
-            support, query, dict(self.theta), count, inner.ALPHA, inner.STEPS,
+            support.parts(), query.parts(), dict(self.theta), count, inner.ALPHA, inner.STEPS,
             self.regulator, weight=1 / self.batch,
         )  # fmt: skip
         return losses.sum() / self.batch
@@ -361,6 +361,9 @@ def main(argv: list[str] | None = None) -> None:
     report: dict[str, Any] = {"facts": facts(args), "families": {}}
     with theirs(args) as prometar:
         for name in args.family:
+            if prometar is not None and prometar.process.process.poll() is not None:
+                print("\nProMetaR: left out from here on, as its process has ended (for lack of memory, perhaps)")
+                prometar = None
             report["families"][name] = run(name, backbone, words, prometar, args)
             report["facts"]["load_average_after"] = os.getloadavg()
             if args.output:
