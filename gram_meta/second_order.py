@@ -145,7 +145,8 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, heads: int) -> Tensor:
         ctx.save_for_backward(qkv)
         ctx.heads = heads
-        return _merged(F.scaled_dot_product_attention(*_views(qkv, heads).unbind()))
+        q, k, v = _views(qkv, heads)
+        return _merged(F.scaled_dot_product_attention(q, k, v))
 
     @staticmethod
     def backward(ctx: Any, *do: Tensor) -> tuple[Tensor, None]:
