@@ -362,7 +362,9 @@ def main(argv: list[str] | None = None) -> None:
     with theirs(args) as prometar:
         for name in args.family:
             if prometar is not None and prometar.process.process.poll() is not None:
-                print("\nProMetaR: left out from here on, as its process has ended (for lack of memory, perhaps)")
+                print(
+                    "\nProMetaR: left out from here on, as its process has ended (for lack of memory, perhaps)"
+                )
                 prometar = None
             report["families"][name] = run(name, backbone, words, prometar, args)
             report["facts"]["load_average_after"] = os.getloadavg()
