@@ -61,7 +61,7 @@ class Episode:
 
     def _of(self, part: slice) -> Episode:
         classes = self.classes_of(part)
-        sides = (
+        support, query = (
             TaskSet(side.backbone, classes, side.images[part], side.labels[part], side.count)
             for side in (self.support, self.query)
         )
@@ -70,7 +70,7 @@ class Episode:
             rows = range(*part.indices(len(self.tasks)))[smaller]
             return self.classes_of(slice(rows.start, rows.stop))
 
-        return Episode(self.tasks[part], *sides, classes_of)
+        return Episode(self.tasks[part], support, query, classes_of)
 
 
 class Episodes:
@@ -134,8 +134,8 @@ class Episodes:
             return self.fixed[topics[part]]
 
         classes = classes_of(slice(None))
-        sides = (TaskSet(self.backbone, classes, images) for images in (support, query))
-        return Episode(tasks, *sides, classes_of)
+        sides = [TaskSet(self.backbone, classes, images) for images in (support, query)]
+        return Episode(tasks, sides[0], sides[1], classes_of)
 
     def _features(self, tasks: Sequence[Task], side: str) -> Tensor:
         """Stored features (B, K, n, D)."""

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -271,8 +271,8 @@ class MetaTrainer:
         for part in episode.parts(self.plan.tasks):
             tasks = len(part.tasks)
             if config.OUTER.META and self.plan.lean:
-                sides = (side.parts(self.plan.images) for side in (part.support, part.query))
-                done.append(lean_backward(*sides, self.theta, tasks, *inner, weight=weight))
+                support, query = part.support.parts(self.plan.images), part.query.parts(self.plan.images)
+                done.append(lean_backward(support, query, self.theta, tasks, *inner, weight=weight))
             elif config.OUTER.META:
                 losses = meta_losses(part.support, part.query, self.theta, tasks, *inner)
                 self._add_gradients(losses)
@@ -343,7 +343,7 @@ class MetaTrainer:
     def _region(self, name: str) -> AbstractContextManager[None]:
         return nullcontext() if self.profile is None else self.profile.region(name)
 
-    def _stop(self, step: int, saved: int) -> None:
+    def _stop(self, step: int, saved: int) -> NoReturn:
         if step > saved:
             self._save_state(step)
         raise Stopped(f"{self.out}: stopped by SIGTERM after step {step} of {self.config.OUTER.STEPS}; --resume goes on")
