@@ -1,13 +1,9 @@
 """How much of a batch of tasks goes through the towers at a time in meta-training: an estimate from shapes, and a rule.
 
-Bytes that backward passes need, for one position of one transformer layer of width d, in units of d numbers, and for one
-attention matrix entry of one head (second order only, as fused attention keeps no matrices):
-
-    first order            FIRST * d
-    second order           SECOND * d + MATRICES * heads * positions
-
-The three constants were measured on a CPU (docs/SCALING.md has the table); a number of 16 bits counts 3 bytes, as layer
-norms keep float32.
+Bytes that backward passes need, for one position of one transformer layer of width d, in units of d numbers: FIRST for
+first order, SECOND for second order; with activation checkpointing KEPT for every layer (three times that for second
+order), and one layer in full. The constants were measured on a CPU (docs/SCALING.md has the table); a number of 16 bits
+counts 3 bytes, as layer norms keep float32.
 """
 
 from __future__ import annotations
@@ -22,8 +18,7 @@ from yacs.config import CfgNode
 from gram_meta.backbone import Backbone
 from gram_meta.errors import GramError
 
-FIRST, SECOND, MATRICES = 15.0, 42.0, 6.0
-KEPT = 1.5  # with activation checkpointing: of a layer, its input and what surrounds it
+FIRST, SECOND, KEPT = 15.0, 36.0, 6.0
 FITS = 0.5  # share of the device's memory that an estimate may take
 
 
@@ -117,11 +112,10 @@ def image_bytes(config: CfgNode, backbone: Backbone, support: bool) -> float:
 
 
 def _tower(tower: Any, width: int, positions: int, second: bool, config: CfgNode, each: float) -> float:
-    layers, heads = len(tower.resblocks), tower.resblocks[0].attn.num_heads
-    whole = SECOND * width + MATRICES * heads * positions if second else FIRST * width
-    kept = KEPT * width * (3 if second else 1)
-    numbers = layers * kept + whole if config.MEMORY.CHECKPOINTING else layers * whole
-    return each * positions * numbers
+    layers = len(tower.resblocks)
+    whole, kept = (SECOND, 3 * KEPT) if second else (FIRST, KEPT)
+    units = layers * kept + whole if config.MEMORY.CHECKPOINTING else layers * whole
+    return each * positions * width * units
 
 
 def budget_of(config: CfgNode, device: torch.device) -> float:
