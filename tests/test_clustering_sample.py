@@ -363,7 +363,8 @@ def config_of():
 
 
 SLOW_RULE = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background ignores it
 from gram_meta.clustering import sample
 
 def learn(*arguments):
