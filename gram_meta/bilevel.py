@@ -148,7 +148,7 @@ def lean_backward(
     prompts = {kind: value.detach().clone() for kind, value in for_each_task(theta, tasks).items()}
     for _ in range(steps):
         path.append({kind: value.requires_grad_() for kind, value in prompts.items()})
-        raws.append(_summed(task_gradients(part, path[-1], scale=scale) for part in support))
+        raws.append(total_of(task_gradients(part, path[-1], scale=scale) for part in support))
         with torch.no_grad():
             prompts = descend(path[-1], raws[-1], alpha, regulate)
 
@@ -163,12 +163,12 @@ def lean_backward(
 
         return of
 
-    v = _summed(task_gradients(remembered(part), adapted, scale=scale) for part in query)
+    v = total_of(task_gradients(remembered(part), adapted, scale=scale) for part in query)
     v = {kind: weight * value for kind, value in v.items()}
     for at, raw in zip(reversed(path), reversed(raws), strict=True):
         u = _back_through_update(at, raw, v, alpha, regulate)
         if not first_order:
-            v = _summed([v, *(_hessian_product(part, at, u, scale) for part in support)])
+            v = total_of([v, *(_hessian_product(part, at, u, scale) for part in support)])
     for kind in kinds:
         summed, have = v[kind].sum(dim=0), theta[kind].grad
         theta[kind].grad = summed if have is None else have + summed
@@ -206,7 +206,7 @@ def _hessian_product(losses: Losses, prompts: Prompts, u: Prompts, scale: float)
     return {kind: _over(product, scale / sizes) for kind, product in zip(kinds, products, strict=True)}
 
 
-def _summed(parts: Iterable[Prompts]) -> dict[str, Tensor]:
+def total_of(parts: Iterable[Prompts]) -> dict[str, Tensor]:
     """The sum, kind by kind; one after the other, so that only one part's graph stands at a time."""
     total: dict[str, Tensor] = {}
     for part in parts:

@@ -37,6 +37,7 @@ from gram_meta.bilevel import (
     lean_backward,
     meta_losses,
     task_gradients,
+    total_of,
 )
 from gram_meta.checkpoint import MetaCheckpoint, save_meta_checkpoint
 from gram_meta.clustering.hierarchy import Hierarchy
@@ -152,10 +153,10 @@ class MetaTrainer:
             self.train_topics, config.SEED, images_of(hierarchy, self.held_topics)
         )
         held = self._sampler(self.held_topics, config.SEED + 1, None)
-        self.watched = [held.draw(number) for number in _own(job, config.EVAL.TASKS)]
+        self.watched = [held.draw(number) for number in job.run_of(config.EVAL.TASKS)]
         words = [topic.word for topic in hierarchy.topics]
         self.episodes = Episodes(self.backbone, store, words, config)
-        self.own = _own(job, config.OUTER.BATCH)  # this process's tasks of a batch
+        self.own = job.run_of(config.OUTER.BATCH)  # this process's tasks of a batch
         self.plan = plan(config, self.backbone, len(self.own), budget_of(config, self.backbone.device))
         self.scale = config.BACKBONE.LOSS_SCALE or (_FP16_SCALE if config.BACKBONE.PRECISION == "fp16" else 1.0)
 
@@ -621,13 +622,6 @@ class _Steps:
         return self.sampler.draw_batch((self.first + index) * self.batch + self.own.start, len(self.own))
 
 
-def _own(job: Job, count: int) -> range:
-    """Which of `count` things are this process's: as even as can be, in the order of ranks."""
-    first, rest = divmod(count, job.size)
-    start = job.rank * first + min(job.rank, rest)
-    return range(start, start + first + (job.rank < rest))
-
-
 def _by_inner_step(norms: Sequence[Tensor], steps: int) -> Tensor:
     """Norms (b, kinds) of each pass and in it of each inner step -> (steps, all the passes' tasks, kinds)."""
     return torch.stack([torch.cat(list(norms[inner::steps])) for inner in range(steps)])
@@ -738,13 +732,17 @@ def _scored_gradients(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits (B, K n, K) of all parts of a side, and the gradient of its loss."""
     scores: list[Tensor] = []
-    total: dict[str, Tensor] = {}
-    for part in parts:
-        scores.append(part.logits(prompts))
-        found = task_gradients(lambda _: part.losses_of(scores[-1]), prompts, scale=scale)  # noqa: B023, used at once
-        scores[-1] = scores[-1].detach()
-        total = {name: total[name] + value if total else value for name, value in found.items()}
-    return torch.cat(scores, dim=1), total
+
+    def of(part: TaskSet) -> dict[str, Tensor]:
+        def losses(at: Mapping[str, Tensor]) -> Tensor:
+            logits = part.logits(at)
+            scores.append(logits.detach())
+            return part.losses_of(logits)
+
+        return task_gradients(losses, prompts, scale=scale)
+
+    gradient = total_of(of(part) for part in parts)
+    return torch.cat(scores, dim=1), gradient
 
 
 def _detached(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -52,6 +52,12 @@ class Job:
         """Every size-th item, from the rank-th on: what of a list is this process's."""
         return items[self.rank :: self.size]
 
+    def run_of(self, count: int) -> range:
+        """Which of `count` things are this process's: a run of them, as even as can be, in the order of ranks."""
+        each, rest = divmod(count, self.size)
+        start = self.rank * each + min(self.rank, rest)
+        return range(start, start + each + (self.rank < rest))
+
     def wait(self, meanwhile: Callable[[], None] | None = None) -> None:
         """Go on when all have come here; `meanwhile` is called a few times a second until then."""
         if self.size == 1:

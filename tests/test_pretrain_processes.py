@@ -21,7 +21,7 @@ from gram_meta.checkpoint import load_meta_checkpoint
 from gram_meta.cli import main
 from gram_meta.config import load_meta_config
 from gram_meta.errors import GramError
-from gram_meta.pretrain import MetaTrainer, Stopped, _in_all, _own
+from gram_meta.pretrain import MetaTrainer, Stopped, _in_all
 from gram_meta.processes import Job
 
 STEPS = 3
@@ -246,7 +246,7 @@ def test_what_one_process_finds_wrong_ends_all(pixel_corpus, tmp_path):
 
 def test_shares_are_even_and_whole():
     for size, count in ((1, 4), (3, 4), (3, 8), (4, 2)):
-        shares = [_own(Job(rank, size), count) for rank in range(size)]
+        shares = [Job(rank, size).run_of(count) for rank in range(size)]
         assert [number for share in shares for number in share] == list(range(count))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 

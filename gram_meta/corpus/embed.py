@@ -267,7 +267,7 @@ def _share(parts: list[int], job: Job) -> list[int]:
 
     A shard on the border of two shares is divided between their processes, part by part.
     """
-    return parts[len(parts) * job.rank // job.size : len(parts) * (job.rank + 1) // job.size]
+    return [parts[number] for number in job.run_of(len(parts))]
 
 
 class _Progress:
