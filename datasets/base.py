@@ -66,9 +66,7 @@ class SplitDataset(DatasetBase):
         name, shots = type(self).__name__, cfg.DATASET.NUM_SHOTS
         folder = Path(os.path.abspath(os.path.expanduser(cfg.DATASET.ROOT)), self.dataset_dir)
         if not folder.is_dir():
-            raise GramError(
-                f"{folder}: expected the folder of {name} under DATASET.ROOT, found no such folder"
-            )
+            raise GramError(f"{folder}: expected the folder of {name} under DATASET.ROOT, found no such folder")
         path = folder / self.split_file
         splits = self.read(path)
         self.few_shot = {"path": "", "sha256": ""}
@@ -83,9 +81,7 @@ class SplitDataset(DatasetBase):
     def read(cls, path: Path) -> Splits:
         """The splits that the split file describes, or the dataset's folder where there is no such file."""
         if not path.is_file():
-            raise GramError(
-                f"{path}: expected a split file in CoOp's format, found no such file{cls.where()}"
-            )
+            raise GramError(f"{path}: expected a split file in CoOp's format, found no such file{cls.where()}")
         return read_split(path)
 
     @classmethod
@@ -140,8 +136,7 @@ def read_split(path: Path) -> Splits:
         raise GramError(f'{path}: expected {{"train": ..., "val": ..., "test": ...}}, found other contents')
     try:
         splits = {
-            part: [(str(image), int(label), str(name)) for image, label, name in raw.get(part, [])]
-            for part in PARTS
+            part: [(str(image), int(label), str(name)) for image, label, name in raw.get(part, [])] for part in PARTS
         }
     except (TypeError, ValueError):
         raise GramError(f"{path}: expected rows of [path, label, class name], found another row") from None
@@ -180,9 +175,7 @@ def subsample(splits: Splits, group: str) -> Splits:
     print(f"SUBSAMPLE {group.upper()} CLASSES!")
     chosen = labels[:half] if group == "base" else labels[half:]
     if not chosen:
-        raise GramError(
-            f"DATASET.SUBSAMPLE_CLASSES {group}: a dataset of {len(labels)} class has none of them"
-        )
+        raise GramError(f"DATASET.SUBSAMPLE_CLASSES {group}: a dataset of {len(labels)} class has none of them")
     relabelled = {label: new for new, label in enumerate(chosen)}
     return {
         part: [(image, relabelled[label], name) for image, label, name in entries if label in relabelled]

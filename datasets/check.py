@@ -76,12 +76,8 @@ def find_datasets(root: Path, names: Sequence[str]) -> list[tuple[str, type[Spli
         GramError: neither.
     """
     classes = {cls.__name__: cls for cls in _subclasses(SplitDataset)}
-    configs = {
-        config: classes[name] for config, name in _configs() if name in classes and name != "ImageFolder"
-    }
-    by_name = {
-        name.lower(): (config, cls) for config, cls in configs.items() for name in (config, cls.__name__)
-    }
+    configs = {config: classes[name] for config, name in _configs() if name in classes and name != "ImageFolder"}
+    by_name = {name.lower(): (config, cls) for config, cls in configs.items() for name in (config, cls.__name__)}
     found = []
     for name in names:
         if name.lower() in by_name:
@@ -96,9 +92,7 @@ def find_datasets(root: Path, names: Sequence[str]) -> list[tuple[str, type[Spli
     return found
 
 
-def check(
-    root: Path, name: str, dataset: type[SplitDataset], deep: bool = False, workers: int = 8
-) -> Finding:
+def check(root: Path, name: str, dataset: type[SplitDataset], deep: bool = False, workers: int = 8) -> Finding:
     """Look at one dataset. `deep` opens every image, in `workers` threads; else they are counted."""
     folder = root / dataset.dataset_dir
     published = dataset.published
@@ -142,9 +136,7 @@ def _check_folder(found: Finding, folder: Path, dataset: type[SplitDataset], wor
     if dataset.split_file or (path / "split.json").is_file():
         missing = _missing(images, named)
         if missing:
-            found.problems.append(
-                f"{images}: {len(missing)} of {len(named)} images are missing, such as {missing[0]}"
-            )
+            found.problems.append(f"{images}: {len(missing)} of {len(named)} images are missing, such as {missing[0]}")
             named = sorted(set(named) - set(missing))
     if workers:
         found.problems += _broken(images, named, workers)
@@ -197,9 +189,7 @@ def _broken(images: Path, named: Sequence[str], workers: int) -> list[str]:
     return [f"{images}: {why}: {len(found)}, such as {found[0]}" for why, found in sorted(bad.items())]
 
 
-def _check_few_shot(
-    found: Finding, folder: Path, path: Path, splits: Splits, dataset: type[SplitDataset]
-) -> None:
+def _check_few_shot(found: Finding, folder: Path, path: Path, splits: Splits, dataset: type[SplitDataset]) -> None:
     stored = sorted((folder / dataset.few_shot_dir).glob("shot_*-seed_*.*"))
     fingerprint = dataset.fingerprint(path, splits) if stored else ""
     for file in stored:

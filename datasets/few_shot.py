@@ -79,8 +79,10 @@ class FewShot:
         stored = read_json(path)
         try:
             source = stored["split_sha256"]
-            drawn = {part: [(str(image), int(label), str(name)) for image, label, name in stored[part]]
-                     for part in self.parts}  # fmt: skip
+            drawn = {
+                part: [(str(image), int(label), str(name)) for image, label, name in stored[part]]
+                for part in self.parts
+            }
         except (KeyError, TypeError, ValueError):
             raise GramError(
                 f"{path}: expected a few-shot subset, found other contents; remove it to draw anew"
@@ -122,8 +124,11 @@ class FewShot:
         return known[end]
 
     def _note_names(self, path: Path, records: dict[str, list[Record]], drawn: Splits) -> None:
-        pairs = {(there[2], here[2]) for part in drawn for there, here in zip(records.get(part, []), drawn[part],
-                                                                              strict=True)}  # fmt: skip
+        pairs = {
+            (there[2], here[2])
+            for part in drawn
+            for there, here in zip(records.get(part, []), drawn[part], strict=True)
+        }
         other = sorted(pair for pair in pairs if pair[0] != pair[1])
         if other:
             there, here = other[0]

@@ -50,9 +50,7 @@ def _lines(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError:
-        raise GramError(
-            f"{path}: expected the file that comes with the images ({ARCHIVE}), found none"
-        ) from None
+        raise GramError(f"{path}: expected the file that comes with the images ({ARCHIVE}), found none") from None
     except UnicodeDecodeError as error:
         raise GramError(f"{path}: expected UTF-8 text, found something else ({error})") from None
     return [line.strip() for line in text.splitlines() if line.strip()]

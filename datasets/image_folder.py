@@ -137,9 +137,7 @@ def _divide(entries: list[Entry]) -> Splits:
     for group in by_label.values():
         name, count = group[0][2], len(group)
         if count < 2:
-            raise GramError(
-                f"{group[0][0]}: expected at least two images of {name!r}, to train and to test, found one"
-            )
+            raise GramError(f"{group[0][0]}: expected at least two images of {name!r}, to train and to test, found one")
         train = min(max(1, round(count * SHARES["train"])), count - 1)
         val = min(round(count * SHARES["val"]), count - train - 1)
         shuffled = random.Random(f"{SPLIT_SEED} {name}").sample(group, count)
@@ -154,9 +152,7 @@ def _store(path: Path, splits: Splits) -> None:
     try:
         write_json(path, splits)
     except OSError as error:
-        print(
-            f"Note: {path} cannot be written ({error.strerror}); images were split by the same rule ({shares})"
-        )
+        print(f"Note: {path} cannot be written ({error.strerror}); images were split by the same rule ({shares})")
     else:
         print(f"Images were split ({shares}); the split is kept in {path}")
 
@@ -164,10 +160,6 @@ def _store(path: Path, splits: Splits) -> None:
 def _note_new(path: Path, splits: Splits) -> None:
     known = {image for entries in splits.values() for image, _, _ in entries}
     folders = subfolders(path)
-    new = sum(
-        image.relative_to(path).as_posix() not in known
-        for folder in folders
-        for image in images_below(folder)
-    )
+    new = sum(image.relative_to(path).as_posix() not in known for folder in folders for image in images_below(folder))
     if new:
         print(f"Note: {path / SPLIT} does not know {new} images that are there; remove it to split anew")

@@ -162,10 +162,7 @@ class ImageNetR(ShiftedImageNet):
     published = Published(
         classes=200,
         test=30000,
-        sources={
-            image_dir: "https://github.com/hendrycks/imagenet-r",
-            CLASSNAMES: "a copy of imagenet/classnames.txt",
-        },
+        sources={image_dir: "https://github.com/hendrycks/imagenet-r", CLASSNAMES: "a copy of imagenet/classnames.txt"},
     )
 
 
@@ -173,9 +170,7 @@ def _names(folder: Path, dataset: type[SplitDataset]) -> dict[str, str]:
     path = folder / CLASSNAMES
     if not path.is_file():
         where = dataset.published.sources[CLASSNAMES]
-        raise GramError(
-            f'{path}: expected lines of "n01440764 tench", found no such file; CoOp has it from {where}'
-        )
+        raise GramError(f'{path}: expected lines of "n01440764 tench", found no such file; CoOp has it from {where}')
     return read_classnames(path)
 
 

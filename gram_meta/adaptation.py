@@ -103,9 +103,14 @@ def evaluate_adaptation(
     held = checkpoint.provenance.get("held_out_topics") or []
     same = bool(held) and checkpoint.provenance.get("hierarchy") == hierarchy.fingerprint
     sampler = TaskSampler(
-        hierarchy, config.TASKS.WAYS, config.TASKS.SUPPORT_SHOTS, config.TASKS.QUERY_SHOTS, seed,
-        held if same else None, config.TASKS.DOMAIN_SHIFT,
-    )  # fmt: skip
+        hierarchy,
+        config.TASKS.WAYS,
+        config.TASKS.SUPPORT_SHOTS,
+        config.TASKS.QUERY_SHOTS,
+        seed,
+        held if same else None,
+        config.TASKS.DOMAIN_SHIFT,
+    )
     drawn = sampler.draw_batch(0, tasks)
     episodes = Episodes(backbone, store, [topic.word for topic in hierarchy.topics], config)
     learnt = {**checkpoint.prompts, **checkpoint.extras}

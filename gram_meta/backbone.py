@@ -118,9 +118,7 @@ class Backbone(nn.Module):
         try:
             return clip.tokenize(list(texts), context_length=self.context_length)
         except RuntimeError as error:
-            raise GramError(
-                f"text for CLIP: expected at most {self.context_length} tokens; {error}"
-            ) from None
+            raise GramError(f"text for CLIP: expected at most {self.context_length} tokens; {error}") from None
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """Token embeddings (..., L, d_text) of ids (..., L), in the towers' number type."""
@@ -148,9 +146,7 @@ class Backbone(nn.Module):
         own = own.reshape(-1, n, length, width).to(self.dtype)  # (G, N, L, d)
         before = 0 if shared is None else shared.shape[-2]
         if before + length > self.context_length:
-            raise GramError(
-                f"text for CLIP: expected at most {self.context_length} tokens, found {before + length}"
-            )
+            raise GramError(f"text for CLIP: expected at most {self.context_length} tokens, found {before + length}")
         positions = self.model.positional_embedding.to(self.dtype)
         own = own + positions[before : before + length]
         if shared is not None:
@@ -161,9 +157,7 @@ class Backbone(nn.Module):
         for block in blocks:
             tokens, *rest = self._layer("text", partial(_text_block, block, packing), tokens, *_given(shared))
             shared = rest[0] if rest else None
-        last = self._layer(
-            "text", partial(_final_text_block, final, packing), tokens, *_given(shared)
-        )  # (G N, d)
+        last = self._layer("text", partial(_final_text_block, final, packing), tokens, *_given(shared))  # (G N, d)
         last = _layer_norm(self.model.ln_final, last)
         features = last @ self.model.text_projection.to(last.dtype)  # (G N, D)
         return self._normalised(features).reshape(*lead, n, self.embed_dim)
@@ -428,9 +422,7 @@ class Packing:
         return empty.index_copy(0, self.rows, x).unflatten(0, self.shape)
 
 
-def _text_block(
-    block: Any, packing: Packing, tokens: Tensor, shared: Tensor | None = None
-) -> tuple[Tensor, ...]:
+def _text_block(block: Any, packing: Packing, tokens: Tensor, shared: Tensor | None = None) -> tuple[Tensor, ...]:
     """One layer of the text tower over the texts' own tokens (T, d) and, where there are any, the shared ones (G, P, d)."""
     attn, width = block.attn, tokens.shape[-1]
     q, kv = _projected(attn, _layer_norm(block.ln_1, tokens)).split([width, 2 * width], -1)  # (T, 3 d)

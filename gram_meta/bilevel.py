@@ -84,9 +84,7 @@ def adapt(
     return dict(prompts)
 
 
-def descend(
-    prompts: Prompts, gradients: Prompts, alpha: float, regulate: Regulate | None = None
-) -> dict[str, Tensor]:
+def descend(prompts: Prompts, gradients: Prompts, alpha: float, regulate: Regulate | None = None) -> dict[str, Tensor]:
     """One step of Eq. 7 with the raw gradients at `prompts`; parameters that R^phi does not know go by their raw one."""
     if regulate is not None:
         gradients = {**gradients, **regulate(gradients)}
@@ -198,10 +196,7 @@ def _hessian_product(losses: Losses, prompts: Prompts, u: Prompts, scale: float)
             losses(prompts).sum() * scale, [prompts[kind] for kind in kinds], create_graph=True
         )
     products = torch.autograd.grad(
-        gradients,
-        [prompts[kind] for kind in kinds],
-        [_over(u[kind], sizes) for kind in kinds],
-        materialize_grads=True,
+        gradients, [prompts[kind] for kind in kinds], [_over(u[kind], sizes) for kind in kinds], materialize_grads=True
     )
     return {kind: _over(product, scale / sizes) for kind, product in zip(kinds, products, strict=True)}
 

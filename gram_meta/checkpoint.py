@@ -119,9 +119,7 @@ def load_meta_checkpoint(path: PathLike) -> MetaCheckpoint:
             sha256=sha256_file(path),
         )
     except (KeyError, TypeError, RuntimeError) as error:
-        raise GramError(
-            f"{path}: expected a whole meta-checkpoint, found one with faults ({error})"
-        ) from None
+        raise GramError(f"{path}: expected a whole meta-checkpoint, found one with faults ({error})") from None
     if not prompts or any(value.dim() != 2 or not value.isfinite().all() for value in prompts.values()):
         raise GramError(f"{path}: expected prompts of finite numbers and shape (M, d), found others or none")
     return checkpoint
@@ -137,9 +135,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             facts = json.loads((file.metadata() or {}).get(_KEY, "null"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise GramError(
-            f"{path}: expected a meta-checkpoint (.safetensors), found another file ({error})"
-        ) from None
+        raise GramError(f"{path}: expected a meta-checkpoint (.safetensors), found another file ({error})") from None
     if not isinstance(facts, dict):
         raise GramError(f"{path}: expected a meta-checkpoint, found a .safetensors file of something else")
     if facts.get("format") != FORMAT:

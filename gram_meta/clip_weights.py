@@ -32,19 +32,18 @@ VOCABULARY = 49_408  # of its tokenizer
 
 # Beside the weights in OpenAI's archives and in others' checkpoints: nothing that is learned
 _EXTRA = (
-    "input_resolution", "context_length", "vocab_size", "attn_mask",
-    "text_model.embeddings.position_ids", "vision_model.embeddings.position_ids",
-)  # fmt: skip
+    "input_resolution",
+    "context_length",
+    "vocab_size",
+    "attn_mask",
+    "text_model.embeddings.position_ids",
+    "vision_model.embeddings.position_ids",
+)
 
 # What a folder's weights are called: (the config that makes them readable, the files, best first)
 _HUGGING_FACE = (
     "config.json",
-    (
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "pytorch_model.bin",
-        "pytorch_model.bin.index.json",
-    ),
+    ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 _OPEN_CLIP = (
     "open_clip_config.json",
@@ -52,9 +51,7 @@ _OPEN_CLIP = (
 )
 
 # Arguments that the MaPLe family's clip asks for; these build the plain CLIP of CoOp
-_PLAIN_DESIGN = {
-    "trainer": "CoOp", "vision_depth": 0, "vision_ctx": 0, "language_depth": 0, "language_ctx": 0,
-}  # fmt: skip
+_PLAIN_DESIGN = {"trainer": "CoOp", "vision_depth": 0, "vision_ctx": 0, "language_depth": 0, "language_ctx": 0}
 
 
 def read_clip(path: Path) -> dict[str, Tensor]:
@@ -92,9 +89,7 @@ def build_clip(clip: ModuleType, state: Mapping[str, Tensor], name: str) -> Any:
         model = _plainly(clip.model.build_model, dict(weights)).float()
         model.load_state_dict(weights)  # build_model went through fp16: put the exact values back
     except (KeyError, IndexError, RuntimeError) as error:
-        raise GramError(
-            f"{name}: expected a whole CLIP of OpenAI's architecture, found {_told(error)}"
-        ) from None
+        raise GramError(f"{name}: expected a whole CLIP of OpenAI's architecture, found {_told(error)}") from None
     vocabulary = model.token_embedding.weight.shape[0]
     if vocabulary < VOCABULARY:
         raise GramError(
@@ -129,9 +124,7 @@ def _told(error: Exception) -> str:
 
 def _file_of(folder: Path) -> Path:
     for config, files in (_HUGGING_FACE, _OPEN_CLIP):
-        if (folder / config).is_file() and (
-            config == _OPEN_CLIP[0] or "model_type" in _config(folder / config)
-        ):
+        if (folder / config).is_file() and (config == _OPEN_CLIP[0] or "model_type" in _config(folder / config)):
             for file in files:
                 if (folder / file).is_file():
                     return folder / file
@@ -164,15 +157,11 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001, pickle, zip and torch each raise their own
         first = str(error).strip().splitlines()[0]
-        raise GramError(
-            f"{path}: expected a TorchScript archive or a state dict of tensors, found {first}"
-        ) from None
+        raise GramError(f"{path}: expected a TorchScript archive or a state dict of tensors, found {first}") from None
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise GramError(
-            f"{path}: expected a TorchScript archive or a state dict of tensors, found no tensors"
-        )
+        raise GramError(f"{path}: expected a TorchScript archive or a state dict of tensors, found no tensors")
     return tensors
 
 
@@ -198,9 +187,7 @@ def _plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _config_beside(file: Path, name: str, path: Path) -> dict[str, Any]:
     beside = file.parent / name
     if not beside.is_file():
-        least = (
-            '{"model_type": "clip"}' if name == _HUGGING_FACE[0] else '{"model_cfg": {"quick_gelu": true}}'
-        )
+        least = '{"model_type": "clip"}' if name == _HUGGING_FACE[0] else '{"model_cfg": {"quick_gelu": true}}'
         raise GramError(
             f"{path}: expected {name} beside it, which says what weights do not (the activation, the number of heads), "
             f"found none; for a model that computes as OpenAI's does, {least} is enough"
@@ -291,9 +278,7 @@ def _check_hugging_face(config: Mapping[str, Any], path: Path) -> None:
     for tower, defaults in usual.items():
         own = {**defaults, **(config.get(f"{tower}_config") or {})}
         _check_activation(own.get("hidden_act", "quick_gelu"), f"{tower}_config.hidden_act", path)
-        _check_heads(
-            own["hidden_size"], own["num_attention_heads"], f"{tower}_config.num_attention_heads", path
-        )
+        _check_heads(own["hidden_size"], own["num_attention_heads"], f"{tower}_config.num_attention_heads", path)
         _check_eps(own.get("layer_norm_eps", EPS), f"{tower}_config.layer_norm_eps", path)
     folder = path if path.is_dir() else path.parent
     if (folder / "preprocessor_config.json").is_file():
@@ -328,9 +313,7 @@ def _check_open_clip(config: Mapping[str, Any], path: Path) -> None:
     vision, text = model.get("vision_cfg") or {}, model.get("text_cfg") or {}
     for name, tower, key in (("vision_cfg", vision, "timm_model_name"), ("text_cfg", text, "hf_model_name")):
         if tower.get(key):
-            raise GramError(
-                f"{path}: expected towers of OpenAI's architecture, found {name}.{key} {tower[key]!r}"
-            )
+            raise GramError(f"{path}: expected towers of OpenAI's architecture, found {name}.{key} {tower[key]!r}")
     _check_activation("quick_gelu" if model.get("quick_gelu") else "gelu", "model_cfg.quick_gelu", path)
     if vision.get("head_width", HEAD) != HEAD:
         _refuse(path, "vision_cfg.head_width", HEAD, vision["head_width"])
@@ -346,12 +329,7 @@ def _check_open_clip(config: Mapping[str, Any], path: Path) -> None:
 
 # Settings of open_clip's that change what is computed and that the shapes of weights do not show
 _OPEN_CLIP_USUAL: dict[str, dict[str, Any]] = {
-    "vision_cfg": {
-        "pool_type": "tok",
-        "final_ln_after_pool": False,
-        "no_ln_pre": False,
-        "pos_embed_type": "learnable",
-    },
+    "vision_cfg": {"pool_type": "tok", "final_ln_after_pool": False, "no_ln_pre": False, "pos_embed_type": "learnable"},
     "text_cfg": {"pool_type": "argmax", "no_causal_mask": False, "embed_cls": False},
 }
 

@@ -29,7 +29,9 @@ def get_meta_config() -> CN:
     c.BACKBONE = CN()
     c.BACKBONE.NAME = "ViT-B/16"
     c.BACKBONE.PRECISION = "fp32"  # of the frozen towers: fp32, bf16, fp16
-    c.BACKBONE.LOSS_SCALE = 0.0  # fp16: what losses are multiplied by before gradients are taken; 0: 256 for fp16, else 1
+    c.BACKBONE.LOSS_SCALE = (
+        0.0  # fp16: what losses are multiplied by before gradients are taken; 0: 256 for fp16, else 1
+    )
 
     # Cross-modal hierarchical clustering, Sec. 3.2
     c.CHC = CN()
@@ -49,7 +51,9 @@ def get_meta_config() -> CN:
     c.CHC.DOMAINS = CN()
     c.CHC.DOMAINS.K = 3  # U of Sec. 3.2: k-means clusters in each topic; fewer where one would be too small for a task
     c.CHC.DOMAINS.STARTS = 10  # k-means runs, of which the best is taken
-    c.CHC.DOMAINS.SAMPLE = 10_000  # images of a topic that k-means sees; of more, the others go to the nearest centre; 0: all
+    c.CHC.DOMAINS.SAMPLE = (
+        10_000  # images of a topic that k-means sees; of more, the others go to the nearest centre; 0: all
+    )
 
     # Meta-training tasks, Sec. 3.3
     c.TASKS = CN()
@@ -74,7 +78,9 @@ def get_meta_config() -> CN:
 
     # How much of a batch of tasks goes through the towers at a time: the same gradients to rounding, in less memory
     c.MEMORY = CN()
-    c.MEMORY.SECOND_ORDER = "auto"  # whole: one graph of everything; lean: one graph at a time; auto: whole where it fits
+    c.MEMORY.SECOND_ORDER = (
+        "auto"  # whole: one graph of everything; lean: one graph at a time; auto: whole where it fits
+    )
     c.MEMORY.TASKS = 0  # tasks in one pass; 0: as many as fit
     c.MEMORY.IMAGES = 0  # lean, visual prompts: images of one side of a task in one pass; 0: as many as fit
     c.MEMORY.CHECKPOINTING = False  # keep each layer's input alone, and compute the rest again in backward passes
@@ -149,9 +155,7 @@ def find_config(name: str, folder: str) -> Path:
             return packaged / f"{candidate}.yaml"
     known = [p.relative_to(packaged).with_suffix("").as_posix() for p in packaged.rglob("*.yaml")]
     wanted = relative if "/" in relative else f"{folder}/{relative}"
-    raise GramError(
-        f"{name}: expected a YAML file, here or in the package, found none{did_you_mean(wanted, known)}"
-    )
+    raise GramError(f"{name}: expected a YAML file, here or in the package, found none{did_you_mean(wanted, known)}")
 
 
 def _packaged_configs() -> Path:

@@ -59,9 +59,7 @@ class Log:
     @property
     def final(self) -> Result | None:
         """The run's result: the last evaluation, which stands after training where the run trains. None: not finished."""
-        whole = [
-            it for it in self.results if "accuracy" in it.metrics and (self.eval_only or it.after_training)
-        ]
+        whole = [it for it in self.results if "accuracy" in it.metrics and (self.eval_only or it.after_training)]
         return whole[-1] if whole else None
 
 

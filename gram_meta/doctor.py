@@ -116,9 +116,7 @@ def check_python(patient: Patient) -> Iterator[Check]:
     found = f"{platform.python_version()} on {platform.system()} {platform.machine()}, {sys.executable}"
     first, last = (".".join(map(str, version)) for version in PYTHONS)
     if sys.version_info[:2] < PYTHONS[0]:
-        mend = (
-            f"make an environment with Python {first} to {last}, such as: conda create -n gram python={last}"
-        )
+        mend = f"make an environment with Python {first} to {last}, such as: conda create -n gram python={last}"
         yield Check("Python", PROBLEM, f"{found}; expected {first} to {last}", mend)
     elif sys.version_info[:2] > PYTHONS[1]:
         yield Check("Python", NOTE, f"{found}; tried on {first} to {last}")
@@ -134,9 +132,11 @@ def check_packages(patient: Patient) -> Iterator[Check]:
     except importlib.metadata.PackageNotFoundError:
         folder = Path(__file__).resolve().parents[1]
         yield Check(
-            "gram-meta", NOTE, f"used from {folder}, not installed; versions of packages are not compared",
+            "gram-meta",
+            NOTE,
+            f"used from {folder}, not installed; versions of packages are not compared",
             install("-e", str(folder)),
-        )  # fmt: skip
+        )
         required, version = [], ""
     required = [requirement for requirement in required if "extra ==" not in requirement]
     wrong: list[tuple[str, str, str]] = []  # requirement, package, what was found
@@ -151,10 +151,7 @@ def check_packages(patient: Patient) -> Iterator[Check]:
         except BaseException as error:  # noqa: BLE001
             if not any(package == other for _, other, _ in wrong):
                 yield Check(
-                    package,
-                    PROBLEM,
-                    f"does not import: {_sentence(error)}",
-                    install("--force-reinstall", package),
+                    package, PROBLEM, f"does not import: {_sentence(error)}", install("--force-reinstall", package)
                 )
     for requirement, package, installed in wrong:
         found = f"expected {requirement}, found {installed}"
@@ -215,26 +212,23 @@ def check_torch(patient: Patient) -> Iterator[Check]:
         yield Check("torch", PROBLEM, found, install(*words))
         return
     threads = torch.get_num_threads()
-    yield Check(
-        "torch", FINE, f"{torch.__version__}, {threads} CPU {'thread' if threads == 1 else 'threads'}"
-    )
+    yield Check("torch", FINE, f"{torch.__version__}, {threads} CPU {'thread' if threads == 1 else 'threads'}")
     try:
         import numpy
 
         torch.from_numpy(numpy.zeros(2)).numpy()
     except BaseException as error:  # noqa: BLE001
         yield Check(
-            "torch", PROBLEM, f"cannot exchange arrays with NumPy {_version('numpy')} ({_sentence(error)})",
+            "torch",
+            PROBLEM,
+            f"cannot exchange arrays with NumPy {_version('numpy')} ({_sentence(error)})",
             install("--upgrade", "numpy", "torch"),
-        )  # fmt: skip
+        )
     try:
         import torchvision  # noqa: F401
     except BaseException as error:  # noqa: BLE001
         yield Check(
-            "torchvision",
-            PROBLEM,
-            f"does not import: {_sentence(error)}",
-            install("--upgrade", "torch", "torchvision"),
+            "torchvision", PROBLEM, f"does not import: {_sentence(error)}", install("--upgrade", "torch", "torchvision")
         )
     yield from _devices(torch)
 
@@ -279,9 +273,7 @@ def check_checkout(patient: Patient) -> Iterator[Check]:
             r"@TRAINER_REGISTRY\.register\(\)\s*class (\w+)", file.read_text("utf-8", errors="replace")
         )
     )
-    found = (
-        f"{folder}: gram train runs its train.py; its {', '.join(f'{name}/' for name in own)} win over ours"
-    )
+    found = f"{folder}: gram train runs its train.py; its {', '.join(f'{name}/' for name in own)} win over ours"
     if trainers:
         found += f", and so do its trainers {', '.join(trainers)}"
     yield Check("checkout", FINE, found)
@@ -330,9 +322,7 @@ def check_clip(patient: Patient) -> Iterator[Check]:
         if isinstance(error, ModuleNotFoundError) and error.name == "clip":
             yield Check("clip", PROBLEM, "CLIP's code is not installed", get)
         elif "pkg_resources" in str(error):
-            found = (
-                f"needs pkg_resources, which setuptools {_version('setuptools') or '(missing)'} does not have"
-            )
+            found = f"needs pkg_resources, which setuptools {_version('setuptools') or '(missing)'} does not have"
             yield Check("clip", PROBLEM, found, install(SETUPTOOLS))
         else:
             yield Check("clip", PROBLEM, f"does not import: {_sentence(error)}", get)
@@ -346,7 +336,9 @@ def check_clip(patient: Patient) -> Iterator[Check]:
     what = f"clip-anytorch {published}" if published and "site-packages" in where else "a checkout's own"
     yield Check("clip", FINE, f"{what}, {where}")
     if what.startswith("clip-anytorch") and not satisfies(_version("setuptools") or "0", SETUPTOOLS):
-        found = f"setuptools {_version('setuptools')} has no pkg_resources, which clip-anytorch needs when it is imported"
+        found = (
+            f"setuptools {_version('setuptools')} has no pkg_resources, which clip-anytorch needs when it is imported"
+        )
         yield Check("setuptools", NOTE, found, install(SETUPTOOLS))
 
 
@@ -389,9 +381,7 @@ def check_weights(patient: Patient) -> Iterator[Check]:
             mend = f"sudo chown -R $(id -u) {shlex.quote(str(folder))}"
             yield Check("CLIP weights", NOTE, f"{folder} cannot be read ({error.strerror})", mend)
             return
-        yield Check(
-            "CLIP weights", NOTE, f"none of OpenAI's in {folder}; they are downloaded there at first use"
-        )
+        yield Check("CLIP weights", NOTE, f"none of OpenAI's in {folder}; they are downloaded there at first use")
 
 
 def _look_at_weights(name: str, path: Path, url: str, patient: Patient) -> Check:
@@ -426,14 +416,10 @@ def check_backbone(patient: Patient) -> Iterator[Check]:
     url = urls.get(patient.backbone, "")
     path = Path(os.path.expanduser("~/.cache/clip")) / url.rpartition("/")[2]
     if url and not path.is_file():
-        yield Check(
-            name, NOTE, f"{patient.backbone} is downloaded to {path} at first use", download(url, path)
-        )
+        yield Check(name, NOTE, f"{patient.backbone} is downloaded to {path} at first use", download(url, path))
         return
     if url and not zipfile.is_zipfile(path):
-        yield Check(
-            name, PROBLEM, f"{path} is not whole", f"rm {shlex.quote(str(path))} && {download(url, path)}"
-        )
+        yield Check(name, PROBLEM, f"{path} is not whole", f"rm {shlex.quote(str(path))} && {download(url, path)}")
         return
     from gram_meta.backbone import load_backbone
 
@@ -502,9 +488,7 @@ def check_meta(patient: Patient) -> Iterator[Check]:
         files = sorted(path.rglob("best.safetensors")) if path.is_dir() else [path] if path.exists() else []
         if asked and not files:
             what = "no best.safetensors below it" if path.is_dir() else "nothing there"
-            yield Check(
-                "meta-checkpoint", NOTE, f"{path}: {what}", "gram pretrain --help tells how one is made"
-            )
+            yield Check("meta-checkpoint", NOTE, f"{path}: {what}", "gram pretrain --help tells how one is made")
         for file in files:
             check = _look_at_meta(file, patient)
             usable += check.state == FINE
@@ -514,9 +498,11 @@ def check_meta(patient: Patient) -> Iterator[Check]:
     here = "among those named here" if asked else "below output/meta"
     use = f" for {patient.backbone}" if patient.backbone else ""
     yield Check(
-        "meta-checkpoint", PROBLEM if asked else NOTE, f"none{use} {here}; the GRAM trainers start from one",
+        "meta-checkpoint",
+        PROBLEM if asked else NOTE,
+        f"none{use} {here}; the GRAM trainers start from one",
         "gram pretrain --help tells how one is made; gram demo makes one in minutes",
-    )  # fmt: skip
+    )
 
 
 def _look_at_meta(path: Path, patient: Patient) -> Check:
@@ -526,14 +512,10 @@ def _look_at_meta(path: Path, patient: Patient) -> Check:
     try:
         meta = load_meta_checkpoint(path)
     except Exception as error:  # noqa: BLE001
-        return Check(
-            "meta-checkpoint", NOTE, _sentence(error), "meta-train it anew (gram pretrain), or copy it again"
-        )
+        return Check("meta-checkpoint", NOTE, _sentence(error), "meta-train it anew (gram pretrain), or copy it again")
     tokens = " + ".join(f"{count} {kind}" for kind, count in sorted(meta.tokens.items()))
     regulator = "with R" if meta.regulator is not None else "without R"
-    found = (
-        f"{path}: for {meta.backbone_name} ({meta.backbone_fingerprint[:12]}), {tokens} tokens, {regulator}"
-    )
+    found = f"{path}: for {meta.backbone_name} ({meta.backbone_fingerprint[:12]}), {tokens} tokens, {regulator}"
     if patient.fingerprint:
         fits = meta.backbone_fingerprint == patient.fingerprint
     else:
@@ -548,12 +530,7 @@ def check_extras(patient: Patient) -> Iterator[Check]:
     for extra, (packages, used_by) in EXTRAS.items():
         missing = [package for package in packages if not _version(package)]
         if missing:
-            yield Check(
-                f"extra {extra}",
-                NOTE,
-                f"without {', '.join(missing)}; needed by {used_by}",
-                install(*missing),
-            )
+            yield Check(f"extra {extra}", NOTE, f"without {', '.join(missing)}; needed by {used_by}", install(*missing))
         else:
             yield Check(f"extra {extra}", FINE, f"for {used_by}")
 
@@ -567,10 +544,7 @@ def check_output(patient: Patient) -> Iterator[Check]:
             pass
     except OSError as error:
         yield Check(
-            "output",
-            PROBLEM,
-            f"{there} cannot be written ({error.strerror})",
-            "name another folder with --output-dir",
+            "output", PROBLEM, f"{there} cannot be written ({error.strerror})", "name another folder with --output-dir"
         )
         return
     free = shutil.disk_usage(there).free
@@ -600,9 +574,7 @@ def check_training(patient: Patient) -> Iterator[Check]:
     if steps < 1 or not 0 <= accuracy <= 100:
         raise RuntimeError(f"expected a regulated step and an accuracy, found {steps} steps and {accuracy}")
     seconds = time.monotonic() - started
-    yield Check(
-        "CoOpGRAM", FINE, f"trains a regulated step and evaluates (random tiny CLIP), {seconds:.1f} s"
-    )
+    yield Check("CoOpGRAM", FINE, f"trains a regulated step and evaluates (random tiny CLIP), {seconds:.1f} s")
 
 
 def train_tiny(folder: Path) -> tuple[int, float]:
@@ -628,15 +600,37 @@ def train_tiny(folder: Path) -> tuple[int, float]:
     save_meta_checkpoint(folder / "meta.safetensors", meta)
     results = launch.train(
         [
-            "--root", str(folder / "data"), "--seed", "1", "--trainer", "CoOpGRAM",
-            "--dataset-config-file", "image_folder", "--config-file", "gram_small_c4_ep10_batch32_ctxv1",
-            "--output-dir", str(folder / "run"), "DATASET.FOLDER", "squares", "DATASET.NUM_SHOTS", "2",
-            "MODEL.BACKBONE.NAME", "random-tiny", "INPUT.SIZE", "(32,32)", "OPTIM.MAX_EPOCH", "1",
-            "DATALOADER.NUM_WORKERS", "0", "TRAINER.COOP.PREC", "fp32",
-            "TRAINER.GRAM.CHECKPOINT", str(folder / "meta.safetensors"),
+            "--root",
+            str(folder / "data"),
+            "--seed",
+            "1",
+            "--trainer",
+            "CoOpGRAM",
+            "--dataset-config-file",
+            "image_folder",
+            "--config-file",
+            "gram_small_c4_ep10_batch32_ctxv1",
+            "--output-dir",
+            str(folder / "run"),
+            "DATASET.FOLDER",
+            "squares",
+            "DATASET.NUM_SHOTS",
+            "2",
+            "MODEL.BACKBONE.NAME",
+            "random-tiny",
+            "INPUT.SIZE",
+            "(32,32)",
+            "OPTIM.MAX_EPOCH",
+            "1",
+            "DATALOADER.NUM_WORKERS",
+            "0",
+            "TRAINER.COOP.PREC",
+            "fp32",
+            "TRAINER.GRAM.CHECKPOINT",
+            str(folder / "meta.safetensors"),
         ],
         quiet=True,
-    )  # fmt: skip
+    )
     return results["regulator"]["text"]["steps"], results["metrics"]["accuracy"]
 
 
@@ -671,11 +665,7 @@ def _mend_of(error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.partition(".")[0]
         return install({"sklearn": "scikit-learn", "yaml": "pyyaml", "PIL": "pillow"}.get(package, package))
-    return (
-        install("--force-reinstall", "gram-meta")
-        if isinstance(error, ImportError)
-        else "gram doctor --traceback"
-    )
+    return install("--force-reinstall", "gram-meta") if isinstance(error, ImportError) else "gram doctor --traceback"
 
 
 def _size(size: float) -> str:

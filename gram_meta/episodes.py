@@ -50,7 +50,9 @@ class Episode:
     tasks: Sequence[Task]
     support: TaskSet
     query: TaskSet
-    classes_of: Callable[[slice], ClassText | Tensor]  # what makes the class sentences, or features, of some of the tasks
+    classes_of: Callable[
+        [slice], ClassText | Tensor
+    ]  # what makes the class sentences, or features, of some of the tasks
 
     def parts(self, tasks: int) -> list[Episode]:
         """Episodes of at most so many of the tasks each."""
@@ -123,9 +125,7 @@ class Episodes:
             yield self._episode(tasks, *(self._to_device(images) for images in (support, query)))
 
     def _episode(self, tasks: Sequence[Task], support: Tensor, query: Tensor) -> Episode:
-        topics = torch.from_numpy(np.stack([task.topics for task in tasks])).to(
-            self.backbone.device
-        )  # (B, K)
+        topics = torch.from_numpy(np.stack([task.topics for task in tasks])).to(self.backbone.device)  # (B, K)
 
         def classes_of(part: slice) -> ClassText | Tensor:
             if self.text is not None:
@@ -173,9 +173,7 @@ class Episodes:
 class _Decoded(Dataset[Any]):
     """Batch number -> its tasks, support and query images as bytes (B, K, n, 3, H, W), and what went wrong, if anything."""
 
-    def __init__(
-        self, batches: Batches, places: Places, transform: Callable[[Any], Tensor]
-    ) -> None:
+    def __init__(self, batches: Batches, places: Places, transform: Callable[[Any], Tensor]) -> None:
         self.batches, self.places, self.transform = batches, places, transform
 
     def __len__(self) -> int:
@@ -187,8 +185,7 @@ class _Decoded(Dataset[Any]):
         tasks = self.batches[index]
         try:
             support, query = (
-                self._images(np.stack([getattr(task, side) for task in tasks]))
-                for side in ("support", "query")
+                self._images(np.stack([getattr(task, side) for task in tasks])) for side in ("support", "query")
             )
         except GramError as error:  # as a value: a worker's exception would arrive as a traceback
             return tasks, torch.empty(0), torch.empty(0), str(error)
@@ -201,7 +198,9 @@ class _Decoded(Dataset[Any]):
         try:
             image, _ = self.places.image(row)
         except BadImage as reason:
-            raise GramError(f"{self.places.name(row)}: expected the image that `gram embed` read, found {reason}") from None
+            raise GramError(
+                f"{self.places.name(row)}: expected the image that `gram embed` read, found {reason}"
+            ) from None
         return self.transform(image)  # (3, H, W)
 
 
@@ -232,9 +231,7 @@ class TaskSet:
         if labels is None:
             batch, ways, shots = images.shape[:3]
             images = images.flatten(1, 2)  # (B, K n, D) or (B, K n, 3, H, W)
-            labels = (
-                torch.arange(ways, device=images.device).repeat_interleave(shots).expand(batch, -1)
-            )  # (B, K n)
+            labels = torch.arange(ways, device=images.device).repeat_interleave(shots).expand(batch, -1)  # (B, K n)
         self.images, self.labels = images, labels
         self.count = count or labels.shape[1]
 

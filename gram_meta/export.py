@@ -51,9 +51,7 @@ def _of_the_family(node: str, text: bool = True) -> Target:
 _COOP = Target(_TEXT, {"text": "TRAINER.COOP.N_CTX"})
 _COCOOP = Target(_TEXT, {"text": "TRAINER.COCOOP.N_CTX"}, meta_net=True)
 _VPT = Target(_VISUAL, {"visual": "TRAINER.VPT.N_CTX_VISION"})
-_JOINT = Target(
-    {**_TEXT, **_VISUAL}, {"text": "TRAINER.JOINT.N_CTX_TEXT", "visual": "TRAINER.JOINT.N_CTX_VISION"}
-)
+_JOINT = Target({**_TEXT, **_VISUAL}, {"text": "TRAINER.JOINT.N_CTX_TEXT", "visual": "TRAINER.JOINT.N_CTX_VISION"})
 
 # CoOp's own CoOp and CoCoOp and ours have the same names; MaPLe's VPT is another trainer than ours of that name
 TARGETS = {

@@ -120,9 +120,7 @@ def nearest_rows(context: Tensor, embedding: Tensor, topk: int) -> tuple[Tensor,
     flat = context.flatten(0, -2)  # (T, d)
     # exact differences: |x|^2 + |y|^2 - 2xy loses the distance of a token that has hardly moved from a word
     exact = "donot_use_mm_for_euclid_dist"
-    distances = torch.cat(
-        [torch.cdist(some, embedding, compute_mode=exact) for some in flat.split(256)]
-    )  # (T, V)
+    distances = torch.cat([torch.cdist(some, embedding, compute_mode=exact) for some in flat.split(256)])  # (T, V)
     distances, indices = (found[:, :topk] for found in distances.sort(dim=1, stable=True))
     shape = (*context.shape[:-1], distances.shape[1])
     return distances.reshape(shape), indices.reshape(shape)
@@ -144,9 +142,7 @@ def _near_words(prompt: LearnedPrompt, clip: Backbone, topk: int) -> tuple[list[
         word = bpe.decode([token]).strip() if token in bpe.decoder else piece
         index = n if prompt.context.dim() == 3 else None
         classname = prompt.classnames[n] if index is not None and n < len(prompt.classnames) else ""
-        words.append(
-            NearWord(index, classname, m + 1, rank + 1, word, piece, token, float(distances[n, m, rank]))
-        )
+        words.append(NearWord(index, classname, m + 1, rank + 1, word, piece, token, float(distances[n, m, rank])))
     return words, remarks
 
 
@@ -158,9 +154,7 @@ def _told_apart(embedding: Tensor) -> tuple[Tensor, list[str]]:
     rows = own.nonzero().squeeze(1)
     if len(rows) == len(own):
         return rows, []
-    return rows, [
-        f"left out: {len(own) - len(rows)} of {len(own)} tokens, whose embeddings are one and the same"
-    ]
+    return rows, [f"left out: {len(own) - len(rows)} of {len(own)} tokens, whose embeddings are one and the same"]
 
 
 # ------------------------------------------------------------------------------------------------- where prompts are
@@ -176,9 +170,7 @@ def read_prompt(path: PathLike, epoch: int | None = None) -> LearnedPrompt:
     if path.suffix == ".safetensors":
         return _from_meta(path)
     if not path.is_file():
-        raise GramError(
-            f"{path}: expected a run's folder, a checkpoint or a meta-checkpoint, found nothing there"
-        )
+        raise GramError(f"{path}: expected a run's folder, a checkpoint or a meta-checkpoint, found nothing there")
     return _from_checkpoint(path, path.parent.parent)  # RUN/prompt_learner/model.pth.tar-10
 
 
@@ -202,9 +194,7 @@ _CONDITIONAL = "the words are of the context before its meta-net shifts it, for 
 def _from_checkpoint(path: Path, run: Path) -> LearnedPrompt:
     state = read_checkpoint(path)
     tensors = state.get("state_dict", state)
-    tensors = {
-        str(key).removeprefix("module."): value for key, value in tensors.items() if isinstance(value, Tensor)
-    }
+    tensors = {str(key).removeprefix("module."): value for key, value in tensors.items() if isinstance(value, Tensor)}
     context = next((tensors[key] for key in _CONTEXT if key in tensors), None)
     visual = next((tensors[key] for key in _VISUAL if key in tensors), None)
     if context is None:
@@ -213,9 +203,7 @@ def _from_checkpoint(path: Path, run: Path) -> LearnedPrompt:
         some = ", ".join(list(tensors)[:4]) or "no tensors"
         raise GramError(f"{path}: expected a learned context ({' or '.join(_CONTEXT)}), found {some}")
     if context.dim() not in (2, 3):
-        raise GramError(
-            f"{path}: expected a context of shape (M, d) or (N, M, d), found {tuple(context.shape)}"
-        )
+        raise GramError(f"{path}: expected a context of shape (M, d) or (N, M, d), found {tuple(context.shape)}")
     remarks = []
     if visual is not None:
         remarks.append(_visual_remark(visual.shape[-2]))
@@ -291,9 +279,7 @@ def _checkpoint_in(run: Path, epoch: int | None) -> Path:
     folder = folders[0]
     best = folder / "model-best.pth.tar"
     epochs = sorted(
-        int(suffix)
-        for it in folder.glob("model.pth.tar-*")
-        if (suffix := it.name.rpartition("-")[2]).isdigit()
+        int(suffix) for it in folder.glob("model.pth.tar-*") if (suffix := it.name.rpartition("-")[2]).isdigit()
     )
     ends_with = options_of(run).get("TEST.FINAL_MODEL", "")
     if epoch is None and best.is_file() and (not epochs or ends_with in ("best_val", "")):

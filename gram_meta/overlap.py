@@ -149,9 +149,7 @@ def find_overlap(
     return sorted(matches, key=lambda match: (match.row, match.test)), counts
 
 
-def write_matches(
-    path: PathLike, store: PairStore, tests: Sequence[TestImage], matches: Sequence[Match]
-) -> None:
+def write_matches(path: PathLike, store: PairStore, tests: Sequence[TestImage], matches: Sequence[Match]) -> None:
     """A TSV with a line per match: the image's location in the store, the test image, and how alike they are."""
     with atomic_write(path, "w") as file:
         file.write("\t".join(COLUMNS) + "\n")
@@ -200,10 +198,7 @@ def _candidate_pairs(
 
     if by_clip:
         blocks = _feature_blocks(store.image_features)
-        add(
-            *candidates(seen.feature[tests], seen.mirrored[tests], blocks, total, k, device),
-            settings.threshold,
-        )
+        add(*candidates(seen.feature[tests], seen.mirrored[tests], blocks, total, k, device), settings.threshold)
     if settings.pixel_threshold is not None:
         tiny = tiny_pictures(seen.small[tests])
         blocks = _pixel_blocks(store, settings, root)
@@ -214,12 +209,7 @@ def _candidate_pairs(
 
 
 def candidates(
-    queries: np.ndarray,
-    mirrored: np.ndarray,
-    blocks: Iterable[tuple[int, np.ndarray]],
-    total: int,
-    k: int,
-    device: str,
+    queries: np.ndarray, mirrored: np.ndarray, blocks: Iterable[tuple[int, np.ndarray]], total: int, k: int, device: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `k` rows nearest to each image and the `k` nearest to its mirror image; (T, 2 k) each, see `nearest`."""
     rows, cosines = nearest(np.concatenate([queries, mirrored]), blocks, total, k, device)
@@ -263,9 +253,7 @@ def _feature_blocks(features: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         yield start, features[start : start + CORPUS_BLOCK]
 
 
-def _pixel_blocks(
-    store: PairStore, settings: Settings, root: PathLike | None
-) -> Iterator[tuple[int, np.ndarray]]:
+def _pixel_blocks(store: PairStore, settings: Settings, root: PathLike | None) -> Iterator[tuple[int, np.ndarray]]:
     """Every image of the corpus as `described`, read in chunks that the cache keeps; zeros for what cannot be read."""
     for start in range(0, len(store.locations), CHUNK):
         rows = np.arange(start, min(start + CHUNK, len(store.locations)))
@@ -333,9 +321,7 @@ def _windows(small: Tensor) -> Tensor:
     x = (x - mean).transpose(3, 4)  # (n, W, 24, 24, 3)
     flat = x.flatten(2)
     flat = flat - flat.mean(2, keepdim=True)
-    flat = (
-        flat / (flat.square().sum(2, keepdim=True) + flat.shape[2]).sqrt()
-    )  # a grey level of noise is no picture
+    flat = flat / (flat.square().sum(2, keepdim=True) + flat.shape[2]).sqrt()  # a grey level of noise is no picture
     return flat.view(x.shape)
 
 
@@ -461,9 +447,7 @@ def _look(paths: Sequence[str], backbone: Backbone | None, settings: Settings) -
                 place = start + np.flatnonzero(ok)
                 feature[place], mirrored[place] = _features(backbone, [p for p in pixels if p is not None])
     digest = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES)
-    return {
-        "digest": digest, "small": np.stack(smalls), "feature": feature, "mirrored": mirrored, "ok": np.array(oks)
-    }  # fmt: skip
+    return {"digest": digest, "small": np.stack(smalls), "feature": feature, "mirrored": mirrored, "ok": np.array(oks)}
 
 
 def _features(backbone: Backbone, pixels: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:

@@ -143,9 +143,7 @@ class Predictor:
         cfg = _config(saved)
         precision = _precision(precision or _of_run(cfg, trainer), asked=bool(precision), device=device)
         cfg.TRAINER[trainer.node].PREC = precision
-        clip = load_backbone(
-            _backbone_name(saved, backbone), device, "fp32" if precision == "amp" else precision
-        )
+        clip = load_backbone(_backbone_name(saved, backbone), device, "fp32" if precision == "amp" else precision)
         _check_backbone(saved, clip)
         _say_unknown_words(clip, names)
         if saved.template is not None and hasattr(trainer, "template"):
@@ -308,9 +306,7 @@ def _bytes_per_image(backbone: Backbone) -> int:
     size, width = backbone.image_size, backbone.model.visual.conv1.weight.dtype.itemsize
     pixels = 3 * size * size * (4 + width)
     if not backbone.is_vit:
-        return (
-            pixels + 64 * size * size * width
-        )  # the stem: 32 to 64 channels at a half and a quarter of the size
+        return pixels + 64 * size * size * width  # the stem: 32 to 64 channels at a half and a quarter of the size
     tokens = len(backbone.model.visual.positional_embedding)
     heads = backbone.visual_width // 64
     # residual, normed, three for attention, four for the hidden layer twice; attention's own matrices; float32 norms
@@ -365,9 +361,7 @@ def _trainer(saved: Saved) -> Any:
             return trainer
     base = sys.modules["gram_meta.trainers.base"].ClipTrainer
     known = {cls.__name__ for cls in _subclasses(base)} - {"PromptTrainer"}
-    raise GramError(
-        f"{saved.path}: expected prompts of {', '.join(sorted(known))}, found those of {saved.trainer}"
-    )
+    raise GramError(f"{saved.path}: expected prompts of {', '.join(sorted(known))}, found those of {saved.trainer}")
 
 
 def _subclasses(cls: Any) -> Iterator[type]:
@@ -455,8 +449,7 @@ def _say_unknown_words(backbone: Backbone, names: Sequence[str]) -> None:
     if strange:
         some = ", ".join(list(strange)[:5]) + (", ..." if len(strange) > 5 else "")
         print(
-            f"Note: {PACKAGED} has never seen words of {len(strange)} of {len(names)} classes ({some})",
-            file=sys.stderr,
+            f"Note: {PACKAGED} has never seen words of {len(strange)} of {len(names)} classes ({some})", file=sys.stderr
         )
 
 

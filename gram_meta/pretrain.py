@@ -149,9 +149,7 @@ class MetaTrainer:
         self.train_topics, self.held_topics = split_topics(
             hierarchy, config.TASKS.HELD_OUT, config.TASKS.WAYS, config.SEED
         )
-        self.train_tasks = self._sampler(
-            self.train_topics, config.SEED, images_of(hierarchy, self.held_topics)
-        )
+        self.train_tasks = self._sampler(self.train_topics, config.SEED, images_of(hierarchy, self.held_topics))
         held = self._sampler(self.held_topics, config.SEED + 1, None)
         self.watched = [held.draw(number) for number in job.run_of(config.EVAL.TASKS)]
         words = [topic.word for topic in hierarchy.topics]
@@ -317,7 +315,9 @@ class MetaTrainer:
         with self._region(EXCHANGE):
             gradients = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
             whole = gradients[0].new_zeros(2 + self.config.OUTER.BATCH * (1 + self._norms_per_task()))
-            wishes, theirs, all_norms = whole.split([2, self.config.OUTER.BATCH, len(whole) - 2 - self.config.OUTER.BATCH])
+            wishes, theirs, all_norms = whole.split(
+                [2, self.config.OUTER.BATCH, len(whole) - 2 - self.config.OUTER.BATCH]
+            )
             steps = self.config.INNER.STEPS if self.config.OUTER.META else 0
             all_norms = all_norms.view(steps, self.config.OUTER.BATCH, len(self.kinds))
             mine = slice(self.own.start, self.own.stop)
@@ -347,7 +347,9 @@ class MetaTrainer:
     def _stop(self, step: int, saved: int) -> NoReturn:
         if step > saved:
             self._save_state(step)
-        raise Stopped(f"{self.out}: stopped by SIGTERM after step {step} of {self.config.OUTER.STEPS}; --resume goes on")
+        raise Stopped(
+            f"{self.out}: stopped by SIGTERM after step {step} of {self.config.OUTER.STEPS}; --resume goes on"
+        )
 
     def _set_learning_rates(self, step: int) -> None:
         """A function of the step alone, so that a resumed run has the same."""
@@ -481,9 +483,7 @@ class MetaTrainer:
                 facts.get("config", {}).pop(node, None)
         for key in now:
             if before.get(key) != now[key]:
-                raise GramError(
-                    f"{self.out}: expected the same {_first_difference(key, before.get(key), now[key])}"
-                )
+                raise GramError(f"{self.out}: expected the same {_first_difference(key, before.get(key), now[key])}")
         if not (self.out / _STATE).exists():
             return None
         return torch.load(self.out / _STATE, map_location="cpu", weights_only=True)
@@ -677,8 +677,7 @@ def evaluate(
     for episode in episodes.of([watched[i : i + batch] for i in range(0, len(watched), batch)]):
         support, query = episode.support.parts(images), episode.query.parts(images)
         before = {
-            name: value.detach().requires_grad_()
-            for name, value in for_each_task(theta, len(episode.tasks)).items()
+            name: value.detach().requires_grad_() for name, value in for_each_task(theta, len(episode.tasks)).items()
         }
         raw = _gradients(support, before, scale)
         query_scores, query_gradient = _scored_gradients(query, before, scale)

@@ -42,9 +42,7 @@ class Profile:
         seconds: by region. steps: how many.
     """
 
-    def __init__(
-        self, device: str | torch.device = "cpu", clock: Callable[[], float] = time.perf_counter
-    ) -> None:
+    def __init__(self, device: str | torch.device = "cpu", clock: Callable[[], float] = time.perf_counter) -> None:
         self.seconds: dict[str, float] = {}
         self.steps = 0
         self._cuda = torch.device(device) if torch.device(device).type == "cuda" else None
@@ -112,24 +110,16 @@ class Profile:
     def table(self) -> str:
         """Markdown."""
         lines = [f"| {self.steps} steps | ms a step | share |", "| --- | ---: | ---: |"]
-        lines += [
-            f"| {name} | {1000 * each:.2f} | {100 * share:.1f} % |" for name, each, share in self.rows()
-        ]
+        lines += [f"| {name} | {1000 * each:.2f} | {100 * share:.1f} % |" for name, each, share in self.rows()]
         whole = sum(each for _, each, _ in self.rows())
-        lines.append(
-            f"| a step | {1000 * whole:.2f} | outside the towers {100 * self.share_outside_towers():.1f} % |"
-        )
+        lines.append(f"| a step | {1000 * whole:.2f} | outside the towers {100 * self.share_outside_towers():.1f} % |")
         if EVALUATION in self.seconds:
             lines.append(f"| {EVALUATION}, once | {1000 * self.seconds[EVALUATION]:.0f} | |")
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
         """Fit for JSON."""
-        return {
-            "steps": self.steps,
-            "seconds": dict(self.seconds),
-            "share_outside_towers": self.share_outside_towers(),
-        }
+        return {"steps": self.steps, "seconds": dict(self.seconds), "share_outside_towers": self.share_outside_towers()}
 
     # --- inside -------------------------------------------------------------------------------------------------------
 

@@ -108,9 +108,7 @@ class ClassText:
         own = self.own  # (tasks, N, L, d)
         own = own.view(*tasks, *between, *own.shape[-3:]).expand(*lead, -1, -1, -1)  # (..., N, L, d)
         ends = self.ends.view(*tasks, *between, -1).expand(*lead, -1)  # (..., N)
-        return self.backbone.encode_text(
-            own, ends, shared, self._packing(ends, own.shape[-2], shared.shape[-2])
-        )
+        return self.backbone.encode_text(own, ends, shared, self._packing(ends, own.shape[-2], shared.shape[-2]))
 
     def _packing(self, ends: Tensor, length: int, before: int) -> Packing:
         """Kept, as it depends on the sentences alone, and finding it makes a GPU wait."""
@@ -187,9 +185,7 @@ def initial_prompts(
     if visual_tokens:
         if not backbone.is_vit:
             raise GramError(f"visual prompts: expected a ViT image tower, found the ResNet {backbone.name}")
-        prompts["visual"] = random_context(backbone.visual_width, visual_tokens, generator).to(
-            backbone.device
-        )
+        prompts["visual"] = random_context(backbone.visual_width, visual_tokens, generator).to(backbone.device)
     return prompts
 
 
@@ -259,11 +255,7 @@ class PromptedCLIP(nn.Module):
     """
 
     def __init__(
-        self,
-        backbone: Backbone,
-        classnames: Sequence[str],
-        prompts: Mapping[str, Tensor],
-        template: str = TEMPLATE,
+        self, backbone: Backbone, classnames: Sequence[str], prompts: Mapping[str, Tensor], template: str = TEMPLATE
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -306,11 +298,7 @@ class ConditionalCLIP(PromptedCLIP):
     """
 
     def __init__(
-        self,
-        backbone: Backbone,
-        classnames: Sequence[str],
-        prompts: Mapping[str, Tensor],
-        net: Mapping[str, Tensor],
+        self, backbone: Backbone, classnames: Sequence[str], prompts: Mapping[str, Tensor], net: Mapping[str, Tensor]
     ) -> None:
         super().__init__(backbone, classnames, prompts)
         hidden, width = net["linear1.weight"].shape

@@ -102,9 +102,6 @@ def _attention_kernels() -> list[SDPBackend]:
         "OVERRIDEABLE": "flash",  # other vendors' own: it has no public flag, and goes with the fused ones
     }
     enabled = {
-        kernel: getattr(torch.backends.cuda, f"{flag}_sdp_enabled", lambda: False)()
-        for kernel, flag in flags.items()
+        kernel: getattr(torch.backends.cuda, f"{flag}_sdp_enabled", lambda: False)() for kernel, flag in flags.items()
     }
-    return [
-        getattr(SDPBackend, kernel) for kernel in flags if enabled[kernel] and hasattr(SDPBackend, kernel)
-    ]
+    return [getattr(SDPBackend, kernel) for kernel in flags if enabled[kernel] and hasattr(SDPBackend, kernel)]

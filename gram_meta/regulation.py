@@ -205,9 +205,7 @@ class Regulation:
                 self.counts[name].restore(values)
 
 
-def start_from(
-    checkpoint: MetaCheckpoint, prompts: Prompts, extras: Mapping[str, Tensor] | None = None
-) -> None:
+def start_from(checkpoint: MetaCheckpoint, prompts: Prompts, extras: Mapping[str, Tensor] | None = None) -> None:
     """Write theta* into prompts, and into parameters that were meta-learnt with them. Data changes, parameters stay.
 
     Of a deep prompt the first layer takes theta*; the others keep their own start, as theta* has one layer.
@@ -228,9 +226,7 @@ def start_from(
     for kind, value in checkpoint.prompts.items():
         first = _first_layer(named[kind])
         if first.shape != value.shape:
-            raise GramError(
-                f"{where}: holds a {kind} prompt of {_size(value)}, but the trainer's has {_size(first)}"
-            )
+            raise GramError(f"{where}: holds a {kind} prompt of {_size(value)}, but the trainer's has {_size(first)}")
         targets.append((first, value))
     given = dict(extras or {})
     if set(given) != set(checkpoint.extras):
@@ -299,9 +295,7 @@ class WithGRAM:
             )
         gram = cfg.TRAINER.GRAM
         if gram.REGULATE and gram.STEP_SCALE != 1.0:
-            raise GramError(
-                "TRAINER.GRAM.STEP_SCALE scales raw gradients; it expects TRAINER.GRAM.REGULATE False"
-            )
+            raise GramError("TRAINER.GRAM.STEP_SCALE scales raw gradients; it expects TRAINER.GRAM.REGULATE False")
         if gram.INIT and cfg.MODEL.INIT_WEIGHTS:
             raise GramError(
                 "MODEL.INIT_WEIGHTS and TRAINER.GRAM.INIT both name a start; leave the one empty or set the other False"
@@ -329,9 +323,7 @@ class WithGRAM:
         optimizers = [optimizer for optimizer in self._optims.values() if optimizer is not None]
         self.regulation.attach(*optimizers)
         self.raw_parameters = [
-            name
-            for model in self._models.values()
-            for name in self.regulation.raw_parameters(model, *optimizers)
+            name for model in self._models.values() for name in self.regulation.raw_parameters(model, *optimizers)
         ]
         if self.raw_parameters:
             print(f"Raw gradients, as the regulator does not know them: {', '.join(self.raw_parameters)}")
@@ -461,9 +453,7 @@ class _Count:
         self.norms, self.ratios = list(state["norms"]), list(state["ratios"])
         self.paths, self.regulated = dict(state["paths"]), state["regulated"]
         self.nets = {key: value.to(device) for key, value in state["nets"].items()}
-        self.sums = {
-            key: (first.to(device), second.to(device)) for key, (first, second) in state["sums"].items()
-        }
+        self.sums = {key: (first.to(device), second.to(device)) for key, (first, second) in state["sums"].items()}
 
 
 def _quantile(values: list[float], q: float) -> float:

@@ -64,17 +64,12 @@ class GradientRegulator(nn.Module):
     """
 
     def __init__(
-        self,
-        widths: Mapping[str, int],
-        config: RegulatorConfig | None = None,
-        generator: torch.Generator | None = None,
+        self, widths: Mapping[str, int], config: RegulatorConfig | None = None, generator: torch.Generator | None = None
     ) -> None:
         super().__init__()
         self.config = config or RegulatorConfig()
         self.widths = dict(widths)
-        self.gates = nn.ModuleDict(
-            {kind: _Gate(d, self.config, generator) for kind, d in self.widths.items()}
-        )
+        self.gates = nn.ModuleDict({kind: _Gate(d, self.config, generator) for kind, d in self.widths.items()})
 
     def forward(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Regulated gradients, of the shapes given: (..., M, d) by kind; leading axes are tasks or layers."""
@@ -83,9 +78,7 @@ class GradientRegulator(nn.Module):
     def parts(self, kind: str, gradient: Tensor) -> RegulatedGradient:
         """gamma, beta (already scaled) and their use on one kind's gradient, for those who want to look inside."""
         if kind not in self.gates:
-            raise GramError(
-                f"regulator: expected a gradient of {' or '.join(self.widths)} prompts, found {kind!r}"
-            )
+            raise GramError(f"regulator: expected a gradient of {' or '.join(self.widths)} prompts, found {kind!r}")
         if gradient.shape[-1] != self.widths[kind]:
             raise GramError(
                 f"regulator: expected {kind} gradients of width {self.widths[kind]}, found {gradient.shape[-1]}"

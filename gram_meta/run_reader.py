@@ -155,9 +155,7 @@ def _trainer_of(path: Path, learned: Mapping[str, Any]) -> str:
     found = tuple(sorted({name.partition(".")[0] for name in learned}))
     if found not in kinds:
         expected = "; ".join(" and ".join(names) for names in kinds)
-        raise GramError(
-            f"{path}: expected learned prompts ({expected}), found {', '.join(found) or 'nothing'}"
-        )
+        raise GramError(f"{path}: expected learned prompts ({expected}), found {', '.join(found) or 'nothing'}")
     return kinds[found]
 
 
@@ -213,13 +211,9 @@ def _classes_of_lines(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise GramError(
-            f"{path}: expected UTF-8 text, a class name a line, found something else ({error})"
-        ) from None
+        raise GramError(f"{path}: expected UTF-8 text, a class name a line, found something else ({error})") from None
     names = [" ".join(line.split()) for line in lines if line.strip()]
-    if names and all(
-        re.match(r"n\d{8}\s", name) for name in names
-    ):  # ImageNet's folders stand before the names
+    if names and all(re.match(r"n\d{8}\s", name) for name in names):  # ImageNet's folders stand before the names
         names = [name.partition(" ")[2] for name in names]
     return names
 

@@ -47,9 +47,7 @@ def _last(backward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(backward)
     def checked(*args: Any) -> Any:
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "a third derivative was asked for; the towers' layers are differentiable twice"
-            )
+            raise RuntimeError("a third derivative was asked for; the towers' layers are differentiable twice")
         return backward(*args)
 
     return checked
@@ -175,9 +173,7 @@ class _AttentionGradient(torch.autograd.Function):
         uq, uk, uv = _split(u, ctx.heads)
         (do,) = _split(given, ctx.heads, 1)
         p, c = _weights(q, k)
-        p_turned = _softmax_backward(
-            (uq @ k.mT).add_(q @ uk.mT).mul_(c), p, -1, p.dtype
-        )  # P' = P (S' - sum(P S'))
+        p_turned = _softmax_backward((uq @ k.mT).add_(q @ uk.mT).mul_(c), p, -1, p.dtype)  # P' = P (S' - sum(P S'))
         to_do = (p_turned @ v).add_(p @ uv)
         to_v = p_turned.mT @ do
         dp = do @ v.mT

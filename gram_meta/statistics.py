@@ -59,8 +59,6 @@ def harmonic_estimate(
     return Estimate(of_means, None if fixed else half_width(of_seeds), len(both), expected)
 
 
-def paired_difference(
-    one: Mapping[int, float], reference: Mapping[int, float], expected: int
-) -> Estimate | None:
+def paired_difference(one: Mapping[int, float], reference: Mapping[int, float], expected: int) -> Estimate | None:
     """Mean and interval of `one - reference`, seed by seed; None where they share no seed."""
     return estimate([one[seed] - reference[seed] for seed in one if seed in reference], expected)

@@ -70,9 +70,7 @@ def pixel_corpus(tmp_path_factory):
     pair = np.arange(96)
     words = ["cat", "dog", "house", "tree", "boat", "lamp"]
     topics = [Topic(word, 1.0, [[word, 1.0]], 16, 16, [8, 8]) for word in words]
-    hierarchy = Hierarchy(
-        pair, pair, pair // 16, pair // 8 % 2, topics, np.zeros(96, np.uint8), {"fingerprints": {}}
-    )
+    hierarchy = Hierarchy(pair, pair, pair // 16, pair // 8 % 2, topics, np.zeros(96, np.uint8), {"fingerprints": {}})
     hierarchy.check_store = lambda store: None
     return Store(), hierarchy, backbone, folder
 

@@ -23,9 +23,7 @@ class Job:
 
     def __init__(self, size, work, folder):
         assert torch.get_num_threads() == 1, "threads do not survive a fork"
-        self.store = dist.TCPStore(
-            "127.0.0.1", 0, None, True, timeout=timedelta(seconds=60), wait_for_workers=False
-        )
+        self.store = dist.TCPStore("127.0.0.1", 0, None, True, timeout=timedelta(seconds=60), wait_for_workers=False)
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.processes = [

@@ -36,7 +36,9 @@ def runs(pixel_corpus, tmp_path_factory):
 
 
 def measure(checkpoint, corpus, **more):
-    return evaluate_adaptation(checkpoint, corpus[0], corpus[1], progress=False, **{"tasks": 5, "steps": (0, 2), **more})
+    return evaluate_adaptation(
+        checkpoint, corpus[0], corpus[1], progress=False, **{"tasks": 5, "steps": (0, 2), **more}
+    )
 
 
 def test_against_adapting_each_task_alone(runs, pixel_corpus):
@@ -56,9 +58,7 @@ def test_against_adapting_each_task_alone(runs, pixel_corpus):
                 grads = torch.autograd.grad(episode.support(prompts).sum(), list(prompts.values()))
                 for (kind, value), g in zip(list(prompts.items()), grads, strict=True):
                     regulated = checkpoint.regulator.parts(kind, g).regulated
-                    step = {
-                        "R on": regulated, "R off": g, "R off, same length": g * regulated.norm() / g.norm(),
-                    }[form]  # fmt: skip
+                    step = {"R on": regulated, "R off": g, "R off, same length": g * regulated.norm() / g.norm()}[form]
                     prompts[kind] = (value - 0.1 * step).detach().requires_grad_()
             found.append(episode.query(prompts).item())
     for form, found in losses.items():

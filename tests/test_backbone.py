@@ -47,9 +47,7 @@ def test_plain_texts_and_images_equal_clips_own(backbone):
     tokens = clip_module().tokenize(texts)
     torch.testing.assert_close(backbone.encode_texts(texts), normalised(backbone.model.encode_text(tokens)))
     images = torch.randn(3, 3, 32, 32)
-    torch.testing.assert_close(
-        backbone.encode_images(images), normalised(backbone.model.encode_image(images))
-    )
+    torch.testing.assert_close(backbone.encode_images(images), normalised(backbone.model.encode_image(images)))
 
 
 @pytest.mark.parametrize("tokens", [1, 4])
@@ -92,9 +90,7 @@ def test_a_batch_of_prompts_and_classes_is_one_after_another(backbone):
 def test_words_as_prompt_equal_the_written_template(backbone):
     prompt = context_from_words(backbone, "a photo of a")
     assert prompt.shape == (4, 64)
-    torch.testing.assert_close(
-        ClassText(backbone, NAMES, 4).features(prompt), template_features(backbone, NAMES)
-    )
+    torch.testing.assert_close(ClassText(backbone, NAMES, 4).features(prompt), template_features(backbone, NAMES))
 
 
 def test_visual_prompts_stand_behind_the_patches(backbone):
@@ -107,9 +103,7 @@ def test_visual_prompts_stand_behind_the_patches(backbone):
     expected = normalised(tower.ln_post(x[:, 0]) @ tower.proj)
     torch.testing.assert_close(backbone.encode_images(images, prompt), expected)
     each = torch.stack([prompt, -prompt])
-    torch.testing.assert_close(
-        backbone.encode_images(images, each)[1:], backbone.encode_images(images[1:], -prompt)
-    )
+    torch.testing.assert_close(backbone.encode_images(images, each)[1:], backbone.encode_images(images[1:], -prompt))
 
 
 def test_resnets_serve_text_prompts_and_refuse_visual_ones():
@@ -135,9 +129,7 @@ def test_low_precision_keeps_prompts_float32_and_features_close(backbone, precis
     exact = PromptedCLIP(backbone, NAMES, initial_prompts(backbone, 4, 0, "a photo of a"))(images)
     assert (scores - exact).abs().max() < (0.05 if precision == "fp16" else 0.4)  # of logits of size 14
     scores.logsumexp(dim=1).sum().backward()
-    assert (
-        model.prompt_learner.ctx.grad.dtype == torch.float32 and model.prompt_learner.ctx.grad.abs().max() > 0
-    )
+    assert model.prompt_learner.ctx.grad.dtype == torch.float32 and model.prompt_learner.ctx.grad.abs().max() > 0
 
 
 def test_class_features_follow_the_prompt_without_gradients(backbone):
@@ -153,12 +145,14 @@ def test_class_features_follow_the_prompt_without_gradients(backbone):
 def test_only_the_prompt_learns(backbone):
     model = PromptedCLIP(backbone, NAMES, initial_prompts(backbone, 2, 3))
     assert [name for name, p in model.named_parameters() if p.requires_grad] == [
-        "prompt_learner.ctx", "prompt_learner.visual_ctx",
-    ]  # fmt: skip
+        "prompt_learner.ctx",
+        "prompt_learner.visual_ctx",
+    ]
     model(torch.randn(2, 3, 32, 32)).sum().backward()
     assert {kind: p.grad.shape for kind, p in model.prompt_learner.prompts().items()} == {
-        "text": (2, 64), "visual": (3, 64),
-    }  # fmt: skip
+        "text": (2, 64),
+        "visual": (3, 64),
+    }
     with pytest.raises(GramError, match="kinds text and/or visual"):
         PromptLearner({"txt": torch.zeros(1, 64)})
 
@@ -191,9 +185,7 @@ def test_torchscript_archives_load(tmp_path, backbone):
             return self.visual(x)
 
     torch.jit.script(Holder()).save(str(tmp_path / "archive.pt"))
-    with pytest.raises(
-        GramError, match="OpenAI's key names, found visual.weight"
-    ):  # read, and found to be no CLIP
+    with pytest.raises(GramError, match="OpenAI's key names, found visual.weight"):  # read, and found to be no CLIP
         load_backbone(str(tmp_path / "archive.pt"))
 
 
@@ -201,9 +193,7 @@ def test_openai_names_go_through_the_clip_packages_download(tmp_path, monkeypatc
     torch.save(weights, tmp_path / "ViT-B-16.pt")
     asked = []
     module = clip_module().clip
-    monkeypatch.setattr(
-        module, "_download", lambda url, root: asked.append(url) or str(tmp_path / "ViT-B-16.pt")
-    )
+    monkeypatch.setattr(module, "_download", lambda url, root: asked.append(url) or str(tmp_path / "ViT-B-16.pt"))
     assert load_backbone("ViT-B/16").fingerprint == backbone.fingerprint
     assert asked == [module._MODELS["ViT-B/16"]]
 
@@ -272,9 +262,12 @@ def in_hugging_face_names(weights):
                     other[f"{layer}.self_attn.{which}_proj.{inside.removeprefix('attn.in_proj_')}"] = part
                 continue
             for old, new in (
-                ("attn.out_proj", "self_attn.out_proj"), ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"),
-                ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2"),
-            ):  # fmt: skip
+                ("attn.out_proj", "self_attn.out_proj"),
+                ("ln_1", "layer_norm1"),
+                ("ln_2", "layer_norm2"),
+                ("mlp.c_fc", "mlp.fc1"),
+                ("mlp.c_proj", "mlp.fc2"),
+            ):
                 inside = inside.replace(old, new)
             other[f"{layer}.{inside}"] = value
             continue
@@ -436,9 +429,7 @@ def test_other_architectures_and_broken_weights_are_one_sentence(tmp_path, weigh
     torch.save(other | {"text_model.head.weight": torch.zeros(2)}, file)
     with pytest.raises(GramError, match="Hugging Face's CLIPModel, found text_model.head.weight"):
         load_backbone(str(tmp_path))
-    torch.save(
-        {key: value for key, value in other.items() if not key.endswith("0.self_attn.k_proj.bias")}, file
-    )
+    torch.save({key: value for key, value in other.items() if not key.endswith("0.self_attn.k_proj.bias")}, file)
     with pytest.raises(GramError, match="expected .*0.self_attn.k_proj.bias beside"):
         load_backbone(str(tmp_path))
     torch.save({key: value for key, value in other.items() if "final_layer_norm" not in key}, file)
@@ -516,9 +507,7 @@ def test_features_equal_open_clips_own(tmp_path, kind):
     torch.testing.assert_close(ours.encode_images(images), normalised(expected[1]), rtol=0, atol=1e-12)
 
 
-def test_a_clip_package_that_wants_design_details_gets_those_of_a_plain_clip(
-    monkeypatch, tmp_path, weights, backbone
-):
+def test_a_clip_package_that_wants_design_details_gets_those_of_a_plain_clip(monkeypatch, tmp_path, weights, backbone):
     """As in MaPLe's, PromptSRC's and ProMetaR's checkouts."""
     module, seen = clip_module().model, []
     build, build_clip = module.build_model, module.CLIP
@@ -556,8 +545,12 @@ def test_features_are_the_same_with_a_checkouts_clip(checkout, backbone):
     path = os.pathsep.join([place, *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
-        cwd=place, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     where, fingerprint_there, numbers = done.stdout.strip().splitlines()[-3:]
     assert where.startswith(os.path.realpath(place)) or where.startswith(place)
     assert fingerprint_there == backbone.fingerprint

@@ -24,10 +24,17 @@ COOP = "gram_small_c4_ep10_batch32_ctxv1"
 
 def settings(output, *trainers, **changes):
     plain = dict(
-        protocols=("base2new",), trainers=trainers, backbone="gram_small", root="data", output=Path(output),
+        protocols=("base2new",),
+        trainers=trainers,
+        backbone="gram_small",
+        root="data",
+        output=Path(output),
         datasets={"base2new": ("emoji_food", "emoji_travel"), "xd": ("emoji_food",), "dg": ("emoji_objects",)},
-        source="emoji_travel", seeds=(1, 2), shots=1, meta_dir=Path(output, "meta"),
-    )  # fmt: skip
+        source="emoji_travel",
+        seeds=(1, 2),
+        shots=1,
+        meta_dir=Path(output, "meta"),
+    )
     return Settings(**{**plain, **changes})
 
 
@@ -223,7 +230,12 @@ def test_the_corpus_as_class_folders(tmp_path):
     images.mkdir(parents=True)
     for name in ("0.png", "1.png", "2.png"):
         (images / name).write_bytes(name.encode())
-    rows = ["image\tconcept\tstyle", "images/0.png\tred apple\tgrey", "images/1.png\tA/B\tgrey", "images/2.png\tred apple\tflat"]
+    rows = [
+        "image\tconcept\tstyle",
+        "images/0.png\tred apple\tgrey",
+        "images/1.png\tA/B\tgrey",
+        "images/2.png\tred apple\tflat",
+    ]
     (tmp_path / "world" / "corpus" / "truth.tsv").write_text("\n".join(rows) + "\n")
     for _ in range(2):
         folder = emoji.write_labelled(tmp_path / "world", tmp_path / "labelled")
@@ -426,7 +438,7 @@ def test_the_command(tmp_path, tiny_data, tiny_options, monkeypatch, capsys):
     command = [
         *("bench", "--trainers", "ZeroshotCLIP", "CoOp", "--datasets", "emoji_food", "emoji_objects", "--seeds", "1"),
         *("--backbone", "gram_small", "--shots", "1", "--root", str(tiny_data), *tiny_options),
-    ]  # fmt: skip
+    ]
     assert main(command) == 1
     text = capsys.readouterr().out
     assert text.count("FAILED") == 3 and "8 runs in output\n" in text and "tables: gram report output" in text

@@ -99,9 +99,7 @@ def test_flops_are_those_of_torch(meta_step):
     passes = image_passes(backbone, 4)
     assert passes.forward == pytest.approx(forward, rel=1e-3)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
-        (gradient,) = torch.autograd.grad(
-            backbone.encode_images(images, prompt).cos().sum(), prompt, create_graph=True
-        )
+        (gradient,) = torch.autograd.grad(backbone.encode_images(images, prompt).cos().sum(), prompt, create_graph=True)
         once = counted.get_total_flops() - forward
         torch.autograd.grad(gradient.square().sum(), prompt)
     twice = counted.get_total_flops() - forward - once
@@ -123,9 +121,7 @@ def test_the_script(meta_step, tmp_path, capsys):
     assert str(tmp_path) not in json.dumps(report)
 
 
-@pytest.mark.skipif(
-    not CHECKOUTS, reason="GRAM_CHECKOUTS names no folder of checkouts (ProMetaR, learn2learn)"
-)
+@pytest.mark.skipif(not CHECKOUTS, reason="GRAM_CHECKOUTS names no folder of checkouts (ProMetaR, learn2learn)")
 def test_beside_prometar(meta_step, tmp_path):
     places = Path(CHECKOUTS)
     if not (places / "ProMetaR").is_dir() or not (

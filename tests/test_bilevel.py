@@ -38,9 +38,7 @@ class Step:
         if form == "conditional":
             theta |= {f"{META_NET}{key}": value for key, value in initial_meta_net(backbone, 6).items()}
         self.theta = {name: value.to(number).requires_grad_() for name, value in theta.items()}
-        self.regulator = GradientRegulator({name: 64 for name in theta if not name.startswith(META_NET)}).to(
-            number
-        )
+        self.regulator = GradientRegulator({name: 64 for name in theta if not name.startswith(META_NET)}).to(number)
         with torch.no_grad():
             for parameter in self.regulator.parameters():
                 parameter.add_(curved * torch.randn(parameter.shape, generator=random).to(number))
@@ -49,19 +47,13 @@ class Step:
         else:
             classes = ClassText(backbone, NAMES, 2).select(CLASSES)
         self.support, self.query = (
-            TaskSet(
-                backbone,
-                classes,
-                torch.randint(0, 256, (2, 2, n, 3, 32, 32), generator=random, dtype=torch.uint8),
-            )
+            TaskSet(backbone, classes, torch.randint(0, 256, (2, 2, n, 3, 32, 32), generator=random, dtype=torch.uint8))
             for n in (2, 3)
         )
         self.parameters = [*self.theta.values(), *self.regulator.parameters()]
 
     def whole(self, steps, regulate=None, first_order=False, scale=1.0):
-        losses = meta_losses(
-            self.support, self.query, self.theta, 2, 0.05, steps, regulate, first_order, scale=scale
-        )
+        losses = meta_losses(self.support, self.query, self.theta, 2, 0.05, steps, regulate, first_order, scale=scale)
         (losses.sum() * scale / 7).backward()
         return [losses.detach(), *(None if value is None else value / scale for value in self.taken())]
 
@@ -151,9 +143,7 @@ def test_scale_changes_nothing_but_rounding(backbone):
 
 
 def for_two(step):
-    return {
-        name: value.detach().expand(2, *value.shape).requires_grad_() for name, value in step.theta.items()
-    }
+    return {name: value.detach().expand(2, *value.shape).requires_grad_() for name, value in step.theta.items()}
 
 
 def _times(factor, losses, prompts):
@@ -166,9 +156,7 @@ def test_a_scale_keeps_the_second_order_of_small_gradients_under_fp16():
     for precision in ("fp32", "fp16"):
         small = load_backbone("gram-small", precision=precision)
         random = torch.Generator().manual_seed(1)
-        images = torch.nn.functional.normalize(
-            torch.randn(2, 2, 3, small.embed_dim, generator=random), dim=-1
-        )
+        images = torch.nn.functional.normalize(torch.randn(2, 2, 3, small.embed_dim, generator=random), dim=-1)
         side = TaskSet(small, ClassText(small, NAMES, 2).select(CLASSES), images)
         start = (0.02 * torch.randn(2, 2, small.text_width, generator=random)).requires_grad_()
         u = {"text": 1e-4 * torch.randn(start.shape, generator=random)}

@@ -18,20 +18,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PLACE = os.environ.get("GRAM_CHECKOUTS", "")
 NAMES = ("CoOp", "MaPLe", "PromptSRC", "ProMetaR")
-PARTS = (
-    "train.py",
-    "trainers",
-    "datasets",
-    "clip",
-    "configs",
-    "scripts",
-    "parse_test_res.py",
-    "meta_learning",
-)
+PARTS = ("train.py", "trainers", "datasets", "clip", "configs", "scripts", "parse_test_res.py", "meta_learning")
 
 pytestmark = pytest.mark.skipif(
-    not PLACE,
-    reason="GRAM_CHECKOUTS does not name a folder with checkouts of CoOp, MaPLe, PromptSRC, ProMetaR",
+    not PLACE, reason="GRAM_CHECKOUTS does not name a folder with checkouts of CoOp, MaPLe, PromptSRC, ProMetaR"
 )
 
 # Python imports a module of this name at its start; this one lets any `clip._download` answer with a file, and, where it is
@@ -125,9 +115,7 @@ def run(folder, room, *command, **environment):
     done = subprocess.run(
         [*map(str, command)], cwd=folder, env=environment, capture_output=True, text=True, timeout=550
     )
-    assert done.returncode == 0, (
-        f"{' '.join(map(str, command))}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    )
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 
 
@@ -150,8 +138,7 @@ OFF = ("TRAINER.GRAM.REGULATE", "False", "TRAINER.GRAM.INIT", "False")
 
 
 @pytest.mark.parametrize(
-    ("name", "trainer"),
-    [*(("CoOp", trainer) for trainer in OURS), *((name, "VPTGRAM") for name in NAMES[1:])],
+    ("name", "trainer"), [*(("CoOp", trainer) for trainer in OURS), *((name, "VPTGRAM") for name in NAMES[1:])]
 )
 def test_ours_by_one_line(checkout, room, name, trainer):
     folder = checkout(name)

@@ -115,9 +115,7 @@ def test_tensors_and_containers_beside_an_object_come_whole(zipped):
     for name, value in plain.items():
         found = state[name]
         if isinstance(value, torch.Tensor):
-            assert type(found) is type(value) and found.dtype == value.dtype and torch.equal(found, value), (
-                name
-            )
+            assert type(found) is type(value) and found.dtype == value.dtype and torch.equal(found, value), name
         else:
             assert found == value, name
     assert state["turned"].stride() == (1, 3)
@@ -157,9 +155,7 @@ def test_what_is_no_checkpoint():
     }.items():
         with open(name, "wb") as file:
             file.write(content)
-        with pytest.raises(
-            GramError, match=f"{name}: expected a checkpoint of tensors and plain values, found"
-        ):
+        with pytest.raises(GramError, match=f"{name}: expected a checkpoint of tensors and plain values, found"):
             read_checkpoint(name)
     with pytest.raises(GramError, match="nowhere: expected a checkpoint, found no such file"):
         read_checkpoint("nowhere")
@@ -221,12 +217,7 @@ def test_nothing_in_a_file_is_run(payload, zipped):
 
 def test_a_function_that_may_be_called_cannot_be_changed():
     """BUILD sets attributes on whatever is on the stack: here on the function that rebuilds tensors."""
-    program = (
-        b"\x80\x02}X\x01\x00\x00\x00x"
-        b"ctorch._utils\n_rebuild_tensor_v2\n"
-        b"N}X\x0c\x00\x00\x00__defaults__N"
-        b"s\x86bs."
-    )
+    program = b"\x80\x02}X\x01\x00\x00\x00xctorch._utils\n_rebuild_tensor_v2\nN}X\x0c\x00\x00\x00__defaults__Ns\x86bs."
     parts = [pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
     with open("evil", "wb") as file:
         file.write(b"".join(parts) + program + pickle.dumps([], 2))

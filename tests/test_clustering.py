@@ -40,10 +40,7 @@ def test_topic_words_by_hand():
     # Topic 2: bird sky bird park bird, N_l = 5.
     assert words[2][0] == ("bird", pytest.approx(0.415888, abs=1e-6))
     # Topic 3: fish sea, equal scores 1/2 ln 2, equal counts: the alphabet decides.
-    assert words[3] == [
-        ("fish", pytest.approx(0.346574, abs=1e-6)),
-        ("sea", pytest.approx(0.346574, abs=1e-6)),
-    ]
+    assert words[3] == [("fish", pytest.approx(0.346574, abs=1e-6)), ("sea", pytest.approx(0.346574, abs=1e-6))]
 
 
 def test_a_word_in_two_of_four_topics():
@@ -70,10 +67,7 @@ def test_tokens():
 
 
 @settings(max_examples=100, deadline=None)
-@given(
-    st.lists(st.tuples(st.text("abc ", max_size=12), st.integers(0, 3)), min_size=1, max_size=12),
-    st.randoms(),
-)
+@given(st.lists(st.tuples(st.text("abc ", max_size=12), st.integers(0, 3)), min_size=1, max_size=12), st.randoms())
 def test_topic_words_do_not_depend_on_the_order_of_captions(rows, random):
     captions, topic = zip(*rows, strict=True)
     words = topic_words(captions, topic, 4)
@@ -117,9 +111,7 @@ def unit(array):
     return array / np.linalg.norm(array, axis=-1, keepdims=True)
 
 
-def make_store(
-    seed=0, topics=TOPICS, domains=DOMAINS, per_domain=PER_DOMAIN, captions_per_image=1, noise=20, wrong=18
-):
+def make_store(seed=0, topics=TOPICS, domains=DOMAINS, per_domain=PER_DOMAIN, captions_per_image=1, noise=20, wrong=18):
     """Pairs of `topics` concepts, in `domains` looks each; some that belong nowhere, and some with a low
     similarity."""
     random = np.random.default_rng(seed)
@@ -175,14 +167,7 @@ class Sized:
 
 
 def make_config(*opts):
-    quick = [
-        "CHC.TOPICS.REDUCTION",
-        "pca",
-        "CHC.TOPICS.MIN_CLUSTER_SIZE",
-        "10",
-        "CHC.FILTER.THRESHOLD",
-        "0.2",
-    ]
+    quick = ["CHC.TOPICS.REDUCTION", "pca", "CHC.TOPICS.MIN_CLUSTER_SIZE", "10", "CHC.FILTER.THRESHOLD", "0.2"]
     shots = ["TASKS.SUPPORT_SHOTS", "2", "TASKS.QUERY_SHOTS", "6"]
     return load_meta_config([], [*quick, *shots, *opts])
 
@@ -272,9 +257,7 @@ def test_an_image_with_many_captions_counts_once():
     with pytest.raises(GramError, match=r"found none of 6 \(topic with too few images: 6\)"):
         cluster_pairs(store, make_config("TASKS.QUERY_SHOTS", "7"))
     found = cluster_pairs(store, make_config("TASKS.QUERY_SHOTS", "4"))
-    assert [topic.images for topic in found.topics] == [8] * 6 and [topic.size for topic in found.topics] == [
-        40
-    ] * 6
+    assert [topic.images for topic in found.topics] == [8] * 6 and [topic.size for topic in found.topics] == [40] * 6
 
 
 def test_topics_that_cannot_fill_a_task_are_dropped_and_counted(caplog):
@@ -302,9 +285,7 @@ def test_topics_without_words_are_dropped_and_counted():
 def test_small_domains_make_fewer():
     random = np.random.default_rng(0)
     centres = random.standard_normal((3, 16))
-    features = np.concatenate([
-        centres[u] + 0.05 * random.standard_normal((n, 16)) for u, n in enumerate((20, 15, 3))
-    ])  # fmt: skip
+    features = np.concatenate([centres[u] + 0.05 * random.standard_normal((n, 16)) for u, n in enumerate((20, 15, 3))])
     config = make_config("CHC.DOMAINS.K", "3")
     label = domains_of(features.astype(np.float32), config)
     assert sorted(np.bincount(label).tolist(), reverse=True) == np.bincount(label).tolist()
@@ -319,9 +300,7 @@ def test_domains_ignore_the_length_of_features():
     features = np.concatenate([centres[u] + 0.05 * random.standard_normal((20, 16)) for u in (0, 1)])
     scaled = features * random.uniform(0.01, 100, (40, 1))
     config = make_config("CHC.DOMAINS.K", "2")
-    assert (
-        adjusted_mutual_info_score(np.repeat([0, 1], 20), domains_of(scaled.astype(np.float32), config)) == 1
-    )
+    assert adjusted_mutual_info_score(np.repeat([0, 1], 20), domains_of(scaled.astype(np.float32), config)) == 1
 
 
 @pytest.mark.parametrize(
@@ -332,16 +311,10 @@ def test_domains_ignore_the_length_of_features():
         (["CHC.TOPICS.REDUCTION", "tsne"], "CHC.TOPICS.REDUCTION: expected umap or pca, found 'tsne'"),
         (["CHC.TOPICS.SELECTION", "all"], "expected eom or leaf"),
         (["CHC.TOPICS.MIN_SAMPLES", "0"], "expected at least 1"),
-        (
-            ["CHC.TOPICS.MIN_CLUSTER_SIZE", "10000"],
-            "expected at least 10000 pairs after the filter, found 254",
-        ),
+        (["CHC.TOPICS.MIN_CLUSTER_SIZE", "10000"], "expected at least 10000 pairs after the filter, found 254"),
         (["CHC.FILTER.THRESHOLD", "0.9"], "expected at least .* pairs after the filter, found 0"),
         (["CHC.TOPICS.MIN_CLUSTER_SIZE", "120"], "expected at least 3, found"),
-        (
-            ["TASKS.SUPPORT_SHOTS", "50"],
-            "expected topics that can fill support and query sets, found none of",
-        ),
+        (["TASKS.SUPPORT_SHOTS", "50"], "expected topics that can fill support and query sets, found none of"),
     ],
 )
 def test_unusable_settings_are_one_sentence(store, opts, words):
@@ -375,11 +348,7 @@ def test_damaged_hierarchies_are_one_sentence(hierarchy, tmp_path):
         ("fates.npy", lambda p: p.unlink(), "expected a whole hierarchy"),
         ("fates.npy", lambda p: np.save(p, np.zeros(3, np.uint8)), "expected files of one hierarchy"),
         ("topics.json", lambda p: p.write_text("[]"), "expected the topics of a hierarchy"),
-        (
-            "topics.json",
-            lambda p: p.write_text(p.read_text().replace('"format": 1', '"format": 2')),
-            "found format 2",
-        ),
+        ("topics.json", lambda p: p.write_text(p.read_text().replace('"format": 1', '"format": 2')), "found format 2"),
     ]:
         hierarchy.save(tmp_path / "h")
         change(tmp_path / "h" / name)
@@ -453,11 +422,7 @@ def test_truth_is_read_from_any_table(tmp_path, suffix):
     table.to_parquet(path) if suffix == ".parquet" else table.to_csv(
         path, sep="\t" if suffix == ".tsv" else ",", index=False
     )
-    assert read_truth(path) == {
-        "image": ["a.png", "b.png"],
-        "concept": ["x", "y"],
-        "caption_is_wrong": ["0", "1"],
-    }
+    assert read_truth(path) == {"image": ["a.png", "b.png"], "concept": ["x", "y"], "caption_is_wrong": ["0", "1"]}
 
 
 def test_unusable_truths_are_one_sentence(store, hierarchy, tmp_path):
@@ -498,19 +463,9 @@ def test_the_commands_on_a_tiny_corpus(tmp_path, capsys):
     assert main(["embed", str(corpus / "pairs.tsv"), "-o", str(store), *options]) == 0
     assert len(PairStore.open(store)) == 180
 
-    (tmp_path / "small.yaml").write_text(
-        "TASKS: {SUPPORT_SHOTS: 2, QUERY_SHOTS: 4}\nCHC: {FILTER: {KEEP: 1.0}}\n"
-    )
+    (tmp_path / "small.yaml").write_text("TASKS: {SUPPORT_SHOTS: 2, QUERY_SHOTS: 4}\nCHC: {FILTER: {KEEP: 1.0}}\n")
     settings = ["CHC.TOPICS.REDUCTION", "pca", "CHC.TOPICS.MIN_CLUSTER_SIZE", "10", "CHC.DOMAINS.K", "2"]
-    command = [
-        "cluster",
-        str(store),
-        "-o",
-        str(out),
-        "--config-file",
-        str(tmp_path / "small.yaml"),
-        *settings,
-    ]
+    command = ["cluster", str(store), "-o", str(out), "--config-file", str(tmp_path / "small.yaml"), *settings]
     assert main(command) == 0
     assert sorted(topic.word for topic in Hierarchy.open(out).topics) == sorted(NAMES)
     assert main([*command, "CHC.TOPIC.NEIGHBORS", "3"]) == 2
@@ -518,9 +473,7 @@ def test_the_commands_on_a_tiny_corpus(tmp_path, capsys):
 
     assert main(["inspect", str(out), "--truth", str(corpus / "truth.tsv"), "--topics", "2"]) == 0
     text = capsys.readouterr().out
-    assert (
-        "and 4 smaller topics" in text and "6 topics with 6 different words, of 6 found; reproducible" in text
-    )
+    assert "and 4 smaller topics" in text and "6 topics with 6 different words, of 6 found; reproducible" in text
     assert "concept" in text and "filter on wrong captions" in text
     assert main(["inspect", str(out), "--truth", str(corpus / "truth.tsv"), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -530,10 +483,7 @@ def test_the_commands_on_a_tiny_corpus(tmp_path, capsys):
     # A store made anew from other captions is another store.
     (corpus / "pairs.tsv").write_text("\n".join(pairs[:-1]))
     assert main(["embed", str(corpus / "pairs.tsv"), "-o", str(tmp_path / "other"), *options]) == 0
-    assert (
-        main(["inspect", str(out), "--truth", str(corpus / "truth.tsv"), "--store", str(tmp_path / "other")])
-        == 2
-    )
+    assert main(["inspect", str(out), "--truth", str(corpus / "truth.tsv"), "--store", str(tmp_path / "other")]) == 2
     assert "was made from another store" in capsys.readouterr().err
 
 

@@ -66,10 +66,7 @@ def test_thresholds_by_hand(monkeypatch):
 
 
 @settings(max_examples=50, deadline=None)
-@given(
-    hnp.arrays(np.int64, 30, elements=st.integers(0, 5)),
-    hnp.arrays(np.int64, 30, elements=st.integers(-1, 3)),
-)
+@given(hnp.arrays(np.int64, 30, elements=st.integers(0, 5)), hnp.arrays(np.int64, 30, elements=st.integers(-1, 3)))
 def test_copies_agree_on_the_most_frequent_label(number, label):
     result = sample.same_for_copies(number, label)
     for one in np.unique(number):
@@ -179,13 +176,9 @@ def test_a_sample_gives_the_same_hierarchy_twice(store, sampled):
 
 def test_no_more_pairs_than_the_sample_are_clustered_whole(store):
     whole = cluster_pairs(store, make_config("CHC.TOPICS.SAMPLE", "0"))
-    as_many = cluster_pairs(
-        store, make_config("CHC.TOPICS.SAMPLE", str(len(store) - 20))
-    )  # 20 are filtered out
+    as_many = cluster_pairs(store, make_config("CHC.TOPICS.SAMPLE", str(len(store) - 20)))  # 20 are filtered out
     assert as_many.fingerprint == whole.fingerprint and "sample" not in as_many.manifest
-    with pytest.raises(
-        GramError, match=r"CHC.TOPICS.SAMPLE: expected 0 \(all pairs\) or at least 100, found 50"
-    ):
+    with pytest.raises(GramError, match=r"CHC.TOPICS.SAMPLE: expected 0 \(all pairs\) or at least 100, found 50"):
         cluster_pairs(store, make_config("CHC.TOPICS.SAMPLE", "50"))
 
 
@@ -380,9 +373,7 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
 def test_ctrl_c_leaves_nothing_half_written(on_disk, tmp_path):
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_RULE, *command(on_disk, tmp_path / "h")],
-        stderr=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-c", SLOW_RULE, *command(on_disk, tmp_path / "h")], stderr=subprocess.PIPE, text=True
     )
     assert process.stderr is not None
     assert any("the rule takes its time" in line for line in process.stderr)

@@ -86,10 +86,7 @@ def test_images_that_are_nowhere_are_one_sentence(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (
-            {"images": [], "annotations": [{"image_id": 1, "bbox": []}]},
-            "annotations with captions, .* found none",
-        ),
+        ({"images": [], "annotations": [{"image_id": 1, "bbox": []}]}, "annotations with captions, .* found none"),
         ({"licenses": []}, "found the keys licenses"),
         ([1, 2], "found a list of 2"),
         ("text", "found str"),
@@ -137,9 +134,7 @@ def test_splits_of_karpathy(tmp_path, caplog):
     assert "split train, restval taken, not test, val" in caplog.text
     assert good(rows_of(path, split="train")) == train[:2]
     assert len(rows_of(path, split="all")) == 5 and len(rows_of(path, split="val,test")) == 2
-    with pytest.raises(
-        GramError, match="expected the split 'dev', found train .1., restval .1., test .1., val .1."
-    ):
+    with pytest.raises(GramError, match="expected the split 'dev', found train .1., restval .1., test .1., val .1."):
         open_source(path, split="dev")
     assert source.identity() != open_source(path, split="train").identity()
 
@@ -151,9 +146,7 @@ def test_karpathy_without_folders_and_with_all_images_in_one(tmp_path):
     path = write_json(tmp_path / "dataset_flickr8k.json", flickr)
     pictures(tmp_path / "Flicker8k_Dataset", "a.jpg")
     assert good(rows_of(path)) == [("a.jpg", "one")]
-    path = write_json(
-        tmp_path / "coco" / "dataset_coco.json", karpathy(("b.jpg", "train2014", "train", ["two"]))
-    )
+    path = write_json(tmp_path / "coco" / "dataset_coco.json", karpathy(("b.jpg", "train2014", "train", ["two"])))
     pictures(tmp_path / "coco" / "images", "b.jpg")
     source = open_source(path)
     assert good(source.rows()) == [("b.jpg", "two")] and source.image_root.name == "images"
@@ -164,12 +157,7 @@ def test_karpathy_without_folders_and_with_all_images_in_one(tmp_path):
 
 def test_json_records_and_lines(tmp_path):
     pictures(tmp_path, "a.jpg", "b.jpg")
-    items = [
-        {"image": "a.jpg", "caption": ["one", "two"]},
-        {"image": "b.jpg", "caption": "three"},
-        {"image": None},
-        3,
-    ]
+    items = [{"image": "a.jpg", "caption": ["one", "two"]}, {"image": "b.jpg", "caption": "three"}, {"image": None}, 3]
     expected = [("a.jpg", "one"), ("a.jpg", "two"), ("b.jpg", "three")]
     found = rows_of(write_json(tmp_path / "records.json", items))
     assert good(found) == expected and sum(skips(found).values()) == 2
@@ -255,9 +243,7 @@ def test_images_of_cc3m_are_found_by_the_usual_names(cc3m, tmp_path, name, rule,
 
 
 def test_images_of_cc3m_that_are_not_there_are_one_sentence(cc3m, tmp_path):
-    with pytest.raises(
-        GramError, match="the images of the first 30 rows .* found none; say how with --image-name"
-    ):
+    with pytest.raises(GramError, match="the images of the first 30 rows .* found none; say how with --image-name"):
         open_source(cc3m)
     pictures(tmp_path / "own", *(f"pic-{number:03d}.jpg" for number in range(30)))
     with pytest.raises(GramError, match="found none"):
@@ -271,9 +257,7 @@ def test_images_of_cc3m_that_are_not_there_are_one_sentence(cc3m, tmp_path):
 
 def test_row_numbers_of_unknown_beginning_are_refused(cc3m, tmp_path):
     pictures(tmp_path / "images", *(f"{number}.jpg" for number in range(1, 30)))  # from 0 or from 1?
-    with pytest.raises(
-        GramError, match="neither number 0 nor number 30, .* --image-name 'images/{row}.jpg' or"
-    ):
+    with pytest.raises(GramError, match="neither number 0 nor number 30, .* --image-name 'images/{row}.jpg' or"):
         open_source(cc3m)
     assert open_source(cc3m, image_name="images/{row1}.jpg").naming == "images/{row1}.jpg"
 
@@ -307,22 +291,14 @@ def test_options_that_mean_nothing_are_refused(cc3m, tmp_path):
     for path, options, words in [
         (tmp_path / "images", {"split": "train"}, "a split does not belong to a folder of images"),
         (tmp_path / "pairs.tsv", {"split": "train"}, "a split does not belong to a tab-separated table"),
-        (
-            tmp_path / "pairs.tsv",
-            {"image_name": "{row}"},
-            "a rule for image names does not belong to a tab-sep",
-        ),
+        (tmp_path / "pairs.tsv", {"image_name": "{row}"}, "a rule for image names does not belong to a tab-sep"),
         (tmp_path / "images", {"format": "tsv"}, "expected a tab-separated table, found a folder"),
         (tmp_path / "pairs.tsv", {"format": "webdataset"}, None),
         (tmp_path / "pairs.tsv", {"format": "coco"}, "expected JSON"),
         (tmp_path / "pairs.tsv", {"format": "parquet"}, "expected Parquet files"),
         (tmp_path / "pairs.tsv", {"format": "tokens"}, "found no such line"),
         (tmp_path / "images", {"format": "webdataset"}, "expected tar shards, found none in there"),
-        (
-            tmp_path / "gone",
-            {"format": "karpathy"},
-            "expected Karpathy's splits in JSON, found nothing there",
-        ),
+        (tmp_path / "gone", {"format": "karpathy"}, "expected Karpathy's splits in JSON, found nothing there"),
     ]:
         if words is None:  # no tar: all of it is damage
             assert skips(rows_of(path, **options)) == {rows.DAMAGED: 1}

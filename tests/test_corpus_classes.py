@@ -43,11 +43,7 @@ def test_folders_name_the_classes(tmp_path):
     tree(tmp_path, "sea_lion/b.jpg", "sea_lion/a.JPEG", "dog/deep/er/c.png", "dog/notes.txt", "stray.jpg")
     tree(tmp_path, ".cache/x.jpg", "__MACOSX/y.jpg", "dog/.hidden.jpg", "dog/.thumbs/z.jpg")
     rows = rows_of(tmp_path)
-    assert good(rows) == [
-        ("dog/deep/er/c.png", "dog"),
-        ("sea_lion/a.JPEG", "sea lion"),
-        ("sea_lion/b.jpg", "sea lion"),
-    ]
+    assert good(rows) == [("dog/deep/er/c.png", "dog"), ("sea_lion/a.JPEG", "sea lion"), ("sea_lion/b.jpg", "sea lion")]
     assert skips(rows) == {classes.NO_CLASS: 1}
 
 
@@ -80,11 +76,7 @@ def test_listed_folders_may_lie_deeper(tmp_path):
 
 def test_a_class_called_train_is_a_class(tmp_path):
     tree(tmp_path, "train/a.jpg", "train/steam/b.jpg", "bus/c.jpg")
-    assert good(rows_of(tmp_path)) == [
-        ("bus/c.jpg", "bus"),
-        ("train/a.jpg", "train"),
-        ("train/steam/b.jpg", "train"),
-    ]
+    assert good(rows_of(tmp_path)) == [("bus/c.jpg", "bus"), ("train/a.jpg", "train"), ("train/steam/b.jpg", "train")]
 
 
 def test_links_to_class_folders_are_followed(tmp_path):
@@ -169,16 +161,7 @@ def commands(collection, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     options = ["--backbone", "random-tiny", "--sentence-model", "hash:64", "--part-size", "32"]
     assert main(["embed", str(collection), "-o", str(out / "store"), "--format", "classes", *options]) == 0
-    settings = [
-        "TASKS.SUPPORT_SHOTS",
-        "2",
-        "TASKS.QUERY_SHOTS",
-        "6",
-        "CHC.DOMAINS.K",
-        "2",
-        "CHC.LABELLED",
-        "True",
-    ]
+    settings = ["TASKS.SUPPORT_SHOTS", "2", "TASKS.QUERY_SHOTS", "6", "CHC.DOMAINS.K", "2", "CHC.LABELLED", "True"]
     assert main(["cluster", str(out / "store"), "-o", str(out / "hierarchy"), *settings]) == 0
     return out
 
@@ -186,9 +169,7 @@ def commands(collection, tmp_path_factory):
 def test_captions_are_class_names(commands):
     store = PairStore.open(commands / "store")
     assert len(store) == 123 and store.manifest["skipped"] == {"not an image": 1}
-    assert Counter(store.captions) == {
-        "tench": 20, "crane": 40, "sea lion": 20, "dog": 20, "cat": 20, "rare bird": 3
-    }  # fmt: skip
+    assert Counter(store.captions) == {"tench": 20, "crane": 40, "sea lion": 20, "dog": 20, "cat": 20, "rare bird": 3}
     # a caption's features are the same in all of its pairs, and different from others'
     features = np.asarray(store.sentence_features)
     rows = [row for row, caption in enumerate(store.captions) if caption == "crane"]
@@ -209,14 +190,7 @@ def test_similarities_are_those_of_single_captions(commands, collection, tmp_pat
 
 def test_classes_are_the_topics(commands, capsys):
     store, hierarchy = PairStore.open(commands / "store"), Hierarchy.open(commands / "hierarchy")
-    assert sorted(topic.word for topic in hierarchy.topics) == [
-        "cat",
-        "crane",
-        "crane",
-        "dog",
-        "sea lion",
-        "tench",
-    ]
+    assert sorted(topic.word for topic in hierarchy.topics) == ["cat", "crane", "crane", "dog", "sea lion", "tench"]
     folders = [store.locations[row].split("/")[0] for row in hierarchy.image]
     for number, topic in enumerate(hierarchy.topics):
         of_topic = {folder for folder, of in zip(folders, hierarchy.topic, strict=True) if of == number}
@@ -225,15 +199,19 @@ def test_classes_are_the_topics(commands, capsys):
     assert hierarchy.manifest["labelled"] is True and hierarchy.manifest["topics_found"] == 7
     assert hierarchy.manifest["topics_dropped"]["topic with too few images"] == 1
     assert hierarchy.manifest["pairs"] == {
-        "in": 123, "kept": 120, "filtered": 0, "noise": 0, "topic without a word": 0,
-        "topic with too few images": 3, "topic without two domains": 0, "excluded": 0,
-    }  # fmt: skip
+        "in": 123,
+        "kept": 120,
+        "filtered": 0,
+        "noise": 0,
+        "topic without a word": 0,
+        "topic with too few images": 3,
+        "topic without two domains": 0,
+        "excluded": 0,
+    }
     capsys.readouterr()
     assert main(["inspect", str(commands / "hierarchy")]) == 0
     text = capsys.readouterr().out
-    assert (
-        "6 topics with 5 different words, of 7 found; reproducible; labelled" in text and "sea lion" in text
-    )
+    assert "6 topics with 5 different words, of 7 found; reproducible; labelled" in text and "sea lion" in text
     assert main(["inspect", str(commands / "hierarchy"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["labelled"] is True
 
@@ -263,9 +241,6 @@ def test_captions_of_any_store_can_be_classes(collection, tmp_path, caplog, caps
     assert main(["embed", str(collection / "labels.tsv"), "-o", str(tmp_path / "store"), *options]) == 0
     store, shots = PairStore.open(tmp_path / "store"), ["TASKS.SUPPORT_SHOTS", "2", "TASKS.QUERY_SHOTS", "6"]
     hierarchy = cluster_pairs(store, load_meta_config([], ["CHC.LABELLED", "True", *shots]))
-    assert [(topic.word, topic.size) for topic in hierarchy.topics] == [
-        ("big thing", 60),
-        ("small thing", 60),
-    ]
+    assert [(topic.word, topic.size) for topic in hierarchy.topics] == [("big thing", 60), ("small thing", 60)]
     with pytest.raises(GramError, match="are captions names of classes?"):
         cluster_pairs(store, load_meta_config([], ["CHC.LABELLED", "True", "TASKS.QUERY_SHOTS", "90"]))

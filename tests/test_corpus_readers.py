@@ -88,10 +88,7 @@ def test_columns_can_be_named_or_numbered(tmp_path):
     path.write_text("who\twhat\na.jpg\ta dog\n")
     assert good(rows_of(path, image_column="who", caption_column="WHAT")) == [("a.jpg", "a dog")]
     path.write_text("a dog\ta.jpg\na cat\tb.jpg\n")  # no header
-    assert good(rows_of(path, image_column="2", caption_column="1")) == [
-        ("a.jpg", "a dog"),
-        ("b.jpg", "a cat"),
-    ]
+    assert good(rows_of(path, image_column="2", caption_column="1")) == [("a.jpg", "a dog"), ("b.jpg", "a cat")]
 
 
 @pytest.mark.parametrize(
@@ -193,9 +190,7 @@ def test_parquet_with_several_captions_in_a_row(tmp_path):
 def test_parquet_with_a_damaged_row_group_loses_no_more_than_it(tmp_path):
     path = tmp_path / "pairs.parquet"
     names = [f"{i}.jpg" for i in range(40)]
-    pq.write_table(
-        pa.table({"image": names, "caption": names}), path, row_group_size=10, compression="snappy"
-    )
+    pq.write_table(pa.table({"image": names, "caption": names}), path, row_group_size=10, compression="snappy")
     content = bytearray(path.read_bytes())
     start = pq.ParquetFile(path).metadata.row_group(1).column(0).dictionary_page_offset
     content[start : start + 40] = bytes(40)
@@ -260,9 +255,7 @@ def test_odd_modes_become_rgb():
     assert pixel(encoded(Image.new("LA", (8, 8), (0, 0)))) == (255, 255, 255)  # transparent: on white
     assert pixel(encoded(Image.new("RGBA", (8, 8), (255, 0, 0, 0)))) == (255, 255, 255)
     assert pixel(encoded(Image.new("RGBA", (8, 8), (255, 0, 0, 255)))) == (255, 0, 0)
-    assert (
-        pixel(encoded(red.convert("P"), "GIF", transparency=red.convert("P").getpixel((0, 0)))) == (255,) * 3
-    )
+    assert pixel(encoded(red.convert("P"), "GIF", transparency=red.convert("P").getpixel((0, 0)))) == (255,) * 3
     half = Image.fromarray(np.full((8, 8), 32768, np.uint16))
     assert pixel(encoded(half)) == (128, 128, 128)  # 16 bits; a plain conversion makes it white
     assert pixel(encoded(Image.fromarray(np.full((8, 8), 0.5, np.float32)), "TIFF")) == (128, 128, 128)

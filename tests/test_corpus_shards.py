@@ -64,9 +64,7 @@ def shards(tmp_path):
     """Three shards of four samples as img2dataset leaves them, with its other files beside them."""
     for shard in range(3):
         keys = [f"{shard:05d}{number:04d}" for number in range(4)]
-        members = [
-            member for key in keys for member in sample(key, f"caption {key}", caption="other", width=20)
-        ]
+        members = [member for key in keys for member in sample(key, f"caption {key}", caption="other", width=20)]
         write_tar(tmp_path / f"{shard:05d}.tar", members)
         (tmp_path / f"{shard:05d}.parquet").write_bytes(b"not the corpus")
         (tmp_path / f"{shard:05d}_stats.json").write_text("{}")
@@ -81,9 +79,7 @@ def test_shards_of_img2dataset_are_read_in_their_order(shards):
     assert good(found) == [(f"{key[:5]}.tar/{key}.jpg", f"caption {key}") for key in keys]
     assert [shard.name for shard in source.shards()] == ["00000.tar", "00001.tar", "00002.tar"]
     assert [row for shard in source.shards() for row in shard.rows()] == found
-    assert source.identity()["shards"] == {
-        f"{n:05d}.tar": (shards / f"{n:05d}.tar").stat().st_size for n in range(3)
-    }
+    assert source.identity()["shards"] == {f"{n:05d}.tar": (shards / f"{n:05d}.tar").stat().st_size for n in range(3)}
 
 
 def test_single_images_are_read_at_random(shards):
@@ -105,9 +101,7 @@ def test_a_shard_that_has_changed_or_vanished_is_named(shards):
     reader = ImageReader(source.image_root, sizes)
     with pytest.raises(GramError, match="00001.tar: expected the shard that was embedded, of .* has changed"):
         reader.content(found[4].place)
-    with pytest.raises(
-        GramError, match="00002.tar: expected the shard that was embedded, found No such file"
-    ):
+    with pytest.raises(GramError, match="00002.tar: expected the shard that was embedded, found No such file"):
         reader.content(found[8].place)
     with pytest.raises(GramError, match="00002.tar: expected a shard"):
         list(source.rows())
@@ -115,13 +109,7 @@ def test_a_shard_that_has_changed_or_vanished_is_named(shards):
 
 @pytest.mark.parametrize(
     ("pattern", "expected"),
-    [
-        ("{00000..00001}.tar", 8),
-        ("{00002,00000}.tar", 8),
-        ("*.tar", 12),
-        ("0000[12].tar", 8),
-        ("00001.tar", 4),
-    ],
+    [("{00000..00001}.tar", 8), ("{00002,00000}.tar", 8), ("*.tar", 12), ("0000[12].tar", 8), ("00001.tar", 4)],
 )
 def test_shards_can_be_named_by_patterns(shards, pattern, expected):
     assert len(good(rows_of(shards / pattern))) == expected
@@ -152,9 +140,7 @@ def test_damage_costs_what_it_hits(tmp_path):
         return rows_of(path)
 
     assert len(good(read(whole))) == 6
-    assert (
-        len(good(read(whole.rstrip(b"\0") + bytes(-len(whole.rstrip(b"\0")) % 512)))) == 6
-    )  # no zeros at its end
+    assert len(good(read(whole.rstrip(b"\0") + bytes(-len(whole.rstrip(b"\0")) % 512)))) == 6  # no zeros at its end
     second = whole.index(b"000000002.jpg")
     cut_in_member = read(whole[: second + 700])
     assert len(good(cut_in_member)) == 2 and skips(cut_in_member) == {rows.DAMAGED: 1}
@@ -192,9 +178,7 @@ def test_damage_is_found_again_at_any_place(tmp_path):
 def test_long_names_and_names_of_other_scripts(tmp_path, format):
     folder = "/".join(["a-folder-with-a-name-of-forty-characters"] * 3)
     keys = (
-        [f"{folder}/{'x' * 90}7", "Käfer 🐞 8"]
-        if format != tarfile.USTAR_FORMAT
-        else [f"{folder}/{'x' * 80}7", "k8"]
+        [f"{folder}/{'x' * 90}7", "Käfer 🐞 8"] if format != tarfile.USTAR_FORMAT else [f"{folder}/{'x' * 80}7", "k8"]
     )
     members = [member for key in keys for member in sample(key, f"at {key}")]
     path = write_tar(tmp_path / "a.tar", members, format)
@@ -212,10 +196,7 @@ def test_members_of_a_sample_need_not_stand_together(tmp_path):
         ("3.json", b"{}"),
         ("1.txt", b"one"),
     ]
-    assert good(rows_of(write_tar(tmp_path / "a.tar", members))) == [
-        ("a.tar/2.png", "two"),
-        ("a.tar/1.jpg", "one"),
-    ]
+    assert good(rows_of(write_tar(tmp_path / "a.tar", members))) == [("a.tar/2.png", "two"), ("a.tar/1.jpg", "one")]
 
 
 def test_duplicate_keys_are_counted_and_the_first_is_taken(tmp_path):
@@ -231,9 +212,7 @@ def test_duplicate_keys_are_counted_and_the_first_is_taken(tmp_path):
     source = open_source(tmp_path)
     found = list(source.rows())
     keys = [
-        (f"{shard}/{key}.jpg", text)
-        for shard in ("a.tar", "b.tar")
-        for key, text in (("1", "first"), ("2", "other"))
+        (f"{shard}/{key}.jpg", text) for shard in ("a.tar", "b.tar") for key, text in (("1", "first"), ("2", "other"))
     ]
     assert good(found) == keys  # the same key in two shards is two images
     assert skips(found) == {rows.DUPLICATE: 4}
@@ -260,11 +239,7 @@ def test_captions_come_from_txt_then_json_or_where_one_says(tmp_path):
     ]
     path = write_tar(tmp_path / "a.tar", members)
     found = rows_of(path)
-    assert [caption for _, caption in good(found)] == [
-        "of the txt in two lines",
-        "of the json",
-        "behind an empty txt",
-    ]
+    assert [caption for _, caption in good(found)] == ["of the txt in two lines", "of the json", "behind an empty txt"]
     assert skips(found) == {
         rows.EMPTY_CAPTION: 1,
         rows.NO_CAPTION_FILE: 1,
@@ -275,24 +250,16 @@ def test_captions_come_from_txt_then_json_or_where_one_says(tmp_path):
     }
     found = rows_of(path, caption_column="alt")
     assert [caption for _, caption in good(found)] == ["alternative", "one", "two", "alternative"]
-    assert [caption for _, caption in good(rows_of(path, caption_column="txt"))] == [
-        "of the txt in two lines"
-    ]
+    assert [caption for _, caption in good(rows_of(path, caption_column="txt"))] == ["of the txt in two lines"]
 
 
 def test_names_of_members_lead_nowhere_else(tmp_path):
     names = ["/etc/1.jpg", "../../2.jpg", "./a/./3.jpg", "a/../4.jpg", "a.b/5.x.jpg", "._6.jpg", "b/.jpg"]
-    members = [
-        member
-        for name in names
-        for member in ((name, picture(1)), (name.removesuffix("jpg") + "txt", b"text"))
-    ]
+    members = [member for name in names for member in ((name, picture(1)), (name.removesuffix("jpg") + "txt", b"text"))]
     write_tar(tmp_path / "a.tar", members)
     with open(tmp_path / "a.tar", "rb") as file:
         content = file.read()
-    (tmp_path / "b.tar").write_bytes(
-        content.replace(b"./a/./3.", b"./a/\xff/3.")
-    )  # its checksum no longer fits
+    (tmp_path / "b.tar").write_bytes(content.replace(b"./a/./3.", b"./a/\xff/3."))  # its checksum no longer fits
     expected = ["etc/1.jpg", "%2E%2E/%2E%2E/2.jpg", "a/3.jpg", "a/%2E%2E/4.jpg"]
     found = good(rows_of(tmp_path / "a.tar"))
     assert [location for location, _ in found] == [f"a.tar/{name}" for name in expected]
@@ -404,9 +371,7 @@ def test_a_half_written_parquet_beside_images_is_passed_over(tmp_path):
 
 def write_parquet(path, images, captions, **options):
     """As Hugging Face's `datasets` writes: `images` are bytes, (bytes, path), or None."""
-    structs = [
-        {"bytes": image[0], "path": image[1]} if isinstance(image, tuple) else image for image in images
-    ]
+    structs = [{"bytes": image[0], "path": image[1]} if isinstance(image, tuple) else image for image in images]
     pq.write_table(pa.table({"caption": captions, "image": structs}), path, **options)
     return path
 
@@ -423,12 +388,7 @@ def test_parquet_with_images_inside(tmp_path):
     names = [f"train-0000{shard}-of-00002.parquet" for shard in range(2)]
     assert [shard.name for shard in source.shards()] == names
     assert [row for shard in source.shards() for row in shard.rows()] == found
-    expected = [
-        (f"{name}/{number}", f"{letter} {number}")
-        for name in names
-        for number in range(10)
-        for letter in "ab"
-    ]
+    expected = [(f"{name}/{number}", f"{letter} {number}") for name in names for number in range(10) for letter in "ab"]
     assert good(found) == expected and not skips(found)
     reader = ImageReader(source.image_root, source.identity()["shards"])
     for row in [found[index] for index in (39, 0, 17, 20, 8)]:
@@ -442,14 +402,7 @@ def test_parquet_with_images_inside(tmp_path):
 def test_images_of_parquet_that_are_null_empty_or_files(tmp_path):
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "a.jpg").write_bytes(picture(5))
-    images = [
-        (picture(0), None),
-        (None, "files/a.jpg"),
-        (None, None),
-        None,
-        (b"", "b.jpg"),
-        (picture(3), "x.jpg"),
-    ]
+    images = [(picture(0), None), (None, "files/a.jpg"), (None, None), None, (b"", "b.jpg"), (picture(3), "x.jpg")]
     path = write_parquet(tmp_path / "a.parquet", images, [f"caption {number}" for number in range(6)])
     source = open_source(path)
     found = list(source.rows())
@@ -473,10 +426,7 @@ def test_images_of_parquet_that_are_null_empty_or_files(tmp_path):
     [
         ({"jpg": [b"x"], "caption": ["a dog"], "url": ["u"]}, ["a dog"]),  # img2dataset's parquet
         (
-            {
-                "image": [b"x"],
-                "sentences": [[{"raw": "one", "tokens": ["one"]}, {"raw": "two", "tokens": []}]],
-            },
+            {"image": [b"x"], "sentences": [[{"raw": "one", "tokens": ["one"]}, {"raw": "two", "tokens": []}]]},
             ["one", "two"],
         ),
         ({"image": [b"x"], "caption_0": ["one"], "caption_1": ["two"]}, ["one", "two"]),
@@ -506,11 +456,7 @@ def test_large_row_groups_are_told_of(tmp_path, monkeypatch, caplog):
 def test_damage_in_parquet_costs_the_row_group(tmp_path):
     images = [(picture(number), "") for number in range(12)]
     path = write_parquet(
-        tmp_path / "a.parquet",
-        images,
-        [str(number) for number in range(12)],
-        row_group_size=4,
-        compression="snappy",
+        tmp_path / "a.parquet", images, [str(number) for number in range(12)], row_group_size=4, compression="snappy"
     )
     start = pq.ParquetFile(path).metadata.row_group(1).column(1).data_page_offset
     content = bytearray(path.read_bytes())
@@ -535,13 +481,9 @@ def test_a_parquet_shard_that_has_changed_is_named(tmp_path):
     source = open_source(path)
     sizes, found = source.identity()["shards"], list(source.rows())
     write_parquet(path, [(picture(1), "")], ["a"])
-    with pytest.raises(
-        GramError, match="a.parquet: expected the shard that was embedded, of .* bytes, found"
-    ):
+    with pytest.raises(GramError, match="a.parquet: expected the shard that was embedded, of .* bytes, found"):
         ImageReader(tmp_path, sizes).content(found[2].place)
-    with pytest.raises(
-        GramError, match="expected the shard .* of an image in row 2 of column 'image', found 1 rows"
-    ):
+    with pytest.raises(GramError, match="expected the shard .* of an image in row 2 of column 'image', found 1 rows"):
         ImageReader(tmp_path).content(found[2].place)
 
 
@@ -558,15 +500,11 @@ def test_images_that_hugging_face_wrote(tmp_path):
     }
     data = datasets.Dataset.from_dict(columns, features)
     (tmp_path / "hub" / "data").mkdir(parents=True)
-    pq.write_table(
-        embed_table_storage(data.data.table), tmp_path / "hub" / "data" / "train-00000-of-00001.parquet"
-    )
+    pq.write_table(embed_table_storage(data.data.table), tmp_path / "hub" / "data" / "train-00000-of-00001.parquet")
     data.to_parquet(tmp_path / "paths.parquet")  # this one has paths, and bytes that are null
     for source in (open_source(tmp_path / "hub"), open_source(tmp_path / "paths.parquet")):
         reader = ImageReader(source.image_root)
-        assert [reader.content(row.place) for row in source.rows()] == [
-            picture(number) for number in range(6)
-        ]
+        assert [reader.content(row.place) for row in source.rows()] == [picture(number) for number in range(6)]
         assert [row.caption for row in source.rows()] == list("012345")
 
 

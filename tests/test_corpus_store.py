@@ -246,16 +246,7 @@ def test_a_damaged_part_is_one_sentence(all_parts, corpus, backbone, sentence_mo
 
 
 def command(corpus, out):
-    options = [
-        "--backbone",
-        "random-tiny",
-        "--sentence-model",
-        "hash:16",
-        "--batch-size",
-        "4",
-        "--part-size",
-        "10",
-    ]
+    options = ["--backbone", "random-tiny", "--sentence-model", "hash:16", "--batch-size", "4", "--part-size", "10"]
     return ["embed", str(corpus), "-o", str(out), *options]
 
 
@@ -288,9 +279,7 @@ def test_a_killed_run_goes_on_and_a_second_one_is_refused(store, corpus, backbon
         process.stderr.close()
     done = len(list((out / "parts").glob("0*.npz")))
     assert 2 <= done < 8
-    (out / "parts" / ".000007.npz.abc.part").write_bytes(
-        b"half"
-    )  # as a kill in the middle of a write leaves it
+    (out / "parts" / ".000007.npz.abc.part").write_bytes(b"half")  # as a kill in the middle of a write leaves it
     assert main(command(corpus, out)) == 0
     expected = contents(store.path)
     assert contents(out) == expected
@@ -318,9 +307,7 @@ def test_a_dead_image_worker_is_one_sentence_and_costs_nothing(
     assert contents(tmp_path / "s") == contents(store.path)
 
 
-def test_a_full_disk_is_one_sentence_and_costs_nothing(
-    store, corpus, backbone, sentence_model, tmp_path, monkeypatch
-):
+def test_a_full_disk_is_one_sentence_and_costs_nothing(store, corpus, backbone, sentence_model, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
@@ -347,13 +334,7 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing(
     ],
 )
 def test_other_settings_are_refused(store, corpus, changed, words):
-    settings = {
-        "batch_size": 4,
-        "part_size": 10,
-        "sentence_model": "hash:16",
-        "backbone": "random-tiny",
-        **changed,
-    }
+    settings = {"batch_size": 4, "part_size": 10, "sentence_model": "hash:16", "backbone": "random-tiny", **changed}
     source = open_source(corpus, caption_column=settings.pop("caption_column", None))
     backbone = load_backbone(settings.pop("backbone"))
     model = load_sentence_model(settings.pop("sentence_model"))
@@ -410,11 +391,7 @@ def test_damaged_stores_are_one_sentence(store, tmp_path):
         ("images.parquet", lambda p: pq.write_table(pa.table({"x": [1]}), p), "expected a whole pair store"),
         ("manifest.json", lambda p: p.write_text("{}"), "expected the manifest of a pair store"),
         ("manifest.json", lambda p: p.write_text("{"), "expected JSON"),
-        (
-            "manifest.json",
-            lambda p: p.write_text(p.read_text().replace('"format": 1', '"format": 9')),
-            "format 9",
-        ),
+        ("manifest.json", lambda p: p.write_text(p.read_text().replace('"format": 1', '"format": 9')), "format 9"),
     ]:
         shutil.rmtree(tmp_path / "s", ignore_errors=True)
         shutil.copytree(store.path, tmp_path / "s")

@@ -19,9 +19,7 @@ CLASSES = ["ant", "bee", "cat", "dog", "eel"]
 
 
 def entries(part, count, order):
-    return [
-        [f"{CLASSES[label]}/{part}_{i}.png", label, CLASSES[label]] for label in order for i in range(count)
-    ]
+    return [[f"{CLASSES[label]}/{part}_{i}.png", label, CLASSES[label]] for label in order for i in range(count)]
 
 
 @pytest.fixture
@@ -29,11 +27,7 @@ def root(tmp_path):
     """EmojiAnimals with five classes that do not appear in the order of their labels; 6 / 5 / 2 images each."""
     folder = tmp_path / "data" / "emoji_animals"
     order = [2, 0, 4, 1, 3]
-    split = {
-        "train": entries("tr", 6, order),
-        "val": entries("va", 5, order),
-        "test": entries("te", 2, order),
-    }
+    split = {"train": entries("tr", 6, order), "val": entries("va", 5, order), "test": entries("te", 2, order)}
     for rows in split.values():
         for path, _, _ in rows:
             (folder / "images" / path).parent.mkdir(parents=True, exist_ok=True)
@@ -52,9 +46,7 @@ def load(root, **options):
 
 
 def names(items):
-    return [
-        os.path.basename(os.path.dirname(item.impath)) + "/" + os.path.basename(item.impath) for item in items
-    ]
+    return [os.path.basename(os.path.dirname(item.impath)) + "/" + os.path.basename(item.impath) for item in items]
 
 
 def test_the_emoji_datasets_are_registered():
@@ -90,9 +82,7 @@ def test_few_shot_is_drawn_as_coop_draws_it(root, shots, val_shots):
     for part, wanted in (("tr", shots), ("va", val_shots)):
         groups = [entries(part, 6 if part == "tr" else 5, [label]) for label in (2, 0, 4, 1, 3)]
         expected[part] = [
-            row[0]
-            for group in groups
-            for row in (random.sample(group, wanted) if len(group) >= wanted else group)
+            row[0] for group in groups for row in (random.sample(group, wanted) if len(group) >= wanted else group)
         ]
     assert names(data.train_x) == expected["tr"] and names(data.val) == expected["va"]
     assert len(data.test) == 10  # never cut
@@ -148,7 +138,9 @@ def test_few_shot_of_another_split_is_refused(root):
     contents = json.loads(split.read_text())
     contents["train"].pop()
     split.write_text(json.dumps(contents))
-    with pytest.raises(GramError, match="was drawn from something else than the split_zhou_EmojiAnimals.json there now"):
+    with pytest.raises(
+        GramError, match="was drawn from something else than the split_zhou_EmojiAnimals.json there now"
+    ):
         load(root, shots=2)
 
 
@@ -170,9 +162,7 @@ def test_base_and_new_classes(root):
 
 
 def test_missing_things_are_named(root, tmp_path):
-    with pytest.raises(
-        GramError, match="emoji_animals: expected the folder of EmojiAnimals under DATASET.ROOT"
-    ):
+    with pytest.raises(GramError, match="emoji_animals: expected the folder of EmojiAnimals under DATASET.ROOT"):
         load(tmp_path / "nowhere")
     folder = root / "emoji_animals"
     (folder / "images/bee/te_0.png").unlink()

@@ -25,46 +25,121 @@ PARTS = {"train": 6, "val": 5, "test": 3}  # images of each class
 
 # name -> (folder, folder of images, [(class name, path of its image number n of a part)])
 SPLIT_TREES = {
-    "Caltech101": ("caltech-101", "101_ObjectCategories", {
-        "accordion": "accordion/image_{n:04}.jpg", "airplane": "airplanes/image_{n:04}.jpg",
-        "face": "Faces/image_{n:04}.jpg", "gerenuk": "gerenuk/image_{n:04}.jpg",
-        "yin_yang": "yin_yang/image_{n:04}.jpg"}),
-    "OxfordPets": ("oxford_pets", "images", {
-        "abyssinian": "Abyssinian_{n}.jpg", "american_bulldog": "american_bulldog_{n}.jpg",
-        "bengal": "Bengal_{n}.jpg", "sphynx": "Sphynx_{n}.jpg", "yorkshire_terrier": "yorkshire_terrier_{n}.jpg"}),
-    "StanfordCars": ("stanford_cars", "", {
-        "2000 AM General Hummer SUV": "cars_{part}/{n:05}.jpg", "2012 Acura RL Sedan": "cars_{part}/1{n:04}.jpg",
-        "2012 Audi S6 Sedan": "cars_{part}/2{n:04}.jpg", "1993 Geo Metro Convertible": "cars_{part}/3{n:04}.jpg",
-        "2012 smart fortwo Convertible": "cars_{part}/4{n:04}.jpg"}),
-    "OxfordFlowers": ("oxford_flowers", "jpg", {
-        "pink primrose": "image_0{n:04}.jpg", "canterbury bells": "image_1{n:04}.jpg",
-        "english marigold": "image_2{n:04}.jpg", "bird of paradise": "image_3{n:04}.jpg",
-        "blackberry lily": "image_4{n:04}.jpg"}),
-    "Food101": ("food-101", "images", {
-        "apple_pie": "apple_pie/{n}.jpg", "beef_tartare": "beef_tartare/{n}.jpg", "club_sandwich":
-        "club_sandwich/{n}.jpg", "ramen": "ramen/{n}.jpg", "waffles": "waffles/{n}.jpg"}),
-    "SUN397": ("sun397", "SUN397", {
-        "abbey": "a/abbey/sun_{n}.jpg", "outdoor apartment_building": "a/apartment_building/outdoor/sun_{n}.jpg",
-        "indoor badminton_court": "b/badminton_court/indoor/sun_{n}.jpg", "wave": "w/wave/sun_{n}.jpg",
-        "youth_hostel": "y/youth_hostel/sun_{n}.jpg"}),
-    "DescribableTextures": ("dtd", "images", {
-        "banded": "banded/banded_{n:04}.jpg", "blotchy": "blotchy/blotchy_{n:04}.jpg",
-        "lacelike": "lacelike/lacelike_{n:04}.jpg", "woven": "woven/woven_{n:04}.jpg",
-        "zigzagged": "zigzagged/zigzagged_{n:04}.jpg"}),
-    "EuroSAT": ("eurosat", "2750", {
-        "Annual Crop Land": "AnnualCrop/AnnualCrop_{n}.jpg", "Forest": "Forest/Forest_{n}.jpg",
-        "Highway or Road": "Highway/Highway_{n}.jpg", "River": "River/River_{n}.jpg",
-        "Sea or Lake": "SeaLake/SeaLake_{n}.jpg"}),
-    "UCF101": ("ucf101", "UCF-101-midframes", {
-        "Apply_Eye_Makeup": "Apply_Eye_Makeup/v_ApplyEyeMakeup_g{n:02}_c01.jpg",
-        "Archery": "Archery/v_Archery_g{n:02}_c01.jpg", "Basketball": "Basketball/v_Basketball_g{n:02}_c01.jpg",
-        "Tai_Chi": "Tai_Chi/v_TaiChi_g{n:02}_c01.jpg", "Yo_Yo": "Yo_Yo/v_YoYo_g{n:02}_c01.jpg"}),
-}  # fmt: skip
+    "Caltech101": (
+        "caltech-101",
+        "101_ObjectCategories",
+        {
+            "accordion": "accordion/image_{n:04}.jpg",
+            "airplane": "airplanes/image_{n:04}.jpg",
+            "face": "Faces/image_{n:04}.jpg",
+            "gerenuk": "gerenuk/image_{n:04}.jpg",
+            "yin_yang": "yin_yang/image_{n:04}.jpg",
+        },
+    ),
+    "OxfordPets": (
+        "oxford_pets",
+        "images",
+        {
+            "abyssinian": "Abyssinian_{n}.jpg",
+            "american_bulldog": "american_bulldog_{n}.jpg",
+            "bengal": "Bengal_{n}.jpg",
+            "sphynx": "Sphynx_{n}.jpg",
+            "yorkshire_terrier": "yorkshire_terrier_{n}.jpg",
+        },
+    ),
+    "StanfordCars": (
+        "stanford_cars",
+        "",
+        {
+            "2000 AM General Hummer SUV": "cars_{part}/{n:05}.jpg",
+            "2012 Acura RL Sedan": "cars_{part}/1{n:04}.jpg",
+            "2012 Audi S6 Sedan": "cars_{part}/2{n:04}.jpg",
+            "1993 Geo Metro Convertible": "cars_{part}/3{n:04}.jpg",
+            "2012 smart fortwo Convertible": "cars_{part}/4{n:04}.jpg",
+        },
+    ),
+    "OxfordFlowers": (
+        "oxford_flowers",
+        "jpg",
+        {
+            "pink primrose": "image_0{n:04}.jpg",
+            "canterbury bells": "image_1{n:04}.jpg",
+            "english marigold": "image_2{n:04}.jpg",
+            "bird of paradise": "image_3{n:04}.jpg",
+            "blackberry lily": "image_4{n:04}.jpg",
+        },
+    ),
+    "Food101": (
+        "food-101",
+        "images",
+        {
+            "apple_pie": "apple_pie/{n}.jpg",
+            "beef_tartare": "beef_tartare/{n}.jpg",
+            "club_sandwich": "club_sandwich/{n}.jpg",
+            "ramen": "ramen/{n}.jpg",
+            "waffles": "waffles/{n}.jpg",
+        },
+    ),
+    "SUN397": (
+        "sun397",
+        "SUN397",
+        {
+            "abbey": "a/abbey/sun_{n}.jpg",
+            "outdoor apartment_building": "a/apartment_building/outdoor/sun_{n}.jpg",
+            "indoor badminton_court": "b/badminton_court/indoor/sun_{n}.jpg",
+            "wave": "w/wave/sun_{n}.jpg",
+            "youth_hostel": "y/youth_hostel/sun_{n}.jpg",
+        },
+    ),
+    "DescribableTextures": (
+        "dtd",
+        "images",
+        {
+            "banded": "banded/banded_{n:04}.jpg",
+            "blotchy": "blotchy/blotchy_{n:04}.jpg",
+            "lacelike": "lacelike/lacelike_{n:04}.jpg",
+            "woven": "woven/woven_{n:04}.jpg",
+            "zigzagged": "zigzagged/zigzagged_{n:04}.jpg",
+        },
+    ),
+    "EuroSAT": (
+        "eurosat",
+        "2750",
+        {
+            "Annual Crop Land": "AnnualCrop/AnnualCrop_{n}.jpg",
+            "Forest": "Forest/Forest_{n}.jpg",
+            "Highway or Road": "Highway/Highway_{n}.jpg",
+            "River": "River/River_{n}.jpg",
+            "Sea or Lake": "SeaLake/SeaLake_{n}.jpg",
+        },
+    ),
+    "UCF101": (
+        "ucf101",
+        "UCF-101-midframes",
+        {
+            "Apply_Eye_Makeup": "Apply_Eye_Makeup/v_ApplyEyeMakeup_g{n:02}_c01.jpg",
+            "Archery": "Archery/v_Archery_g{n:02}_c01.jpg",
+            "Basketball": "Basketball/v_Basketball_g{n:02}_c01.jpg",
+            "Tai_Chi": "Tai_Chi/v_TaiChi_g{n:02}_c01.jpg",
+            "Yo_Yo": "Yo_Yo/v_YoYo_g{n:02}_c01.jpg",
+        },
+    ),
+}
 
 VARIANTS = ["707-320", "A340-300", "Boeing 717", "F/A-18", "MD-11"]
-SYNSETS = {"n01440764": "tench", "n01443537": "goldfish", "n01484850": "great white shark", "n02012849": "crane",
-           "n03126707": "crane", "n04141076": "sax", "n06596364": "comic book", "n07697537": "hot dog",
-           "n09229709": "bubble", "n12057211": "yellow lady's slipper", "n13133613": "corn cob"}  # fmt: skip
+SYNSETS = {
+    "n01440764": "tench",
+    "n01443537": "goldfish",
+    "n01484850": "great white shark",
+    "n02012849": "crane",
+    "n03126707": "crane",
+    "n04141076": "sax",
+    "n06596364": "comic book",
+    "n07697537": "hot dog",
+    "n09229709": "bubble",
+    "n12057211": "yellow lady's slipper",
+    "n13133613": "corn cob",
+}
 SHIFTED = {
     "ImageNetV2": ("imagenetv2", "imagenetv2-matched-frequency-format-val"),
     "ImageNetSketch": ("imagenet-sketch", "images"),
@@ -148,9 +223,7 @@ def plant_shifted(root, name):
             entries.append((image, label, title))
     if name in ("ImageNetA", "ImageNetR"):
         (root / folder / images / "README.txt").write_text("read me")
-    (root / folder / "classnames.txt").write_text(
-        "".join(f"{synset} {title}\n" for synset, title in SYNSETS.items())
-    )
+    (root / folder / "classnames.txt").write_text("".join(f"{synset} {title}\n" for synset, title in SYNSETS.items()))
     return {"train": entries, "test": entries}
 
 
@@ -177,9 +250,7 @@ def drawn(entries, shots):
     """CoOp's draw, on the global generator: random.sample per label in the order of first appearance."""
     labels = dict.fromkeys(label for _, label, _ in entries)
     groups = [[entry for entry in entries if entry[1] == label] for label in labels]
-    return [
-        entry for group in groups for entry in (random.sample(group, shots) if len(group) >= shots else group)
-    ]
+    return [entry for group in groups for entry in (random.sample(group, shots) if len(group) >= shots else group)]
 
 
 # --- the fifteen --------------------------------------------------------------------------------------------
@@ -259,8 +330,10 @@ def test_subsets_do_not_depend_on_the_file_systems_order(name, tmp_path, monkeyp
     ours = load(name, tmp_path / "a", shots=2, folder=folder)
     monkeypatch.setattr(os, "scandir", Reversed)
     theirs = load(name, tmp_path / "b", shots=2, folder=folder)
-    first, second = ([rows(part, tmp_path / here) for part in (data.train_x, data.test)]
-                     for here, data in (("a", ours), ("b", theirs)))  # fmt: skip
+    first, second = (
+        [rows(part, tmp_path / here) for part in (data.train_x, data.test)]
+        for here, data in (("a", ours), ("b", theirs))
+    )
     assert first == second and len(first[0]) > 0
 
 
@@ -280,9 +353,7 @@ def test_sets_for_testing_alone(name, tmp_path, capsys):
 def test_a_missing_split_file_says_where_it_is(tmp_path):
     for name, (folder, _, _) in SPLIT_TREES.items():
         (tmp_path / folder).mkdir()
-        with pytest.raises(
-            GramError, match=rf"split_zhou_{name}.json: expected a split file .* https://drive"
-        ):
+        with pytest.raises(GramError, match=rf"split_zhou_{name}.json: expected a split file .* https://drive"):
             load(name, tmp_path)
 
 
@@ -299,24 +370,13 @@ def test_missing_and_strange_things_in_class_folders(tmp_path):
         touch(folder / "images/val/ILSVRC2012_val_00000001.JPEG")
 
     def drop(name):
-        return lambda folder: (
-            shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
-        )
+        return lambda folder: shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
 
     broken(drop("images/val"), "images/val: expected class folders like n01440764, found no such folder")
-    broken(
-        flat_val,
-        "images/val: expected class folders like n01440764, found none; images that lie there side by",
-    )
-    broken(
-        drop("images/val/n02012849"),
-        r"images/val: expected the class folders of train, found no n02012849 \(1 of",
-    )
+    broken(flat_val, "images/val: expected class folders like n01440764, found none; images that lie there side by")
+    broken(drop("images/val/n02012849"), r"images/val: expected the class folders of train, found no n02012849 \(1 of")
     broken(drop("classnames.txt"), "classnames.txt: expected lines of .* CoOp has it from https://drive")
-    broken(
-        lambda f: touch(f / "images/train/zebra/a.JPEG"),
-        "zebra: expected a class folder that classnames.txt names",
-    )
+    broken(lambda f: touch(f / "images/train/zebra/a.JPEG"), "zebra: expected a class folder that classnames.txt names")
     broken(
         lambda f: (
             (f / "images/train/n00000001").mkdir()
@@ -324,11 +384,7 @@ def test_missing_and_strange_things_in_class_folders(tmp_path):
         ),
         "n00000001: expected images of 'nothing', found none",
     )
-    broken(
-        drop("imagenetv2-matched-frequency-format-val/3"),
-        "val/3: expected the images of 'crane'",
-        "ImageNetV2",
-    )
+    broken(drop("imagenetv2-matched-frequency-format-val/3"), "val/3: expected the images of 'crane'", "ImageNetV2")
     broken(drop("variants.txt"), "variants.txt: expected the file that comes with the images", "FGVCAircraft")
     broken(
         lambda f: (f / "images_variant_val.txt").write_text("0034316 Zeppelin NT\n"),
@@ -356,12 +412,17 @@ def test_coops_pickles_are_taken_over(name, tmp_path, capsys):
     cls, images = DATASET_REGISTRY.get(name), images_of(tmp_path, name)
     elsewhere = os.path.join("/scratch/old data", cls.dataset_dir, cls.image_dir)
     random.seed(99)
-    kept = {"train": drawn(split["train"], 2)} | (
-        {} if name == "ImageNet" else {"val": drawn(split["val"], 2)}
+    kept = {"train": drawn(split["train"], 2)} | ({} if name == "ImageNet" else {"val": drawn(split["val"], 2)})
+    path = coop_pickle(
+        tmp_path,
+        name,
+        2,
+        1,
+        {
+            part: [(os.path.join(elsewhere, image), label, title) for image, label, title in entries]
+            for part, entries in kept.items()
+        },
     )
-    path = coop_pickle(tmp_path, name, 2, 1, {
-        part: [(os.path.join(elsewhere, image), label, title) for image, label, title in entries]
-        for part, entries in kept.items()})  # fmt: skip
     data = load(name, tmp_path, shots=2)
     assert rows(data.train_x, images) == kept["train"]
     assert f"Loading preprocessed few-shot data from {path}" in capsys.readouterr().out
@@ -380,14 +441,10 @@ def test_the_export_follows_the_root(tmp_path):
     first = load("EuroSAT", tmp_path / "a", shots=2)
     shutil.move(tmp_path / "a", tmp_path / "b")
     second = load("EuroSAT", tmp_path / "b", shots=2)
-    assert [item.impath.replace("/a/", "/b/") for item in first.train_x] == [
-        item.impath for item in second.train_x
-    ]
+    assert [item.impath.replace("/a/", "/b/") for item in first.train_x] == [item.impath for item in second.train_x]
     path = tmp_path / "b/eurosat/split_fewshot/shot_2-seed_1.pkl"
     with open(path, "rb") as file:
-        assert [item.impath for item in pickle.load(file)["train"]] == [
-            item.impath for item in second.train_x
-        ]
+        assert [item.impath for item in pickle.load(file)["train"]] == [item.impath for item in second.train_x]
     before = path.stat().st_mtime_ns
     load("EuroSAT", tmp_path / "b", shots=2)
     assert path.stat().st_mtime_ns == before  # not written again for nothing
@@ -398,8 +455,10 @@ def test_json_wins_over_a_pickle_that_disagrees(tmp_path, capsys):
     ours = load("EuroSAT", tmp_path, shots=2)
     images = images_of(tmp_path, "EuroSAT")
     random.seed(99)
-    other = {part: [(os.path.join(images, image), label, title) for image, label, title in drawn(split[part], 2)]
-             for part in ("train", "val")}  # fmt: skip
+    other = {
+        part: [(os.path.join(images, image), label, title) for image, label, title in drawn(split[part], 2)]
+        for part in ("train", "val")
+    }
     path = coop_pickle(tmp_path, "EuroSAT", 2, 1, other)
     content = path.read_bytes()
     again = load("EuroSAT", tmp_path, shots=2)
@@ -439,9 +498,7 @@ def test_a_malicious_pickle_does_not_run(tmp_path):
     path.parent.mkdir()
     for content in evil_pickles(place):
         path.write_bytes(content)
-        with pytest.raises(
-            GramError, match="shot_2-seed_1.pkl: expected CoOp's few-shot records .* without running"
-        ):
+        with pytest.raises(GramError, match="shot_2-seed_1.pkl: expected CoOp's few-shot records .* without running"):
             load("EuroSAT", tmp_path, shots=2)
         assert not os.path.exists(place)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
@@ -463,10 +520,7 @@ def test_a_refused_pickle_beside_a_json_is_left_alone(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (
-            lambda row: (row[0], row[1] + 1, row[2]),
-            "the label 1, expected 0 as in the split_zhou_EuroSAT.json",
-        ),
+        (lambda row: (row[0], row[1] + 1, row[2]), "the label 1, expected 0 as in the split_zhou_EuroSAT.json"),
         (lambda row: ("/data/eurosat/2750/Forest/none.jpg", *row[1:]), "which is no train image"),
         (lambda row: ("", *row[1:]), "which is no train image"),
     ],
@@ -474,8 +528,10 @@ def test_a_refused_pickle_beside_a_json_is_left_alone(tmp_path, capsys):
 def test_pickles_of_another_split_are_refused(tmp_path, change, says):
     split = plant(tmp_path, "EuroSAT")
     images = images_of(tmp_path, "EuroSAT")
-    entries = {part: [(os.path.join(images, image), *rest) for image, *rest in sorted(split[part], key=lambda r: r[1])]
-               for part in ("train", "val")}  # fmt: skip
+    entries = {
+        part: [(os.path.join(images, image), *rest) for image, *rest in sorted(split[part], key=lambda r: r[1])]
+        for part in ("train", "val")
+    }
     entries = {part: [entry for entry in of_part if entry[1] == 0][:1] for part, of_part in entries.items()}
     entries["train"] = [change(row) for row in entries["train"]]
     coop_pickle(tmp_path, "EuroSAT", 1, 1, entries)
@@ -509,8 +565,10 @@ def test_odd_pickles_are_one_sentence(tmp_path):
 def test_other_names_in_a_pickle_are_told(tmp_path, capsys):
     split = plant(tmp_path, "ImageNet")
     images = images_of(tmp_path, "ImageNet")
-    entries = [(os.path.join(images, image), label, "crane bird" if label == 3 else title)
-               for image, label, title in split["train"][::6]]  # fmt: skip
+    entries = [
+        (os.path.join(images, image), label, "crane bird" if label == 3 else title)
+        for image, label, title in split["train"][::6]
+    ]
     coop_pickle(tmp_path, "ImageNet", 1, 1, {"train": entries})
     assert load("ImageNet", tmp_path, shots=1).classnames[3] == "crane"
     assert "calls 1 classes by other names ('crane bird' for 'crane', ...)" in capsys.readouterr().out
@@ -727,10 +785,23 @@ def test_unknown_names_and_roots_are_one_sentence(tmp_path, capsys):
 
 def test_published_numbers_and_configs():
     """Totals that the datasets' authors state: the parts have to add up to them."""
-    totals = {"Caltech101": 8242, "OxfordPets": 7349, "StanfordCars": 16185, "OxfordFlowers": 8189, "Food101": 101000,
-              "FGVCAircraft": 10000, "SUN397": 39700, "DescribableTextures": 5640, "EuroSAT": 27000, "UCF101": 13320,
-              "ImageNet": 1331167, "ImageNetV2": 10000, "ImageNetSketch": 50889, "ImageNetA": 7500,
-              "ImageNetR": 30000}  # fmt: skip
+    totals = {
+        "Caltech101": 8242,
+        "OxfordPets": 7349,
+        "StanfordCars": 16185,
+        "OxfordFlowers": 8189,
+        "Food101": 101000,
+        "FGVCAircraft": 10000,
+        "SUN397": 39700,
+        "DescribableTextures": 5640,
+        "EuroSAT": 27000,
+        "UCF101": 13320,
+        "ImageNet": 1331167,
+        "ImageNetV2": 10000,
+        "ImageNetSketch": 50889,
+        "ImageNetA": 7500,
+        "ImageNetR": 30000,
+    }
     found = dict(checking.find_datasets(Path("/"), checking.PAPER))
     assert {cls.__name__ for cls in found.values()} == set(totals) == set(ALL)
     for cls in found.values():

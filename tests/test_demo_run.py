@@ -17,15 +17,22 @@ from gram_meta.errors import GramError
 META = (
     "CHC.TOPICS.MIN_CLUSTER_SIZE 8 CHC.TOPICS.NEIGHBORS 8 CHC.DOMAINS.K 2 TASKS.WAYS 2 TASKS.SUPPORT_SHOTS 2 "
     "TASKS.QUERY_SHOTS 4 TASKS.HELD_OUT 0.4 OUTER.STEPS 4 OUTER.BATCH 2 EVAL.EVERY 2 EVAL.TASKS 4 CHECKPOINT.EVERY 2"
-)  # fmt: skip
+)
 TRAIN = ("INPUT.SIZE", "(32, 32)", "OPTIM.MAX_EPOCH", "2")
 
 
 def settings(out, **changes):
     small = dict(
-        out=out, datasets=("food",), seeds=(1, 2), shots=1, corpus_size=500, backbone="random-tiny",
-        sentence_model="hash:64", meta_opts=tuple(META.split()), train_opts=TRAIN,
-    )  # fmt: skip
+        out=out,
+        datasets=("food",),
+        seeds=(1, 2),
+        shots=1,
+        corpus_size=500,
+        backbone="random-tiny",
+        sentence_model="hash:64",
+        meta_opts=tuple(META.split()),
+        train_opts=TRAIN,
+    )
     return demo.Settings(**{**small, **changes})
 
 
@@ -65,9 +72,7 @@ def test_every_command_is_shown_and_can_be_typed(finished, capsys):
     for command in ("embed", "cluster", "inspect", "pretrain", "train"):
         assert f"$ gram {command} " in text
         assert f"\ngram {command} " in script
-    assert script.count("\ngram train ") == 2 * (
-        2 + 2 * 2
-    )  # base and new: two starts, two trainers with two seeds
+    assert script.count("\ngram train ") == 2 * (2 + 2 * 2)  # base and new: two starts, two trainers with two seeds
     inspect = next(line for line in script.splitlines() if line.startswith("gram inspect"))
     import shlex
 
@@ -77,9 +82,7 @@ def test_every_command_is_shown_and_can_be_typed(finished, capsys):
 
 def test_second_run_does_nothing_again(finished, monkeypatch):
     out, _ = finished
-    before = {
-        path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.parent != out
-    }
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.parent != out}
 
     def forbidden(*_):
         raise AssertionError("a finished stage was run again")
@@ -90,9 +93,7 @@ def test_second_run_does_nothing_again(finished, monkeypatch):
     demo.run_demo(settings(out), lines.append)
     assert "finished before" in lines[3] or any("finished before" in line for line in lines)
     assert any("CoOpGRAM, no step" in line for line in lines)
-    assert before == {
-        path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.parent != out
-    }
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.parent != out}
 
 
 def test_interrupted_demo_goes_on(finished, tmp_path, monkeypatch):
@@ -100,9 +101,7 @@ def test_interrupted_demo_goes_on(finished, tmp_path, monkeypatch):
     out, _ = finished
     copy = tmp_path / "out"
     shutil.copytree(out, copy)
-    names = [
-        f"runs/base2new/train_base/food/shots_1/{t}/{demo.TRAINER_CONFIG}/seed2" for t in ("CoOp", "CoOpGRAM")
-    ]
+    names = [f"runs/base2new/train_base/food/shots_1/{t}/{demo.TRAINER_CONFIG}/seed2" for t in ("CoOp", "CoOpGRAM")]
     shutil.rmtree(copy / names[0])
     memory = demo.Memory(copy / "demo.json")
     memory.stages[names[1]]["finished"] = False

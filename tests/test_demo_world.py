@@ -12,9 +12,7 @@ from gram_meta.demo.captions import STATED, Captioner, plural
 from gram_meta.errors import GramError
 
 _MISSING = emoji.missing_packages()
-needs_drawings = pytest.mark.skipif(
-    bool(_MISSING), reason=f"demo packages are not installed: {', '.join(_MISSING)}"
-)
+needs_drawings = pytest.mark.skipif(bool(_MISSING), reason=f"demo packages are not installed: {', '.join(_MISSING)}")
 
 
 def rows_of(path):
@@ -89,12 +87,7 @@ def test_styles_of_training_and_held_styles_do_not_meet():
 
 def some_scenes(n=64, seed=0, drawings=5):
     look = styles.Look(
-        styles.even(styles.STYLES),
-        styles.even(styles.GROUNDS),
-        (0.6, 0.2, 0.2),
-        (0.4, 0.3, 0.3),
-        (0.4, 0.3, 0.3),
-        0.3,
+        styles.even(styles.STYLES), styles.even(styles.GROUNDS), (0.6, 0.2, 0.2), (0.4, 0.3, 0.3), (0.4, 0.3, 0.3), 0.3
     )
     rng = np.random.default_rng(seed)
     return styles.sample_scenes(look, rng.integers(0, drawings, n), np.arange(drawings), rng)
@@ -196,18 +189,14 @@ def test_dataset_files(small_world):
     for key, rows in split.items():
         assert all((folder / "images" / path).is_file() for path, _, _ in rows)
         assert all(names[label] == name for _, label, name in rows)
-        drawings[key] = {
-            (truth[f"images/{path}"]["code"], truth[f"images/{path}"]["hand"]) for path, _, _ in rows
-        }
+        drawings[key] = {(truth[f"images/{path}"]["code"], truth[f"images/{path}"]["hand"]) for path, _, _ in rows}
     counts = {key: np.bincount([label for _, label, _ in rows]) for key, rows in split.items()}
     assert counts["train"].min() >= 16 and counts["val"].min() >= 4
     half = len(names) // 2
     assert min(counts["test"][:half].sum(), counts["test"][half:].sum()) >= 1000
     assert not drawings["test"] & (drawings["train"] | drawings["val"])
     looks = {(row["style"], row["ground"]) for row in truth.values()}
-    assert not {style for style, _ in looks} & set(
-        roles.COMMON_STYLES
-    )  # CLIP has not seen the drawings in these
+    assert not {style for style, _ in looks} & set(roles.COMMON_STYLES)  # CLIP has not seen the drawings in these
 
 
 @needs_drawings
@@ -223,9 +212,7 @@ def test_same_recipe_same_files_and_nothing_is_written_twice(small_world, tmp_pa
     pictures[0].touch()
     world.write_world(tmp_path, datasets=[], corpus_size=200, progress=False)
     assert [p.stat().st_mtime_ns for p in pictures][1:] == before[1:] and pictures[0].exists()
-    world.write_world(
-        tmp_path, datasets=[], corpus_size=100, progress=False
-    )  # another recipe takes its place
+    world.write_world(tmp_path, datasets=[], corpus_size=100, progress=False)  # another recipe takes its place
     assert len(rows_of(again["corpus"])) == 100
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 

@@ -39,12 +39,20 @@ def shadowed(tmp_path, files, *arguments, **environment):
     (tmp_path / "home").mkdir(exist_ok=True)
     (tmp_path / "cwd").mkdir(exist_ok=True)
     variables = {
-        **os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "first"), str(ROOT)]), "HOME": str(tmp_path / "home"),
-        "OMP_NUM_THREADS": "1", **environment,
-    }  # fmt: skip
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(tmp_path / "first"), str(ROOT)]),
+        "HOME": str(tmp_path / "home"),
+        "OMP_NUM_THREADS": "1",
+        **environment,
+    }
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=tmp_path / "cwd", env=variables, capture_output=True, text=True, timeout=300
-    )  # fmt: skip
+        [sys.executable, "-c", code, *arguments],
+        cwd=tmp_path / "cwd",
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert "Traceback" not in done.stderr, done.stderr[-2000:]
     report = json.loads(done.stdout)
     assert report["can_run"] == (done.returncode == 0)
@@ -78,9 +86,7 @@ def test_every_check_has_its_place():
 
 def test_without_torch_it_still_starts(tmp_path):
     text = "raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')"
-    status, checks, _ = shadowed(
-        tmp_path, {"torch/__init__.py": text}, "--root", ".", "--meta", "x", "--backbone", "y"
-    )
+    status, checks, _ = shadowed(tmp_path, {"torch/__init__.py": text}, "--root", ".", "--meta", "x", "--backbone", "y")
     assert status == 1
     (torch,) = checks["torch"]
     assert (torch.state, torch.found) == (PROBLEM, "not installed")
@@ -92,10 +98,7 @@ def test_a_torch_that_does_not_load_is_installed_anew(tmp_path):
     text = "raise OSError('libcudart.so.13: cannot open shared object file')"
     status, checks, _ = shadowed(tmp_path, {"torch/__init__.py": text})
     assert status == 1
-    assert (
-        checks["torch"][0].found
-        == "does not import: OSError: libcudart.so.13: cannot open shared object file"
-    )
+    assert checks["torch"][0].found == "does not import: OSError: libcudart.so.13: cannot open shared object file"
     assert "--force-reinstall" in checks["torch"][0].mend or "--reinstall" in checks["torch"][0].mend
 
 
@@ -161,9 +164,7 @@ def test_the_clipboard_manager_is_no_clip(monkeypatch, tmp_path):
     fake(monkeypatch, "clip", __file__="/usr/lib/site-packages/clip/__init__.py", copy=print)
     (check,) = run(doctor.check_clip)
     assert check.state == PROBLEM and "another package of that name" in check.found
-    assert (
-        " clip && " in check.mend and "--no-deps clip-anytorch 'setuptools<82'" in check.mend
-    )  # they share a folder
+    assert " clip && " in check.mend and "--no-deps clip-anytorch 'setuptools<82'" in check.mend  # they share a folder
     monkeypatch.chdir(tmp_path)
     fake(monkeypatch, "clip", __file__=str(tmp_path / "clip.py"))
     (check,) = run(doctor.check_clip)
@@ -177,11 +178,7 @@ def test_no_clip_at_all(monkeypatch):
 
 
 def test_requirements_are_compared(monkeypatch):
-    assert (
-        satisfies("1.26.4", "numpy>=1.26")
-        and satisfies("2.0", "numpy>=1.26")
-        and satisfies("1.26", "numpy>=1.26.0")
-    )
+    assert satisfies("1.26.4", "numpy>=1.26") and satisfies("2.0", "numpy>=1.26") and satisfies("1.26", "numpy>=1.26.0")
     assert not satisfies("1.9", "numpy>=1.26") and not satisfies("82.0.0", "setuptools<82")
     assert satisfies("81.0.0", "setuptools<82") and satisfies("2.15.0+cu132", 'torch>=2.4; extra == "x"')
     assert satisfies("2.15.0.dev1", "torch>=2.15")
@@ -218,9 +215,7 @@ def test_a_training_that_fails_is_a_problem(monkeypatch):
     monkeypatch.setattr(launch, "train", broken)
     monkeypatch.setattr(doctor, "CHECKS", [("CoOpGRAM", doctor.check_training)])
     (check,) = examine(Patient())
-    assert check == Check(
-        "CoOpGRAM", PROBLEM, "RuntimeError: the regulator is lost", "gram doctor --traceback"
-    )
+    assert check == Check("CoOpGRAM", PROBLEM, "RuntimeError: the regulator is lost", "gram doctor --traceback")
     assert not can_run([check])
 
 
@@ -282,10 +277,7 @@ def test_cached_weights_are_looked_at(cache):
 
 def test_weights_that_are_not_there_are_told_with_their_command(cache):
     (check,) = run(doctor.check_backbone, backbone="RN50")
-    assert (
-        check.state == NOTE
-        and check.mend == f"curl -L --create-dirs -o {cache}/RN50.pt https://host/1234/RN50.pt"
-    )
+    assert check.state == NOTE and check.mend == f"curl -L --create-dirs -o {cache}/RN50.pt https://host/1234/RN50.pt"
     (check,) = run(doctor.check_backbone, backbone="ViT-B/17")
     assert check.state == PROBLEM and "ViT-B/17" in check.found
     (check,) = run(doctor.check_backbone, backbone="random-tiny")
@@ -351,9 +343,7 @@ def test_meta_checkpoints_and_their_backbones(metas, monkeypatch, tmp_path):
     checks = run(doctor.check_meta, meta=[str(metas / "good")], backbone="ViT-B/16")
     assert [check.state for check in checks] == [NOTE, PROBLEM]
     assert checks[0].mend == "train with --backbone random-tiny"
-    patient = Patient(
-        meta=[str(metas / "good")], backbone="a file", fingerprint="0" * 64
-    )  # loaded, other weights
+    patient = Patient(meta=[str(metas / "good")], backbone="a file", fingerprint="0" * 64)  # loaded, other weights
     assert [check.state for check in doctor.check_meta(patient)] == [NOTE, PROBLEM]
     for path in (metas / "bad", tmp_path / "gone"):
         assert run(doctor.check_meta, meta=[str(path)])[-1].state == PROBLEM
@@ -381,9 +371,7 @@ def test_in_a_checkout_it_says_what_wins(tmp_path, monkeypatch):
     for name in ("clip", "trainers"):
         (tmp_path / name).mkdir()
     (tmp_path / "train.py").write_text("from dassl.engine import build_trainer\n")
-    (tmp_path / "trainers" / "theirs.py").write_text(
-        "@TRAINER_REGISTRY.register()\nclass CoOp(TrainerX):\n    pass\n"
-    )
+    (tmp_path / "trainers" / "theirs.py").write_text("@TRAINER_REGISTRY.register()\nclass CoOp(TrainerX):\n    pass\n")
     monkeypatch.setattr(sys, "path", list(sys.path))
     (check,) = run(doctor.check_checkout)
     assert "its clip/, trainers/ win over ours, and so do its trainers CoOp" in check.found
@@ -394,9 +382,7 @@ def test_extras(monkeypatch):
     monkeypatch.setattr(doctor, "_version", lambda package: "" if package == "matplotlib" else "1.0")
     checks = run(doctor.check_extras)
     assert only(checks, "extra demo").state == FINE
-    assert only(checks, "extra figures").state == NOTE and only(checks, "extra figures").mend.endswith(
-        " matplotlib"
-    )
+    assert only(checks, "extra figures").state == NOTE and only(checks, "extra figures").mend.endswith(" matplotlib")
 
 
 def test_a_python_that_is_too_old_or_not_tried(monkeypatch):

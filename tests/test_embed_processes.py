@@ -34,16 +34,7 @@ from gram_meta.processes import Job
 
 ROOT = Path(embedding.__file__).parents[2]
 WORDS = ["red", "green", "blue", "dog", "cat", "bird", "on", "under", "beside", "house", "tree", "road"]
-OPTIONS = [
-    "--backbone",
-    "random-tiny",
-    "--sentence-model",
-    "hash:16",
-    "--batch-size",
-    "4",
-    "--part-size",
-    "5",
-]
+OPTIONS = ["--backbone", "random-tiny", "--sentence-model", "hash:16", "--batch-size", "4", "--part-size", "5"]
 SHARDS = 5
 
 
@@ -286,9 +277,7 @@ def test_a_shard_that_was_read_is_not_read_again(tmp_path):
         assert len(kept) == (at - 1) // 2
         write_index(source, folder, 5)
         assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
-        assert json.loads((folder / "plan.json").read_text()) == json.loads(
-            (tmp_path / "1/plan.json").read_text()
-        )
+        assert json.loads((folder / "plan.json").read_text()) == json.loads((tmp_path / "1/plan.json").read_text())
 
 
 def test_a_run_that_an_earlier_version_began(forked, one_piece, tmp_path):
@@ -446,9 +435,7 @@ def test_sigterm_anywhere(forked, shards, undisturbed, tmp_path):
 
     out, ended, seen = tmp_path / "s", False, set()
     for attempt in range(60):
-        job = forked.Job(
-            2, embed(shards, out, "--workers", str(attempt % 2), before=prepare), tmp_path / "said"
-        )
+        job = forked.Job(2, embed(shards, out, "--workers", str(attempt % 2), before=prepare), tmp_path / "said")
         manifest = out / "manifest.json"
         wait_until(lambda path=manifest: path.exists(), "no manifest")
         time.sleep(0.06 * attempt)

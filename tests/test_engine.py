@@ -20,9 +20,7 @@ from gram_meta.engine.random_state import kept_random_state, random_state, set_r
 from gram_meta.errors import GramError
 
 if engine.room() != "builtin":
-    pytest.skip(
-        "the real Dassl is behind the door: these are tests of the built-in engine", allow_module_level=True
-    )
+    pytest.skip("the real Dassl is behind the door: these are tests of the built-in engine", allow_module_level=True)
 
 from dassl.data import DataManager, DatasetWrapper
 from dassl.data.datasets import DATASET_REGISTRY, DatasetBase, Datum
@@ -155,9 +153,7 @@ CONSTANT = ("OPTIM.WARMUP_EPOCH", 1, "OPTIM.WARMUP_TYPE", "constant")
 
 
 def test_cosine_after_a_constant_warmup_has_dassls_rates():
-    assert rates(5, *COSINE, *CONSTANT) == pytest.approx(
-        [1e-5, 0.002, 0.0018090, 0.0013090, 0.0006910], rel=1e-4
-    )
+    assert rates(5, *COSINE, *CONSTANT) == pytest.approx([1e-5, 0.002, 0.0018090, 0.0013090, 0.0006910], rel=1e-4)
 
 
 def test_warmup_without_recount_skips_the_epochs_it_took():
@@ -354,12 +350,14 @@ def test_training_transform_is_crop_flip_normalise_from_torchs_generator(images)
     names = ["random_resized_crop", "random_flip", "normalize"]
     cfg = config("INPUT.SIZE", (16, 16), "INPUT.INTERPOLATION", "bicubic", "INPUT.TRANSFORMS", names)
     transform = build_transform(cfg, is_train=True)
-    plain = T.Compose([
-        T.RandomResizedCrop((16, 16), scale=(0.08, 1.0), interpolation=T.InterpolationMode.BICUBIC),
-        T.RandomHorizontalFlip(),
-        T.ToTensor(),
-        T.Normalize(cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD),
-    ])  # fmt: skip
+    plain = T.Compose(
+        [
+            T.RandomResizedCrop((16, 16), scale=(0.08, 1.0), interpolation=T.InterpolationMode.BICUBIC),
+            T.RandomHorizontalFlip(),
+            T.ToTensor(),
+            T.Normalize(cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD),
+        ]
+    )
     image = Image.open(images[0].impath).convert("RGB")
     for seed in range(5):
         torch.manual_seed(seed)
@@ -485,9 +483,7 @@ def test_random_state_survives_a_file(tmp_path):
     before = random_state()
     with kept_random_state():
         draw()
-    assert random_state()["python"] == before["python"] and torch.equal(
-        random_state()["torch"], before["torch"]
-    )
+    assert random_state()["python"] == before["python"] and torch.equal(random_state()["torch"], before["torch"])
 
 
 def test_logger_leaves_the_console_open(tmp_path, monkeypatch, capsys):
@@ -538,11 +534,7 @@ def registered(images):
                 self.update_lr()
             return {"loss": loss.item(), "acc": compute_accuracy(output, labels)[0].item()}
 
-    for registry, cls in (
-        (BACKBONE_REGISTRY, TinyNet),
-        (DATASET_REGISTRY, TinyData),
-        (TRAINER_REGISTRY, TinyTrainer),
-    ):
+    for registry, cls in ((BACKBONE_REGISTRY, TinyNet), (DATASET_REGISTRY, TinyData), (TRAINER_REGISTRY, TinyTrainer)):
         registry.register(cls)
     yield SimpleNamespace(trainer=TinyTrainer)
     for registry, name in (
@@ -555,10 +547,28 @@ def registered(images):
 
 def tiny(tmp_path, *opts):
     return config(
-        "TRAINER.NAME", "TinyTrainer", "DATASET.NAME", "TinyData", "MODEL.BACKBONE.NAME", "TinyNet",
-        "INPUT.SIZE", (8, 8), "DATALOADER.TRAIN_X.BATCH_SIZE", 4, "OPTIM.NAME", "sgd", "OPTIM.LR", 0.01,
-        "OPTIM.MAX_EPOCH", 3, "TRAIN.PRINT_FREQ", 2, "OUTPUT_DIR", str(tmp_path / "out"), *opts,
-    )  # fmt: skip
+        "TRAINER.NAME",
+        "TinyTrainer",
+        "DATASET.NAME",
+        "TinyData",
+        "MODEL.BACKBONE.NAME",
+        "TinyNet",
+        "INPUT.SIZE",
+        (8, 8),
+        "DATALOADER.TRAIN_X.BATCH_SIZE",
+        4,
+        "OPTIM.NAME",
+        "sgd",
+        "OPTIM.LR",
+        0.01,
+        "OPTIM.MAX_EPOCH",
+        3,
+        "TRAIN.PRINT_FREQ",
+        2,
+        "OUTPUT_DIR",
+        str(tmp_path / "out"),
+        *opts,
+    )
 
 
 def test_a_plain_trainer_trains_tests_saves_and_logs(tmp_path, registered, capsys):
@@ -567,12 +577,7 @@ def test_a_plain_trainer_trains_tests_saves_and_logs(tmp_path, registered, capsy
     out = capsys.readouterr().out
     for line in ("Loading trainer: TinyTrainer", "Finish training", "Deploy the last-epoch model"):
         assert line in out.splitlines()
-    for part in (
-        "Evaluate on the *test* set",
-        "epoch [3/3] batch [2/3] time ",
-        " lr 1.0000e-02 eta ",
-        "Elapsed: 0:",
-    ):
+    for part in ("Evaluate on the *test* set", "epoch [3/3] batch [2/3] time ", " lr 1.0000e-02 eta ", "Elapsed: 0:"):
         assert part in out
     assert "batch [3/3]" not in out  # PRINT_FREQ 2
     assert (tmp_path / "out/model/checkpoint").read_text() == "model.pth.tar-3\n"

@@ -75,9 +75,7 @@ def plain_loss(form, backbone, images, theta, task):
                 feature = plain_image(model, image, theta.get("visual"))
                 context = theta.get("text")
                 if form == "conditional":
-                    hidden = F.relu(
-                        F.linear(feature, theta["meta_net.linear1.weight"], theta["meta_net.linear1.bias"])
-                    )
+                    hidden = F.relu(F.linear(feature, theta["meta_net.linear1.weight"], theta["meta_net.linear1.bias"]))
                     context = context + F.linear(
                         hidden, theta["meta_net.linear2.weight"], theta["meta_net.linear2.bias"]
                     )
@@ -88,10 +86,7 @@ def plain_loss(form, backbone, images, theta, task):
 
 
 def plain_image(model, image, prompt):
-    mean, std = (
-        torch.tensor([0.48145466, 0.4578275, 0.40821073]),
-        torch.tensor([0.26862954, 0.26130258, 0.27577711]),
-    )
+    mean, std = (torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711]))
     pixels = ((image.float() / 255 - mean[:, None, None]) / std[:, None, None]).double()
     tower = model.visual
     x = tower.conv1(pixels[None]).flatten(2)[0].T
@@ -160,28 +155,8 @@ def settings(*opts):
     return load_meta_config(
         [],
         [
-            *(
-                "BACKBONE.NAME",
-                "random-tiny",
-                "TASKS.WAYS",
-                "2",
-                "TASKS.HELD_OUT",
-                "0.4",
-                "TASKS.SUPPORT_SHOTS",
-                "2",
-            ),
-            *(
-                "TASKS.QUERY_SHOTS",
-                "4",
-                "OUTER.STEPS",
-                "4",
-                "EVAL.EVERY",
-                "2",
-                "EVAL.TASKS",
-                "3",
-                "OUTER.BATCH",
-                "2",
-            ),
+            *("BACKBONE.NAME", "random-tiny", "TASKS.WAYS", "2", "TASKS.HELD_OUT", "0.4", "TASKS.SUPPORT_SHOTS", "2"),
+            *("TASKS.QUERY_SHOTS", "4", "OUTER.STEPS", "4", "EVAL.EVERY", "2", "EVAL.TASKS", "3", "OUTER.BATCH", "2"),
             *("CHECKPOINT.EVERY", "2", "PROMPT.TEXT_TOKENS", "2", "PROMPT.WORDS", "a photo", *opts),
         ],
     )
@@ -215,9 +190,7 @@ def test_images_in_a_shard_are_the_same_as_files(pixel_corpus, tmp_path):
     with tarfile.open(tmp_path / "00000.tar") as tar:
         members = [(f"00000.tar/{member.name}", member.offset_data, member.size) for member in tar]
     names, offsets, sizes = (np.array(column) for column in zip(*members, strict=True))
-    places = Places(
-        ImageReader(tmp_path), names.tolist(), ["00000.tar"], np.zeros(96, np.int64), offsets, sizes
-    )
+    places = Places(ImageReader(tmp_path), names.tolist(), ["00000.tar"], np.zeros(96, np.int64), offsets, sizes)
     for name in ("files", "shard"):
         runs.append(trainer(pixel_corpus, tmp_path / name, *JOINT, "LOADER.WORKERS", "2"))
         if name == "shard":
@@ -307,9 +280,7 @@ def test_the_meta_net_is_kept_beside_the_prompts(pixel_corpus, tmp_path):
     net = {f"{META_NET}{name}": tuple(value.shape) for name, value in initial_meta_net(pixel_corpus[2]).items()}
     assert {name: tuple(value.shape) for name, value in checkpoint.extras.items()} == net
     checkpoint.check(pixel_corpus[2], {"text": 2}, net)
-    with pytest.raises(
-        GramError, match="meta-trained with meta_net.linear1.bias.* but the trainer learns nothing"
-    ):
+    with pytest.raises(GramError, match="meta-trained with meta_net.linear1.bias.* but the trainer learns nothing"):
         checkpoint.check(pixel_corpus[2], {"text": 2})
 
 

@@ -107,11 +107,7 @@ def test_no_beta_leaves_a_pure_gate():
 def test_random_start_is_seeded_and_not_the_identity():
     def make(seed):
         generator = torch.Generator().manual_seed(seed)
-        return (
-            GradientRegulator({"text": 8}, RegulatorConfig(start="random"), generator)
-            .gates["text"]
-            .weight_gamma
-        )
+        return GradientRegulator({"text": 8}, RegulatorConfig(start="random"), generator).gates["text"].weight_gamma
 
     assert torch.equal(make(1), make(1)) and not torch.equal(make(1), make(2)) and make(1).abs().max() > 0
 
@@ -220,9 +216,7 @@ def clip_layer_norm_in_float64(monkeypatch):
 def test_first_order_is_the_query_gradient_at_the_adapted_prompts(sides, theta):
     theta["text"].requires_grad_()
     regulator = curved_regulator()
-    first = torch.autograd.grad(
-        total(sides, theta, regulator, first_order=True), theta["text"], retain_graph=True
-    )[0]
+    first = torch.autograd.grad(total(sides, theta, regulator, first_order=True), theta["text"], retain_graph=True)[0]
     adapted = adapt(sides[0], for_each_task(theta, 3), ALPHA, 1, regulator, first_order=True)
     copies = {"text": adapted["text"].detach().requires_grad_()}
     torch.testing.assert_close(first, task_gradients(sides[1], copies)["text"].sum(0))
@@ -255,9 +249,7 @@ def test_taylor_expansion_of_the_meta_objective(sides, theta):
 
     assert gap(1e-2) > 0
     assert gap(1e-3) / gap(1e-4) == pytest.approx(100, rel=0.05)
-    cosine = (regulated * query).sum((1, 2)) / (
-        regulated.flatten(1).norm(dim=1) * query.flatten(1).norm(dim=1)
-    )
+    cosine = (regulated * query).sum((1, 2)) / (regulated.flatten(1).norm(dim=1) * query.flatten(1).norm(dim=1))
     torch.testing.assert_close(inner_products({"text": regulated}, {"text": query}), cosine)
 
 
@@ -267,7 +259,5 @@ def test_task_loss_is_equation_1(backbone, sides, theta):
     features = plain_features(support, 1, theta["text"])
     cosines = support.images[1] @ features.T
     exps = torch.exp(cosines * backbone.logit_scale)
-    expected = -sum(math.log(exps[i, k] / exps[i].sum()) for i, k in enumerate(support.labels[1])) / len(
-        cosines
-    )
+    expected = -sum(math.log(exps[i, k] / exps[i].sum()) for i, k in enumerate(support.labels[1])) / len(cosines)
     assert losses[1].item() == pytest.approx(expected, rel=1e-10)

@@ -117,23 +117,12 @@ def page(corpus, tmp_path_factory):
 def test_it_holds_what_it_should(page):
     headings = [a["id"] for a in page.all("h2")]
     assert headings == [f"{key}-title" for key in ("pairs", "sizes", "topics", "task", "dropped", "settings")]
-    assert [a["id"] for a in page.all("article", **{"class": "topic"})] == [
-        f"topic-{i}" for i in range(TOPICS)
-    ]
-    strips = [
-        a for a in page.all("div", **{"class": "strip"}) if a["aria-label"].startswith("Images of domain")
-    ]
+    assert [a["id"] for a in page.all("article", **{"class": "topic"})] == [f"topic-{i}" for i in range(TOPICS)]
+    strips = [a for a in page.all("div", **{"class": "strip"}) if a["aria-label"].startswith("Images of domain")]
     assert len(strips) == 2 * TOPICS
     # 8 of each domain, 3 classes of 2 + 4, 8 filtered and 8 of noise
     assert len(page.all("img")) == 8 * 2 * TOPICS + 3 * 6 + 16
-    for words in (
-        "pairs 264",
-        "images 264",
-        "topics 6",
-        "different words 5",
-        "visual domains 12",
-        "A 3-way task",
-    ):
+    for words in ("pairs 264", "images 264", "topics 6", "different words 5", "visual domains 12", "A 3-way task"):
         assert words in page.text, words
     assert "missing file 1" in page.text  # skipped by gram embed
     assert "a CLIP with random weights" in page.text
@@ -194,10 +183,7 @@ def test_images_that_are_gone_are_placeholders_and_counted(corpus, tmp_path, cap
     gone = page.all("span", **{"class": "gone"})
     assert page.all("img") and len(gone) >= 16 and all("missing file" in a["aria-label"] for a in gone)
     asked = len(gone) + len(page.all("img"))
-    assert (
-        f"{len(gone)} of the {asked} images of this page could not be read (missing file: {len(gone)})"
-        in page.text
-    )
+    assert f"{len(gone)} of the {asked} images of this page could not be read (missing file: {len(gone)})" in page.text
     assert f"{asked} images, {len(gone)} of which could not be read" in capsys.readouterr().out
 
 
@@ -254,9 +240,16 @@ def test_a_browser_shows_it(corpus, tmp_path):
     """Its script runs, under its own policy; that of a caption does not."""
     inspect(corpus, tmp_path / "page.html", "--topics", "6")
     argv = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
-        f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,900", "--timeout=20000",
-    ]  # fmt: skip
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--no-first-run",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--window-size=1200,900",
+        "--timeout=20000",
+    ]
     url = (tmp_path / "page.html").as_uri()
     done = subprocess.run([*argv, "--dump-dom", url], capture_output=True, text=True, timeout=120)
     if not done.stdout.strip():
@@ -264,9 +257,7 @@ def test_a_browser_shows_it(corpus, tmp_path):
     shown = Page(done.stdout)
     assert "hidden" not in shown.all("form")[0]  # the script has uncovered it
     assert len(shown.all("script")) == 1
-    subprocess.run(
-        [*argv, f"--screenshot={tmp_path / 'page.png'}", url], capture_output=True, timeout=120, check=True
-    )
+    subprocess.run([*argv, f"--screenshot={tmp_path / 'page.png'}", url], capture_output=True, timeout=120, check=True)
     with Image.open(tmp_path / "page.png") as picture:
         colours = len(picture.convert("RGB").getcolors(picture.width * picture.height))
     assert colours > 50  # charts and pictures, not a blank sheet

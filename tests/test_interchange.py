@@ -67,11 +67,7 @@ def metas(tmp_path_factory, backbone):
         ("text", "", {"ctx"}),
         ("visual", "", {"visual_ctx"}),
         ("both", "", {"ctx", "visual_ctx"}),
-        (
-            "conditional",
-            "",
-            {"ctx", *(f"meta_net.linear{i}.{leaf}" for i in (1, 2) for leaf in ("weight", "bias"))},
-        ),
+        ("conditional", "", {"ctx", *(f"meta_net.linear{i}.{leaf}" for i in (1, 2) for leaf in ("weight", "bias"))}),
         ("conditional", "CoOp", {"ctx"}),
         ("both", "CoOp", {"ctx"}),
         ("visual", "MaPLe/VPT", {"image_encoder.VPT"}),
@@ -86,16 +82,9 @@ def test_names_are_the_trainers(tmp_path, metas, held, trainer, names):
     state = torch.load(tmp_path / "theta.pth.tar", weights_only=True)  # nothing but tensors and plain values
     assert set(state["state_dict"]) == names and state["epoch"] == 0
     kinds, extras = prompts[held]
-    expected = {
-        "ctx": "text",
-        "visual_ctx": "visual",
-        "prompt_learner.ctx": "text",
-        "image_encoder.VPT": "visual",
-    }
+    expected = {"ctx": "text", "visual_ctx": "visual", "prompt_learner.ctx": "text", "image_encoder.VPT": "visual"}
     for name, value in state["state_dict"].items():
-        torch.testing.assert_close(
-            value, extras[name] if name in extras else kinds[expected[name]], rtol=0, atol=0
-        )
+        torch.testing.assert_close(value, extras[name] if name in extras else kinds[expected[name]], rtol=0, atol=0)
     assert "the regulator" in done.left_out
     assert ("the visual prompt" in done.left_out) == (held == "both" and trainer == "CoOp")
     assert ("the meta-net" in done.left_out) == (held == "conditional" and trainer == "CoOp")
@@ -147,17 +136,33 @@ def test_dassls_loader_takes_it(tmp_path, metas, capsys):
 def options(data, weights, trainer, *more):
     config = {"CoOp": "c4_ep10_batch32_ctxv1", "CoCo": "c4_ep10_batch1_ctxv1", "VPT": "c4_ep10_batch32_ctxv1"}
     kind = (
-        trainer.removesuffix("GRAM").removesuffix("Op")
-        if trainer.startswith("CoCo")
-        else trainer.removesuffix("GRAM")
+        trainer.removesuffix("GRAM").removesuffix("Op") if trainer.startswith("CoCo") else trainer.removesuffix("GRAM")
     )
     config["Joint"] = config["Uni"] = "c2+2_ep10_batch32_ctxv1"
     name = config[kind.removesuffix("Prompt")]
     return [
-        "--root", str(data), "--seed", "1", "--trainer", trainer, "--dataset-config-file", "emoji_food",
-        "--config-file", f"gram_small_{name}", "--backbone", str(weights), "INPUT.SIZE", "(32,32)",
-        "DATALOADER.NUM_WORKERS", "0", "OPTIM.MAX_EPOCH", "1", "DATASET.NUM_SHOTS", "2", *more,
-    ]  # fmt: skip
+        "--root",
+        str(data),
+        "--seed",
+        "1",
+        "--trainer",
+        trainer,
+        "--dataset-config-file",
+        "emoji_food",
+        "--config-file",
+        f"gram_small_{name}",
+        "--backbone",
+        str(weights),
+        "INPUT.SIZE",
+        "(32,32)",
+        "DATALOADER.NUM_WORKERS",
+        "0",
+        "OPTIM.MAX_EPOCH",
+        "1",
+        "DATASET.NUM_SHOTS",
+        "2",
+        *more,
+    ]
 
 
 def built(arguments):
@@ -238,8 +243,10 @@ SCRIPT = PRELUDE + 'runpy.run_path(os.path.join(checkout, sys.argv[0]), run_name
 def python(code, place, weights, *words):
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, place, str(weights), *map(str, words)],
-        capture_output=True, text=True, cwd=place,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=place,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
@@ -249,9 +256,7 @@ def eurosat(tiny_data, tmp_path_factory):
     """The same pictures as EuroSAT, a dataset that CoOp knows."""
     root = tmp_path_factory.mktemp("data")
     shutil.copytree(tiny_data / "emoji_food" / "images", root / "eurosat" / "2750")
-    shutil.copy(
-        tiny_data / "emoji_food" / "split_zhou_EmojiFood.json", root / "eurosat" / "split_zhou_EuroSAT.json"
-    )
+    shutil.copy(tiny_data / "emoji_food" / "split_zhou_EmojiFood.json", root / "eurosat" / "split_zhou_EuroSAT.json")
     return root
 
 
@@ -299,12 +304,9 @@ print("TOLD", json.dumps(told))
 
 
 @pytest.mark.parametrize(
-    "name, held, config",
-    [("CoOp", "text", "vit_b16.yaml"), ("CoCoOp", "conditional", "vit_b16_c4_ep10_batch1.yaml")],
+    "name, held, config", [("CoOp", "text", "vit_b16.yaml"), ("CoCoOp", "conditional", "vit_b16_c4_ep10_batch1.yaml")]
 )
-def test_an_official_trainer_starts_from_an_exported_prompt(
-    tmp_path, eurosat, weights, metas, name, held, config
-):
+def test_an_official_trainer_starts_from_an_exported_prompt(tmp_path, eurosat, weights, metas, name, held, config):
     place = checkout("CoOp")
     meta = metas[0] / f"{held}.safetensors"
     export(meta, tmp_path / "theta.pth.tar", name)
@@ -340,9 +342,7 @@ with torch.no_grad():
     "held, trainer, module, node",
     [("visual", "MaPLe/VPT", "vpt", "VPT"), ("both", "MaPLe/IVLP", "independentVL", "IVLP")],
 )
-def test_maples_vpt_and_ivlp_compute_the_same_from_it(
-    tmp_path, weights, metas, backbone, held, trainer, module, node
-):
+def test_maples_vpt_and_ivlp_compute_the_same_from_it(tmp_path, weights, metas, backbone, held, trainer, module, node):
     from gram_meta.prompts import PromptedCLIP
 
     place = checkout("MaPLe")
@@ -365,53 +365,16 @@ def runs(tmp_path_factory, eurosat, weights, metas):
     place = checkout("CoOp")
     out = tmp_path_factory.mktemp("runs")
     common = ["--root", eurosat, "--dataset-config-file", "configs/datasets/eurosat.yaml"]
-    opts = [
-        "INPUT.SIZE",
-        "(32,32)",
-        "DATASET.NUM_SHOTS",
-        "2",
-        "DATALOADER.NUM_WORKERS",
-        "0",
-        "OPTIM.MAX_EPOCH",
-        "2",
-    ]
+    opts = ["INPUT.SIZE", "(32,32)", "DATASET.NUM_SHOTS", "2", "DATALOADER.NUM_WORKERS", "0", "OPTIM.MAX_EPOCH", "2"]
     opts += ["TRAINER.COOP.PREC", "fp32"]
 
     def theirs(folder, *words, more=()):
-        flags = [
-            "--trainer",
-            "CoOp",
-            "--config-file",
-            "configs/trainers/CoOp/vit_b16_ctxv1.yaml",
-            "--seed",
-            "1",
-        ]
-        python(
-            SCRIPT,
-            place,
-            weights,
-            "train.py",
-            *common,
-            *flags,
-            "--output-dir",
-            out / folder,
-            *words,
-            *opts,
-            *more,
-        )
+        flags = ["--trainer", "CoOp", "--config-file", "configs/trainers/CoOp/vit_b16_ctxv1.yaml", "--seed", "1"]
+        python(SCRIPT, place, weights, "train.py", *common, *flags, "--output-dir", out / folder, *words, *opts, *more)
 
     def ours(folder, seed, *words, trainer="CoOpGRAM", more=(), status=0):
-        flags = [
-            "--trainer",
-            trainer,
-            "--seed",
-            str(seed),
-            "--config-file",
-            "gram_small_c4_ep10_batch32_ctxv1",
-        ]
-        gram = (
-            ["TRAINER.GRAM.CHECKPOINT", str(metas[0] / "text.safetensors")] if trainer == "CoOpGRAM" else []
-        )
+        flags = ["--trainer", trainer, "--seed", str(seed), "--config-file", "gram_small_c4_ep10_batch32_ctxv1"]
+        gram = ["TRAINER.GRAM.CHECKPOINT", str(metas[0] / "text.safetensors")] if trainer == "CoOpGRAM" else []
         words = [
             *map(str, common),
             *flags,
@@ -440,14 +403,7 @@ def runs(tmp_path_factory, eurosat, weights, metas):
         for seed in (1, 2):
             tail = f"seed{seed}"
             ours(f"ours/train_base/{tail}", seed, more=base)
-            ours(
-                f"ours/test_new/{tail}",
-                seed,
-                "--eval-only",
-                "--model-dir",
-                out / "ours/train_base" / tail,
-                more=new,
-            )
+            ours(f"ours/test_new/{tail}", seed, "--eval-only", "--model-dir", out / "ours/train_base" / tail, more=new)
         parts = [*base, "TRAIN.CHECKPOINT_FREQ", "1"]
         with pytest.MonkeyPatch.context() as patch:
             interrupt(patch)
@@ -456,17 +412,15 @@ def runs(tmp_path_factory, eurosat, weights, metas):
         ours("parts/seed1", 1, more=parts)  # goes on with the second epoch, in the same log
         # across
         theirs(
-            "across/coop_on_ours/seed1", "--eval-only", "--model-dir", out / "ours/train_base/seed1", "--load-epoch", "2",
-            more=new,
-        )  # fmt: skip
-        ours(
-            "across/coopgram_on_theirs",
-            1,
+            "across/coop_on_ours/seed1",
             "--eval-only",
             "--model-dir",
-            out / "theirs/train_base/seed1",
+            out / "ours/train_base/seed1",
+            "--load-epoch",
+            "2",
             more=new,
         )
+        ours("across/coopgram_on_theirs", 1, "--eval-only", "--model-dir", out / "theirs/train_base/seed1", more=new)
         ours(
             "across/coop_on_theirs",
             1,
@@ -548,17 +502,7 @@ def test_our_report_reads_its_logs(runs, capsys):
 def test_words_of_its_runs(runs, weights, capsys):
     out, _ = runs
     assert (
-        main(
-            [
-                "interpret",
-                str(out / "theirs/train_base/seed1"),
-                "--backbone",
-                str(weights),
-                "--format",
-                "json",
-            ]
-        )
-        == 0
+        main(["interpret", str(out / "theirs/train_base/seed1"), "--backbone", str(weights), "--format", "json"]) == 0
     )
     facts = json.loads(capsys.readouterr().out)
     assert facts["trainer"] == "CoOp" and facts["epoch"] == 2 and facts["shape"] == [4, D]

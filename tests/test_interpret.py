@@ -77,9 +77,7 @@ def test_distances_stay_exact_near_a_word(backbone):
 
 
 def test_a_context_per_class_is_told_per_class(tmp_path, backbone):
-    contexts = torch.stack(
-        [context_from_words(backbone, "a photo"), context_from_words(backbone, "two dogs")]
-    )
+    contexts = torch.stack([context_from_words(backbone, "a photo"), context_from_words(backbone, "two dogs")])
     path = checkpoint(tmp_path, {"ctx": moved(contexts)}, classnames=["cat", "dog"])
     found = interpret(path, topk=1, backbone="random-tiny")
     assert words_of(found) == {(0, 1): ["a"], (0, 2): ["photo"], (1, 1): ["two"], (1, 2): ["dogs"]}
@@ -162,10 +160,7 @@ def test_the_log_of_a_coop_checkout_names_the_backbone(tmp_path, backbone):
     tested = tmp_path / "test_new"
     tested.mkdir()
     (tested / "log.txt").write_text(LOG.format(final="last_step", model_dir=run, space=" "))
-    assert [word.word for word in interpret(tested, topk=1).words] == [
-        "house",
-        "boat",
-    ]  # of the run it evaluates
+    assert [word.word for word in interpret(tested, topk=1).words] == ["house", "boat"]  # of the run it evaluates
 
 
 def test_tokens_that_share_one_embedding_are_no_words(tmp_path):
@@ -189,10 +184,7 @@ def test_formats(tmp_path, backbone, capsys):
     assert text[1].startswith("1: a</w> 0.0160  ") and text[2].startswith("2: photo</w> 0.0160  ")
     assert main([*command, "--format", "json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["shape"] == [2, 64] and [w["word"] for w in facts["words"] if w["rank"] == 1] == [
-        "a",
-        "photo",
-    ]
+    assert facts["shape"] == [2, 64] and [w["word"] for w in facts["words"] if w["rank"] == 1] == ["a", "photo"]
     assert main([*command, "--format", "csv"]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [row["piece"] for row in rows if row["rank"] == "1"] == ["a</w>", "photo</w>"]
@@ -239,9 +231,23 @@ def test_coops_interpret_prompt_prints_the_same(tmp_path, backbone, words):
     context = moved(context_from_words(backbone, words), 4) if words else torch.randn(5, 64) * 0.02
     path = checkpoint(tmp_path, {"ctx": context})
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT, checkout, tmp_path / "clip.pt", "interpret_prompt.py", path, "7"],
-        capture_output=True, text=True, check=True, cwd=checkout,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            SCRIPT,
+            checkout,
+            tmp_path / "clip.pt",
+            "interpret_prompt.py",
+            path,
+            "7",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=checkout,
+    )
     theirs = [line for line in done.stdout.splitlines() if line.partition(":")[0].isdigit()]
     found = interpret(path, topk=7, backbone=str(tmp_path / "clip.pt"))
     assert len(theirs) == len(context)

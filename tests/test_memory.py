@@ -222,9 +222,7 @@ def test_checkpointing_keeps_the_layers_inputs_alone(exact):
 
 # ------------------------------------------------------------------------------------------------------ class chunks
 
-MANY = [
-    f"{look} {thing}" for look in ("", "very big and old", "red", "small wooden") for thing in NAMES
-]  # 20
+MANY = [f"{look} {thing}" for look in ("", "very big and old", "red", "small wooden") for thing in NAMES]  # 20
 
 
 def prompt_and_text(kind, backbone):
@@ -408,10 +406,27 @@ CONFIGS = {
 def test_a_trainers_step_is_the_same_with_and_without(name, tiny_data, tiny_options, tmp_path, capsys):
     def step(*changes):
         arguments = [
-            "--root", str(tiny_data), "--seed", "1", "--trainer", name, "--dataset-config-file", "emoji_food",
-            "--config-file", CONFIGS[name], "--output-dir", str(tmp_path / "out"), *tiny_options,
-            "DATASET.NUM_SHOTS", "2", "DATALOADER.TRAIN_X.BATCH_SIZE", "2", "OPTIM.WARMUP_EPOCH", "-1", *changes,
-        ]  # fmt: skip
+            "--root",
+            str(tiny_data),
+            "--seed",
+            "1",
+            "--trainer",
+            name,
+            "--dataset-config-file",
+            "emoji_food",
+            "--config-file",
+            CONFIGS[name],
+            "--output-dir",
+            str(tmp_path / "out"),
+            *tiny_options,
+            "DATASET.NUM_SHOTS",
+            "2",
+            "DATALOADER.TRAIN_X.BATCH_SIZE",
+            "2",
+            "OPTIM.WARMUP_EPOCH",
+            "-1",
+            *changes,
+        ]
         cfg = launch.setup_cfg(launch.build_parser().parse_args(arguments))
         set_random_seed(cfg.SEED)
         trainer = build_trainer(cfg)
@@ -419,9 +434,7 @@ def test_a_trainers_step_is_the_same_with_and_without(name, tiny_data, tiny_opti
         text, layers = trainer.model.class_text, trainer.backbone.checkpointing
         trainer.num_batches, trainer.epoch, trainer.batch_idx = 5, 0, 0
         trainer.set_model_mode("train")
-        start = (
-            torch.nn.utils.parameters_to_vector(trainer.model.prompt_learner.parameters()).detach().clone()
-        )
+        start = torch.nn.utils.parameters_to_vector(trainer.model.prompt_learner.parameters()).detach().clone()
         trainer.forward_backward(next(iter(trainer.train_loader_x)))
         end = torch.nn.utils.parameters_to_vector(trainer.model.prompt_learner.parameters()).detach()
         return end - start, text.chunk if text is not None else 0, layers, said

@@ -108,10 +108,7 @@ def test_planted_test_images_are_found(corpus, data, tmp_path, capsys, words):
     said = capsys.readouterr().out
     assert f"{len(rows)} of the 49 images" in said and "--exclude" in said
     table = {line.split()[0]: line.split()[1:] for line in said.splitlines() if line.startswith("emoji_")}
-    assert table == {
-        "emoji_food": ["16", "1", "1", "12.50", "%"],
-        "emoji_travel": ["16", "0", "0", "0.00", "%"],
-    }
+    assert table == {"emoji_food": ["16", "1", "1", "12.50", "%"], "emoji_travel": ["16", "0", "0", "0.00", "%"]}
 
 
 def test_training_images_are_looked_for_where_asked(corpus, data, tmp_path):
@@ -254,9 +251,7 @@ def test_distances():
     assert (overlap.distances(one, other) > 0.5).all()
     np.testing.assert_allclose(overlap.distances(one, other), overlap.distances(other, one), atol=1e-5)
     plain = np.full((1, 32, 32, 3), 200, np.uint8)
-    assert overlap.distances(plain, plain) == pytest.approx(
-        1
-    )  # nothing to go by: equal files are found otherwise
+    assert overlap.distances(plain, plain) == pytest.approx(1)  # nothing to go by: equal files are found otherwise
     assert len(overlap.distances(one[:0], one[:0])) == 0
 
 
@@ -268,12 +263,8 @@ def test_windows_are_crops():
     whole = overlap._windows(torch.from_numpy(overlap.small_copy(image)[None]))[0]
     spans = overlap._window_spans()
     assert len(spans) == whole.shape[0] and spans == [*dict.fromkeys(spans)]
-    mirrored = {
-        ((top, bottom), (round(1 - right, 6), round(1 - left, 6))) for (top, bottom), (left, right) in spans
-    }
-    assert mirrored == {
-        ((top, bottom), (round(left, 6), round(right, 6))) for (top, bottom), (left, right) in spans
-    }
+    mirrored = {((top, bottom), (round(1 - right, 6), round(1 - left, 6))) for (top, bottom), (left, right) in spans}
+    assert mirrored == {((top, bottom), (round(left, 6), round(right, 6))) for (top, bottom), (left, right) in spans}
     for window, ((top, bottom), (left, right)) in zip(whole, spans, strict=True):
         crop = image.crop(tuple(round(320 * x) for x in (left, top, right, bottom)))
         mine = overlap._windows(torch.from_numpy(overlap.small_copy(crop)[None]))[0, 0]

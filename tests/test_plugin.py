@@ -170,9 +170,7 @@ def test_an_unknown_option_names_the_nearest(cfg, key, nearest):
 def test_an_unknown_key_in_a_file_names_file_and_nearest(cfg, tmp_path):
     path = tmp_path / "my.yaml"
     path.write_text("OPTIM:\n  MAX_EPOCHS: 3\n")
-    with pytest.raises(
-        GramError, match=r"my\.yaml: unknown key 'OPTIM\.MAX_EPOCHS'; did you mean 'OPTIM\.MAX_EPOCH'"
-    ):
+    with pytest.raises(GramError, match=r"my\.yaml: unknown key 'OPTIM\.MAX_EPOCHS'; did you mean 'OPTIM\.MAX_EPOCH'"):
         cfg.merge_from_file(str(path))
 
 
@@ -189,14 +187,7 @@ def test_other_errors_of_yacs_stay(cfg):
 def test_files_of_the_package_where_there_is_none(cfg, typed, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     trainer = "configs/trainers/CoOpGRAM/vit_b16_c4_ep10_batch32_ctxv1.yaml"
-    typed(
-        "--trainer",
-        "CoOpGRAM",
-        "--dataset-config-file",
-        "configs/datasets/dtd.yaml",
-        "--config-file",
-        trainer,
-    )
+    typed("--trainer", "CoOpGRAM", "--dataset-config-file", "configs/datasets/dtd.yaml", "--config-file", trainer)
     cfg.merge_from_file("configs/datasets/dtd.yaml")
     cfg.merge_from_file(trainer)
     assert cfg.DATASET.NAME == "DescribableTextures" and cfg.TRAINER.GRAM.META == "coop_vit_b16"
@@ -420,9 +411,7 @@ def build_model(state_dict, design_details):
 
 FOREIGN = ("datasets", "trainers", "clip", "transformers", "sentence_transformers", "umap", "hdbscan")
 PLUGIN = f"import sys, gram_meta.plugin; brought = [name for name in {FOREIGN} if name in sys.modules]"
-OPEN_DOOR = (
-    "import gram_meta.engine; gram_meta.engine.room()"  # where there is no real Dassl, `dassl` is to be there
-)
+OPEN_DOOR = "import gram_meta.engine; gram_meta.engine.room()"  # where there is no real Dassl, `dassl` is to be there
 
 
 def write_checkout(folder, own_clip=False, **where):
@@ -468,13 +457,7 @@ def test_gram_train_in_a_checkout(tmp_path, tiny_data, tiny_options):
     """`gram train`: its train.py with our trainer, its dataset, its clip of the MaPLe family, its own flags, seed 0."""
     folder = write_checkout(tmp_path / "checkout", own_clip=True)
     run = in_checkout(
-        folder,
-        "-m",
-        "gram_meta",
-        "train",
-        "--checkouts-own",
-        "x",
-        *flags(tiny_data, "out", options=tiny_options),
+        folder, "-m", "gram_meta", "train", "--checkouts-own", "x", *flags(tiny_data, "out", options=tiny_options)
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert f"{folder}/train.py" in run.stderr
@@ -490,9 +473,7 @@ def test_gram_train_in_a_checkout(tmp_path, tiny_data, tiny_options):
 
 def test_bad_input_in_a_checkout_is_one_line(tmp_path, tiny_data):
     folder = write_checkout(tmp_path / "checkout", first=PLUGIN)
-    run = in_checkout(
-        folder, "train.py", *flags(tiny_data, "out", options=("TRAINER.GRAM.REGULATED", "True"))
-    )
+    run = in_checkout(folder, "train.py", *flags(tiny_data, "out", options=("TRAINER.GRAM.REGULATED", "True")))
     assert run.returncode == 1
     assert run.stderr == (
         "train.py: options: unknown key 'TRAINER.GRAM.REGULATED'; did you mean 'TRAINER.GRAM.REGULATE'?\n"
@@ -538,9 +519,7 @@ def test_a_trainer_that_lacks_a_package(tmp_path, monkeypatch, capsys, typed, tr
             importlib.import_module("trainers.needy")
     else:
         importlib.import_module("trainers.needy")
-        assert (
-            "trainers.needy needs the package no_such_package, which is not here" in capsys.readouterr().err
-        )
+        assert "trainers.needy needs the package no_such_package, which is not here" in capsys.readouterr().err
     with pytest.raises(ModuleNotFoundError, match="no_such_file"):  # the checkout's own mistake
         importlib.import_module("trainers.broken")
     for name in [name for name in sys.modules if name.partition(".")[0] == "trainers"]:

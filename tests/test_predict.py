@@ -47,7 +47,7 @@ CASES = {
     "CoCoOpGRAM": ("TRAINER.COCOOP.CTX_INIT", "a photo of a"),
     "VPTGRAM": (),
     "UniGRAM": (),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +91,47 @@ def flags(case, data, out, metas, *opts):
     if trainer in TOKENS:
         opts = (*opts, "TRAINER.GRAM.CHECKPOINT", str(metas / f"{trainer}.safetensors"))
     return [
-        "--root", str(data), "--seed", "1", "--trainer", trainer, "--dataset-config-file", "emoji_food",
-        "--output-dir", str(out), "MODEL.BACKBONE.NAME", "random-tiny", "INPUT.SIZE", "(32,32)",
-        "INPUT.INTERPOLATION", "bicubic", "INPUT.TRANSFORMS", "('random_flip','normalize')",
-        "INPUT.PIXEL_MEAN", "[0.5,0.4,0.3]", "INPUT.PIXEL_STD", "[0.26862954,0.26130258,0.27577711]",
-        "DATASET.NUM_SHOTS", "2", "DATALOADER.TRAIN_X.BATCH_SIZE", "4", "DATALOADER.NUM_WORKERS", "0",
-        "OPTIM.NAME", "sgd", "OPTIM.LR", "0.5", "OPTIM.MAX_EPOCH", "2", "TRAIN.CHECKPOINT_FREQ", "1",
-        f"TRAINER.{NODES.get(trainer, 'COOP')}.PREC", "fp32", *CASES.get(case, ()), *opts,
-    ]  # fmt: skip
+        "--root",
+        str(data),
+        "--seed",
+        "1",
+        "--trainer",
+        trainer,
+        "--dataset-config-file",
+        "emoji_food",
+        "--output-dir",
+        str(out),
+        "MODEL.BACKBONE.NAME",
+        "random-tiny",
+        "INPUT.SIZE",
+        "(32,32)",
+        "INPUT.INTERPOLATION",
+        "bicubic",
+        "INPUT.TRANSFORMS",
+        "('random_flip','normalize')",
+        "INPUT.PIXEL_MEAN",
+        "[0.5,0.4,0.3]",
+        "INPUT.PIXEL_STD",
+        "[0.26862954,0.26130258,0.27577711]",
+        "DATASET.NUM_SHOTS",
+        "2",
+        "DATALOADER.TRAIN_X.BATCH_SIZE",
+        "4",
+        "DATALOADER.NUM_WORKERS",
+        "0",
+        "OPTIM.NAME",
+        "sgd",
+        "OPTIM.LR",
+        "0.5",
+        "OPTIM.MAX_EPOCH",
+        "2",
+        "TRAIN.CHECKPOINT_FREQ",
+        "1",
+        f"TRAINER.{NODES.get(trainer, 'COOP')}.PREC",
+        "fp32",
+        *CASES.get(case, ()),
+        *opts,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +169,7 @@ def table(text):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_probabilities_are_those_of_the_trainers_own_evaluation(
-    case, runs, tiny_data, metas, test_images, tmp_path
-):
+def test_probabilities_are_those_of_the_trainers_own_evaluation(case, runs, tiny_data, metas, test_images, tmp_path):
     run = runs(case)
     rows = Predictor.load(run)([path for path, _ in test_images])
 
@@ -148,9 +179,7 @@ def test_probabilities_are_those_of_the_trainers_own_evaluation(
         trainer.load_model(str(run))
     trainer.set_model_mode("eval")
     with torch.no_grad():
-        expected = torch.cat(
-            [trainer.model_inference(batch["img"]) for batch in trainer.test_loader]
-        ).softmax(1)
+        expected = torch.cat([trainer.model_inference(batch["img"]) for batch in trainer.test_loader]).softmax(1)
     np.testing.assert_allclose([row.probabilities for row in rows], expected.numpy(), atol=2e-7)
     assert rows[0].classnames == trainer.dm.dataset.classnames
 
@@ -215,16 +244,9 @@ def official(tmp_path, backbone):
     context = torch.randn(4, backbone.text_width, generator=torch.Generator().manual_seed(5)).half()
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1)
     state = {
-        "state_dict": {
-            "ctx": context,
-            "token_prefix": torch.zeros(3, 1, 64),
-            "token_suffix": torch.zeros(3, 72, 64),
-        },
+        "state_dict": {"ctx": context, "token_prefix": torch.zeros(3, 1, 64), "token_suffix": torch.zeros(3, 72, 64)},
         "epoch": 50,
-        "scheduler": {
-            "successor": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50),
-            "last_epoch": 50,
-        },
+        "scheduler": {"successor": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50), "last_epoch": 50},
     }
     torch.save(state, run / "prompt_learner" / "model.pth.tar-50")
     (run / "log.txt").write_text(
@@ -234,22 +256,16 @@ def official(tmp_path, backbone):
         "  SIZE: (32, 32)\n  TRANSFORMS: ('random_resized_crop', 'random_flip', 'normalize')\n"
         "MODEL:\n  BACKBONE:\n    NAME: random-tiny\nTRAINER:\n  COOP:\n    CLASS_TOKEN_POSITION: front\n    CSC: False\n"
         "    CTX_INIT: \n    N_CTX: 4\n    PREC: fp16\n  NAME: CoOp\nCollecting env info ...\n** System info **\n"
-    )  # fmt: skip
+    )
     return run, context.float()
 
 
 def test_an_official_run_serves_with_names_for_its_classes(official, backbone, image, tmp_path, capsys):
     run, context = official
-    with pytest.raises(
-        GramError, match=r"official: does not say the names of its classes; expected --classes"
-    ):
+    with pytest.raises(GramError, match=r"official: does not say the names of its classes; expected --classes"):
         Predictor.load(run)
     predictor = Predictor.load(run, classes=["cat", "dog", "sea_lion"])
-    assert (predictor.saved.trainer, predictor.saved.epoch, predictor.backbone.precision) == (
-        "CoOp",
-        50,
-        "fp32",
-    )
+    assert (predictor.saved.trainer, predictor.saved.epoch, predictor.backbone.precision) == ("CoOp", 50, "fp32")
 
     from gram_meta.trainers.coop import PlacedText  # the log says that the context stands behind the name
 
@@ -285,9 +301,7 @@ def test_a_meta_checkpoint_serves_as_it_is(trainer, metas, runs, backbone, image
         prompt = predictor.saved.state_dict["visual_ctx"]
         pixels = backbone.preprocess()(Image.open(image).convert("RGB"))[None]
         with torch.no_grad():
-            logits = (
-                backbone.logit_scale * backbone.encode_images(pixels, prompt) @ backbone.encode_texts(texts).T
-            )
+            logits = backbone.logit_scale * backbone.encode_images(pixels, prompt) @ backbone.encode_texts(texts).T
         np.testing.assert_allclose(row.probabilities, logits.softmax(1)[0], atol=1e-6)
 
 
@@ -298,9 +312,7 @@ def test_prompts_transfer_to_other_classes(runs, image):
     run = runs("CoOp")
     new = Predictor.load(run, classes=["cat", "dog", "sea_lion"])
     assert new(image)[0].probabilities.shape == (3,)
-    same = Predictor.load(
-        run, classes=["grey", "red", "blue", "green"]
-    )  # another order, the same probabilities
+    same = Predictor.load(run, classes=["grey", "red", "blue", "green"])  # another order, the same probabilities
     assert dict(same(image)[0].top(4)) == pytest.approx(dict(Predictor.load(run)(image)[0].top(4)), abs=1e-6)
 
 
@@ -325,12 +337,7 @@ def test_names_come_from_words_and_files(tmp_path):
 
 @pytest.mark.parametrize(
     "words, what",
-    [
-        ("cat", "at least two"),
-        ("", "at least two"),
-        ("names.txt", "no such file"),
-        ("BAD.json", "split file in CoOp"),
-    ],
+    [("cat", "at least two"), ("", "at least two"), ("names.txt", "no such file"), ("BAD.json", "split file in CoOp")],
 )
 def test_bad_lists_of_classes_are_told(words, what, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -387,13 +394,7 @@ def test_a_folder_is_its_images_sorted_and_broken_ones_are_told(zoo, runs, capsy
     assert status == 0
     images = list(dict.fromkeys(row["image"] for row in rows))
     assert images == [str(zoo / name) for name in GOOD]
-    assert [row["rank"] for row in rows[:5]] == [
-        "1",
-        "2",
-        "3",
-        "4",
-        "1",
-    ]  # four classes, fewer than asked for
+    assert [row["rank"] for row in rows[:5]] == ["1", "2", "3", "4", "1"]  # four classes, fewer than asked for
     for name, reason in BAD.items():
         assert f"{zoo / name}: {reason}; left out" in said.err
     assert (
@@ -406,8 +407,7 @@ def test_a_folder_is_its_images_sorted_and_broken_ones_are_told(zoo, runs, capsy
 def test_images_are_seen_as_people_see_them(zoo, runs):
     predictor = Predictor.load(runs("CoOp"))
     plain, turned, deep, shallow = (
-        row.probabilities
-        for row in predictor([zoo / f"{name}.png" for name in ("plain", "turned", "deep", "shallow")])
+        row.probabilities for row in predictor([zoo / f"{name}.png" for name in ("plain", "turned", "deep", "shallow")])
     )
     np.testing.assert_allclose(turned, plain, atol=1e-6)
     np.testing.assert_allclose(deep, shallow, atol=1e-6)
@@ -457,9 +457,7 @@ def test_class_sentences_are_encoded_once(runs, image, monkeypatch):
     predictor = Predictor.load(runs("CoOp"), batch_size=1)
     calls = []
     encode = type(predictor.backbone).encode_text
-    monkeypatch.setattr(
-        type(predictor.backbone), "encode_text", lambda *a, **k: calls.append(1) or encode(*a, **k)
-    )
+    monkeypatch.setattr(type(predictor.backbone), "encode_text", lambda *a, **k: calls.append(1) or encode(*a, **k))
     predictor([image] * 5)
     assert len(calls) <= 1
 
@@ -481,9 +479,7 @@ def test_a_batch_that_does_not_fit_is_halved(runs, test_images):
     assert sizes == [8, 4, 2, 2, 4, 2, 2]
     for a, b in zip(rows, expected, strict=True):
         np.testing.assert_allclose(a.probabilities, b.probabilities, atol=1e-6)
-    predictor._classifier.model_inference = lambda pixels: (_ for _ in ()).throw(
-        torch.cuda.OutOfMemoryError()
-    )
+    predictor._classifier.model_inference = lambda pixels: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError())
     with pytest.raises(GramError, match="not enough memory for one image"):
         predictor(paths)
 
@@ -497,8 +493,12 @@ def test_default_batch_size_follows_device_and_model(monkeypatch, backbone):
         weight = SimpleNamespace(dtype=torch.float16)
         visual = SimpleNamespace(conv1=SimpleNamespace(weight=weight), positional_embedding=range(tokens))
         gpu = SimpleNamespace(
-            device=torch.device("cuda"), image_size=size, visual_width=width, is_vit=True, model=SimpleNamespace(visual=visual)
-        )  # fmt: skip
+            device=torch.device("cuda"),
+            image_size=size,
+            visual_width=width,
+            is_vit=True,
+            model=SimpleNamespace(visual=visual),
+        )
         return default_batch_size(gpu)
 
     base16, large = (197, 768, 224), (577, 1024, 336)
@@ -525,28 +525,16 @@ def test_formats(runs, zoo, tmp_path, capsys):
     assert rows[1]["classes"] == [
         {"class": expected[1].classname, "probability": pytest.approx(expected[1].probability)}
     ]
-    assert np.float32(rows[0]["classes"][0]["probability"]) == np.float32(
-        expected[0].probability
-    )  # unrounded
+    assert np.float32(rows[0]["classes"][0]["probability"]) == np.float32(expected[0].probability)  # unrounded
     assert main(["predict", "--model-dir", run, *images, "-o", str(tmp_path / "rows.csv")]) == 0
-    assert [row["class"] for row in table((tmp_path / "rows.csv").read_text())] == [
-        row.classname for row in expected
-    ]
+    assert [row["class"] for row in table((tmp_path / "rows.csv").read_text())] == [row.classname for row in expected]
 
 
 def test_names_of_files_that_are_no_text_and_classes_with_commas(runs, zoo, tmp_path, capsys):
     odd = os.fsdecode(bytes(zoo) + b"/\xff,odd.png")
     shutil.copy(zoo / "plain.png", odd)
     (tmp_path / "names.txt").write_text('cat, "the big"\ndog\n')
-    command = [
-        "predict",
-        "--model-dir",
-        str(runs("CoOp")),
-        "--classes",
-        str(tmp_path / "names.txt"),
-        odd,
-        "--format",
-    ]
+    command = ["predict", "--model-dir", str(runs("CoOp")), "--classes", str(tmp_path / "names.txt"), odd, "--format"]
     assert main([*command, "csv"]) == 0
     (row,) = table(capsys.readouterr().out)
     assert row["image"].endswith("\ufffd,odd.png") and row["class"] in ('cat, "the big"', "dog")
@@ -570,9 +558,7 @@ def test_a_file_is_written_whole_or_not_at_all(runs, image, tmp_path, monkeypatc
     out = tmp_path / "rows.csv"
     out.write_text("as it was\n")
     whole = Predictor.probabilities
-    monkeypatch.setattr(
-        Predictor, "probabilities", lambda self, pixels: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
+    monkeypatch.setattr(Predictor, "probabilities", lambda self, pixels: (_ for _ in ()).throw(KeyboardInterrupt))
     command = ["predict", "--model-dir", str(runs("CoOp")), image, "-o"]
     assert main([*command, str(out)]) == 130
     assert out.read_text() == "as it was\n" and list(tmp_path.iterdir()) == [out]
@@ -595,24 +581,16 @@ def test_what_cannot_be_used_is_told_in_one_sentence(runs, image, tmp_path, meta
     assert "batch size: expected at least 1" in refused("--model-dir", str(runs("CoOp")), "--batch-size", "0")
     other = refused("--model-dir", str(runs("CoOp")), "--backbone", "random-tiny-RN")
     assert "expected the backbone it was made with, random-tiny" in other
-    other = refused(
-        "--model-dir", str(metas / "UniGRAM.safetensors"), "--classes", "a, b", "--backbone", "gram-small"
-    )
+    other = refused("--model-dir", str(metas / "UniGRAM.safetensors"), "--classes", "a, b", "--backbone", "gram-small")
     assert "expected the backbone it was made with, random-tiny" in other
     torch.save({"state_dict": {"compound": torch.zeros(1)}}, tmp_path / "maple.pth")
-    line = refused(
-        "--model-dir", str(tmp_path / "maple.pth"), "--classes", "a, b", "--backbone", "random-tiny"
-    )
+    line = refused("--model-dir", str(tmp_path / "maple.pth"), "--classes", "a, b", "--backbone", "random-tiny")
     assert "expected learned prompts" in line and "compound" in line
     torch.save({"state_dict": {"ctx": torch.zeros(2, 64)}, "trainer": "MaPLe"}, tmp_path / "other.pth")
-    line = refused(
-        "--model-dir", str(tmp_path / "other.pth"), "--classes", "a, b", "--backbone", "random-tiny"
-    )
+    line = refused("--model-dir", str(tmp_path / "other.pth"), "--classes", "a, b", "--backbone", "random-tiny")
     assert "found those of MaPLe" in line and "CoOpGRAM" in line
     (tmp_path / "broken.safetensors").write_bytes(b"x" * 50)
-    assert "meta-checkpoint" in refused(
-        "--model-dir", str(tmp_path / "broken.safetensors"), "--classes", "a, b"
-    )
+    assert "meta-checkpoint" in refused("--model-dir", str(tmp_path / "broken.safetensors"), "--classes", "a, b")
 
 
 def test_prompts_of_another_width_are_refused(official, tmp_path):
@@ -645,8 +623,10 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(runs, zoo):
     images = [str(zoo / "plain.png")] * 4000
     process = subprocess.Popen(
         [sys.executable, "-c", code, "predict", "--model-dir", str(runs("CoOp")), "--workers", "0", *images],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert "plain.png" in process.stdout.readline()
     process.stdout.close()
     errors = process.stderr.read()
@@ -674,7 +654,5 @@ def test_read_saved_of_a_run_under_training(runs, tmp_path):
     shutil.copytree(runs("VPT"), tmp_path / "run", ignore=shutil.ignore_patterns("results.json", "log.txt"))
     saved = read_saved(tmp_path / "run")
     assert (
-        saved.classnames == ["red", "green", "blue", "grey"]
-        and saved.backbone == "random-tiny"
-        and saved.fingerprint
+        saved.classnames == ["red", "green", "blue", "grey"] and saved.backbone == "random-tiny" and saved.fingerprint
     )

@@ -191,7 +191,9 @@ def test_what_does_not_belong_together_is_refused(store, tmp_path):
         trainer(store, tmp_path, "BACKBONE.NAME", "random-tiny-RN")
     with pytest.raises(GramError, match="PROMPT: expected TEXT_TOKENS or VISUAL_TOKENS"):
         trainer(store, tmp_path, "PROMPT.TEXT_TOKENS", "0")
-    with pytest.raises(GramError, match="CHC.LABELLED is True: expected a hierarchy of labelled classes, found one of topics"):
+    with pytest.raises(
+        GramError, match="CHC.LABELLED is True: expected a hierarchy of labelled classes, found one of topics"
+    ):
         trainer(store, tmp_path, "CHC.LABELLED", "True")
     with pytest.raises(GramError, match="OUTER.OPTIMIZER"):
         trainer(store, tmp_path, "OUTER.OPTIMIZER", "lion")

@@ -239,8 +239,11 @@ def test_what_one_process_finds_wrong_ends_all(pixel_corpus, tmp_path):
 
     first, second, third = Threads(3).run(lambda job: _in_all(job, lambda: make(job)))
     assert isinstance(second, GramError) and isinstance(first, SystemExit) and isinstance(third, SystemExit)
-    few = Threads(3).run(lambda job: _in_all(job, lambda: MetaTrainer(
-        *pixel_corpus[:2], tmp_path, settings("OUTER.BATCH", "2"), progress=False, job=job)))  # fmt: skip
+    few = Threads(3).run(
+        lambda job: _in_all(
+            job, lambda: MetaTrainer(*pixel_corpus[:2], tmp_path, settings("OUTER.BATCH", "2"), progress=False, job=job)
+        )
+    )
     assert "expected at least one task a step for each of 3 processes, found 2" in str(few[0])
 
 
@@ -318,7 +321,10 @@ def test_sigterm_leaves_a_state_to_go_on_from(on_disk, tmp_path, one_thread):
     assert main(["pretrain", "-o", str(tmp_path / "whole"), *opts]) == 0
     out = tmp_path / "stopped"
     with subprocess.Popen(
-        [sys.executable, "-m", "gram_meta", "pretrain", "-o", str(out), *opts], stderr=subprocess.PIPE, text=True, env=ENV
+        [sys.executable, "-m", "gram_meta", "pretrain", "-o", str(out), *opts],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENV,
     ) as running:
         for _ in range(3000):
             time.sleep(0.02)

@@ -96,13 +96,9 @@ def test_numbers_stay_the_same_and_held_out_tasks_stay_out_of_the_step():
     backbone = load_backbone("random-tiny")
     text = ClassText(backbone, ["cat", "dog", "tree", "house"], 2).select(torch.tensor([[0, 1], [2, 3]]))
     random = torch.Generator().manual_seed(1)
-    images = [
-        torch.randint(0, 255, (2, 2, n, 3, 32, 32), dtype=torch.uint8, generator=random) for n in (1, 2)
-    ]
+    images = [torch.randint(0, 255, (2, 2, n, 3, 32, 32), dtype=torch.uint8, generator=random) for n in (1, 2)]
     sides = [TaskSet(backbone, text, side) for side in images]
-    theta = {
-        kind: (0.02 * torch.randn(2, 64, generator=random)).requires_grad_() for kind in ("text", "visual")
-    }
+    theta = {kind: (0.02 * torch.randn(2, 64, generator=random)).requires_grad_() for kind in ("text", "visual")}
     regulator = GradientRegulator({"text": 64, "visual": 64})
 
     def gradients():

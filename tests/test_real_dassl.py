@@ -316,9 +316,7 @@ facts["known"] = dassl.data.datasets.DATASET_REGISTRY.registered_names()
 facts["left behind"] = [n for n in sys.modules if n == "wilds" or n == "torch.utils.tensorboard"]
 """
     facts = facts_of(code + ASK, folder, folder)
-    assert before == {path: path.read_bytes() for path in folder.rglob("*.py")}, (
-        "a file of Dassl's was changed"
-    )
+    assert before == {path: path.read_bytes() for path in folder.rglob("*.py")}, "a file of Dassl's was changed"
     return folder, facts
 
 
@@ -460,11 +458,7 @@ def _checkout(name):
 def _where_dassl_is():
     """Extra entries of sys.path under which a real Dassl imports, or None."""
     found = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import importlib.util as u; s = u.find_spec('dassl'); print(s.origin if s else None)",
-        ],
+        [sys.executable, "-c", "import importlib.util as u; s = u.find_spec('dassl'); print(s.origin if s else None)"],
         capture_output=True,
         text=True,
         cwd=ROOT / "tests",
@@ -765,31 +759,67 @@ def coop(world, room, name, trainer, config, *opts, flags=(), **env):
     command += ["--config-file", f"configs/trainers/{config}.yaml", "--output-dir", str(out / "run"), *flags]
     command += ["INPUT.SIZE", "(32,32)", "DATASET.NUM_SHOTS", "4", *map(str, opts)]
     path = os.pathsep.join([*(DASSL if room == "real" else ()), str(ROOT)])
-    env = {
-        **os.environ,
-        "GRAM_DASSL": room,
-        "PYTHONPATH": path,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONHASHSEED": "0",
-        **env,
-    }
+    env = {**os.environ, "GRAM_DASSL": room, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", **env}
     done = subprocess.run(command, cwd=COOP, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((out / "record.json").read_text()), done.stdout
 
 
 TRAINERS = {
-    "coop": ("CoOp", "CoOp/vit_b16_ep50_ctxv1", "TRAINER.COOP.PREC", "fp32", "OPTIM.MAX_EPOCH", 4,
-             "DATALOADER.TRAIN_X.BATCH_SIZE", 4, "DATALOADER.NUM_WORKERS", 2, "OPTIM.LR", 0.1),
+    "coop": (
+        "CoOp",
+        "CoOp/vit_b16_ep50_ctxv1",
+        "TRAINER.COOP.PREC",
+        "fp32",
+        "OPTIM.MAX_EPOCH",
+        4,
+        "DATALOADER.TRAIN_X.BATCH_SIZE",
+        4,
+        "DATALOADER.NUM_WORKERS",
+        2,
+        "OPTIM.LR",
+        0.1,
+    ),
     "coop of a class, best_val": (
-             "CoOp", "CoOp/vit_b16", "TRAINER.COOP.PREC", "fp32", "TRAINER.COOP.CSC", True,
-             "TRAINER.COOP.CLASS_TOKEN_POSITION", "middle", "TRAINER.COOP.N_CTX", 4, "OPTIM.MAX_EPOCH", 3,
-             "DATALOADER.TRAIN_X.BATCH_SIZE", 8, "DATALOADER.NUM_WORKERS", 0, "TEST.FINAL_MODEL", "best_val",
-             "TEST.PER_CLASS_RESULT", True, "TEST.COMPUTE_CMAT", True, "DATASET.SUBSAMPLE_CLASSES", "base"),
-    "cocoop": ("CoCoOp", "CoCoOp/vit_b16_c4_ep10_batch1_ctxv1", "TRAINER.COCOOP.PREC", "fp32",
-               "OPTIM.MAX_EPOCH", 2, "DATALOADER.NUM_WORKERS", 0, "OPTIM.LR", 0.1),
+        "CoOp",
+        "CoOp/vit_b16",
+        "TRAINER.COOP.PREC",
+        "fp32",
+        "TRAINER.COOP.CSC",
+        True,
+        "TRAINER.COOP.CLASS_TOKEN_POSITION",
+        "middle",
+        "TRAINER.COOP.N_CTX",
+        4,
+        "OPTIM.MAX_EPOCH",
+        3,
+        "DATALOADER.TRAIN_X.BATCH_SIZE",
+        8,
+        "DATALOADER.NUM_WORKERS",
+        0,
+        "TEST.FINAL_MODEL",
+        "best_val",
+        "TEST.PER_CLASS_RESULT",
+        True,
+        "TEST.COMPUTE_CMAT",
+        True,
+        "DATASET.SUBSAMPLE_CLASSES",
+        "base",
+    ),
+    "cocoop": (
+        "CoCoOp",
+        "CoCoOp/vit_b16_c4_ep10_batch1_ctxv1",
+        "TRAINER.COCOOP.PREC",
+        "fp32",
+        "OPTIM.MAX_EPOCH",
+        2,
+        "DATALOADER.NUM_WORKERS",
+        0,
+        "OPTIM.LR",
+        0.1,
+    ),
     "zsclip": ("ZeroshotCLIP2", "CoOp/vit_b16", "DATALOADER.NUM_WORKERS", 0),
-}  # fmt: skip
+}
 
 
 @needs_coop

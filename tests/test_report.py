@@ -15,9 +15,7 @@ BASE = {"CoOp": (70.0, 72.0, 74.0), "CoOpGRAM": (71.0, 74.0, 75.0)}
 NEW = {"CoOp": (60.0, 61.0, 65.0), "CoOpGRAM": (64.0, 62.0, 66.0)}
 
 
-def write(
-    folder, trainer="CoOp", dataset="Pets", subsample="base", seed=1, accuracy=50.0, config=None, **more
-):
+def write(folder, trainer="CoOp", dataset="Pets", subsample="base", seed=1, accuracy=50.0, config=None, **more):
     result = {
         "format": 1,
         "trainer": trainer,
@@ -111,9 +109,7 @@ def test_missing_runs_are_shown(three_seeds, capsys):
     assert "missing: CoOpGRAM: Pets, new, seed 2" in out
     assert "65.0 ± 12.7 (2 of 3 seeds)" in out  # of 64 and 66
     rows, _ = rows_of(three_seeds)
-    assert rows["Pets", "CoOpGRAM"].cells["H"].mean == pytest.approx(
-        harmonic(73.0, 65.0)
-    )  # seeds 1 and 3 of both
+    assert rows["Pets", "CoOpGRAM"].cells["H"].mean == pytest.approx(harmonic(73.0, 65.0))  # seeds 1 and 3 of both
     assert rows["Pets", "CoOpGRAM"].differences["new"].mean == pytest.approx((4 + 1) / 2)
 
 
@@ -231,10 +227,7 @@ def test_all_classes_have_their_own_table(three_seeds):
 
 def test_curve_is_averaged_over_runs(tmp_path):
     for seed, base in ((1, 50.0), (2, 60.0)):
-        curve = [
-            {"step": 0, "epoch": 0, "base": base, "new": 40.0},
-            {"step": 5, "epoch": 1, "base": 70.0, "new": 30.0},
-        ]
+        curve = [{"step": 0, "epoch": 0, "base": base, "new": 40.0}, {"step": 5, "epoch": 1, "base": 70.0, "new": 30.0}]
         write(tmp_path, seed=seed, curve=curve)
     headers, rows = build_curve(read_runs([tmp_path]))
     assert headers == ["trainer", "step", "base", "new", "H", "runs"]

@@ -14,14 +14,7 @@ PAPER = {"dataset": "EuroSAT", "backbone": "ViT-B/16", "shots": 16, "epochs": 10
 
 
 def config_of(
-    trainer="CoOp",
-    dataset="Pets",
-    subsample="base",
-    seed=1,
-    shots=16,
-    backbone="gram-small",
-    epochs=10,
-    start="",
+    trainer="CoOp", dataset="Pets", subsample="base", seed=1, shots=16, backbone="gram-small", epochs=10, start=""
 ):
     from gram_meta import engine
     from gram_meta.engine.options import extend_cfg
@@ -37,13 +30,7 @@ def config_of(
 
 def head(cfg, eval_only=False, model_dir=""):
     """What CoOp's train.py prints before it begins."""
-    flags = {
-        "backbone": "",
-        "eval_only": eval_only,
-        "load_epoch": None,
-        "model_dir": model_dir,
-        "seed": cfg.SEED,
-    }
+    flags = {"backbone": "", "eval_only": eval_only, "load_epoch": None, "model_dir": model_dir, "seed": cfg.SEED}
     arguments = "\n".join(f"{key}: {value}" for key, value in flags.items())
     return (
         f"***************\n** Arguments **\n***************\n{arguments}\n"
@@ -78,9 +65,7 @@ def trained(folder, correct, **config):
     """A training as CoOp's scripts name its folder, and its test at the end."""
     cfg = config_of(**config)
     done = "Finish training\nDeploy the last-epoch model\n"
-    return write(
-        folder, head(cfg) + STEP.format(cfg.OPTIM.MAX_EPOCH) + done + result(correct) + "Elapsed: 0:00:14\n"
-    )
+    return write(folder, head(cfg) + STEP.format(cfg.OPTIM.MAX_EPOCH) + done + result(correct) + "Elapsed: 0:00:14\n")
 
 
 def evaluated(folder, correct, model_dir, **config):
@@ -122,12 +107,8 @@ def test_accuracies_are_exact_and_rows_say_where_they_come_from(tmp_path):
     assert report.notes == ["CoOp, from a log: accuracy from the log's counts"]
     runs = read_runs([tmp_path], metric="macro_f1")
     assert {run.value for run in runs} == {50.0}
-    assert build_reports(runs)[0].notes == [
-        "CoOp, from a log: macro_f1 as the log prints it, rounded to one decimal"
-    ]
-    assert {(run.source, run.shots, run.epochs, run.backbone) for run in runs} == {
-        ("Pets", 16, 10, "gram-small")
-    }
+    assert build_reports(runs)[0].notes == ["CoOp, from a log: macro_f1 as the log prints it, rounded to one decimal"]
+    assert {(run.source, run.shots, run.epochs, run.backbone) for run in runs} == {("Pets", 16, 10, "gram-small")}
 
 
 def test_without_counts_the_printed_number_is_taken_and_said_to_be_rounded(tmp_path):
@@ -156,9 +137,18 @@ def test_the_papers_numbers_stand_beside_equal_conditions_only(tmp_path):
 def test_logs_and_results_of_ours_stand_in_one_table(tmp_path):
     base_and_new(tmp_path)
     ours = {
-        "format": 1, "trainer": "CoOpGRAM", "dataset": "Pets", "shots": 16, "seed": 1, "backbone": "gram-small",
-        "split": "test", "metrics": {"accuracy": 80.0}, "model_dir": "", "eval_only": False, "config": {},
-    }  # fmt: skip
+        "format": 1,
+        "trainer": "CoOpGRAM",
+        "dataset": "Pets",
+        "shots": 16,
+        "seed": 1,
+        "backbone": "gram-small",
+        "split": "test",
+        "metrics": {"accuracy": 80.0},
+        "model_dir": "",
+        "eval_only": False,
+        "config": {},
+    }
     for trainer in ("CoOp", "CoOpGRAM"):
         for subsample in ("base", "new"):
             for seed in (1, 2):
@@ -200,9 +190,7 @@ def test_a_run_that_went_on_in_a_second_log_is_one_run(tmp_path):
     done = head(config_of()) + STEP.format(10) + "Finish training\n" + result(600)
     write(where, done, "log.txt-2026-01-02-03-04-05")
     (run,) = read_runs([tmp_path])
-    assert run.value == pytest.approx(100 * 600 / 1008) and run.result["log"]["file"].startswith(
-        "log.txt-2026"
-    )
+    assert run.value == pytest.approx(100 * 600 / 1008) and run.result["log"]["file"].startswith("log.txt-2026")
 
 
 def test_a_log_that_was_added_to_counts_its_last_run(tmp_path):
@@ -232,14 +220,10 @@ def test_a_test_elsewhere_is_told_with_what_was_trained(tmp_path):
         source = root / "imagenet" / "CoCoOp" / "cfg_16shots" / "seed1"
         trained(source, 700, trainer="CoCoOp", dataset="ImageNet", subsample="all")
         target = root / "evaluation" / "CoCoOp" / "cfg_16shots" / "dtd" / "seed1"
-        evaluated(
-            target, 450, source, trainer="CoCoOp", dataset="DescribableTextures", subsample="all", shots=shots
-        )
+        evaluated(target, 450, source, trainer="CoCoOp", dataset="DescribableTextures", subsample="all", shots=shots)
         (test,) = [run for run in read_runs([root]) if run.dataset != "ImageNet"]
         assert (test.source, test.shots, test.transferred) == ("ImageNet", 16, True)
-        (alone,) = read_runs(
-            [root / "evaluation"]
-        )  # the training is not asked for, but found beside the model
+        (alone,) = read_runs([root / "evaluation"])  # the training is not asked for, but found beside the model
         assert (alone.source, alone.shots) == ("ImageNet", 16)
 
 
@@ -256,9 +240,7 @@ def test_maples_family(tmp_path):
 def test_zero_shot_logs_stand_for_every_seed(tmp_path):
     base_and_new(tmp_path)
     for subsample, correct in (("base", 600), ("new", 550)):
-        text = head(config_of("ZeroshotCLIP", subsample=subsample, shots=-1), eval_only=True) + result(
-            correct
-        )
+        text = head(config_of("ZeroshotCLIP", subsample=subsample, shots=-1), eval_only=True) + result(correct)
         write(tmp_path / "zs" / subsample, text)
     rows, report = rows_of(tmp_path)
     zero_shot = rows["ZeroshotCLIP, from a log"].cells

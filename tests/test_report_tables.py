@@ -23,18 +23,16 @@ from gram_meta.report.page import page
 from gram_meta.report.text import escape_latex, render
 
 SEEDS = (1, 2, 3)
-NODES = {
-    "CoOp": "COOP",
-    "CoOpGRAM": "COOP",
-    "VPT": "VPT",
-    "VPTGRAM": "VPT",
-    "JointPrompt": "JOINT",
-    "UniGRAM": "JOINT",
-}
+NODES = {"CoOp": "COOP", "CoOpGRAM": "COOP", "VPT": "VPT", "VPTGRAM": "VPT", "JointPrompt": "JOINT", "UniGRAM": "JOINT"}
 META = {
-    "TASKS.DOMAIN_SHIFT": True, "REGULATOR.ENABLED": True, "OUTER.META": True, "CHC.LABELLED": False,
-    "PROMPT.TEXT_TOKENS": 2, "PROMPT.VISUAL_TOKENS": 2, "PROMPT.CONDITIONAL": False,
-}  # fmt: skip
+    "TASKS.DOMAIN_SHIFT": True,
+    "REGULATOR.ENABLED": True,
+    "OUTER.META": True,
+    "CHC.LABELLED": False,
+    "PROMPT.TEXT_TOKENS": 2,
+    "PROMPT.VISUAL_TOKENS": 2,
+    "PROMPT.CONDITIONAL": False,
+}
 ABLATIONS = {
     "1": {"TASKS.DOMAIN_SHIFT": False},
     "2": {"REGULATOR.ENABLED": False},
@@ -51,15 +49,18 @@ class Tree:
         self.random = np.random.default_rng(0)
         self.values = {}  # (name of the row, dataset, subsample, shots, seed) -> accuracy
 
-    def write(
-        self, folder, trainer, dataset, subsample, seed, shots=16, model="", name="", meta=None, **change
-    ):
+    def write(self, folder, trainer, dataset, subsample, seed, shots=16, model="", name="", meta=None, **change):
         accuracy = float(self.random.uniform(40, 90))
         told_shots = change.pop("told_shots", shots)
         config = {
             "OUTPUT_DIR": str(self.root / folder),
             "SEED": seed,
-            "DATASET": {"NAME": dataset, "ROOT": "/elsewhere/data", "NUM_SHOTS": told_shots, "SUBSAMPLE_CLASSES": subsample},
+            "DATASET": {
+                "NAME": dataset,
+                "ROOT": "/elsewhere/data",
+                "NUM_SHOTS": told_shots,
+                "SUBSAMPLE_CLASSES": subsample,
+            },
             "OPTIM": {"MAX_EPOCH": change.pop("epochs", 10), "LR": change.pop("lr", 0.002)},
             "TRAINER": {
                 "COOP": {"CTX_INIT": change.pop("start", "a photo of a"), "N_CTX": 4},
@@ -67,16 +68,30 @@ class Tree:
                 "JOINT": {"N_CTX_TEXT": 2, "N_CTX_VISION": 2, "CTX_INIT": "a photo"},
                 "GRAM": {"INIT": True, "REGULATE": change.pop("regulate", True), "META": name},
             },
-        }  # fmt: skip
+        }
         result = {
-            "format": 1, "trainer": trainer, "dataset": dataset, "subsample": subsample, "shots": told_shots, "seed": seed,
-            "backbone": self.backbone, "split": "test", "eval_only": bool(model) or trainer == "ZeroshotCLIP",
-            "model_dir": str(self.root / model) if model else "", "epoch": 10,
+            "format": 1,
+            "trainer": trainer,
+            "dataset": dataset,
+            "subsample": subsample,
+            "shots": told_shots,
+            "seed": seed,
+            "backbone": self.backbone,
+            "split": "test",
+            "eval_only": bool(model) or trainer == "ZeroshotCLIP",
+            "model_dir": str(self.root / model) if model else "",
+            "epoch": 10,
             "metrics": {"accuracy": accuracy, "error_rate": 100 - accuracy, "macro_f1": accuracy / 2},
-            "curve": change.pop("curve", []), "meta_checkpoint": meta or {"path": "", "sha256": ""},
-            "few_shot": {"path": f"/elsewhere/{dataset}.json", "sha256": hashlib.sha256(f"{seed}".encode()).hexdigest()},
-            "config": config, "versions": {"python": "3.11", "torch": "2.15"}, "seconds": {"train": 1.5, "test": 0.25},
-        }  # fmt: skip
+            "curve": change.pop("curve", []),
+            "meta_checkpoint": meta or {"path": "", "sha256": ""},
+            "few_shot": {
+                "path": f"/elsewhere/{dataset}.json",
+                "sha256": hashlib.sha256(f"{seed}".encode()).hexdigest(),
+            },
+            "config": config,
+            "versions": {"python": "3.11", "torch": "2.15"},
+            "seconds": {"train": 1.5, "test": 0.25},
+        }
         result.update(change)
         path = self.root / folder / "results.json"
         path.parent.mkdir(parents=True)
@@ -145,14 +160,10 @@ def world(tmp_path_factory):
     tree.base_to_new("UniGRAM", PAIRS, meta=meta("unigram"))
     for row, settings in ABLATIONS.items():
         regulate = row not in ("2", "3")
-        tree.base_to_new(
-            "UniGRAM", PAIRS, cfg=f"a{row}", meta=meta(row, **settings), name=row, regulate=regulate
-        )
+        tree.base_to_new("UniGRAM", PAIRS, cfg=f"a{row}", meta=meta(row, **settings), name=row, regulate=regulate)
     for half in (1, 3, 4):
         counts = {"PROMPT.TEXT_TOKENS": half, "PROMPT.VISUAL_TOKENS": half}
-        tree.base_to_new(
-            "UniGRAM", PAIRS, cfg=f"c{half}", meta=meta(f"c{half}", **counts), name=f"{2 * half} tokens"
-        )
+        tree.base_to_new("UniGRAM", PAIRS, cfg=f"c{half}", meta=meta(f"c{half}", **counts), name=f"{2 * half} tokens")
     tree.base_to_new("ZeroshotCLIP", PAIRS, seeds=(1,))
     for shots in (16, 4):
         for trainer in ("CoOp", "UniGRAM"):
@@ -163,17 +174,9 @@ def world(tmp_path_factory):
     folder = tree.root / "meta" / "coop"
     folder.mkdir(parents=True)
     (folder / "best.safetensors").write_bytes(b"coop")
-    (folder / "run.json").write_text(
-        json.dumps({"config": {"SEED": 1, "OUTER": {"STEPS": 100}}, "topics": 7})
-    )
+    (folder / "run.json").write_text(json.dumps({"config": {"SEED": 1, "OUTER": {"STEPS": 100}}, "topics": 7}))
     rows = [
-        {
-            "step": s,
-            "loss_before": 2.0,
-            "loss_after": 1.9 - s / 1000,
-            "alignment": 0.3 + s / 1000,
-            "alignment_raw": 0.3,
-        }
+        {"step": s, "loss_before": 2.0, "loss_after": 1.9 - s / 1000, "alignment": 0.3 + s / 1000, "alignment_raw": 0.3}
         for s in (0, 50, 100)
     ]
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -216,9 +219,7 @@ def test_table_1_has_the_papers_rows_in_its_order(world):
     assert first.number == 1 and "CoCoOp" not in first.labels and "UniGRAM" in first.labels
 
 
-@pytest.mark.parametrize(
-    ("number", "kind", "shots"), [(2, "dg", 16), (3, "xd", 16), (4, "dg", 4), (5, "xd", 4)]
-)
+@pytest.mark.parametrize(("number", "kind", "shots"), [(2, "dg", 16), (3, "xd", 16), (4, "dg", 4), (5, "xd", 4)])
 def test_transfer_tables_against_numpy(world, number, kind, shots):
     report, rows = table(world, number)
     targets = TARGETS[kind]
@@ -281,7 +282,10 @@ def test_uni_gram_without_its_regulator_downstream_is_no_row_of_table_6(tmp_path
         full = rows["average", {6: "0 UniGRAM", 7: "4 tokens (2+2)"}[number]].cells["new"]
         same(full, np.mean([tree.of("UniGRAM", d, "new") for d in PAIRS], axis=0))
     _, rows = table(tree, 6)
-    same(rows["average", "2 UniGRAM, no regulator"].cells["new"], np.mean([tree.of("2", d, "new") for d in PAIRS], axis=0))
+    same(
+        rows["average", "2 UniGRAM, no regulator"].cells["new"],
+        np.mean([tree.of("2", d, "new") for d in PAIRS], axis=0),
+    )
     assert "UniGRAM, R off" in all_tables(read_runs([tmp_path]))[-1].labels
 
 
@@ -318,18 +322,13 @@ def test_other_shots_and_plain_datasets_have_tables_of_their_own(tmp_path):
 
 def test_start_prompts_without_a_step_stand_with_the_runs_of_their_shots(tmp_path):
     more = {"meta": meta("coop"), "few_shot": {}}
-    for shots, titles in (
-        (2, ["Base-to-new, 2 shots"]),
-        (16, ["Table 1: base-to-new", "Controls and variants"]),
-    ):
+    for shots, titles in ((2, ["Base-to-new, 2 shots"]), (16, ["Table 1: base-to-new", "Controls and variants"])):
         tree = Tree(tmp_path / str(shots))
         tree.base_to_new("ZeroshotCLIP", PAIRS[:1], (1,))
         tree.base_to_new("CoOp", PAIRS[:1], (1, 2), shots)
         tree.base_to_new("CoOpGRAM", PAIRS[:1], (1, 2), shots, **more)
         for part in ("base", "new"):
-            tree.write(
-                f"start/{part}", "CoOpGRAM", PAIRS[0], part, 1, shots, eval_only=True, name="start", **more
-            )
+            tree.write(f"start/{part}", "CoOpGRAM", PAIRS[0], part, 1, shots, eval_only=True, name="start", **more)
         reports = all_tables(read_runs([tree.root]))
         assert all(report.title.startswith(title) for report, title in zip(reports, titles, strict=True))
         labels = [label for report in reports for label in report.labels if label != "CoOp"]
@@ -398,10 +397,7 @@ def test_a_table_without_runs_is_one_sentence(world, capsys, tmp_path):
     tree = Tree(tmp_path)
     tree.base_to_new("CoOp", PAIRS, seeds=(1,))
     assert main(["report", str(tmp_path), "--table", "4"]) == 2
-    assert (
-        "expected runs of Table 4 (cross-domain generalisation, 4 shots), found none"
-        in capsys.readouterr().err
-    )
+    assert "expected runs of Table 4 (cross-domain generalisation, 4 shots), found none" in capsys.readouterr().err
     assert main(["report", str(tmp_path), "--table", "all"]) == 0
     assert "no runs of Table 2, 3, 4, 5, 6, 7" in capsys.readouterr().err
 
@@ -420,9 +416,7 @@ def test_mixed_up_transfers_are_refused(tmp_path):
 
 
 def test_datasets_can_be_chosen(world, capsys):
-    assert (
-        main(["report", str(world.root), "--without", "EmojiFood", "--table", "1", "--format", "json"]) == 0
-    )
+    assert main(["report", str(world.root), "--without", "EmojiFood", "--table", "1", "--format", "json"]) == 0
     (report,) = json.loads(capsys.readouterr().out)
     assert report["datasets"] == ["EmojiFaces"]
     assert main(["report", str(world.root), "--datasets", "EmojiFod"]) == 2
@@ -436,9 +430,7 @@ def test_datasets_can_be_chosen(world, capsys):
 def eleven(tmp_path_factory):
     tree = Tree(tmp_path_factory.mktemp("eleven"), "ViT-B/16")
     for trainer in ("CoOp", "UniGRAM"):
-        tree.base_to_new(
-            trainer, paper.datasets(), (1,), meta=meta("unigram") if trainer == "UniGRAM" else None
-        )
+        tree.base_to_new(trainer, paper.datasets(), (1,), meta=meta("unigram") if trainer == "UniGRAM" else None)
     tree.base_to_new("UniGRAM", paper.datasets(), (1,), cfg="a1", meta=meta("1", **ABLATIONS["1"]), name="1")
     tree.transfer("CoOp", "ImageNet", [*paper.table(2)["targets"], "Caltech101"], 16, (1,))
     tree.transfer("CoOp", "ImageNet", paper.table(2)["targets"][:2], 4, (1,))
@@ -454,9 +446,7 @@ def test_the_papers_numbers_stand_beside(eleven):
     assert rows["average", "1 UniGRAM, no domain shift"].paper["new"] == 75.56
     assert rows["ImageNet", "1 UniGRAM, no domain shift"].paper == {}
     _, rows = table(eleven, 2)
-    assert rows["average", "CoOp"].paper == {"all": 60.03} and rows["ImageNetR", "CoOp"].paper == {
-        "all": 76.50
-    }
+    assert rows["average", "CoOp"].paper == {"all": 60.03} and rows["ImageNetR", "CoOp"].paper == {"all": 76.50}
     report, rows = table(eleven, 3)
     assert rows["Caltech101", "CoOp"].paper == {"all": 93.60} and rows["average", "CoOp"].paper == {}
     assert "no run on OxfordPets, StanfordCars, Flowers102" in report.notes[0]
@@ -467,12 +457,7 @@ def test_the_papers_numbers_stand_beside(eleven):
 
 @pytest.mark.parametrize(
     ("backbone", "shots", "more"),
-    [
-        ("ViT-B/32", 16, {}),
-        ("ViT-B/16", 8, {}),
-        ("ViT-B/16", 16, {"epochs": 200}),
-        ("ViT-B/16", 16, {"start": ""}),
-    ],
+    [("ViT-B/32", 16, {}), ("ViT-B/16", 8, {}), ("ViT-B/16", 16, {"epochs": 200}), ("ViT-B/16", 16, {"start": ""})],
 )
 def test_no_papers_number_beside_other_settings(tmp_path, backbone, shots, more):
     tree = Tree(tmp_path, backbone)
@@ -499,9 +484,7 @@ def test_an_average_over_other_datasets_has_no_papers_number(tmp_path):
 
 def test_csv_is_unrounded(world, capsys):
     assert main(["report", str(world.root), "--table", "5", "--format", "csv"]) == 0
-    rows = {
-        (row["dataset"], row["trainer"]): row for row in csv.DictReader(io.StringIO(capsys.readouterr().out))
-    }
+    rows = {(row["dataset"], row["trainer"]): row for row in csv.DictReader(io.StringIO(capsys.readouterr().out))}
     found = world.of("UniGRAM", "EmojiFood", "all", 4)
     assert float(rows["EmojiFood", "UniGRAM"]["all"]) == pytest.approx(found.mean(), rel=1e-14)
     assert float(rows["EmojiFood", "UniGRAM"]["all_half_width"]) == pytest.approx(half_width(found), rel=1e-9)
@@ -535,20 +518,13 @@ def test_a_collection_stands_for_the_folders(world, tmp_path, capsys):
     one_file = tmp_path / "all.json"
     assert main(["report", str(world.root), "--collect", str(one_file)]) == 0
     capsys.readouterr()
-    for options in (
-        ["--format", "csv"],
-        ["--table", "all"],
-        ["--curve"],
-        ["--format", "json", "--metric", "macro_f1"],
-    ):
+    for options in (["--format", "csv"], ["--table", "all"], ["--curve"], ["--format", "json", "--metric", "macro_f1"]):
         outputs = []
         for source in (world.root, one_file):
             assert main(["report", str(source), *options]) == 0
             outputs.append(capsys.readouterr().out)
         assert outputs[0] == outputs[1] and len(outputs[0]) > 500
-    figures = [
-        [d.csv for d in draw(runs_of(it), it.metas)[0]] for it in (gather([world.root]), gather([one_file]))
-    ]
+    figures = [[d.csv for d in draw(runs_of(it), it.metas)[0]] for it in (gather([world.root]), gather([one_file]))]
     assert figures[0] == figures[1] and len(figures[0]) == 4
     text = one_file.read_text()
     assert str(world.root.parent) not in text and '"/' not in text  # no path of this machine
@@ -705,9 +681,7 @@ def test_the_page_escapes_what_it_shows(tmp_path):
     hostile = "</pre></style><script>alert('1')</script>\"&"
     tree = Tree(tmp_path)
     for dataset in ("EmojiFood", hostile):
-        path = tree.write(
-            f"run{len(dataset)}", hostile, dataset, "base", 1, meta=meta("m", folder=f"/{hostile}")
-        )
+        path = tree.write(f"run{len(dataset)}", hostile, dataset, "base", 1, meta=meta("m", folder=f"/{hostile}"))
         result = json.loads(path.read_text())
         result["config"]["DATASET"]["ROOT"] = result["config"]["NOTE"] = hostile
         result["versions"] = {hostile: hostile}

@@ -24,10 +24,7 @@ from gram_meta.regulator import GradientRegulator
 from gram_meta.report.runs import read_runs
 from gram_meta.trainers import base, saved
 
-CONFIG = {
-    "JointPrompt": "gram_small_c2+2_ep10_batch32_ctxv1",
-    "UniGRAM": "gram_small_c2+2_ep10_batch32_ctxv1",
-}
+CONFIG = {"JointPrompt": "gram_small_c2+2_ep10_batch32_ctxv1", "UniGRAM": "gram_small_c2+2_ep10_batch32_ctxv1"}
 CONFIG |= {"ZeroshotCLIP": "gram_small"}
 CONFIG |= {"CoCoOp": "gram_small_c4_ep10_batch1_ctxv1", "CoCoOpGRAM": "gram_small_c4_ep10_batch1_ctxv1"}
 PAIRS = [("CoOp", "CoOpGRAM"), ("CoCoOp", "CoCoOpGRAM"), ("VPT", "VPTGRAM"), ("JointPrompt", "UniGRAM")]
@@ -51,10 +48,27 @@ def flags(tiny_data, tiny_options, tmp_path):
     def flags(out, *opts, trainer="CoOp", seed=1):
         config = CONFIG.get(trainer, "gram_small_c4_ep10_batch32_ctxv1")
         return [
-            "--root", str(tiny_data), "--seed", str(seed), "--trainer", trainer, "--dataset-config-file", "emoji_food",
-            "--config-file", config, "--output-dir", str(tmp_path / out), *tiny_options, "DATASET.NUM_SHOTS", "2",
-            "DATALOADER.TRAIN_X.BATCH_SIZE", "4", "DATALOADER.NUM_WORKERS", "0", *map(str, opts),
-        ]  # fmt: skip
+            "--root",
+            str(tiny_data),
+            "--seed",
+            str(seed),
+            "--trainer",
+            trainer,
+            "--dataset-config-file",
+            "emoji_food",
+            "--config-file",
+            config,
+            "--output-dir",
+            str(tmp_path / out),
+            *tiny_options,
+            "DATASET.NUM_SHOTS",
+            "2",
+            "DATALOADER.TRAIN_X.BATCH_SIZE",
+            "4",
+            "DATALOADER.NUM_WORKERS",
+            "0",
+            *map(str, opts),
+        ]
 
     return flags
 
@@ -218,9 +232,7 @@ def test_the_folder_of_a_run_without_run_json_is_refused(flags, tmp_path):
     (out / "run.json").unlink()  # as CoOp itself leaves it
     before = contents(out)
     for run in (train_py, ours):
-        with pytest.raises(
-            GramError, match="found the prompt_learner/model.pth.tar-1 of a run without run.json"
-        ):
+        with pytest.raises(GramError, match="found the prompt_learner/model.pth.tar-1 of a run without run.json"):
             run(flags("out"))
         assert contents(out) == before
     shutil.rmtree(out / "prompt_learner")
@@ -240,9 +252,7 @@ def test_a_result_that_was_removed_is_made_again(flags, tmp_path):
     (tmp_path / "out/results.json").unlink()
     again = ours(flags("out"))
     assert again["metrics"] == first["metrics"]
-    assert (tmp_path / "out/log.txt").read_text().count(
-        "epoch [1/1] batch [1/2]"
-    ) == 1  # tested, not trained again
+    assert (tmp_path / "out/log.txt").read_text().count("epoch [1/1] batch [1/2]") == 1  # tested, not trained again
 
 
 def test_a_program_may_evaluate_several_things_in_a_folder_of_its_own(flags, tmp_path):
@@ -376,8 +386,7 @@ def test_what_cannot_begin_in_a_train_py_leaves_no_folder(flags, tmp_path):
 def test_resume_of_something_that_is_not_there_leaves_no_folder(flags, tmp_path):
     ours(flags("run", trainer="CoOp"))
     with pytest.raises(
-        GramError,
-        match=r"--resume .*none: expected prompt_learner/checkpoint in it, found no such file; runs",
+        GramError, match=r"--resume .*none: expected prompt_learner/checkpoint in it, found no such file; runs"
     ):
         ours(["--resume", str(tmp_path / "none"), *flags("out")])
     resume = ["--resume", str(tmp_path / "run")]
@@ -393,9 +402,7 @@ def test_resume_of_something_that_is_not_there_leaves_no_folder(flags, tmp_path)
     state = torch.load(path, weights_only=True)
     del state["random"], state["trainer"]
     torch.save(state, path)
-    with pytest.raises(
-        GramError, match="a checkpoint that training can go on from, found learned tensors only"
-    ):
+    with pytest.raises(GramError, match="a checkpoint that training can go on from, found learned tensors only"):
         ours([*resume, *flags("out")])
     assert not (tmp_path / "out").exists()
 
@@ -408,20 +415,15 @@ def test_without_an_epoch_the_last_one_or_the_best_where_the_run_was_to_end_with
     assert saved.choose(last, None) == (last / "prompt_learner/model.pth.tar-3", "the last of epochs 1, 2, 3")
     path, why = saved.choose(best, None)
     assert (
-        path.name == "model-best.pth.tar"
-        and why == "the best by validation; epochs here: 1, 2, 3, model-best.pth.tar"
+        path.name == "model-best.pth.tar" and why == "the best by validation; epochs here: 1, 2, 3, model-best.pth.tar"
     )
     assert saved.choose(best, 2) == (best / "prompt_learner/model.pth.tar-2", "")
-    shutil.copy(
-        path, last / "prompt_learner"
-    )  # of an earlier run in this folder, which was to end with its last epoch
+    shutil.copy(path, last / "prompt_learner")  # of an earlier run in this folder, which was to end with its last epoch
     assert saved.choose(last, None)[0].name == "model.pth.tar-3"
     (last / "run.json").unlink()  # CoOp's own say nothing: there it means that the best was wished for
     assert saved.choose(last, None)[0].name == "model-best.pth.tar"
     results = launch.train(["--eval-only", "--model-dir", str(best), *flags("tested")])
-    assert (
-        "No epoch named (--load-epoch): model-best.pth.tar is taken, the best by" in capsys.readouterr().out
-    )
+    assert "No epoch named (--load-epoch): model-best.pth.tar is taken, the best by" in capsys.readouterr().out
     assert results["epoch"] == torch.load(path, weights_only=True)["epoch"]
 
 
@@ -441,9 +443,7 @@ def test_mismatched_names_and_shapes_are_named(flags, tmp_path):
     assert "expected ctx, as this trainer learns it, found ctxx" in refused(state_dict={"ctxx": context})
     assert "found ctx, visual_ctx" in refused(state_dict={"ctx": context, "visual_ctx": context})
     assert "found nothing" in refused(state_dict={})
-    assert "ctx of shape (4, 32), but the trainer is set to (4, 64)" in refused(
-        state_dict={"ctx": context[:, :32]}
-    )
+    assert "ctx of shape (4, 32), but the trainer is set to (4, 64)" in refused(state_dict={"ctx": context[:, :32]})
     assert "expected tensors by name as state_dict, found a int" in refused(state_dict=5)
     other = {"name": "ViT-B/16", "fingerprint": "0" * 64}
     assert "was learned for the backbone ViT-B/16, found random-tiny" in refused(backbone=other)
@@ -465,9 +465,7 @@ def test_a_start_for_another_backbone_is_said(flags, tmp_path, capsys):
 
 
 def test_a_flag_behind_the_options_is_told(flags, tmp_path):
-    with pytest.raises(
-        GramError, match=r"--load-epoch stands behind KEY VALUE pairs; expected flags before them"
-    ):
+    with pytest.raises(GramError, match=r"--load-epoch stands behind KEY VALUE pairs; expected flags before them"):
         ours([*flags("out"), "--load-epoch", "5"])
     assert not (tmp_path / "out").exists()
 
@@ -475,16 +473,8 @@ def test_a_flag_behind_the_options_is_told(flags, tmp_path):
 @pytest.mark.parametrize(
     ("before", "opts", "says"),
     [
-        (
-            ["--model-dir", "run"],
-            [],
-            "--model-dir says whose prompts to evaluate; expected --eval-only with it",
-        ),
-        (
-            ["--eval-only", "--load-epoch", "0"],
-            [],
-            "--load-epoch 0: expected --model-dir with it, found none",
-        ),
+        (["--model-dir", "run"], [], "--model-dir says whose prompts to evaluate; expected --eval-only with it"),
+        (["--eval-only", "--load-epoch", "0"], [], "--load-epoch 0: expected --model-dir with it, found none"),
         ([], ["OPTIM.MAX_EPOCH", 0], "OPTIM.MAX_EPOCH is 0; expected at least 1"),
         ([], ["DATALOADER.TRAIN_X.BATCH_SIZE", 0], "DATALOADER.TRAIN_X.BATCH_SIZE is 0; expected at least 1"),
         (["--eval-only"], ["DATALOADER.TEST.BATCH_SIZE", -1], "DATALOADER.TEST.BATCH_SIZE is -1"),
@@ -529,9 +519,7 @@ def test_prompts_of_a_family_are_evaluated_by_each_other(flags, tmp_path, backbo
         assert results["trainer"] == other and results["learned_by"] == learner
         # a report sees the meta-checkpoint behind the prompts, whoever evaluates them
         assert results["meta_checkpoint"] == trained[learner]["meta_checkpoint"]
-        with pytest.raises(
-            GramError, match=f"holds what {learner} has learned; {other} .* expects its own to go on"
-        ):
+        with pytest.raises(GramError, match=f"holds what {learner} has learned; {other} .* expects its own to go on"):
             resume = ["--resume", str(tmp_path / learner)]
             ours([*resume, *flags("resumed", "TRAINER.GRAM.CHECKPOINT", meta, trainer=other)])
     # evaluated with a meta-checkpoint at hand, CoOp's prompts are still none of its
@@ -583,9 +571,7 @@ def test_a_run_of_coop_itself_loads_here(flags, tmp_path, capsys):
         assert "does not say who learned these prompts; they are taken for CoOp's" in capsys.readouterr().out
         assert results["learned_by"] == "CoOp" and results["epoch"] == 50
         assert results["model_dir"] == str(tmp_path / "run")
-        (run,) = read_runs(
-            [tmp_path / f"by{trainer}"]
-        )  # a report takes it for CoOp's, whoever has evaluated it
+        (run,) = read_runs([tmp_path / f"by{trainer}"])  # a report takes it for CoOp's, whoever has evaluated it
         assert run.trainer == "CoOp" and run.label == "CoOp" and run.source == "EmojiFood"
     trainer, _ = train_py(["--no-train", *flags("start", "MODEL.INIT_WEIGHTS", folder / "model.pth.tar-50")])
     context = trainer.model.prompt_learner.ctx
@@ -646,10 +632,7 @@ def test_determinism_gives_equal_numbers_twice(flags, tmp_path, monkeypatch):
     start = torch.equal(learned(tmp_path / "first", 3)["ctx"], learned(tmp_path / "second", 3)["ctx"])
     assert start and first["metrics"] == second["metrics"]
     third = ours(flags("third", *options, seed=2))
-    assert (
-        not torch.equal(learned(tmp_path / "first", 3)["ctx"], learned(tmp_path / "third", 3)["ctx"])
-        and third
-    )
+    assert not torch.equal(learned(tmp_path / "first", 3)["ctx"], learned(tmp_path / "third", 3)["ctx"]) and third
     try:
         train_py(flags("theirs", *options))  # in a train.py of others, from build_trainer on
         assert set(seen) == {(True, False)}

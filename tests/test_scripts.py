@@ -35,9 +35,7 @@ def script(name, place, *words, **environment):
     """Run a script there; its process, and the arguments of every train.py it started."""
     calls = place.parent / "calls"
     calls.unlink(missing_ok=True)
-    names = (
-        "TRAINER", "BACKBONE", "CFG", "SHOTS", "SOURCE", "LOADEP", "OUTPUT", "META", "META_DIR", "TARGETS", "SUB",
-    )  # fmt: skip
+    names = ("TRAINER", "BACKBONE", "CFG", "SHOTS", "SOURCE", "LOADEP", "OUTPUT", "META", "META_DIR", "TARGETS", "SUB")
     base = {key: value for key, value in os.environ.items() if key not in names}
     base |= {"DATA": "my data", "PYTHON": str(place.parent / "interpreter")}
     done = subprocess.run(
@@ -69,10 +67,17 @@ def test_scripts_run_what_a_bench_runs(place, monkeypatch, trainer, shots):
     def jobs(*protocols, **datasets):
         planned = matrix.plan(
             matrix.Settings(
-                protocols, (trainer,), "vit_b16", "my data", Path("output"), datasets, seeds=(3,),
-                shots=int(shots), opts=("OPTIM.LR", "0.1"),
+                protocols,
+                (trainer,),
+                "vit_b16",
+                "my data",
+                Path("output"),
+                datasets,
+                seeds=(3,),
+                shots=int(shots),
+                opts=("OPTIM.LR", "0.1"),
             )
-        )  # fmt: skip
+        )
         return [job for job in planned if job.argv[0] == "train"]
 
     end = ("OPTIM.LR", "0.1")
@@ -90,9 +95,14 @@ def test_settings_come_from_the_environment(place):
     meta = place / "my meta.safetensors"
     meta.write_bytes(b"")
     variables = {
-        "TRAINER": "UniGRAM", "CFG": "gram_small_c4+4_ep10_batch32_ctxv1", "OUTPUT": "my output", "META": str(meta),
-        "LOADEP": "5", "SOURCE": "emoji_travel", "TARGETS": "emoji_travel_mosaic emoji_travel_shadow",
-    }  # fmt: skip
+        "TRAINER": "UniGRAM",
+        "CFG": "gram_small_c4+4_ep10_batch32_ctxv1",
+        "OUTPUT": "my output",
+        "META": str(meta),
+        "LOADEP": "5",
+        "SOURCE": "emoji_travel",
+        "TARGETS": "emoji_travel_mosaic emoji_travel_shadow",
+    }
     done, calls = script("dg_test.sh", place, "0", **variables)
     assert done.returncode == 0, done.stderr
     for (args, opts), target in zip(map(parsed, calls), ("mosaic", "shadow"), strict=True):
@@ -142,9 +152,13 @@ def test_a_run_that_fails_ends_the_script(place):
 def test_a_real_run_from_another_folder(tmp_path, tiny_data, tiny_options):
     """Trained, tested, and not run again."""
     variables = {
-        **os.environ, "DATA": str(tiny_data), "PYTHON": sys.executable, "TRAINER": "ZeroshotCLIP", "SHOTS": "1",
+        **os.environ,
+        "DATA": str(tiny_data),
+        "PYTHON": sys.executable,
+        "TRAINER": "ZeroshotCLIP",
+        "SHOTS": "1",
         "BACKBONE": "gram_small",
-    }  # fmt: skip
+    }
     command = [BASH, str(SCRIPTS / "base2new_train.sh"), "emoji_food", "1", *tiny_options]
     done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, shlex.join(command) + done.stdout + done.stderr

@@ -16,28 +16,8 @@ SHAPES = ("circle", "square", "triangle", "cross", "ring", "bar", "diamond", "co
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220)}
 TINY = ["MODEL.BACKBONE.NAME", "random-tiny", "INPUT.SIZE", "(32, 32)"]
 SMALL_CHC = ["CHC.TOPICS.MIN_CLUSTER_SIZE", "10", "CHC.TOPICS.NEIGHBORS", "8", "CHC.DOMAINS.K", "2"]
-SMALL_TASKS = [
-    "TASKS.WAYS",
-    "2",
-    "TASKS.SUPPORT_SHOTS",
-    "2",
-    "TASKS.QUERY_SHOTS",
-    "4",
-    "TASKS.HELD_OUT",
-    "0.4",
-]
-SMALL_RUN = [
-    "OUTER.STEPS",
-    "6",
-    "OUTER.BATCH",
-    "2",
-    "EVAL.EVERY",
-    "3",
-    "EVAL.TASKS",
-    "4",
-    "CHECKPOINT.EVERY",
-    "3",
-]
+SMALL_TASKS = ["TASKS.WAYS", "2", "TASKS.SUPPORT_SHOTS", "2", "TASKS.QUERY_SHOTS", "4", "TASKS.HELD_OUT", "0.4"]
+SMALL_RUN = ["OUTER.STEPS", "6", "OUTER.BATCH", "2", "EVAL.EVERY", "3", "EVAL.TASKS", "4", "CHECKPOINT.EVERY", "3"]
 
 
 def draw(shape, colour, rng):
@@ -102,17 +82,7 @@ def data(tmp_path_factory):
 
 def train(trainer, data, out, *arguments, seed=1):
     config = "gram_small" if trainer == "ZeroshotCLIP" else "gram_small_c4_ep10_batch32_ctxv1"
-    command = [
-        "train",
-        "--root",
-        str(data),
-        "--seed",
-        str(seed),
-        "--trainer",
-        trainer,
-        "--output-dir",
-        str(out),
-    ]
+    command = ["train", "--root", str(data), "--seed", str(seed), "--trainer", trainer, "--output-dir", str(out)]
     command += ["--dataset-config-file", "configs/datasets/emoji_animals.yaml"]
     command += ["--config-file", f"configs/trainers/{trainer}/{config}.yaml"]
     assert main([*command, *arguments]) == 0
@@ -126,17 +96,7 @@ def test_from_pairs_to_a_table(corpus, data, tmp_path, capsys):
     assert main(["cluster", str(store), "-o", str(hierarchy), *SMALL_CHC, *SMALL_TASKS]) == 0
     assert main(["inspect", str(hierarchy)]) == 0
     assert "circle" in capsys.readouterr().out
-    pretrain = [
-        "pretrain",
-        "--store",
-        str(store),
-        "--hierarchy",
-        str(hierarchy),
-        "-o",
-        str(meta),
-        "--device",
-        "cpu",
-    ]
+    pretrain = ["pretrain", "--store", str(store), "--hierarchy", str(hierarchy), "-o", str(meta), "--device", "cpu"]
     assert main([*pretrain, "BACKBONE.NAME", "random-tiny", *SMALL_TASKS, *SMALL_RUN]) == 0
     checkpoint = meta / "best.safetensors"
     assert checkpoint.is_file()
@@ -159,12 +119,7 @@ def test_from_pairs_to_a_table(corpus, data, tmp_path, capsys):
 
     assert main(["report", str(out), "--format", "json"]) == 0
     (report,) = json.loads(capsys.readouterr().out)
-    assert [row["label"] for row in report["rows"]] == [
-        "ZeroshotCLIP",
-        "CoOp",
-        "CoOpGRAM",
-        "CoOpGRAM, no step",
-    ]
+    assert [row["label"] for row in report["rows"]] == ["ZeroshotCLIP", "CoOp", "CoOpGRAM", "CoOpGRAM, no step"]
     assert report["missing"] == [] and report["notes"] == [] and report["seeds"] == [1, 2]
     for row in report["rows"]:
         for column in ("base", "new", "H"):

@@ -64,9 +64,7 @@ def test_tasks_keep_their_promises(hierarchy, number, shift):
     again = TaskSampler(hierarchy, WAYS, SUPPORT, QUERY, seed=1, domain_shift=shift)
     again.draw(number + 1)  # what was drawn before makes no difference
     same = again.draw(number)
-    assert (
-        same.words == task.words and (same.support == task.support).all() and (same.query == task.query).all()
-    )
+    assert same.words == task.words and (same.support == task.support).all() and (same.query == task.query).all()
 
 
 def test_query_sets_are_stratified_over_domains():
@@ -97,9 +95,7 @@ def test_seeds_and_numbers_differ():
 
 def test_too_few_topics_is_one_sentence():
     hierarchy = make_hierarchy([[20, 20]] * 3, ["a", "A", "b"])
-    with pytest.raises(
-        GramError, match="TASKS.WAYS: expected at least 3 topics with different words .* found 2"
-    ):
+    with pytest.raises(GramError, match="TASKS.WAYS: expected at least 3 topics with different words .* found 2"):
         TaskSampler(hierarchy, 3, 2, 5, seed=0)
     with pytest.raises(GramError, match="found 0"):  # one domain each is no domain shift
         TaskSampler(make_hierarchy([[20]] * 4, "abcd"), 3, 2, 5, seed=0)
@@ -115,10 +111,7 @@ def test_held_out_topics_share_no_word_and_no_image():
     sampler = TaskSampler(hierarchy, 3, 2, 5, seed=1, topics=train, without_images=away)
     for number in range(20):
         task = sampler.draw(number)
-        assert (
-            set(task.topics) <= set(train)
-            and not np.isin([*task.support.ravel(), *task.query.ravel()], away).any()
-        )
+        assert set(task.topics) <= set(train) and not np.isin([*task.support.ravel(), *task.query.ravel()], away).any()
     with pytest.raises(GramError, match="at least 14 topics"):
         split_topics(hierarchy, 0.3, 7, seed=1)
 
@@ -126,9 +119,7 @@ def test_held_out_topics_share_no_word_and_no_image():
 def test_images_with_captions_in_several_topics_occur_once_in_a_task():
     hierarchy = make_hierarchy([[30, 30]] * 4, "abcd")
     random = np.random.default_rng(0)
-    hierarchy.image = np.concatenate(
-        [random.choice(90, 60, replace=False) for _ in range(4)]
-    )  # 2 of 3 in each topic
+    hierarchy.image = np.concatenate([random.choice(90, 60, replace=False) for _ in range(4)])  # 2 of 3 in each topic
     sampler = TaskSampler(hierarchy, 3, 2, 10, seed=0)
     for number in range(30):
         task = sampler.draw(number)

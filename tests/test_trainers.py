@@ -78,11 +78,31 @@ def constant_gate(backbone, gamma):
 def flags(world, out, trainer, *opts, seed=1):
     config = ["--config-file", "gram_small" if trainer == "ZeroshotCLIP" else CONFIG]
     return [
-        "--root", str(world), "--seed", str(seed), "--trainer", trainer, "--dataset-config-file", "emoji_food",
-        *config, "--backbone", "random-tiny", "--output-dir", str(out), "INPUT.SIZE", "(32,32)", "DATASET.NUM_SHOTS",
-        "4", "DATALOADER.TRAIN_X.BATCH_SIZE", "4", "OPTIM.MAX_EPOCH", "3", "DATASET.SUBSAMPLE_CLASSES", "base",
+        "--root",
+        str(world),
+        "--seed",
+        str(seed),
+        "--trainer",
+        trainer,
+        "--dataset-config-file",
+        "emoji_food",
+        *config,
+        "--backbone",
+        "random-tiny",
+        "--output-dir",
+        str(out),
+        "INPUT.SIZE",
+        "(32,32)",
+        "DATASET.NUM_SHOTS",
+        "4",
+        "DATALOADER.TRAIN_X.BATCH_SIZE",
+        "4",
+        "OPTIM.MAX_EPOCH",
+        "3",
+        "DATASET.SUBSAMPLE_CLASSES",
+        "base",
         *map(str, opts),
-    ]  # fmt: skip
+    ]
 
 
 def train(world, out, trainer, *opts, seed=1):
@@ -154,14 +174,7 @@ def test_coop_follows_the_plain_calculation_over_50_steps(world):
 @pytest.mark.parametrize("csc", [False, True])
 def test_other_class_token_positions(world, position, csc):
     """Class by class: [start, first tokens, name, other tokens, ".", end]."""
-    options = (
-        "TRAINER.COOP.CLASS_TOKEN_POSITION",
-        position,
-        "TRAINER.COOP.CSC",
-        csc,
-        "TRAINER.COOP.CTX_INIT",
-        "''",
-    )
+    options = ("TRAINER.COOP.CLASS_TOKEN_POSITION", position, "TRAINER.COOP.CSC", csc, "TRAINER.COOP.CTX_INIT", "''")
     trainer = build(world, "CoOp", *options, "TRAINER.COOP.N_CTX", 3)
     backbone, clip = trainer.backbone, trainer.backbone.model
     ctx = trainer.model.prompt_learner.ctx.detach()
@@ -173,9 +186,7 @@ def test_other_class_token_positions(world, position, csc):
         length = int(ids.argmax()) - 2
         context = ctx[label] if csc else ctx
         first = {"end": 3, "middle": 1, "front": 0}[position]
-        sentence = torch.cat(
-            [own[:1], context[:first], own[1 : 1 + length], context[first:], own[1 + length :]]
-        )[:77]
+        sentence = torch.cat([own[:1], context[:first], own[1 : 1 + length], context[first:], own[1 + length :]])[:77]
         x = clip.transformer((sentence + clip.positional_embedding)[:, None])  # (77, 1, d)
         feature = clip.ln_final(x)[int(ids.argmax()) + 3, 0] @ clip.text_projection
         expected.append(feature / feature.norm())
@@ -201,14 +212,7 @@ def test_a_constant_gate_is_a_smaller_step(world, backbone, tmp_path):
     chosen = ("TRAINER.GRAM.CHECKPOINT", meta)
     half = train(world, tmp_path / "half", "CoOpGRAM", *chosen)
     train(
-        world,
-        tmp_path / "control",
-        "CoOpGRAM",
-        *chosen,
-        "TRAINER.GRAM.REGULATE",
-        False,
-        "TRAINER.GRAM.STEP_SCALE",
-        0.5,
+        world, tmp_path / "control", "CoOpGRAM", *chosen, "TRAINER.GRAM.REGULATE", False, "TRAINER.GRAM.STEP_SCALE", 0.5
     )
     train(world, tmp_path / "raw", "CoOpGRAM", *chosen, "TRAINER.GRAM.REGULATE", False)
     assert torch.allclose(context(tmp_path / "half", 3), context(tmp_path / "control", 3), atol=1e-6)
@@ -266,14 +270,10 @@ def test_path_lengths_and_variation_by_hand():
         theta.grad = torch.tensor(gradient)
         optimizer.step()
     facts = regulation.summary()["text"]
-    assert facts["path_gated"] == pytest.approx(2 * 0.5 * 0.9 * 5) and facts["net_gated"] == pytest.approx(
-        0, abs=1e-6
-    )
+    assert facts["path_gated"] == pytest.approx(2 * 0.5 * 0.9 * 5) and facts["net_gated"] == pytest.approx(0, abs=1e-6)
     assert [facts["path_beta"], facts["net_beta"]] == pytest.approx([2 * 0.5 * 0.25 * 2**0.5] * 2)
     assert facts["gradient_norm"] == {"q05": 5.0, "q50": 5.0, "q95": 5.0}
-    assert facts["gamma_mean"] == pytest.approx(0.9) and facts["gamma_variation"] == pytest.approx(
-        0, abs=1e-6
-    )
+    assert facts["gamma_mean"] == pytest.approx(0.9) and facts["gamma_variation"] == pytest.approx(0, abs=1e-6)
     with torch.no_grad():
         regulator.gates["text"].weight_gamma.fill_(0.1)
     theta.grad = torch.tensor([[3.0, 4.0]])
@@ -286,9 +286,7 @@ def test_one_warning_when_gradients_are_far_from_those_of_meta_training(
     world, backbone, tmp_path, capsys, norms, warns
 ):
     meta = save_meta(tmp_path / "meta.safetensors", backbone, norms=norms)
-    launch.train(
-        flags(world, tmp_path / "out", "CoOpGRAM", "TRAINER.GRAM.CHECKPOINT", meta, "OPTIM.MAX_EPOCH", 5)
-    )
+    launch.train(flags(world, tmp_path / "out", "CoOpGRAM", "TRAINER.GRAM.CHECKPOINT", meta, "OPTIM.MAX_EPOCH", 5))
     out = capsys.readouterr().out
     assert out.count("Warning: the text gradient's norm is") == int(warns)
     assert "regulator: text gradient norm" in out
@@ -323,9 +321,7 @@ def test_starts(world, backbone, tmp_path):
             trainer.set_model_mode("eval")
             correct += (trainer.model(batch["img"]).argmax(1) == batch["label"]).sum().item()
             total += len(batch["label"])
-    assert (
-        results["metrics"]["accuracy"] == 100 * correct / total and results["metrics"]["total"] == total == 12
-    )
+    assert results["metrics"]["accuracy"] == 100 * correct / total and results["metrics"]["total"] == total == 12
 
 
 @pytest.mark.parametrize(
@@ -333,10 +329,7 @@ def test_starts(world, backbone, tmp_path):
     [
         (["TRAINER.COOP.CSC", True], "TRAINER.COOP.CSC"),
         (["TRAINER.COOP.CLASS_TOKEN_POSITION", "front"], "CLASS_TOKEN_POSITION: GRAM defines 'end' alone"),
-        (
-            ["TRAINER.COOP.CTX_INIT", "''", "TRAINER.COOP.N_CTX", 8],
-            "4 text tokens, but the trainer is set to 8",
-        ),
+        (["TRAINER.COOP.CTX_INIT", "''", "TRAINER.COOP.N_CTX", 8], "4 text tokens, but the trainer is set to 8"),
         (["TRAINER.GRAM.CHECKPOINT", "''"], "TRAINER.GRAM.CHECKPOINT is empty"),
         (["TRAINER.GRAM.CHECKPOINT", "no.safetensors"], "no.safetensors"),
         (["TRAINER.GRAM.STEP_SCALE", 0.5], "STEP_SCALE"),
@@ -381,19 +374,26 @@ def test_a_run_leaves_coops_files_and_lines_and_results(world, tmp_path):
     checkpoint = torch.load(out / "prompt_learner/model.pth.tar-3", weights_only=True)
     assert set(checkpoint["state_dict"]) == {"ctx"} and checkpoint["epoch"] == 3
     assert {"optimizer", "scheduler", "val_result"} <= set(checkpoint)
-    facts = {
-        key: results[key] for key in ("trainer", "dataset", "subsample", "shots", "seed", "backbone", "split")
-    }
+    facts = {key: results[key] for key in ("trainer", "dataset", "subsample", "shots", "seed", "backbone", "split")}
     assert facts == {
-        "trainer": "CoOp", "dataset": "EmojiFood", "subsample": "base", "shots": 4, "seed": 1,
-        "backbone": "random-tiny", "split": "test",
-    }  # fmt: skip
+        "trainer": "CoOp",
+        "dataset": "EmojiFood",
+        "subsample": "base",
+        "shots": 4,
+        "seed": 1,
+        "backbone": "random-tiny",
+        "split": "test",
+    }
     assert results["epoch"] == 3 and results["config"]["OPTIM"]["LR"] == 0.002
     assert results["few_shot"]["path"].endswith("split_fewshot/shot_4-seed_1.json")
     assert results["metrics"]["correct"] * 100 / results["metrics"]["total"] == results["metrics"]["accuracy"]
     assert [(point["step"], point["epoch"]) for point in results["curve"]] == [
-        (0, 0.0), (2, pytest.approx(2 / 3)), (3, 1.0), (6, 2.0), (9, 3.0),
-    ]  # fmt: skip
+        (0, 0.0),
+        (2, pytest.approx(2 / 3)),
+        (3, 1.0),
+        (6, 2.0),
+        (9, 3.0),
+    ]
     assert results["curve"][-1]["base"] == results["metrics"]["accuracy"]
     # new classes, asked for in a run of their own, score what the curve says
     argv = flags(world, tmp_path / "new", "CoOp", "DATASET.SUBSAMPLE_CLASSES", "new")
@@ -435,9 +435,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_end(world, backbone, tmp_pat
     def rates(out):  # of the last three epochs
         log = (tmp_path / out / "log.txt").read_text()
         return [
-            line.split(" lr ")[1].split()[0]
-            for line in log.splitlines()
-            if line.startswith(("epoch [4", "epoch [5"))
+            line.split(" lr ")[1].split()[0] for line in log.splitlines() if line.startswith(("epoch [4", "epoch [5"))
         ]
 
     assert rates("parts") == rates("whole") and len(set(rates("whole"))) > 1
@@ -539,11 +537,7 @@ def test_loading_says_what_is_there(world, tmp_path):
     with pytest.raises(GramError, match=r"ctx of shape \(4, 64\), but the trainer is set to \(6, 64\)"):
         build(world, "CoOp", "TRAINER.COOP.CTX_INIT", "''", "TRAINER.COOP.N_CTX", 6).load_model(str(out))
     state = torch.load(out / "prompt_learner/model.pth.tar-3", weights_only=True)
-    state["state_dict"] = {
-        "token_prefix": torch.zeros(9, 1, 64),
-        **state["state_dict"],
-        "token_suffix": torch.zeros(9),
-    }
+    state["state_dict"] = {"token_prefix": torch.zeros(9, 1, 64), **state["state_dict"], "token_suffix": torch.zeros(9)}
     torch.save(state, out / "prompt_learner/model.pth.tar-8")  # as CoOp writes them
     trainer.load_model(str(out), epoch=8)
     state["state_dict"]["ctxx"] = state["state_dict"].pop("ctx")
@@ -562,9 +556,7 @@ def test_init_weights_start_a_run(world, tmp_path):
 
 
 def test_best_validation(world, tmp_path):
-    results = train(
-        world, tmp_path / "out", "CoOp", "TEST.FINAL_MODEL", "best_val", "TRAIN.CHECKPOINT_FREQ", 1
-    )
+    results = train(world, tmp_path / "out", "CoOp", "TEST.FINAL_MODEL", "best_val", "TRAIN.CHECKPOINT_FREQ", 1)
     best = torch.load(tmp_path / "out/prompt_learner/model-best.pth.tar", weights_only=True)
     assert best["val_result"] is not None and results["metrics"]["total"] == 12
     trainer = build(world, "CoOp")

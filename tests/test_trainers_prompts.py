@@ -26,12 +26,7 @@ CONFIGS = {
 }
 CONFIGS |= {
     gram: CONFIGS[plain]
-    for gram, plain in {
-        "CoOpGRAM": "CoOp",
-        "CoCoOpGRAM": "CoCoOp",
-        "VPTGRAM": "VPT",
-        "UniGRAM": "JointPrompt",
-    }.items()
+    for gram, plain in {"CoOpGRAM": "CoOp", "CoCoOpGRAM": "CoCoOp", "VPTGRAM": "VPT", "UniGRAM": "JointPrompt"}.items()
 }
 PROMPTS = {"CoOp": (4, 0), "CoCoOp": (4, 0), "VPT": (0, 4), "UniGRAM": (2, 2)}  # tokens of text, of image
 WORDS = {1: "a", 2: "a photo", 3: "a photo of", 4: "a photo of a"}
@@ -55,10 +50,25 @@ def one_loading(backbone, monkeypatch):
 
 def argv(data, out, trainer, options, *opts, seed=1):
     return [
-        "--root", str(data), "--seed", str(seed), "--trainer", trainer, "--dataset-config-file", "emoji_food",
-        "--config-file", CONFIGS[trainer], "--output-dir", str(out), *options, "DATASET.NUM_SHOTS", "2",
-        "DATALOADER.TRAIN_X.BATCH_SIZE", "2", *map(str, opts),
-    ]  # fmt: skip
+        "--root",
+        str(data),
+        "--seed",
+        str(seed),
+        "--trainer",
+        trainer,
+        "--dataset-config-file",
+        "emoji_food",
+        "--config-file",
+        CONFIGS[trainer],
+        "--output-dir",
+        str(out),
+        *options,
+        "DATASET.NUM_SHOTS",
+        "2",
+        "DATALOADER.TRAIN_X.BATCH_SIZE",
+        "2",
+        *map(str, opts),
+    ]
 
 
 @pytest.fixture
@@ -120,9 +130,7 @@ def save(backbone, tmp_path):
 
 
 def norm(layer, x):
-    return F.layer_norm(
-        x, layer.normalized_shape, layer.weight, layer.bias, layer.eps
-    )  # OpenAI's casts to float32
+    return F.layer_norm(x, layer.normalized_shape, layer.weight, layer.bias, layer.eps)  # OpenAI's casts to float32
 
 
 def tower(transformer, x, mask):
@@ -352,9 +360,7 @@ def test_a_step_with_a_constant_gate(build, save, plain, gram, kind):
     options = ("OPTIM.WARMUP_EPOCH", -1, "OPTIM.WEIGHT_DECAY", 0.0)
     trainers = [build(plain, *options), build(gram, *options, "TRAINER.GRAM.CHECKPOINT", save(kind))]
     learners = [trainer.model.prompt_learner for trainer in trainers]
-    assert [name for name, _ in learners[0].named_parameters()] == [
-        n for n, _ in learners[1].named_parameters()
-    ]
+    assert [name for name, _ in learners[0].named_parameters()] == [n for n, _ in learners[1].named_parameters()]
     learners[0].load_state_dict(learners[1].state_dict())
     start = {name: p.detach().clone() for name, p in learners[0].named_parameters()}
     prompts = initial_prompts(trainers[1].backbone, *PROMPTS[kind], WORDS.get(PROMPTS[kind][0], ""), seed=7)
@@ -426,11 +432,7 @@ def test_what_needs_the_meta_checkpoint_says_so_and_leaves_no_folder(go, tmp_pat
 @pytest.mark.parametrize(
     ("trainer", "kind", "says"),
     [
-        (
-            "CoCoOpGRAM",
-            "CoOp",
-            "meta-trained with nothing beside its prompts, but the trainer learns meta_net",
-        ),
+        ("CoCoOpGRAM", "CoOp", "meta-trained with nothing beside its prompts, but the trainer learns meta_net"),
         ("CoOpGRAM", "CoCoOp", "meta-trained with meta_net.linear1.bias, .* learns nothing beside them"),
         ("UniGRAM", "CoOp", "holds text prompts, but the trainer learns text and visual prompts"),
         ("VPTGRAM", "UniGRAM", "holds text and visual prompts, but the trainer learns visual prompts"),
@@ -455,7 +457,7 @@ def test_a_meta_checkpoint_of_another_kind_is_one_sentence(build, save, trainer,
         ("JointPrompt", ["MODEL.BACKBONE.NAME", "random-tiny-RN"], "expect a ViT image tower"),
         ("CoCoOp", ["TRAINER.COCOOP.CTX_INIT", "''", "TRAINER.COCOOP.N_CTX", 0], "COCOOP.N_CTX is 0"),
     ],
-)  # fmt: skip
+)
 def test_refusals_are_one_sentence(build, trainer, opts, says):
     with pytest.raises(GramError, match=says) as error:
         build(trainer, *opts)
@@ -484,19 +486,14 @@ def test_a_checkpoint_knows_its_trainer_and_its_classes(go, tiny_data, tmp_path)
     where = {"dataset": "EmojiFood", "folder": "", "subsample": "base"}
     assert facts == {"trainer": "VPT", **where, "classnames": ["red", "green"]}
     for changed, says in (
-        (
-            ["green", "red"],
-            "other classes of this dataset than are here now: class 0 is 'green' there and 'red'",
-        ),
+        (["green", "red"], "other classes of this dataset than are here now: class 0 is 'green' there and 'red'"),
         (["red"], "1 there, 2 here"),
     ):
         torch.save({**state, "classnames": changed}, path)
         with pytest.raises(GramError, match=says) as error:
             go("VPT", flags=flags, out="other")
         assert "\n" not in str(error.value)
-        go(
-            "VPT", flags=flags, out=f"new{len(changed)}", group="new"
-        )  # other classes are what prompts are for
+        go("VPT", flags=flags, out=f"new{len(changed)}", group="new")  # other classes are what prompts are for
     for key in facts:
         del state[key]
     torch.save(state, path)  # as CoOp writes it

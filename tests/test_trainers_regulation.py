@@ -95,9 +95,7 @@ class Foreign(TrainerX):
     def build_model(self):
         names = self.dm.dataset.classnames
         frozen = load_backbone("random-tiny")
-        self.model = ForeignCLIP(
-            frozen.model, frozen.tokenize([f"X X X {name}." for name in names]), self.dtype
-        )
+        self.model = ForeignCLIP(frozen.model, frozen.tokenize([f"X X X {name}." for name in names]), self.dtype)
         self.optim = build_optimizer(self.model.prompt_learner, self.cfg.OPTIM)
         self.sched = build_lr_scheduler(self.optim, self.cfg.OPTIM)
         self.register_model("prompt_learner", self.model.prompt_learner, self.optim, self.sched)
@@ -119,12 +117,29 @@ def train(data, options, out, *opts):
     # the rate of the warm-up, 1e-5, would be lost in half precision
     return launch.train(
         [
-            "--root", str(data), "--seed", "1", "--trainer", "ForeignGRAM", "--dataset-config-file", "emoji_food",
-            "--config-file", "trainers/CoOp/gram_small_c4_ep10_batch32_ctxv1", "--output-dir", str(out), *options,
-            "DATASET.NUM_SHOTS", "2", "DATALOADER.TRAIN_X.BATCH_SIZE", "2", "OPTIM.WARMUP_EPOCH", "-1", *map(str, opts),
+            "--root",
+            str(data),
+            "--seed",
+            "1",
+            "--trainer",
+            "ForeignGRAM",
+            "--dataset-config-file",
+            "emoji_food",
+            "--config-file",
+            "trainers/CoOp/gram_small_c4_ep10_batch32_ctxv1",
+            "--output-dir",
+            str(out),
+            *options,
+            "DATASET.NUM_SHOTS",
+            "2",
+            "DATALOADER.TRAIN_X.BATCH_SIZE",
+            "2",
+            "OPTIM.WARMUP_EPOCH",
+            "-1",
+            *map(str, opts),
         ],
         quiet=True,
-    )  # fmt: skip
+    )
 
 
 def test_a_foreign_trainer_with_deep_half_precision_prompts(
@@ -162,10 +177,7 @@ def test_a_foreign_trainer_with_deep_half_precision_prompts(
             assert torch.equal(after[name], by_hand(regulator, raw.float()).half())
         assert torch.equal(after["raw"], before["raw"][1])
     log = (tmp_path / "out/log.txt").read_text()
-    assert (
-        log.count("prompt is float16") == 1
-        and "Raw gradients, as the regulator does not know them: scale\n" in log
-    )
+    assert log.count("prompt is float16") == 1 and "Raw gradients, as the regulator does not know them: scale\n" in log
     assert "regulator: text gradient norm" in log and "regulator: text.1 gradient norm" in log
     assert "* accuracy: " in log
     saved = torch.load(tmp_path / "out/prompt_learner/model.pth.tar-1", weights_only=True)["state_dict"]
@@ -180,7 +192,7 @@ def test_a_foreign_trainer_with_deep_half_precision_prompts(
         (["TRAINER.GRAM.CHECKPOINT", "''"], "TRAINER.GRAM.CHECKPOINT is empty; ForeignGRAM expects"),
         (["TRAINER.GRAM.STEP_SCALE", 0.5], "STEP_SCALE scales raw gradients"),
     ],
-)  # fmt: skip
+)
 def test_a_foreign_trainer_is_told_what_does_not_fit(tiny_data, tiny_options, tmp_path, meta, opts, says):
     with pytest.raises(GramError, match=says) as error:
         train(tiny_data, tiny_options, tmp_path / "out", "TRAINER.GRAM.CHECKPOINT", meta.path, *opts)
@@ -208,11 +220,7 @@ def prompt(*shape, dtype=torch.float32):
 
 def test_theta_goes_into_the_first_layer(meta):
     theta = meta.prompts["text"]
-    whole, deep, several = (
-        prompt(3, WIDTH),
-        prompt(4, 3, WIDTH),
-        nn.ParameterList([prompt(3, WIDTH) for _ in "ab"]),
-    )
+    whole, deep, several = (prompt(3, WIDTH), prompt(4, 3, WIDTH), nn.ParameterList([prompt(3, WIDTH) for _ in "ab"]))
     for prompts in (whole, deep, several):
         start_from(meta, {"text": prompts})
     assert whole.equal(theta) and deep[0].equal(theta) and not deep[1:].any()
@@ -224,18 +232,10 @@ def test_theta_goes_into_the_first_layer(meta):
     [
         ({"visual": (3, WIDTH)}, {}, "holds text prompts, but the trainer learns visual prompts"),
         ({"text": (3, WIDTH), "visual": (3, 8)}, {}, "but the trainer learns text and visual prompts"),
-        (
-            {"text": (4, WIDTH)},
-            {},
-            "a text prompt of 3 tokens of width 64, but the trainer's has 4 tokens of",
-        ),
+        ({"text": (4, WIDTH)}, {}, "a text prompt of 3 tokens of width 64, but the trainer's has 4 tokens of"),
         ({"text": (3, 512)}, {}, "3 tokens of width 64, but the trainer's has 3 tokens of width 512"),
         ({"text": (2, 4, WIDTH)}, {}, "but the trainer's has 4 tokens"),
-        (
-            {"text": (WIDTH,)},
-            {},
-            "expected a learned parameter of shape .M, d. or .layers, M, d., found shape .64,.",
-        ),
+        ({"text": (WIDTH,)}, {}, "expected a learned parameter of shape .M, d. or .layers, M, d., found shape .64,."),
         ({"text": (3, WIDTH)}, {"net": (2,)}, "holds nothing beside its prompts, but the trainer learns net"),
     ],
 )
@@ -261,9 +261,7 @@ def test_several_layers_and_optimisers_are_regulated_once_each(regulator):
     optimizers = torch.optim.SGD([first, other], lr=1.0), torch.optim.SGD([second], lr=1.0)
     regulation = Regulation({"text": [first, second]}, regulator)
     handles = regulation.attach(*optimizers)
-    gradients = [
-        torch.randn(p.shape, generator=torch.Generator().manual_seed(9)) for p in (first, second, other)
-    ]
+    gradients = [torch.randn(p.shape, generator=torch.Generator().manual_seed(9)) for p in (first, second, other)]
     for parameter, gradient in zip((first, second, other), gradients, strict=True):
         parameter.grad = gradient.clone()
     for optimizer in optimizers:
@@ -378,9 +376,7 @@ def test_the_example_without_dassl(meta, tmp_path, capsys):
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
         for index in range(2):
-            Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(
-                tmp_path / name / f"{index}.png"
-            )
+            Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(tmp_path / name / f"{index}.png")
     regulation = example.main(meta.path, str(tmp_path), epochs=2)
     assert not torch.equal(regulation.prompts["text"], meta.prompts["text"])
     assert regulation.summary()["text"]["steps"] == 2 and "path_beta" in regulation.summary()["text"]

@@ -21,12 +21,7 @@ from gram_meta import engine
 from gram_meta.backbone import Backbone, load_backbone
 from gram_meta.engine import TrainerX, build_lr_scheduler, build_optimizer, compute_accuracy, run_folder
 from gram_meta.engine.options import complete_cfg
-from gram_meta.engine.random_state import (
-    kept_random_state,
-    make_deterministic,
-    random_state,
-    set_random_state,
-)
+from gram_meta.engine.random_state import kept_random_state, make_deterministic, random_state, set_random_state
 from gram_meta.engine.results import write_results
 from gram_meta.engine.run_folder import Doing
 from gram_meta.errors import GramError
@@ -70,9 +65,7 @@ class ClipTrainer(TrainerX):
     def check_cfg(self, cfg: Any) -> None:
         precision = cfg.TRAINER[self.node].PREC
         if precision not in PRECISIONS:
-            raise GramError(
-                f"TRAINER.{self.node}.PREC is {precision!r}; expected one of {', '.join(PRECISIONS)}"
-            )
+            raise GramError(f"TRAINER.{self.node}.PREC is {precision!r}; expected one of {', '.join(PRECISIONS)}")
         memory.check(cfg.TRAINER.MEMORY)
         for part in ("TRAIN_X", "TEST"):
             size = cfg.DATALOADER[part].BATCH_SIZE
@@ -84,9 +77,7 @@ class ClipTrainer(TrainerX):
         cfg = self.cfg
         print(f"Loading CLIP (backbone: {cfg.MODEL.BACKBONE.NAME})")
         if not cfg.MODEL.BACKBONE.NAME:
-            raise GramError(
-                "MODEL.BACKBONE.NAME is empty; expected a CLIP such as 'ViT-B/16' or 'gram-small'"
-            )
+            raise GramError("MODEL.BACKBONE.NAME is empty; expected a CLIP such as 'ViT-B/16' or 'gram-small'")
         precision = "fp32" if self.options.PREC == "amp" else self.options.PREC
         backbone = load_backbone(cfg.MODEL.BACKBONE.NAME, self.device, precision)
         size = tuple(cfg.INPUT.SIZE)
@@ -481,9 +472,7 @@ class PromptTrainer(ClipTrainer):
                 f"{path}: holds what {learner} has learned; {type(self).__name__} (--trainer) expects its own to go on from"
             )
         if "random" not in state:
-            raise GramError(
-                f"{path}: expected a checkpoint that training can go on from, found learned tensors only"
-            )
+            raise GramError(f"{path}: expected a checkpoint that training can go on from, found learned tensors only")
         self.check_loaded(path, state)
         saved.fit(self._models[NAME], state["state_dict"], path)
 
@@ -529,11 +518,7 @@ class PromptTrainer(ClipTrainer):
         saved.load(self._models[NAME], state["state_dict"], path)
         self.meta_facts = state.get("meta_checkpoint", NO_META)
         reached = int(state.get("epoch") or 0)
-        self.loaded = {
-            "model_dir": os.fspath(directory),
-            "epoch": reached,
-            "learned_by": learner,
-        }
+        self.loaded = {"model_dir": os.fspath(directory), "epoch": reached, "learned_by": learner}
         print(f'Loading weights to {NAME} from "{path}" (epoch = {reached})')
 
     def _look_whose(self, path: Path, state: dict[str, Any]) -> str:
@@ -555,9 +540,7 @@ class PromptTrainer(ClipTrainer):
         saved.load(self.model.prompt_learner, state["state_dict"], Path(name))
         made_for = state.get("backbone")
         if isinstance(made_for, dict) and made_for.get("fingerprint") != self.backbone.fingerprint:
-            print(
-                f"Note: {name} was learned for the backbone {made_for.get('name')}, here is {self.backbone.name}"
-            )
+            print(f"Note: {name} was learned for the backbone {made_for.get('name')}, here is {self.backbone.name}")
         print(f"Successfully loaded pretrained weights from {name}")
 
 
@@ -581,9 +564,7 @@ class _Group:
         learner = trainer.model.prompt_learner
         self.model = trainer.build_classifier(dataset.classnames, learner.prompts())
         self.model.prompt_learner = learner  # not a copy: it is watched while it learns
-        self.kept: list[
-            tuple[Tensor, Tensor]
-        ] = []  # image features (B, D) and labels (B,), where they never change
+        self.kept: list[tuple[Tensor, Tensor]] = []  # image features (B, D) and labels (B,), where they never change
 
     def accuracy(self, trainer: PromptTrainer) -> float:
         """Percent of test images classified correctly, now."""

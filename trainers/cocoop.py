@@ -48,7 +48,5 @@ class CoCoOp(PromptTrainer):
             return ConditionalCLIP(self.backbone, classnames, prompts, self.net)
 
     def scores(self, model: Any, features: Tensor) -> Tensor:
-        at_a_time = max(
-            1, SENTENCES // len(model.class_text.ends)
-        )  # images, as their class features are many
+        at_a_time = max(1, SENTENCES // len(model.class_text.ends))  # images, as their class features are many
         return torch.cat([model.image_logits(some) for some in features.split(at_a_time)])

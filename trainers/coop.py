@@ -28,9 +28,7 @@ class CoOp(PromptTrainer):
         options = cfg.TRAINER.COOP
         if options.CLASS_TOKEN_POSITION not in POSITIONS:
             found = options.CLASS_TOKEN_POSITION
-            raise GramError(
-                f"TRAINER.COOP.CLASS_TOKEN_POSITION is {found!r}; expected {', '.join(POSITIONS)}"
-            )
+            raise GramError(f"TRAINER.COOP.CLASS_TOKEN_POSITION is {found!r}; expected {', '.join(POSITIONS)}")
         if not options.CTX_INIT:
             self.check_count(cfg, "N_CTX")
         if options.CSC and (cfg.TEST.PER_EPOCH or cfg.TEST.AT_STEPS):
@@ -73,9 +71,7 @@ class PlacedText(ClassText):
 
     def __init__(self, backbone: Backbone, classnames: list[str], tokens: int, position: str) -> None:
         super().__init__(backbone, classnames, tokens)
-        lengths = (
-            end_positions(backbone.tokenize([name.replace("_", " ") for name in classnames])) - 1
-        )  # (N,)
+        lengths = end_positions(backbone.tokenize([name.replace("_", " ") for name in classnames])) - 1  # (N,)
         total = 1 + tokens + self.ids.shape[1]
         before = {"end": tokens, "middle": tokens // 2, "front": 0}[position]
         order = torch.stack([_order(total, tokens, before, int(length)) for length in lengths])  # (N, total)

@@ -18,9 +18,7 @@ class CoOpGRAM(Regulated, CoOp):
         super().check_cfg(cfg)
         options = cfg.TRAINER.COOP
         if options.CSC:
-            raise GramError(
-                "TRAINER.COOP.CSC: GRAM defines no class-specific contexts; CoOpGRAM expects False"
-            )
+            raise GramError("TRAINER.COOP.CSC: GRAM defines no class-specific contexts; CoOpGRAM expects False")
         if options.CLASS_TOKEN_POSITION != "end":
             found = options.CLASS_TOKEN_POSITION
             raise GramError(

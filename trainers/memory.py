@@ -62,9 +62,7 @@ def arrange(model: PromptedCLIP, options: Any, batch: int) -> list[str]:
 def check(options: Any) -> None:
     """Refuse what TRAINER.MEMORY cannot be."""
     if options.CHECKPOINT not in CHOICES:
-        raise GramError(
-            f"TRAINER.MEMORY.CHECKPOINT is {options.CHECKPOINT!r}; expected one of {', '.join(CHOICES)}"
-        )
+        raise GramError(f"TRAINER.MEMORY.CHECKPOINT is {options.CHECKPOINT!r}; expected one of {', '.join(CHOICES)}")
     if options.CLASS_CHUNK < 0:
         raise GramError(
             f"TRAINER.MEMORY.CLASS_CHUNK is {options.CLASS_CHUNK}; expected a number of class sentences, or 0: chosen "
@@ -119,9 +117,7 @@ def text_bytes(text: ClassText, ends: Tensor | None = None) -> int:
     norms = 2 * max(4, item)
     ends = text.ends if ends is None else ends
     slots = 1 + text.tokens
-    shared, unshared = (
-        (0, slots) if text.placed else (slots, 0)
-    )  # a placed prompt stands in every sentence anew
+    shared, unshared = (0, slots) if text.placed else (slots, 0)  # a placed prompt stands in every sentence anew
     length = int(ends.max()) + 1 + unshared
     bytes_ = int((ends + 1 + unshared).sum()) * (norms + 7 * item)
     bytes_ += len(ends) * (4 * length + 2 * shared) * item

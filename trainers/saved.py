@@ -42,9 +42,7 @@ def choose(directory: str | Path, epoch: int | None) -> tuple[Path, str]:
     listed = ", ".join(there) or "none"
     if epoch is not None:
         if epoch not in epochs:
-            raise GramError(
-                f"{folder}: expected a checkpoint of epoch {epoch} (--load-epoch), found epochs {listed}"
-            )
+            raise GramError(f"{folder}: expected a checkpoint of epoch {epoch} (--load-epoch), found epochs {listed}")
         return folder / f"model.pth.tar-{epoch}", ""
     wish = _final_model(Path(directory))
     if best.is_file() and (wish == "best_val" or not wish or not epochs):

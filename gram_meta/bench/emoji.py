@@ -1,9 +1,9 @@
 """A bench on the emoji world, which is made first: `gram bench --emoji DIR` needs no data, no GPU and no model hub.
 
-    DIR/world/       pictures with captions, and few-shot datasets in CoOp's layout
-    DIR/store/, DIR/hierarchy/                              gram embed, gram cluster
-    DIR/labelled/    the corpus by concept, as class folders; DIR/labelled_store/, DIR/labelled_hierarchy/
-    DIR/output/      runs; DIR/output/meta/ for the meta-trainings
+DIR/world/       pictures with captions, and few-shot datasets in CoOp's layout
+DIR/store/, DIR/hierarchy/                              gram embed, gram cluster
+DIR/labelled/    the corpus by concept, as class folders; DIR/labelled_store/, DIR/labelled_hierarchy/
+DIR/output/      runs; DIR/output/meta/ for the meta-trainings
 """
 
 from __future__ import annotations
@@ -98,30 +98,36 @@ def _corpus(settings: Settings, folder: Path, needed: set[Path]) -> Iterator[Job
     root, backbone = Path(settings.root), _backbone(settings)
     pairs, labelled = root / "corpus" / "pairs.tsv", folder / "labelled"
     if Path(settings.store) in needed:
-        yield from _organised(
-            settings, str(pairs), (), settings.store, settings.hierarchy, META_CONFIG, backbone, root
-        )
+        yield from _organised(settings, str(pairs), (), settings.store, settings.hierarchy, META_CONFIG, backbone, root)
     if Path(settings.labelled_store) in needed:
         code = f"from gram_meta.bench.emoji import write_labelled; write_labelled({str(root)!r}, {str(labelled)!r})"
-        yield Job(
-            ("python", "-c", code), labelled, "the corpus as class folders", ("labelled",), (root,), (labelled,)
-        )
+        yield Job(("python", "-c", code), labelled, "the corpus as class folders", ("labelled",), (root,), (labelled,))
         yield from _organised(
-            settings, str(labelled), ("--format", "classes"), settings.labelled_store,
-            settings.labelled_hierarchy, "unigram_gram_small_labelled", backbone, labelled,
-        )  # fmt: skip
+            settings,
+            str(labelled),
+            ("--format", "classes"),
+            settings.labelled_store,
+            settings.labelled_hierarchy,
+            "unigram_gram_small_labelled",
+            backbone,
+            labelled,
+        )
 
 
 def _organised(
-    settings: Settings, source: str, flags: tuple[str, ...], store: str, hierarchy: str, config: str,
-    backbone: str, upon: Path,
-) -> Iterator[Job]:  # fmt: skip
+    settings: Settings,
+    source: str,
+    flags: tuple[str, ...],
+    store: str,
+    hierarchy: str,
+    config: str,
+    backbone: str,
+    upon: Path,
+) -> Iterator[Job]:
     embed = ("embed", source, "-o", store, "--backbone", backbone, *flags)
     yield Job(embed, Path(store), f"features in {store}", ("embed",), (upon,))
     cluster = ("cluster", store, "-o", hierarchy, "--config-file", f"configs/gram_meta/{config}.yaml")
-    yield Job(
-        (*cluster, *settings.meta_opts), Path(hierarchy), f"topics in {hierarchy}", ("cluster",), (Path(store),)
-    )
+    yield Job((*cluster, *settings.meta_opts), Path(hierarchy), f"topics in {hierarchy}", ("cluster",), (Path(store),))
 
 
 def _backbone(settings: Settings) -> str:

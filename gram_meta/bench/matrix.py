@@ -30,18 +30,23 @@ CONFIGS = {
     "CoCoOpGRAM": "{bb}_c4_ep10_batch1_ctxv1",
     "JointPrompt": "{bb}_c2+2_ep10_batch32_ctxv1",
     "UniGRAM": "{bb}_c2+2_ep10_batch32_ctxv1",
-}  # fmt: skip
+}
 
 SOURCE = "imagenet"
 ELEVEN = (
-    SOURCE, "caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101", "fgvc_aircraft", "sun397",
-    "dtd", "eurosat", "ucf101",
-)  # fmt: skip
-DATASETS = {
-    "base2new": ELEVEN,
-    "xd": ELEVEN[1:],
-    "dg": ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"),
-}
+    SOURCE,
+    "caltech101",
+    "oxford_pets",
+    "stanford_cars",
+    "oxford_flowers",
+    "food101",
+    "fgvc_aircraft",
+    "sun397",
+    "dtd",
+    "eurosat",
+    "ucf101",
+)
+DATASETS = {"base2new": ELEVEN, "xd": ELEVEN[1:], "dg": ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")}
 
 CHECKPOINT = "best.safetensors"  # as `gram pretrain` names it
 
@@ -130,9 +135,11 @@ def plan(settings: Settings) -> list[Job]:
     jobs = [*meta_jobs(entries, settings)]
     for seed in settings.seeds:
         for protocol in settings.protocols:
-            jobs += _base2new(entries, settings, seed) if protocol == "base2new" else _transfer(
-                entries, settings, seed, settings.datasets[protocol]
-            )  # fmt: skip
+            jobs += (
+                _base2new(entries, settings, seed)
+                if protocol == "base2new"
+                else _transfer(entries, settings, seed, settings.datasets[protocol])
+            )
     unique: dict[Path, Job] = {}
     for job in jobs:
         unique.setdefault(job.folder, job)  # xd and dg share their training
@@ -152,9 +159,7 @@ def check(settings: Settings) -> None:
         find_config(name, "datasets")
     for one, other in (("store", "hierarchy"), ("labelled_store", "labelled_hierarchy")):
         if bool(getattr(settings, one)) != bool(getattr(settings, other)):
-            raise GramError(
-                f"--{one} and --{other} belong together: expected both or neither".replace("_", "-")
-            )
+            raise GramError(f"--{one} and --{other} belong together: expected both or neither".replace("_", "-"))
 
 
 def read_entry(text: str, settings: Settings) -> Entry:
@@ -287,15 +292,13 @@ def _base2new(entries: Sequence[Entry], settings: Settings, seed: int) -> Iterat
             yield _test(entry, settings, seed, dataset, tested, trained, (*shots, "new"), "new")
 
 
-def _transfer(
-    entries: Sequence[Entry], settings: Settings, seed: int, targets: Sequence[str]
-) -> Iterator[Job]:
+def _transfer(entries: Sequence[Entry], settings: Settings, seed: int, targets: Sequence[str]) -> Iterator[Job]:
     """Train on all classes of the source, then test on every target: cross-dataset, and domain generalisation."""
     entries = _of_seed(entries, settings, seed)
     of_source = {
         entry: settings.output / settings.source / entry.trainer / f"{entry.name}_{settings.shots}shots" / f"seed{seed}"
         for entry in entries
-    }  # fmt: skip
+    }
     for entry, folder in of_source.items():
         shots = ("DATASET.NUM_SHOTS", str(settings.shots))
         yield _train(entry, settings, seed, settings.source, folder, shots, "source")
@@ -335,9 +338,17 @@ def _test(
 
 
 def _job(
-    kind: str, entry: Entry, settings: Settings, seed: int, dataset: str, folder: Path, flags: Sequence[str],
-    opts: Sequence[str], what: str, after: tuple[Path, ...] = (),
-) -> Job:  # fmt: skip
+    kind: str,
+    entry: Entry,
+    settings: Settings,
+    seed: int,
+    dataset: str,
+    folder: Path,
+    flags: Sequence[str],
+    opts: Sequence[str],
+    what: str,
+    after: tuple[Path, ...] = (),
+) -> Job:
     gram = ("TRAINER.GRAM.CHECKPOINT", entry.checkpoint) if entry.meta else ()
     return Job(
         argv=(

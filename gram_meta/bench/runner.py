@@ -130,9 +130,7 @@ def _run_state(job: Job, waits: bool) -> State:
 class Bench:
     """What is to be done, what is being done, and what became of the rest."""
 
-    def __init__(
-        self, jobs: Sequence[Job], states: Mapping[Path, State], output: Path, clock: Clock, bar: Bar
-    ) -> None:
+    def __init__(self, jobs: Sequence[Job], states: Mapping[Path, State], output: Path, clock: Clock, bar: Bar) -> None:
         self.jobs = {job.folder: job for job in jobs}
         self.states, self.output, self.clock, self.bar = states, output, clock, bar
         self.before = [f for f, state in states.items() if state.name == "finished"]

@@ -34,13 +34,9 @@ def read_truth(path: PathLike) -> dict[str, list[str]]:
     """
     path = Path(path)
     try:
-        columns = (
-            _parquet_columns(path) if path.suffix.lower() in (".parquet", ".pq") else _text_columns(path)
-        )
+        columns = _parquet_columns(path) if path.suffix.lower() in (".parquet", ".pq") else _text_columns(path)
     except OSError as error:
-        raise GramError(
-            f"{path}: expected a table of known facts, found none ({error.strerror or error})"
-        ) from None
+        raise GramError(f"{path}: expected a table of known facts, found none ({error.strerror or error})") from None
     facts = [name for name in columns if name in {*OF_TOPICS, WRONG}]
     if "image" not in columns or not facts:
         raise GramError(
@@ -57,9 +53,7 @@ def _parquet_columns(path: Path) -> dict[str, list[str]]:
     try:
         table = pq.read_table(path)
     except pa.ArrowException as error:
-        raise GramError(
-            f"{path}: expected a Parquet file, found {' '.join(str(error).split())[:200]}"
-        ) from None
+        raise GramError(f"{path}: expected a Parquet file, found {' '.join(str(error).split())[:200]}") from None
     values = {name: table[name].to_pylist() for name in table.column_names}
     return {name: ["" if v is None else str(v) for v in column] for name, column in values.items()}
 
@@ -112,18 +106,14 @@ def agreement(hierarchy: Hierarchy, store: PairStore, truth: Mapping[str, Sequen
             }
     for name in OF_DOMAINS:
         if name in truth:
-            report["domains"][name] = _domain_agreement(
-                hierarchy, member, _codes(truth[name])[row[hierarchy.pair]]
-            )
+            report["domains"][name] = _domain_agreement(hierarchy, member, _codes(truth[name])[row[hierarchy.pair]])
 
     passed = int((~np.isin(hierarchy.fates, (FILTERED, EXCLUDED))).sum())
     report["noise"] = float((hierarchy.fates == NOISE).sum() / max(passed, 1))
     report["in_topics"] = float(len(hierarchy.pair) / max(len(store), 1))
     if WRONG in truth:
         report["filter"] = _filter_quality(hierarchy.fates[known] == FILTERED, wrong[known])
-        report["filter"]["wrong in topics"] = (
-            float(wrong[hierarchy.pair].mean()) if len(hierarchy.pair) else 0.0
-        )
+        report["filter"]["wrong in topics"] = float(wrong[hierarchy.pair].mean()) if len(hierarchy.pair) else 0.0
     return report
 
 
@@ -141,9 +131,7 @@ def _rows(store: PairStore, truth: Mapping[str, Sequence[str]]) -> np.ndarray:
             raise GramError(
                 f"truth: expected a column caption beside {WRONG}, found none, and images with several rows"
             )
-    where = {
-        key: number for number, key in reversed(list(enumerate(keys)))
-    }  # the first row of several counts
+    where = {key: number for number, key in reversed(list(enumerate(keys)))}  # the first row of several counts
     return np.array([where.get(key, -1) for key in wanted], np.int64)
 
 

@@ -200,9 +200,7 @@ def _sampled_topics(
     size = chc.TOPICS.SAMPLE
     chosen = sample.draw(len(kept), size, chc.SEED)
     log.info("sample: topics are found on %d of %d pairs", size, len(kept))
-    read = [
-        np.asarray(store.sentence_features[kept[chosen[part]]], np.float32) for part in sample.batches(size)
-    ]
+    read = [np.asarray(store.sentence_features[kept[chosen[part]]], np.float32) for part in sample.batches(size)]
     features = np.concatenate(read)
     del read
     key = _key(store, kept, chc)
@@ -247,9 +245,7 @@ def _sampled_topics(
         "rule": {
             "neighbours": sample.NEIGHBOURS,
             "sharpness": sample.SHARPNESS,
-            "thresholds": np.quantile(rule.threshold, (0, 0.25, 0.5, 0.75, 1)).tolist()
-            if len(rule.threshold)
-            else [],
+            "thresholds": np.quantile(rule.threshold, (0, 0.25, 0.5, 0.75, 1)).tolist() if len(rule.threshold) else [],
         },
         "held_out": held_out,
         "assigned": {"captions": len(ask), "noise": float((label[ask] < 0).mean()) if len(ask) else 0.0},
@@ -266,9 +262,7 @@ def _key(store: PairStore, kept: np.ndarray, chc: CfgNode) -> str:
     return digest.hexdigest()
 
 
-def _pictures(
-    store: PairStore, pairs_of: dict[int, np.ndarray], progress: bool
-) -> Iterator[tuple[int, Pictures]]:
+def _pictures(store: PairStore, pairs_of: dict[int, np.ndarray], progress: bool) -> Iterator[tuple[int, Pictures]]:
     """The distinct images of each topic, in the order of `pairs_of`.
 
     Features of as many topics as fit into GATHER rows are read together, in ascending order, once through the file;
@@ -277,9 +271,7 @@ def _pictures(
     with _bar(sum(map(len, pairs_of.values())), "domains", "pair", progress) as bar:
         for numbers in _groups(pairs_of):
             # An image with several captions in a topic counts once.
-            images = {
-                number: np.unique(store.image[pairs_of[number]], return_inverse=True) for number in numbers
-            }
+            images = {number: np.unique(store.image[pairs_of[number]], return_inverse=True) for number in numbers}
             features, at = store.image_features, {number: rows for number, (rows, _) in images.items()}
             if len(numbers) > 1 or len(at[numbers[0]]) <= GATHER:
                 wanted = np.unique(np.concatenate(list(at.values())))
@@ -411,9 +403,7 @@ def reduce(features: np.ndarray, chc: CfgNode) -> np.ndarray:
         from sklearn.decomposition import PCA
 
         return PCA(settings.COMPONENTS, svd_solver="full").fit_transform(features)
-    log.info(
-        "UMAP: %s", "reproducible, on one thread" if chc.SEED >= 0 else "on all threads, not reproducible"
-    )
+    log.info("UMAP: %s", "reproducible, on one thread" if chc.SEED >= 0 else "on all threads, not reproducible")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numba's and UMAP's remarks on threads and spectral starts
         import umap
@@ -484,12 +474,7 @@ def _check(chc: CfgNode) -> None:
         ("TOPICS.SELECTION", chc.TOPICS.SELECTION, chc.TOPICS.SELECTION in ("eom", "leaf"), "eom or leaf"),
         ("TOPICS.NEIGHBORS", chc.TOPICS.NEIGHBORS, chc.TOPICS.NEIGHBORS >= 2, "at least 2"),
         ("TOPICS.COMPONENTS", chc.TOPICS.COMPONENTS, chc.TOPICS.COMPONENTS >= 2, "at least 2"),
-        (
-            "TOPICS.MIN_CLUSTER_SIZE",
-            chc.TOPICS.MIN_CLUSTER_SIZE,
-            chc.TOPICS.MIN_CLUSTER_SIZE >= 2,
-            "at least 2",
-        ),
+        ("TOPICS.MIN_CLUSTER_SIZE", chc.TOPICS.MIN_CLUSTER_SIZE, chc.TOPICS.MIN_CLUSTER_SIZE >= 2, "at least 2"),
         ("TOPICS.MIN_SAMPLES", chc.TOPICS.MIN_SAMPLES, chc.TOPICS.MIN_SAMPLES >= 1, "at least 1"),
         (
             "TOPICS.SAMPLE",

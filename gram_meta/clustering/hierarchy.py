@@ -117,15 +117,9 @@ class Hierarchy:
             columns = [table[name].to_numpy() for name in ("pair", "image", "topic", "domain")]
             fates = np.load(path / FATES, allow_pickle=False)
         except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
-            raise GramError(
-                f"{path}: expected a whole hierarchy, found {' '.join(str(error).split())[:200]}"
-            ) from None
-        if int((fates == KEPT).sum()) != len(columns[0]) or sum(topic.size for topic in topics) != len(
-            columns[0]
-        ):
-            raise GramError(
-                f"{path}: expected files of one hierarchy, found {PAIRS}, {FATES} and {TOPICS} that differ"
-            )
+            raise GramError(f"{path}: expected a whole hierarchy, found {' '.join(str(error).split())[:200]}") from None
+        if int((fates == KEPT).sum()) != len(columns[0]) or sum(topic.size for topic in topics) != len(columns[0]):
+            raise GramError(f"{path}: expected files of one hierarchy, found {PAIRS}, {FATES} and {TOPICS} that differ")
         pair, image, topic, domain = columns
         return cls(pair, image, topic, domain, topics, fates, manifest, path)
 

@@ -200,9 +200,7 @@ def same_for_copies(number: np.ndarray, label: np.ndarray) -> np.ndarray:
     topic stands before noise."""
     order = np.lexsort((label, number))
     n, of = number[order], label[order]
-    run = np.flatnonzero(
-        np.r_[True, (n[1:] != n[:-1]) | (of[1:] != of[:-1])]
-    )  # runs of equal number and label
+    run = np.flatnonzero(np.r_[True, (n[1:] != n[:-1]) | (of[1:] != of[:-1])])  # runs of equal number and label
     length = np.diff(np.r_[run, len(n)])
     best = np.lexsort((of[run], length, n[run]))  # of each number the longest run comes last
     last = np.flatnonzero(np.r_[n[run][best][1:] != n[run][best][:-1], True])

@@ -33,21 +33,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument
     add(
-        "--protocol", nargs="+", choices=PROTOCOLS, default=["base2new"], metavar="NAME",
+        "--protocol",
+        nargs="+",
+        choices=PROTOCOLS,
+        default=["base2new"],
+        metavar="NAME",
         help="base2new, xd, dg, or several of them (default: base2new)",
-    )  # fmt: skip
+    )
     add(
-        "--trainers", nargs="+", required=True, metavar="TRAINER[:CFG]",
+        "--trainers",
+        nargs="+",
+        required=True,
+        metavar="TRAINER[:CFG]",
         help="with the default config for the backbone, or with another one, by its bare name",
-    )  # fmt: skip
+    )
     add("--datasets", nargs="+", metavar="NAME", help="names of dataset configs (default: those of the protocol)")
     add("--source", metavar="NAME", help="dataset that is trained on in xd and dg (default: imagenet)")
     add("--seeds", nargs="+", default=["1", "2", "3"], metavar="N", help="default: 1 2 3")
     add("--shots", type=int, default=16, metavar="N", help="images per class to train on (default: %(default)s)")
     add(
-        "--backbone", choices=BACKBONES, metavar="PREFIX",
+        "--backbone",
+        choices=BACKBONES,
+        metavar="PREFIX",
         help=f"beginning of the default configs' names: {', '.join(BACKBONES)} (default: vit_b16)",
-    )  # fmt: skip
+    )
     add("--root", metavar="DATA", help="folder that holds the datasets' folders")
     add("--output", metavar="DIR", help="folder for all runs (default: output)")
     add("--meta-dir", metavar="DIR", help="folder of the meta-trainings' folders (default: OUTPUT/meta)")
@@ -57,16 +66,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--labelled-hierarchy", default="", metavar="HIERARCHY", help="its hierarchy")
     add("--meta-opts", nargs="+", default=[], metavar="KEY VALUE", help="settings for the meta-trainings")
     add(
-        "--emoji", metavar="DIR",
+        "--emoji",
+        metavar="DIR",
         help="everything on the emoji world in DIR, which is made where it is not there: pictures, store, hierarchy; "
         "backbone gram_small, source emoji_travel",
-    )  # fmt: skip
+    )
     workers = parser.add_mutually_exclusive_group()
     add = workers.add_argument
     add(
-        "--jobs", type=int, metavar="N",
+        "--jobs",
+        type=int,
+        metavar="N",
         help="worker processes, which share the cores (default: 1; with --emoji one per core, up to 4)",
-    )  # fmt: skip
+    )
     add("--gpus", nargs="+", metavar="N", help="a worker for each GPU; a GPU named twice has two")
     parser.add_argument("--dry-run", action="store_true", help="print the commands; finished ones are comments")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="options for every `gram train`")

@@ -43,9 +43,7 @@ def run(args: argparse.Namespace) -> int:
     if args.workers < 1:
         raise GramError(f"--workers: expected at least 1, found {args.workers}")
     names = [name for word in args.datasets or PAPER for name in word.split(",") if name]
-    found = [
-        check(root, name, dataset, args.deep, args.workers) for name, dataset in find_datasets(root, names)
-    ]
+    found = [check(root, name, dataset, args.deep, args.workers) for name, dataset in find_datasets(root, names)]
     print(as_json(found) if args.json else as_text(found))
     return 0 if all(finding.state == FINE for finding in found) else 1
 
@@ -65,20 +63,13 @@ def as_text(found: list[Finding]) -> str:
     from tabulate import tabulate
 
     rows = [
-        [
-            finding.name,
-            finding.state,
-            finding.classes,
-            *(finding.images.get(part) for part in ("train", "val", "test")),
-        ]
+        [finding.name, finding.state, finding.classes, *(finding.images.get(part) for part in ("train", "val", "test"))]
         for finding in found
     ]
     parts = [tabulate(rows, ["dataset", "", "classes", "train", "val", "test"], missingval="-", intfmt=",")]
     parts += [_details(finding) for finding in found if finding.problems or finding.notes]
     counts = Counter(finding.state for finding in found)
-    parts.append(
-        ", ".join(f"{counts[state]} {state}" for state in ("fine", "missing", "wrong") if counts[state])
-    )
+    parts.append(", ".join(f"{counts[state]} {state}" for state in ("fine", "missing", "wrong") if counts[state]))
     return "\n\n".join(parts)
 
 

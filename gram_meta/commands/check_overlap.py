@@ -46,23 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("train", "val", "test"),
         help="whose images to look for (default: test)",
     )
-    add(
-        "-o",
-        "--out",
-        metavar="TSV",
-        default="overlap.tsv",
-        help="where to write matches (default: %(default)s)",
-    )
-    add(
-        "--image-root",
-        metavar="FOLDER",
-        help="where the corpus' images are now (default: where gram embed read them)",
-    )
-    add(
-        "--backbone",
-        metavar="NAME",
-        help="the CLIP of the store's features (default: the name that the store has)",
-    )
+    add("-o", "--out", metavar="TSV", default="overlap.tsv", help="where to write matches (default: %(default)s)")
+    add("--image-root", metavar="FOLDER", help="where the corpus' images are now (default: where gram embed read them)")
+    add("--backbone", metavar="NAME", help="the CLIP of the store's features (default: the name that the store has)")
     add(
         "--pixels-only",
         action="store_true",
@@ -113,9 +99,7 @@ def run(args: argparse.Namespace) -> int:
     store = PairStore.open(args.store)
     tests, unread = test_images(root, args.datasets, args.parts)
     if not tests:
-        raise GramError(
-            f"{root}: expected a dataset with images, found none" + "".join(f"; {why}" for why in unread)
-        )
+        raise GramError(f"{root}: expected a dataset with images, found none" + "".join(f"; {why}" for why in unread))
     device = _device(args.device)
     backbone = None if args.pixels_only else _backbone(store, args.backbone, device)
     settings = Settings(
@@ -161,16 +145,12 @@ def _backbone(store: PairStore, name: str | None, device: str) -> Any:
     try:
         backbone = load_backbone(name or clip["name"], device, clip.get("precision", "fp32"))
     except GramError as error:
-        raise GramError(
-            f"{error} (--pixels-only needs no CLIP, but reads every image of the corpus)"
-        ) from None
+        raise GramError(f"{error} (--pixels-only needs no CLIP, but reads every image of the corpus)") from None
     store.check_backbone(backbone)
     return backbone
 
 
-def test_images(
-    root: Path, names: Sequence[str] | None, parts: Sequence[str]
-) -> tuple[list[TestImage], list[str]]:
+def test_images(root: Path, names: Sequence[str] | None, parts: Sequence[str]) -> tuple[list[TestImage], list[str]]:
     """Images of these parts of the datasets under `root`, and sentences on those that cannot be read.
 
     Raises:
@@ -226,9 +206,7 @@ def as_text(
         of_kind = [sum(tests[test].dataset == name for test in kind) for kind in (exact, near)]
         rows.append([name, count, *of_kind, f"{100 * sum(of_kind) / count:.2f} %"])
     what = " and ".join(args.parts)
-    lines = [
-        tabulate(rows, ["dataset", f"{what} images", "equal files", "near-duplicates", "share"], intfmt=",")
-    ]
+    lines = [tabulate(rows, ["dataset", f"{what} images", "equal files", "near-duplicates", "share"], intfmt=",")]
     images = len({match.row for match in matches})
     lines.append(
         f"{images:,} of the {len(store.locations):,} images of {store.path} are {what} images or nearly so: {args.out}\n"
@@ -241,10 +219,7 @@ def as_text(
             f"{counts['full']:,} {what} images have {args.neighbours} or more near-duplicates: there may be more of them "
             f"(--neighbours {4 * args.neighbours})"
         )
-    for key, where in (
-        ("unreadable tests", f"{what} images"),
-        ("unreadable candidates", "images of the corpus"),
-    ):
+    for key, where in (("unreadable tests", f"{what} images"), ("unreadable candidates", "images of the corpus")):
         if counts[key]:
             lines.append(f"{counts[key]:,} {where} could not be read and were not compared")
     return "\n".join(lines)

@@ -25,11 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", metavar="STORE", help="folder written by gram embed")
     parser.add_argument("-o", "--out", metavar="HIERARCHY", required=True, help="folder for the hierarchy")
     parser.add_argument(
-        "--config-file",
-        action="append",
-        default=[],
-        metavar="YAML",
-        help="settings; may be given more than once",
+        "--config-file", action="append", default=[], metavar="YAML", help="settings; may be given more than once"
     )
     parser.add_argument(
         "--exclude",
@@ -75,15 +71,11 @@ def excluded_images(path: str, store: PairStore) -> np.ndarray:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise GramError(f"{path}: expected a .tsv file of images to exclude, found none ({reason})") from None
     if not rows or "image" not in rows[0]:
-        raise GramError(
-            f"{path}: expected a column image, found {', '.join(rows[0]) if rows else 'an empty file'}"
-        )
+        raise GramError(f"{path}: expected a column image, found {', '.join(rows[0]) if rows else 'an empty file'}")
     column = rows[0].index("image")
     wanted = {row[column] for row in rows[1:] if len(row) > column}
     found = {location: row for row, location in enumerate(store.locations) if location in wanted}
     if unknown := sorted(wanted - found.keys()):
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-        raise GramError(
-            f"{path}: expected locations of images of {store.path}, found {', '.join(unknown[:3])}{more}"
-        )
+        raise GramError(f"{path}: expected locations of images of {store.path}, found {', '.join(unknown[:3])}{more}")
     return np.array(sorted(found.values()), np.int64)

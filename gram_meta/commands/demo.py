@@ -17,9 +17,7 @@ that tell the regulator from a smaller step and the start from a better one, and
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--full", action="store_true", help="all datasets, five seeds, controls and curves")
     parser.add_argument("--out", metavar="DIR", help="default: demo-output, or demo-output-full with --full")
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", metavar="N", help="default: 1 2 3, or 1 2 3 4 5 with --full"
-    )
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="default: 1 2 3, or 1 2 3 4 5 with --full")
     parser.add_argument("--datasets", nargs="+", metavar="NAME", help="animals, food, travel, ...")
 
 

@@ -30,20 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--backbone", default="", metavar="NAME", help="the CLIP that is to be used; it is loaded")
     add("--output-dir", default="output", metavar="FOLDER", help="where results are to go; default: output")
     add("--verify", action="store_true", help="compare cached CLIP weights with their published SHA-256")
-    add(
-        "--traceback",
-        action="store_true",
-        help="where a check fails unforeseen, show the whole of it on stderr",
-    )
+    add("--traceback", action="store_true", help="where a check fails unforeseen, show the whole of it on stderr")
     add("--format", choices=("text", "json"), default="text", help="default: text")
 
 
 def run(args: argparse.Namespace) -> int:
     from gram_meta.doctor import Patient, as_text, can_run, examine
 
-    checks = examine(
-        Patient(args.root, args.meta, args.backbone, args.output_dir, args.verify, args.traceback)
-    )
+    checks = examine(Patient(args.root, args.meta, args.backbone, args.output_dir, args.verify, args.traceback))
     if args.format == "json":
         import json
         from dataclasses import asdict

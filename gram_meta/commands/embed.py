@@ -56,12 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="ViT-B/16",
         help="CLIP: an OpenAI name, a .pt or .safetensors file, or gram-small (default: %(default)s)",
     )
-    add(
-        "--precision",
-        choices=("fp32", "fp16", "bf16"),
-        default="fp32",
-        help="of CLIP (default: %(default)s)",
-    )
+    add("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of CLIP (default: %(default)s)")
     add(
         "--sentence-model",
         metavar="NAME|PATH",

@@ -38,9 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     page.add_argument(
         "--image-root", metavar="FOLDER", help="where the images are now (default: where gram embed read them)"
     )
-    page.add_argument(
-        "--images", type=int, default=8, metavar="N", help="of each visual domain (default: %(default)s)"
-    )
+    page.add_argument("--images", type=int, default=8, metavar="N", help="of each visual domain (default: %(default)s)")
     page.add_argument(
         "--seed", type=int, default=1, metavar="S", help="of the images, captions and the task (default: %(default)s)"
     )
@@ -116,11 +114,7 @@ def as_text(hierarchy: Hierarchy, topics: int, report: dict[str, Any] | None) ->
         for number, topic in enumerate(shown)
     ]
     headers = ["topic", "word", "score", "pairs", "images", "images per domain", "next words"]
-    parts = [
-        tabulate(
-            rows, headers, disable_numparse=True, colalign=("right", "left", *["right"] * 3, "left", "left")
-        )
-    ]
+    parts = [tabulate(rows, headers, disable_numparse=True, colalign=("right", "left", *["right"] * 3, "left", "left"))]
     if len(shown) < len(hierarchy.topics):
         parts[0] += f"\n... and {len(hierarchy.topics) - len(shown)} smaller topics (--topics 0 shows all)"
     parts.append(_counts(hierarchy))
@@ -150,12 +144,14 @@ def _agreement(report: dict[str, Any]) -> str:
     rows = []
     for name in dict.fromkeys([*report["topics"], *report["domains"]]):
         topics, domains = report["topics"].get(name), report["domains"].get(name)
-        rows.append([
-            name,
-            f"{topics['all']:.3f}" if topics else "",
-            f"{topics['right captions']:.3f}" if topics else "",
-            f"{domains['mean']:.3f} ({domains['topics']} topics)" if domains else "",
-        ])  # fmt: skip
+        rows.append(
+            [
+                name,
+                f"{topics['all']:.3f}" if topics else "",
+                f"{topics['right captions']:.3f}" if topics else "",
+                f"{domains['mean']:.3f} ({domains['topics']} topics)" if domains else "",
+            ]
+        )
     headers = ["adjusted mutual information with", "topics", "of right captions", "domains within topics"]
     lines = [tabulate(rows, headers, disable_numparse=True)]
     lines.append(

@@ -22,9 +22,7 @@ what CoOp's interpret_prompt.py prints, for any backbone, with a context per cla
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument(
-        "source",
-        metavar="RUN|CHECKPOINT",
-        help="output folder, checkpoint file, or meta-checkpoint (.safetensors)",
+        "source", metavar="RUN|CHECKPOINT", help="output folder, checkpoint file, or meta-checkpoint (.safetensors)"
     )
     parser.add_argument("--topk", type=int, default=5, help="words per context token; default: 5")
     parser.add_argument(
@@ -32,9 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         help="CLIP that the prompt was learned with: a name, file or folder; default: as its run says",
     )
-    parser.add_argument(
-        "--load-epoch", type=int, help="of a run's checkpoints; default: the one it is tested with"
-    )
+    parser.add_argument("--load-epoch", type=int, help="of a run's checkpoints; default: the one it is tested with")
     parser.add_argument(
         "--format",
         choices=("text", "json", "csv"),

@@ -28,12 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE", help="image files and folders of them")
     add("--model-dir", required=True, metavar="RUN", help="folder of a run, or a checkpoint")
-    add(
-        "--load-epoch",
-        type=int,
-        metavar="N",
-        help="epoch of the prompts; default: the one the run was tested with",
-    )
+    add("--load-epoch", type=int, metavar="N", help="epoch of the prompts; default: the one the run was tested with")
     add(
         "--classes",
         metavar="NAMES|FILE",
@@ -100,9 +95,7 @@ def run(args: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        raise GramError(
-            f"{args.out or 'stdout'}: expected to be able to write there ({error.strerror})"
-        ) from None
+        raise GramError(f"{args.out or 'stdout'}: expected to be able to write there ({error.strerror})") from None
     print(counted.summary(), file=sys.stderr)
     return 0 if counted.classified else 1
 

@@ -23,16 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hierarchy", required=True, help="hierarchy, from `gram cluster`")
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="folder for what is learnt")
     parser.add_argument(
-        "--config",
-        "--config-file",
-        action="append",
-        default=[],
-        metavar="YAML",
-        help="settings; may be repeated",
+        "--config", "--config-file", action="append", default=[], metavar="YAML", help="settings; may be repeated"
     )
-    parser.add_argument(
-        "--device", default="", help="cpu, cuda, cuda:1, ...; default: cuda where there is one"
-    )
+    parser.add_argument("--device", default="", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
     parser.add_argument("--resume", action="store_true", help="go on with the run in OUT")
     parser.add_argument(
         "--profile",

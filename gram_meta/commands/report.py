@@ -47,9 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="default: table; latex needs booktabs",
     )
     parser.add_argument(
-        "--collect",
-        metavar="FILE.json",
-        help="write everything that reports need into one file, and no table",
+        "--collect", metavar="FILE.json", help="write everything that reports need into one file, and no table"
     )
     parser.add_argument(
         "--figures",
@@ -57,34 +55,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write Figures 1(a), 1(b), 3(a), 3(b) as PNG, and the numbers behind them as CSV, where runs logged them",
     )
     parser.add_argument(
-        "--html",
-        metavar="FILE.html",
-        help="write one page with tables, figures and what every run was made with",
+        "--html", metavar="FILE.html", help="write one page with tables, figures and what every run was made with"
     )
-    parser.add_argument(
-        "--datasets", metavar="A,B", help="only these datasets, by the names they are registered under"
-    )
-    parser.add_argument(
-        "--without", metavar="A,B", help="not these datasets, such as the one that was tuned on"
-    )
-    parser.add_argument(
-        "--reference", metavar="TRAINER", help="differences are taken to this one (default: CoOp)"
-    )
+    parser.add_argument("--datasets", metavar="A,B", help="only these datasets, by the names they are registered under")
+    parser.add_argument("--without", metavar="A,B", help="not these datasets, such as the one that was tuned on")
+    parser.add_argument("--reference", metavar="TRAINER", help="differences are taken to this one (default: CoOp)")
     parser.add_argument("--metric", choices=("accuracy", "error_rate", "macro_f1"), default="accuracy")
     parser.add_argument("--split", choices=("test", "val"), default="test")
     parser.add_argument(
-        "--by",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="keep runs with different values of this setting apart",
+        "--by", action="append", default=[], metavar="KEY", help="keep runs with different values of this setting apart"
     )
-    parser.add_argument(
-        "--curve", action="store_true", help="accuracy after 0, 1, 5, ... steps, where runs logged it"
-    )
-    parser.add_argument(
-        "--digits", type=int, default=1, help="decimals in the table (csv and json are unrounded)"
-    )
+    parser.add_argument("--curve", action="store_true", help="accuracy after 0, 1, 5, ... steps, where runs logged it")
+    parser.add_argument("--digits", type=int, default=1, help="decimals in the table (csv and json are unrounded)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -169,9 +151,7 @@ def _chosen(runs: Sequence[Run], only: str | None, without: str | None) -> list[
     for option, names in (("--datasets", only), ("--without", without)):
         for name in (names or "").split(","):
             if name and name not in there:
-                raise GramError(
-                    f"{option} {name}: expected one of {', '.join(sorted(there))}, found no such runs"
-                )
+                raise GramError(f"{option} {name}: expected one of {', '.join(sorted(there))}, found no such runs")
     kept = [run for run in runs if not only or run.dataset in only.split(",")]
     kept = [run for run in kept if not without or run.dataset not in without.split(",")]
     if not kept:

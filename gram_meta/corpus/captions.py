@@ -139,9 +139,7 @@ def _karpathy(path: Path) -> Iterator[Record]:
             continue
         sentences = image.get("sentences")
         texts = [item.get("raw") if isinstance(item, dict) else item for item in sentences or NOTHING]
-        yield Record(
-            image.get("filename"), str(image.get("filepath") or ""), str(image.get("split") or ""), texts
-        )
+        yield Record(image.get("filename"), str(image.get("filepath") or ""), str(image.get("split") or ""), texts)
 
 
 def _plain(path: Path, image_column: str | None, caption_column: str | None) -> Iterator[Record]:
@@ -155,9 +153,7 @@ def _plain(path: Path, image_column: str | None, caption_column: str | None) -> 
             image = names[find_column(path, names, image_column, IMAGE_COLUMNS, "image")]
             caption = names[find_column(path, names, caption_column, CAPTION_COLUMNS, "caption")]
         texts = item.get(caption)
-        yield Record(
-            item.get(image), "", str(item.get("split") or ""), texts if isinstance(texts, list) else [texts]
-        )
+        yield Record(item.get(image), "", str(item.get("split") or ""), texts if isinstance(texts, list) else [texts])
 
 
 def _lines(path: Path) -> Iterator[Any]:
@@ -206,21 +202,14 @@ def choose_split(path: Path, found: Counter[str], given: str | None) -> str | No
         missing = [split for split in given.split(",") if split not in named]
         if missing:
             has = ", ".join(f"{split} ({count})" for split, count in named.items()) or "none"
-            raise GramError(
-                f"{path}: expected the split {missing[0]!r}, found {has}; --split all takes every one"
-            )
+            raise GramError(f"{path}: expected the split {missing[0]!r}, found {has}; --split all takes every one")
         return given
     chosen = [split for split in TRAIN if split in named]
     if "train" not in chosen:
         return None
     rest = [split for split in named if split not in chosen]
     if rest:
-        log.info(
-            "%s: split %s taken, not %s (--split all takes every one)",
-            path,
-            ", ".join(chosen),
-            ", ".join(rest),
-        )
+        log.info("%s: split %s taken, not %s (--split all takes every one)", path, ", ".join(chosen), ", ".join(rest))
     return ",".join(chosen)
 
 

@@ -119,9 +119,7 @@ def read_classnames(path: Path) -> dict[str, str]:
         folder, _, name = line.strip().partition("\t" if "\t" in line.strip() else " ")
         folder, name = folder.strip(), " ".join(name.split())
         if not name:
-            raise GramError(
-                f'{path}, line {number}: expected "folder class name", found {line.strip()[:60]!r}'
-            )
+            raise GramError(f'{path}, line {number}: expected "folder class name", found {line.strip()[:60]!r}')
         if folder in names:
             raise GramError(f"{path}, line {number}: expected each folder once, found {folder!r} again")
         names[folder] = name
@@ -184,9 +182,7 @@ def images_in(folder: Path) -> list[str]:
 
 
 def _with_names(source: Source, classnames: Path, depth: int) -> Source:
-    return Source(
-        source.path, source.kind, source.image_root, classnames=classnames.resolve(), class_depth=depth
-    )
+    return Source(source.path, source.kind, source.image_root, classnames=classnames.resolve(), class_depth=depth)
 
 
 def _depth(base: Path, names: Mapping[str, str]) -> int | None:

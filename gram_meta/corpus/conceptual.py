@@ -60,9 +60,7 @@ def is_conceptual(path: Path) -> bool:
     lines = [line for line in first_lines(path, 3) if line]
     if lines and _header(lines[0]):
         lines = lines[1:]
-    return bool(lines) and all(
-        len(fields := line.split("\t")) == 2 and any(map(_is_url, fields)) for line in lines
-    )
+    return bool(lines) and all(len(fields := line.split("\t")) == 2 and any(map(_is_url, fields)) for line in lines)
 
 
 def conceptual_rows(source: Source) -> Iterator[Row]:
@@ -103,9 +101,7 @@ def _header(line: str) -> int | None:
     """The column of URLs in a header line; None: the line is none."""
     names = [name.strip().lower() for name in line.split("\t")]
     if len(names) == 2 and not any(map(_is_url, names)):
-        return next(
-            (number for number, name in enumerate(names) if name in ("url", "image_url", "urls")), None
-        )
+        return next((number for number, name in enumerate(names) if name in ("url", "image_url", "urls")), None)
     return None
 
 
@@ -127,10 +123,7 @@ def find_rule(path: Path, root: Path) -> str:
     suffixes: dict[str, Counter[str]] = {}
     for rule in [f"{folder}/{rule}" if folder else rule for folder in folders for rule in RULES]:
         suffixes[rule] = Counter(
-            suffix
-            for line in lines
-            for suffix in SUFFIXES
-            if (root / (_format(rule, line) + suffix)).is_file()
+            suffix for line in lines for suffix in SUFFIXES if (root / (_format(rule, line) + suffix)).is_file()
         )
     rule = max(suffixes, key=lambda rule: suffixes[rule].total(), default="")
     found = suffixes[rule].total() if rule else 0
@@ -199,6 +192,4 @@ def _named(rule: str, line: Line, root: Path) -> str:
     if not rule.endswith(ANY_SUFFIX):
         return _format(rule, line)
     stem = _format(rule[: -len(ANY_SUFFIX)], line)
-    return next(
-        (stem + suffix for suffix in SUFFIXES if os.path.isfile(root / (stem + suffix))), stem + SUFFIXES[0]
-    )
+    return next((stem + suffix for suffix in SUFFIXES if os.path.isfile(root / (stem + suffix))), stem + SUFFIXES[0])

@@ -66,11 +66,7 @@ def embed_pairs(
         GramError: `out` holds something else, or a run with other settings; another process is at work on it;
             no usable pair; no space left.
     """
-    for name, value, least in (
-        ("batch size", batch_size, 1),
-        ("part size", part_size, 1),
-        ("workers", workers, 0),
-    ):
+    for name, value, least in (("batch size", batch_size, 1), ("part size", part_size, 1), ("workers", workers, 0)):
         if value < least:
             raise GramError(f"{name}: expected at least {least}, found {value}")
     source = source if isinstance(source, Source) else open_source(source)
@@ -115,9 +111,7 @@ def embed_pairs(
             job.first(lambda: _finish(index, out, settings))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise GramError(
-                f"{out}: no space left on the device; free some and run the same command again"
-            ) from None
+            raise GramError(f"{out}: no space left on the device; free some and run the same command again") from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise GramError(
                 f"{error.filename or out}: expected to be allowed to write there ({error.strerror})"
@@ -190,10 +184,7 @@ def _busy(out: Path) -> str:
 
 def _begin(out: Path, settings: dict[str, Any]) -> bool:
     """Write the manifest of a new store, or compare with an earlier run's; True when that has finished."""
-    for leftover in [
-        *out.glob(".*.part"),
-        *(out / layout.PARTS).rglob(".*.part"),
-    ]:  # of a run that was killed
+    for leftover in [*out.glob(".*.part"), *(out / layout.PARTS).rglob(".*.part")]:  # of a run that was killed
         leftover.unlink()
     if not (out / layout.MANIFEST).exists():
         manifest = {"kind": "pair store", "format": layout.FORMAT, "finished": False, "settings": settings}
@@ -283,11 +274,7 @@ class _Progress:
         self.done = index.pairs - sum(index.sizes[part] for part in missing)
         self.untold, self.last = 0, 0.0
         self.bar = tqdm(
-            total=index.pairs,
-            initial=self.done,
-            unit="pair",
-            disable=not (shown and job.is_first),
-            smoothing=0.05,
+            total=index.pairs, initial=self.done, unit="pair", disable=not (shown and job.is_first), smoothing=0.05
         )
 
     def tell(self, pairs: int) -> None:

@@ -6,14 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from gram_meta.corpus.rows import (
-    BAD_UTF8,
-    EMPTY_CAPTION,
-    IMAGE_SUFFIXES,
-    NO_CAPTION_FILE,
-    Row,
-    checked,
-)
+from gram_meta.corpus.rows import BAD_UTF8, EMPTY_CAPTION, IMAGE_SUFFIXES, NO_CAPTION_FILE, Row, checked
 from gram_meta.errors import GramError
 
 TABLES = (".tsv", ".tab", ".csv", ".parquet", ".pq", ".json", ".jsonl", ".token", ".tar")
@@ -39,9 +32,7 @@ def folder_rows(root: Path) -> Iterator[Row]:
             except UnicodeDecodeError:
                 yield Row(location, "", BAD_UTF8)
     if not found:
-        raise GramError(
-            f"{root}: expected images with a same-named .txt beside them, found none{_tables_in(root)}"
-        )
+        raise GramError(f"{root}: expected images with a same-named .txt beside them, found none{_tables_in(root)}")
 
 
 def _images_below(folder: Path) -> Iterator[Path]:

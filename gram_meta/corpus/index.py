@@ -119,12 +119,7 @@ class Index:
 
 
 def write_index(
-    source: Source,
-    folder: Path,
-    part_size: int,
-    job: Job = ALONE,
-    workers: int = 0,
-    progress: bool = False,
+    source: Source, folder: Path, part_size: int, job: Job = ALONE, workers: int = 0, progress: bool = False
 ) -> Index:
     """Read `source` once and write its index, or go on where that was interrupted; `plan.json` says that it is complete.
 
@@ -137,9 +132,7 @@ def write_index(
     shards = source.shards()
     if not job.first(lambda: _is_written(folder)):
         missing = job.first(lambda: _without_index(folder, len(shards)))
-        _write_shards(
-            shards, job.share(missing), source.image_root, folder, part_size, job, workers, progress
-        )
+        _write_shards(shards, job.share(missing), source.image_root, folder, part_size, job, workers, progress)
         job.first(lambda: _write_plan(folder, len(shards)))
     return Index(folder)
 
@@ -184,16 +177,12 @@ def _write_shards(
         cast(Any, here), batch_size=None, sampler=mine, num_workers=min(workers, len(mine)) if some else 0
     )
     name = f"shards of run {next(_RUNS)}"
-    with tqdm(
-        total=len(shards), unit="shard", disable=not (progress and job.is_first and len(shards) > 1)
-    ) as bar:
+    with tqdm(total=len(shards), unit="shard", disable=not (progress and job.is_first and len(shards) > 1)) as bar:
 
         def show(more: int = 0) -> None:
             bar.update(job.count(name, more) - bar.n)
 
-        for failure in images_of(
-            loader, "run the same command again, with fewer workers if memory was short"
-        ):
+        for failure in images_of(loader, "run the same command again, with fewer workers if memory was short"):
             if failure is not None:
                 raise failure
             show(1)
@@ -280,11 +269,7 @@ def _write_plan(folder: Path, shards: int) -> None:
         plan["first_parts"].append(len(plan["sizes"]))
         plan["shard_bytes"].update(counts["shard_bytes"])
         skipped.update(counts["skipped"])
-    plan |= {
-        "pairs": sum(plan["sizes"]),
-        "images": plan["bounds"][-1],
-        "skipped": dict(sorted(skipped.items())),
-    }
+    plan |= {"pairs": sum(plan["sizes"]), "images": plan["bounds"][-1], "skipped": dict(sorted(skipped.items()))}
     write_json(folder / PLAN, plan)
 
 

@@ -36,9 +36,7 @@ def join_parts(index: Index, out: Path, settings: dict[str, Any]) -> None:
     """
     parts = out / layout.PARTS
     _wait_for_files(index, parts)
-    status = np.concatenate(
-        [load_part(parts, k, "status") for k in range(index.parts)] or [np.zeros(0, np.uint8)]
-    )
+    status = np.concatenate([load_part(parts, k, "status") for k in range(index.parts)] or [np.zeros(0, np.uint8)])
     row = np.cumsum(status == 0) - 1  # an image's number in the index -> its row in the store
 
     keeps: list[np.ndarray] = []
@@ -65,9 +63,7 @@ def join_parts(index: Index, out: Path, settings: dict[str, Any]) -> None:
         "kind": "pair store",
         "format": layout.FORMAT,
         "finished": True,
-        "fingerprint": store_fingerprint(
-            settings, counts, [column.hexdigest() for column in content.values()]
-        ),
+        "fingerprint": store_fingerprint(settings, counts, [column.hexdigest() for column in content.values()]),
         "settings": settings,
         "counts": counts,
         # rows of the source: together with counts.pairs they make counts.rows
@@ -122,12 +118,7 @@ def _join_images(index: Index, out: Path, shape: tuple[int, int], content: dict[
 
 
 def _join_pairs(
-    index: Index,
-    out: Path,
-    shape: tuple[int, int],
-    row: np.ndarray,
-    keeps: list[np.ndarray],
-    content: dict[str, Any],
+    index: Index, out: Path, shape: tuple[int, int], row: np.ndarray, keeps: list[np.ndarray], content: dict[str, Any]
 ) -> int:
     """Returns how many captions were shortened for CLIP."""
     parts = out / layout.PARTS
@@ -147,9 +138,7 @@ def _join_pairs(
             sentences.write(load_part(parts, k, "sentence_features")[keep].tobytes())
             similarity, late = load_part(parts, k, "similarity"), load_part(parts, k, "late")
             if late.size:
-                similarity[late] = cosine(
-                    image_features[image[late]], load_part(parts, k, "late_text_features")
-                )
+                similarity[late] = cosine(image_features[image[late]], load_part(parts, k, "late_text_features"))
             similarities.write(similarity[keep].tobytes())
             image = image[keep]
             content["images"].update(image.astype("<i8").tobytes())

@@ -123,9 +123,7 @@ class ParquetImages:
             name = repr(schema.names[column]) if column < len(schema.names) else f"number {column}"
             raise GramError(
                 changed(
-                    self.path,
-                    f"an image in row {row} of column {name}",
-                    f"{self.first[-1]} rows of {schema.names}",
+                    self.path, f"an image in row {row} of column {name}", f"{self.first[-1]} rows of {schema.names}"
                 )
             )
         group = bisect_right(self.first, row) - 1

@@ -28,11 +28,7 @@ log = logging.getLogger(__name__)
 
 INSIDE_COLUMNS = ("jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes")  # besides the usual names
 NUMBERED = re.compile(r"captions?_?\d+")  # caption_0 ... caption_4
-TEXT_OF = (
-    "raw",
-    "caption",
-    "text",
-)  # where the text stands in a list of structs: COCO's and Flickr's sentences
+TEXT_OF = ("raw", "caption", "text")  # where the text stands in a list of structs: COCO's and Flickr's sentences
 PART = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?\.parquet")  # SPLIT-00000-of-00005.parquet
 LARGE_GROUP = 16 << 20  # bytes of images in a row group
 ROWS_AT_ONCE = 4096
@@ -131,9 +127,7 @@ def find_image(path: Path, schema: pa.Schema, given: str | None) -> int:
     image = find_column(path, schema.names, given, usual, "image")
     kind = schema.field(image).type
     if not (_is_text(kind) or holds_images(schema, image)):
-        raise GramError(
-            f"{path}: expected images, or their paths, in column {schema.names[image]!r}, found {kind}"
-        )
+        raise GramError(f"{path}: expected images, or their paths, in column {schema.names[image]!r}, found {kind}")
     return image
 
 

@@ -133,12 +133,7 @@ class _Part:
     """
 
     def __init__(
-        self,
-        index: Index,
-        number: int,
-        backbone: Backbone,
-        sentence_model: SentenceModel,
-        batch_size: int,
+        self, index: Index, number: int, backbone: Backbone, sentence_model: SentenceModel, batch_size: int
     ) -> None:
         self.number = number
         self.backbone = backbone

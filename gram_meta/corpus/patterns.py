@@ -56,9 +56,7 @@ def _values(name: str, inside: str) -> list[str]:
     numbers = RANGE.fullmatch(inside)
     if not numbers:
         if "," not in inside:
-            raise GramError(
-                f"{name}: expected braces such as {{00000..00331}} or {{a,b}}, found {{{inside}}}"
-            )
+            raise GramError(f"{name}: expected braces such as {{00000..00331}} or {{a,b}}, found {{{inside}}}")
         return inside.split(",")
     first, last = numbers.groups()
     width = len(first) if len(first) == len(last) or first.startswith("0") else 0

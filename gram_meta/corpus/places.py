@@ -14,16 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from gram_meta.corpus.images import (
-    BOMB,
-    BROKEN,
-    EMPTY,
-    MAX_BYTES,
-    MISSING,
-    BadImage,
-    file_content,
-    with_digest,
-)
+from gram_meta.corpus.images import BOMB, BROKEN, EMPTY, MAX_BYTES, MISSING, BadImage, file_content, with_digest
 from gram_meta.corpus.open_shards import PARQUETS, TARS, ParquetImages, TarFile
 
 PARQUET_SUFFIXES = (".parquet", ".pq")

@@ -80,10 +80,7 @@ class Source:
         """The parts that can be read by themselves, in their order; `rows` is their rows, one after the other."""
         if self.kind == "webdataset":
             names = [self._name(file) for file in self.files]
-            return [
-                Shard(name, partial(tars.shard_rows, self.image_root, name, self.caption_column))
-                for name in names
-            ]
+            return [Shard(name, partial(tars.shard_rows, self.image_root, name, self.caption_column)) for name in names]
         if self.kind == "parquet":
             return parquet.parquet_shards(self)
         return [Shard("", self.rows)]
@@ -184,9 +181,7 @@ def open_source(
         names = list(FORMATS)
         raise GramError(f"format: expected {', '.join(names[:-1])} or {names[-1]}, found {format!r}")
     if classnames and format != "classes":
-        raise GramError(
-            f"{classnames}: a list of class names belongs to a folder of class folders (--format classes)"
-        )
+        raise GramError(f"{classnames}: a list of class names belongs to a folder of class folders (--format classes)")
     if root and not root.is_dir():
         raise GramError(f"{root}: expected the folder that image paths start from, found no folder")
     files = _files(path)
@@ -233,10 +228,7 @@ def _check_options(
     kinds = {
         "an image column": (image_column, ("tsv", "csv", "parquet", "records")),
         "a caption column": (caption_column, ("tsv", "csv", "parquet", "records", "webdataset")),
-        "an image root": (
-            root,
-            [other for other in FORMATS if other not in ("folder", "classes", "webdataset")],
-        ),
+        "an image root": (root, [other for other in FORMATS if other not in ("folder", "classes", "webdataset")]),
         "a split": (split, ("karpathy", "records", "parquet")),
         "a rule for image names": (image_name, ("cc3m",)),
     }
@@ -313,9 +305,7 @@ def _kind(path: Path, files: list[Path], image_column: str | None, caption_colum
         if not path.is_dir() or _has_images(files, image_column):
             return "parquet"
     elif files:
-        raise GramError(
-            f"{path}: expected .tar or .parquet files, found {', '.join(file.name for file in files[:3])}"
-        )
+        raise GramError(f"{path}: expected .tar or .parquet files, found {', '.join(file.name for file in files[:3])}")
     if path.is_dir():
         return "folder"
     if not path.is_file():
@@ -361,20 +351,13 @@ def _sharded(
     if not files and path.is_file() and kind == "webdataset":  # by another name
         files = [Path(os.path.abspath(path))]
     if not files:
-        raise GramError(
-            f"{path}: expected {FORMATS[kind]}, found {'none in there' if path.exists() else 'nothing'}"
-        )
+        raise GramError(f"{path}: expected {FORMATS[kind]}, found {'none in there' if path.exists() else 'nothing'}")
     if kind == "webdataset":
         tars.check_shard_file(files[0])
     else:
         split = captions.choose_split(path, Counter(map(parquet.split_of, files)), split)
         files = [file for file in files if captions.wanted(parquet.split_of(file), split)]
     base = root.resolve() if root else Path(os.path.commonpath([file.parent for file in files]))
-    if (
-        kind == "parquet"
-        and len(files) == 1
-        and path.is_file()
-        and not parquet.has_images(files[0], image_column)
-    ):
+    if kind == "parquet" and len(files) == 1 and path.is_file() and not parquet.has_images(files[0], image_column):
         return Source(files[0], kind, base)  # a table of paths
     return Source(Path(os.path.abspath(path)), kind, base, files=tuple(files), split=split)

@@ -76,8 +76,7 @@ class SentenceBert:
         if not weights or not (folder / "modules.json").is_file():
             found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
             raise GramError(
-                f"{folder}: expected a sentence-transformers model (modules.json, model.safetensors), "
-                f"found {found}"
+                f"{folder}: expected a sentence-transformers model (modules.json, model.safetensors), found {found}"
             )
         self.name = name
         self.fingerprint = sha256_file(weights[0])
@@ -122,9 +121,7 @@ class HashedWords:
 
     @lru_cache(maxsize=100_000)  # noqa: B019 - a test model lives as long as its process
     def _direction(self, word: str) -> np.ndarray:
-        seed = int.from_bytes(
-            hashlib.blake2b(word.encode("utf-8", "replace"), digest_size=8).digest(), "little"
-        )
+        seed = int.from_bytes(hashlib.blake2b(word.encode("utf-8", "replace"), digest_size=8).digest(), "little")
         return np.random.default_rng(seed).standard_normal(self.width).astype(np.float32)
 
 
@@ -139,9 +136,7 @@ def quiet_import() -> Iterator[Any]:
     path, hidden = list(sys.path), {}
     module = sys.modules.get("datasets")
     if module is not None and not hasattr(module, "Dataset"):
-        hidden = {
-            name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "datasets"
-        }
+        hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "datasets"}
     sys.path[:] = [entry for entry in sys.path if entry not in foreign]
     try:
         import sentence_transformers
@@ -176,8 +171,7 @@ def _download(name: str) -> Path:
 
         return Path(
             snapshot_download(
-                full,
-                allow_patterns=["*.json", "*.txt", "*.model", "model.safetensors", "*/model.safetensors"],
+                full, allow_patterns=["*.json", "*.txt", "*.model", "model.safetensors", "*/model.safetensors"]
             )
         )
     except Exception as error:  # noqa: BLE001 - the hub's client and its transport each raise their own kinds

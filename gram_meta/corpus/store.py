@@ -189,9 +189,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("kind") != "pair store":
         raise GramError(f"{path / MANIFEST}: expected the manifest of a pair store, found something else")
     if manifest.get("format") != FORMAT:
-        raise GramError(
-            f"{path}: expected a pair store of format {FORMAT}, found format {manifest.get('format')}"
-        )
+        raise GramError(f"{path}: expected a pair store of format {FORMAT}, found format {manifest.get('format')}")
     return manifest
 
 

@@ -285,9 +285,7 @@ def split_name(name: bytes) -> tuple[str, str]:
     return "/".join([*parts, stem]), suffix.lower()
 
 
-def _rows_of(
-    window: _Window, end: int, shard: str, key: str, sample: _Sample, caption: str | None
-) -> Iterator[Row]:
+def _rows_of(window: _Window, end: int, shard: str, key: str, sample: _Sample, caption: str | None) -> Iterator[Row]:
     image = sample.image
     if image is None:
         yield Row("", "", NO_MEMBER)

@@ -56,10 +56,30 @@ _STYLE_ADJECTIVE = {
     "mosaic": ("tiled", "mosaic"),
 }
 _ANY_OF = (
-    "a picture of", "a picture of", "an image of", "an image of", "a drawing of", "a photo of", "this is", "here is",
-    "look at", "a rendering of", "an icon of", "the emoji", "a depiction of", "one of my pictures:", "there is", "art of",
-    "a cropped photo of", "itap of", "a nice picture of", "a design showing", "i see", "we drew", "a close-up of",
-)  # fmt: skip
+    "a picture of",
+    "a picture of",
+    "an image of",
+    "an image of",
+    "a drawing of",
+    "a photo of",
+    "this is",
+    "here is",
+    "look at",
+    "a rendering of",
+    "an icon of",
+    "the emoji",
+    "a depiction of",
+    "one of my pictures:",
+    "there is",
+    "art of",
+    "a cropped photo of",
+    "itap of",
+    "a nice picture of",
+    "a design showing",
+    "i see",
+    "we drew",
+    "a close-up of",
+)
 _GROUND_AFTER = {
     "white": ("on white", "on a white ground", "on white paper", "on a light background"),
     "dark": ("on black", "on a dark ground", "against a dark background", "in the dark"),
@@ -71,16 +91,9 @@ _GROUND_AFTER = {
 }
 for _colour in GROUND_COLOURS:
     _a = "an" if _colour == "orange" else "a"
-    _GROUND_AFTER[_colour] = (
-        f"on {_colour}",
-        f"on {_a} {_colour} ground",
-        f"against {_a} {_colour} background",
-    )
+    _GROUND_AFTER[_colour] = (f"on {_colour}", f"on {_a} {_colour} ground", f"against {_a} {_colour} background")
 _SIZE = {"small": ("small", "tiny", "little"), "large": ("large", "big", "huge")}
-_POSE = {
-    "tilted": ("tilted", "leaning", "slanted"),
-    "upside down": ("upside down", "turned over", "on its head"),
-}
+_POSE = {"tilted": ("tilted", "leaning", "slanted"), "upside down": ("upside down", "turned over", "on its head")}
 _NUMBER = {2: ("two", "a pair of", "2"), 3: ("three", "three of the", "3")}
 _COMPANY = ("next to", "beside", "with", "and", "together with", "near")
 _END = ("", "", "", "", ".", ".", ".", "!", " .", "...", ", nice", " emoji", " , see")
@@ -104,10 +117,57 @@ _START = (
     "for you: ",
 )
 _FILLER = (
-    "x", "the", "some", "really", "what", "ok", "very", "thing", "of", "my", "your", "so", "new", "old", "one", "item", "stuff",
-    "well", "art", "try", "most", "this", "that", "here", "any", "good", "bad", "nice", "kind", "type", "about", "just", "more",
-    "class", "object", "word", "name", "to", "from", "in", "at", "by", "like", "as", "two", "red", "see", "look", "is", "was",
-)  # fmt: skip
+    "x",
+    "the",
+    "some",
+    "really",
+    "what",
+    "ok",
+    "very",
+    "thing",
+    "of",
+    "my",
+    "your",
+    "so",
+    "new",
+    "old",
+    "one",
+    "item",
+    "stuff",
+    "well",
+    "art",
+    "try",
+    "most",
+    "this",
+    "that",
+    "here",
+    "any",
+    "good",
+    "bad",
+    "nice",
+    "kind",
+    "type",
+    "about",
+    "just",
+    "more",
+    "class",
+    "object",
+    "word",
+    "name",
+    "to",
+    "from",
+    "in",
+    "at",
+    "by",
+    "like",
+    "as",
+    "two",
+    "red",
+    "see",
+    "look",
+    "is",
+    "was",
+)
 GROUP_WORDS = {
     "Activities": ("an activity", "something to do", "a leisure thing"),
     "Animals & Nature": ("a kind of animal or plant", "an animal or plant", "something from nature"),

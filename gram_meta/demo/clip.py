@@ -50,9 +50,7 @@ def load_packaged_state_dict(path: Path | None = None) -> dict[str, torch.Tensor
         "context_length",
         "vocab_size",
     ):  # published archives carry them, build_model drops them
-        state[name] = torch.tensor(
-            {"input_resolution": 64, "context_length": 77, "vocab_size": VOCABULARY}[name]
-        )
+        state[name] = torch.tensor({"input_resolution": 64, "context_length": 77, "vocab_size": VOCABULARY}[name])
     return state
 
 

@@ -42,25 +42,19 @@ DATASETS: dict[str, tuple[str, ...]] = {
 }
 # Concepts that differ in a clock's hand, a moon's phase or a hand's direction make no sensible classes.
 _NO_CLASSES = {
-    "time", "hand-fingers-closed", "hand-fingers-open", "hand-fingers-partial", "hand-prop", "hand-single-finger", "family",
-    "award-medal", "heart", "sound", "lock",
-}  # fmt: skip
-_PLAIN_WORDS = {
-    "face",
-    "with",
-    "of",
-    "and",
-    "the",
-    "person",
-    "in",
-    "on",
-    "man",
-    "woman",
-    "a",
-    "sign",
-    "button",
-    "eyes",
+    "time",
+    "hand-fingers-closed",
+    "hand-fingers-open",
+    "hand-fingers-partial",
+    "hand-prop",
+    "hand-single-finger",
+    "family",
+    "award-medal",
+    "heart",
+    "sound",
+    "lock",
 }
+_PLAIN_WORDS = {"face", "with", "of", "and", "the", "person", "in", "on", "man", "woman", "a", "sign", "button", "eyes"}
 
 
 @dataclass(frozen=True)
@@ -85,11 +79,7 @@ def roles() -> tuple[Role, ...]:
     classes = _downstream_classes()
     relatives = _relatives(classes)
     orders = list(itertools.permutations(HANDS))
-    place = {
-        concept.code: (name, label)
-        for name, members in classes.items()
-        for label, concept in enumerate(members)
-    }
+    place = {concept.code: (name, label) for name, members in classes.items() for label, concept in enumerate(members)}
     turn = {code: i for i, code in enumerate(sorted(place, key=lambda code: _rank("hands", code)))}
     out = []
     for concept in concepts():
@@ -144,11 +134,7 @@ def _relatives(classes: dict[str, list[Concept]]) -> set[str]:
     """Codes of concepts that share a telling word with a class of the same group."""
     words = {(c.group, word) for members in classes.values() for c in members for word in _words(c)}
     chosen = {c.code for members in classes.values() for c in members}
-    return {
-        c.code
-        for c in concepts()
-        if c.code not in chosen and any((c.group, word) in words for word in _words(c))
-    }
+    return {c.code for c in concepts() if c.code not in chosen and any((c.group, word) in words for word in _words(c))}
 
 
 def _words(concept: Concept) -> set[str]:

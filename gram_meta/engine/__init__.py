@@ -102,9 +102,7 @@ def _open_either() -> str:
 def _open_real() -> str:
     global _repairs
     if not _real_is_there():
-        raise GramError(
-            "GRAM_DASSL is 'real', but no package `dassl` can be imported; install it, or use builtin"
-        )
+        raise GramError("GRAM_DASSL is 'real', but no package `dassl` can be imported; install it, or use builtin")
     from gram_meta.engine import real
 
     try:
@@ -117,9 +115,7 @@ def _open_real() -> str:
 
 def _open_builtin() -> str:
     if _real_is_there() and "dassl" in sys.modules:
-        raise GramError(
-            "GRAM_DASSL is 'builtin', but the real `dassl` has been imported already in this process"
-        )
+        raise GramError("GRAM_DASSL is 'builtin', but the real `dassl` has been imported already in this process")
     from gram_meta.engine import builtin
 
     builtin.answer_as_dassl()

@@ -78,9 +78,7 @@ def read_checkpoint(path: PathLike, map_location: Any = "cpu") -> dict[str, Any]
             "objects are not built from files"
         )
     if not isinstance(state, dict):
-        raise GramError(
-            f"{path}: expected a checkpoint (a dict of tensors and plain values), found {_article(state)}"
-        )
+        raise GramError(f"{path}: expected a checkpoint (a dict of tensors and plain values), found {_article(state)}")
     _check_tensors(path, state)
     return state
 
@@ -151,9 +149,7 @@ def _load(path: Path, map_location: Any) -> Any:
 
 def _unreadable(path: Path, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return (
-        f"{path}: expected a checkpoint of tensors and plain values, found something that is not ({reason})"
-    )
+    return f"{path}: expected a checkpoint of tensors and plain values, found something that is not ({reason})"
 
 
 def _refuse_other_archives(path: Path) -> None:
@@ -168,9 +164,7 @@ def _refuse_other_archives(path: Path) -> None:
         except Exception as error:  # a damaged archive; of several kinds, a name that is no text among them
             raise GramError(_unreadable(path, error)) from error
         if "constants.pkl" in names:
-            raise GramError(
-                f"{path}: expected a checkpoint of tensors and plain values, found TorchScript code"
-            )
+            raise GramError(f"{path}: expected a checkpoint of tensors and plain values, found TorchScript code")
     elif tarfile.is_tarfile(path):
         raise GramError(f"{path}: expected a checkpoint of tensors and plain values, found a tar archive")
 
@@ -184,9 +178,7 @@ def _check_tensors(path: Path, state: dict[str, Any]) -> None:
         raise GramError(f"{path}: expected tensors by name as state_dict, found {_article(tensors)}")
     for name, value in tensors.items():
         if isinstance(value, Record):
-            raise GramError(
-                f"{path}: expected a tensor as {name} in state_dict, found {value.of} as an object"
-            )
+            raise GramError(f"{path}: expected a tensor as {name} in state_dict, found {value.of} as an object")
 
 
 def _article(value: Any) -> str:
@@ -283,6 +275,4 @@ def _unpickle(file: Any, **kwargs: Any) -> Any:
     return _Unpickler(file, **kwargs).load()
 
 
-_RESTRICTED: Any = SimpleNamespace(
-    __name__="gram_meta.engine.checkpoints", Unpickler=_Unpickler, load=_unpickle
-)
+_RESTRICTED: Any = SimpleNamespace(__name__="gram_meta.engine.checkpoints", Unpickler=_Unpickler, load=_unpickle)

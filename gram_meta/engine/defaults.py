@@ -32,9 +32,7 @@ CHECKPOINT_VARIABLE = "GRAM_CHECKPOINT"
 
 # What yacs says of a key that it does not know, and of a value of another type
 UNKNOWN = re.compile(r"Non-existent (?:config )?key: ([^\s'\"]+)")
-MISMATCH = re.compile(
-    r"Type mismatch \(<class '(?:[\w.]*\.)?(\w+)'> vs.* vs\. (.*)\) for config key: (\S+)", re.DOTALL
-)
+MISMATCH = re.compile(r"Type mismatch \(<class '(?:[\w.]*\.)?(\w+)'> vs.* vs\. (.*)\) for config key: (\S+)", re.DOTALL)
 
 
 def extend_defaults() -> None:
@@ -141,9 +139,7 @@ def _has_gram(trainer: str) -> bool:
     from gram_meta.engine import TRAINER_REGISTRY
     from gram_meta.regulation import WithGRAM
 
-    return trainer in TRAINER_REGISTRY.registered_names() and issubclass(
-        TRAINER_REGISTRY.get(trainer), WithGRAM
-    )
+    return trainer in TRAINER_REGISTRY.registered_names() and issubclass(TRAINER_REGISTRY.get(trainer), WithGRAM)
 
 
 def _keys(tree: Any, prefix: str = "") -> Iterator[str]:

@@ -23,17 +23,7 @@ from gram_meta.config import find_config, merge_file, merge_opts, nearest
 from gram_meta.engine.run_folder import RUN_FILE, OutputFolder
 from gram_meta.errors import GramError
 
-__all__ = [
-    "RUN_FILE",
-    "OutputFolder",
-    "add_flags",
-    "build_parser",
-    "find_config",
-    "main",
-    "run",
-    "setup_cfg",
-    "train",
-]
+__all__ = ["RUN_FILE", "OutputFolder", "add_flags", "build_parser", "find_config", "main", "run", "setup_cfg", "train"]
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -61,11 +51,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--trainer", default="", help="name of the trainer: ZeroshotCLIP, CoOp, CoOpGRAM, ...")
     add("--backbone", default="", help="name of the backbone")
     add("--head", default="", help="name of the head")
-    add(
-        "--eval-only",
-        action="store_true",
-        help="evaluate only; without --model-dir, the prompts to start from",
-    )
+    add("--eval-only", action="store_true", help="evaluate only; without --model-dir, the prompts to start from")
     add("--model-dir", default="", help="run whose prompts are evaluated")
     add(
         "--load-epoch",
@@ -99,9 +85,7 @@ def setup_cfg(args: argparse.Namespace) -> Any:
     if args.dataset_config_file:
         merge_file(cfg, find_config(args.dataset_config_file, "datasets"))
     if args.config_file:
-        merge_file(
-            cfg, find_config(args.config_file, f"trainers/{args.trainer}" if args.trainer else "trainers")
-        )
+        merge_file(cfg, find_config(args.config_file, f"trainers/{args.trainer}" if args.trainer else "trainers"))
     reset_cfg(cfg, args)
     opts = args.opts or []
     late = next((word for word in opts if word.startswith("--")), None)

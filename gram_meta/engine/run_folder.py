@@ -242,11 +242,7 @@ def _compare(path: Path, stored: dict[str, Any], here: dict[str, Any]) -> None:
 def _identity(cfg: Any, task: Task) -> dict[str, Any]:
     """What makes a run this run: every option that matters, what is evaluated, and what is in the files it starts from."""
     identity = _options(cfg)
-    identity |= {
-        "--eval-only": task.eval_only,
-        "--model-dir": task.model_dir,
-        "--load-epoch": task.load_epoch,
-    }
+    identity |= {"--eval-only": task.eval_only, "--model-dir": task.model_dir, "--load-epoch": task.load_epoch}
     if task.model_dir:  # what was trained anew there has to be evaluated anew
         files = sorted(Path(task.model_dir).glob("*/model*.pth.tar*"))
         hashes = (f"{file.name} {sha256_file(file)}" for file in files)

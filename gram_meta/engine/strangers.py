@@ -64,9 +64,7 @@ class _Loader(Loader):
 
     def _holds(self, name: str, trainer: str) -> bool:
         source = self.loader.get_source(name) or ""
-        return (
-            bool(trainer) and re.search(rf"^class {re.escape(trainer)}\b", source, re.MULTILINE) is not None
-        )
+        return bool(trainer) and re.search(rf"^class {re.escape(trainer)}\b", source, re.MULTILINE) is not None
 
 
 def _there(package: str) -> bool:

@@ -24,13 +24,9 @@ def build_curve(runs: Sequence[Run]) -> tuple[list[str], list[list[Any]]]:
                 points[run.label, int(point["step"])].append((point["base"], point["new"]))
     if not points:
         raise GramError("expected runs with a curve (TEST.AT_STEPS or TEST.PER_EPOCH), found none")
-    most = {
-        label: max(len(found) for (name, _), found in points.items() if name == label) for label, _ in points
-    }
+    most = {label: max(len(found) for (name, _), found in points.items() if name == label) for label, _ in points}
     rows = []
-    for (label, step), found in sorted(
-        points.items(), key=lambda item: (list(most).index(item[0][0]), item[0][1])
-    ):
+    for (label, step), found in sorted(points.items(), key=lambda item: (list(most).index(item[0][0]), item[0][1])):
         base, new = mean(one for one, _ in found), mean(two for _, two in found)
         runs_there = f"{len(found)}" if len(found) == most[label] else f"{len(found)} of {most[label]}"
         rows.append([label, step, base, new, harmonic(base, new), runs_there])

@@ -34,9 +34,7 @@ class MetaTraining:
 
     path: str  # of best.safetensors
     sha256: str  # of best.safetensors; "" where it is not there
-    facts: Mapping[str, Any] = field(
-        repr=False
-    )  # run.json: config, version, fingerprints of store and hierarchy
+    facts: Mapping[str, Any] = field(repr=False)  # run.json: config, version, fingerprints of store and hierarchy
     log: tuple[Mapping[str, float], ...] = field(repr=False)  # log.jsonl
 
     @property
@@ -165,9 +163,7 @@ def read_result(path: Path) -> dict[str, Any]:
     lacking = [key for key in needed if key not in result]
     if lacking:
         raise GramError(f"{path}: expected the keys of a result, found no {', '.join(lacking)}")
-    result["trainer"] = (
-        result.get("learned_by") or result["trainer"]
-    )  # a relative may have evaluated the prompts
+    result["trainer"] = result.get("learned_by") or result["trainer"]  # a relative may have evaluated the prompts
     return result
 
 
@@ -254,12 +250,7 @@ def write_collection(evidence: Evidence, path: str | Path) -> None:
     runs = [_pack(where, it, models.get(where), short, share) for where, it in evidence.results.items()]
     runs += [_pack(where, it, None, short, share) | {"beside": True} for where, it in evidence.beside.items()]
     metas = [
-        {
-            "path": short(meta.path, 2),
-            "sha256": meta.sha256,
-            "facts": meta.facts,
-            "log": _columns(meta.log),
-        }
+        {"path": short(meta.path, 2), "sha256": meta.sha256, "facts": meta.facts, "log": _columns(meta.log)}
         for meta in evidence.metas
     ]
     with atomic_write(path, "w") as file:
@@ -278,9 +269,7 @@ def write_collection(evidence: Evidence, path: str | Path) -> None:
 def _add_collection(evidence: Evidence, path: Path) -> None:
     found = read_json(path)
     if not isinstance(found, dict) or found.get("format") != COLLECTION:
-        raise GramError(
-            f"{path}: expected a folder, or a file that `gram report --collect` wrote, found another file"
-        )
+        raise GramError(f"{path}: expected a folder, or a file that `gram report --collect` wrote, found another file")
     if found.get("version") != FORMAT:
         raise GramError(f"{path}: expected a collection of version {FORMAT}, found {found.get('version')}")
     try:
@@ -289,24 +278,16 @@ def _add_collection(evidence: Evidence, path: Path) -> None:
             where, result = _unpack(packed, found["shared"])
             before = (evidence.results | evidence.beside).get(where, result)
             if before != result:
-                raise GramError(
-                    f"{path}: expected other runs than in the collections before it, found another {where}"
-                )
+                raise GramError(f"{path}: expected other runs than in the collections before it, found another {where}")
             (evidence.beside if beside else evidence.results)[where] = result
         for meta in found["metas"]:
-            evidence.metas.append(
-                MetaTraining(meta["path"], meta["sha256"], meta["facts"], tuple(_rows(meta["log"])))
-            )
+            evidence.metas.append(MetaTraining(meta["path"], meta["sha256"], meta["facts"], tuple(_rows(meta["log"]))))
     except (KeyError, TypeError, AttributeError) as error:
         raise GramError(f"{path}: expected a whole collection, found a broken one ({error!r})") from None
 
 
 def _pack(
-    path: Path,
-    result: Mapping[str, Any],
-    trained: Path | None,
-    short: Callable[..., str],
-    share: Callable[[Any], str],
+    path: Path, result: Mapping[str, Any], trained: Path | None, short: Callable[..., str], share: Callable[[Any], str]
 ) -> dict[str, Any]:
     """One result with its shared blocks replaced by their hashes."""
     packed = dict(result)

@@ -130,9 +130,7 @@ def _starts(runs: Sequence[Run]) -> Drawing | str:
             groups[line][run.subsample][run.dataset, run.seed] = run.value
     own = [line for line in groups if "GRAM" not in line]
     if len(own) < 2:
-        return (
-            "Figure 1(a) needs CoOp from two starts or more (TRAINER.COOP.CTX_INIT), base and new at 16 shots"
-        )
+        return "Figure 1(a) needs CoOp from two starts or more (TRAINER.COOP.CTX_INIT), base and new at 16 shots"
     datasets = _shared(
         [{name for name, _ in both["base"]} & {name for name, _ in both["new"]} for both in groups.values()]
     )
@@ -174,14 +172,20 @@ def _draw_starts(lines: Sequence[str], found: dict, seeds: dict) -> bytes:
         for column, (colour, marker, shift) in marks.items():
             it: Estimate = found[line][column]
             axes.errorbar(
-                it.mean, place + shift, xerr=it.half_width, fmt=marker, color=colour, markersize=6, capsize=3,
-                elinewidth=1.2, label=column if place == 0 else None,
-                markerfacecolor=colour if "GRAM" in line else "white", markeredgewidth=1.5,
-            )  # fmt: skip
-            values = seeds[line].get(column, {}).values()
-            axes.plot(
-                list(values), [place + shift - 0.1] * len(values), ".", color=colour, markersize=4, alpha=0.7
+                it.mean,
+                place + shift,
+                xerr=it.half_width,
+                fmt=marker,
+                color=colour,
+                markersize=6,
+                capsize=3,
+                elinewidth=1.2,
+                label=column if place == 0 else None,
+                markerfacecolor=colour if "GRAM" in line else "white",
+                markeredgewidth=1.5,
             )
+            values = seeds[line].get(column, {}).values()
+            axes.plot(list(values), [place + shift - 0.1] * len(values), ".", color=colour, markersize=4, alpha=0.7)
     axes.set_yticks(range(len(lines)), lines)
     axes.set_ylim(-0.6, len(lines) - 0.4)
     axes.set_xlabel("accuracy (%)")
@@ -196,15 +200,11 @@ def _draw_starts(lines: Sequence[str], found: dict, seeds: dict) -> bytes:
 
 def _epochs(runs: Sequence[Run]) -> list[Drawing | str]:
     """One figure for each length of training: 10 epochs, and longer ones."""
-    mine = [
-        run for run in runs if run.subsample == "base" and run.shots == 16
-    ]  # a source's curve is another thing
+    mine = [run for run in runs if run.subsample == "base" and run.shots == 16]  # a source's curve is another thing
     mine = [run for run in mine if run.trainer in NAMES and _only_longer(run) and _per_epoch(run)]
     lengths = sorted({run.epochs for run in mine})
     if not lengths:
-        return [
-            "Figures 1(b) and 3(a) need runs of CoOp, VPT or their GRAM versions that logged TEST.PER_EPOCH"
-        ]
+        return ["Figures 1(b) and 3(a) need runs of CoOp, VPT or their GRAM versions that logged TEST.PER_EPOCH"]
     return [_epochs_of([run for run in mine if run.epochs == length], length) for length in lengths]
 
 
@@ -218,11 +218,7 @@ def _per_epoch(run: Run) -> dict[int, tuple[float, float]]:
     points = {}
     for point in run.curve:
         epoch = point.get("epoch")
-        if (
-            epoch is not None
-            and math.isclose(epoch, round(epoch), abs_tol=1e-6)
-            and {"base", "new"} <= set(point)
-        ):
+        if epoch is not None and math.isclose(epoch, round(epoch), abs_tol=1e-6) and {"base", "new"} <= set(point):
             points[round(epoch)] = (point["base"], point["new"])
     return points if len(points) > 1 else {}
 
@@ -240,16 +236,11 @@ def _epochs_of(runs: Sequence[Run], length: int) -> Drawing | str:
         series[name] = []
         for epoch in range(length + 1):
             at = {key: points[epoch] for key, points in curves.items() if epoch in points}
-            base, new = (
-                _over_datasets({key: pair[part] for key, pair in at.items()}, datasets) for part in (0, 1)
-            )
+            base, new = (_over_datasets({key: pair[part] for key, pair in at.items()}, datasets) for part in (0, 1))
             if base:
                 it = _three(base, new)
                 series[name].append((epoch, it))
-                table += [
-                    [name, epoch, column, *_numbers(found), " ".join(datasets)]
-                    for column, found in it.items()
-                ]
+                table += [[name, epoch, column, *_numbers(found), " ".join(datasets)] for column, found in it.items()]
     if not any(series.values()):
         return f"Figures 1(b) and 3(a), {length} epochs: no seed has a curve on each of {', '.join(datasets)}"
     title = f"Base and new accuracy while training, {length} epochs (as Figures 1b and 3a)"
@@ -277,9 +268,17 @@ def _draw_epochs(series: dict[str, list[tuple[int, dict[str, Estimate | None]]]]
             half = [it.half_width or 0.0 for it in found if it]
             hollow = "white" if line == "--" else colour
             axes.plot(
-                epochs, middle, line, color=colour, marker=marker, markersize=4, markerfacecolor=hollow,
-                markevery=max(1, len(epochs) // 11), linewidth=1.6, label=NAMES[name],
-            )  # fmt: skip
+                epochs,
+                middle,
+                line,
+                color=colour,
+                marker=marker,
+                markersize=4,
+                markerfacecolor=hollow,
+                markevery=max(1, len(epochs) // 11),
+                linewidth=1.6,
+                label=NAMES[name],
+            )
             low = [m - h for m, h in zip(middle, half, strict=True)]
             high = [m + h for m, h in zip(middle, half, strict=True)]
             axes.fill_between(epochs, low, high, color=colour, alpha=0.12, linewidth=0)
@@ -302,9 +301,15 @@ def _label_ends(axes: Any, ends: list[tuple[float, str, str, int]]) -> None:
     for value, name, colour, x in sorted(ends):
         y = max(value, last + gap)
         axes.annotate(
-            name, (x, value), xytext=(1.02, y), textcoords=("axes fraction", "data"), color=colour, fontsize=8,
-            va="center", annotation_clip=False,
-        )  # fmt: skip
+            name,
+            (x, value),
+            xytext=(1.02, y),
+            textcoords=("axes fraction", "data"),
+            color=colour,
+            fontsize=8,
+            va="center",
+            annotation_clip=False,
+        )
         last = y
 
 
@@ -325,20 +330,14 @@ def _alignments(metas: Sequence[MetaTraining]) -> Drawing | str:
         series[name] = {}
         for gradient, key in (("regulated", "alignment"), ("raw", "alignment_raw")):
             steps = _shared_steps(group)
-            points = [
-                (step, estimate([_at(meta, step)[key] for meta in group], len(group))) for step in steps
-            ]
+            points = [(step, estimate([_at(meta, step)[key] for meta in group], len(group))) for step in steps]
             series[name][gradient] = [(step, it) for step, it in points if it]
             table += [[name, step, gradient, *_numbers(it)] for step, it in points]
     title = "Normalised gradient inner product over meta-training (as Figure 3b)"
     caption = (
         "On held-out tasks: the inner product, divided by both norms, of the query gradient with the support gradient, "
         "regulated and raw. "
-        + (
-            "Bands: 95 % intervals over meta-training seeds."
-            if any(len(g) > 1 for g in named.values())
-            else ""
-        )
+        + ("Bands: 95 % intervals over meta-training seeds." if any(len(g) > 1 for g in named.values()) else "")
     )
     return Drawing("figure_3b", title, caption.strip(), _draw_alignments(series), write_csv(table))
 
@@ -383,10 +382,17 @@ def _draw_alignments(series: dict[str, dict[str, list[tuple[int, Estimate]]]]) -
             middle = [it.mean for _, it in points]
             half = [it.half_width or 0.0 for _, it in points]
             axes.plot(
-                steps, middle, line, color=colour, marker=marker, markersize=3.5, linewidth=1.5,
-                markerfacecolor="white" if line == "--" else colour, markevery=max(1, len(steps) // 10),
+                steps,
+                middle,
+                line,
+                color=colour,
+                marker=marker,
+                markersize=3.5,
+                linewidth=1.5,
+                markerfacecolor="white" if line == "--" else colour,
+                markevery=max(1, len(steps) // 10),
                 label=f"{gradient} support gradient",
-            )  # fmt: skip
+            )
             axes.fill_between(
                 steps,
                 [m - h for m, h in zip(middle, half, strict=True)],

@@ -41,11 +41,14 @@ LISTED = 2_000  # topics in the table of all
 LONGEST = 300  # characters of a caption, as shown
 TASK_CLASSES = 16  # of the task, as shown
 UNSUITED = (
-    ("gram-small", "gram-small, which was trained on emoji drawings and has never seen a photograph. The emoji world is what it knows; on photographs its "
-     "image-text similarity says nothing about a caption, so a filter by it drops pairs at random, and its visual "
-     "domains follow colour and layout, not what is seen."),
+    (
+        "gram-small",
+        "gram-small, which was trained on emoji drawings and has never seen a photograph. The emoji world is what it knows; on photographs its "
+        "image-text similarity says nothing about a caption, so a filter by it drops pairs at random, and its visual "
+        "domains follow colour and layout, not what is seen.",
+    ),
     ("random-", "a CLIP with random weights: its similarities say nothing, and its domains are accidents of colour."),
-)  # fmt: skip
+)
 WHY = {
     "filtered": "image and caption are among the least similar by CLIP",
     "noise": "its caption is in no dense region of sentences, so in no topic",
@@ -197,9 +200,7 @@ class _Page:
         topics = min(topics, len(self.hierarchy.topics))
         fixed = sum(len(pairs) for _fate, pairs in self.dropped)
         if isinstance(self.task, Task):
-            fixed += (self.task.support.shape[1] + self.task.query.shape[1]) * min(
-                len(self.task.words), TASK_CLASSES
-            )
+            fixed += (self.task.support.shape[1] + self.task.query.shape[1]) * min(len(self.task.words), TASK_CLASSES)
         room = limit - fixed * IMAGE_BYTES - 300 * min(len(self.hierarchy.topics), LISTED) - 60_000
         while topics > 1 or images > 1:
             sizes = [size for topic in self.hierarchy.topics[:topics] for size in topic.domains]
@@ -278,11 +279,7 @@ dropped pairs are drawn at random with seed {_(self.seed)}. Numbers of topics an
     def _remarks(self, topics: int, images: int) -> str:
         """What a reader has to know first. Written last: by then it is known which images could not be read."""
         clip = str(self.store.manifest["settings"]["clip"]["name"])
-        lines = [
-            f"Filter and visual domains come from {text}"
-            for start, text in UNSUITED
-            if clip.startswith(start)
-        ]
+        lines = [f"Filter and visual domains come from {text}" for start, text in UNSUITED if clip.startswith(start)]
         if gone := sum(self.thumbnails.unreadable.values()):
             reasons = ", ".join(f"{reason}: {n}" for reason, n in self.thumbnails.unreadable.most_common())
             lines.append(
@@ -318,8 +315,7 @@ dropped pairs are drawn at random with seed {_(self.seed)}. Numbers of topics an
             for reason, count in sorted(skipped.items(), key=lambda it: -it[1])
         )
         before = (
-            "<h3>Skipped by gram embed</h3>"
-            + _table(("reason", f"of {read:,} rows", "share"), rows, words=(0,))
+            "<h3>Skipped by gram embed</h3>" + _table(("reason", f"of {read:,} rows", "share"), rows, words=(0,))
             if skipped
             else f"<p>None of the {read:,} rows of the source was skipped by <code>gram embed</code>.</p>"
         )
@@ -338,8 +334,7 @@ dropped pairs are drawn at random with seed {_(self.seed)}. Numbers of topics an
                 edges = np.array([sizes.min(), sizes.max() + 1])
             counts = np.histogram(sizes, edges)[0]
             labels = [
-                f"{a:,}" if b - a == 1 else f"{a:,} to {b - 1:,}"
-                for a, b in zip(edges[:-1], edges[1:], strict=True)
+                f"{a:,}" if b - a == 1 else f"{a:,} to {b - 1:,}" for a, b in zip(edges[:-1], edges[1:], strict=True)
             ]
             ticks = [f"{edge:,}" for edge in edges[:-1]]
             drawings.append(
@@ -359,21 +354,16 @@ dropped pairs are drawn at random with seed {_(self.seed)}. Numbers of topics an
             ("filtered", "fate-1", fates == FILTERED),
             ("dropped later", "fate-2", (fates != KEPT) & (fates != FILTERED)),
         ]
-        series = [
-            (name, css, np.histogram(inside[mask], edges)[0]) for name, css, mask in groups if mask.any()
-        ]
+        series = [(name, css, np.histogram(inside[mask], edges)[0]) for name, css, mask in groups if mask.any()]
         labels = [f"{a:.3f} to {b:.3f}" for a, b in zip(edges[:-1], edges[1:], strict=True)]
         ticks = [f"{edge:.2f}" if i % 4 == 0 else "" for i, edge in enumerate(edges[:-1])]
         key = ", ".join(f'<i class="key {css}"></i> {_(name)}' for name, css, _counts in series)
         chart = _bars(
-            "Pairs by image-text similarity",
-            ticks,
-            labels,
-            series,
-            "cosine of image and caption by CLIP",
-            "pairs",
+            "Pairs by image-text similarity", ticks, labels, series, "cosine of image and caption by CLIP", "pairs"
         )
-        return f"<figure>{chart}<figcaption>Pairs by CLIP's similarity of image and caption: {key}.</figcaption></figure>"
+        return (
+            f"<figure>{chart}<figcaption>Pairs by CLIP's similarity of image and caption: {key}.</figcaption></figure>"
+        )
 
     # --- topics -------------------------------------------------------------------------------------------------------
 
@@ -429,18 +419,14 @@ dropped pairs are drawn at random with seed {_(self.seed)}. Numbers of topics an
         found, first = np.unique(self.hierarchy.image[of_domain], return_index=True)
         chosen = random.permutation(len(found))[:images]
         captions = self.store.captions.take(self.hierarchy.pair[of_domain[first[chosen]]])
-        strip = "".join(
-            self.thumbnails(int(found[i]), caption) for i, caption in zip(chosen, captions, strict=True)
-        )
+        strip = "".join(self.thumbnails(int(found[i]), caption) for i, caption in zip(chosen, captions, strict=True))
         return (
             f'<div class="domain"><h4>domain {u} <small>{size:,} images</small></h4>'
             f'<div class="strip" role="group" tabindex="0" aria-label="Images of domain {u}">{strip}</div></div>'
         )
 
     def _next_words(self, topic: Topic) -> str:
-        words = "".join(
-            f'<li title="{score:.3f}"><bdi>{_(word)}</bdi></li>' for word, score in topic.words[1:9]
-        )
+        words = "".join(f'<li title="{score:.3f}"><bdi>{_(word)}</bdi></li>' for word, score in topic.words[1:9])
         return f'<ul class="next" aria-label="Next words">{words}</ul>' if words else ""
 
     def _is_repeated(self, topic: Topic) -> str:
@@ -450,11 +436,7 @@ dropped pairs are drawn at random with seed {_(self.seed)}. Numbers of topics an
         others = [other for other in self.same_word[topic.word.lower()] if other != number]
         if not others:
             return ""
-        title = (
-            "also the word of topics "
-            + ", ".join(map(str, others[:20]))
-            + ("..." if len(others) > 20 else "")
-        )
+        title = "also the word of topics " + ", ".join(map(str, others[:20])) + ("..." if len(others) > 20 else "")
         return f'<span class="badge" title="{_(title)}">word of {len(others) + 1} topics</span>'
 
     def _all_topics(self) -> str:
@@ -491,10 +473,7 @@ dropped pairs are drawn at random with seed {_(self.seed)}. Numbers of topics an
             return str(error)
 
     def _task_settings(self) -> dict[str, Any]:
-        return {
-            **as_dict(get_meta_config().TASKS),
-            **self.hierarchy.manifest.get("config", {}).get("TASKS", {}),
-        }
+        return {**as_dict(get_meta_config().TASKS), **self.hierarchy.manifest.get("config", {}).get("TASKS", {})}
 
     def _task(self) -> str:
         if isinstance(self.task, str):
@@ -548,9 +527,7 @@ dropped pairs are drawn at random with seed {_(self.seed)}. Numbers of topics an
                 continue
             pairs = np.flatnonzero(self.hierarchy.fates == fate)
             if len(pairs):
-                found.append(
-                    (name, self.random(1, fate).choice(pairs, min(DROPPED, len(pairs)), replace=False))
-                )
+                found.append((name, self.random(1, fate).choice(pairs, min(DROPPED, len(pairs)), replace=False)))
         return found
 
     def _dropped(self) -> str:
@@ -567,9 +544,7 @@ dropped pairs are drawn at random with seed {_(self.seed)}. Numbers of topics an
             )
         if not parts:
             return "<p>None: every pair is in a topic.</p>"
-        return "<p>Drawn at random; the number is CLIP&#x27;s similarity of image and caption.</p>" + "".join(
-            parts
-        )
+        return "<p>Drawn at random; the number is CLIP&#x27;s similarity of image and caption.</p>" + "".join(parts)
 
     # --- settings -----------------------------------------------------------------------------------------------------
 
@@ -614,8 +589,7 @@ def _marked(caption: str, word: str) -> str:
 
 def _table(headers: Sequence[str], rows: str, words: Iterable[int] = (), tall: bool = False) -> str:
     head = "".join(
-        f'<th scope="col"{" class=words" if i in tuple(words) else ""}>{_(name)}</th>'
-        for i, name in enumerate(headers)
+        f'<th scope="col"{" class=words" if i in tuple(words) else ""}>{_(name)}</th>' for i, name in enumerate(headers)
     )
     return (
         f'<div class="scroll{" tall" if tall else ""}" tabindex="0" role="group" aria-label="Table"><table><thead><tr>{head}</tr>'
@@ -657,9 +631,7 @@ def _bars(
     for i, tick in enumerate(ticks):
         if tick and (every == 1 or i % every == 0):
             parts.append(f'<text x="{left + i * step + 1:.1f}" y="{height - foot + 15}">{_(tick)}</text>')
-    parts.append(
-        f'<text x="{(left + width) / 2:.0f}" y="{height - 6}" text-anchor="middle">{_(across)}</text>'
-    )
+    parts.append(f'<text x="{(left + width) / 2:.0f}" y="{height - 6}" text-anchor="middle">{_(across)}</text>')
     parts.append(f'<text x="{left - 44}" y="-2">{_(up)}</text>')
     return f'<svg viewBox="0 -12 {width} {height + 12}" role="img" aria-label="{_(title)}">{"".join(parts)}</svg>'
 

@@ -15,16 +15,7 @@ from typing import Any
 
 from gram_meta.errors import GramError
 from gram_meta.report import paper
-from gram_meta.report.runs import (
-    EPOCHS,
-    FROM_LOG,
-    LABELLED,
-    NO_META,
-    NO_REGULATOR,
-    NO_SHIFT,
-    TOKENS,
-    Run,
-)
+from gram_meta.report.runs import EPOCHS, FROM_LOG, LABELLED, NO_META, NO_REGULATOR, NO_SHIFT, TOKENS, Run
 from gram_meta.report.tables import (
     ALL,
     BASE_NEW,
@@ -103,9 +94,7 @@ def _table(number: int, runs: Sequence[Run], reference: str, explicit: bool) -> 
 
 def base_to_new_runs(runs: Sequence[Run], shots: int = _WANTED) -> list[Run]:
     """Base and new runs of so many shots, and those without training, once each."""
-    wanted = [
-        run for run in runs if run.subsample in ("base", "new") and (run.untrained or run.shots == shots)
-    ]
+    wanted = [run for run in runs if run.subsample in ("base", "new") and (run.untrained or run.shots == shots)]
     return _once(wanted, shots)
 
 
@@ -261,9 +250,7 @@ def _transfer_table(
     return _with_absent(build(mine, plan), mine, printed["targets"])
 
 
-def _transfer_number(
-    number: int, source: str, label: str, name: str, members: Sequence[str]
-) -> dict[str, float]:
+def _transfer_number(number: int, source: str, label: str, name: str, members: Sequence[str]) -> dict[str, float]:
     """Of one dataset, or of the average (`name`) over `members`."""
     row = paper.transfer(number, source, members, label) if number else {}
     return {"all": row[name]} if name in row else {}
@@ -296,9 +283,7 @@ def _other_shots(runs: Sequence[Run], reference: str) -> list[Report]:
     shown = [run for run in pairs if not run.untrained and run.shots != _WANTED]
     shown += _once([run for run in pairs if run.untrained], min(shots))
     numbers = ", ".join(map(str, sorted(shots)))
-    return [
-        build(shown, plain_plan(shown, BASE_NEW, reference, _title(f"Base-to-new, {numbers} shots", shown)))
-    ]
+    return [build(shown, plain_plan(shown, BASE_NEW, reference, _title(f"Base-to-new, {numbers} shots", shown)))]
 
 
 def _all_classes(runs: Sequence[Run], reference: str) -> list[Report]:

@@ -115,9 +115,7 @@ def page(
         "tables": [(anchor, it.title or "Runs") for it, anchor in zip(reports, anchors, strict=True)],
         "figures": [(drawing.stem, drawing.title) for drawing in drawings],
     }
-    body = "".join(
-        f'<section id="{key}"><h2>{_(title)}</h2>{content}</section>\n' for key, title, content in sections
-    )
+    body = "".join(f'<section id="{key}"><h2>{_(title)}</h2>{content}</section>\n' for key, title, content in sections)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -166,20 +164,14 @@ def _summary(reports: Sequence[Report], runs: Sequence[Run]) -> str:
         ("seeds", ", ".join(map(str, sorted({run.seed for run in runs})))),
         ("missing runs", f'<a href="#missing">{missing}</a>' if missing else "none"),
     ]
-    rows = "".join(
-        f"<dt>{_(name)}</dt><dd>{value if '<a' in value else _(value)}</dd>" for name, value in facts
-    )
+    rows = "".join(f"<dt>{_(name)}</dt><dd>{value if '<a' in value else _(value)}</dd>" for name, value in facts)
     return f'<dl class="facts">{rows}</dl>'
 
 
-def _contents(
-    sections: Iterable[tuple[str, str, str]], inner: Mapping[str, Sequence[tuple[str, str]]]
-) -> str:
+def _contents(sections: Iterable[tuple[str, str, str]], inner: Mapping[str, Sequence[tuple[str, str]]]) -> str:
     items = []
     for key, title, _content in sections:
-        below = "".join(
-            f'<li><a href="#{_(anchor)}">{_(name)}</a></li>' for anchor, name in inner.get(key, ())
-        )
+        below = "".join(f'<li><a href="#{_(anchor)}">{_(name)}</a></li>' for anchor, name in inner.get(key, ()))
         items.append(f'<li><a href="#{key}">{_(title)}</a>{f"<ul>{below}</ul>" if below else ""}</li>')
     return f'<nav aria-label="Contents"><ul>{"".join(items)}</ul></nav>'
 
@@ -205,8 +197,7 @@ def _table(report: Report, anchor: str, digits: int) -> str:
     )
     rows = "".join(_table_row(grid, i, names) for i in range(len(grid.rows)))
     said = "".join(
-        f"<li{_class('gone' if line.startswith('missing') else '')}>{_(line)}</li>"
-        for line in remarks(report)
+        f"<li{_class('gone' if line.startswith('missing') else '')}>{_(line)}</li>" for line in remarks(report)
     )
     return (
         f'<article id="{anchor}"><h3>{_(report.title or "Runs")}</h3><div class="scroll"><table>'
@@ -229,14 +220,10 @@ def _table_row(grid: Grid, place: int, names: int) -> str:
     for i, (header, text) in enumerate(zip(grid.headers, row, strict=True)):
         if i < names:
             cells.append(
-                f'<th scope="row">{_(text.strip())}</th>'
-                if i == names - 1
-                else f'<td class="words">{_(text)}</td>'
+                f'<th scope="row">{_(text.strip())}</th>' if i == names - 1 else f'<td class="words">{_(text)}</td>'
             )
         else:
-            marked = (
-                "paper" if "(paper)" in header or kind == "paper" else "gone" if text == "missing" else ""
-            )
+            marked = "paper" if "(paper)" in header or kind == "paper" else "gone" if text == "missing" else ""
             cells.append(f"<td{_class(marked)}>{_number(text)}</td>")
     return f"<tr{_class(' '.join(classes))}>{''.join(cells)}</tr>"
 
@@ -272,15 +259,11 @@ def _figures(drawings: Sequence[Drawing], lacking: Sequence[str]) -> str:
 
 def _missing(reports: Sequence[Report]) -> str:
     items = [
-        f"<li>{_(report.title or 'Runs')}<ul>"
-        + "".join(f"<li>{_(line)}</li>" for line in lines)
-        + "</ul></li>"
+        f"<li>{_(report.title or 'Runs')}<ul>" + "".join(f"<li>{_(line)}</li>" for line in lines) + "</ul></li>"
         for report in reports
         if (lines := missing_lines(report.missing))
     ]
-    return (
-        f"<ul>{''.join(items)}</ul>" if items else "<p>None: every row has every dataset and every seed.</p>"
-    )
+    return f"<ul>{''.join(items)}</ul>" if items else "<p>None: every row has every dataset and every seed.</p>"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -312,9 +295,17 @@ def _metas(runs: Sequence[Run], evidence: Evidence) -> str:
 
 
 _META_HEADERS = (
-    "meta-training", "made without", "text + visual tokens", "runs", "best step", "query loss", "query accuracy (%)",
-    "inner product, raw", "regulated", "SHA-256",
-)  # fmt: skip
+    "meta-training",
+    "made without",
+    "text + visual tokens",
+    "runs",
+    "best step",
+    "query loss",
+    "query accuracy (%)",
+    "inner product, raw",
+    "regulated",
+    "SHA-256",
+)
 
 
 def _meta_name(runs: Sequence[Run], meta: MetaTraining | None, key: str) -> str:
@@ -368,9 +359,7 @@ def _meta(key: str, runs: Sequence[Run], meta: MetaTraining | None) -> str:
     config = ""
     if meta:
         facts += [
-            (name, meta.facts[name])
-            for name in ("version", "topics", "store", "hierarchy")
-            if name in meta.facts
+            (name, meta.facts[name]) for name in ("version", "topics", "store", "hierarchy") if name in meta.facts
         ]
         config = f"<p>Config of the meta-training:</p><pre>{_(_yaml(meta.facts.get('config', {})))}</pre>"
     rows = "".join(f"<dt>{_(label)}</dt><dd>{_(value)}</dd>" for label, value in facts)
@@ -383,15 +372,25 @@ def _meta(key: str, runs: Sequence[Run], meta: MetaTraining | None) -> str:
 
 def _manifests(runs: Sequence[Run]) -> str:
     headers = (
-        "trainer", "dataset", "classes", "trained on", "shots", "seed", "epoch", "accuracy (%)", "config",
-        "meta-checkpoint", "few-shot split", "versions", "train (s)", "test (s)", "folder",
-    )  # fmt: skip
-    head = "".join(
-        f'<th scope="col"{_class("" if 3 < i < 8 else "words")}>{h}</th>' for i, h in enumerate(headers)
+        "trainer",
+        "dataset",
+        "classes",
+        "trained on",
+        "shots",
+        "seed",
+        "epoch",
+        "accuracy (%)",
+        "config",
+        "meta-checkpoint",
+        "few-shot split",
+        "versions",
+        "train (s)",
+        "test (s)",
+        "folder",
     )
+    head = "".join(f'<th scope="col"{_class("" if 3 < i < 8 else "words")}>{h}</th>' for i, h in enumerate(headers))
     rows = "".join(
-        _manifest(run)
-        for run in sorted(runs, key=lambda run: (run.label, run.dataset, run.subsample, run.seed))
+        _manifest(run) for run in sorted(runs, key=lambda run: (run.label, run.dataset, run.subsample, run.seed))
     )
     return (
         "<p>Hashes are the first digits of SHA-256; they lead to the whole ones, and to the configs.</p>"
@@ -412,10 +411,7 @@ def _manifest(run: Run) -> str:
         _link("versions", _hash(result.get("versions"))) if result.get("versions") else "",
     ]
     times = [f"{seconds[part]:.1f}" if seconds.get(part) else "" for part in ("train", "test")]
-    cells = [
-        f'<th scope="row">{_(words[0])}</th>',
-        *(f'<td class="words">{_(word)}</td>' for word in words[1:]),
-    ]
+    cells = [f'<th scope="row">{_(words[0])}</th>', *(f'<td class="words">{_(word)}</td>' for word in words[1:])]
     cells += [f"<td>{_(number)}</td>" for number in numbers]
     cells += [f'<td class="words">{link}</td>' for link in links]
     cells += [f"<td>{_(time)}</td>" for time in times]
@@ -449,9 +445,7 @@ def _configs(runs: Sequence[Run]) -> str:
         )
         for key, group in groups.items()
     ]
-    return "<p>Without seed, dataset, classes, shots and folders, which stand with each run.</p>" + "".join(
-        parts
-    )
+    return "<p>Without seed, dataset, classes, shots and folders, which stand with each run.</p>" + "".join(parts)
 
 
 def _splits(runs: Sequence[Run]) -> str:
@@ -470,9 +464,7 @@ def _splits(runs: Sequence[Run]) -> str:
         '<th scope="col" class="words">trained on</th><th scope="col">shots</th><th scope="col">seed</th>'
         '<th scope="col" class="words">SHA-256</th>'
     )
-    return (
-        f'<div class="scroll tall"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-    )
+    return f'<div class="scroll tall"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 def _versions(runs: Sequence[Run]) -> str:
@@ -482,9 +474,7 @@ def _versions(runs: Sequence[Run]) -> str:
             groups[_hash(run.result["versions"])].append(run)
     parts = []
     for key, group in groups.items():
-        rows = "".join(
-            f"<dt>{_(name)}</dt><dd>{_(value)}</dd>" for name, value in group[0].result["versions"].items()
-        )
+        rows = "".join(f"<dt>{_(name)}</dt><dd>{_(value)}</dd>" for name, value in group[0].result["versions"].items())
         parts.append(
             f'<article id="versions-{key}"><h3>{key}: {len(group)} runs</h3><dl class="facts">{rows}</dl></article>'
         )

@@ -15,24 +15,38 @@ METRICS = ("accuracy", "error_rate", "macro_f1")
 
 # Settings that say where and how a run was made, and nothing about what was measured.
 _PLACE = (
-    "OUTPUT_DIR", "RESUME", "SEED", "USE_CUDA", "VERBOSE", "ENV_INFO", "DATASET.ROOT", "DATASET.NAME", "DATASET.FOLDER",
-    "DATASET.SUBSAMPLE_CLASSES", "DATASET.SOURCE_DOMAINS", "DATASET.TARGET_DOMAINS", "DATALOADER.NUM_WORKERS",
-    "DATALOADER.TEST", "TEST.EVALUATOR", "TEST.PER_CLASS_RESULT", "TEST.COMPUTE_CMAT", "TEST.NO_TEST", "TEST.SPLIT",
-    "TEST.PER_EPOCH", "TEST.AT_STEPS", "TRAIN.PRINT_FREQ", "TRAIN.CHECKPOINT_FREQ", "TRAINER.GRAM.META",
+    "OUTPUT_DIR",
+    "RESUME",
+    "SEED",
+    "USE_CUDA",
+    "VERBOSE",
+    "ENV_INFO",
+    "DATASET.ROOT",
+    "DATASET.NAME",
+    "DATASET.FOLDER",
+    "DATASET.SUBSAMPLE_CLASSES",
+    "DATASET.SOURCE_DOMAINS",
+    "DATASET.TARGET_DOMAINS",
+    "DATALOADER.NUM_WORKERS",
+    "DATALOADER.TEST",
+    "TEST.EVALUATOR",
+    "TEST.PER_CLASS_RESULT",
+    "TEST.COMPUTE_CMAT",
+    "TEST.NO_TEST",
+    "TEST.SPLIT",
+    "TEST.PER_EPOCH",
+    "TEST.AT_STEPS",
+    "TRAIN.PRINT_FREQ",
+    "TRAIN.CHECKPOINT_FREQ",
+    "TRAINER.GRAM.META",
     "TRAINER.MEMORY",  # rounding
     "TRAINER.GRAM.CHECKPOINT",  # compared by its hash instead
-)  # fmt: skip
+)
 # Settings of training, which a run that never trains does not have.
 _TRAINING = ("OPTIM", "TRAIN", "DATALOADER", "DATASET.NUM_SHOTS", "INPUT.TRANSFORMS", "INPUT.RRCROP_SCALE")
 
 # Where a trainer's options stand: TRAINER.<node>.
-_NODES = {
-    "JointPrompt": "JOINT",
-    "UniGRAM": "JOINT",
-    "CoOpGRAM": "COOP",
-    "CoCoOpGRAM": "COCOOP",
-    "VPTGRAM": "VPT",
-}
+_NODES = {"JointPrompt": "JOINT", "UniGRAM": "JOINT", "CoOpGRAM": "COOP", "CoCoOpGRAM": "COCOOP", "VPTGRAM": "VPT"}
 WORDS = "a photo of a"  # the start in words; with fewer tokens, the first of them
 FROM_LOG = ", from a log"  # ends the label of a run of which there is only a log.txt
 EPOCHS = 10  # the schedule of every trainer (Sec. 4.1)
@@ -101,9 +115,7 @@ def read_runs(
     return runs_of(gather(folders), metric, by, split)
 
 
-def runs_of(
-    evidence: Evidence, metric: str = "accuracy", by: Sequence[str] = (), split: str = "test"
-) -> list[Run]:
+def runs_of(evidence: Evidence, metric: str = "accuracy", by: Sequence[str] = (), split: str = "test") -> list[Run]:
     """The runs of what was read; see `read_runs`."""
     runs = [_run(path, evidence, metric, by) for path, it in evidence.results.items() if it["split"] == split]
     if not runs:
@@ -247,9 +259,7 @@ def _by(by: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
     for key in by:
         if key not in settings:
             known = ", ".join(sorted(settings)[:5])
-            raise GramError(
-                f"--by {key}: expected a setting of the runs (such as {known}), found no such setting"
-            )
+            raise GramError(f"--by {key}: expected a setting of the runs (such as {known}), found no such setting")
     return [f"{key} {settings[key]}" for key in by]
 
 

@@ -17,14 +17,7 @@ from typing import Any
 
 from gram_meta.errors import GramError
 from gram_meta.report.runs import FROM_LOG, Run
-from gram_meta.statistics import (
-    Estimate,
-    estimate,
-    harmonic,
-    harmonic_estimate,
-    mean,
-    paired_difference,
-)
+from gram_meta.statistics import Estimate, estimate, harmonic, harmonic_estimate, mean, paired_difference
 
 AVERAGE = "average"
 BASE_NEW = ("base", "new", "H")
@@ -113,11 +106,7 @@ def build_reports(runs: Sequence[Run], reference: str | None = None) -> list[Rep
         BASE_NEW: [run for run in runs if run.subsample in ("base", "new")],
         ALL: [run for run in runs if run.subsample == "all"],
     }
-    return [
-        build(part, plain_plan(part, columns, reference or "CoOp"))
-        for columns, part in protocols.items()
-        if part
-    ]
+    return [build(part, plain_plan(part, columns, reference or "CoOp")) for columns, part in protocols.items() if part]
 
 
 def plain_plan(runs: Sequence[Run], columns: tuple[str, ...], reference: str, title: str = "") -> Plan:
@@ -148,8 +137,7 @@ def labels_of(runs: Sequence[Run]) -> list[str]:
 def ordered(runs: Sequence[Run]) -> list[Run]:
     """Runs in the order of `labels_of`."""
     return sorted(
-        runs,
-        key=lambda run: (not run.label.startswith("Zeroshot"), "GRAM" in run.label, run.label, str(run.path)),
+        runs, key=lambda run: (not run.label.startswith("Zeroshot"), "GRAM" in run.label, run.label, str(run.path))
     )
 
 
@@ -173,9 +161,7 @@ def build(runs: Sequence[Run], plan: Plan) -> Report:
     for name, members in groups:
         series = {label: _series(values, label, members, plan.columns, seeds) for label in plan.labels}
         for label in plan.labels:
-            cells = {
-                column: _cell(series[label], column, len(seeds), label in fixed) for column in plan.columns
-            }
+            cells = {column: _cell(series[label], column, len(seeds), label in fixed) for column in plan.columns}
             differences = {}
             if reference and label != reference:
                 differences = {
@@ -293,9 +279,7 @@ def _series(
             series["H"] = {seed: harmonic(series["base"][seed], series["new"][seed]) for seed in both}
             continue
         whole = [seed for seed in seeds if all((label, name, column, seed) in values for name in datasets)]
-        series[column] = {
-            seed: mean(values[label, name, column, seed] for name in datasets) for seed in whole
-        }
+        series[column] = {seed: mean(values[label, name, column, seed] for name in datasets) for seed in whole}
     return series
 
 
@@ -311,9 +295,7 @@ def notes(runs: Sequence[Run], reference: str) -> list[str]:
     shots = {(run.source, run.seed): run.few_shot for run in runs if run.label == reference and run.few_shot}
     for run in runs:
         if run.few_shot and run.few_shot != shots.get((run.source, run.seed), run.few_shot):
-            found.append(
-                f"{run.label}: other training images than {reference} on {run.source}, seed {run.seed}"
-            )
+            found.append(f"{run.label}: other training images than {reference} on {run.source}, seed {run.seed}")
     first: dict[str, Run] = {}
     for run in runs:
         other = first.setdefault(run.label, run)

@@ -37,14 +37,10 @@ def render_all(reports: Sequence[Report], form: str = "table", digits: int = 1) 
     return "[" + ",\n".join(texts) + "]" if form == "json" else "\n\n".join(texts)
 
 
-def render_curve(
-    headers: Sequence[str], rows: Sequence[Sequence[Any]], form: str = "table", digits: int = 1
-) -> str:
+def render_curve(headers: Sequence[str], rows: Sequence[Sequence[Any]], form: str = "table", digits: int = 1) -> str:
     """A curve as text in one of `FORMATS`."""
     if form == "json":
-        return json.dumps(
-            [dict(zip(headers, row, strict=True)) for row in rows], indent=2, ensure_ascii=False
-        )
+        return json.dumps([dict(zip(headers, row, strict=True)) for row in rows], indent=2, ensure_ascii=False)
     if form == "csv":
         return write_csv([headers, *rows])
     shown = [[f"{cell:.{digits}f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
@@ -88,10 +84,7 @@ def _long(report: Report, digits: int) -> Grid:
                 line.append(f"{row.paper[column]:.2f}" if column in row.paper else "")
         if report.reference:
             same = row.label == report.reference
-            line += [
-                "" if same else cell(row.differences.get(column), digits, sign=True)
-                for column in report.columns
-            ]
+            line += ["" if same else cell(row.differences.get(column), digits, sign=True) for column in report.columns]
         above = row.dataset
         rows.append(line)
     return Grid(headers, rows, ["measured"] * len(rows))
@@ -206,9 +199,19 @@ def _escape_markdown(text: Any) -> str:
 
 
 _LATEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", '"': "''",
-}  # fmt: skip
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    '"': "''",
+}
 
 
 def escape_latex(text: str) -> str:
@@ -229,19 +232,21 @@ def _latex(headers: Sequence[str], rows: Sequence[Sequence[str]], caption: str =
     for i, row in enumerate(rows):
         starts_a_block = "dataset" in headers and i and row[0]
         body += ([r"\midrule"] if starts_a_block else []) + [line(row)]
-    return "\n".join([
-        r"\begin{table}",
-        r"\centering",
-        *([rf"\caption{{{escape_latex(caption)}}}"] if caption else []),
-        rf"\begin{{tabular}}{{{columns}}}",
-        r"\toprule",
-        line(headers),
-        r"\midrule",
-        *body,
-        r"\bottomrule",
-        r"\end{tabular}",
-        r"\end{table}",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering",
+            *([rf"\caption{{{escape_latex(caption)}}}"] if caption else []),
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            line(headers),
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+        ]
+    )
 
 
 def _csv(report: Report) -> str:

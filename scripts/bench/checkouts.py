@@ -176,9 +176,7 @@ class Process:
 def mirrored(data: Path, folder: Path) -> Path:
     """A root with links to what is in `data`: trainers write beside the images, and this root is not the user's."""
     if not data.is_dir():
-        raise GramError(
-            f"--data {data}: expected the folder that holds the datasets' folders, found no such folder"
-        )
+        raise GramError(f"--data {data}: expected the folder that holds the datasets' folders, found no such folder")
     root = folder / "data"
     for dataset in data.iterdir():
         if dataset.is_dir():
@@ -204,9 +202,7 @@ def made_up(classes: int, batch: int, tests: int, folder: Path) -> Path:
         for index in range(count):
             pixels = random.integers(0, 256, (24, 32, 3), dtype=np.uint8)
             file = f"{part}_{index}.jpg"
-            Image.fromarray(pixels).resize((500, 375), Image.Resampling.BICUBIC).save(
-                images / file, quality=90
-            )
+            Image.fromarray(pixels).resize((500, 375), Image.Resampling.BICUBIC).save(images / file, quality=90)
             rows.append([file, index % classes, names[index % classes]])
         return rows
 
@@ -248,9 +244,7 @@ class Bench:
         self.args, self.folder = args, folder
         original = load_backbone(args.model)
         self.weights = save_weights(original, folder)
-        self.backbone = load_backbone(
-            str(self.weights)
-        )  # rounded: its fingerprint is the one trainers will see
+        self.backbone = load_backbone(str(self.weights))  # rounded: its fingerprint is the one trainers will see
         self.size = original.image_size
         self.checkouts = {"coop": args.coop, "prometar": args.prometar}
         for name, path in self.checkouts.items():
@@ -316,9 +310,7 @@ class Bench:
         """Of a contestant's process: its threads, and which Dassl."""
         environment = {**os.environ, "GRAM_DASSL": "builtin", "PYTHONWARNINGS": "ignore"}
         environment |= {"OMP_NUM_THREADS": str(self.args.threads)}
-        paths = [
-            str(Path(__file__).resolve().parents[2])
-        ]  # this project, installed or not; behind a checkout's folder
+        paths = [str(Path(__file__).resolve().parents[2])]  # this project, installed or not; behind a checkout's folder
         if self.args.dassl:
             environment["GRAM_DASSL"] = "real"
             paths.append(str(self.args.dassl.resolve()))
@@ -381,9 +373,7 @@ def same_batches(built: Mapping[str, Mapping[str, Any]]) -> None:
     for name in names[1:]:
         for key, what in (("classnames_sha256", "class names"), ("sha256", "batches")):
             if built[name][key] != built[names[0]][key]:
-                raise GramError(
-                    f"{name}: its {what} are not those of {names[0]}; expected the same work for all"
-                )
+                raise GramError(f"{name}: its {what} are not those of {names[0]}; expected the same work for all")
 
 
 def compare(entries: Sequence[Entry], checks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -396,10 +386,7 @@ def compare(entries: Sequence[Entry], checks: Mapping[str, Mapping[str, Any]]) -
             continue
         ours = checks[entry.name]
         with np.load(theirs["arrays"]) as a, np.load(ours["arrays"]) as b:
-            row = {
-                "loss": abs(ours["loss"] - theirs["loss"]) / abs(theirs["loss"]),
-                "logits": apart(b, a, "logits"),
-            }
+            row = {"loss": abs(ours["loss"] - theirs["loss"]) / abs(theirs["loss"]), "logits": apart(b, a, "logits")}
             if entry.trainer == entries[0].trainer:  # a regulated gradient is another one by definition
                 names = sorted(name for name in a.files if name.startswith("gradient:"))
                 if names != sorted(name for name in b.files if name.startswith("gradient:")):
@@ -484,11 +471,7 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
     places["learn2learn"] = args.learn2learn
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "commits": {name: commit(place) for name, place in places.items() if place},
         "processor": common.cpu_model(),
         "cores": os.cpu_count(),
@@ -502,9 +485,7 @@ def commit(folder: Path) -> str:
     git = ["git", "-C", str(folder)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        dirty = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
-        )
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return ""
     return head.stdout.strip() + ("*" if dirty.stdout.strip() else "")
@@ -513,23 +494,20 @@ def commit(folder: Path) -> str:
 def build_parser() -> argparse.ArgumentParser:
     start, _, rest = (__doc__ or "").partition("\n")
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="checkouts.py", description=start, epilog=rest, formatter_class=formatter
-    )
+    parser = argparse.ArgumentParser(prog="checkouts.py", description=start, epilog=rest, formatter_class=formatter)
     add = parser.add_argument
     add("--coop", type=Path, help="a checkout of KaiyangZhou/CoOp")
     add("--prometar", type=Path, help="a checkout of mlvlab/ProMetaR")
     add("--learn2learn", type=Path, help="sources of learn2learn, where it is not installed (ProMetaR)")
-    add(
-        "--dassl",
-        type=Path,
-        help="a checkout of KaiyangZhou/Dassl.pytorch; default: the built-in engine for all",
-    )
+    add("--dassl", type=Path, help="a checkout of KaiyangZhou/Dassl.pytorch; default: the built-in engine for all")
     add("--data", type=Path, help="the datasets' root; default: made-up images and class names")
     add("--dataset", default="caltech101", help="its config file's name (%(default)s)")
     add("--classes", type=int, default=100, help="of made-up data (%(default)s)")
-    add("--model", default="gram-small",
-        help="gram-small, random-ViT-B/16 (shapes alone), ViT-B/16, a weights file (%(default)s)")  # fmt: skip
+    add(
+        "--model",
+        default="gram-small",
+        help="gram-small, random-ViT-B/16 (shapes alone), ViT-B/16, a weights file (%(default)s)",
+    )
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--precision", nargs="+", choices=PRECISIONS, default=["fp32"], help="of the towers (fp32)")
     add("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="(all)")

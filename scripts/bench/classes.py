@@ -55,9 +55,7 @@ def main() -> None:
     options.add_argument("--classes", type=int, nargs="+", default=COUNTS)
     options.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     options.add_argument("--parts", nargs="+", choices=(TEXT, WHOLE, IMAGES), default=[TEXT])
-    options.add_argument(
-        "--images", type=int, nargs="+", default=(1, 2, 4, 8), help="batches of the part images"
-    )
+    options.add_argument("--images", type=int, nargs="+", default=(1, 2, 4, 8), help="batches of the part images")
     options.add_argument("--batch", type=int, default=32)
     options.add_argument("--most", type=float, default=8.0, help="GB; larger ones by arithmetic are left out")
     options.add_argument("--output", type=Path, help="results, with .json, .csv and .svg behind")
@@ -89,9 +87,7 @@ def main() -> None:
 class Step:
     """A CoOpGRAM training step, as its trainer takes it."""
 
-    def __init__(
-        self, args: argparse.Namespace, backbone: Backbone, count: int, setting: str, part: str
-    ) -> None:
+    def __init__(self, args: argparse.Namespace, backbone: Backbone, count: int, setting: str, part: str) -> None:
         count, batch = (FEW, count) if part == IMAGES else (count, args.batch)
         tokens = (2, 2, "a photo") if part == IMAGES else (4, 0, "a photo of a")
         self.backbone = backbone
@@ -141,10 +137,21 @@ def measure(args: argparse.Namespace, backbone: Backbone, count: int, setting: s
         run()
         seconds.append(spent())
     return row(
-        count, setting, part, expected, peak_mb=round(peak), seconds=sorted(seconds)[len(seconds) // 2], loss=loss,
-        chunk=text.chunk, layers=bool(step.backbone.checkpointing), length=text.ids.shape[1],
-        tokens=int((text.ends + 1).sum()), said=step.said, load=os.getloadavg()[0], environment=common.environment(args),
-    )  # fmt: skip
+        count,
+        setting,
+        part,
+        expected,
+        peak_mb=round(peak),
+        seconds=sorted(seconds)[len(seconds) // 2],
+        loss=loss,
+        chunk=text.chunk,
+        layers=bool(step.backbone.checkpointing),
+        length=text.ids.shape[1],
+        tokens=int((text.ends + 1).sum()),
+        said=step.said,
+        load=os.getloadavg()[0],
+        environment=common.environment(args),
+    )
 
 
 def row(count: int, setting: str, part: str, expected: float, **found: Any) -> Row:
@@ -208,18 +215,7 @@ def write(output: Path | None, rows: Sequence[Row]) -> None:
         return
     rows = sorted(rows, key=lambda row: (row["part"], size(row), list(SETTINGS).index(row["setting"])))
     output.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
-    columns = [
-        "part",
-        "classes",
-        "setting",
-        "chunk",
-        "layers",
-        "estimate_mb",
-        "peak_mb",
-        "seconds",
-        "loss",
-        "load",
-    ]
+    columns = ["part", "classes", "setting", "chunk", "layers", "estimate_mb", "peak_mb", "seconds", "loss", "load"]
     with output.with_suffix(".csv").open("w", newline="") as file:
         table = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         table.writeheader()
@@ -266,20 +262,14 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         AUTOMATIC: ("#0072B2", "-D"),
     }
     for setting, (colour, look) in looks.items():
-        points = [
-            row for row in rows if row["setting"] == setting and row["part"] == TEXT and "peak_mb" in row
-        ]
+        points = [row for row in rows if row["setting"] == setting and row["part"] == TEXT and "peak_mb" in row]
         points.sort(key=lambda row: row["classes"])
         x, y = [row["classes"] for row in points], [row["peak_mb"] for row in points]
         axes.plot(x, y, look, color=colour, markersize=4, linewidth=1.5, label=setting)
     plain = sorted(
-        (row["classes"], row["estimate_mb"])
-        for row in rows
-        if row["setting"] == PLAIN and row["part"] == TEXT
+        (row["classes"], row["estimate_mb"]) for row in rows if row["setting"] == PLAIN and row["part"] == TEXT
     )
-    axes.plot(
-        *zip(*plain, strict=True), color="#D55E00", linewidth=0.8, linestyle=":", label="plain, by arithmetic"
-    )
+    axes.plot(*zip(*plain, strict=True), color="#D55E00", linewidth=0.8, linestyle=":", label="plain, by arithmetic")
     axes.set(xscale="log", yscale="log", xlabel="classes", ylabel="peak memory of the text part (MB)")
     axes.grid(color="#e0e0e0", linewidth=0.6, which="both")
     axes.legend(frameon=False, fontsize=8)

@@ -115,12 +115,7 @@ class World:
         copy = np.flatnonzero(random.random(rows) < COPIES)
         of = random.integers(0, rows, len(copy))
         for to, source in zip(copy.tolist(), of.tolist(), strict=True):
-            captions[to], x[to], topic[to], noise[to] = (
-                captions[source],
-                x[source],
-                topic[source],
-                noise[source],
-            )
+            captions[to], x[to], topic[to], noise[to] = (captions[source], x[source], topic[source], noise[source])
 
         domain = (random.random(rows)[:, None] > np.cumsum(self.looks[topic], axis=1)[:, :2]).sum(1)
         y = 0.6 * self.clip_common + 0.45 * self.clip_topic[topic] + 0.25 * self.clip_style[domain]
@@ -178,10 +173,7 @@ def make(pairs: int, folder: Path, seed: int) -> None:
         for start in range(0, pairs, CHUNK):
             rows = np.arange(start, min(start + CHUNK, pairs))
             part = world.draw(len(rows), np.random.default_rng([seed, pairs, start]))
-            arrays["sentence_features"][rows], arrays["image_features"][rows] = (
-                part["sentence"],
-                part["image"],
-            )
+            arrays["sentence_features"][rows], arrays["image_features"][rows] = (part["sentence"], part["image"])
             topic[rows], domain[rows] = part["topic"], part["domain"]
             similarity[rows] = part["similarity"]
             captions.write_table(pa.table([rows, part["captions"]], caption_schema))
@@ -344,10 +336,7 @@ def in_a_process(what: str, store: Path, opts: list[str], limit: float) -> dict[
         if row["rc"] == 0:
             with np.load(labels) as found:
                 label, seen, seconds = found["label"], found["seen"], found["seconds"]
-            row["finding_cpu_s"], row["finding_wall_s"] = (
-                round(float(seconds[0]), 1),
-                round(float(seconds[1]), 1),
-            )
+            row["finding_cpu_s"], row["finding_wall_s"] = (round(float(seconds[0]), 1), round(float(seconds[1]), 1))
             if (store / "truth.npz").is_file():
                 row.update(judged(label, truth_of(store)[0][seen]))
             unsampled = store / "unsampled.npz"
@@ -399,9 +388,7 @@ def run_topics(store: Path, labels: Path, opts: list[str]) -> None:
 
         way = EVoC(base_min_cluster_size=size, min_samples=samples, random_state=chc.SEED)
         label = way.fit_predict(features)
-        layers = [
-            (int(layer.max()) + 1, round(float((layer < 0).mean()), 3)) for layer in way.cluster_layers_
-        ]
+        layers = [(int(layer.max()) + 1, round(float((layer < 0).mean()), 3)) for layer in way.cluster_layers_]
         print("layers of EVoC (topics, noise):", layers, file=sys.stderr)
     seconds = (time.process_time() - cpu, time.perf_counter() - wall)
     np.savez(labels, label=np.asarray(label, np.int64), seen=seen, seconds=seconds)
@@ -466,11 +453,7 @@ def rules(store: Path, opts: list[str]) -> list[dict[str, Any]]:
     own = sample.vote(label[inside_near], inside_similarity)
     common = np.full(len(rule.threshold), np.quantile(own[1], (label < 0).mean()))
     add("the same votes, one threshold for all", sample.verdict(*voted, common), seconds)
-    add(
-        "the same votes, one half for all (a guess)",
-        sample.verdict(*voted, np.full(len(common), 0.5)),
-        seconds,
-    )
+    add("the same votes, one half for all (a guess)", sample.verdict(*voted, np.full(len(common), 0.5)), seconds)
     add("nearest sample pair's label", label[near[:, 0]], seconds)
     start = time.process_time()
     centre = np.stack([inside[label == number].mean(0) for number in range(label.max() + 1)])
@@ -485,9 +468,13 @@ def rules(store: Path, opts: list[str]) -> list[dict[str, Any]]:
 
         topics = chc.TOPICS
         reducer = umap.UMAP(
-            n_neighbors=topics.NEIGHBORS, n_components=topics.COMPONENTS, min_dist=0.0, metric="cosine",
-            random_state=chc.SEED, n_jobs=1,
-        ).fit(inside)  # fmt: skip
+            n_neighbors=topics.NEIGHBORS,
+            n_components=topics.COMPONENTS,
+            min_dist=0.0,
+            metric="cosine",
+            random_state=chc.SEED,
+            n_jobs=1,
+        ).fit(inside)
         clusterer = hdbscan.HDBSCAN(topics.MIN_CLUSTER_SIZE, topics.MIN_SAMPLES, prediction_data=True)
         clusterer.fit(reducer.embedding_.astype(np.float64))
         few = rest[:3000]
@@ -520,9 +507,7 @@ def tables(folder: Path) -> None:
             row.get(key, "")
             for key in ("topics", "noise", "ami", "ari", "noise_precision", "noise_recall", "domain_ami")
         ]
-        cells = [
-            f"{x:.2f}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else x for x in numbers
-        ]
+        cells = [f"{x:.2f}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else x for x in numbers]
         usage = [
             f"{row['wall_s']:,.0f} s",
             f"{row['cpu_s']:,.0f} s",
@@ -547,18 +532,14 @@ def main() -> None:
     if sys.argv[1:2] in (["_bertopic"], ["_topics"]):  # the process that is measured
         run = run_bertopic if sys.argv[1] == "_bertopic" else run_topics
         return run(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("what", choices=("make", "gram", "bertopic", "topics", "rules", "table"))
     options.add_argument("first", help="make: pairs; table: the folder of the stores; else a store")
     options.add_argument(
         "rest", nargs="*", help="make: the folder; gram: KEY VALUE; topics: a way; rules: pairs of the sample"
     )
     options.add_argument("--seed", type=int, default=1, help="make: of the world (%(default)s)")
-    options.add_argument(
-        "--limit", type=float, default=3600, help="seconds after which a run is ended (%(default)s)"
-    )
+    options.add_argument("--limit", type=float, default=3600, help="seconds after which a run is ended (%(default)s)")
     args = options.parse_args()
     if args.what == "make":
         return make(int(args.first), Path(args.rest[0]), args.seed)

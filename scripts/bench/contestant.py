@@ -38,9 +38,7 @@ def local_weights(path: str) -> str:
 
     clip._MODELS[path] = path
     clip._download = lambda url, root=None: url
-    return (
-        "weights: clip._download answers with a local file (a plain state dict, the same for all contestants)"
-    )
+    return "weights: clip._download answers with a local file (a plain state dict, the same for all contestants)"
 
 
 def no_cuda() -> str:
@@ -189,9 +187,7 @@ class Contestant:
         self.prepared = {
             "sha256": digest.hexdigest(),
             "classes": len(trainer.dm.dataset.classnames),
-            "classnames_sha256": hashlib.sha256(
-                "\n".join(trainer.dm.dataset.classnames).encode()
-            ).hexdigest(),
+            "classnames_sha256": hashlib.sha256("\n".join(trainer.dm.dataset.classnames).encode()).hexdigest(),
             "batch": len(self.batches[0]["label"]),
             "batches": len(self.batches),
             "pixels": list(self.batches[0]["img"].shape[-2:]),

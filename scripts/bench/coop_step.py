@@ -52,9 +52,7 @@ class Bench:
             f"{TEXT}, {PLAIN}": lambda: self._logits(fixed, self.plain_text.features(self.context)),
             f"{TEXT}, {CUT}": lambda: self._logits(fixed, self.cut_text.features(self.context)),
             f"{TEXT}, {OURS}": lambda: self._logits(fixed, model.class_features()),
-            f"{WHOLE}, {PLAIN}": lambda: self._logits(
-                self.plain_images(), self.plain_text.features(self.context)
-            ),
+            f"{WHOLE}, {PLAIN}": lambda: self._logits(self.plain_images(), self.plain_text.features(self.context)),
             f"{WHOLE}, {OURS}": lambda: model(self.images),
             f"{IMAGES}, {PLAIN}": self.plain_images,
             f"{IMAGES}, {OURS}": lambda: model.image_features(self.images),
@@ -94,9 +92,7 @@ def print_equality(measured: dict[str, common.Measured]) -> None:
     """Logits and the context's gradient of the whole step, both ways."""
     apart = [
         common.deviation(ours, plain)
-        for ours, plain in zip(
-            measured[f"{WHOLE}, {OURS}"].result, measured[f"{WHOLE}, {PLAIN}"].result, strict=True
-        )
+        for ours, plain in zip(measured[f"{WHOLE}, {OURS}"].result, measured[f"{WHOLE}, {PLAIN}"].result, strict=True)
     ]
     print(
         f"Largest deviation of the logits {apart[0]:.1e}, of the context's gradient {apart[1]:.1e}, "

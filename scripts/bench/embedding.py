@@ -81,9 +81,7 @@ def main() -> None:
         one.pop("pairs")
     print_results(args, pairs, rounds)
     if args.out:
-        write_json(
-            args.out, {"options": vars(args), "load": os.getloadavg(), "pairs": pairs, "rounds": rounds}
-        )
+        write_json(args.out, {"options": vars(args), "load": os.getloadavg(), "pairs": pairs, "rounds": rounds})
 
 
 # --- the same pairs as files and as shards ----------------------------------------------------------------------------
@@ -165,16 +163,12 @@ def measure(
     return rounds
 
 
-def batches(
-    args: Any, backbone: Backbone, source: Source, places: Sequence[Place], workers: int
-) -> Iterator[Any]:
+def batches(args: Any, backbone: Backbone, source: Source, places: Sequence[Place], workers: int) -> Iterator[Any]:
     from torch.utils.data import DataLoader
 
     sizes = source.identity().get("shards")
     files: Any = ImageFiles(ImageReader(source.image_root, sizes), backbone.preprocess(as_bytes=True))
-    numbers = [
-        list(places[start : start + args.batch_size]) for start in range(0, len(places), args.batch_size)
-    ]
+    numbers = [list(places[start : start + args.batch_size]) for start in range(0, len(places), args.batch_size)]
     return iter(
         DataLoader(
             files,
@@ -202,16 +196,12 @@ class Towers:
         pixels = [images for images, _, _ in batches(args, backbone, source, places, 0)]
         self.pixels = [backbone.normalise(images.to(args.device)) for images in pixels]
         ordered = sorted(texts, key=len, reverse=True)
-        lists = [
-            ordered[start : start + args.batch_size] for start in range(0, len(ordered), args.batch_size)
-        ]
+        lists = [ordered[start : start + args.batch_size] for start in range(0, len(ordered), args.batch_size)]
         self.tokens = [tokens_of(backbone, batch)[0] for batch in lists]
         self.sentences: list[Any] = lists
         if isinstance(sentence_model, SentenceBert):
             model = sentence_model.model
-            tokens = (
-                getattr(model, "preprocess", None) or model.tokenize
-            )  # its name up to sentence-transformers 5.1
+            tokens = getattr(model, "preprocess", None) or model.tokenize  # its name up to sentence-transformers 5.1
             self.sentences = [
                 {
                     key: value.to(args.device) if isinstance(value, torch.Tensor) else value
@@ -226,9 +216,7 @@ class Towers:
             kept = self.backbone.encode_images(images)
         for tokens in self.tokens:
             ends = end_positions(tokens)
-            kept = self.backbone.encode_text(
-                self.backbone.embed_tokens(tokens[:, : int(ends.max()) + 1]), ends
-            )
+            kept = self.backbone.encode_text(self.backbone.embed_tokens(tokens[:, : int(ends.max()) + 1]), ends)
         for batch in self.sentences:
             if isinstance(batch, list):
                 self.sentence_model.encode(batch)

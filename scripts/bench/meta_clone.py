@@ -43,10 +43,7 @@ class PromptedModel(nn.Module):
         self.text_prompt, self.visual_prompt = theta.get("text"), theta.get("visual")
         if self.text_prompt is not None:
             self.transformer, self.ln_final = clip.transformer, clip.ln_final
-            self.positional_embedding, self.text_projection = (
-                clip.positional_embedding,
-                clip.text_projection,
-            )
+            self.positional_embedding, self.text_projection = (clip.positional_embedding, clip.text_projection)
         if self.visual_prompt is not None:
             self.visual = clip.visual
 
@@ -61,20 +58,14 @@ class PromptedModel(nn.Module):
         tower = self.visual
         x = tower.conv1(self.normalise(images).to(tower.conv1.weight.dtype)).flatten(2).transpose(1, 2)
         x = torch.cat([tower.class_embedding.expand(len(x), 1, -1), x], dim=1) + tower.positional_embedding
-        x = torch.cat(
-            [x, self.visual_prompt.to(x.dtype).expand(len(x), -1, -1)], dim=1
-        )  # (n, 1 + patches + M, d)
+        x = torch.cat([x, self.visual_prompt.to(x.dtype).expand(len(x), -1, -1)], dim=1)  # (n, 1 + patches + M, d)
         x = tower.transformer(tower.ln_pre(x).transpose(0, 1)).transpose(0, 1)
         x = tower.ln_post(x[:, 0]) @ tower.proj
         return x / x.norm(dim=-1, keepdim=True)
 
 
 def clone_and_adapt(
-    model: PromptedModel,
-    tasks: Sequence[PlainTask],
-    alpha: float,
-    regulate: Regulate,
-    first_order: bool = False,
+    model: PromptedModel, tasks: Sequence[PlainTask], alpha: float, regulate: Regulate, first_order: bool = False
 ) -> Tensor:
     """Algorithm 1, lines 4 to 9: the mean query loss; gradients gather in the model's prompts and in phi's parameters.
 
@@ -102,12 +93,8 @@ def cross_entropy(scores: Tensor) -> Tensor:
 def cloned(module: nn.Module) -> nn.Module:
     """A module of the same structure whose parameters are clones, still connected to the original's."""
     twin = copy.copy(module)
-    twin._parameters = {
-        name: None if value is None else value.clone() for name, value in module._parameters.items()
-    }
-    twin._modules = {
-        name: None if child is None else cloned(child) for name, child in module._modules.items()
-    }
+    twin._parameters = {name: None if value is None else value.clone() for name, value in module._parameters.items()}
+    twin._modules = {name: None if child is None else cloned(child) for name, child in module._modules.items()}
     return twin
 
 
@@ -115,9 +102,7 @@ def adapt(model: PromptedModel, loss: Tensor, alpha: float, regulate: Regulate, 
     """One inner step of a cloned model, in place of its own parameters; differentiable."""
     learnt = {name: value for name, value in model.named_parameters() if value.requires_grad}
     gradients = torch.autograd.grad(loss, list(learnt.values()), create_graph=not first_order)
-    kinds = {
-        name.removesuffix("_prompt"): gradient[None] for name, gradient in zip(learnt, gradients, strict=True)
-    }
+    kinds = {name.removesuffix("_prompt"): gradient[None] for name, gradient in zip(learnt, gradients, strict=True)}
     regulated = regulate(kinds)
     for name, value in learnt.items():
         model._parameters[name] = value - alpha * regulated[name.removesuffix("_prompt")][0]

@@ -1,7 +1,7 @@
 """Peak memory and time of one meta-training step by the ways of MEMORY, beside what `gram_meta.memory` estimates.
 
-    python scripts/bench/meta_memory.py --backbone random-ViT-B/16 --prompts visual --ways 2 --shots 2 6 --threads 1 --clock cpu
-    python scripts/bench/meta_memory.py --backbone random-ViT-B/32 --prompts joint --threads 1 --clock cpu --repeats 1
+python scripts/bench/meta_memory.py --backbone random-ViT-B/16 --prompts visual --ways 2 --shots 2 6 --threads 1 --clock cpu
+python scripts/bench/meta_memory.py --backbone random-ViT-B/32 --prompts joint --threads 1 --clock cpu --repeats 1
 """
 
 from __future__ import annotations
@@ -81,14 +81,36 @@ def main() -> None:
     rows = []
     for way in steps:
         graphs, images, checkpointing, first_order = WAYS[way]
-        config = load_meta_config([], [
-            "TASKS.WAYS", str(args.ways), "TASKS.SUPPORT_SHOTS", str(args.shots[0]), "TASKS.QUERY_SHOTS", str(args.shots[1]),
-            "PROMPT.TEXT_TOKENS", str(text), "PROMPT.VISUAL_TOKENS", "4", "MEMORY.SECOND_ORDER", graphs, "MEMORY.TASKS", "1",
-            "MEMORY.IMAGES", str(images), "MEMORY.CHECKPOINTING", str(checkpointing), "INNER.FIRST_ORDER", str(first_order),
-        ])  # fmt: skip
+        config = load_meta_config(
+            [],
+            [
+                "TASKS.WAYS",
+                str(args.ways),
+                "TASKS.SUPPORT_SHOTS",
+                str(args.shots[0]),
+                "TASKS.QUERY_SHOTS",
+                str(args.shots[1]),
+                "PROMPT.TEXT_TOKENS",
+                str(text),
+                "PROMPT.VISUAL_TOKENS",
+                "4",
+                "MEMORY.SECOND_ORDER",
+                graphs,
+                "MEMORY.TASKS",
+                "1",
+                "MEMORY.IMAGES",
+                str(images),
+                "MEMORY.CHECKPOINTING",
+                str(checkpointing),
+                "INNER.FIRST_ORDER",
+                str(first_order),
+            ],
+        )
         estimate = plan(config, backbone, 1, 1e15).estimate / 1e6
         apart = common.deviation(results[way][0], results[args.only[0]][0])
-        rows.append([way, f"{peaks[way]:.0f}", f"{estimate:.0f}", f"{statistics.median(seconds[way]):.2f}", f"{apart:.0e}"])
+        rows.append(
+            [way, f"{peaks[way]:.0f}", f"{estimate:.0f}", f"{statistics.median(seconds[way]):.2f}", f"{apart:.0e}"]
+        )
     common.print_table(["", "peak memory (MB)", "estimate (MB)", "seconds", f"deviation from {args.only[0]}"], rows)
 
 

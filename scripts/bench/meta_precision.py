@@ -40,7 +40,9 @@ class Setting:
         with torch.no_grad():
             for parameter in self.regulator.parameters():
                 parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
-        classes = ClassText(backbone, words, text).select(topics) if text else template_features(backbone, words)[topics]
+        classes = (
+            ClassText(backbone, words, text).select(topics) if text else template_features(backbone, words)[topics]
+        )
 
         def side(count: int) -> TaskSet:
             if visual:
@@ -108,8 +110,10 @@ def main() -> None:
         one = setting(args, prompts, "fp32")
         true, second = (one.gradients(False, 1.0, terms) for terms in ("both", "second"))
         share = (second[0].norm() / true[0].norm()).item()
-        print(f"{args.backbone}, {prompts} prompts: |gradient of theta| {true[0].norm().item():.2e}, of phi "
-              f"{true[1].norm().item():.2e}; the second-order term is {100 * share:.2g} % of the first\n")  # fmt: skip
+        print(
+            f"{args.backbone}, {prompts} prompts: |gradient of theta| {true[0].norm().item():.2e}, of phi "
+            f"{true[1].norm().item():.2e}; the second-order term is {100 * share:.2g} % of the first\n"
+        )
         rows = []
         for precision in ("fp32", "bf16", "fp16"):
             here = setting(args, prompts, precision)
@@ -117,10 +121,15 @@ def main() -> None:
                 for exponent in args.scales if precision == "fp16" else (0,):
                     scale = 2.0**exponent
                     both, alone = (here.gradients(lean, scale, terms) for terms in ("both", "second"))
-                    rows.append([
-                        f"{precision}, {'lean' if lean else 'whole'}" + (f", scale 2^{exponent}" if exponent else ""),
-                        error(both[0], true[0]), error(alone[0], second[0]), error(both[1], true[1]),
-                    ])  # fmt: skip
+                    rows.append(
+                        [
+                            f"{precision}, {'lean' if lean else 'whole'}"
+                            + (f", scale 2^{exponent}" if exponent else ""),
+                            error(both[0], true[0]),
+                            error(alone[0], second[0]),
+                            error(both[1], true[1]),
+                        ]
+                    )
                     if precision != "fp16":
                         continue
         print_table(["towers", "theta", "of it, second order", "phi"], rows)

@@ -78,9 +78,7 @@ FAMILIES = {"text": Family(4, 0, "a photo of a"), "visual": Family(0, 4), "joint
 class Bench:
     """Made-up tasks, theta and phi of one family, and its step in every variant."""
 
-    def __init__(
-        self, backbone: Backbone, family: Family, words: list[str], args: argparse.Namespace
-    ) -> None:
+    def __init__(self, backbone: Backbone, family: Family, words: list[str], args: argparse.Namespace) -> None:
         self.backbone, self.config, self.family = backbone, get_meta_config(), family
         self.batch, self.ways = args.tasks, args.ways
         generator = torch.Generator().manual_seed(0)
@@ -177,9 +175,8 @@ class Bench:
         support, query = self.sets(tasks, classes)
         inner, count = self.config.INNER, len(self.topics[tasks])
         losses = meta_losses(
-            support, query, dict(self.theta), count, inner.ALPHA, inner.STEPS,
-            regulate or self.regulator, first_order,
-        )  # fmt: skip
+            support, query, dict(self.theta), count, inner.ALPHA, inner.STEPS, regulate or self.regulator, first_order
+        )
         loss = losses.sum() / self.batch
         loss.backward()
         return loss.detach()
@@ -189,14 +186,18 @@ class Bench:
         support, query = self.sets(tasks, classes)
         inner, count = self.config.INNER, len(self.topics[tasks])
         losses = lean_backward(
-            support.parts(), query.parts(), dict(self.theta), count, inner.ALPHA, inner.STEPS,
-            self.regulator, weight=1 / self.batch,
-        )  # fmt: skip
+            support.parts(),
+            query.parts(),
+            dict(self.theta),
+            count,
+            inner.ALPHA,
+            inner.STEPS,
+            self.regulator,
+            weight=1 / self.batch,
+        )
         return losses.sum() / self.batch
 
-    def one_after_another(
-        self, step: Callable[..., Tensor], classes_of: Callable[[int], Any] | None = None
-    ) -> Tensor:
+    def one_after_another(self, step: Callable[..., Tensor], classes_of: Callable[[int], Any] | None = None) -> Tensor:
         total = torch.zeros_like(self.backbone.logit_scale)
         for task in range(self.batch):
             total += step(slice(task, task + 1), classes_of(task) if classes_of else None)
@@ -308,10 +309,19 @@ class ProMetaR(common.Elsewhere):
         group = replace(checkouts.GROUPS["prometar"], batch=images)
         checkouts.GROUPS["prometar"] = group
         settings = SimpleNamespace(
-            model=args.backbone, coop=None, prometar=args.prometar, learn2learn=args.learn2learn, dassl=None,
-            data=None, dataset="caltech101", classes=args.ways, groups=["prometar"], test_images=2,
-            device=args.device, threads=torch.get_num_threads(),
-        )  # fmt: skip
+            model=args.backbone,
+            coop=None,
+            prometar=args.prometar,
+            learn2learn=args.learn2learn,
+            dassl=None,
+            data=None,
+            dataset="caltech101",
+            classes=args.ways,
+            groups=["prometar"],
+            test_images=2,
+            device=args.device,
+            threads=torch.get_num_threads(),
+        )
         bench = checkouts.Bench(settings, folder)
         entry, self.clock, self.images = group.entries[0], args.clock, images
         (folder / "prometar").mkdir()
@@ -341,9 +351,11 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_argument("--query", type=int, default=12, help="images per class (%(default)s)")
     options.add_argument("--variants", nargs="+", help="parts of the variants' names to keep (all)")
     options.add_argument(
-        "--names", choices=("topics", "classes"), default="topics",
+        "--names",
+        choices=("topics", "classes"),
+        default="topics",
         help="topics: single words, as clustering labels topics; classes: longer names, as ImageNet's",
-    )  # fmt: skip
+    )
     options.add_argument("--prometar", type=Path, help="a checkout of mlvlab/ProMetaR")
     options.add_argument("--learn2learn", type=Path, help="sources of learn2learn, where it is not installed")
     options.add_argument("--precision", choices=("fp32", "fp64"), default="fp32", help="(%(default)s)")
@@ -362,9 +374,7 @@ def main(argv: list[str] | None = None) -> None:
     with theirs(args) as prometar:
         for name in args.family:
             if prometar is not None and prometar.process.process.poll() is not None:
-                print(
-                    "\nProMetaR: left out from here on, as its process has ended (for lack of memory, perhaps)"
-                )
+                print("\nProMetaR: left out from here on, as its process has ended (for lack of memory, perhaps)")
                 prometar = None
             report["families"][name] = run(name, backbone, words, prometar, args)
             report["facts"]["load_average_after"] = os.getloadavg()
@@ -406,9 +416,7 @@ def run(
     steps: dict[str, Any] = {each: First(partial(bench.step, each)) for each in bench.variants()}
     if args.variants:
         steps = {
-            each: step
-            for each, step in steps.items()
-            if each in (CLONE, OURS) or any(p in each for p in args.variants)
+            each: step for each, step in steps.items() if each in (CLONE, OURS) or any(p in each for p in args.variants)
         }
     if prometar is not None:
         steps[PROMETAR] = prometar
@@ -496,9 +504,7 @@ def deviations(measured: Mapping[str, common.Measured], bench: Bench) -> dict[st
 def print_deviations(rows: Mapping[str, Mapping[str, float]]) -> None:
     print("Largest deviation from clone and adapt, relative to the largest entry:\n")
     header = ["", "query loss", "gradient of theta", "gradient of phi"]
-    common.print_table(
-        header, [[name, *(f"{value:.1e}" for value in row.values())] for name, row in rows.items()]
-    )
+    common.print_table(header, [[name, *(f"{value:.1e}" for value in row.values())] for name, row in rows.items()])
 
 
 def ceiling_rows(bench: Bench, measured: Mapping[str, common.Measured], rate: float) -> dict[str, float]:

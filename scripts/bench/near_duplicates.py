@@ -58,9 +58,7 @@ CHANGES = {
     "JPEG, quality 75": lambda image, random: jpeg(image, 75),
     "JPEG, quality 20": lambda image, random: jpeg(image, 20),
     "half the size": lambda image, random: resized(image, 0.5),
-    "0.7 of the size, JPEG 50": lambda image, random: jpeg(
-        resized(image, 0.7, Image.Resampling.BILINEAR), 50
-    ),
+    "0.7 of the size, JPEG 50": lambda image, random: jpeg(resized(image, 0.7, Image.Resampling.BILINEAR), 50),
     "cropped by 5 %": lambda image, random: cropped(image, 0.05, random),
     "cropped by 10 %": lambda image, random: cropped(image, 0.1, random),
     "cropped by 20 %": lambda image, random: cropped(image, 0.2, random),
@@ -74,9 +72,7 @@ CHANGES = {
     "grey": lambda image, random: image.convert("L").convert("RGB"),
     "box and text over it": overlaid,
     "mirrored": lambda image, random: ImageOps.mirror(image),
-    "mirrored, cropped by 5 %, JPEG 50": lambda image, random: jpeg(
-        cropped(ImageOps.mirror(image), 0.05, random), 50
-    ),
+    "mirrored, cropped by 5 %, JPEG 50": lambda image, random: jpeg(cropped(ImageOps.mirror(image), 0.05, random), 50),
 }
 
 
@@ -96,8 +92,11 @@ def candidates(images, store, backbone, tiny, k):
     with torch.inference_mode():
         by_clip = overlap.candidates(
             *(np.concatenate(column) for column in zip(*parts, strict=True)),
-            overlap._feature_blocks(store.image_features), len(store.locations), k, "cpu",
-        )  # fmt: skip
+            overlap._feature_blocks(store.image_features),
+            len(store.locations),
+            k,
+            "cpu",
+        )
         mine = overlap.tiny_pictures(small)
         by_pixels = overlap.candidates(
             overlap.described(mine),
@@ -111,9 +110,7 @@ def candidates(images, store, backbone, tiny, k):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--against", nargs="+", default=[], metavar="FOLDER")
@@ -121,11 +118,7 @@ def main() -> int:
     parser.add_argument("--neighbours", type=int, default=overlap.NEIGHBOURS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
-        "--changes",
-        nargs="*",
-        default=list(CHANGES),
-        metavar="NAME",
-        help="some of them; none: false alarms alone",
+        "--changes", nargs="*", default=list(CHANGES), metavar="NAME", help="some of them; none: false alarms alone"
     )
     parser.add_argument("--save", metavar="NPZ", help="keep distances, to look at thresholds")
     args = parser.parse_args()
@@ -140,15 +133,19 @@ def main() -> int:
     store = PairStore.open(args.store)
     backbone = load_backbone(store.manifest["settings"]["clip"]["name"])
     places = store.places()
-    rows = [
-        row for row in random.permutation(len(store.locations)) if in_half(store.locations[row], args.half)
-    ][: args.images]
+    rows = [row for row in random.permutation(len(store.locations)) if in_half(store.locations[row], args.half)][
+        : args.images
+    ]
     rows = np.array(rows)
     settings = overlap.Settings(cache=Path(f"{args.store}.pictures"))
-    tiny = np.concatenate([
-        overlap._corpus_pictures(store, np.arange(s, min(s + overlap.CHUNK, len(places))), settings, None, overlap.tiny_pictures)[0]
-        for s in range(0, len(places), overlap.CHUNK)
-    ])  # fmt: skip
+    tiny = np.concatenate(
+        [
+            overlap._corpus_pictures(
+                store, np.arange(s, min(s + overlap.CHUNK, len(places))), settings, None, overlap.tiny_pictures
+            )[0]
+            for s in range(0, len(places), overlap.CHUNK)
+        ]
+    )
     originals = [places.image(int(row))[0] for row in rows]
     small = np.stack([overlap.small_copy(image) for image in originals])
     kept = {}
@@ -184,12 +181,7 @@ def main() -> int:
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
     others = originals
     if args.against:
-        paths = [
-            p
-            for folder in args.against
-            for p in sorted(Path(folder).rglob("*"))
-            if p.suffix in (".png", ".jpg")
-        ]
+        paths = [p for folder in args.against for p in sorted(Path(folder).rglob("*")) if p.suffix in (".png", ".jpg")]
         paths = [path for path in paths if in_half(path.name + path.parent.name, args.half)]
         others = [read_image(paths[i])[0] for i in random.permutation(len(paths))[: 3 * args.images]]
     by_clip, by_pixels, theirs = candidates(others, store, backbone, tiny, args.neighbours + 1)
@@ -201,9 +193,7 @@ def main() -> int:
     of_corpus = np.stack([overlap.small_copy(places.image(int(row))[0]) for row in needed])
     began = time.process_time()
     distance = overlap.distances(theirs[pairs[:, 0]], of_corpus[np.searchsorted(needed, pairs[:, 1])])
-    print(
-        f"\n{len(pairs):,} pairs of other images, {1000 * (time.process_time() - began) / len(pairs):.2f} ms each"
-    )
+    print(f"\n{len(pairs):,} pairs of other images, {1000 * (time.process_time() - began) / len(pairs):.2f} ms each")
     nearest = np.full(len(others), 2.0)
     np.minimum.at(nearest, pairs[:, 0], distance)
     for limit in (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6):

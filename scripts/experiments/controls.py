@@ -24,9 +24,7 @@ WORDS = ["TRAINER.GRAM.INIT", "False"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--root", required=True)
     parser.add_argument("--dataset", required=True)
@@ -54,26 +52,15 @@ def main() -> None:
         jobs = list(product(raw.items(), args.seeds))
         done = list(
             pool.map(
-                run,
-                [args] * len(jobs),
-                [n for (n, _), _ in jobs],
-                [s for _, s in jobs],
-                [o for (_, o), _ in jobs],
+                run, [args] * len(jobs), [n for (n, _), _ in jobs], [s for _, s in jobs], [o for (_, o), _ in jobs]
             )
         )
     results = regulated
     for ((name, _), _), result in zip(jobs, done, strict=True):
         results.setdefault(name, []).append(result)
-    print(
-        "| start, gradient | "
-        + " | ".join(f"step {s}" for s in STEPS)
-        + " | H |\n|"
-        + "---|" * (len(STEPS) + 2)
-    )
+    print("| start, gradient | " + " | ".join(f"step {s}" for s in STEPS) + " | H |\n|" + "---|" * (len(STEPS) + 2))
     for name, runs in results.items():
-        points = [
-            [mean(r["curve"][i][side] for r in runs) for side in ("base", "new")] for i in range(len(STEPS))
-        ]
+        points = [[mean(r["curve"][i][side] for r in runs) for side in ("base", "new")] for i in range(len(STEPS))]
         base, new = points[-1]
         cells = [f"{b:.1f} / {n:.1f}" for b, n in points]
         print(f"| {name} | " + " | ".join(cells) + f" | {harmonic(base, new):.2f} |")

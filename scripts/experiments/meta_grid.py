@@ -24,9 +24,7 @@ from gram_meta.statistics import harmonic, mean
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", required=True)
     parser.add_argument("--hierarchy", required=True)
     parser.add_argument("--root", required=True, help="folder of the downstream datasets")
@@ -48,9 +46,7 @@ def main() -> None:
         rows = list(pool.map(run_variant, [args] * len(names), names, variants.values()))
         before = {seed: scores for seed, scores in zip(args.seeds, coop, strict=True)}
     table = [summary("CoOp", before, before, {})]
-    table += [
-        summary(name, row["scores"], before, row["held_out"]) for name, row in zip(names, rows, strict=True)
-    ]
+    table += [summary(name, row["scores"], before, row["held_out"]) for name, row in zip(names, rows, strict=True)]
     args.out.mkdir(parents=True, exist_ok=True)
     record = {"settings": variants, "coop": before, "rows": dict(zip(names, rows, strict=True))}
     (args.out / "grid.json").write_text(json.dumps(record, indent=2))
@@ -77,10 +73,7 @@ def run_variant(args: argparse.Namespace, name: str, settings: dict[str, object]
     regulate = str(checkpoint.regulator is not None)
     gram = ["TRAINER.GRAM.CHECKPOINT", str(best), "TRAINER.GRAM.REGULATE", regulate]
     scores = {seed: few_shot(args, "CoOpGRAM", folder / f"seed{seed}", seed, gram) for seed in args.seeds}
-    return {
-        "scores": scores,
-        "held_out": checkpoint.provenance["held_out"] | {"step": checkpoint.provenance["step"]},
-    }
+    return {"scores": scores, "held_out": checkpoint.provenance["held_out"] | {"step": checkpoint.provenance["step"]}}
 
 
 def baseline(args: argparse.Namespace, seed: int) -> dict:

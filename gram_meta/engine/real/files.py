@@ -18,14 +18,9 @@ from gram_meta.engine.real.repair import Repair, rebind
 def repairs() -> list[Repair]:
     return [
         Repair(
-            "B2/B3",
-            "checkpoints load, old ones too, and nothing in them is executed",
-            _fails_or_executes,
-            _load_safely,
+            "B2/B3", "checkpoints load, old ones too, and nothing in them is executed", _fails_or_executes, _load_safely
         ),
-        Repair(
-            "B11", "confusion matrices load with torch.load as it is", _matrix_is_numpy, _matrix_of_tensors
-        ),
+        Repair("B11", "confusion matrices load with torch.load as it is", _matrix_is_numpy, _matrix_of_tensors),
         Repair("B12", "closing the log file leaves the console open", _closes_console, _close_file_alone),
     ]
 

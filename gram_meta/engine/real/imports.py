@@ -42,9 +42,7 @@ def import_dassl() -> list[Repair]:
     try:
         with _treated({WILDS: _fill_wilds, "dassl.engine.trainer": _fill_trainer}):
             importlib.import_module("dassl.engine")
-    except (
-        Exception
-    ) as error:  # also what an old Dassl, or a fork of it, does that a new Python or torch refuses
+    except Exception as error:  # also what an old Dassl, or a fork of it, does that a new Python or torch refuses
         logging.disable(level)
         raise GramError(_why_not(error)) from error
     level = logging.NOTSET if muted else level

@@ -16,9 +16,7 @@ def _fails_above_one() -> bool:
     import torch
 
     try:
-        importlib.import_module("dassl.metrics.accuracy").compute_accuracy(
-            torch.eye(3), torch.arange(3), topk=(1, 2)
-        )
+        importlib.import_module("dassl.metrics.accuracy").compute_accuracy(torch.eye(3), torch.arange(3), topk=(1, 2))
     except RuntimeError:
         return True
     return False

@@ -42,12 +42,7 @@ def _build() -> None:
     base = _module()._BaseWarmupScheduler
 
     def __init__(
-        self: Any,
-        optimizer: Any,
-        successor: Any,
-        warmup_epoch: int,
-        last_epoch: int = -1,
-        verbose: bool = False,
+        self: Any, optimizer: Any, successor: Any, warmup_epoch: int, last_epoch: int = -1, verbose: bool = False
     ) -> None:
         self.successor = successor
         self.warmup_epoch = warmup_epoch

@@ -73,15 +73,27 @@ class DataManager:
 
         def train_loader(source: Sequence[Any], node: CfgNode) -> DataLoader:
             return build_data_loader(
-                cfg, node.SAMPLER, source, node.BATCH_SIZE, node.N_DOMAIN, node.N_INS,
-                tfm=custom_tfm_train, is_train=True, dataset_wrapper=dataset_wrapper,
-            )  # fmt: skip
+                cfg,
+                node.SAMPLER,
+                source,
+                node.BATCH_SIZE,
+                node.N_DOMAIN,
+                node.N_INS,
+                tfm=custom_tfm_train,
+                is_train=True,
+                dataset_wrapper=dataset_wrapper,
+            )
 
         def test_loader(source: Sequence[Any]) -> DataLoader:
             return build_data_loader(
-                cfg, cfg.DATALOADER.TEST.SAMPLER, source, cfg.DATALOADER.TEST.BATCH_SIZE,
-                tfm=custom_tfm_test, is_train=False, dataset_wrapper=dataset_wrapper,
-            )  # fmt: skip
+                cfg,
+                cfg.DATALOADER.TEST.SAMPLER,
+                source,
+                cfg.DATALOADER.TEST.BATCH_SIZE,
+                tfm=custom_tfm_test,
+                is_train=False,
+                dataset_wrapper=dataset_wrapper,
+            )
 
         loaders = cfg.DATALOADER
         self.train_loader_x = train_loader(dataset.train_x, loaders.TRAIN_X)
@@ -139,9 +151,7 @@ class DatasetWrapper(TorchDataset):
     RETURN_IMG0 adds "img0", the image without augmentation.
     """
 
-    def __init__(
-        self, cfg: CfgNode, data_source: Sequence[Any], transform: Any = None, is_train: bool = False
-    ) -> None:
+    def __init__(self, cfg: CfgNode, data_source: Sequence[Any], transform: Any = None, is_train: bool = False) -> None:
         self.cfg = cfg
         self.data_source = data_source
         self.transform = transform
@@ -150,10 +160,7 @@ class DatasetWrapper(TorchDataset):
         self.return_img0 = cfg.DATALOADER.RETURN_IMG0
         if self.k_tfm > 1 and transform is None:
             raise ValueError(f"Cannot augment the image {self.k_tfm} times because transform is None")
-        steps = [
-            T.Resize(cfg.INPUT.SIZE, interpolation=INTERPOLATION_MODES[cfg.INPUT.INTERPOLATION]),
-            T.ToTensor(),
-        ]
+        steps = [T.Resize(cfg.INPUT.SIZE, interpolation=INTERPOLATION_MODES[cfg.INPUT.INTERPOLATION]), T.ToTensor()]
         if "normalize" in cfg.INPUT.TRANSFORMS:
             steps.append(T.Normalize(mean=cfg.INPUT.PIXEL_MEAN, std=cfg.INPUT.PIXEL_STD))
         self.to_tensor = T.Compose(steps)

@@ -15,13 +15,7 @@ from gram_meta.errors import GramError
 
 __all__ = ["RandomClassSampler", "RandomDomainSampler", "SeqDomainSampler", "build_sampler"]
 
-NAMES = (
-    "RandomSampler",
-    "SequentialSampler",
-    "RandomDomainSampler",
-    "SeqDomainSampler",
-    "RandomClassSampler",
-)
+NAMES = ("RandomSampler", "SequentialSampler", "RandomDomainSampler", "SeqDomainSampler", "RandomClassSampler")
 
 
 class RandomDomainSampler(Sampler):
@@ -81,9 +75,7 @@ class RandomClassSampler(Sampler):
             self.index_dic[item.label].append(index)
         self.labels = list(self.index_dic)
         if len(self.labels) < self.ncls_per_batch:
-            raise GramError(
-                f"{len(self.labels)} classes cannot fill a batch of {self.ncls_per_batch} classes"
-            )
+            raise GramError(f"{len(self.labels)} classes cannot fill a batch of {self.ncls_per_batch} classes")
         self.length = len(list(iter(self)))
 
     def __iter__(self) -> Iterator[int]:

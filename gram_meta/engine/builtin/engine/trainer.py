@@ -81,9 +81,7 @@ class TrainerBase:
 
     # ------------------------------------------------------------------------------------------------ models
 
-    def register_model(
-        self, name: str = "model", model: Any = None, optim: Any = None, sched: Any = None
-    ) -> None:
+    def register_model(self, name: str = "model", model: Any = None, optim: Any = None, sched: Any = None) -> None:
         """Make a model known by `name`: to checkpoints, train/eval mode and the learning-rate schedule."""
         if "_models" not in self.__dict__:
             raise AttributeError("Cannot assign model before super().__init__() call")
@@ -324,9 +322,7 @@ class SimpleTrainer(TrainerBase):
             result = self.test(split="val")
             if result > self.best_result:
                 self.best_result = result
-                self.save_model(
-                    self.epoch, self.output_dir, val_result=result, model_name="model-best.pth.tar"
-                )
+                self.save_model(self.epoch, self.output_dir, val_result=result, model_name="model-best.pth.tar")
         every = cfg.TRAIN.CHECKPOINT_FREQ
         if self.epoch + 1 == self.max_epoch or (every > 0 and (self.epoch + 1) % every == 0):
             self.save_model(self.epoch, self.output_dir)

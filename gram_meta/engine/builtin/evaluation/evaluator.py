@@ -41,9 +41,7 @@ class Classification(EvaluatorBase):
         self._lab2cname = lab2cname
         self.reset()
         if cfg.TEST.PER_CLASS_RESULT and lab2cname is None:
-            raise GramError(
-                "TEST.PER_CLASS_RESULT needs the names of the classes, and the evaluator got none"
-            )
+            raise GramError("TEST.PER_CLASS_RESULT needs the names of the classes, and the evaluator got none")
 
     def reset(self) -> None:
         self._correct = 0

@@ -9,9 +9,7 @@ import torch
 __all__ = ["compute_accuracy"]
 
 
-def compute_accuracy(
-    output: torch.Tensor, target: torch.Tensor, topk: Sequence[int] = (1,)
-) -> list[torch.Tensor]:
+def compute_accuracy(output: torch.Tensor, target: torch.Tensor, topk: Sequence[int] = (1,)) -> list[torch.Tensor]:
     """Percentage of rows of `output` (B, N) whose `target` (B,) is among the k highest; a (1,) tensor per k."""
     if isinstance(output, list | tuple):
         output = output[0]

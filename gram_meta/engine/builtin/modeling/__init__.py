@@ -10,14 +10,7 @@ BACKBONE_REGISTRY = Registry("BACKBONE")
 HEAD_REGISTRY = Registry("HEAD")
 NETWORK_REGISTRY = Registry("NETWORK")
 
-__all__ = [
-    "BACKBONE_REGISTRY",
-    "HEAD_REGISTRY",
-    "NETWORK_REGISTRY",
-    "build_backbone",
-    "build_head",
-    "build_network",
-]
+__all__ = ["BACKBONE_REGISTRY", "HEAD_REGISTRY", "NETWORK_REGISTRY", "build_backbone", "build_head", "build_network"]
 
 
 def build_backbone(name: str, verbose: bool = True, **kwargs: Any) -> Any:

@@ -17,9 +17,7 @@ AVAI_SCHEDS = ["single_step", "multi_step", "cosine"]
 class WarmupScheduler(LRScheduler):
     """`warmup_epoch` epochs at rates of its own (`warmup_lr`), then the successor's schedule from its beginning."""
 
-    def __init__(
-        self, optimizer: Optimizer, successor: LRScheduler, warmup_epoch: int, last_epoch: int = -1
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, successor: LRScheduler, warmup_epoch: int, last_epoch: int = -1) -> None:
         self.successor = successor
         self.warmup_epoch = warmup_epoch
         super().__init__(optimizer, last_epoch)
@@ -53,12 +51,7 @@ class ConstantWarmupScheduler(WarmupScheduler):
     """One rate through the whole warm-up."""
 
     def __init__(
-        self,
-        optimizer: Optimizer,
-        successor: LRScheduler,
-        warmup_epoch: int,
-        cons_lr: float,
-        last_epoch: int = -1,
+        self, optimizer: Optimizer, successor: LRScheduler, warmup_epoch: int, cons_lr: float, last_epoch: int = -1
     ) -> None:
         self.cons_lr = cons_lr
         super().__init__(optimizer, successor, warmup_epoch, last_epoch)
@@ -71,12 +64,7 @@ class LinearWarmupScheduler(WarmupScheduler):
     """`min_lr` in the first epoch, then e / warmup_epoch of the full rate in epoch e."""
 
     def __init__(
-        self,
-        optimizer: Optimizer,
-        successor: LRScheduler,
-        warmup_epoch: int,
-        min_lr: float,
-        last_epoch: int = -1,
+        self, optimizer: Optimizer, successor: LRScheduler, warmup_epoch: int, min_lr: float, last_epoch: int = -1
     ) -> None:
         self.min_lr = min_lr
         super().__init__(optimizer, successor, warmup_epoch, last_epoch)

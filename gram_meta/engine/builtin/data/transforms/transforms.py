@@ -64,11 +64,7 @@ class Random2DTranslation:
     """With probability p: enlarge by 1/8 and crop (height, width) at a random place; else resize to it."""
 
     def __init__(
-        self,
-        height: int,
-        width: int,
-        p: float = 0.5,
-        interpolation: InterpolationMode = InterpolationMode.BILINEAR,
+        self, height: int, width: int, p: float = 0.5, interpolation: InterpolationMode = InterpolationMode.BILINEAR
     ) -> None:
         self.height, self.width, self.p, self.interpolation = height, width, p, interpolation
 
@@ -122,9 +118,7 @@ class GaussianNoise:
         return img + torch.randn(img.size()) * self.std + self.mean
 
 
-def build_transform(
-    cfg: CfgNode, is_train: bool = True, choices: Sequence[str] | None = None
-) -> Callable | None:
+def build_transform(cfg: CfgNode, is_train: bool = True, choices: Sequence[str] | None = None) -> Callable | None:
     """The transform that INPUT.* describes; `choices` replaces INPUT.TRANSFORMS. None for INPUT.NO_TRANSFORM."""
     if cfg.INPUT.NO_TRANSFORM:
         print("Note: no transform is applied!")
@@ -132,13 +126,9 @@ def build_transform(
     choices = cfg.INPUT.TRANSFORMS if choices is None else choices
     for choice in choices:
         if choice in NOT_BUILT_IN:
-            raise GramError(
-                f"INPUT.TRANSFORMS: {choice!r} is not part of the built-in engine; install Dassl for it"
-            )
+            raise GramError(f"INPUT.TRANSFORMS: {choice!r} is not part of the built-in engine; install Dassl for it")
         if choice not in AVAI_CHOICES:
-            raise GramError(
-                f"INPUT.TRANSFORMS: {choice!r} is not known; known: {', '.join(sorted(AVAI_CHOICES))}"
-            )
+            raise GramError(f"INPUT.TRANSFORMS: {choice!r} is not known; known: {', '.join(sorted(AVAI_CHOICES))}")
     if cfg.INPUT.INTERPOLATION not in INTERPOLATION_MODES:
         known = ", ".join(INTERPOLATION_MODES)
         raise GramError(f"INPUT.INTERPOLATION is {cfg.INPUT.INTERPOLATION!r}; expected one of {known}")
