@@ -64,7 +64,7 @@ setup(
     packages=[*find_packages(include=["gram_meta", "gram_meta.*"]), *MAPPED],
     package_dir=MAPPED,
     package_data={
-        "gram_meta": ["py.typed", "demo/weights/*", "**/*.tsv", "**/*.json"],
+        "gram_meta": ["py.typed", "backbone/*.safetensors", "**/*.tsv", "**/*.json"],
         "gram_meta.configs": ["**/*.yaml"],
     },
     install_requires=INSTALL,

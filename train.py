@@ -2,7 +2,7 @@
 
 import sys
 
-from gram_meta.engine.launch import main
+from gram_meta.coop.launch import main
 
 if __name__ == "__main__":
     sys.exit(main())

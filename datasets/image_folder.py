@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gram_meta.corpus.classes import (
+from gram_meta.corpus.sources.classes import (
     CLASSNAMES,
     class_name,
     images_below,

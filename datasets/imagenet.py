@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gram_meta.corpus.classes import CLASSNAMES, images_in, read_classnames, subfolders
+from gram_meta.corpus.sources.classes import CLASSNAMES, images_in, read_classnames, subfolders
 from gram_meta.datasets.base import Published, SplitDataset, check_splits
 from gram_meta.datasets.benchmarks import DRIVE
 from gram_meta.datasets.few_shot import Entry, Splits

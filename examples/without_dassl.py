@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
-from gram_meta.backbone import load_backbone
-from gram_meta.checkpoint import load_meta_checkpoint
-from gram_meta.prompts import PromptedCLIP
-from gram_meta.regulation import Regulation
+from gram_meta.backbone.clip import load_backbone
+from gram_meta.method.apply import Regulation
+from gram_meta.method.checkpoint import load_meta_checkpoint
+from gram_meta.method.prompts import PromptedCLIP
 
 
 def main(checkpoint: str, folder: str, epochs: int = 10) -> Regulation:

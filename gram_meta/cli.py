@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from gram_meta import __version__
-from gram_meta.engine import checkout
+from gram_meta.coop import checkout
 from gram_meta.errors import GramError
 
 COMMANDS = {

@@ -20,8 +20,8 @@ import sys
 from pathlib import Path
 from types import ModuleType, TracebackType
 
-from gram_meta.engine.defaults import extend_defaults
-from gram_meta.engine.strangers import do_without_their_packages
+from gram_meta.coop.defaults import extend_defaults
+from gram_meta.coop.missing_packages import do_without_their_packages
 from gram_meta.errors import GramError
 
 PACKAGES = ("gram_meta.trainers", "gram_meta.datasets")
@@ -72,7 +72,7 @@ do_without_their_packages()
 say_bad_input_in_a_line()
 
 if __name__ == "__main__":
-    from gram_meta.engine import checkout
+    from gram_meta.coop import checkout
 
     if len(sys.argv) < 2 or not Path(sys.argv[1]).is_file():
         sys.exit("usage: python -m gram_meta.plugin SCRIPT ARGUMENTS; expected a script that is there")

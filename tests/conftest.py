@@ -45,7 +45,7 @@ def pixel_corpus(tmp_path_factory):
     import numpy as np
     from PIL import Image
 
-    from gram_meta.backbone import load_backbone
+    from gram_meta.backbone.clip import load_backbone
     from gram_meta.clustering.hierarchy import Hierarchy, Topic
     from gram_meta.corpus.store import PairStore
 

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from gram_meta import adaptation as module
-from gram_meta.adaptation import evaluate_adaptation
-from gram_meta.checkpoint import load_meta_checkpoint
 from gram_meta.cli import main
 from gram_meta.commands.eval_meta import _table
 from gram_meta.config import load_meta_config, stored_config
-from gram_meta.episodes import Episodes
 from gram_meta.errors import GramError
-from gram_meta.pretrain import MetaTrainer
+from gram_meta.method import evaluation as module
+from gram_meta.method.checkpoint import load_meta_checkpoint
+from gram_meta.method.episodes import Episodes
+from gram_meta.method.evaluation import evaluate_adaptation
+from gram_meta.method.meta_trainer import MetaTrainer
 
 OPTS = [
     *("BACKBONE.NAME", "random-tiny", "TASKS.WAYS", "2", "TASKS.HELD_OUT", "0.4", "TASKS.SUPPORT_SHOTS", "2"),

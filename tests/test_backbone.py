@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 
-from gram_meta.backbone import clip_module, end_positions, fingerprint, load_backbone
+from gram_meta.backbone.clip import clip_module, end_positions, fingerprint, load_backbone
 from gram_meta.errors import GramError
-from gram_meta.prompts import (
+from gram_meta.method.prompts import (
     ClassText,
     PromptedCLIP,
     PromptLearner,
@@ -536,7 +536,7 @@ def test_features_are_the_same_with_a_checkouts_clip(checkout, backbone):
     if not folder or not os.path.isdir(os.path.join(folder, checkout, "clip")):
         pytest.skip(f"GRAM_CHECKOUTS names no folder with {checkout}/clip")
     code = (
-        "import torch, clip; from gram_meta.backbone import load_backbone; b = load_backbone('random-tiny');"
+        "import torch, clip; from gram_meta.backbone.clip import load_backbone; b = load_backbone('random-tiny');"
         "i = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32);"
         "print(clip.__file__); print(b.fingerprint);"
         "print(torch.cat([b.encode_images(i), b.encode_texts(['a cat', 'dogs'])]).flatten().tolist())"

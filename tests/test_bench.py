@@ -406,7 +406,7 @@ def test_time_left():
 
 def test_states_of_real_runs(tmp_path, tiny_data, tiny_options, monkeypatch):
     """In this process: what `gram train` says of its folders is what a bench sees."""
-    from gram_meta.engine import launch
+    from gram_meta.coop import launch
 
     chosen = settings(tmp_path, "CoOp", root=str(tiny_data), seeds=(1,), opts=tiny_options)
     jobs = matrix.plan(chosen)
@@ -452,7 +452,7 @@ def test_the_command(tmp_path, tiny_data, tiny_options, monkeypatch, capsys):
     assert main([*command, "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.startswith("# finished: gram train ") for line in lines] == [True] * 4 + [False] * 4
-    from gram_meta.engine import launch
+    from gram_meta.coop import launch
 
     for line in lines:
         words = shlex.split(line.removeprefix("# finished: "))

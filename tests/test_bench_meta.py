@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gram_meta.backbone import load_backbone
+from gram_meta.backbone.clip import load_backbone
 
 BENCH = Path(__file__).resolve().parents[1] / "scripts" / "bench"
 CHECKOUTS = os.environ.get("GRAM_CHECKOUTS", "")

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from gram_meta import bilevel
-from gram_meta.backbone import load_backbone
-from gram_meta.bilevel import lean_backward, meta_losses, task_gradients
+from gram_meta.backbone.clip import load_backbone
 from gram_meta.config import load_meta_config
-from gram_meta.episodes import TaskSet
 from gram_meta.errors import GramError
-from gram_meta.memory import plan
-from gram_meta.prompts import META_NET, ClassText, initial_meta_net, template_features
-from gram_meta.regulator import GradientRegulator
+from gram_meta.method import bilevel
+from gram_meta.method.bilevel import lean_backward, meta_losses, task_gradients
+from gram_meta.method.episodes import TaskSet
+from gram_meta.method.memory_plan import plan
+from gram_meta.method.prompts import META_NET, ClassText, initial_meta_net, template_features
+from gram_meta.method.regulator import GradientRegulator
 
 NAMES = ["cat", "a big dog", "house", "sea lion"]
 CLASSES = torch.tensor([[0, 1], [3, 2]])

@@ -62,7 +62,7 @@ def room(tmp_path_factory):
     import torch
     from PIL import Image
 
-    from gram_meta.demo.clip import load_packaged_state_dict
+    from gram_meta.backbone.packaged import load_packaged_state_dict
 
     room = tmp_path_factory.mktemp("room")
     images = room / "data" / "eurosat" / "2750"

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gram_meta.backbone import load_backbone
-from gram_meta.checkpoint import MetaCheckpoint, load_meta_checkpoint, save_meta_checkpoint
+from gram_meta.backbone.clip import load_backbone
 from gram_meta.errors import GramError
-from gram_meta.regulator import GradientRegulator, RegulatorConfig
+from gram_meta.method.checkpoint import MetaCheckpoint, load_meta_checkpoint, save_meta_checkpoint
+from gram_meta.method.regulator import GradientRegulator, RegulatorConfig
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from gram_meta.corpus import rows
 from gram_meta.corpus.places import ImageReader
-from gram_meta.corpus.readers import FORMATS, open_source
+from gram_meta.corpus.sources import rows
+from gram_meta.corpus.sources.source import FORMATS, open_source
 from gram_meta.errors import GramError
 
 

@@ -13,11 +13,11 @@ from gram_meta.cli import main
 from gram_meta.clustering.chc import cluster_pairs
 from gram_meta.clustering.hierarchy import Hierarchy
 from gram_meta.config import load_meta_config
-from gram_meta.corpus import classes
-from gram_meta.corpus.readers import open_source
+from gram_meta.corpus.sources import classes
+from gram_meta.corpus.sources.source import open_source
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
-from gram_meta.tasks import TaskSampler
+from gram_meta.method.tasks import TaskSampler
 
 
 def tree(root, *images):

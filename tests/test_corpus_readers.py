@@ -17,11 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gram_meta.corpus import images, rows, sentences
+from gram_meta.corpus import images
+from gram_meta.corpus.embedding import sentences
 from gram_meta.corpus.images import BadImage, ImageFiles, collate, decode_image, read_image
 from gram_meta.corpus.places import ImageReader, Place
-from gram_meta.corpus.readers import open_source
-from gram_meta.corpus.rows import Row
+from gram_meta.corpus.sources import rows
+from gram_meta.corpus.sources.rows import Row
+from gram_meta.corpus.sources.source import open_source
 from gram_meta.errors import GramError
 
 
@@ -315,7 +317,7 @@ def test_a_decompression_bomb_is_not_decoded():
 
 
 def test_the_image_data_set_never_raises_and_travels_to_workers(tmp_path):
-    from gram_meta.backbone import load_backbone
+    from gram_meta.backbone.clip import load_backbone
 
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"")
@@ -376,7 +378,7 @@ def test_sentence_bert_beside_foreign_folders(tmp_path):
         (tmp_path / name / "__init__.py").write_text("raise ImportError('the wrong one')\n")
     code = (
         "import socket; tried = []; socket.socket.connect = lambda self, address: tried.append(address);"
-        "from gram_meta.corpus.sentences import load_sentence_model; m = load_sentence_model();"
+        "from gram_meta.corpus.embedding.sentences import load_sentence_model; m = load_sentence_model();"
         "a, b, c = m.encode(['a dog runs', 'a puppy is running', 'stock prices fell']);"
         "assert not tried, tried;"
         "assert '' in sys.path and m.width == 384 and a @ b > 0.5 > 0.3 > a @ c, (a @ b, a @ c)"

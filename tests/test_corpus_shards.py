@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from gram_meta.corpus import rows
 from gram_meta.corpus.images import BROKEN, EMPTY, BadImage
 from gram_meta.corpus.places import ImageReader
-from gram_meta.corpus.readers import open_source
+from gram_meta.corpus.sources import rows
+from gram_meta.corpus.sources.source import open_source
 from gram_meta.errors import GramError
 
 
@@ -441,7 +441,7 @@ def test_columns_of_parquet_are_found(tmp_path, columns, expected):
 
 
 def test_large_row_groups_are_told_of(tmp_path, monkeypatch, caplog):
-    from gram_meta.corpus import parquet
+    from gram_meta.corpus.sources import parquet
 
     path = write_parquet(
         tmp_path / "a.parquet", [(picture(n), "") for n in range(8)], list("abcdefgh"), row_group_size=4
@@ -545,9 +545,9 @@ def _faulty():
 
 @pytest.mark.parametrize("container", ["tar", "parquet"])
 def test_faults_are_counted_by_reason_in_the_manifest(tmp_path, container):
-    from gram_meta.backbone import load_backbone
-    from gram_meta.corpus.embed import embed_pairs
-    from gram_meta.corpus.sentences import load_sentence_model
+    from gram_meta.backbone.clip import load_backbone
+    from gram_meta.corpus.embedding.run import embed_pairs
+    from gram_meta.corpus.embedding.sentences import load_sentence_model
 
     faulty = _faulty()
     if container == "tar":

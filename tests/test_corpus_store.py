@@ -17,15 +17,15 @@ import pytest
 import torch
 from PIL import Image
 
-from gram_meta.backbone import load_backbone
+from gram_meta.backbone.clip import load_backbone
 from gram_meta.cli import main
-from gram_meta.corpus import embed as embedding
 from gram_meta.corpus import images
-from gram_meta.corpus.embed import embed_pairs
-from gram_meta.corpus.parts import fit_texts
+from gram_meta.corpus.embedding import run as embedding
+from gram_meta.corpus.embedding.parts import fit_texts
+from gram_meta.corpus.embedding.run import embed_pairs
+from gram_meta.corpus.embedding.sentences import load_sentence_model
 from gram_meta.corpus.places import ImageReader
-from gram_meta.corpus.readers import open_source
-from gram_meta.corpus.sentences import load_sentence_model
+from gram_meta.corpus.sources.source import open_source
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
 

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 import gram_meta.plugin  # noqa: F401, fills the registries
+from gram_meta.coop.launch import find_config
 from gram_meta.datasets.base import SplitDataset, read_split, subsample
 from gram_meta.datasets.emoji import DATASETS
 from gram_meta.engine import DATASET_REGISTRY, Datum
-from gram_meta.engine.launch import find_config
 from gram_meta.errors import GramError
 
 CLASSES = ["ant", "bee", "cat", "dog", "eel"]

@@ -178,9 +178,9 @@ def test_clock():
 
 
 def test_every_dataset_of_the_world_can_be_trained_on():
+    from gram_meta.coop.launch import find_config
     from gram_meta.datasets import emoji  # noqa: F401, registers
     from gram_meta.engine import DATASET_REGISTRY
-    from gram_meta.engine.launch import find_config
 
     for spec in world.SPECS.values():
         assert f"Emoji{spec.name.title()}" in DATASET_REGISTRY.registered_names()

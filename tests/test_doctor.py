@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from gram_meta import doctor
 from gram_meta.cli import main
-from gram_meta.doctor import FINE, NOTE, PROBLEM, Check, Patient, can_run, examine, satisfies
+from gram_meta.tools import doctor
+from gram_meta.tools.doctor import FINE, NOTE, PROBLEM, Check, Patient, can_run, examine, satisfies
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -207,7 +207,7 @@ def test_not_installed_but_used_from_its_folder(monkeypatch):
 
 
 def test_a_training_that_fails_is_a_problem(monkeypatch):
-    from gram_meta.engine import launch
+    from gram_meta.coop import launch
 
     def broken(*args, **kwargs):
         raise RuntimeError("the regulator\nis lost")
@@ -227,8 +227,8 @@ def test_a_training_without_regulated_steps_is_a_problem(monkeypatch):
 
 def test_the_step_is_a_regulated_one(tmp_path):
     """The prompt has moved away from theta*, by what R made of its gradient."""
-    from gram_meta.checkpoint import load_meta_checkpoint
     from gram_meta.engine.checkpoints import read_checkpoint
+    from gram_meta.method.checkpoint import load_meta_checkpoint
 
     steps, accuracy = doctor.train_tiny(tmp_path)
     assert steps == 1 and 0 <= accuracy <= 100
@@ -296,7 +296,7 @@ def test_a_cache_that_cannot_be_read(cache):
 
 
 def test_packaged_weights_that_are_damaged(monkeypatch, tmp_path):
-    from gram_meta.demo import clip
+    from gram_meta.backbone.clip import packaged as clip
 
     monkeypatch.setattr(clip, "weights_path", lambda: tmp_path / "gone.safetensors")
     assert only(run(doctor.check_weights), "gram-small").state == NOTE
@@ -323,9 +323,9 @@ def test_datasets_under_a_root(tiny_data, tmp_path):
 
 @pytest.fixture
 def metas(tmp_path):
-    from gram_meta.backbone import load_backbone
-    from gram_meta.checkpoint import MetaCheckpoint, save_meta_checkpoint
-    from gram_meta.prompts import initial_prompts
+    from gram_meta.backbone.clip import load_backbone
+    from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
+    from gram_meta.method.prompts import initial_prompts
 
     backbone = load_backbone("random-tiny")
     folder = tmp_path / "output" / "meta"

@@ -18,16 +18,16 @@ import pytest
 from PIL import Image
 
 from gram_meta import files
-from gram_meta.backbone import load_backbone
+from gram_meta.backbone.clip import load_backbone
 from gram_meta.cli import main
-from gram_meta.corpus import embed as embedding
-from gram_meta.corpus import parts
-from gram_meta.corpus.embed import embed_pairs
-from gram_meta.corpus.index import write_index
+from gram_meta.corpus.embedding import parts
+from gram_meta.corpus.embedding import run as embedding
+from gram_meta.corpus.embedding.index import write_index
+from gram_meta.corpus.embedding.run import embed_pairs
+from gram_meta.corpus.embedding.sentences import load_sentence_model
 from gram_meta.corpus.places import ImageReader
-from gram_meta.corpus.readers import Source
-from gram_meta.corpus.rows import Row, Shard
-from gram_meta.corpus.sentences import load_sentence_model
+from gram_meta.corpus.sources.rows import Row, Shard
+from gram_meta.corpus.sources.source import Source
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
 from gram_meta.processes import Job

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 import gram_meta.plugin  # noqa: F401, fills the registries
+from gram_meta.coop.launch import find_config
 from gram_meta.datasets.emoji import NAMES, SHIFT_STYLES, STYLE_DATASETS
 from gram_meta.engine import DATASET_REGISTRY
-from gram_meta.engine.launch import find_config
 from gram_meta.errors import GramError
 
 CLASSES = ["ant", "bee", "cow"]

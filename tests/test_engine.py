@@ -16,8 +16,8 @@ from PIL import Image
 from torch import nn
 
 from gram_meta import engine
-from gram_meta.engine.random_state import kept_random_state, random_state, set_random_state
 from gram_meta.errors import GramError
+from gram_meta.random_state import kept_random_state, random_state, set_random_state
 
 if engine.room() != "builtin":
     pytest.skip("the real Dassl is behind the door: these are tests of the built-in engine", allow_module_level=True)

@@ -12,17 +12,17 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gram_meta.backbone import clip_module, load_backbone
-from gram_meta.bilevel import for_each_task, meta_losses
-from gram_meta.checkpoint import load_meta_checkpoint
+from gram_meta.backbone.clip import clip_module, load_backbone
 from gram_meta.config import load_meta_config
 from gram_meta.corpus.places import ImageReader, Places
-from gram_meta.episodes import Episodes, TaskSet
 from gram_meta.errors import GramError
-from gram_meta.pretrain import MetaTrainer, _Steps, _Timed
+from gram_meta.method.bilevel import for_each_task, meta_losses
+from gram_meta.method.checkpoint import load_meta_checkpoint
+from gram_meta.method.episodes import Episodes, TaskSet
+from gram_meta.method.meta_trainer import MetaTrainer, _Steps, _Timed
+from gram_meta.method.prompts import META_NET, ClassText, initial_meta_net, template_features
+from gram_meta.method.regulator import GradientRegulator
 from gram_meta.processes import Job
-from gram_meta.prompts import META_NET, ClassText, initial_meta_net, template_features
-from gram_meta.regulator import GradientRegulator
 
 ALPHA = 0.05
 NAMES = ["cat", "a big dog", "house", "sea lion"]

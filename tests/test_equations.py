@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from gram_meta.backbone import load_backbone
-from gram_meta.bilevel import adapt, for_each_task, inner_products, meta_losses, task_gradients
-from gram_meta.episodes import TaskSet
+from gram_meta.backbone.clip import load_backbone
 from gram_meta.errors import GramError
-from gram_meta.prompts import ClassText
-from gram_meta.regulator import GradientRegulator, RegulatorConfig
+from gram_meta.method.bilevel import adapt, for_each_task, inner_products, meta_losses, task_gradients
+from gram_meta.method.episodes import TaskSet
+from gram_meta.method.prompts import ClassText
+from gram_meta.method.regulator import GradientRegulator, RegulatorConfig
 
 ALPHA = 0.05
 TOKENS = 3
@@ -208,7 +208,7 @@ def double_norm(norm, x):
 @pytest.fixture(autouse=True)
 def clip_layer_norm_in_float64(monkeypatch):
     """OpenAI's LayerNorm casts to float32; the plain calculations here need float64."""
-    from gram_meta.backbone import clip_module
+    from gram_meta.backbone.clip import clip_module
 
     monkeypatch.setattr(clip_module().model.LayerNorm, "forward", torch.nn.LayerNorm.forward)
 

@@ -12,7 +12,7 @@ from PIL import Image
 from gram_meta.cli import main
 from gram_meta.clustering.hierarchy import FATE_NAMES, FILTERED, NOISE, Hierarchy, Topic
 from gram_meta.corpus.store import PairStore
-from gram_meta.report import hierarchy_page
+from gram_meta.report.html import hierarchy as hierarchy_page
 
 NASTY = '</li><script>alert("caption")</script><img src="https://example.org/x.png" onerror="alert(1)"> & \x07 cat'
 VOID = {"meta", "img", "input", "br", "link", "hr", "line", "rect"}

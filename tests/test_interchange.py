@@ -12,13 +12,13 @@ import sys
 import pytest
 import torch
 
-from gram_meta.backbone import load_backbone
-from gram_meta.checkpoint import MetaCheckpoint, save_meta_checkpoint
+from gram_meta.backbone.clip import load_backbone
 from gram_meta.cli import main
 from gram_meta.errors import GramError
-from gram_meta.export import TARGETS, export
-from gram_meta.prompts import initial_meta_net
-from gram_meta.regulator import GradientRegulator, RegulatorConfig
+from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
+from gram_meta.method.prompts import initial_meta_net
+from gram_meta.method.regulator import GradientRegulator, RegulatorConfig
+from gram_meta.tools.export import TARGETS, export
 
 D = 64  # of random-tiny's towers
 
@@ -168,7 +168,7 @@ def options(data, weights, trainer, *more):
 def built(arguments):
     import gram_meta.plugin  # noqa: F401
     from gram_meta import engine
-    from gram_meta.engine import launch
+    from gram_meta.coop import launch
 
     engine.set_random_seed(1)
     return engine.build_trainer(launch.setup_cfg(launch.build_parser().parse_args(arguments)))
@@ -268,7 +268,7 @@ root, theta, meta, name, config = sys.argv
 official = getattr(importlib.import_module(f"trainers.{name.lower()}"), name)
 import datasets.eurosat
 import gram_meta.plugin
-from gram_meta.engine import launch
+from gram_meta.coop import launch
 ours = getattr(importlib.import_module(f"gram_meta.trainers.{name.lower()}gram"), name + "GRAM")
 assert official.__module__ == f"trainers.{name.lower()}"
 
@@ -343,7 +343,7 @@ with torch.no_grad():
     [("visual", "MaPLe/VPT", "vpt", "VPT"), ("both", "MaPLe/IVLP", "independentVL", "IVLP")],
 )
 def test_maples_vpt_and_ivlp_compute_the_same_from_it(tmp_path, weights, metas, backbone, held, trainer, module, node):
-    from gram_meta.prompts import PromptedCLIP
+    from gram_meta.method.prompts import PromptedCLIP
 
     place = checkout("MaPLe")
     export(metas[0] / f"{held}.safetensors", tmp_path / "theta.pth.tar", trainer)

@@ -10,13 +10,13 @@ import sys
 import pytest
 import torch
 
-from gram_meta.backbone import load_backbone
-from gram_meta.checkpoint import MetaCheckpoint, save_meta_checkpoint
+from gram_meta.backbone.clip import load_backbone
 from gram_meta.cli import main
 from gram_meta.errors import GramError
 from gram_meta.files import write_json
-from gram_meta.interpret import interpret, nearest_rows
-from gram_meta.prompts import context_from_words
+from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
+from gram_meta.method.prompts import context_from_words
+from gram_meta.tools.interpret import interpret, nearest_rows
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from yacs.config import CfgNode
 
 import gram_meta.plugin  # noqa: F401, fills the registries
-from gram_meta import backbone as towers
-from gram_meta import prompts as around
-from gram_meta.backbone import load_backbone
-from gram_meta.bilevel import meta_losses, twice_differentiable
-from gram_meta.engine import build_trainer, launch, set_random_seed
+from gram_meta.backbone.clip import clip as towers
+from gram_meta.backbone.clip import load_backbone
+from gram_meta.backbone.recompute import recomputed
+from gram_meta.coop import launch
+from gram_meta.engine import build_trainer, set_random_seed
 from gram_meta.errors import GramError
-from gram_meta.prompts import ClassText, ConditionalCLIP, PromptedCLIP, initial_meta_net, initial_prompts
-from gram_meta.recompute import recomputed
+from gram_meta.method import prompts as around
+from gram_meta.method.bilevel import meta_losses, twice_differentiable
+from gram_meta.method.prompts import ClassText, ConditionalCLIP, PromptedCLIP, initial_meta_net, initial_prompts
 from gram_meta.trainers import memory
 from gram_meta.trainers.coop import PlacedText
 

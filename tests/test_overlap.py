@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from gram_meta import overlap
 from gram_meta.cli import main
 from gram_meta.corpus.store import PairStore
+from gram_meta.tools import overlap
 
 CLASSES = ("red", "green", "blue", "grey")
 

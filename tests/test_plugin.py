@@ -13,9 +13,11 @@ from yacs.config import CfgNode as CN
 
 import gram_meta.plugin
 from gram_meta.config import _packaged_configs
-from gram_meta.engine import TRAINER_REGISTRY, checkout, get_cfg_default, registries, strangers
+from gram_meta.coop import checkout
+from gram_meta.coop import missing_packages as strangers
+from gram_meta.coop.defaults import CHECKPOINT_VARIABLE, Defaults, config_path, flag
+from gram_meta.engine import TRAINER_REGISTRY, get_cfg_default, registries
 from gram_meta.engine.builtin.utils.registry import Registry as BuiltinRegistry
-from gram_meta.engine.defaults import CHECKPOINT_VARIABLE, Defaults, config_path, flag
 from gram_meta.engine.options import complete_cfg
 from gram_meta.errors import GramError
 

@@ -16,16 +16,17 @@ import torch
 from PIL import Image
 
 import gram_meta.plugin  # noqa: F401, fills the registries
-from gram_meta import predict as module
-from gram_meta.backbone import load_backbone
-from gram_meta.checkpoint import MetaCheckpoint, save_meta_checkpoint
+from gram_meta.backbone.clip import load_backbone
 from gram_meta.cli import main
-from gram_meta.engine import TRAINER_REGISTRY, launch
+from gram_meta.coop import launch
+from gram_meta.engine import TRAINER_REGISTRY
 from gram_meta.errors import GramError
-from gram_meta.predict import Predictor, default_batch_size, find_images
-from gram_meta.prompts import initial_meta_net, initial_prompts
-from gram_meta.regulator import GradientRegulator
-from gram_meta.run_reader import read_classes, read_saved
+from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
+from gram_meta.method.prompts import initial_meta_net, initial_prompts
+from gram_meta.method.regulator import GradientRegulator
+from gram_meta.runs.reader import read_classes, read_saved
+from gram_meta.tools import predict as module
+from gram_meta.tools.predict import Predictor, default_batch_size, find_images
 from gram_meta.trainers import base
 
 NODES = {"CoCoOp": "COCOOP", "CoCoOpGRAM": "COCOOP", "VPT": "VPT", "VPTGRAM": "VPT"}

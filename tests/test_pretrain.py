@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from gram_meta import pretrain as module
-from gram_meta.backbone import load_backbone
-from gram_meta.bilevel import meta_losses
-from gram_meta.checkpoint import load_meta_checkpoint
+from gram_meta.backbone.clip import load_backbone
 from gram_meta.cli import main
 from gram_meta.clustering.hierarchy import Hierarchy, Topic
 from gram_meta.config import load_meta_config
 from gram_meta.errors import GramError
 from gram_meta.files import read_json, write_json
-from gram_meta.pretrain import MetaTrainer
-from gram_meta.prompts import ClassText, initial_prompts
+from gram_meta.method import meta_trainer as module
+from gram_meta.method.bilevel import meta_losses
+from gram_meta.method.checkpoint import load_meta_checkpoint
+from gram_meta.method.meta_trainer import MetaTrainer
+from gram_meta.method.prompts import ClassText, initial_prompts
 
 WORDS = ["cat", "dog", "house", "tree", "boat", "lamp", "spoon", "cloud"]
 

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from gram_meta import pretrain as module
-from gram_meta.backbone import load_backbone
-from gram_meta.checkpoint import load_meta_checkpoint
+from gram_meta.backbone.clip import load_backbone
 from gram_meta.cli import main
 from gram_meta.config import load_meta_config
 from gram_meta.errors import GramError
-from gram_meta.pretrain import MetaTrainer, Stopped, _in_all
+from gram_meta.method import meta_trainer as module
+from gram_meta.method.checkpoint import load_meta_checkpoint
+from gram_meta.method.meta_trainer import MetaTrainer, Stopped, _in_all
 from gram_meta.processes import Job
 
 STEPS = 3

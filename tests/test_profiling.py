@@ -5,13 +5,13 @@ import time
 import pytest
 import torch
 
-from gram_meta import profiling
-from gram_meta.backbone import load_backbone
-from gram_meta.bilevel import meta_losses
-from gram_meta.episodes import TaskSet
-from gram_meta.profiling import EVALUATION, IMAGE_TOWER, OPTIMISER, OTHER, REGULATOR, TEXT_TOWER, Profile
-from gram_meta.prompts import ClassText
-from gram_meta.regulator import GradientRegulator
+from gram_meta.backbone.clip import load_backbone
+from gram_meta.method import profiling
+from gram_meta.method.bilevel import meta_losses
+from gram_meta.method.episodes import TaskSet
+from gram_meta.method.profiling import EVALUATION, IMAGE_TOWER, OPTIMISER, OTHER, REGULATOR, TEXT_TOWER, Profile
+from gram_meta.method.prompts import ClassText
+from gram_meta.method.regulator import GradientRegulator
 
 
 class Slow(torch.autograd.Function):

@@ -728,7 +728,7 @@ def coop_world(tmp_path_factory):
     import torch
     from PIL import Image
 
-    from gram_meta.backbone import _random_model
+    from gram_meta.backbone.clip import _random_model
 
     folder = tmp_path_factory.mktemp("coop")
     for room in ("real", "builtin"):

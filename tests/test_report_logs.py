@@ -6,9 +6,9 @@ import pytest
 
 from gram_meta.cli import main
 from gram_meta.config import as_dict
-from gram_meta.coop_log import read_log
 from gram_meta.errors import GramError
 from gram_meta.report import all_tables, build_reports, gather, read_runs, runs_of, write_collection
+from gram_meta.runs.coop_log import read_log
 
 PAPER = {"dataset": "EuroSAT", "backbone": "ViT-B/16", "shots": 16, "epochs": 10, "start": "a photo of a"}
 

@@ -19,7 +19,7 @@ from gram_meta.cli import main
 from gram_meta.errors import GramError
 from gram_meta.report import all_tables, gather, paper, paper_tables, read_runs, runs_of
 from gram_meta.report.figures import draw
-from gram_meta.report.page import page
+from gram_meta.report.html.page import page
 from gram_meta.report.text import escape_latex, render
 
 SEEDS = (1, 2, 3)

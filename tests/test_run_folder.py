@@ -15,14 +15,17 @@ from torch import nn
 
 import gram_meta.plugin  # noqa: F401, fills the registries
 from gram_meta import files
-from gram_meta.backbone import load_backbone
-from gram_meta.checkpoint import MetaCheckpoint, save_meta_checkpoint
-from gram_meta.engine import build_trainer, launch, run_folder, set_random_seed, setup_logger
+from gram_meta.backbone.clip import load_backbone
+from gram_meta.coop import launch
+from gram_meta.engine import build_trainer, set_random_seed, setup_logger
 from gram_meta.errors import GramError
-from gram_meta.prompts import initial_meta_net, initial_prompts
-from gram_meta.regulator import GradientRegulator
+from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
+from gram_meta.method.prompts import initial_meta_net, initial_prompts
+from gram_meta.method.regulator import GradientRegulator
 from gram_meta.report.runs import read_runs
-from gram_meta.trainers import base, saved
+from gram_meta.runs import folder as run_folder
+from gram_meta.runs import saved
+from gram_meta.trainers import base
 
 CONFIG = {"JointPrompt": "gram_small_c2+2_ep10_batch32_ctxv1", "UniGRAM": "gram_small_c2+2_ep10_batch32_ctxv1"}
 CONFIG |= {"ZeroshotCLIP": "gram_small"}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gram_meta.bench import matrix
-from gram_meta.engine import launch
+from gram_meta.coop import launch
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts" / "gram"
 BASH = shutil.which("bash")

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gram_meta.backbone import load_backbone
-from gram_meta.second_order import ACTIVATION, activate_and_project, layer_norm, self_attention
+from gram_meta.backbone.clip import load_backbone
+from gram_meta.backbone.second_order import ACTIVATION, activate_and_project, layer_norm, self_attention
 
 
 def drawn(*shape: int) -> Tensor:

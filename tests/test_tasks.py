@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gram_meta.errors import GramError
-from gram_meta.tasks import TaskSampler, images_of, split_topics
+from gram_meta.method.tasks import TaskSampler, images_of, split_topics
 
 WAYS, SUPPORT, QUERY = 3, 2, 5
 

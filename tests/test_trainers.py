@@ -13,14 +13,15 @@ from torch import nn
 
 import gram_meta.plugin  # noqa: F401, fills the registries
 from gram_meta import cli
-from gram_meta.backbone import load_backbone
-from gram_meta.checkpoint import MetaCheckpoint, save_meta_checkpoint
+from gram_meta.backbone.clip import load_backbone
 from gram_meta.config import merge_opts
-from gram_meta.engine import build_trainer, launch, set_random_seed
+from gram_meta.coop import launch
+from gram_meta.engine import build_trainer, set_random_seed
 from gram_meta.errors import GramError
-from gram_meta.prompts import context_from_words
-from gram_meta.regulation import Regulation
-from gram_meta.regulator import GradientRegulator, RegulatorConfig
+from gram_meta.method.apply import Regulation
+from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
+from gram_meta.method.prompts import context_from_words
+from gram_meta.method.regulator import GradientRegulator, RegulatorConfig
 
 CONFIG = "gram_small_c4_ep10_batch32_ctxv1"
 COLOURS = {
@@ -582,7 +583,7 @@ def test_prompts_stay_float32_in_every_precision(world, tmp_path, precision):
 
 def test_zeroshot(world, backbone, tmp_path):
     """Training ZeroshotCLIP is a test, in CoOp's lines; the sentence is CoOp's where CoOp has one."""
-    from gram_meta.prompts import template_features
+    from gram_meta.method.prompts import template_features
     from gram_meta.trainers.zsclip import CUSTOM_TEMPLATES
 
     trained = train(world, tmp_path / "a", "ZeroshotCLIP")

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 
 import gram_meta.plugin  # noqa: F401, fills the registries
-from gram_meta.backbone import load_backbone
-from gram_meta.checkpoint import MetaCheckpoint, save_meta_checkpoint
+from gram_meta.backbone.clip import load_backbone
 from gram_meta.config import as_dict, find_config, get_meta_config, load_meta_config
-from gram_meta.engine import TRAINER_REGISTRY, build_trainer, launch, set_random_seed
+from gram_meta.coop import launch
+from gram_meta.engine import TRAINER_REGISTRY, build_trainer, set_random_seed
 from gram_meta.errors import GramError
-from gram_meta.prompts import TEMPLATE, context_from_words, initial_meta_net, initial_prompts
-from gram_meta.regulator import GradientRegulator
+from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
+from gram_meta.method.prompts import TEMPLATE, context_from_words, initial_meta_net, initial_prompts
+from gram_meta.method.regulator import GradientRegulator
 from gram_meta.trainers import base
 
 CONFIGS = {

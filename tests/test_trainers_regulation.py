@@ -11,13 +11,14 @@ from PIL import Image
 from torch import nn
 
 import gram_meta.plugin  # noqa: F401, fills the registries
-from gram_meta import regulation as module
-from gram_meta.backbone import load_backbone
-from gram_meta.checkpoint import MetaCheckpoint, save_meta_checkpoint
-from gram_meta.engine import TRAINER_REGISTRY, TrainerX, build_lr_scheduler, build_optimizer, launch
+from gram_meta.backbone.clip import load_backbone
+from gram_meta.coop import launch
+from gram_meta.engine import TRAINER_REGISTRY, TrainerX, build_lr_scheduler, build_optimizer
 from gram_meta.errors import GramError
-from gram_meta.regulation import Regulation, WithGRAM, start_from
-from gram_meta.regulator import GradientRegulator, RegulatorConfig
+from gram_meta.method import apply as module
+from gram_meta.method.apply import Regulation, WithGRAM, start_from
+from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
+from gram_meta.method.regulator import GradientRegulator, RegulatorConfig
 
 WIDTH = 64  # of the tiny CLIP's text tower
 

@@ -18,16 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gram_meta import engine
-from gram_meta.backbone import Backbone, load_backbone
-from gram_meta.engine import TrainerX, build_lr_scheduler, build_optimizer, compute_accuracy, run_folder
+from gram_meta.backbone.clip import Backbone, load_backbone
+from gram_meta.engine import TrainerX, build_lr_scheduler, build_optimizer, compute_accuracy
 from gram_meta.engine.options import complete_cfg
-from gram_meta.engine.random_state import kept_random_state, make_deterministic, random_state, set_random_state
-from gram_meta.engine.results import write_results
-from gram_meta.engine.run_folder import Doing
 from gram_meta.errors import GramError
-from gram_meta.prompts import PromptedCLIP, context_from_words, logits, random_context
-from gram_meta.trainers import memory, saved
-from gram_meta.trainers.saved import NAME
+from gram_meta.method.prompts import PromptedCLIP, context_from_words, logits, random_context
+from gram_meta.random_state import kept_random_state, make_deterministic, random_state, set_random_state
+from gram_meta.runs import folder as run_folder
+from gram_meta.runs import saved
+from gram_meta.runs.folder import Doing
+from gram_meta.runs.results import write_results
+from gram_meta.runs.saved import NAME
+from gram_meta.trainers import memory
 
 PRECISIONS = ("fp32", "fp16", "bf16", "amp")
 NO_META = {"path": "", "sha256": "", "settings": {}}  # facts of a meta-checkpoint where there is none

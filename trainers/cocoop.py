@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from gram_meta.engine import register_trainer
-from gram_meta.engine.random_state import kept_random_state
 from gram_meta.errors import GramError
-from gram_meta.prompts import META_NET, SENTENCES, ConditionalCLIP, MetaNet
+from gram_meta.method.prompts import META_NET, SENTENCES, ConditionalCLIP, MetaNet
+from gram_meta.random_state import kept_random_state
 from gram_meta.trainers.base import PromptTrainer
 
 

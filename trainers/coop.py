@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gram_meta.backbone import Backbone, end_positions
+from gram_meta.backbone.clip import Backbone, end_positions
 from gram_meta.engine import register_trainer
 from gram_meta.errors import GramError
-from gram_meta.prompts import ClassText, Parts, PromptedCLIP, PromptLearner, random_context
+from gram_meta.method.prompts import ClassText, Parts, PromptedCLIP, PromptLearner, random_context
 from gram_meta.trainers.base import PromptTrainer
 
 POSITIONS = ("end", "middle", "front")

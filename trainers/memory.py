@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gram_meta.backbone import Backbone
+from gram_meta.backbone.clip import Backbone
 from gram_meta.errors import GramError
-from gram_meta.prompts import ClassText, ConditionalCLIP, PromptedCLIP
+from gram_meta.method.prompts import ClassText, ConditionalCLIP, PromptedCLIP
 
 GB = 10**9
 CHOICES = ("auto", "always", "never")

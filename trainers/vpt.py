@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gram_meta.engine import register_trainer
 from gram_meta.errors import GramError
-from gram_meta.prompts import PromptedCLIP
+from gram_meta.method.prompts import PromptedCLIP
 from gram_meta.trainers.base import PromptTrainer
 
 

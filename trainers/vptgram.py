@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from gram_meta.checkpoint import MetaCheckpoint
 from gram_meta.engine import register_trainer
+from gram_meta.method.checkpoint import MetaCheckpoint
 from gram_meta.trainers.regulated import Regulated
 from gram_meta.trainers.vpt import VPT
 

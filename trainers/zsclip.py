@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from gram_meta.engine import register_trainer
-from gram_meta.prompts import TEMPLATE, logits, template_features
+from gram_meta.method.prompts import TEMPLATE, logits, template_features
 from gram_meta.trainers.base import ClipTrainer
 
 # The sentences that CoOp's authors use; TEMPLATE for every other dataset

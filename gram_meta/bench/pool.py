@@ -311,7 +311,7 @@ def _execute(task: Task) -> Any:
             raise GramError(_last_line(task.log) or f"python ended with status {done.returncode}")
         return None
     if task.argv[0] == "train":
-        from gram_meta.engine import launch
+        from gram_meta.coop import launch
 
         return launch.train(task.argv[1:], quiet=True).get("metrics")
     from gram_meta import cli

@@ -111,7 +111,7 @@ def _state(job: Job, settings: Settings, waits: bool) -> State:
 
 def _run_state(job: Job, waits: bool) -> State:
     """As `gram train` itself sees it: by the run that the folder says it holds."""
-    from gram_meta.engine import launch
+    from gram_meta.coop import launch
 
     args = launch.build_parser().parse_args(job.argv[1:])
     cfg = launch.setup_cfg(args)

@@ -41,7 +41,7 @@ from gram_meta.clustering.hierarchy import (
 from gram_meta.clustering.steps import Steps
 from gram_meta.clustering.words import topic_words
 from gram_meta.config import as_dict
-from gram_meta.corpus.classes import class_of, same_names
+from gram_meta.corpus.sources.classes import class_of, same_names
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike

@@ -12,7 +12,7 @@ from gram_meta.errors import GramError
 
 if TYPE_CHECKING:
     from gram_meta.corpus.store import PairStore
-    from gram_meta.overlap import Match, TestImage
+    from gram_meta.tools.overlap import Match, TestImage
 
 HELP = """Find test images of datasets in a corpus: equal files, and near-duplicates (re-encoded, resized, cropped, mirrored).
 
@@ -28,7 +28,7 @@ dataset could not be read."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from gram_meta.overlap import DISTANCE, NEIGHBOURS, PIXEL_THRESHOLD, THRESHOLD
+    from gram_meta.tools.overlap import DISTANCE, NEIGHBOURS, PIXEL_THRESHOLD, THRESHOLD
 
     add = parser.add_argument
     add("store", metavar="STORE", help="folder written by gram embed")
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     import os
 
     from gram_meta.corpus.store import PairStore
-    from gram_meta.overlap import PIXEL_THRESHOLD, Settings, find_overlap, write_matches
+    from gram_meta.tools.overlap import PIXEL_THRESHOLD, Settings, find_overlap, write_matches
 
     _check(args)
     root = Path(os.path.abspath(os.path.expanduser(args.root)))
@@ -139,7 +139,7 @@ def _device(name: str) -> str:
 
 def _backbone(store: PairStore, name: str | None, device: str) -> Any:
     """The CLIP of the store's features."""
-    from gram_meta.backbone import load_backbone
+    from gram_meta.backbone.clip import load_backbone
 
     clip = store.manifest["settings"]["clip"]
     try:
@@ -161,7 +161,7 @@ def test_images(root: Path, names: Sequence[str] | None, parts: Sequence[str]) -
 
     import gram_meta.plugin  # noqa: F401, brings the datasets in
     from gram_meta.datasets.check import find_datasets, known_datasets
-    from gram_meta.overlap import TestImage
+    from gram_meta.tools.overlap import TestImage
 
     asked = [name for word in names or () for name in word.split(",") if name]
     found: list[TestImage] = []
@@ -196,7 +196,7 @@ def as_text(
 
     from tabulate import tabulate
 
-    from gram_meta.overlap import EXACT
+    from gram_meta.tools.overlap import EXACT
 
     total = Counter(test.dataset for test in tests)
     exact = {match.test for match in matches if match.kind == EXACT}

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from gram_meta.doctor import Patient, as_text, can_run, examine
+    from gram_meta.tools.doctor import Patient, as_text, can_run, examine
 
     checks = examine(Patient(args.root, args.meta, args.backbone, args.output_dir, args.verify, args.traceback))
     if args.format == "json":

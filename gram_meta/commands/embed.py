@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gram_meta.corpus.readers import Source
+    from gram_meta.corpus.sources.source import Source
     from gram_meta.processes import Job
 
 FORMATS = (  # readers.FORMATS, which is not loaded for --help
@@ -142,8 +142,8 @@ def _source(args: argparse.Namespace) -> Source | None:
     import os
     import sys
 
-    from gram_meta.corpus.embed import check_free, is_finished
-    from gram_meta.corpus.readers import open_source
+    from gram_meta.corpus.embedding.run import check_free, is_finished
+    from gram_meta.corpus.sources.source import open_source
 
     source = open_source(
         args.source,
@@ -172,9 +172,9 @@ def _source(args: argparse.Namespace) -> Source | None:
 
 
 def _embed(args: argparse.Namespace, source: Source, here: Job) -> None:
-    from gram_meta.backbone import load_backbone
-    from gram_meta.corpus.embed import embed_pairs
-    from gram_meta.corpus.sentences import load_sentence_model
+    from gram_meta.backbone.clip import load_backbone
+    from gram_meta.corpus.embedding.run import embed_pairs
+    from gram_meta.corpus.embedding.sentences import load_sentence_model
     from gram_meta.processes import device_for
 
     device = device_for(here, args.device)

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gram_meta.adaptation import Adaptation
+    from gram_meta.method.evaluation import Adaptation
 
 HELP = """Adapt to tasks that meta-training has not seen, from theta* and from where meta-training started, with R on and
 off, and score their query sets: minutes that say whether hours downstream are worth it.
@@ -45,10 +45,10 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from gram_meta.adaptation import evaluate_adaptation
-    from gram_meta.checkpoint import load_meta_checkpoint
     from gram_meta.clustering.hierarchy import Hierarchy
     from gram_meta.corpus.store import PairStore
+    from gram_meta.method.checkpoint import load_meta_checkpoint
+    from gram_meta.method.evaluation import evaluate_adaptation
 
     result = evaluate_adaptation(
         load_meta_checkpoint(args.checkpoint),

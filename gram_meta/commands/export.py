@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the file, and say how it is used."""
-    from gram_meta.export import export
+    from gram_meta.tools.export import export
 
     done = export(args.meta, args.output, args.trainer)
     held = ", ".join(f"{name} {shape}" for name, shape in done.shapes.items())

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _page(args: argparse.Namespace, hierarchy: Hierarchy, report: dict[str, Any] | None) -> str:
     """Write the page; a line on what it came out as."""
-    from gram_meta.report.hierarchy_page import write_hierarchy_page
+    from gram_meta.report.html.hierarchy import write_hierarchy_page
 
     summary = write_hierarchy_page(
         args.html,

@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gram_meta.interpret import Interpretation
+    from gram_meta.tools.interpret import Interpretation
 
 HELP = """The vocabulary words nearest to each learned context token, by Euclidean distance on CLIP's token embedding:
 what CoOp's interpret_prompt.py prints, for any backbone, with a context per class too.
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the words."""
-    from gram_meta.interpret import interpret
+    from gram_meta.tools.interpret import interpret
 
     found = interpret(args.source, args.topk, args.backbone, args.load_epoch)
     {"text": _print_text, "json": _print_json, "csv": _print_csv}[args.format](found)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gram_meta.predict import Prediction, Predictor
+    from gram_meta.tools.predict import Prediction, Predictor
 
 HELP = """Say which class each IMAGE is, with the prompts of a run; no dataset is needed.
 
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.topk < 1:
         raise GramError(f"--topk: expected at least 1, found {args.topk}")
-    from gram_meta.predict import Predictor
+    from gram_meta.tools.predict import Predictor
 
     predictor = Predictor.load(
         args.model_dir,

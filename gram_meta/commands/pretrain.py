@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     import sys
 
     from gram_meta.config import load_meta_config
-    from gram_meta.pretrain import Stopped, pretrain
+    from gram_meta.method.meta_trainer import Stopped, pretrain
     from gram_meta.processes import device_for, job
 
     config = load_meta_config(args.config, args.opts)

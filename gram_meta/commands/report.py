@@ -109,7 +109,7 @@ def _write_figures(folder: str, runs: Sequence[Run], evidence: Evidence) -> None
 
 def _write_page(args: argparse.Namespace, runs: Sequence[Run], evidence: Evidence) -> None:
     from gram_meta.report.figures import draw
-    from gram_meta.report.page import write_page
+    from gram_meta.report.html.page import write_page
 
     try:
         drawings, lacking = draw(runs, evidence.metas)

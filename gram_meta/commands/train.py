@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from gram_meta.engine import launch
+from gram_meta.coop import launch
 
 HELP = """Train or evaluate a trainer on a dataset: CoOp's train.py, flag by flag.
 

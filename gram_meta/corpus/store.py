@@ -18,7 +18,7 @@ from gram_meta.files import PathLike, read_json
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from gram_meta.backbone import Backbone
+    from gram_meta.backbone.clip import Backbone
 
 FORMAT = 1
 MANIFEST = "manifest.json"

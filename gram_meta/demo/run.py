@@ -452,7 +452,7 @@ class Clock:
 
 def _check(settings: Settings) -> None:
     """Everything that can be known before the first minute is spent."""
-    from gram_meta.demo.clip import weights_path
+    from gram_meta.backbone.packaged import weights_path
     from gram_meta.demo.emoji import missing_packages
     from gram_meta.demo.world import SPECS
 
@@ -483,13 +483,13 @@ def _call(argv: Sequence[str]) -> None:
 
 def _train(argv: Sequence[str]) -> None:
     """`gram train`, in this process, printing to its log.txt alone."""
-    from gram_meta.engine import launch
+    from gram_meta.coop import launch
 
     launch.train(argv[1:], quiet=True)
 
 
 def _weights(backbone: str) -> str:
-    from gram_meta.demo.clip import weights_path
+    from gram_meta.backbone.packaged import weights_path
 
     return sha256_file(weights_path()) if backbone == "gram-small" else backbone
 

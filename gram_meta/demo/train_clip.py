@@ -474,7 +474,7 @@ def export(folder: Path, out: Path | None = None) -> Path:
     """Write the state in `folder` as a packaged weights file (float16, trained embedding rows only)."""
     import torch
 
-    from gram_meta.demo.clip import save_packaged
+    from gram_meta.backbone.packaged import save_packaged
 
     state = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
     ids = Tokens(known_texts()).ids

@@ -13,13 +13,13 @@ cannot be put into one table, and says what is missing.
     curves      accuracy while training
 """
 
+from gram_meta.intervals import Estimate, half_width, harmonic
 from gram_meta.report.curves import build_curve
 from gram_meta.report.evidence import Evidence, MetaTraining, gather, write_collection
 from gram_meta.report.numbered import NUMBERS, all_tables, paper_tables
 from gram_meta.report.runs import METRICS, Run, flatten, read_runs, runs_of
 from gram_meta.report.tables import AVERAGE, Missing, Report, Row, build_reports
 from gram_meta.report.text import FORMATS, render, render_all, render_curve
-from gram_meta.statistics import Estimate, half_width, harmonic
 
 __all__ = [
     "AVERAGE",

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from gram_meta.errors import GramError
+from gram_meta.intervals import harmonic, mean
 from gram_meta.report.runs import Run
 from gram_meta.report.tables import ordered
-from gram_meta.statistics import harmonic, mean
 
 
 def build_curve(runs: Sequence[Run]) -> tuple[list[str], list[list[Any]]]:

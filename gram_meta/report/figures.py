@@ -17,11 +17,11 @@ from typing import Any
 
 from gram_meta.errors import GramError
 from gram_meta.files import atomic_write
+from gram_meta.intervals import Estimate, estimate, harmonic_estimate, mean
 from gram_meta.report.evidence import MetaTraining
 from gram_meta.report.numbered import base_to_new_runs
 from gram_meta.report.runs import Run
 from gram_meta.report.text import write_csv
-from gram_meta.statistics import Estimate, estimate, harmonic_estimate, mean
 
 BLUE, VERMILLION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#595959"
 NAMES = {"CoOp": "CoOp", "CoOpGRAM": "CoOp + GRAM", "VPT": "VPT", "VPTGRAM": "VPT + GRAM"}

@@ -10,8 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gram_meta.coop_log import FILE as LOG_TEXT
-from gram_meta.coop_log import Log, is_rounded, read_log
+from gram_meta.runs.coop_log import FILE as LOG_TEXT
+from gram_meta.runs.coop_log import Log, is_rounded, read_log
 
 RESULTS = "results.json"
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gram_meta.errors import GramError
+from gram_meta.intervals import Estimate, estimate, harmonic, harmonic_estimate, mean, paired_difference
 from gram_meta.report.runs import FROM_LOG, Run
-from gram_meta.statistics import Estimate, estimate, harmonic, harmonic_estimate, mean, paired_difference
 
 AVERAGE = "average"
 BASE_NEW = ("base", "new", "H")

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from gram_meta.intervals import Estimate
 from gram_meta.report.tables import AVERAGE, Missing, Report, Row
-from gram_meta.statistics import Estimate
 
 FORMATS = ("table", "markdown", "csv", "latex", "json")
 

@@ -36,12 +36,12 @@ import common
 import numpy as np
 import torch
 
-from gram_meta.backbone import Backbone, load_backbone
-from gram_meta.checkpoint import MetaCheckpoint, save_meta_checkpoint
+from gram_meta.backbone.clip import Backbone, load_backbone
 from gram_meta.errors import GramError
 from gram_meta.files import atomic_write
-from gram_meta.prompts import META_NET, initial_meta_net, initial_prompts
-from gram_meta.regulator import GradientRegulator
+from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
+from gram_meta.method.prompts import META_NET, initial_meta_net, initial_prompts
+from gram_meta.method.regulator import GradientRegulator
 
 PRECISIONS = ("fp32", "fp16", "amp", "bf16")
 TITLES = {

@@ -32,9 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from yacs.config import CfgNode
 
-from gram_meta.backbone import Backbone
-from gram_meta.prompts import PromptedCLIP, initial_prompts, logits
-from gram_meta.regulator import GradientRegulator
+from gram_meta.backbone.clip import Backbone
+from gram_meta.method.prompts import PromptedCLIP, initial_prompts, logits
+from gram_meta.method.regulator import GradientRegulator
 from gram_meta.trainers import memory
 
 COUNTS = (10, 50, 100, 200, 500, 1000, 2000, 5000, 10000)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gram_meta.backbone import Backbone, load_backbone
+from gram_meta.backbone.clip import Backbone, load_backbone
 
 Step = Callable[[], object]
 

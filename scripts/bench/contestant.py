@@ -142,7 +142,8 @@ class Contestant:
 
     def _ours(self) -> Any:
         import gram_meta.plugin  # noqa: F401, registers the trainers
-        from gram_meta.engine import build_trainer, launch
+        from gram_meta.coop import launch
+        from gram_meta.engine import build_trainer
 
         cfg = launch.setup_cfg(self._flags(launch.build_parser().parse_args([])))
         self._seed()

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gram_meta.backbone import Backbone
-from gram_meta.prompts import PromptedCLIP, initial_prompts, logits
+from gram_meta.backbone.clip import Backbone
+from gram_meta.method.prompts import PromptedCLIP, initial_prompts, logits
 
 TEXT, WHOLE, IMAGES = "text part", "whole step", "image tower alone"
 PLAIN, OURS, CUT = "official way", "this project", "official way, cut at the longest class"

@@ -34,13 +34,13 @@ from typing import Any, NamedTuple
 import common
 import torch
 
-from gram_meta.backbone import Backbone, end_positions
-from gram_meta.corpus.embed import embed_pairs
+from gram_meta.backbone.clip import Backbone, end_positions
+from gram_meta.corpus.embedding.parts import tokens_of
+from gram_meta.corpus.embedding.run import embed_pairs
+from gram_meta.corpus.embedding.sentences import SentenceBert, load_sentence_model
 from gram_meta.corpus.images import ImageFiles, collate
-from gram_meta.corpus.parts import tokens_of
 from gram_meta.corpus.places import ImageReader, Place
-from gram_meta.corpus.readers import Source, open_source
-from gram_meta.corpus.sentences import SentenceBert, load_sentence_model
+from gram_meta.corpus.sources.source import Source, open_source
 from gram_meta.files import write_json
 
 
@@ -68,7 +68,7 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     backbone = common.begin(args)
     if args.precision != "fp32":
-        from gram_meta.backbone import load_backbone
+        from gram_meta.backbone.clip import load_backbone
 
         backbone = load_backbone(args.backbone, args.device, args.precision)
     sentence_model = load_sentence_model(args.sentence_model, args.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gram_meta.backbone import Backbone
+from gram_meta.backbone.clip import Backbone
 
 
 @dataclass(frozen=True)

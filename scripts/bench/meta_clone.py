@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gram_meta.backbone import Backbone
-from gram_meta.bilevel import Regulate, twice_differentiable
-from gram_meta.prompts import logits
+from gram_meta.backbone.clip import Backbone
+from gram_meta.method.bilevel import Regulate, twice_differentiable
+from gram_meta.method.prompts import logits
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Peak memory and time of one meta-training step by the ways of MEMORY, beside what `gram_meta.memory` estimates.
+"""Peak memory and time of one meta-training step by the ways of MEMORY, beside what `gram_meta.method.memory_plan` estimates.
 
 python scripts/bench/meta_memory.py --backbone random-ViT-B/16 --prompts visual --ways 2 --shots 2 6 --threads 1 --clock cpu
 python scripts/bench/meta_memory.py --backbone random-ViT-B/32 --prompts joint --threads 1 --clock cpu --repeats 1
@@ -13,12 +13,12 @@ import common
 import torch
 from torch import Tensor
 
-from gram_meta.bilevel import lean_backward, meta_losses
 from gram_meta.config import load_meta_config
-from gram_meta.episodes import TaskSet
-from gram_meta.memory import plan
-from gram_meta.prompts import ClassText, initial_prompts, template_features
-from gram_meta.regulator import GradientRegulator
+from gram_meta.method.bilevel import lean_backward, meta_losses
+from gram_meta.method.episodes import TaskSet
+from gram_meta.method.memory_plan import plan
+from gram_meta.method.prompts import ClassText, initial_prompts, template_features
+from gram_meta.method.regulator import GradientRegulator
 
 WAYS = {  # name: SECOND_ORDER, images at a time, checkpointing, first order
     "whole": ("whole", 0, False, False),

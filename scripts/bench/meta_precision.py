@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from common import print_table, topic_words
 from torch import Tensor
 
-from gram_meta.backbone import Backbone, load_backbone
-from gram_meta.bilevel import descend, for_each_task, lean_backward, task_gradients, twice_differentiable
-from gram_meta.episodes import TaskSet
-from gram_meta.prompts import ClassText, initial_prompts, template_features
-from gram_meta.regulator import GradientRegulator
+from gram_meta.backbone.clip import Backbone, load_backbone
+from gram_meta.method.bilevel import descend, for_each_task, lean_backward, task_gradients, twice_differentiable
+from gram_meta.method.episodes import TaskSet
+from gram_meta.method.prompts import ClassText, initial_prompts, template_features
+from gram_meta.method.regulator import GradientRegulator
 
 ALPHA = 0.01
 

@@ -40,14 +40,14 @@ from meta_ceiling import image_passes, text_passes
 from meta_clone import PlainTask, PromptedModel, clone_and_adapt, in_double
 from torch import Tensor, nn
 
-from gram_meta.backbone import Backbone
-from gram_meta.bilevel import for_each_task, lean_backward, meta_losses, task_gradients, twice_differentiable
+from gram_meta.backbone.clip import Backbone
 from gram_meta.config import get_meta_config
-from gram_meta.episodes import TaskSet
 from gram_meta.files import atomic_write
-from gram_meta.profiling import OPTIMISER, Profile
-from gram_meta.prompts import ClassText, initial_prompts, template_features
-from gram_meta.regulator import GradientRegulator
+from gram_meta.method.bilevel import for_each_task, lean_backward, meta_losses, task_gradients, twice_differentiable
+from gram_meta.method.episodes import TaskSet
+from gram_meta.method.profiling import OPTIMISER, Profile
+from gram_meta.method.prompts import ClassText, initial_prompts, template_features
+from gram_meta.method.regulator import GradientRegulator
 
 CLONE, OURS = "clone and adapt (learn2learn's way)", "this project"
 LEAN, CHECKPOINTED = "this project, lean", "this project, checkpointing"

@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
-from gram_meta import overlap
-from gram_meta.backbone import load_backbone
+from gram_meta.backbone.clip import load_backbone
 from gram_meta.corpus.images import read_image
 from gram_meta.corpus.store import PairStore
+from gram_meta.tools import overlap
 
 
 def jpeg(image, quality):

@@ -16,8 +16,8 @@ import common
 import torch
 from torch import Tensor
 
-from gram_meta.backbone import Backbone
-from gram_meta.prompts import PromptedCLIP, initial_prompts, logits
+from gram_meta.backbone.clip import Backbone
+from gram_meta.method.prompts import PromptedCLIP, initial_prompts, logits
 
 PLAIN, OURS = "CoOp's way", "this project"
 CLASSES, TOWER, PLAIN_TOWER = "class features, once", "image tower alone", "clip's image tower alone"

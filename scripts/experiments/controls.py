@@ -16,7 +16,7 @@ from pathlib import Path
 
 from common import few_shot
 
-from gram_meta.statistics import harmonic, mean
+from gram_meta.intervals import harmonic, mean
 
 STEPS = (0, 1, 5, 20, 50, 90)
 RAW = ["TRAINER.GRAM.REGULATE", "False"]

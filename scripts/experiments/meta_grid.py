@@ -20,7 +20,7 @@ from pathlib import Path
 import common
 import yaml
 
-from gram_meta.statistics import harmonic, mean
+from gram_meta.intervals import harmonic, mean
 
 
 def main() -> None:
@@ -58,9 +58,9 @@ def main() -> None:
 
 def run_variant(args: argparse.Namespace, name: str, settings: dict[str, object]) -> dict:
     """Meta-train, then CoOpGRAM and theta* on the dataset; scores by seed and the held-out facts of the checkpoint."""
-    from gram_meta.checkpoint import load_meta_checkpoint
     from gram_meta.config import load_meta_config
-    from gram_meta.pretrain import BEST, pretrain
+    from gram_meta.method.checkpoint import load_meta_checkpoint
+    from gram_meta.method.meta_trainer import BEST, pretrain
 
     folder = args.out / name
     opts = [str(item) for pair in settings.items() for item in pair]

@@ -1,0 +1,106 @@
+"""The packaged small CLIP, `gram-small`: OpenAI's architecture, trained on the emoji world (`train_clip`).
+
+The weights file is float16 and keeps only the embedding rows of tokens that occurred in training; loading puts them
+back into the full table of 49,408, so that `clip.model.build_model` and CLIP's tokenizer work on it unchanged.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gram_meta.errors import GramError
+from gram_meta.files import atomic_write
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+NAME = "gram-small"
+VOCABULARY = 49_408
+_ROWS, _IDS = "token_embedding.rows", "token_embedding.ids"
+_FORMAT = "gram-small-1"
+
+
+def weights_path() -> Path:
+    """Where the packaged weights lie."""
+    return Path(str(resources.files("gram_meta.backbone").joinpath(f"{NAME}.safetensors")))
+
+
+def load_packaged_state_dict(path: Path | None = None) -> dict[str, torch.Tensor]:
+    """The full state dict under OpenAI's names, float32, ready for `clip.model.build_model`.
+
+    Embedding rows of tokens that were never trained hold the mean of the trained rows: a word that the model does not
+    know says nothing (see `untrained_tokens`). Raises GramError when the file is missing or not of this format.
+    """
+    import torch
+
+    tensors, _ = _read(str(path or weights_path()))
+    state = {name: tensor.float() for name, tensor in tensors.items() if name not in (_ROWS, _IDS)}
+    rows = tensors[_ROWS].float()  # (V, d)
+    table = rows.mean(0, keepdim=True).repeat(VOCABULARY, 1)
+    table[tensors[_IDS].long()] = rows
+    state["token_embedding.weight"] = table
+    state["logit_scale"] = state["logit_scale"].reshape(())
+    for name in (
+        "input_resolution",
+        "context_length",
+        "vocab_size",
+    ):  # published archives carry them, build_model drops them
+        state[name] = torch.tensor({"input_resolution": 64, "context_length": 77, "vocab_size": VOCABULARY}[name])
+    return state
+
+
+def metadata(path: Path | None = None) -> dict:
+    """How the packaged weights were made: recipe, steps, hash of the world's recipe."""
+    return json.loads(_read(str(path or weights_path()))[1]["training"])
+
+
+def untrained_tokens(texts: list[str], path: Path | None = None) -> dict[str, list[str]]:
+    """Texts that hold tokens the packaged model has never seen, each with those tokens as words; {} when all is known."""
+    from clip.simple_tokenizer import SimpleTokenizer
+
+    tensors, _ = _read(str(path or weights_path()))
+    known = set(tensors[_IDS].tolist())
+    bpe = _tokenizer(SimpleTokenizer)
+    out = {}
+    for text in texts:
+        strange = [bpe.decoder[token].replace("</w>", "") for token in bpe.encode(text) if token not in known]
+        if strange:
+            out[text] = strange
+    return out
+
+
+def save_packaged(model: dict[str, torch.Tensor], ids: np.ndarray, path: Path, training: dict) -> None:
+    """Write a training state (compact embedding table) as a packaged weights file, atomically."""
+    import torch
+    from safetensors.torch import save
+
+    tensors = {name: tensor.detach().to(torch.float16).contiguous() for name, tensor in model.items()}
+    tensors[_ROWS] = tensors.pop("token_embedding.weight")
+    tensors[_IDS] = torch.as_tensor(ids).to(torch.int32)
+    tensors["logit_scale"] = model["logit_scale"].detach().float().reshape(1)  # one number: keep it exact
+    text = {"format": _FORMAT, "name": NAME, "training": json.dumps(training, sort_keys=True)}
+    with atomic_write(path) as file:
+        file.write(save(tensors, metadata=text))
+
+
+@lru_cache(maxsize=2)
+def _read(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    from safetensors import safe_open
+
+    if not Path(path).is_file():
+        raise GramError(f"{path}: expected the weights of {NAME}, found nothing there")
+    with safe_open(path, framework="pt") as file:
+        text = file.metadata() or {}
+        if text.get("format") != _FORMAT:
+            raise GramError(f"{path}: expected weights in the format {_FORMAT}, found {text.get('format')!r}")
+        return {name: file.get_tensor(name) for name in file.keys()}, text
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(kind):
+    return kind()

@@ -1,0 +1,214 @@
+"""CoOp's train.py, as a function: flags, order of merging, log lines and folders are CoOp's.
+
+    python train.py --root DATA --seed 1 --trainer CoOpGRAM \\
+        --dataset-config-file configs/datasets/emoji_animals.yaml \\
+        --config-file configs/trainers/CoOpGRAM/gram_small_c4_ep10_batch32_ctxv1.yaml \\
+        --output-dir output/animals/seed1 DATASET.NUM_SHOTS 16 TRAINER.GRAM.CHECKPOINT output/meta/best.safetensors
+
+What differs: `--seed 0` counts; an unknown key, trainer, dataset or config file is one sentence with the nearest name;
+a folder that holds another run is refused; a finished run is not repeated and an unfinished one goes on, in the same
+log.txt. Can be called many times in one process. Light at import: torch comes with the first run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from typing import Any
+
+from gram_meta.config import find_config, merge_file, merge_opts, nearest
+from gram_meta.errors import GramError
+from gram_meta.runs.folder import RUN_FILE, OutputFolder
+
+__all__ = ["RUN_FILE", "OutputFolder", "add_flags", "build_parser", "find_config", "main", "run", "setup_cfg", "train"]
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+def build_parser(prog: str = "train.py") -> argparse.ArgumentParser:
+    """A parser with CoOp's flags."""
+    parser = argparse.ArgumentParser(prog=prog, description="Train or evaluate a trainer on a dataset.")
+    add_flags(parser)
+    return parser
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """CoOp's flags, all of them, with CoOp's defaults."""
+    add = parser.add_argument
+    add("--root", default="", help="folder that holds the datasets' folders")
+    add("--output-dir", default="", help="where log.txt, checkpoints and results.json go")
+    add("--resume", default="", help="folder of an earlier run from which training goes on")
+    add("--seed", type=int, default=-1, help="0 or more: fixed; the default is a different one every time")
+    add("--source-domains", nargs="+", help="source domains for DA/DG")
+    add("--target-domains", nargs="+", help="target domains for DA/DG")
+    add("--transforms", nargs="+", help="data augmentation methods")
+    add("--config-file", default="", help="the trainer's YAML file; found in the package when it is not here")
+    add("--dataset-config-file", default="", help="the dataset's YAML file; found in the package likewise")
+    add("--trainer", default="", help="name of the trainer: ZeroshotCLIP, CoOp, CoOpGRAM, ...")
+    add("--backbone", default="", help="name of the backbone")
+    add("--head", default="", help="name of the head")
+    add("--eval-only", action="store_true", help="evaluate only; without --model-dir, the prompts to start from")
+    add("--model-dir", default="", help="run whose prompts are evaluated")
+    add(
+        "--load-epoch",
+        type=int,
+        help="epoch of these prompts; default: the last, or the best where the run was to end with its best",
+    )
+    add("--no-train", action="store_true", help="build everything, do not train")
+    add("opts", default=None, nargs=argparse.REMAINDER, help="KEY VALUE pairs that change the configuration")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`train.py`: the exit status; bad input is one line on stderr and status 2."""
+    try:
+        run(build_parser().parse_args(argv))
+    except GramError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------ configuration
+
+
+def setup_cfg(args: argparse.Namespace) -> Any:
+    """Defaults, dataset file, trainer file, flags, KEY VALUE pairs: merged in this order, then frozen."""
+    from gram_meta import engine
+    from gram_meta.engine.options import extend_cfg
+
+    cfg = engine.get_cfg_default()
+    extend_cfg(cfg)
+    if args.dataset_config_file:
+        merge_file(cfg, find_config(args.dataset_config_file, "datasets"))
+    if args.config_file:
+        merge_file(cfg, find_config(args.config_file, f"trainers/{args.trainer}" if args.trainer else "trainers"))
+    reset_cfg(cfg, args)
+    opts = args.opts or []
+    late = next((word for word in opts if word.startswith("--")), None)
+    if late is not None:  # argparse takes it for an option's name
+        raise GramError(f"{late} stands behind KEY VALUE pairs; expected flags before them")
+    merge_opts(cfg, opts)
+    cfg.freeze()
+    return cfg
+
+
+def reset_cfg(cfg: Any, args: argparse.Namespace) -> None:
+    """Flags that were given replace what the files say."""
+    targets = {
+        "root": (cfg.DATASET, "ROOT"),
+        "output_dir": (cfg, "OUTPUT_DIR"),
+        "resume": (cfg, "RESUME"),
+        "source_domains": (cfg.DATASET, "SOURCE_DOMAINS"),
+        "target_domains": (cfg.DATASET, "TARGET_DOMAINS"),
+        "transforms": (cfg.INPUT, "TRANSFORMS"),
+        "trainer": (cfg.TRAINER, "NAME"),
+        "backbone": (cfg.MODEL.BACKBONE, "NAME"),
+        "head": (cfg.MODEL.HEAD, "NAME"),
+    }
+    for flag, (node, key) in targets.items():
+        if value := getattr(args, flag):
+            node[key] = value
+    if args.seed >= 0:  # CoOp asks `if args.seed`, which loses seed 0
+        cfg.SEED = args.seed
+
+
+# --------------------------------------------------------------------------------------------------------------- run
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Do what the flags say; the contents of results.json, or {} for a run that evaluates nothing.
+
+    Raises:
+        GramError: bad input, or an output folder that belongs to another run.
+    """
+    _check_flags(args)
+    if args.trainer:
+        _check_names(trainer=args.trainer)  # before its config file is looked for
+    cfg = setup_cfg(args)
+    _check_names(trainer=cfg.TRAINER.NAME, dataset=cfg.DATASET.NAME)
+    folder = OutputFolder(cfg, args)
+    if folder.finished:
+        print(folder.already())
+        return folder.results()
+    from gram_meta.engine import build_trainer
+    from gram_meta.random_state import kept_determinism
+
+    with folder.log() as log, kept_determinism():
+        _start(cfg, args)
+
+        trainer = build_trainer(cfg)
+        if args.eval_only:
+            trainer.load_model(args.model_dir, epoch=args.load_epoch)
+        elif hasattr(trainer, "check_training"):
+            trainer.check_training()
+        if args.no_train:
+            return {}
+        folder.claim()
+        log.keep()
+        if args.eval_only:
+            trainer.test()
+        else:
+            trainer.train()
+        folder.finish()
+    return folder.results()
+
+
+def train(argv: Sequence[str], quiet: bool = False) -> dict[str, Any]:
+    """The same from a list of arguments, for use in a program. `quiet`: print to log.txt alone.
+
+    train(["--trainer", "CoOp", "--root", "data", ...])["metrics"]["accuracy"]
+    """
+    args = build_parser().parse_args(list(argv))
+    if not quiet:
+        return run(args)
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+        return run(args)
+
+
+def _start(cfg: Any, args: argparse.Namespace) -> None:
+    """Seed, and say what is run: arguments, configuration, environment."""
+    import torch
+
+    from gram_meta import engine
+
+    if cfg.SEED >= 0:
+        print(f"Setting fixed seed: {cfg.SEED}")
+        engine.set_random_seed(cfg.SEED)
+    if torch.cuda.is_available() and cfg.USE_CUDA:
+        torch.backends.cudnn.benchmark = True
+    print("***************\n** Arguments **\n***************")
+    for key in sorted(vars(build_parser().parse_args([]))):
+        print(f"{key}: {getattr(args, key)}")
+    print("************\n** Config **\n************")
+    print(cfg)
+    print(f"** System info **\n{engine.collect_env_info()}\nDassl: {engine.room()}\n")
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that would change nothing where they stand."""
+    if args.model_dir and not args.eval_only:
+        raise GramError(
+            "--model-dir says whose prompts to evaluate; expected --eval-only with it, or, to start a training from "
+            "them, the checkpoint as MODEL.INIT_WEIGHTS"
+        )
+    if args.load_epoch is not None and not args.model_dir:
+        raise GramError(f"--load-epoch {args.load_epoch}: expected --model-dir with it, found none")
+
+
+def _check_names(**names: str) -> None:
+    """Refuse an unknown trainer or dataset, naming the nearest."""
+    import gram_meta.plugin  # noqa: F401, fills the registries
+    from gram_meta.engine import DATASET_REGISTRY, TRAINER_REGISTRY
+
+    registries = {"trainer": ("--trainer", TRAINER_REGISTRY), "dataset": ("DATASET.NAME", DATASET_REGISTRY)}
+    for what, name in names.items():
+        key, registry = registries[what]
+        known = registry.registered_names()
+        if name not in known:
+            guess = nearest(name, known)
+            hint = f"did you mean {guess!r}?" if guess else f"known: {', '.join(sorted(known))}"
+            raise GramError(f"{key} is {name!r}, which is no known {what}; {hint}")

@@ -1,0 +1,1 @@
+"""The formats that image-text pairs come in; `source` opens any of them."""

@@ -1,0 +1,268 @@
+"""Parquet files of pairs: with paths of images, or with the images inside, as Hugging Face's `datasets` writes them.
+
+An image inside is a column of bytes, or a struct of `bytes` and `path` where either may be null. A reader of rows never
+touches the bytes where the file's own counts say that none is null.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from gram_meta.corpus.parquet_files import holds_images, is_struct, leaf_of, open_parquet
+from gram_meta.corpus.sources.rows import BAD_UTF8, NO_IMAGE, UNREADABLE, Row, Shard, checked
+from gram_meta.corpus.sources.tables import CAPTION_COLUMNS, IMAGE_COLUMNS, find_column
+from gram_meta.errors import GramError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from gram_meta.corpus.sources.source import Source
+
+log = logging.getLogger(__name__)
+
+INSIDE_COLUMNS = ("jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes")  # besides the usual names
+NUMBERED = re.compile(r"captions?_?\d+")  # caption_0 ... caption_4
+TEXT_OF = ("raw", "caption", "text")  # where the text stands in a list of structs: COCO's and Flickr's sentences
+PART = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?\.parquet")  # SPLIT-00000-of-00005.parquet
+LARGE_GROUP = 16 << 20  # bytes of images in a row group
+ROWS_AT_ONCE = 4096
+IMAGES_AT_ONCE = 32  # rows, where bytes have to be looked at
+
+
+class Columns(NamedTuple):
+    """Which columns of a file hold images and captions.
+
+    Attributes:
+        image: number of the column. inside: whether it holds images; else paths.
+        captions: numbers of the caption columns; each is one caption, or a list of them.
+    """
+
+    image: int
+    inside: bool
+    captions: list[int]
+
+
+def parquet_rows(source: Source) -> Iterator[Row]:
+    """Rows of every file of a source, one after the other."""
+    for file in source.files or (source.path,):
+        yield from _file_rows(
+            source.image_root, relative(source.image_root, file), source.image_column, source.caption_column
+        )
+
+
+def parquet_shards(source: Source) -> list[Shard]:
+    """A shard for each file that has all its images inside; one piece where paths could name an image twice."""
+    files = source.files or (source.path,)
+    if not all(_all_inside(file, source.image_column) for file in files):
+        return [Shard("", partial(parquet_rows, source))]
+    names = [relative(source.image_root, file) for file in files]
+    return [
+        Shard(name, partial(_file_rows, source.image_root, name, source.image_column, source.caption_column))
+        for name in names
+    ]
+
+
+def has_images(path: Path, image_column: str | None = None) -> bool:
+    """Whether a Parquet file has images inside; False for one without a column of images.
+
+    Raises:
+        GramError: no Parquet file.
+    """
+    with open_parquet(path) as file:
+        try:
+            return holds_images(file.schema_arrow, find_image(path, file.schema_arrow, image_column))
+        except GramError:
+            return False
+
+
+def warn_of_large_groups(path: Path, image_column: str | None) -> None:
+    """Say when the images of a file lie in row groups so large that single ones are slow to read."""
+    with open_parquet(path) as file:
+        leaf = leaf_of(file.schema_arrow, find_image(path, file.schema_arrow, image_column))
+        largest = 0
+        for group in range(file.num_row_groups):
+            columns = file.metadata.row_group(group)
+            sizes = {
+                columns.column(number).path_in_schema: columns.column(number).total_uncompressed_size
+                for number in range(columns.num_columns)
+            }
+            largest = max(largest, sizes.get(leaf, 0))
+    if largest > LARGE_GROUP:
+        log.warning(
+            "%s: row groups of up to %d MB; an image at random costs the reading of one (meta-training with visual prompts "
+            "is faster from smaller ones, or from tars)",
+            path,
+            largest >> 20,
+        )
+
+
+def split_of(path: Path) -> str:
+    """The split that a file of a Hugging Face data set is of: "train" for train-00000-of-00005.parquet, else ""."""
+    found = PART.fullmatch(path.name)
+    return found[1] if found else ""
+
+
+# --- columns ------------------------------------------------------------------------------------------------
+
+
+def _columns(path: Path, schema: pa.Schema, image_column: str | None, caption_column: str | None) -> Columns:
+    image = find_image(path, schema, image_column)
+    return Columns(image, holds_images(schema, image), _captions(path, schema, caption_column))
+
+
+def find_image(path: Path, schema: pa.Schema, given: str | None) -> int:
+    """The column of images or of their paths: the given one, one of a usual name, or the only struct of bytes and path."""
+    usual = [*IMAGE_COLUMNS, *INSIDE_COLUMNS]
+    names = [name.lower() for name in schema.names]
+    if not given and not any(name in names for name in usual):
+        structs = [number for number in range(len(names)) if is_struct(schema.field(number).type)]
+        if len(structs) == 1:
+            return structs[0]
+    image = find_column(path, schema.names, given, usual, "image")
+    kind = schema.field(image).type
+    if not (_is_text(kind) or holds_images(schema, image)):
+        raise GramError(f"{path}: expected images, or their paths, in column {schema.names[image]!r}, found {kind}")
+    return image
+
+
+def _captions(path: Path, schema: pa.Schema, given: str | None) -> list[int]:
+    numbered = [number for number, name in enumerate(schema.names) if NUMBERED.fullmatch(name.lower())]
+    usual = any(name.lower() in CAPTION_COLUMNS for name in schema.names)
+    if numbered and not usual and not given:
+        return numbered
+    return [find_column(path, schema.names, given, CAPTION_COLUMNS, "caption")]
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _all_inside(path: Path, image_column: str | None) -> bool:
+    """Whether no row of a file can name an image that another file names as well."""
+    with open_parquet(path) as file:
+        schema = file.schema_arrow
+        image = find_image(path, schema, image_column)
+        if not is_struct(schema.field(image).type):
+            return holds_images(schema, image)  # a null in a column of bytes is no image at all
+        return not any(_nulls(file, group, leaf_of(schema, image)) for group in range(file.num_row_groups))
+
+
+def _nulls(file: pq.ParquetFile, group: int, leaf: str) -> bool:
+    """Whether a row group may have nulls in a column, by its own count."""
+    row_group = file.metadata.row_group(group)
+    for number in range(row_group.num_columns):
+        column = row_group.column(number)
+        if column.path_in_schema == leaf:
+            counts = column.statistics
+            return counts is None or not counts.has_null_count or counts.null_count > 0
+    return True
+
+
+# --- rows ---------------------------------------------------------------------------------------------------
+
+
+def _file_rows(root: Path, name: str, image_column: str | None, caption_column: str | None) -> Iterator[Row]:
+    """The rows of one file; damage costs the row group that it hits."""
+    import pyarrow as pa
+
+    path = root / name
+    with open_parquet(path) as file:
+        columns = _columns(path, file.schema_arrow, image_column, caption_column)
+        first = 0
+        for group in range(file.num_row_groups):
+            rows, read = file.metadata.row_group(group).num_rows, 0
+            try:
+                for locations, captions in _batches(file, group, columns):
+                    for location, of_image in zip(locations, captions, strict=True):
+                        yield from _row(name, columns, first + read, location, of_image)
+                        read += 1
+            except (pa.ArrowException, OSError):  # damaged pages
+                for _ in range(rows - read):
+                    yield Row("", "", UNREADABLE)
+            first += rows
+
+
+def _batches(file: pq.ParquetFile, group: int, columns: Columns) -> Iterator[tuple[list[Any], list[Any]]]:
+    """Locations (True: inside) and captions of a row group, some rows at a time."""
+    schema = file.schema_arrow
+    captions = [schema.names[number] for number in columns.captions]
+    name, leaf = schema.names[columns.image], leaf_of(schema, columns.image)
+    if not columns.inside:
+        wanted, at_once = [name], ROWS_AT_ONCE
+    elif _nulls(file, group, leaf):
+        wanted, at_once = [name], IMAGES_AT_ONCE
+    else:
+        wanted, at_once = [], ROWS_AT_ONCE
+    for batch in file.iter_batches(
+        batch_size=at_once, row_groups=[group], columns=[*wanted, *captions], use_threads=False
+    ):
+        texts = [_values(batch.column(caption)) for caption in captions]
+        of_images = texts[0] if len(texts) == 1 else [list(some) for some in zip(*texts, strict=True)]
+        if not wanted:
+            yield [True] * batch.num_rows, of_images
+        elif columns.inside:
+            yield _inside_or_path(batch.column(name)), of_images
+        else:
+            yield _values(batch.column(name)), of_images
+
+
+def _inside_or_path(column: pa.Array) -> list[Any]:
+    """True where the bytes are there, else the path, else None."""
+    import pyarrow as pa
+
+    if not pa.types.is_struct(column.type):
+        return [True if there else None for there in column.is_valid().to_pylist()]
+    fields = dict(zip(column.type.names, column.flatten(), strict=True))  # a null struct has null fields
+    paths = _values(fields["path"]) if "path" in fields else [None] * len(column)
+    there = fields["bytes"].is_valid().to_pylist()
+    return [True if inside else path for inside, path in zip(there, paths, strict=True)]
+
+
+def _row(name: str, columns: Columns, number: int, location: Any, captions: Any) -> Iterator[Row]:
+    """One row; a list of captions is one pair for each."""
+    for caption in captions if isinstance(captions, list) and captions else [captions]:
+        if isinstance(caption, dict):
+            caption = next((caption[key] for key in TEXT_OF if key in caption), None)
+        if location is None:
+            yield Row("", "", NO_IMAGE)
+        elif isinstance(location, bytes) or isinstance(caption, bytes):
+            yield Row("", "", BAD_UTF8)
+        elif location is True:
+            row = checked(f"{name}/{number}", _text(caption))
+            yield row._replace(shard=name, offset=number, size=columns.image)
+        else:
+            yield checked(location, _text(caption))
+
+
+def _text(caption: Any) -> str | None:
+    return None if caption is None or caption == [] else str(caption)
+
+
+def _values(column: Any) -> list[Any]:
+    """Python values of an Arrow column; a string that is not UTF-8 stays bytes."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return b""
+
+
+def relative(root: Path, file: Path) -> str:
+    """A file's path from a folder, or its absolute path where it does not lie there."""
+    return (file.relative_to(root) if file.is_relative_to(root) else file).as_posix()

@@ -1,0 +1,323 @@
+"""WebDataset shards: tar files in which a sample is the members of one key, as img2dataset writes them.
+
+The key of a member is its path up to the first dot of its base name; what follows is its suffix: `000000012.jpg`,
+`000000012.txt` and `000000012.json` are one sample. A shard is read in one pass over its headers, which says where each
+image lies; image data is passed over, and no member is ever unpickled or unpacked to disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from gram_meta.corpus.sources.rows import (
+    BAD_UTF8,
+    DAMAGED,
+    DUPLICATE,
+    EMPTY_CAPTION,
+    IMAGE_SUFFIXES,
+    LONG_CAPTION,
+    MAX_CAPTION,
+    NO_CAPTION_FILE,
+    NO_MEMBER,
+    UNREADABLE,
+    Row,
+    checked,
+)
+from gram_meta.errors import GramError
+
+BLOCK = 512  # a tar is a row of blocks of this size
+WINDOW = 8192  # bytes in one read: a header and the small members after it, not the next image
+STRIDE = 1 << 20  # bytes in one read where a header has to be looked for
+MAX_NAME = 64 << 10  # bytes of a long name's record; a longer one is damage
+MAX_TEXT = 4 * MAX_CAPTION + 64  # bytes of a caption's member, in UTF-8
+MAX_JSON = 4 << 20  # bytes of a sample's JSON; a longer one is not about one image
+IMAGES = frozenset(suffix[1:] for suffix in IMAGE_SUFFIXES)
+COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+}
+
+
+class Member(NamedTuple):
+    """A file in a tar: its name (bytes), and where its content is."""
+
+    name: bytes
+    offset: int
+    size: int
+
+
+class _Window:
+    """A file read a little ahead, at any place."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.start = 0
+        self.content = b""
+
+    def read(self, offset: int, size: int) -> bytes:
+        """At most `size` bytes from `offset`; fewer at the file's end."""
+        begin = offset - self.start
+        if begin < 0 or begin + size > len(self.content):
+            self.content = _pread(self.descriptor, max(size, WINDOW), offset)
+            self.start, begin = offset, 0
+        return self.content[begin : begin + size]
+
+
+def _pread(descriptor: int, size: int, offset: int) -> bytes:
+    """`size` bytes from `offset`, fewer only at the file's end: some file systems give less than was asked."""
+    content = os.pread(descriptor, size, offset)
+    while len(content) < size and (more := os.pread(descriptor, size - len(content), offset + len(content))):
+        content += more
+    return content
+
+
+# --- members ------------------------------------------------------------------------------------------------
+
+
+def members(window: _Window, end: int) -> Iterator[Member | None]:
+    """The regular files of a tar of `end` bytes, in their order; None where something of it is damaged.
+
+    After damage it goes on at the next block that is a header. Two blocks of zeros are the end of a tar, but a tar
+    may follow (`cat a.tar b.tar`), and so may the rest of one that a disk has forgotten a piece of: zeros are passed over.
+    """
+    attributes: dict[bytes, bytes] = {}
+    position, long_name = 0, b""
+    while position < end:
+        header = window.read(position, BLOCK)
+        if not header.strip(b"\0"):
+            position = _after_zeros(window, position, end)
+            continue
+        size = _checked_size(header)
+        if size is None or len(header) < BLOCK:
+            yield None
+            position, long_name, attributes = _next_header(window, position + BLOCK, end), b"", {}
+            continue
+        kind, start = header[156:157], position + BLOCK
+        if kind in b"xgLK" and kind:  # about the next member (g: about all that follow, never their names)
+            content = window.read(start, size) if size <= MAX_NAME else None
+            if content is None or len(content) < size:
+                yield None
+                position = _next_header(window, start, end)
+                continue
+            if kind == b"L":
+                long_name = content.rstrip(b"\0")
+            elif kind == b"x":
+                attributes = _attributes(content)
+        else:
+            if (stated := attributes.get(b"size", b"")).isdigit():
+                size = int(stated)
+            if kind in (b"0", b"\0", b"7"):
+                yield Member(attributes.get(b"path") or long_name or _name(header), start, size)
+            long_name, attributes = b"", {}
+        position = start + -(-size // BLOCK) * BLOCK
+
+
+def _checked_size(header: bytes) -> int | None:
+    """The size that a header states, or None if it is no header: its checksum is wrong."""
+    stated = _number(header[148:156])
+    if stated is None or sum(header[:148]) + sum(header[156:]) + 8 * 32 != stated:
+        return None
+    return _number(header[124:136])
+
+
+def _number(field: bytes) -> int | None:
+    if field[:1] == b"\x80":  # GNU: base 256, of sizes from 8 GB on
+        return int.from_bytes(field[1:], "big")
+    digits = field.strip(b" \0")
+    try:
+        return int(digits, 8) if digits else 0
+    except ValueError:
+        return None
+
+
+def _name(header: bytes) -> bytes:
+    name = header[:100].split(b"\0", 1)[0]
+    if header[257:263] == b"ustar\0" and (prefix := header[345:500].split(b"\0", 1)[0]):
+        return prefix + b"/" + name
+    return name
+
+
+def _attributes(content: bytes) -> dict[bytes, bytes]:
+    """The records "LENGTH KEY=VALUE\\n" of a pax header."""
+    found: dict[bytes, bytes] = {}
+    position = 0
+    while position < len(content):
+        length, space, _ = content[position : position + 20].partition(b" ")
+        if not space or not length.isdigit() or int(length) <= len(length) + 1:
+            break
+        key, _, value = content[position + len(length) + 1 : position + int(length) - 1].partition(b"=")
+        found[key] = value
+        position += int(length)
+    return found
+
+
+def _after_zeros(window: _Window, position: int, end: int) -> int:
+    """The first block from `position` on that is not all zeros."""
+    while position < end:
+        content = _pread(window.descriptor, min(STRIDE, end - position), position)
+        rest = content.lstrip(b"\0")
+        if rest:
+            return position + (len(content) - len(rest)) // BLOCK * BLOCK
+        position += len(content) or BLOCK
+    return end
+
+
+def _next_header(window: _Window, position: int, end: int) -> int:
+    """The first block from `position` on that is surely a header."""
+    while position < end:
+        content = _pread(window.descriptor, STRIDE, position)
+        at = -1
+        while (at := content.find(b"ustar", at + 1)) >= 0:
+            begin = at - 257
+            block = content[begin : begin + BLOCK] if begin >= 0 else b""
+            if begin % BLOCK == 0 and len(block) == BLOCK and _checked_size(block) is not None:
+                return position + begin
+        position += STRIDE
+    return end
+
+
+# --- samples ------------------------------------------------------------------------------------------------
+
+
+class _Sample:
+    """What a shard has of one key."""
+
+    __slots__ = ("image", "suffix", "text", "json")
+
+    def __init__(self) -> None:
+        self.image: Member | None = None
+        self.suffix = ""
+        self.text: bytes | None = None
+        self.json: Member | None = None
+
+
+def shard_rows(root: Path, name: str, caption: str | None = None) -> Iterator[Row]:
+    """The samples of the tar `root/name`, in the order in which their keys begin.
+
+    A sample's members need not stand side by side. Where a key has the same kind of member twice the first is taken,
+    and a second image is counted as a duplicate. Images of different shards are different, whatever their keys.
+
+    Args:
+        caption: where captions stand: the suffix of a text member, or a key of the JSON. None: in `.txt`, and where there
+            is none, or nothing in it, under "caption" in `.json`. A text member is one caption; in JSON a list is several.
+
+    Raises:
+        GramError: no such file, or a compressed one.
+    """
+    path = root / name
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    except OSError as error:
+        raise GramError(f"{path}: expected a shard (a .tar file), found {error.strerror}") from None
+    try:
+        end = os.fstat(descriptor).st_size
+        window = _Window(descriptor)
+        _refuse_compressed(path, window.read(0, 6))
+        if end == 0:
+            yield Row("", "", DAMAGED)
+        yield from _sample_rows(window, end, name, caption)
+    finally:
+        os.close(descriptor)
+
+
+def check_shard_file(path: Path) -> None:
+    """Raises `GramError` for a shard that cannot be opened, or is compressed."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(6)
+    except OSError as error:
+        raise GramError(f"{path}: expected a shard (a .tar file), found {error.strerror}") from None
+    _refuse_compressed(path, start)
+
+
+def _refuse_compressed(path: Path, start: bytes) -> None:
+    for magic, kind in COMPRESSED.items():
+        if start.startswith(magic):
+            raise GramError(
+                f"{path}: expected an uncompressed .tar, found {kind}; images lie in a compressed tar where nothing "
+                "can be read at random: uncompress it first"
+            )
+
+
+def _sample_rows(window: _Window, end: int, shard: str, caption: str | None) -> Iterator[Row]:
+    text_suffix = caption.lower() if caption else "txt"
+    samples: dict[str, _Sample] = {}
+    for member in members(window, end):
+        if member is None:
+            yield Row("", "", DAMAGED)
+            continue
+        key, suffix = split_name(member.name)
+        is_image, is_text = suffix in IMAGES, suffix == text_suffix
+        if not key or not (is_image or is_text or suffix == "json"):
+            continue
+        sample = samples.get(key)
+        if sample is None:
+            sample = samples[key] = _Sample()
+        if is_image and sample.image is None:
+            sample.image, sample.suffix = member, suffix
+        elif is_image and suffix == sample.suffix:  # `.jpg` and `.png` of a key are one sample
+            yield Row("", "", DUPLICATE)
+        elif is_text and sample.text is None:
+            sample.text = window.read(member.offset, min(member.size, MAX_TEXT))  # while it is at hand
+        elif suffix == "json" and sample.json is None:
+            sample.json = member
+    for key, sample in samples.items():
+        yield from _rows_of(window, end, shard, key, sample, caption)
+
+
+def split_name(name: bytes) -> tuple[str, str]:
+    """Key and suffix of a member's name, the suffix in lower case; ("", "") for a hidden file, or one without a suffix.
+
+    Nothing is ever written under a key, and still it leads nowhere else: no leading slash, no "..".
+    """
+    folder, _, base = name.decode("utf-8", "surrogateescape").rpartition("/")
+    stem, _, suffix = base.partition(".")
+    if not stem or not suffix:
+        return "", ""
+    parts = ["%2E%2E" if part == ".." else part for part in folder.split("/") if part not in ("", ".")]
+    return "/".join([*parts, stem]), suffix.lower()
+
+
+def _rows_of(window: _Window, end: int, shard: str, key: str, sample: _Sample, caption: str | None) -> Iterator[Row]:
+    image = sample.image
+    if image is None:
+        yield Row("", "", NO_MEMBER)
+        return
+    location = f"{shard}/{key}.{sample.suffix}"
+    if image.offset + image.size > end:  # cut off where the shard ends
+        yield Row("", "", DAMAGED)
+        return
+    for text, skip in _captions(window, sample, caption):
+        row = Row(location, "", skip) if skip else checked(location, text)
+        yield row._replace(shard=shard, offset=image.offset, size=image.size)
+
+
+def _captions(window: _Window, sample: _Sample, caption: str | None) -> list[tuple[str, str]]:
+    """The captions of a sample, at least one, each with the reason why it cannot be used or ""."""
+    if sample.text and sample.text.strip():
+        if len(sample.text) == MAX_TEXT:
+            return [("", LONG_CAPTION)]
+        try:
+            return [(sample.text.decode("utf-8-sig"), "")]
+        except UnicodeDecodeError:
+            return [("", BAD_UTF8)]
+    nothing = [("", NO_CAPTION_FILE if sample.text is None else EMPTY_CAPTION)]
+    if sample.json is None:
+        return nothing
+    try:
+        content = json.loads(window.read(sample.json.offset, min(sample.json.size, MAX_JSON)))
+    except (ValueError, RecursionError):  # cut off, not JSON, not UTF-8
+        return [("", UNREADABLE)]
+    key = caption or "caption"
+    if not isinstance(content, dict) or key not in content:
+        return nothing
+    found = content[key]
+    texts = found if isinstance(found, list) and found else [found]
+    return [(text, "") if isinstance(text, str) else ("", EMPTY_CAPTION) for text in texts]

@@ -1,0 +1,164 @@
+"""The meta-checkpoint: theta* and R^phi* in one .safetensors file, with everything needed to refuse a wrong use."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gram_meta.backbone.clip import Backbone
+from gram_meta.errors import GramError
+from gram_meta.files import PathLike, atomic_write, sha256_file
+from gram_meta.method.regulator import GradientRegulator, RegulatorConfig
+
+FORMAT = 1
+_KEY = "gram-meta"  # where the facts stand in the file's metadata, as JSON
+
+
+@dataclass
+class MetaCheckpoint:
+    """What meta-training found, and what it was found with.
+
+    Attributes:
+        prompts: theta*, float32, (M, d) by kind.
+        regulator: R^phi*, frozen; None where meta-training ran without one.
+        backbone_name, backbone_fingerprint: the CLIP it belongs to.
+        config: all settings of the meta-training.
+        provenance: where the tasks came from (store and hierarchy fingerprints, topics, step, held-out scores).
+        gradient_norms: by kind, quantiles of the raw support gradient's norm in meta-training.
+        extras: meta-learnt parameters that R^phi does not know, by name (CoCoOp's meta-net); mostly empty.
+        sha256: of the file it was loaded from; "" before it is saved.
+    """
+
+    prompts: dict[str, Tensor]
+    regulator: GradientRegulator | None
+    backbone_name: str
+    backbone_fingerprint: str
+    config: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    gradient_norms: dict[str, dict[str, float]] = field(default_factory=dict)
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    path: str = ""
+    sha256: str = ""
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """M by kind."""
+        return {kind: value.shape[0] for kind, value in self.prompts.items()}
+
+    def check(self, backbone: Backbone, tokens: Mapping[str, int], extras: Collection[str] = ()) -> None:
+        """Refuse a use with another backbone, other prompts, token counts or extras, in one sentence."""
+        where = self.path or "meta-checkpoint"
+        if backbone.fingerprint != self.backbone_fingerprint:
+            raise GramError(
+                f"{where}: expected the backbone it was made with, {self.backbone_name} "
+                f"({self.backbone_fingerprint[:12]}), found {backbone.name} ({backbone.fingerprint[:12]})"
+            )
+        if set(tokens) != set(self.prompts):
+            raise GramError(
+                f"{where}: holds {_kinds(self.prompts)} prompts, but the trainer learns {_kinds(tokens)} prompts"
+            )
+        for kind, count in tokens.items():
+            if count != self.tokens[kind]:
+                raise GramError(
+                    f"{where}: holds {self.tokens[kind]} {kind} tokens, but the trainer is set to {count}; "
+                    "GRAM defines no other number than the one meta-trained"
+                )
+        if set(extras) != set(self.extras):
+            raise GramError(
+                f"{where}: was meta-trained with {_named(self.extras)} beside its prompts, but the trainer learns "
+                f"{_named(extras)} beside them (PROMPT.CONDITIONAL of the meta-training)"
+            )
+
+
+def save_meta_checkpoint(path: PathLike, checkpoint: MetaCheckpoint) -> None:
+    """Write the checkpoint, atomically."""
+    from safetensors.torch import save
+
+    tensors = {f"prompts.{kind}": value for kind, value in checkpoint.prompts.items()}
+    tensors |= {f"extras.{name}": value for name, value in checkpoint.extras.items()}
+    if checkpoint.regulator is not None:
+        tensors |= {f"regulator.{key}": value for key, value in checkpoint.regulator.state_dict().items()}
+    facts = {
+        "format": FORMAT,
+        "backbone": {"name": checkpoint.backbone_name, "fingerprint": checkpoint.backbone_fingerprint},
+        "regulator": checkpoint.regulator.describe() if checkpoint.regulator is not None else None,
+        "config": checkpoint.config,
+        "provenance": checkpoint.provenance,
+        "gradient_norms": checkpoint.gradient_norms,
+    }
+    plain = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in tensors.items()}
+    with atomic_write(path) as file:
+        file.write(save(plain, metadata={_KEY: json.dumps(facts)}))
+
+
+def load_meta_checkpoint(path: PathLike) -> MetaCheckpoint:
+    """Read a checkpoint, on the CPU, regulator frozen; anything but a whole one is a `GramError` that names the file."""
+    path = Path(path)
+    facts, tensors = _read(path)
+    try:
+        prompts, extras = _group(tensors, "prompts."), _group(tensors, "extras.")
+        regulator = _regulator(facts["regulator"], tensors)
+        backbone = facts["backbone"]
+        checkpoint = MetaCheckpoint(
+            prompts=prompts,
+            regulator=regulator,
+            backbone_name=backbone["name"],
+            backbone_fingerprint=backbone["fingerprint"],
+            config=facts["config"],
+            provenance=facts["provenance"],
+            gradient_norms=facts["gradient_norms"],
+            extras=extras,
+            path=os.fspath(path),
+            sha256=sha256_file(path),
+        )
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise GramError(f"{path}: expected a whole meta-checkpoint, found one with faults ({error})") from None
+    if not prompts or any(value.dim() != 2 or not value.isfinite().all() for value in prompts.values()):
+        raise GramError(f"{path}: expected prompts of finite numbers and shape (M, d), found others or none")
+    return checkpoint
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise GramError(f"{path}: expected a meta-checkpoint (.safetensors), found no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {}).get(_KEY, "null"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise GramError(f"{path}: expected a meta-checkpoint (.safetensors), found another file ({error})") from None
+    if not isinstance(facts, dict):
+        raise GramError(f"{path}: expected a meta-checkpoint, found a .safetensors file of something else")
+    if facts.get("format") != FORMAT:
+        raise GramError(f"{path}: expected meta-checkpoint format {FORMAT}, found {facts.get('format')}")
+    return facts, tensors
+
+
+def _regulator(description: dict[str, Any] | None, tensors: Mapping[str, Tensor]) -> GradientRegulator | None:
+    if description is None:
+        return None
+    settings = dict(description)
+    regulator = GradientRegulator(settings.pop("widths"), RegulatorConfig(**settings))
+    regulator.load_state_dict(_group(tensors, "regulator."))
+    return regulator.requires_grad_(False).eval()
+
+
+def _group(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _named(names: Collection[str]) -> str:
+    return ", ".join(sorted(names)) or "nothing"
+
+
+def _kinds(kinds: Mapping[str, Any]) -> str:
+    return " and ".join(sorted(kinds))

@@ -1,0 +1,297 @@
+"""From tasks to losses: the support and query sets of meta-training, as functions of the prompts.
+
+Without visual prompts an image's feature never changes, so it is read from the store. With them the image tower has to
+run, so images are decoded by worker processes, ahead of the step that needs them, and travel as bytes; the towers'
+device normalises them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from yacs.config import CfgNode
+
+from gram_meta.backbone.clip import Backbone
+from gram_meta.corpus.images import BadImage
+from gram_meta.corpus.places import Places
+from gram_meta.corpus.store import PairStore
+from gram_meta.errors import GramError
+from gram_meta.method.prompts import (
+    META_NET,
+    ClassText,
+    conditional_shift,
+    initial_meta_net,
+    initial_prompts,
+    logits,
+    template_features,
+)
+from gram_meta.method.tasks import Task
+
+
+class Batches(Protocol):
+    """Batches of tasks by number: a list of lists, or something that draws them when they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sequence[Task]: ...
+
+
+@dataclass(frozen=True)
+class Episode:
+    """B tasks with the losses of both their sides."""
+
+    tasks: Sequence[Task]
+    support: TaskSet
+    query: TaskSet
+    classes_of: Callable[
+        [slice], ClassText | Tensor
+    ]  # what makes the class sentences, or features, of some of the tasks
+
+    def parts(self, tasks: int) -> list[Episode]:
+        """Episodes of at most so many of the tasks each."""
+        if tasks >= len(self.tasks):
+            return [self]
+        some = [slice(start, start + tasks) for start in range(0, len(self.tasks), tasks)]
+        return [self._of(part) for part in some]
+
+    def _of(self, part: slice) -> Episode:
+        classes = self.classes_of(part)
+        support, query = (
+            TaskSet(side.backbone, classes, side.images[part], side.labels[part], side.count)
+            for side in (self.support, self.query)
+        )
+
+        def classes_of(smaller: slice) -> ClassText | Tensor:
+            rows = range(*part.indices(len(self.tasks)))[smaller]
+            return self.classes_of(slice(rows.start, rows.stop))
+
+        return Episode(self.tasks[part], support, query, classes_of)
+
+
+class Episodes:
+    """Makes batches of tasks over one store into episodes.
+
+    Args:
+        backbone: frozen CLIP.
+        store: where the images' features, and for visual prompts their files, are.
+        words: label text of each topic.
+        config: the PROMPT, LOADER and OUTER nodes of `gram_meta.config` are read.
+
+    Attributes:
+        at_a_time: tasks in one pass when they are looked at without training; no more than a training step takes where
+            every image goes through the tower, or has class sentences of its own.
+
+    Raises:
+        GramError: no prompt tokens at all, a meta-net without a text prompt, or visual prompts whose image files are not
+            where the store has them.
+    """
+
+    def __init__(self, backbone: Backbone, store: PairStore, words: Sequence[str], config: CfgNode) -> None:
+        prompt = config.PROMPT
+        if not prompt.TEXT_TOKENS and not prompt.VISUAL_TOKENS:
+            raise GramError("PROMPT: expected TEXT_TOKENS or VISUAL_TOKENS above 0, found neither")
+        if prompt.CONDITIONAL and not prompt.TEXT_TOKENS:
+            raise GramError("PROMPT.CONDITIONAL: expected a text prompt to shift, found TEXT_TOKENS 0")
+        self.backbone = backbone
+        self.store = store
+        self.loader = config.LOADER
+        self.reads_pixels = prompt.VISUAL_TOKENS > 0
+        few = self.reads_pixels or prompt.CONDITIONAL
+        self.at_a_time = config.OUTER.BATCH if few else max(16, config.OUTER.BATCH)
+        self.text = ClassText(backbone, words, prompt.TEXT_TOKENS) if prompt.TEXT_TOKENS else None
+        self.fixed = None if self.text else template_features(backbone, words, prompt.TEMPLATE)  # (L, D)
+        if self.reads_pixels:
+            self.places = store.places(config.LOADER.IMAGE_ROOT or None)
+            self._check_images()
+
+    def of(self, batches: Batches) -> Iterator[Episode]:
+        """Episodes of these batches of tasks, in order; pixels are decoded ahead by LOADER.WORKERS processes."""
+        if not self.reads_pixels:
+            for index in range(len(batches)):
+                tasks = batches[index]
+                support, query = (self._features(tasks, side) for side in ("support", "query"))
+                yield self._episode(tasks, support, query)
+            return
+        for tasks, support, query, error in self._decoded(batches):
+            if error:
+                raise GramError(error)
+            yield self._episode(tasks, *(self._to_device(images) for images in (support, query)))
+
+    def _episode(self, tasks: Sequence[Task], support: Tensor, query: Tensor) -> Episode:
+        topics = torch.from_numpy(np.stack([task.topics for task in tasks])).to(self.backbone.device)  # (B, K)
+
+        def classes_of(part: slice) -> ClassText | Tensor:
+            if self.text is not None:
+                return self.text.select(topics[part])
+            assert self.fixed is not None  # one of the two, by construction
+            return self.fixed[topics[part]]
+
+        classes = classes_of(slice(None))
+        sides = [TaskSet(self.backbone, classes, images) for images in (support, query)]
+        return Episode(tasks, sides[0], sides[1], classes_of)
+
+    def _features(self, tasks: Sequence[Task], side: str) -> Tensor:
+        """Stored features (B, K, n, D)."""
+        rows = np.stack([getattr(task, side) for task in tasks])  # (B, K, n)
+        flat = np.ascontiguousarray(self.store.image_features[rows.reshape(-1)])
+        features = torch.from_numpy(flat).to(self.backbone.device, self.backbone.logit_scale.dtype)
+        return features.unflatten(0, rows.shape)
+
+    # --- pixels -------------------------------------------------------------------------------------------------------
+
+    def _decoded(self, batches: Batches) -> DataLoader[Any]:
+        workers = min(self.loader.WORKERS, len(batches))
+        return DataLoader(
+            _Decoded(batches, self.places, self.backbone.preprocess(as_bytes=True)),
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=self.loader.PREFETCH if workers else None,
+            pin_memory=self.backbone.device.type == "cuda",
+        )
+
+    def _check_images(self) -> None:
+        try:
+            self.places.reader.content(self.places.place(0))
+        except BadImage:
+            raise GramError(
+                f"{self.places.name(0)}: expected an image of {self.store.path}, found no such file; visual prompts are "
+                "meta-trained on pixels, so the images must stay readable (LOADER.IMAGE_ROOT says where they are now)"
+            ) from None
+
+    def _to_device(self, images: Tensor) -> Tensor:
+        """(B, K, n, 3, H, W) bytes, to be normalised where they are used."""
+        return images.to(self.backbone.device, non_blocking=True)
+
+
+class _Decoded(Dataset[Any]):
+    """Batch number -> its tasks, support and query images as bytes (B, K, n, 3, H, W), and what went wrong, if anything."""
+
+    def __init__(self, batches: Batches, places: Places, transform: Callable[[Any], Tensor]) -> None:
+        self.batches, self.places, self.transform = batches, places, transform
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> tuple[Sequence[Task], Tensor, Tensor, str]:
+        if index >= len(self):
+            raise IndexError(index)  # ends an iteration without workers
+        tasks = self.batches[index]
+        try:
+            support, query = (
+                self._images(np.stack([getattr(task, side) for task in tasks])) for side in ("support", "query")
+            )
+        except GramError as error:  # as a value: a worker's exception would arrive as a traceback
+            return tasks, torch.empty(0), torch.empty(0), str(error)
+        return tasks, support, query, ""
+
+    def _images(self, rows: np.ndarray) -> Tensor:
+        return torch.stack([self._image(int(row)) for row in rows.reshape(-1)]).unflatten(0, rows.shape)
+
+    def _image(self, row: int) -> Tensor:
+        try:
+            image, _ = self.places.image(row)
+        except BadImage as reason:
+            raise GramError(
+                f"{self.places.name(row)}: expected the image that `gram embed` read, found {reason}"
+            ) from None
+        return self.transform(image)  # (3, H, W)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class TaskSet:
+    """The support or the query side of B tasks: prompts -> one cross-entropy per task.
+
+    Args:
+        backbone: frozen CLIP.
+        classes: the tasks' class sentences (with leading axes (B, K)), or fixed class features (B, K, D).
+        images: features (B, K, n, D), or bytes (B, K, n, 3, H, W); `images[:, k]` belong to class k.
+        labels, count: for some of the images only, (B, c, D) or (B, c, 3, H, W): their classes (B, c), and how many images
+            a task has; losses then are these images' part of the mean.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        classes: ClassText | Tensor,
+        images: Tensor,
+        labels: Tensor | None = None,
+        count: int = 0,
+    ) -> None:
+        self.backbone = backbone
+        self.classes = classes
+        if labels is None:
+            batch, ways, shots = images.shape[:3]
+            images = images.flatten(1, 2)  # (B, K n, D) or (B, K n, 3, H, W)
+            labels = torch.arange(ways, device=images.device).repeat_interleave(shots).expand(batch, -1)  # (B, K n)
+        self.images, self.labels = images, labels
+        self.count = count or labels.shape[1]
+
+    def parts(self, images: int = 0) -> list[TaskSet]:
+        """The same tasks in parts of at most so many images each (0: all), whose losses add up to the whole's."""
+        have = self.labels.shape[1]
+        if not images or images >= have:
+            return [self]
+        some = [slice(start, start + images) for start in range(0, have, images)]
+        return [
+            TaskSet(self.backbone, self.classes, self.images[:, part], self.labels[:, part], self.count)
+            for part in some
+        ]
+
+    def __call__(self, prompts: Mapping[str, Tensor]) -> Tensor:
+        """Mean cross-entropy of each task, (B,)."""
+        return self.losses_of(self.logits(prompts))
+
+    def logits(self, prompts: Mapping[str, Tensor]) -> Tensor:
+        """(B, K n, K) for prompts with a leading axis B: "text" (B, M, d), "visual" (B, M, d), the meta-net's weights."""
+        features = self._image_features(prompts.get("visual"))  # (B, K n, D)
+        scale = self.backbone.logit_scale
+        if isinstance(self.classes, Tensor):
+            return logits(features, self.classes, scale)
+        net = {name.removeprefix(META_NET): p for name, p in prompts.items() if name.startswith(META_NET)}
+        if not net:
+            return logits(features, self.classes.features(prompts["text"]), scale)
+        shift = conditional_shift(net, features)  # (B, K n, d)
+        context = prompts["text"][:, None] + shift[:, :, None]  # (B, K n, M, d)
+        classes = self.classes.features(context)  # (B, K n, K, D)
+        return logits(features[:, :, None], classes, scale).squeeze(2)
+
+    def losses_of(self, scores: Tensor) -> Tensor:
+        """(B,) of logits (B, K n, K)."""
+        losses = F.cross_entropy(scores.transpose(1, 2), self.labels, reduction="none")  # (B, K n)
+        return losses.mean(dim=1) if losses.shape[1] == self.count else losses.sum(dim=1) / self.count
+
+    def accuracies_of(self, scores: Tensor) -> Tensor:
+        """(B,), between 0 and 1, of logits (B, K n, K)."""
+        return (scores.argmax(dim=2) == self.labels).float().mean(dim=1)
+
+    def _image_features(self, prompt: Tensor | None) -> Tensor:
+        """(B, K n, D), through the image tower where the images are pixels."""
+        if self.images.dim() == 3:
+            return self.images
+        batch, count = self.images.shape[:2]
+        images = self.backbone.normalise(self.images.flatten(0, 1))  # (B K n, 3, H, W)
+        if prompt is not None:
+            prompt = prompt.repeat_interleave(count, dim=0)  # (B K n, M, d)
+        return self.backbone.encode_images(images, prompt).unflatten(0, (batch, count))
+
+
+def initial_theta(backbone: Backbone, config: CfgNode) -> dict[str, Tensor]:
+    """Where meta-training starts: the prompts, and the meta-net of a conditional one; leaves that require gradients.
+
+    float32, whatever the towers' number type; float64 with fp64 towers, which are there for checks.
+    """
+    prompt = config.PROMPT
+    theta = initial_prompts(backbone, prompt.TEXT_TOKENS, prompt.VISUAL_TOKENS, prompt.WORDS, config.SEED)
+    if prompt.CONDITIONAL:
+        net = initial_meta_net(backbone, config.SEED)
+        theta |= {f"{META_NET}{name}": value for name, value in net.items()}
+    return {name: value.to(backbone.logit_scale.dtype).requires_grad_() for name, value in theta.items()}

@@ -1,0 +1,329 @@
+"""Text and visual prompts around frozen CLIP towers (Eq. 1, 2; Sec. 3.1).
+
+A prompt is a float32 tensor of tokens: `"text"` (M_t, d_text), `"visual"` (M_v, d_visual). It is cast to the towers'
+number type at their input and nowhere before: an fp16 prompt would lose small steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from copy import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gram_meta.backbone.clip import Backbone, Packing, end_positions
+from gram_meta.backbone.recompute import recomputed
+from gram_meta.errors import GramError
+
+KINDS = ("text", "visual")
+META_NET = "meta_net."  # begins the names of the meta-net's weights wherever they stand beside prompts
+TEMPLATE = "a photo of a {}."
+
+# Class sentences in the text tower at a time, without gradients. 1,024 need a third of the memory of 4,096, and the text
+# tower takes 15 to 25 % less time for them on a CPU.
+SENTENCES = 1024
+
+
+class ClassText:
+    """Class sentences with M open slots for a text prompt: start token, M slots, class name, full stop, end token.
+
+    All sentences are cut behind the longest one's end token: the text tower is causal, so logits and gradients stay
+    the same. Start token and prompt are the same for all classes and are computed once.
+
+    Attributes:
+        ids: (N, L) token ids from the class name on; `ends` (N,) index of the end token in them. After `select` with
+            indices (B, K): (B, K, L) and (B, K).
+        start: (1, d) embedding of the start token.
+        tokens: M.
+        chunk: class sentences of which activations are kept at a time while the prompt is learnt: those of the others
+            are computed again in the backward pass. 0: all of them, nothing twice. Tasks (`select` with (B, K)) are
+            always encoded at once. Without gradients at most `SENTENCES` are encoded at a time.
+        placed: whether a sentence's M slots are positions of its own, not shared by all of them.
+    """
+
+    placed = False
+
+    def __init__(self, backbone: Backbone, classnames: Sequence[str], tokens: int, suffix: str = ".") -> None:
+        names = [name.replace("_", " ") for name in classnames]
+        slots = " ".join(["X"] * tokens) + " " if tokens else ""
+        ids = backbone.tokenize([f"{slots}{name}{suffix}" for name in names])  # (N, 77)
+        ends = end_positions(ids)
+        self.backbone = backbone
+        self.tokens = tokens
+        self.start = backbone.embed_tokens(ids[0, :1])
+        self.ids = ids[:, 1 + tokens : int(ends.max()) + 1].to(backbone.device)
+        self.ends = (ends - 1 - tokens).to(backbone.device)
+        self.chunk = 0
+        self._packings: dict[Any, Packing] = {}  # by the leading axes of the prompt
+        self._parts: dict[int, Parts] = {}  # by their size
+
+    @property
+    def own(self) -> Tensor:
+        """(..., N, L, d) embeddings of `ids`; looked up anew each time, as 20,000 classes of them are half a gigabyte."""
+        return self.backbone.embed_tokens(self.ids)
+
+    def select(self, classes: Tensor) -> ClassText:
+        """The sentences of some classes, cut anew at their longest; indices (K,), or (B, K) for K classes in each task."""
+        chosen = copy(self)
+        chosen.ends = self.ends[classes]
+        chosen.ids = self.ids[classes, : int(chosen.ends.max()) + 1]
+        chosen._packings, chosen._parts = {}, {}
+        return chosen
+
+    def features(self, prompt: Tensor) -> Tensor:
+        """Class features, L2-normalised.
+
+        Args:
+            prompt: (M, d); or (..., M, d) with leading axes of its own: those of `own` first (a prompt per task), then
+                any others (a prompt per image of each task).
+
+        Returns:
+            (N, D), or (..., N, D).
+        """
+        learnt = torch.is_grad_enabled() and prompt.requires_grad
+        most = self.chunk if learnt else SENTENCES  # at a time
+        images = self._images(prompt)
+        if not most or images * len(self.ids) <= most or self.ids.dim() > 2:
+            return self._features(prompt)
+        if images == 1:
+            return self._features_by_parts(prompt, min(most, len(self.ids)))
+        each = prompt.flatten(0, -3).split(max(1, most // len(self.ids)))  # some images' prompts (b, M, d)
+        done = [self._features_by_parts(some, min(most, len(self.ids))) for some in each]
+        return torch.cat(done).unflatten(0, prompt.shape[:-2])
+
+    def _images(self, prompt: Tensor) -> int:
+        """How often each class is encoded: for every image that has a prompt of its own."""
+        return math.prod(prompt.shape[:-2])
+
+    def _features(self, prompt: Tensor) -> Tensor:
+        """All at once."""
+        lead = prompt.shape[:-2]
+        start = self.start.expand(*lead, *self.start.shape)
+        shared = torch.cat([start, prompt.to(start.dtype)], dim=-2)  # (..., 1 + M, d)
+        tasks = self.ids.shape[:-2]
+        between = (1,) * (len(lead) - len(tasks))
+        own = self.own  # (tasks, N, L, d)
+        own = own.view(*tasks, *between, *own.shape[-3:]).expand(*lead, -1, -1, -1)  # (..., N, L, d)
+        ends = self.ends.view(*tasks, *between, -1).expand(*lead, -1)  # (..., N)
+        return self.backbone.encode_text(own, ends, shared, self._packing(ends, own.shape[-2], shared.shape[-2]))
+
+    def _packing(self, ends: Tensor, length: int, before: int) -> Packing:
+        """Kept, as it depends on the sentences alone, and finding it makes a GPU wait."""
+        key = ends.shape[:-1], before
+        if key not in self._packings:
+            if len(self._packings) >= 4:  # batches of other sizes
+                self._packings.clear()
+            self._packings[key] = self.backbone.packing(ends, length, before)
+        return self._packings[key]
+
+    def _features_by_parts(self, prompt: Tensor, size: int) -> Tensor:
+        parts = self._in_parts(size)
+        prompts = self._prompts_of_parts(prompt, parts)
+        done = [recomputed(text._features, own) for text, own in zip(parts.texts, prompts, strict=True)]
+        return torch.cat(done, dim=-2).index_select(-2, parts.back)
+
+    def _in_parts(self, size: int) -> Parts:
+        if size not in self._parts:
+            order = self.ends.argsort(stable=True)
+            texts = [self.select(some) for some in order.split(size)]
+            self._parts = {size: Parts(texts, order, order.argsort())}
+        return self._parts[size]
+
+    def _prompts_of_parts(self, prompt: Tensor, parts: Parts) -> Sequence[Tensor]:
+        return [prompt] * len(parts.texts)
+
+
+class Parts(NamedTuple):
+    """Class sentences in parts: which classes they hold, and where each class is found in them."""
+
+    texts: list[ClassText]
+    order: Tensor  # (N,) classes, as they stand in the parts one after the other
+    back: Tensor  # (N,) place of each class there
+
+
+def context_from_words(backbone: Backbone, words: str) -> Tensor:
+    """Token embeddings (M, d_text), float32, of words such as "a photo of a": a start that means something."""
+    ids = backbone.tokenize([words.replace("_", " ")])
+    length = int(end_positions(ids)[0])
+    return backbone.embed_tokens(ids[0, 1:length]).float()
+
+
+def random_context(width: int, tokens: int, generator: torch.Generator | None = None) -> Tensor:
+    """(tokens, width) float32 from N(0, 0.02), as CoOp starts without words."""
+    return torch.empty(tokens, width).normal_(std=0.02, generator=generator)
+
+
+def template_features(backbone: Backbone, classnames: Sequence[str], template: str = TEMPLATE) -> Tensor:
+    """Class features (N, D) of a written template, L2-normalised; no gradient."""
+    return backbone.encode_texts([template.format(name.replace("_", " ")) for name in classnames])
+
+
+def initial_prompts(
+    backbone: Backbone, text_tokens: int, visual_tokens: int, words: str = "", seed: int = 0
+) -> dict[str, Tensor]:
+    """Prompts to start meta-training or a baseline from.
+
+    Args:
+        text_tokens, visual_tokens: M_t and M_v; 0 leaves the kind out.
+        words: text for the text prompt; it must have exactly `text_tokens` tokens. "" draws N(0, 0.02).
+        seed: of the random draws; visual prompts are always drawn.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    prompts = {}
+    if text_tokens:
+        if words:
+            prompts["text"] = context_from_words(backbone, words)
+            if len(prompts["text"]) != text_tokens:
+                raise GramError(
+                    f"words for the prompt: expected {text_tokens} tokens, found {len(prompts['text'])} in {words!r}"
+                )
+        else:
+            prompts["text"] = random_context(backbone.text_width, text_tokens, generator).to(backbone.device)
+    if visual_tokens:
+        if not backbone.is_vit:
+            raise GramError(f"visual prompts: expected a ViT image tower, found the ResNet {backbone.name}")
+        prompts["visual"] = random_context(backbone.visual_width, visual_tokens, generator).to(backbone.device)
+    return prompts
+
+
+def initial_meta_net(backbone: Backbone, seed: int = 0) -> dict[str, Tensor]:
+    """Weights of CoCoOp's meta-net, drawn as torch draws linear layers: D -> D // 16 -> d_text, float32."""
+    hidden = backbone.embed_dim // 16
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = MetaNet(backbone.embed_dim, hidden, backbone.text_width)
+    return {name: value.detach().to(backbone.device) for name, value in net.state_dict().items()}
+
+
+def conditional_shift(net: Mapping[str, Tensor], features: Tensor) -> Tensor:
+    """What CoCoOp adds to each context token of an image's prompt: a small network of the image's feature.
+
+    Args:
+        net: `linear1.weight` (..., D // 16, D), `linear1.bias`, `linear2.weight` (..., d, D // 16), `linear2.bias`;
+            leading axes are tasks with weights of their own.
+        features: (..., n, D).
+
+    Returns:
+        (..., n, d_text).
+    """
+
+    def linear(x: Tensor, layer: str) -> Tensor:
+        return x @ net[f"{layer}.weight"].transpose(-1, -2) + net[f"{layer}.bias"].unsqueeze(-2)
+
+    return linear(torch.relu(linear(features, "linear1")), "linear2")
+
+
+class MetaNet(nn.Module):
+    """CoCoOp's meta-net (Zhou et al., CVPR 2022), with its parameters' names. features (n, D) -> shifts (n, d_text)."""
+
+    def __init__(self, width: int, hidden: int, text_width: int) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(width, hidden)
+        self.linear2 = nn.Linear(hidden, text_width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return conditional_shift(dict(self.named_parameters()), features)
+
+
+class PromptLearner(nn.Module):
+    """The learned part: `ctx` (text, CoOp's name for it) and/or `visual_ctx`, float32."""
+
+    def __init__(self, prompts: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        unknown = set(prompts) - set(KINDS)
+        if unknown or not prompts:
+            raise GramError(f"prompts: expected the kinds {' and/or '.join(KINDS)}, found {sorted(prompts)}")
+        self.ctx = _parameter(prompts.get("text"))
+        self.visual_ctx = _parameter(prompts.get("visual"))
+
+    def prompts(self) -> dict[str, nn.Parameter]:
+        """The prompts by kind, those that exist."""
+        return {kind: p for kind, p in zip(KINDS, (self.ctx, self.visual_ctx), strict=True) if p is not None}
+
+
+class PromptedCLIP(nn.Module):
+    """A classifier: frozen CLIP with a learned text prompt, a learned visual prompt, or both (Eq. 1).
+
+    Args:
+        backbone: frozen CLIP.
+        classnames: N class names.
+        prompts: starts, by kind (copied).
+        template: class sentence where there is no text prompt.
+    """
+
+    def __init__(
+        self, backbone: Backbone, classnames: Sequence[str], prompts: Mapping[str, Tensor], template: str = TEMPLATE
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.prompt_learner = PromptLearner(prompts).to(backbone.device)
+        ctx = self.prompt_learner.ctx
+        self.class_text = ClassText(backbone, classnames, ctx.shape[0]) if ctx is not None else None
+        self.fixed = template_features(backbone, classnames, template) if ctx is None else None  # (N, D)
+        self._kept: tuple[Tensor, Tensor] | None = None  # a prompt's value, its class features
+
+    def class_features(self) -> Tensor:
+        """(N, D). Without gradients they are computed once for a prompt, not once a batch."""
+        ctx = self.prompt_learner.ctx
+        if self.fixed is not None:
+            return self.fixed
+        assert ctx is not None and self.class_text is not None  # one of the two, by construction
+        if torch.is_grad_enabled():
+            return self.class_text.features(ctx)
+        if self._kept is None or not torch.equal(self._kept[0], ctx):
+            self._kept = (ctx.detach().clone(), self.class_text.features(ctx))
+        return self._kept[1]
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """(B, D) of images (B, 3, H, W)."""
+        prompt = self.prompt_learner.visual_ctx
+        if prompt is None:
+            with torch.no_grad():
+                return self.backbone.encode_images(images)
+        return self.backbone.encode_images(images, prompt)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, N), the exponents of Eq. 1."""
+        return logits(self.image_features(images), self.class_features(), self.backbone.logit_scale)
+
+
+class ConditionalCLIP(PromptedCLIP):
+    """CoCoOp's classifier: the text prompt is shifted for each image by a meta-net of the image's feature.
+
+    Args:
+        net: start of the meta-net (see `initial_meta_net`); it is learnt as `prompt_learner.meta_net`.
+    """
+
+    def __init__(
+        self, backbone: Backbone, classnames: Sequence[str], prompts: Mapping[str, Tensor], net: Mapping[str, Tensor]
+    ) -> None:
+        super().__init__(backbone, classnames, prompts)
+        hidden, width = net["linear1.weight"].shape
+        meta_net = MetaNet(width, hidden, backbone.text_width).to(backbone.device)
+        meta_net.load_state_dict(dict(net))
+        self.prompt_learner.add_module("meta_net", meta_net)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, N); each image has class features of its own."""
+        features = self.image_features(images)  # (B, D)
+        return self.image_logits(features)
+
+    def image_logits(self, features: Tensor) -> Tensor:
+        """Logits (B, N) of image features (B, D)."""
+        ctx = self.prompt_learner.ctx
+        assert ctx is not None and self.class_text is not None  # it has a text prompt, by construction
+        shift = self.prompt_learner.get_submodule("meta_net")(features)  # (B, d)
+        classes = self.class_text.features(ctx + shift[:, None])  # (B, N, D)
+        return logits(features[:, None], classes, self.backbone.logit_scale).squeeze(1)
+
+
+def logits(image_features: Tensor, class_features: Tensor, scale: Tensor) -> Tensor:
+    """Scaled cosines (..., B, N) of normalised features (..., B, D) and (..., N, D): the exponents of Eq. 1."""
+    return scale * image_features @ class_features.transpose(-1, -2)
+
+
+def _parameter(value: Tensor | None) -> nn.Parameter | None:
+    return None if value is None else nn.Parameter(value.detach().clone().float())

@@ -1,0 +1,1 @@
+"""The HTML pages of `gram report --html` and `gram inspect --html`."""

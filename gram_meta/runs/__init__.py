@@ -1,0 +1,1 @@
+"""Run folders: what they hold, which checkpoint in them counts, and who may write to them."""

@@ -1,0 +1,525 @@
+"""Near-duplicates between a corpus and the test images of datasets: a meta-corpus that holds test images is a leak.
+
+Two signals. Equal files are found by the digests that a store keeps. For the rest, the images of the corpus nearest to a
+test image are candidates, by the cosine of CLIP's features (or, without CLIP, of a picture of 8 x 8 pixels); each
+candidate is then read and compared with the test image pixel by pixel, small, over crops of either and mirrored.
+
+The cost is T x N x D multiplications for T test images, N images of D features, in blocks of bounded memory, and at most
+T x k images read at random. docs/INSPECT.md has the arithmetic, and what was measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from gram_meta.corpus.images import DIGEST_BYTES, MISSING, BadImage, read_image
+from gram_meta.corpus.store import IMAGES, PairStore
+from gram_meta.errors import GramError
+from gram_meta.files import PathLike, atomic_write
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gram_meta.backbone.clip import Backbone
+
+log = logging.getLogger(__name__)
+
+SIDE = 32  # pixels of the small copies that are compared
+INNER = 24  # pixels of a window of them
+TINY = 8  # pixels of the picture that finds candidates without CLIP
+CHUNK = 2048  # images between two writes to the cache
+CORPUS_BLOCK = 16_384  # corpus images in one matrix product, and
+QUERY_BLOCK = 4_096  # test images: 268 MB of cosines
+PAIR_BLOCK = 128  # pairs compared at once
+VERSION = 1  # of what is in the cache
+# Measured on made-up near-duplicates (docs/INSPECT.md)
+NEIGHBOURS, THRESHOLD, PIXEL_THRESHOLD, DISTANCE = 10, 0.5, 0.5, 0.25
+EXACT, NEAR = "exact", "near"
+COLUMNS = ("image", "dataset", "test_image", "kind", "cosine", "distance")
+
+
+class TestImage(NamedTuple):
+    """An image of a dataset: its dataset's name, its path in the dataset's folder of images, and its whole path."""
+
+    dataset: str
+    name: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Match:
+    """An image of the corpus that is a test image, or nearly so.
+
+    Attributes:
+        row: of the store's images. test: index of the test image. kind: `EXACT` or `NEAR`.
+        cosine: by CLIP's features, or of the tiny pictures; nan for equal files.
+        distance: 1 - correlation of the pixels, 0 for equal files.
+    """
+
+    row: int
+    test: int
+    kind: str
+    cosine: float
+    distance: float
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to look.
+
+    Attributes:
+        neighbours: candidates of each test image. threshold: least cosine of a candidate. distance: largest distance of
+            near-duplicates. workers: threads that read images. cache: folder for what was read of images; None: none.
+        device: for the features of test images and the search.
+    """
+
+    neighbours: int = NEIGHBOURS
+    threshold: float = THRESHOLD
+    pixel_threshold: float | None = None
+    distance: float = DISTANCE
+    workers: int = 4
+    cache: Path | None = None
+    device: str = "cpu"
+
+
+class Looks(NamedTuple):
+    """What is kept of n images.
+
+    Attributes:
+        digest: (n, 16) uint8, of the files. small: (n, 32, 32, 3) uint8. feature: (n, D) float16, empty without CLIP.
+        mirrored: (n, D) float16, of the mirrored images. ok: (n,) bool, False where an image could not be read.
+    """
+
+    digest: np.ndarray
+    small: np.ndarray
+    feature: np.ndarray
+    mirrored: np.ndarray
+    ok: np.ndarray
+
+
+def find_overlap(
+    store: PairStore,
+    tests: Sequence[TestImage],
+    backbone: Backbone | None,
+    settings: Settings,
+    root: PathLike | None = None,
+) -> tuple[list[Match], dict[str, int]]:
+    """Images of `store` that are test images.
+
+    Args:
+        tests: what the corpus must not hold.
+        backbone: the CLIP of the store's features; None: candidates are looked for by pixels alone.
+        root: the folder the corpus' images are in now; None: where they were.
+
+    Returns:
+        Matches, sorted by row and test image; and counts: "unreadable tests", "unreadable candidates", "candidates",
+        "full" (test images with as many matches as neighbours: there may be more).
+
+    Raises:
+        GramError: features of another CLIP than `backbone`; neither a backbone nor a `pixel_threshold`.
+    """
+    if backbone is None and settings.pixel_threshold is None:
+        raise GramError("expected a CLIP or pixels to find candidates by, found neither")
+    if backbone is not None:
+        store.check_backbone(backbone)
+    paths = [test.path for test in tests]
+    seen = _looks_of_tests(paths, backbone, settings)
+    exact = [Match(row, test, EXACT, float("nan"), 0.0) for row, test in _equal_files(store, seen)]
+    pairs, cosines = _candidate_pairs(store, seen, backbone is not None, settings, root)
+    near, unreadable = _confirmed(store, seen.small, pairs, cosines, settings, root)
+    known = {(match.row, match.test) for match in exact}
+    matches = exact + [match for match in near if (match.row, match.test) not in known]
+    found = np.bincount([match.test for match in matches], minlength=len(tests))
+    counts = {
+        "candidates": len(pairs),
+        "unreadable tests": int((~seen.ok).sum()),
+        "unreadable candidates": unreadable,
+        "full": int((found >= settings.neighbours).sum()),
+    }
+    return sorted(matches, key=lambda match: (match.row, match.test)), counts
+
+
+def write_matches(path: PathLike, store: PairStore, tests: Sequence[TestImage], matches: Sequence[Match]) -> None:
+    """A TSV with a line per match: the image's location in the store, the test image, and how alike they are."""
+    with atomic_write(path, "w") as file:
+        file.write("\t".join(COLUMNS) + "\n")
+        for match in matches:
+            test = tests[match.test]
+            cosine = "" if np.isnan(match.cosine) else f"{match.cosine:.4f}"
+            location = store.locations[match.row]
+            line = (location, test.dataset, test.name, match.kind, cosine, f"{match.distance:.4f}")
+            file.write("\t".join(line) + "\n")
+
+
+# --- equal files --------------------------------------------------------------------------------------------------------
+
+
+def _equal_files(store: PairStore, seen: Looks) -> list[tuple[int, int]]:
+    """(row, test) of images whose files are the same byte for byte."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    by_digest: dict[str, list[int]] = {}
+    for test in np.flatnonzero(seen.ok):
+        by_digest.setdefault(seen.digest[test].tobytes().hex(), []).append(int(test))
+    column = pq.read_table(store.path / IMAGES, columns=["digest"])["digest"]
+    wanted = pa.array(list(by_digest), pa.string())
+    rows = np.flatnonzero(pc.is_in(column, value_set=wanted).to_numpy())
+    found = column.take(pa.array(rows)).to_pylist()
+    return [(int(row), test) for row, digest in zip(rows, found, strict=True) for test in by_digest[digest]]
+
+
+# --- candidates ---------------------------------------------------------------------------------------------------------
+
+
+def _candidate_pairs(
+    store: PairStore, seen: Looks, by_clip: bool, settings: Settings, root: PathLike | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(n, 2) different pairs (test, row), and their cosines: by CLIP where CLIP has found them."""
+    tests = np.flatnonzero(seen.ok)
+    total, k, device = len(store.locations), settings.neighbours, settings.device
+    pairs, cosines = [np.zeros((0, 2), np.int64)], [np.zeros(0, np.float32)]
+
+    def add(rows: np.ndarray, cosine: np.ndarray, threshold: float) -> None:
+        at, place = np.nonzero((cosine >= threshold) & (rows >= 0))
+        pairs.append(np.stack([tests[at], rows[at, place]], 1))
+        cosines.append(cosine[at, place])
+
+    if by_clip:
+        blocks = _feature_blocks(store.image_features)
+        add(*candidates(seen.feature[tests], seen.mirrored[tests], blocks, total, k, device), settings.threshold)
+    if settings.pixel_threshold is not None:
+        tiny = tiny_pictures(seen.small[tests])
+        blocks = _pixel_blocks(store, settings, root)
+        found = candidates(described(tiny), described(tiny[:, :, ::-1]), blocks, total, k, device)
+        add(*found, settings.pixel_threshold)
+    different, first = np.unique(np.concatenate(pairs), axis=0, return_index=True)
+    return different, np.concatenate(cosines)[first]
+
+
+def candidates(
+    queries: np.ndarray, mirrored: np.ndarray, blocks: Iterable[tuple[int, np.ndarray]], total: int, k: int, device: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `k` rows nearest to each image and the `k` nearest to its mirror image; (T, 2 k) each, see `nearest`."""
+    rows, cosines = nearest(np.concatenate([queries, mirrored]), blocks, total, k, device)
+    return np.hstack(np.split(rows, 2)), np.hstack(np.split(cosines, 2))
+
+
+def nearest(
+    queries: np.ndarray, blocks: Iterable[tuple[int, np.ndarray]], total: int, k: int, device: str = "cpu"
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `k` rows of largest cosine for every query.
+
+    Args:
+        queries: (T, D), normalised. blocks: (first row, (B, D), normalised) of the corpus, in turn. total: its rows.
+
+    Returns:
+        (T, k) int64 rows and (T, k) float32 cosines, best first; -1 and -1 where the corpus has fewer than k.
+    """
+    import torch
+    from tqdm import tqdm
+
+    best = torch.full((len(queries), k), -1.0)
+    rows = torch.full((len(queries), k), -1, dtype=torch.int64)
+    bar = tqdm(total=total, unit="image", desc="nearest images", disable=None, unit_scale=True)
+    for start, block in blocks:
+        corpus = torch.from_numpy(np.array(block)).to(device).float()  # (B, D); a copy: the file is read-only
+        for first in range(0, len(queries), QUERY_BLOCK):
+            some = slice(first, first + QUERY_BLOCK)
+            cosines = torch.from_numpy(queries[some]).to(device).float() @ corpus.T  # (Q, B)
+            values, places = cosines.topk(min(k, len(corpus)), dim=1)
+            values = torch.cat([best[some], values.cpu()], dim=1)  # (Q, up to 2 k)
+            places = torch.cat([rows[some], places.cpu() + start], dim=1)
+            best[some], order = values.topk(k, dim=1)
+            rows[some] = places.gather(1, order)
+        bar.update(len(block))
+    bar.close()
+    return rows.numpy(), best.numpy()
+
+
+def _feature_blocks(features: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    for start in range(0, len(features), CORPUS_BLOCK):
+        yield start, features[start : start + CORPUS_BLOCK]
+
+
+def _pixel_blocks(store: PairStore, settings: Settings, root: PathLike | None) -> Iterator[tuple[int, np.ndarray]]:
+    """Every image of the corpus as `described`, read in chunks that the cache keeps; zeros for what cannot be read."""
+    for start in range(0, len(store.locations), CHUNK):
+        rows = np.arange(start, min(start + CHUNK, len(store.locations)))
+        tiny, _readable = _corpus_pictures(store, rows, settings, root, tiny_pictures)
+        yield start, described(tiny)
+
+
+def tiny_pictures(small: np.ndarray) -> np.ndarray:
+    """(n, 32, 32, 3) uint8 -> (n, 8, 8, 3) uint8, means of 4 x 4 pixels."""
+    step = SIDE // TINY
+    return small.reshape(-1, TINY, step, TINY, step, 3).mean((2, 4)).round().astype(np.uint8)
+
+
+def described(tiny: np.ndarray) -> np.ndarray:
+    """(n, 8, 8, 3) pictures as (n, 192) float32 of mean 0 and norm 1; a picture of one colour is zeros."""
+    flat = tiny.reshape(len(tiny), -1).astype(np.float32)
+    flat -= flat.mean(1, keepdims=True)
+    norm = np.linalg.norm(flat, axis=1, keepdims=True)
+    return np.where(norm > 1, flat / np.maximum(norm, 1), 0).astype(np.float32)
+
+
+# --- pixels -------------------------------------------------------------------------------------------------------------
+
+
+def small_copy(image: Image.Image) -> np.ndarray:
+    """(32, 32, 3) uint8: the whole image, whatever its shape."""
+    return np.array(image.resize((SIDE, SIDE), Image.Resampling.BOX))
+
+
+def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """How different pairs of pictures are: 1 - the largest correlation of their details over windows and mirror images.
+
+    Details are what is left of a picture without its mean over 7 x 7 pixels, so neither brightness nor a common sky, floor
+    or light counts. Either picture as a whole, and its mirror image, is compared with windows of the other: itself, crops
+    of 5, 10 and 20 % at nine places, the middle of its width or height, the inside of a border.
+
+    Args:
+        a, b: (n, 32, 32, 3) uint8.
+
+    Returns:
+        (n,) float32 from 0 to 2.
+    """
+    import torch
+
+    parts = [np.zeros(0, np.float32)]
+    for start in range(0, len(a), PAIR_BLOCK):
+        mine, theirs = (_windows(torch.from_numpy(x[start : start + PAIR_BLOCK])) for x in (a, b))
+        best = torch.full((len(mine),), -1.0)
+        for one, other in ((mine, theirs), (theirs, mine)):
+            for whole in (one[:, :1], one[:, :1].flip(3)):  # the set of windows is its own mirror image
+                best = torch.maximum(best, (whole * other).flatten(2).sum(2).amax(1))
+        parts.append((1 - best).numpy())
+    return np.concatenate(parts)
+
+
+def _windows(small: Tensor) -> Tensor:
+    """(n, 32, 32, 3) -> (n, W, 24, 24, 3), details of each window, of mean 0 and norm 1; the first is the whole picture."""
+    import torch
+
+    down, across, smooth = _window_matrices()
+    x = small.permute(0, 3, 1, 2).float()  # (n, 3, y, x)
+    x = torch.einsum("wiy,ncyx->nwicx", down, x)
+    x = torch.einsum("wjx,nwicx->nwicj", across, x)
+    mean = torch.einsum("hi,nwicj->nwhcj", smooth, x) @ smooth.T
+    x = (x - mean).transpose(3, 4)  # (n, W, 24, 24, 3)
+    flat = x.flatten(2)
+    flat = flat - flat.mean(2, keepdim=True)
+    flat = flat / (flat.square().sum(2, keepdim=True) + flat.shape[2]).sqrt()  # a grey level of noise is no picture
+    return flat.view(x.shape)
+
+
+def _window_matrices() -> tuple[Tensor, Tensor, Tensor]:
+    """(W, 24, 32) twice, the means over windows, down and across; (24, 24), the mean over 7 pixels, fewer at an edge."""
+    import torch
+
+    global _MATRICES
+    if _MATRICES is None:
+        spans = _window_spans()
+        near = (torch.arange(INNER)[:, None] - torch.arange(INNER)).abs() <= 3
+        smooth = near / near.sum(1, keepdim=True)
+        _MATRICES = (*(torch.stack([_means(*span[axis]) for span in spans]) for axis in (0, 1)), smooth)
+    return _MATRICES
+
+
+_MATRICES: Any = None
+Span = tuple[float, float]
+
+
+def _window_spans() -> list[tuple[Span, Span]]:
+    """Windows as shares of a picture, ((top, bottom), (left, right))."""
+    spans: list[tuple[Span, Span]] = [((0.0, 1.0), (0.0, 1.0))]
+    for side in (0.95, 0.9, 0.8):
+        places = [(start, start + side) for start in (0.0, (1 - side) / 2, 1 - side)]
+        spans += [(y, x) for y in places for x in places]
+    middle = [((1 - side) / 2, (1 + side) / 2) for side in (0.75, 2 / 3)]
+    spans += [(span, (0.0, 1.0)) for span in middle] + [((0.0, 1.0), span) for span in middle]
+    inside = (1 / 12, 11 / 12)  # a border of a tenth
+    return [*spans, (inside, inside)]
+
+
+def _means(start: float, stop: float) -> Tensor:
+    """(24, 32): row i is the mean over the i-th 24th of the span."""
+    import torch
+
+    edges = np.linspace(start * SIDE, stop * SIDE, INNER + 1)
+    pixel = np.arange(SIDE)
+    weights = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)  # (24, 32)
+    weights = weights.clip(min=0)
+    return torch.from_numpy(weights / weights.sum(1, keepdims=True)).float()
+
+
+def _confirmed(
+    store: PairStore,
+    tests: np.ndarray,
+    pairs: np.ndarray,
+    cosines: np.ndarray,
+    settings: Settings,
+    root: PathLike | None,
+) -> tuple[list[Match], int]:
+    """The pairs (test, row) whose pixels agree, and the number of rows whose images could not be read."""
+    from tqdm import tqdm
+
+    matches: list[Match] = []
+    unreadable = 0
+    rows = np.unique(pairs[:, 1])  # in the order in which they lie in shards
+    bar = tqdm(total=len(rows), unit="image", desc="comparing pixels", disable=None)
+    for start in range(0, len(rows), CHUNK):
+        some = rows[start : start + CHUNK]
+        small, readable = _corpus_pictures(store, some, settings, root, np.asarray)
+        unreadable += int((~readable).sum())
+        of_some = np.flatnonzero(np.isin(pairs[:, 1], some[readable]))
+        mine = small[np.searchsorted(some, pairs[of_some, 1])]
+        far = distances(tests[pairs[of_some, 0]], mine)
+        for i, distance in zip(of_some, far, strict=True):
+            if distance <= settings.distance:
+                test, row = pairs[i].tolist()
+                matches.append(Match(row, test, NEAR, float(cosines[i]), max(float(distance), 0.0)))
+        bar.update(len(some))
+    bar.close()
+    return matches, unreadable
+
+
+# --- reading images, and the cache --------------------------------------------------------------------------------------
+
+
+def _looks_of_tests(paths: Sequence[str], backbone: Backbone | None, settings: Settings) -> Looks:
+    """What is kept of the test images, chunk by chunk, from the cache where it has them."""
+    from tqdm import tqdm
+
+    parts: list[Looks] = []
+    bar = tqdm(total=len(paths), unit="image", desc="test images", disable=None)
+    for start in range(0, len(paths), CHUNK):
+        chunk = paths[start : start + CHUNK]
+        key = _key(
+            "tests",
+            backbone.fingerprint if backbone else "",
+            backbone.precision if backbone else "",
+            *map(_state, chunk),
+        )
+        parts.append(Looks(**_cached(settings.cache, key, lambda: _look(chunk, backbone, settings))))  # noqa: B023
+        bar.update(len(chunk))
+    bar.close()
+    if not parts:
+        raise GramError("expected test images to compare with, found none")
+    return Looks(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def _look(paths: Sequence[str], backbone: Backbone | None, settings: Settings) -> dict[str, np.ndarray]:
+    transform = backbone.preprocess() if backbone is not None else None
+    none = np.zeros((SIDE, SIDE, 3), np.uint8)
+
+    def read(path: str) -> tuple[bytes, np.ndarray, Any, bool]:
+        try:
+            image, digest = read_image(path)
+        except BadImage:
+            return bytes(DIGEST_BYTES), none, None, False
+        return digest, small_copy(image), transform(image) if transform else None, True
+
+    width = backbone.embed_dim if backbone is not None else 0
+    feature, mirrored = (np.zeros((len(paths), width), np.float16) for _ in range(2))
+    digests: list[bytes] = []
+    smalls: list[np.ndarray] = []
+    oks: list[bool] = []
+    with ThreadPoolExecutor(settings.workers) as pool:
+        for start in range(0, len(paths), 64):
+            some, small, pixels, ok = zip(*pool.map(read, paths[start : start + 64]), strict=True)
+            digests += some
+            smalls += small
+            oks += ok
+            if backbone is not None and any(ok):
+                place = start + np.flatnonzero(ok)
+                feature[place], mirrored[place] = _features(backbone, [p for p in pixels if p is not None])
+    digest = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES)
+    return {"digest": digest, "small": np.stack(smalls), "feature": feature, "mirrored": mirrored, "ok": np.array(oks)}
+
+
+def _features(backbone: Backbone, pixels: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """CLIP's features of images (3, H, W), and of their mirror images."""
+    import torch
+
+    with torch.inference_mode():
+        images = torch.stack(list(pixels))
+        both = (backbone.encode_images(x).cpu().numpy().astype(np.float16) for x in (images, images.flip(3)))
+        feature, mirrored = both
+    return feature, mirrored
+
+
+def _corpus_pictures(
+    store: PairStore,
+    rows: np.ndarray,
+    settings: Settings,
+    root: PathLike | None,
+    reduce: Callable[[np.ndarray], np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Small copies of the store's images at `rows`, `reduce`d, and (n,) bool, False where one cannot be read."""
+    places = store.places(root)
+    none = np.zeros((SIDE, SIDE, 3), np.uint8)
+
+    def read(row: int) -> tuple[np.ndarray, bool]:
+        try:
+            return small_copy(places.image(row)[0]), True
+        except BadImage:
+            return none, False
+
+    def pictures() -> dict[str, np.ndarray]:
+        with ThreadPoolExecutor(settings.workers) as pool:
+            small, ok = zip(*pool.map(read, rows.tolist()), strict=True)
+        return {"small": reduce(np.stack(small)), "ok": np.array(ok)}
+
+    kind = "tiny" if reduce is tiny_pictures else "small"
+    key = _key(kind, store.fingerprint, str(places.reader.root), rows.astype("<i8").tobytes())
+    found = _cached(settings.cache, key, pictures)
+    return found["small"], found["ok"]
+
+
+def _state(path: str) -> str:
+    """A file's path, size and time: what says that it has not changed."""
+    try:
+        state = os.stat(path)
+    except OSError:
+        return f"{path}\0{MISSING}"
+    return f"{path}\0{state.st_size}\0{state.st_mtime_ns}"
+
+
+def _key(*what: str | bytes) -> str:
+    digest = hashlib.sha256(f"{VERSION}\0{SIDE}\0{TINY}".encode())
+    for part in what:
+        part = part if isinstance(part, bytes) else part.encode("utf-8", "surrogateescape")
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:40]
+
+
+def _cached(cache: Path | None, key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """`make()`, or what it once gave for this key."""
+    if cache is None:
+        return make()
+    path = cache / f"{key}.npz"
+    if path.is_file():
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return dict(arrays)
+        except (OSError, ValueError, KeyError, EOFError):
+            log.info("%s: damaged, made anew", path)
+        except Exception as error:  # noqa: BLE001 - a zip that ends early has several ways to say so
+            log.info("%s: damaged (%s), made anew", path, type(error).__name__)
+    made = make()
+    with atomic_write(path) as file:
+        np.savez(file, **made)  # type: ignore[arg-type]  # its stubs take the arrays for a flag
+    return made

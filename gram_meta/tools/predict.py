@@ -1,0 +1,466 @@
+"""Classes of your own images with the prompts of a run: no dataset, no data manager.
+
+    from gram_meta.tools.predict import Predictor
+
+    predictor = Predictor.load("output/dtd/CoOpGRAM/seed1")
+    for row in predictor(["a.jpg", "a folder"]):
+        print(row.image, row.classname, row.probability)
+
+Probabilities are the softmax of the logits that the trainer's own evaluation computes (Eq. 1), by the same code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from gram_meta.backbone.clip import PACKAGED, Backbone, load_backbone
+from gram_meta.config import as_dict
+from gram_meta.corpus.images import BROKEN, BadImage, as_rgb, images_of, read_image
+from gram_meta.corpus.sources.rows import IMAGE_SUFFIXES
+from gram_meta.errors import GramError
+from gram_meta.files import PathLike
+from gram_meta.runs.reader import Saved, read_classes, read_saved
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Source = str | os.PathLike[str] | Image.Image
+
+PRECISIONS = ("fp32", "fp16", "bf16", "amp")
+NO_IMAGES = "no image files in this folder"
+CPU_BATCH = 32
+GPU_BATCH = 256
+FEW = 128  # images that one process decodes before others would have started
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one image is.
+
+    Attributes:
+        image: its path; "" for a PIL image that has none.
+        classnames: N names, in the order of `probabilities`.
+        probabilities: (N,) float32, summing to 1; empty where the image could not be read.
+        error: why it could not be read, such as "broken image"; "" where it was.
+    """
+
+    image: str
+    classnames: Sequence[str]
+    probabilities: np.ndarray = field(repr=False)
+    error: str = ""
+
+    @property
+    def classname(self) -> str:
+        """The most probable class; "" where the image could not be read."""
+        return "" if self.error else self.classnames[int(self.probabilities.argmax())]
+
+    @property
+    def probability(self) -> float:
+        """Of that class; NaN where the image could not be read."""
+        return float("nan") if self.error else float(self.probabilities.max())
+
+    def top(self, k: int) -> list[tuple[str, float]]:
+        """The k most probable classes, or all where there are fewer, with their probabilities, best first."""
+        order = np.argsort(-self.probabilities, kind="stable")[:k]
+        return [(self.classnames[index], float(self.probabilities[index])) for index in order]
+
+
+class Predictor:
+    """A frozen classifier, callable on images; make one with `Predictor.load`.
+
+    Attributes:
+        saved: what was read from the run. backbone: its CLIP. classnames: the classes to choose from.
+        batch_size: images in one pass. workers: processes that read images ahead; 0: none.
+    """
+
+    def __init__(
+        self,
+        classifier: Any,
+        saved: Saved,
+        transform: Callable[[Image.Image], Tensor],
+        batch_size: int | None = None,
+        workers: int | None = None,
+    ) -> None:
+        self.saved = saved
+        self.backbone: Backbone = classifier.backbone
+        self.classnames: list[str] = classifier.classnames
+        self.transform = transform
+        self.batch_size = batch_size or default_batch_size(self.backbone)
+        self.workers = workers
+        self._classifier = classifier
+
+    @classmethod
+    def load(
+        cls,
+        run: PathLike,
+        *,
+        classes: Sequence[str] | str | None = None,
+        epoch: int | None = None,
+        backbone: str = "",
+        device: str = "",
+        precision: str = "",
+        batch_size: int | None = None,
+        workers: int | None = None,
+    ) -> Predictor:
+        """Build the classifier of a run. The class sentences are encoded here, once (CoCoOp's depend on the image).
+
+        Args:
+            run: an output folder of this project's or of an official CoOp's trainer, a checkpoint in one, or a
+                meta-checkpoint (.safetensors); see `gram_meta.runs.reader.read_saved`.
+            classes: other class names than those of training, or a file of them (see `read_classes`); an official
+                run and a meta-checkpoint do not say theirs, so there they are needed.
+            epoch: of the checkpoint; default: the one that the run was tested with.
+            backbone: name or file of the CLIP; default: the run's.
+            device: "cpu", "cuda", "cuda:1", "mps"; default: cuda where there is one, else cpu.
+            precision: "fp32", "fp16", "bf16" or "amp"; default: the run's on a GPU, float32 on a CPU.
+            batch_size: images in one pass; default: see `default_batch_size`.
+            workers: processes that read images ahead; default: as many as pay (see `default_workers`).
+
+        Raises:
+            GramError: nothing usable at `run`, a backbone that the prompts do not belong to, missing class names.
+        """
+        for name, value, least in (("batch size", batch_size, 1), ("workers", workers, 0)):
+            if value is not None and value < least:
+                raise GramError(f"{name}: expected at least {least}, found {value}")
+        saved = read_saved(run, epoch)
+        trainer = _trainer(saved)
+        names = _classes(saved, classes, os.fspath(run))
+        device = _device(device)
+        cfg = _config(saved)
+        precision = _precision(precision or _of_run(cfg, trainer), asked=bool(precision), device=device)
+        cfg.TRAINER[trainer.node].PREC = precision
+        clip = load_backbone(_backbone_name(saved, backbone), device, "fp32" if precision == "amp" else precision)
+        _check_backbone(saved, clip)
+        _say_unknown_words(clip, names)
+        if saved.template is not None and hasattr(trainer, "template"):
+            trainer = type(trainer.__name__, (trainer,), {"template": lambda self: saved.template})
+        with _trainers_talk():
+            classifier = trainer.for_use(cfg, clip, names, saved.state_dict, os.fspath(saved.path))
+            transform = _transform(saved, cfg, clip)
+        return cls(classifier, saved, transform, batch_size, workers)
+
+    def __call__(self, images: Source | Iterable[Source]) -> list[Prediction]:
+        """Classify paths, folders (their images, sorted, subfolders too) and PIL images; in the given order.
+
+        An image that cannot be read has an `error` instead of probabilities.
+        """
+        return list(self.stream(images))
+
+    def stream(self, images: Source | Iterable[Source]) -> Iterator[Prediction]:
+        """The same one after the other; never more than a few batches in memory, whatever the number of images."""
+        sources = find_images([images] if isinstance(images, str | os.PathLike | Image.Image) else images)
+        beginning = list(islice(sources, FEW + 1))
+        workers = self.workers
+        if workers is None:
+            workers = default_workers(self.backbone) if len(beginning) > FEW else 0
+        waiting: deque[Source] = deque()  # handed out to be read; results come in the same order
+        loader = _loader(chain(beginning, sources), waiting, self.transform, self.batch_size, workers)
+        for pixels, errors in loader:
+            probabilities = iter(self.probabilities(pixels) if pixels is not None else ())
+            for error in errors:
+                image = _name(waiting.popleft())
+                yield Prediction(
+                    image, self.classnames, np.zeros(0, np.float32) if error else next(probabilities), error
+                )
+
+    @torch.no_grad()
+    def probabilities(self, pixels: Tensor) -> np.ndarray:
+        """(B, N) float32 of images (B, 3, H, W) that went through `transform`."""
+        try:
+            logits = self._classifier.model_inference(pixels.to(self.backbone.device))  # (B, N)
+            return logits.float().softmax(dim=1).cpu().numpy()
+        except torch.cuda.OutOfMemoryError:
+            if len(pixels) == 1:
+                raise GramError(
+                    f"{self.backbone.device}: not enough memory for one image; expected more of it, or --device cpu"
+                ) from None
+        torch.cuda.empty_cache()
+        return np.concatenate([self.probabilities(half) for half in pixels.tensor_split(2)])
+
+
+# ------------------------------------------------------------------------------------------------------------ images
+
+
+def find_images(sources: Iterable[Source]) -> Iterator[Source]:
+    """What is given, with every folder replaced by the images in and below it, by suffix, sorted, as they are found.
+
+    A folder without any is given on as it is, so that it can be reported.
+    """
+    for source in sources:
+        if not isinstance(source, Image.Image) and os.path.isdir(source):
+            found = _below(os.fspath(source), frozenset())
+            first = next(found, None)
+            yield from [source] if first is None else chain([first], found)
+        else:
+            yield source
+
+
+def _below(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
+    """Images below a folder. Linked folders are followed, but not back to one that the path already went through."""
+    try:
+        status = os.stat(folder)
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        print(f"{folder}: {error.strerror}; left out", file=sys.stderr)
+        return
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        return
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue  # the file system's own, such as macOS's ._image.jpg
+        if entry.is_dir():
+            yield from _below(entry.path, above | {here})
+        elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
+            yield entry.path
+
+
+class _Images:
+    """Map-style data set: path or PIL image -> (tensor (3, H, W) or None, error). Never raises."""
+
+    def __init__(self, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.transform = transform
+
+    def __getitem__(self, source: Source) -> tuple[Tensor | None, str]:
+        try:
+            if isinstance(source, Image.Image):
+                return self.transform(as_rgb(source)), ""
+            if os.path.isdir(source):
+                return None, NO_IMAGES
+            return self.transform(read_image(source)[0]), ""
+        except BadImage as error:
+            return None, str(error)
+        except Exception:  # noqa: BLE001 - pixels that fail only when they are used
+            return None, BROKEN
+
+
+def _collate(items: list[tuple[Tensor | None, str]]) -> tuple[Tensor | None, list[str]]:
+    """The readable images of a batch (k, 3, H, W), or None, and the errors of all of it ("" for these)."""
+    pixels = [pixel for pixel, _ in items if pixel is not None]
+    return (torch.stack(pixels) if pixels else None), [error for _, error in items]
+
+
+class _Batches:
+    """A batch sampler over sources as they are found; what is handed out is noted in `waiting`."""
+
+    def __init__(self, sources: Iterator[Source], waiting: deque[Source], size: int) -> None:
+        self.sources, self.waiting, self.size = sources, waiting, size
+
+    def __iter__(self) -> Iterator[list[Source]]:
+        while batch := list(islice(self.sources, self.size)):
+            self.waiting.extend(batch)
+            yield batch
+
+
+def _loader(
+    sources: Iterator[Source], waiting: deque[Source], transform: Any, batch_size: int, workers: int
+) -> Iterator[tuple[Tensor | None, list[str]]]:
+    from torch.utils.data import DataLoader
+
+    loader: DataLoader[Any] = DataLoader(
+        _Images(transform),  # type: ignore[arg-type]
+        batch_sampler=_Batches(sources, waiting, batch_size),  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=_collate,
+    )
+    yield from images_of(loader, f"expected enough memory for {workers} of them, try --workers 0")
+
+
+def _name(source: Source) -> str:
+    """The path; of a PIL image that of the file it was opened from, where it was."""
+    return os.fspath(getattr(source, "filename", "") if isinstance(source, Image.Image) else source)
+
+
+# ---------------------------------------------------------------------------------------------------------- defaults
+
+
+def default_batch_size(backbone: Backbone) -> int:
+    """Images in one pass.
+
+    On a CPU 32: larger batches are not faster there. On a GPU the largest power of two, up to 256, whose activations
+    take an eighth of the memory that is free (by arithmetic; a batch that does not fit after all is halved).
+    """
+    if backbone.device.type != "cuda":
+        return CPU_BATCH
+    free, _ = torch.cuda.mem_get_info(backbone.device)
+    fitting = max(1, free // 8 // _bytes_per_image(backbone))
+    return min(GPU_BATCH, 1 << (fitting.bit_length() - 1))
+
+
+def _bytes_per_image(backbone: Backbone) -> int:
+    """What an image takes at most in the image tower, from shapes: pixels, and what one layer holds at a time."""
+    size, width = backbone.image_size, backbone.model.visual.conv1.weight.dtype.itemsize
+    pixels = 3 * size * size * (4 + width)
+    if not backbone.is_vit:
+        return pixels + 64 * size * size * width  # the stem: 32 to 64 channels at a half and a quarter of the size
+    tokens = len(backbone.model.visual.positional_embedding)
+    heads = backbone.visual_width // 64
+    # residual, normed, three for attention, four for the hidden layer twice; attention's own matrices; float32 norms
+    layer = tokens * backbone.visual_width * (14 * width + 8) + heads * tokens * tokens * width
+    return pixels + layer
+
+
+def default_workers(backbone: Backbone) -> int:
+    """Processes that read images ahead: for a GPU one for each core, up to 8; a CPU has its hands full with the model."""
+    if backbone.device.type == "cpu":
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, cores)
+
+
+def _device(name: str) -> str:
+    """The device asked for, if it is here; without one asked for, cuda where there is one."""
+    if not name:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise GramError(
+            f"--device {name}: expected a device of this machine, found none ({_first_line(error)})"
+        ) from None
+    return name
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _precision(name: str, asked: bool, device: str) -> str:
+    if name not in PRECISIONS:
+        raise GramError(f"--precision: expected one of {', '.join(PRECISIONS)}, found {name!r}")
+    if device == "cpu" and (name == "amp" or not asked):
+        return "fp32"  # 16 bits gain nothing on a CPU
+    return name
+
+
+# -------------------------------------------------------------------------------------------------- building a model
+
+
+def _trainer(saved: Saved) -> Any:
+    """This project's trainer of that name, whatever else is registered under it."""
+    import gram_meta.plugin  # noqa: F401, imports them
+
+    own = [module for name, module in list(sys.modules.items()) if name.startswith("gram_meta.trainers.")]
+    for module in own:
+        trainer = getattr(module, saved.trainer, None)
+        if trainer is not None and hasattr(trainer, "for_use"):
+            return trainer
+    base = sys.modules["gram_meta.trainers.base"].ClipTrainer
+    known = {cls.__name__ for cls in _subclasses(base)} - {"PromptTrainer"}
+    raise GramError(f"{saved.path}: expected prompts of {', '.join(sorted(known))}, found those of {saved.trainer}")
+
+
+def _subclasses(cls: Any) -> Iterator[type]:
+    for subclass in cls.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
+
+
+def _classes(saved: Saved, given: Sequence[str] | str | None, run: str) -> list[str]:
+    """The class names to choose from. A context per class belongs to the classes it was learned for."""
+    names = read_classes(given) if isinstance(given, str) else list(given) if given else saved.classnames
+    if names is None:
+        raise GramError(
+            f"{run}: does not say the names of its classes; expected --classes, such as a file of them "
+            "or the dataset's split_zhou_*.json"
+        )
+    context = saved.state_dict.get("ctx")
+    if context is not None and context.dim() == 3:
+        if saved.classnames is not None and names != saved.classnames:
+            raise GramError(
+                f"{saved.path}: holds a context for each class of training (CSC), which knows no other classes; "
+                "expected no --classes"
+            )
+        if len(names) != len(context):
+            raise GramError(
+                f"{saved.path}: holds contexts for {len(context)} classes (CSC); expected as many names, in the order of "
+                f"training, found {len(names)}"
+            )
+    return names
+
+
+def _config(saved: Saved) -> Any:
+    """The run's configuration, completed with defaults; options that are not known here are left."""
+    from gram_meta import engine
+    from gram_meta.engine.options import extend_cfg
+
+    cfg = engine.get_cfg_default().clone()
+    cfg.defrost()
+    extend_cfg(cfg)
+    for key, value in saved.config.items():
+        *nodes, last = key.split(".")
+        node = cfg
+        for name in nodes:
+            node = node.get(name) if hasattr(node, "get") else None
+        if node is not None and last in node and not isinstance(node[last], dict):
+            node[last] = tuple(value) if isinstance(value, list) else value
+    return cfg
+
+
+def _of_run(cfg: Any, trainer: Any) -> str:
+    return as_dict(cfg.TRAINER).get(trainer.node, {}).get("PREC", "fp32")
+
+
+def _backbone_name(saved: Saved, given: str) -> str:
+    if given or saved.backbone:
+        return given or saved.backbone
+    raise GramError(f"{saved.path}: does not say which CLIP it belongs to; expected --backbone")
+
+
+def _check_backbone(saved: Saved, backbone: Backbone) -> None:
+    if saved.fingerprint and saved.fingerprint != backbone.fingerprint:
+        raise GramError(
+            f"{saved.path}: expected the backbone it was made with, {saved.backbone or 'another'} "
+            f"({saved.fingerprint[:12]}), found {backbone.name} ({backbone.fingerprint[:12]})"
+        )
+
+
+def _transform(saved: Saved, cfg: Any, backbone: Backbone) -> Callable[[Image.Image], Tensor]:
+    """The run's own transform for tests, at the backbone's size; CLIP's where no file says which."""
+    if "INPUT.TRANSFORMS" not in saved.config:
+        return backbone.preprocess()
+    from gram_meta import engine
+
+    cfg.INPUT.SIZE = (backbone.image_size, backbone.image_size)
+    return engine.build_transform(cfg, is_train=False)
+
+
+def _say_unknown_words(backbone: Backbone, names: Sequence[str]) -> None:
+    """The packaged model has seen a small vocabulary: classes beyond it are guesswork."""
+    if backbone.name != PACKAGED:
+        return
+    from gram_meta.backbone.packaged import untrained_tokens
+
+    strange = untrained_tokens([name.replace("_", " ") for name in names])
+    if strange:
+        some = ", ".join(list(strange)[:5]) + (", ..." if len(strange) > 5 else "")
+        print(
+            f"Note: {PACKAGED} has never seen words of {len(strange)} of {len(names)} classes ({some})", file=sys.stderr
+        )
+
+
+@contextlib.contextmanager
+def _trainers_talk() -> Iterator[None]:
+    """What trainers print of their building is for logs; only notes and warnings are passed on, to stderr."""
+    said = io.StringIO()
+    try:
+        with redirect_stdout(said):
+            yield
+    finally:
+        for line in said.getvalue().splitlines():
+            if re.match(r"(Note|Warning)\b", line):
+                print(line, file=sys.stderr)
