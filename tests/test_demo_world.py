@@ -247,7 +247,7 @@ def test_missing_packages_name_the_extra(monkeypatch):
 @pytest.fixture(scope="module")
 def packaged():
     pytest.importorskip("torch")
-    from gram_meta.backbone.clip import packaged as packaged_clip
+    from gram_meta.backbone import packaged as packaged_clip
 
     assert packaged_clip.weights_path().is_file()  # they travel in the repository
     return packaged_clip
@@ -299,7 +299,7 @@ def test_packaged_model_was_trained_on_this_division_of_concepts(packaged):
 
 def test_save_and_load_round_trip(tmp_path):
     torch = pytest.importorskip("torch")
-    from gram_meta.backbone.clip import packaged as packaged_clip
+    from gram_meta.backbone import packaged as packaged_clip
 
     model = {
         "token_embedding.weight": torch.randn(3, 4),

@@ -296,7 +296,7 @@ def test_a_cache_that_cannot_be_read(cache):
 
 
 def test_packaged_weights_that_are_damaged(monkeypatch, tmp_path):
-    from gram_meta.backbone.clip import packaged as clip
+    from gram_meta.backbone import packaged as clip
 
     monkeypatch.setattr(clip, "weights_path", lambda: tmp_path / "gone.safetensors")
     assert only(run(doctor.check_weights), "gram-small").state == NOTE

@@ -1,5 +1,6 @@
 """What is kept for the backward pass: activations computed again instead, class sentences in chunks; equal results."""
 
+import threading
 import weakref
 from contextlib import contextmanager
 from functools import partial
@@ -10,9 +11,9 @@ import torch.nn.functional as F
 from yacs.config import CfgNode
 
 import gram_meta.plugin  # noqa: F401, fills the registries
-from gram_meta.backbone.clip import clip as towers
-from gram_meta.backbone.clip import load_backbone
+from gram_meta.backbone import clip, load_backbone
 from gram_meta.backbone.recompute import recomputed
+from gram_meta.backbone.second_order import second_order_enabled
 from gram_meta.coop import launch
 from gram_meta.engine import build_trainer, set_random_seed
 from gram_meta.errors import GramError
@@ -133,6 +134,25 @@ def test_recomputation_runs_under_the_kernels_and_the_autocast_of_the_forward_pa
     assert y.dtype == torch.bfloat16
     assert seen == [(False, True, True)] * 2
     assert torch.backends.cuda.flash_sdp_enabled() and not torch.is_autocast_enabled("cpu")
+
+
+def test_recomputation_in_another_thread_is_twice_differentiable_as_the_forward_pass():
+    """Autograd's thread of a GPU inherits no context variable from the thread of the forward pass."""
+    seen = []
+
+    def plain(x):
+        seen.append(second_order_enabled())
+        return x @ x
+
+    x = torch.randn(2, 2, requires_grad=True)
+    with twice_differentiable():
+        twice = recomputed(plain, x)
+    once = recomputed(plain, x)
+    for y in (twice, once):
+        thread = threading.Thread(target=y.sum().backward)
+        thread.start()
+        thread.join()
+    assert seen == [True, False, True, False] and not second_order_enabled()
 
 
 # ------------------------------------------------------------------------------------------------------- both towers
@@ -284,8 +304,8 @@ def test_without_gradients_few_sentences_are_encoded_at_a_time(exact, kind, monk
 
 
 def test_sentences_are_packed_once(exact, monkeypatch):
-    made, packing = [], towers.Packing
-    monkeypatch.setattr(towers, "Packing", lambda *args: made.append(args) or packing(*args))
+    made, packing = [], clip.Packing
+    monkeypatch.setattr(clip, "Packing", lambda *args: made.append(args) or packing(*args))
     prompt, text = prompt_and_text("shared", exact)
     expected = text.features(prompt)
     assert torch.equal(text.features(prompt), expected) and len(made) == 1
@@ -310,7 +330,7 @@ def options(**changes):
 def deep():
     """As many layers as CLIP has."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(towers._SHAPES, "deep", (64, 32, 12, 64, 8, 77, 49408, 64, 1, 12))
+        patch.setitem(clip._SHAPES, "deep", (64, 32, 12, 64, 8, 77, 49408, 64, 1, 12))
         return load_backbone("random-deep")
 
 

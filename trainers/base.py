@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gram_meta import engine
-from gram_meta.backbone.clip import Backbone, load_backbone
+from gram_meta.backbone.clip import RUN_PRECISIONS, Backbone, load_backbone
 from gram_meta.engine import TrainerX, build_lr_scheduler, build_optimizer, compute_accuracy
 from gram_meta.engine.options import complete_cfg
 from gram_meta.errors import GramError
@@ -31,7 +31,6 @@ from gram_meta.runs.results import write_results
 from gram_meta.runs.saved import NAME
 from gram_meta.trainers import memory
 
-PRECISIONS = ("fp32", "fp16", "bf16", "amp")
 NO_META = {"path": "", "sha256": "", "settings": {}}  # facts of a meta-checkpoint where there is none
 
 
@@ -66,8 +65,8 @@ class ClipTrainer(TrainerX):
 
     def check_cfg(self, cfg: Any) -> None:
         precision = cfg.TRAINER[self.node].PREC
-        if precision not in PRECISIONS:
-            raise GramError(f"TRAINER.{self.node}.PREC is {precision!r}; expected one of {', '.join(PRECISIONS)}")
+        if precision not in RUN_PRECISIONS:
+            raise GramError(f"TRAINER.{self.node}.PREC is {precision!r}; expected one of {', '.join(RUN_PRECISIONS)}")
         memory.check(cfg.TRAINER.MEMORY)
         for part in ("TRAIN_X", "TEST"):
             size = cfg.DATALOADER[part].BATCH_SIZE

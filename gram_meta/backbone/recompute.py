@@ -1,10 +1,11 @@
 """Activation checkpointing that can be differentiated more than once.
 
-`recomputed(function, *inputs)` is `function(*inputs)` of which only the inputs are kept: the backward pass computes it
-again. Meta-training differentiates twice, and torch's own `torch.utils.checkpoint` does not serve it: the graph that a
-backward pass under `create_graph=True` leaves behind keeps every activation that was recomputed for it, so nothing is
-saved; and the recomputation runs under the attention kernels of the moment, not of the forward pass, and then stops.
-Here a backward pass that is to be differentiated is itself a recomputed function.
+`recomputed(function, *inputs)` returns `function(*inputs)` and keeps only the inputs; the backward pass runs the function
+again. Torch's own `torch.utils.checkpoint` does not serve meta-training, which differentiates twice. The graph of a
+backward pass under `create_graph=True` would keep every recomputed activation, so nothing would be saved. And the
+recomputation would use the attention kernels enabled at that moment instead of those of the forward pass, and fail.
+Here a backward pass that is to be differentiated is itself a recomputed function, and a function always runs under the
+settings of its first call: number types (autocast), attention kernels, `second_order`.
 """
 
 from __future__ import annotations
@@ -17,22 +18,24 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gram_meta.backbone.second_order import second_order, second_order_enabled
+
 Run = Callable[..., Any]  # tensors -> a tensor or several
 
 
 def recomputed(function: Run, *inputs: Tensor) -> Any:
-    """`function(*inputs)`, its activations computed again in every backward pass instead of kept.
+    """Return `function(*inputs)`; every backward pass recomputes its activations, which are not kept.
 
-    Values and gradients of every order are those of a plain call, as long as `function` is deterministic.
+    Values and gradients of every order equal those of a plain call if `function` is deterministic.
 
     Args:
-        function: of tensors to a tensor or a tuple of them. Gradients go to `inputs` alone: what else it uses must not
-            require any.
+        function: of tensors to a tensor or a tuple of them. Gradients go to `inputs` only: other tensors that it uses
+            must not require any.
         inputs: kept for the backward pass.
     """
     if not torch.is_grad_enabled() or not any(x.requires_grad for x in inputs):
         return function(*inputs)
-    return _Recomputed.apply(_as_now(function, inputs[0].device.type), *inputs)
+    return _Recomputed.apply(_under_settings_of_now(function, inputs[0].device.type), *inputs)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -40,7 +43,7 @@ class _Recomputed(torch.autograd.Function):
     def forward(ctx: Any, function: Run, *inputs: Tensor) -> Any:
         ctx.function = function
         ctx.save_for_backward(*inputs)
-        return function(*inputs)  # autograd sees nothing of it
+        return function(*inputs)  # without a graph: autograd is off in here
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
@@ -51,17 +54,18 @@ class _Recomputed(torch.autograd.Function):
 
 
 def _pull_back(function: Run, wanted: Sequence[bool], *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of `function` at the first tensors, for the cotangents that follow; of the wanted inputs alone.
+    """Return the gradients of `function` with respect to its wanted inputs.
 
-    Differentiable where gradients are on.
+    Args:
+        tensors: the inputs, then the cotangents of the outputs.
     """
-    further = torch.is_grad_enabled()
+    further = torch.is_grad_enabled()  # in a backward pass: whether it runs under create_graph=True
     inputs, cotangents = tensors[: len(wanted)], tensors[len(wanted) :]
     with torch.enable_grad():
         own = [
             x.view_as(x) if further and x.requires_grad else x.detach().requires_grad_(wants)
             for x, wants in zip(inputs, wanted, strict=True)
-        ]  # tensors of their own, also where one is given twice
+        ]  # separate tensors, even if one is given twice
         outputs = function(*own)
         outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
         pairs = [pair for pair in zip(outputs, cotangents, strict=True) if pair[0].requires_grad]
@@ -74,8 +78,8 @@ def _pull_back(function: Run, wanted: Sequence[bool], *tensors: Tensor) -> tuple
     )
 
 
-def _as_now(function: Run, device: str) -> Run:
-    """`function` under the number types (autocast) and attention kernels of now, whenever it is called."""
+def _under_settings_of_now(function: Run, device: str) -> Run:
+    """Bind `function` to the settings in force now, whenever and in whichever thread it is called."""
     autocast = partial(
         torch.autocast,
         device,
@@ -83,23 +87,23 @@ def _as_now(function: Run, device: str) -> Run:
         enabled=torch.is_autocast_enabled(device),
         cache_enabled=torch.is_autocast_cache_enabled(),
     )
-    kernels = _attention_kernels()
+    kernels, enabled = _attention_kernels(), second_order_enabled()
 
     def run(*inputs: Tensor) -> Any:
-        with autocast(), sdpa_kernel(kernels):
+        with autocast(), sdpa_kernel(kernels), second_order(enabled):
             return function(*inputs)
 
     return run
 
 
 def _attention_kernels() -> list[SDPBackend]:
-    """Kernels that `scaled_dot_product_attention` may use now."""
+    """Return the kernels that `scaled_dot_product_attention` may use now."""
     flags = {
         "MATH": "math",
         "FLASH_ATTENTION": "flash",
         "EFFICIENT_ATTENTION": "mem_efficient",
         "CUDNN_ATTENTION": "cudnn",
-        "OVERRIDEABLE": "flash",  # other vendors' own: it has no public flag, and goes with the fused ones
+        "OVERRIDEABLE": "flash",  # other vendors' kernels have no public flag: treated like the fused ones
     }
     enabled = {
         kernel: getattr(torch.backends.cuda, f"{flag}_sdp_enabled", lambda: False)() for kernel, flag in flags.items()

@@ -1,48 +1,85 @@
-"""Pieces of a transformer layer whose first and second derivatives are written by hand, for frozen weights.
+"""Layer pieces with hand-written first and second derivatives for frozen weights, and the switch that selects them.
 
-Meta-training differentiates the towers twice. Autograd can do so by itself, but takes many passes over large tensors for
-it and keeps many of them. Here each derivative is a function of its own: the layer norm and the MLP's activation take
-fewer passes; attention keeps neither its weights nor their derivatives, only queries, keys and values, so its forward
-pass may be a fused kernel although that has no second derivative. Gradients go to the activations alone; a third
-derivative is refused by autograd. Checked against autograd and finite differences in float64 (tests/test_second_order.py).
+Meta-training differentiates the towers twice. Autograd can do that alone, but makes many passes over large tensors and
+keeps many of them. Here each derivative is a function of its own. The layer norm and the MLP's activation take fewer
+passes. Attention keeps only queries, keys and values, neither its weights nor their derivatives, so its forward pass may
+be a fused kernel although torch's fused kernels have no second derivative. Gradients go to the activations only; a third
+derivative raises an error. Checked against autograd and finite differences in float64 (tests/test_second_order.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import wraps
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ACTIVATION = 1.702  # a of CLIP's h sigmoid(a h)
 _norm_backward = torch.ops.aten.native_layer_norm_backward
 _silu_backward = torch.ops.aten.silu_backward
 _softmax_backward = torch.ops.aten._softmax_backward_data
+_enabled: ContextVar[bool] = ContextVar("second_order", default=False)
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Give the towers' passes inside a second derivative.
+
+    The image tower then uses `self_attention`. Where torch's own attention runs, it uses the MATH kernels.
+    """
+    with second_order(True), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@contextmanager
+def second_order(enabled: bool) -> Iterator[None]:
+    """Set what `second_order_enabled` returns inside, and leave torch's kernels as they are.
+
+    Autograd may run a backward pass in a thread of its own, which does not inherit the value: whoever runs a layer there
+    (`recompute`) has to set it again.
+    """
+    token = _enabled.set(enabled)
+    try:
+        yield
+    finally:
+        _enabled.reset(token)
+
+
+def second_order_enabled() -> bool:
+    """Return whether the caller runs inside `twice_differentiable()`."""
+    return _enabled.get()
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """`F.layer_norm` over the last axis of x (..., d)."""
+    """Apply `F.layer_norm` over the last axis of x (..., d)."""
     return _Norm.apply(x, weight, bias, eps)
 
 
 def activate_and_project(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Second half of CLIP's MLP, (n, k) -> (n, d): silu(hidden) W^T / a + b, with the first half's output times a."""
+    """Return silu(hidden) W^T / a + b, the second half of CLIP's MLP: (n, k) -> (n, d); `hidden` is already times a."""
     return _Activation.apply(hidden, weight.to(hidden.dtype), bias.to(hidden.dtype))
 
 
 def self_attention(qkv: Tensor, heads: int) -> Tensor:
-    """Attention of all tokens to all: queries, keys, values side by side (B, L, 3 d) -> (B, L, d).
+    """Attend from all tokens to all: queries, keys, values side by side (B, L, 3 d) -> (B, L, d).
 
-    Derivatives of 16 bit values are computed in float32, as torch's own differentiable attention does.
+    Derivatives of 16-bit values are computed in float32, as in torch's own differentiable attention.
     """
     return _Attention.apply(qkv, heads)
 
 
 def _last(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """What this computes has no graph; torch's `once_differentiable` would leave its part out without a word."""
+    """Make a backward function raise if its result has to be differentiable.
+
+    Autograd enables gradients in a backward pass exactly under `create_graph=True`. Torch's `once_differentiable` is not
+    used: it would silently leave this function's share out of a third derivative.
+    """
 
     @wraps(backward)
     def checked(*args: Any) -> Any:
@@ -81,7 +118,7 @@ class _NormGradient(torch.autograd.Function):
     def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:
         dy, x, weight, mean, rstd = ctx.saved_tensors
         d = x.shape[-1]
-        # P is symmetric: what u gives back to g is r P u
+        # P is symmetric, so the gradient of g is r P u
         to_dy = _norm_backward(u, x, x.shape[-1:], mean, rstd, None, None, [True, False, False])[0]
         # the gradient of <u, r P g> with respect to x, with u and g centred:
         # -r^2 / d ((<u, g> - 3 <u, n> <g, n> / d) n + <g, n> u + <u, n> g)
@@ -131,7 +168,7 @@ class _ActivationGradient(torch.autograd.Function):
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """x W / a, the factor inside the product."""
+    """Return x W / a, with the factor inside the matrix product."""
     return torch.addmm(x.new_empty(1, 1), x, weight, beta=0, alpha=1 / ACTIVATION)
 
 
@@ -167,7 +204,7 @@ class _AttentionGradient(torch.autograd.Function):
     @staticmethod
     @_last
     def backward(ctx: Any, u: Tensor) -> tuple[Tensor, Tensor, None]:
-        """How dQ, dK, dV change as Q, K, V move along u: S', P' and so on are the changes; dO's own gradient is O'."""
+        """Differentiate dQ, dK, dV along u: S', P' and so on are the changes; the gradient of dO is O'."""
         given, qkv = ctx.saved_tensors
         q, k, v = _split(qkv, ctx.heads)
         uq, uk, uv = _split(u, ctx.heads)
@@ -190,22 +227,22 @@ class _AttentionGradient(torch.autograd.Function):
 
 
 def _views(x: Tensor, heads: int, parts: int = 3) -> Tensor:
-    """(B, L, parts d) -> (parts, B, heads, L, d / heads)."""
+    """View (B, L, parts d) as (parts, B, heads, L, d / heads)."""
     return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 def _split(x: Tensor, heads: int, parts: int = 3) -> tuple[Tensor, ...]:
-    """Copies of queries, keys and values (B, L, 3 d), or of one part (B, L, d), in at least float32."""
+    """Copy queries, keys and values (B, L, 3 d), or one part (B, L, d), in at least float32."""
     return _views(x, heads, parts).to(torch.promote_types(x.dtype, torch.float32)).contiguous().unbind()
 
 
 def _merged(x: Tensor) -> Tensor:
-    """(B, heads, L, d / heads) -> (B, L, d)."""
+    """Turn (B, heads, L, d / heads) into (B, L, d)."""
     return x.transpose(1, 2).flatten(2)
 
 
 def _joined(parts: tuple[Tensor, ...], like: Tensor) -> Tensor:
-    """Queries', keys' and values' (B, heads, L, d / heads) side by side, (B, L, 3 d)."""
+    """Put the (B, heads, L, d / heads) of queries, keys and values side by side: (B, L, 3 d)."""
     out = torch.empty_like(like)
     for place, part in zip(_views(out, parts[0].shape[1]), parts, strict=True):
         place.copy_(part)
@@ -213,6 +250,6 @@ def _joined(parts: tuple[Tensor, ...], like: Tensor) -> Tensor:
 
 
 def _weights(q: Tensor, k: Tensor) -> tuple[Tensor, float]:
-    """P (B, heads, L, L), and c."""
+    """Return P (B, heads, L, L) and c."""
     c = q.shape[-1] ** -0.5
     return torch.softmax((q @ k.mT).mul_(c), dim=-1), c

@@ -7,25 +7,18 @@ gradient, so a batch of tasks is one forward and one backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gram_meta.backbone.second_order import twice_differentiable
 
 Prompts = Mapping[str, Tensor]  # kind -> (B, M, d)
 Losses = Callable[[Prompts], Tensor]  # prompts -> (B,)
 Regulate = Callable[[Prompts], Prompts]  # gradients -> gradients of the same shapes
 
 _PROMPT_SIZE = 2.0**-5  # about what an entry of a prompt has
-
-
-@contextmanager
-def twice_differentiable() -> Iterator[None]:
-    """Attention inside has a second derivative; torch's fused kernels have none."""
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
 
 
 def for_each_task(theta: Prompts, tasks: int) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from gram_meta.backbone.clip import PACKAGED, Backbone, load_backbone
+from gram_meta.backbone.clip import PACKAGED, RUN_PRECISIONS, Backbone, load_backbone
 from gram_meta.config import as_dict
 from gram_meta.corpus.images import BROKEN, BadImage, as_rgb, images_of, read_image
 from gram_meta.corpus.sources.rows import IMAGE_SUFFIXES
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 Source = str | os.PathLike[str] | Image.Image
 
-PRECISIONS = ("fp32", "fp16", "bf16", "amp")
 NO_IMAGES = "no image files in this folder"
 CPU_BATCH = 32
 GPU_BATCH = 256
@@ -340,8 +339,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def _precision(name: str, asked: bool, device: str) -> str:
-    if name not in PRECISIONS:
-        raise GramError(f"--precision: expected one of {', '.join(PRECISIONS)}, found {name!r}")
+    if name not in RUN_PRECISIONS:
+        raise GramError(f"--precision: expected one of {', '.join(RUN_PRECISIONS)}, found {name!r}")
     if device == "cpu" and (name == "amp" or not asked):
         return "fp32"  # 16 bits gain nothing on a CPU
     return name

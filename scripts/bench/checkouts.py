@@ -36,14 +36,13 @@ import common
 import numpy as np
 import torch
 
-from gram_meta.backbone.clip import Backbone, load_backbone
+from gram_meta.backbone.clip import RUN_PRECISIONS, Backbone, load_backbone
 from gram_meta.errors import GramError
 from gram_meta.files import atomic_write
 from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
 from gram_meta.method.prompts import META_NET, initial_meta_net, initial_prompts
 from gram_meta.method.regulator import GradientRegulator
 
-PRECISIONS = ("fp32", "fp16", "amp", "bf16")
 TITLES = {
     "step": "training step",
     "step_with_loader": "training step, with decoding and augmenting",
@@ -509,7 +508,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="gram-small, random-ViT-B/16 (shapes alone), ViT-B/16, a weights file (%(default)s)",
     )
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--precision", nargs="+", choices=PRECISIONS, default=["fp32"], help="of the towers (fp32)")
+    add("--precision", nargs="+", choices=RUN_PRECISIONS, default=["fp32"], help="of the towers (fp32)")
     add("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="(all)")
     add("--measures", nargs="+", choices=list(TITLES), default=list(TITLES), help="(all)")
     add("--rounds", type=int, default=5, help="(%(default)s)")

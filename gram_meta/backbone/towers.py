@@ -1,0 +1,194 @@
+"""CLIP's two transformer towers as functions of the modules' parameters, and how texts are packed for the text tower.
+
+`image_features` and `text_features` take a `run` callable for the layers: it calls a layer, and either keeps its
+activations for the backward pass or lets them be recomputed (`gram_meta.backbone.recompute`). Shapes: B images, G groups
+(tasks) of N texts, L positions, P shared positions, T packed tokens, width d.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gram_meta.backbone.second_order import (
+    ACTIVATION,
+    activate_and_project,
+    layer_norm,
+    second_order_enabled,
+    self_attention,
+)
+
+Run = Callable[..., Any]  # (layer, *tensors) -> what the layer returns
+
+
+def image_features(tower: Any, images: Tensor, prompt: Tensor | None, run: Run) -> Tensor:
+    """Return the features (B, D) of images (B, 3, H, W); `prompt` is (M, d), (B, M, d) or None."""
+    x = tower.conv1(images).flatten(2).transpose(1, 2)  # (B, patches, d)
+    start = tower.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+    x = torch.cat([start, x], dim=1)  # (B, 1 + patches, d)
+    x = x + tower.positional_embedding.to(x.dtype)
+    if prompt is not None:
+        prompt = prompt.to(x.dtype).expand(len(x), -1, -1)
+        x = torch.cat([x, prompt], dim=1)  # (B, 1 + patches + M, d)
+    x = _layer_norm(tower.ln_pre, x)
+    *blocks, final = tower.transformer.resblocks
+    for block in blocks:
+        x = run(partial(_image_block, block), x)
+    x = _layer_norm(tower.ln_post, run(partial(_final_image_block, final), x))  # (B, d)
+    return x @ tower.proj.to(x.dtype)
+
+
+def text_features(model: Any, tokens: Tensor, shared: Tensor | None, packing: Packing, run: Run) -> Tensor:
+    """Return the features (G N, D) of texts with own tokens (G, N, L, d) behind shared ones (G, P, d) or None."""
+    tokens = packing.pack(tokens)  # (T, d)
+    *blocks, final = model.transformer.resblocks
+    for block in blocks:
+        tokens, *rest = run(partial(_text_block, block, packing), tokens, *_present(shared))
+        shared = rest[0] if rest else None
+    last = run(partial(_final_text_block, final, packing), tokens, *_present(shared))  # (G N, d)
+    last = _layer_norm(model.ln_final, last)
+    return last @ model.text_projection.to(last.dtype)
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """Apply a layer norm in at least float32, whatever the towers' number type."""
+    high = torch.promote_types(x.dtype, torch.float32)
+    return layer_norm(x.to(high), norm.weight.to(high), norm.bias.to(high), norm.eps).to(x.dtype)
+
+
+def _projected(attn: nn.MultiheadAttention, x: Tensor, which: str = "qkv") -> Tensor:
+    """Return queries, keys, values of tokens (..., d) side by side, (..., 3 d), or only those that `which` names."""
+    first, last = "qkv".index(which[0]), "qkv".index(which[-1])
+    rows = slice(first * attn.embed_dim, (last + 1) * attn.embed_dim)
+    return F.linear(x, attn.in_proj_weight[rows], attn.in_proj_bias[rows])
+
+
+def _heads(attn: nn.MultiheadAttention, x: Tensor, which: str = "qkv") -> tuple[Tensor, ...]:
+    """Return the same, each as (..., heads, L, d / heads), of tokens (..., L, d)."""
+    return _split_heads(attn, _projected(attn, x, which))
+
+
+def _split_heads(attn: nn.MultiheadAttention, x: Tensor) -> tuple[Tensor, ...]:
+    """Split (..., L, k d) into k tensors (..., heads, L, d / heads)."""
+    x = x.unflatten(-1, (-1, attn.num_heads, attn.head_dim))  # (..., L, k, heads, d / heads)
+    return x.movedim(-3, 0).transpose(-3, -2).unbind()
+
+
+def _merge_heads(attn: nn.MultiheadAttention, x: Tensor) -> Tensor:
+    """Join (..., heads, L, d / heads) to (..., L, d) and apply the output projection."""
+    return F.linear(x.transpose(-3, -2).flatten(-2), attn.out_proj.weight, attn.out_proj.bias)
+
+
+def _mlp(mlp: Any, x: Tensor) -> Tensor:
+    """Apply CLIP's MLP to (..., d).
+
+    QuickGELU is h sigmoid(a h) = silu(a h) / a; `a` is folded into both matrix products, which leaves one elementwise pass.
+    """
+    flat, a = x.flatten(0, -2), ACTIVATION
+    hidden = torch.addmm(mlp.c_fc.bias, flat, mlp.c_fc.weight.T, beta=a, alpha=a)
+    return activate_and_project(hidden, mlp.c_proj.weight, mlp.c_proj.bias).view_as(x)
+
+
+def _image_block(block: Any, x: Tensor) -> Tensor:
+    """Apply one layer of the image tower: (B, L, d) -> (B, L, d)."""
+    attn = block.attn
+    qkv = _projected(attn, _layer_norm(block.ln_1, x))  # (B, L, 3 d)
+    if second_order_enabled() and not torch.is_autocast_enabled(qkv.device.type):
+        seen = self_attention(qkv, attn.num_heads)  # (B, L, d)
+        x = x + F.linear(seen, attn.out_proj.weight, attn.out_proj.bias)
+    else:
+        query, key, value = _split_heads(attn, qkv)
+        x = x + _merge_heads(attn, F.scaled_dot_product_attention(query, key, value))
+    return x + _mlp(block.mlp, _layer_norm(block.ln_2, x))
+
+
+def _final_image_block(block: Any, x: Tensor) -> Tensor:
+    """Apply the image tower's last layer for the class token only, the one that is read: (B, L, d) -> (B, d)."""
+    normed = _layer_norm(block.ln_1, x)
+    (query,) = _heads(block.attn, normed[:, :1], "q")  # (B, h, 1, d / h)
+    key, value = _heads(block.attn, normed, "kv")
+    start = x[:, :1] + _merge_heads(block.attn, F.scaled_dot_product_attention(query, key, value))
+    return (start + _mlp(block.mlp, _layer_norm(block.ln_2, start))).squeeze(1)
+
+
+class Packing:
+    """Texts of different lengths as one list of tokens; only attention works on the padded rectangle (G, N, L).
+
+    Args:
+        ends: (G, N) index of each text's end token.
+        length: L, positions of the rectangle.
+        before: P, positions that precede the texts of a group and are shared by them.
+    """
+
+    def __init__(self, ends: Tensor, length: int, before: int) -> None:
+        places = torch.arange(length, device=ends.device)
+        used = places <= ends[..., None]  # (G, N, L)
+        self.shape = used.shape
+        self.rows = used.flatten().nonzero().squeeze(1)  # (T,), positions of the rectangle that are in the list
+        self.ends = (ends.flatten() + 1).cumsum(0) - 1  # (G N,), in the list
+        # A text's position attends to all shared positions and to its own positions up to itself: (L, P + L).
+        self.visible = torch.ones(length, before + length, dtype=torch.bool, device=ends.device).tril(before)
+        # So an end token attends to every used position and to no padding: (G N, 1, 1, P + L).
+        self.visible_to_end = F.pad(used.flatten(0, 1), (before, 0), value=True)[:, None, None]
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Turn (G, N, L, d) into (T, d)."""
+        return x.flatten(0, 2).index_select(0, self.rows)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """Turn (T, d) into (G, N, L, d), zero where there is no token."""
+        empty = x.new_zeros(self.shape.numel(), x.shape[-1])
+        return empty.index_copy(0, self.rows, x).unflatten(0, self.shape)
+
+
+def _text_block(block: Any, packing: Packing, tokens: Tensor, shared: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Apply one layer of the text tower to the texts' own tokens (T, d) and to the shared ones (G, P, d), if any."""
+    attn, width = block.attn, tokens.shape[-1]
+    q, kv = _projected(attn, _layer_norm(block.ln_1, tokens)).split([width, 2 * width], -1)  # (T, 3 d)
+    (query,) = _split_heads(attn, packing.unpack(q))  # (G, N, h, L, d / h)
+    key, value = _split_heads(attn, packing.unpack(kv))
+    if shared is not None:
+        q, k, v = _heads(attn, _layer_norm(block.ln_1, shared))  # (G, h, P, d / h)
+        key, value = _behind(k, key), _behind(v, value)  # (G, N, h, P + L, d / h)
+        shared = shared + _merge_heads(attn, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+        shared = shared + _mlp(block.mlp, _layer_norm(block.ln_2, shared))
+    seen = F.scaled_dot_product_attention(
+        query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), attn_mask=packing.visible
+    )  # (G N, h, L, d / h)
+    seen = packing.pack(seen.transpose(1, 2).flatten(2).unflatten(0, packing.shape[:2]))  # (T, d)
+    tokens = tokens + F.linear(seen, attn.out_proj.weight, attn.out_proj.bias)
+    return tokens + _mlp(block.mlp, _layer_norm(block.ln_2, tokens)), *_present(shared)
+
+
+def _final_text_block(block: Any, packing: Packing, tokens: Tensor, shared: Tensor | None = None) -> Tensor:
+    """Apply the text tower's last layer for the end tokens only, the ones that are read: (T, d) -> (G N, d)."""
+    attn = block.attn
+    normed = _layer_norm(block.ln_1, tokens)
+    (query,) = _heads(attn, normed.index_select(0, packing.ends)[:, None], "q")  # (G N, h, 1, d / h)
+    kv = _projected(attn, normed, "kv")  # (T, 2 d)
+    key, value = _split_heads(attn, packing.unpack(kv))  # (G, N, h, L, d / h)
+    if shared is not None:
+        k, v = _heads(attn, _layer_norm(block.ln_1, shared), "kv")
+        key, value = _behind(k, key), _behind(v, value)  # (G, N, h, P + L, d / h)
+    seen = F.scaled_dot_product_attention(
+        query, key.flatten(0, 1), value.flatten(0, 1), attn_mask=packing.visible_to_end
+    )  # (G N, h, 1, d / h)
+    last = tokens.index_select(0, packing.ends) + _merge_heads(attn, seen).squeeze(1)
+    return last + _mlp(block.mlp, _layer_norm(block.ln_2, last))
+
+
+def _present(*tensors: Tensor | None) -> list[Tensor]:
+    return [x for x in tensors if x is not None]
+
+
+def _behind(shared: Tensor, own: Tensor) -> Tensor:
+    """Append each text's keys or values to the shared ones: (G, h, P, _), (G, N, h, L, _) -> (G, N, h, P + L, _)."""
+    return torch.cat([shared[:, None].expand(-1, own.shape[1], -1, -1, -1), own], dim=-2)
