@@ -7,7 +7,7 @@ from gram_meta.backbone.clip import load_backbone
 from gram_meta.config import load_meta_config
 from gram_meta.errors import GramError
 from gram_meta.method import bilevel
-from gram_meta.method.bilevel import lean_backward, meta_losses, task_gradients
+from gram_meta.method.bilevel import InnerLoop, lean_backward, meta_losses, task_gradients
 from gram_meta.method.episodes import TaskSet
 from gram_meta.method.memory_plan import plan
 from gram_meta.method.prompts import META_NET, ClassText, initial_meta_net, template_features
@@ -53,15 +53,15 @@ class Step:
         self.parameters = [*self.theta.values(), *self.regulator.parameters()]
 
     def whole(self, steps, regulate=None, first_order=False, scale=1.0):
-        losses = meta_losses(self.support, self.query, self.theta, 2, 0.05, steps, regulate, first_order, scale=scale)
+        inner = InnerLoop(0.05, steps, first_order, scale, regulate)
+        losses = meta_losses(self.support, self.query, self.theta, 2, inner).losses
         (losses.sum() * scale / 7).backward()
         return [losses.detach(), *(None if value is None else value / scale for value in self.taken())]
 
     def lean(self, steps, regulate=None, first_order=False, images=0, scale=1.0):
         support, query = self.support.parts(images), self.query.parts(images)
-        losses = lean_backward(
-            support, query, self.theta, 2, 0.05, steps, regulate, first_order, scale=scale, weight=1 / 7
-        )
+        inner = InnerLoop(0.05, steps, first_order, scale, regulate)
+        losses = lean_backward(support, query, self.theta, 2, inner, weight=1 / 7).losses
         return [losses, *self.taken()]
 
     def taken(self):

@@ -16,7 +16,7 @@ from gram_meta.backbone.clip import clip_module, load_backbone
 from gram_meta.config import load_meta_config
 from gram_meta.corpus.places import ImageReader, Places
 from gram_meta.errors import GramError
-from gram_meta.method.bilevel import for_each_task, meta_losses
+from gram_meta.method.bilevel import InnerLoop, for_each_task, meta_losses
 from gram_meta.method.checkpoint import load_meta_checkpoint
 from gram_meta.method.episodes import Episodes, TaskSet
 from gram_meta.method.meta_trainer import MetaTrainer, _Steps, _Timed
@@ -132,7 +132,7 @@ def test_meta_gradients_against_finite_differences(form, backbone, images):
 
     def total():
         regulate = lambda gradients: regulator(regulator.known(gradients))  # noqa: E731
-        return meta_losses(support, query, theta, 2, ALPHA, 1, regulate).sum()
+        return meta_losses(support, query, theta, 2, InnerLoop(ALPHA, regulate=regulate)).losses.sum()
 
     total().backward()
     for name, parameter in [*theta.items(), *regulator.named_parameters()]:

@@ -8,7 +8,7 @@ import torch
 
 from gram_meta.backbone.clip import load_backbone
 from gram_meta.errors import GramError
-from gram_meta.method.bilevel import adapt, for_each_task, inner_products, meta_losses, task_gradients
+from gram_meta.method.bilevel import InnerLoop, for_each_task, inner_path, inner_products, meta_losses, task_gradients
 from gram_meta.method.episodes import TaskSet
 from gram_meta.method.prompts import ClassText
 from gram_meta.method.regulator import GradientRegulator, RegulatorConfig
@@ -53,7 +53,7 @@ def curved_regulator(seed=7, **form):
 
 
 def total(sides, theta, regulator, steps=1, first_order=False):
-    return meta_losses(*sides, theta, 3, ALPHA, steps, regulator, first_order).sum()
+    return meta_losses(*sides, theta, 3, InnerLoop(ALPHA, steps, first_order, regulate=regulator)).losses.sum()
 
 
 def slope(function, h=1e-5):
@@ -217,8 +217,9 @@ def test_first_order_is_the_query_gradient_at_the_adapted_prompts(sides, theta):
     theta["text"].requires_grad_()
     regulator = curved_regulator()
     first = torch.autograd.grad(total(sides, theta, regulator, first_order=True), theta["text"], retain_graph=True)[0]
-    adapted = adapt(sides[0], for_each_task(theta, 3), ALPHA, 1, regulator, first_order=True)
-    copies = {"text": adapted["text"].detach().requires_grad_()}
+    inner = InnerLoop(ALPHA, first_order=True, regulate=regulator)
+    (step,) = inner_path([sides[0]], for_each_task(theta, 3), inner, keep_graph=True)
+    copies = {"text": step.after["text"].detach().requires_grad_()}
     torch.testing.assert_close(first, task_gradients(sides[1], copies)["text"].sum(0))
     second = torch.autograd.grad(total(sides, theta, regulator), theta["text"])[0]
     assert (first - second).norm() / second.norm() > 1e-3  # they are not the same thing
@@ -244,7 +245,7 @@ def test_taylor_expansion_of_the_meta_objective(sides, theta):
     flat = sides[1](prompts)
 
     def gap(alpha):
-        exact = meta_losses(*sides, theta, 3, alpha, 1, regulator)
+        exact = meta_losses(*sides, theta, 3, InnerLoop(alpha, regulate=regulator)).losses
         return (exact - (flat - alpha * (regulated * query).sum((1, 2)))).abs().max().item()
 
     assert gap(1e-2) > 0

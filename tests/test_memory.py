@@ -18,7 +18,7 @@ from gram_meta.coop import launch
 from gram_meta.engine import build_trainer, set_random_seed
 from gram_meta.errors import GramError
 from gram_meta.method import prompts as around
-from gram_meta.method.bilevel import meta_losses, twice_differentiable
+from gram_meta.method.bilevel import InnerLoop, meta_losses, twice_differentiable
 from gram_meta.method.prompts import ClassText, ConditionalCLIP, PromptedCLIP, initial_meta_net, initial_prompts
 from gram_meta.trainers import memory
 from gram_meta.trainers.coop import PlacedText
@@ -206,7 +206,7 @@ def test_checkpointed_meta_gradients_are_exact(exact, kinds, steps):
         return loss
 
     def run(**options):
-        result = meta_losses(losses(0), losses(1), theta, 2, 5.0, steps, **options).sum()
+        result = meta_losses(losses(0), losses(1), theta, 2, InnerLoop(5.0, steps, **options)).losses.sum()
         return result, *torch.autograd.grad(result, list(theta.values()))
 
     plain, again = both_ways(exact, run)

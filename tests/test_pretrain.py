@@ -161,8 +161,9 @@ def test_a_loss_that_is_not_finite_names_step_and_task(store, tmp_path, monkeypa
     run = trainer(store, tmp_path)
 
     def poisoned(*args):
-        losses = meta_losses(*args)
-        return losses * torch.tensor([1.0, float("nan")]) if run.optimiser.state else losses
+        result = meta_losses(*args)
+        factor = torch.tensor([1.0, float("nan")]) if run.optimiser.state else 1.0
+        return result._replace(losses=result.losses * factor)
 
     monkeypatch.setattr(module, "meta_losses", poisoned)
     with pytest.raises(GramError) as error:

@@ -214,8 +214,9 @@ def test_a_loss_that_is_not_finite_anywhere_is_told_once(pixel_corpus, tmp_path,
     plain = module.meta_losses
 
     def poisoned(*args):
-        losses = plain(*args)
-        return losses * float("nan") if threading.current_thread() is unlucky else losses
+        result = plain(*args)
+        factor = float("nan") if threading.current_thread() is unlucky else 1.0
+        return result._replace(losses=result.losses * factor)
 
     monkeypatch.setattr(module, "meta_losses", poisoned)
 

@@ -7,7 +7,7 @@ import torch
 
 from gram_meta.backbone.clip import load_backbone
 from gram_meta.method import profiling
-from gram_meta.method.bilevel import meta_losses
+from gram_meta.method.bilevel import InnerLoop, meta_losses
 from gram_meta.method.episodes import TaskSet
 from gram_meta.method.profiling import EVALUATION, IMAGE_TOWER, OPTIMISER, OTHER, REGULATOR, TEXT_TOWER, Profile
 from gram_meta.method.prompts import ClassText
@@ -102,7 +102,7 @@ def test_numbers_stay_the_same_and_held_out_tasks_stay_out_of_the_step():
     regulator = GradientRegulator({"text": 64, "visual": 64})
 
     def gradients():
-        losses = meta_losses(*sides, theta, 2, 0.01, 1, regulator.of_known)
+        losses = meta_losses(*sides, theta, 2, InnerLoop(0.01, regulate=regulator.of_known)).losses
         return torch.autograd.grad(losses.sum(), [*theta.values(), *regulator.parameters()])
 
     expected = gradients()

@@ -1,38 +1,101 @@
-"""Inner adaptation and the meta-objective (Eq. 4, 7 and 10), for a batch of tasks at once.
+"""The inner loop and the meta-objective for a batch of tasks (Eq. 4, 7, 8, 9, 10, 12; Sec. 3.3 and 3.4).
 
 Prompts are dicts of tensors; a leading axis B gives each task its own. A loss function maps such prompts to one loss per
-task, (B,). As the prompts of different tasks are separate leaves, the gradient of the summed loss is each task's own
-gradient, so a batch of tasks is one forward and one backward pass.
+task, (B,). The prompts of different tasks are separate leaves, so the gradient of the summed loss is each task's own
+gradient, and a batch of tasks needs one forward and one backward pass.
+
+Eq. 7 is `descend`. `inner_path` repeats it; meta-training, `lean_backward` and the evaluation all walk this path.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from yacs.config import CfgNode
 
 from gram_meta.backbone.second_order import twice_differentiable
+from gram_meta.errors import GramError
 
 Prompts = Mapping[str, Tensor]  # kind -> (B, M, d)
 Losses = Callable[[Prompts], Tensor]  # prompts -> (B,)
 Regulate = Callable[[Prompts], Prompts]  # gradients -> gradients of the same shapes
 
-_PROMPT_SIZE = 2.0**-5  # about what an entry of a prompt has
+FP16_SCALE = 256.0  # loss scale under fp16; docs/SCALING.md has the measurement
+_PROMPT_SIZE = 2.0**-5  # the usual size of a prompt's entries
+
+
+@dataclass(frozen=True)
+class InnerLoop:
+    """Settings of the inner loop (Eq. 4, 7).
+
+    Attributes:
+        alpha: step size.
+        steps: number of gradient steps.
+        first_order: treat the raw gradients as constants; R^phi still learns through its own output.
+        scale: loss scale under fp16, as for `task_gradients`.
+        regulate: R^phi; it may leave out kinds, which then take a plain gradient step. None is plain MAML (Eq. 4).
+    """
+
+    alpha: float = 0.01
+    steps: int = 1
+    first_order: bool = False
+    scale: float = 1.0
+    regulate: Regulate | None = None
+
+    @classmethod
+    def from_config(cls, config: CfgNode, regulate: Regulate | None = None) -> InnerLoop:
+        """Read INNER and, for the loss scale, BACKBONE.
+
+        Raises:
+            GramError: no inner step.
+        """
+        inner = config.INNER
+        if inner.STEPS < 1:
+            raise GramError(f"INNER.STEPS: expected at least 1, found {inner.STEPS}")
+        scale = config.BACKBONE.LOSS_SCALE or (FP16_SCALE if config.BACKBONE.PRECISION == "fp16" else 1.0)
+        return cls(inner.ALPHA, inner.STEPS, inner.FIRST_ORDER, scale, regulate)
+
+
+class InnerStep(NamedTuple):
+    """One step of the inner loop; each field (B, M, d) by kind.
+
+    `raw` is the gradient of the support loss at `prompts`, `regulated` is R^phi of it, `after` the prompts after the step.
+    """
+
+    prompts: Prompts
+    raw: Prompts
+    regulated: Prompts
+    after: Prompts
+
+
+class MetaLosses(NamedTuple):
+    """The summands of Eq. 10, and what the inner loop saw.
+
+    `losses` (tasks,): the query losses after adaptation. `norms`: for each inner step and each kind the norms (tasks,) of
+    the raw support gradients.
+    """
+
+    losses: Tensor
+    norms: list[dict[str, Tensor]]
 
 
 def for_each_task(theta: Prompts, tasks: int) -> dict[str, Tensor]:
-    """theta (M, d) by kind -> (tasks, M, d), one copy a task, still connected to theta."""
+    """Copy theta, (M, d) by kind, to (tasks, M, d), one copy a task, still connected to theta."""
     return {kind: value.expand(tasks, *value.shape) for kind, value in theta.items()}
 
 
 def task_gradients(
     losses: Losses, prompts: Prompts, create_graph: bool = False, scale: float = 1.0
 ) -> dict[str, Tensor]:
-    """Each task's gradient of its own loss at its own prompts, (B, M, d) by kind.
+    """Return each task's gradient of its own loss at its own prompts, (B, M, d) by kind.
 
-    `scale`: a power of two that the loss is multiplied by and the gradients are divided by, so that small gradients survive
-    towers in fp16.
+    `scale` is a power of two: the loss is multiplied by it and the gradients are divided by it, so that small gradients
+    survive towers in fp16.
     """
     kinds = list(prompts)
     total = losses(prompts).sum()
@@ -44,63 +107,57 @@ def task_gradients(
     return dict(zip(kinds, gradients, strict=True))
 
 
-def adapt(
-    support_losses: Losses,
-    prompts: Prompts,
-    alpha: float,
-    steps: int = 1,
-    regulate: Regulate | None = None,
-    first_order: bool = False,
-    scale: float = 1.0,
-) -> dict[str, Tensor]:
-    """Adapt each task's prompts: `steps` times theta <- theta - alpha R(grad L(theta, support)), Eq. 7.
+def descend(prompts: Prompts, raw: Prompts, inner: InnerLoop) -> InnerStep:
+    """Take one step of Eq. 7, theta <- theta - alpha R(g), with the raw gradients g at `prompts`.
+
+    Parameters without a regulator take a plain gradient step (Eq. 4).
+    """
+    regulated = {**raw, **inner.regulate(raw)} if inner.regulate is not None else raw
+    after = {kind: value - inner.alpha * regulated[kind] for kind, value in prompts.items()}
+    return InnerStep(prompts, raw, regulated, after)
+
+
+def inner_path(
+    support: Sequence[Losses], prompts: Prompts, inner: InnerLoop, keep_graph: bool = False
+) -> Iterator[InnerStep]:
+    """Yield the steps of the inner loop from `prompts` on, `inner.steps` of them.
 
     Args:
-        support_losses: prompts (B, M, d) -> support loss of each task (B,).
-        prompts: where to start, (B, M, d) by kind; must require gradients.
-        alpha: inner learning rate.
-        steps: inner steps.
-        regulate: R^phi; None is plain MAML, Eq. 4.
-        first_order: treat the raw gradients as constants; R^phi still learns through its own output.
-        scale: of the loss, as in `task_gradients`.
-
-    Returns:
-        Adapted prompts (B, M, d), differentiable with respect to `prompts` and to the parameters of `regulate`.
+        support: functions whose sum is the support loss of each task, prompts (B, M, d) -> (B,).
+        prompts: the initialisation, (B, M, d) by kind.
+        inner: settings of the loop.
+        keep_graph: False: each step starts from leaves, and no graph outlives it. True: `after` is differentiable with
+            respect to `prompts`, which must require gradients, and to the parameters of R^phi.
     """
-    for _ in range(steps):
-        if first_order:
-            gradients = task_gradients(support_losses, prompts, scale=scale)
-        else:
-            with twice_differentiable():
-                gradients = task_gradients(support_losses, prompts, create_graph=True, scale=scale)
-        prompts = descend(prompts, gradients, alpha, regulate)
-    return dict(prompts)
+    second_order = keep_graph and not inner.first_order
+    for _ in range(inner.steps):
+        if not keep_graph:
+            prompts = as_leaves(prompts)
+        with twice_differentiable() if second_order else nullcontext():
+            raw = total_of(task_gradients(part, prompts, second_order, inner.scale) for part in support)
+        with torch.set_grad_enabled(keep_graph):
+            step = descend(prompts, raw, inner)
+        yield step
+        prompts = step.after
 
 
-def descend(prompts: Prompts, gradients: Prompts, alpha: float, regulate: Regulate | None = None) -> dict[str, Tensor]:
-    """One step of Eq. 7 with the raw gradients at `prompts`; parameters that R^phi does not know go by their raw one."""
-    if regulate is not None:
-        gradients = {**gradients, **regulate(gradients)}
-    return {kind: value - alpha * gradients[kind] for kind, value in prompts.items()}
+def meta_losses(support: Losses, query: Losses, theta: Prompts, tasks: int, inner: InnerLoop) -> MetaLosses:
+    """Return the query loss of each task after its adaptation, the summands of Eq. 10, in one graph.
 
+    `.losses.sum().backward()` (or `.mean()`) gives the meta-gradients of Eq. 8 and 9.
 
-def meta_losses(
-    support_losses: Losses,
-    query_losses: Losses,
-    theta: Prompts,
-    tasks: int,
-    alpha: float,
-    steps: int = 1,
-    regulate: Regulate | None = None,
-    first_order: bool = False,
-    scale: float = 1.0,
-) -> Tensor:
-    """Query loss of each task after its adaptation, (tasks,): the summands of Eq. 10.
-
-    `.sum().backward()` (or `.mean()`) gives the meta-gradients of Eq. 8 and 9.
+    Args:
+        support, query: prompts (tasks, M, d) -> loss of each task (tasks,).
+        theta: the initialisation, (M, d) by kind; must require gradients.
+        tasks: how many tasks the losses are of.
+        inner: settings of the adaptation.
     """
-    adapted = adapt(support_losses, for_each_task(theta, tasks), alpha, steps, regulate, first_order, scale)
-    return query_losses(adapted)
+    prompts: Prompts = for_each_task(theta, tasks)
+    norms = []
+    for step in inner_path([support], prompts, inner, keep_graph=True):
+        norms.append(_norms(step.raw))
+        prompts = step.after
+    return MetaLosses(query(prompts), norms)
 
 
 def lean_backward(
@@ -108,45 +165,35 @@ def lean_backward(
     query: Sequence[Losses],
     theta: Prompts,
     tasks: int,
-    alpha: float,
-    steps: int = 1,
-    regulate: Regulate | None = None,
-    first_order: bool = False,
-    scale: float = 1.0,
+    inner: InnerLoop,
     weight: float = 1.0,
-) -> Tensor:
-    """The same query losses as `meta_losses`, (tasks,), and the same meta-gradients, in less memory.
+) -> MetaLosses:
+    """Compute the losses of `meta_losses` and add their meta-gradients to `.grad` of theta and phi, in less memory.
 
-    It adds `weight` times the gradient of the losses' sum to `.grad` of theta and of phi. The chain rule of Eq. 8 is walked
-    by hand: support gradients without a graph, adaptation, the query gradient v, whose graph is gone before the next
-    one stands, and from the last inner step back to the first v <- v + H u, with u what v becomes on its way back through
-    R^phi to the support gradient, and H the Hessian of the support loss, whose product with u is exact (a second
-    backward pass over the support set). So the largest graph is that of the query set or that of a support set's second
-    derivative, not their sum; and as each of them is a sum over images, it can be had some images at a time. All passes
-    but the last kind may use fused attention. The price is one more first-order pass over the support set.
+    The added gradient is `weight` times that of the losses' sum. The chain rule of Eq. 8 is walked by hand. First the
+    inner loop runs without a graph. Then the gradient v of the query loss is taken, and its graph is freed. Then each
+    inner step, from the last to the first, replaces v by v + H u: u is v after its way back through R^phi to the raw
+    support gradient, and H is the Hessian of the support loss. The product H u is exact (a second backward pass over the
+    support set). So the largest graph is that of the query set or that of one second derivative, not their sum. Each
+    of them is a sum over images, so it can be computed for some images at a time. Only the passes of H u need attention
+    with a second derivative. The price is one more first-order pass over the support set.
 
-    Under fp16 each of these passes has numbers of a size of its own: u is brought to the size of a prompt for the product
-    with H, which is linear in u, and taken back afterwards.
+    Under fp16 each of these passes has values of its own size: u is scaled to the size of a prompt for the product with
+    H, which is linear in u, and scaled back afterwards.
 
     Args:
         support, query: functions whose sum over the sequence is a side's loss for each task.
-        theta, tasks, alpha, steps, regulate, first_order, scale: as for `meta_losses`.
-        weight: of the sum; 1 / B makes it the mean over a batch.
+        theta, tasks, inner: as for `meta_losses`.
+        weight: factor of the sum; 1 / B makes it the mean over a batch.
     """
-    kinds = list(theta)
-    path: list[dict[str, Tensor]] = []  # each inner step's prompts and raw gradients
-    raws: list[dict[str, Tensor]] = []
-    prompts = {kind: value.detach().clone() for kind, value in for_each_task(theta, tasks).items()}
-    for _ in range(steps):
-        path.append({kind: value.requires_grad_() for kind, value in prompts.items()})
-        raws.append(total_of(task_gradients(part, path[-1], scale=scale) for part in support))
-        with torch.no_grad():
-            prompts = descend(path[-1], raws[-1], alpha, regulate)
+    prompts: Prompts = for_each_task(theta, tasks)
+    path = list(inner_path(support, prompts, inner))
+    if path:
+        prompts = path[-1].after
 
-    adapted = {kind: value.detach().requires_grad_() for kind, value in prompts.items()}
     losses: list[Tensor] = []
 
-    def remembered(part: Losses) -> Losses:
+    def recorded(part: Losses) -> Losses:
         def of(at: Prompts) -> Tensor:
             value = part(at)
             losses.append(value.detach())
@@ -154,34 +201,32 @@ def lean_backward(
 
         return of
 
-    v = total_of(task_gradients(remembered(part), adapted, scale=scale) for part in query)
+    adapted = as_leaves(prompts)
+    v = total_of(task_gradients(recorded(part), adapted, scale=inner.scale) for part in query)
     v = {kind: weight * value for kind, value in v.items()}
-    for at, raw in zip(reversed(path), reversed(raws), strict=True):
-        u = _back_through_update(at, raw, v, alpha, regulate)
-        if not first_order:
-            v = total_of([v, *(_hessian_product(part, at, u, scale) for part in support)])
-    for kind in kinds:
-        summed, have = v[kind].sum(dim=0), theta[kind].grad
-        theta[kind].grad = summed if have is None else have + summed
-    return torch.stack(losses).sum(dim=0)
+    for step in reversed(path):
+        u = _back_through_update(step, v, inner)
+        if not inner.first_order:
+            v = total_of([v, *(_hessian_product(part, step.prompts, u, inner.scale) for part in support)])
+    for kind, value in theta.items():
+        summed = v[kind].sum(dim=0)
+        value.grad = summed if value.grad is None else value.grad + summed
+    return MetaLosses(torch.stack(losses).sum(dim=0), [_norms(step.raw) for step in path])
 
 
-def _back_through_update(
-    prompts: Prompts, raw: Prompts, v: Prompts, alpha: float, regulate: Regulate | None
-) -> dict[str, Tensor]:
-    """The gradient u of an inner step's raw gradients, from the one behind it, v; phi's share is added to its `.grad`."""
-    kinds = list(prompts)
-    raw = {kind: value.detach().requires_grad_() for kind, value in raw.items()}
-    moved = descend({kind: prompts[kind].detach() for kind in kinds}, raw, alpha, regulate)
-    torch.autograd.backward([moved[kind] for kind in kinds], [v[kind] for kind in kinds])
+def _back_through_update(step: InnerStep, v: Prompts, inner: InnerLoop) -> dict[str, Tensor]:
+    """Return u, the gradient at the step's raw gradients, given v at its result; add phi's share to phi's `.grad`."""
+    raw = as_leaves(step.raw)
+    after = descend({kind: value.detach() for kind, value in step.prompts.items()}, raw, inner).after
+    torch.autograd.backward([after[kind] for kind in v], [v[kind] for kind in v])
     return {kind: torch.zeros_like(value) if value.grad is None else value.grad for kind, value in raw.items()}
 
 
 def _hessian_product(losses: Losses, prompts: Prompts, u: Prompts, scale: float) -> dict[str, Tensor]:
-    """H u by kind, for each task its own, with H the second derivative of `losses` at `prompts`."""
+    """Return H u by kind, for each task its own, with H the second derivative of `losses` at `prompts`."""
     kinds = list(prompts)
     sizes: Tensor | float = 1.0
-    if scale != 1:  # a power of two for each task, so that nothing is rounded by it
+    if scale != 1:  # a power of two for each task, so that it rounds nothing
         largest = torch.stack([each.flatten(1).abs().amax(dim=1) for each in u.values()]).amax(dim=0)  # (B,)
         sizes = torch.exp2(torch.floor(torch.log2(largest.clamp_min(1e-30)))) / _PROMPT_SIZE
     with twice_differentiable():
@@ -194,20 +239,34 @@ def _hessian_product(losses: Losses, prompts: Prompts, u: Prompts, scale: float)
     return {kind: _over(product, scale / sizes) for kind, product in zip(kinds, products, strict=True)}
 
 
+def as_leaves(values: Prompts) -> dict[str, Tensor]:
+    """Return the same values as leaves that require gradients."""
+    return {kind: value.detach().requires_grad_() for kind, value in values.items()}
+
+
 def total_of(parts: Iterable[Prompts]) -> dict[str, Tensor]:
-    """The sum, kind by kind; one after the other, so that only one part's graph stands at a time."""
+    """Return the sum, kind by kind. It takes one part after the other, so that one part's graph exists at a time."""
     total: dict[str, Tensor] = {}
     for part in parts:
         total = {kind: total[kind] + value if total else value for kind, value in part.items()}
     return total
 
 
+def norms_by_task(gradient: Tensor) -> Tensor:
+    """Return the norm of each task's gradient, (B,) of (B, M, d)."""
+    return gradient.flatten(1).norm(dim=1)
+
+
+def _norms(gradients: Prompts) -> dict[str, Tensor]:
+    return {kind: norms_by_task(value.detach()) for kind, value in gradients.items()}
+
+
 def _over(value: Tensor, sizes: Tensor | float) -> Tensor:
-    """Each task's values (B, ...) divided by its own number."""
+    """Divide each task's values (B, ...) by its own number."""
     return value / (sizes.view(-1, *(1,) * (value.dim() - 1)) if isinstance(sizes, Tensor) else sizes)
 
 
 def inner_products(a: Prompts, b: Prompts) -> Tensor:
-    """Normalised inner product of two gradients, over all kinds, for each task (B,): Eq. 12 and Fig. 3b."""
+    """Return the normalised inner product of two gradients over all kinds, for each task (B,): Eq. 12 and Fig. 3b."""
     flat_a, flat_b = (torch.cat([g[k].flatten(1) for k in sorted(g)], dim=1) for g in (a, b))
     return torch.nn.functional.cosine_similarity(flat_a, flat_b, dim=1)

@@ -21,7 +21,7 @@ from gram_meta.config import stored_config
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
 from gram_meta.intervals import half_width
-from gram_meta.method.bilevel import descend, for_each_task, inner_products, task_gradients
+from gram_meta.method.bilevel import InnerLoop, for_each_task, inner_path, inner_products, norms_by_task, task_gradients
 from gram_meta.method.checkpoint import MetaCheckpoint
 from gram_meta.method.episodes import Episodes, initial_theta
 from gram_meta.method.regulator import GradientRegulator
@@ -127,20 +127,22 @@ def evaluate_adaptation(
         for episode in episodes.of([drawn[i : i + batch] for i in range(0, tasks, batch)]):
             for start, theta in starts.items():
                 for form, regulate in forms.items():
-                    prompts = _leaves(for_each_task(theta, len(episode.tasks)))
-                    for step in range(max(steps) + 1):
-                        if step in steps:
+                    prompts: Gradients = for_each_task(theta, len(episode.tasks))
+                    inner = InnerLoop(config.INNER.ALPHA, max(steps), regulate=regulate)
+                    path = inner_path([episode.support], prompts, inner)
+                    for number in range(max(steps) + 1):
+                        if number in steps:
                             with torch.no_grad():
                                 scores = episode.query.logits(prompts)
                                 values = episode.query.losses_of(scores), episode.query.accuracies_of(scores)
-                            seen.setdefault((start, form, step), []).append(values)
-                        if step == max(steps):
+                            seen.setdefault((start, form, number), []).append(values)
+                        if (step := next(path, None)) is None:
                             break
-                        raw = task_gradients(episode.support, prompts)
-                        if step == 0 and start == "theta*":
-                            ahead = task_gradients(episode.query, prompts)
-                            alignment.setdefault(form, []).append(_alignment(raw, regulate, ahead, checkpoint))
-                        prompts = _leaves(descend(prompts, raw, config.INNER.ALPHA, regulate))
+                        if number == 0 and start == "theta*":
+                            ahead = task_gradients(episode.query, step.prompts)
+                            pair = ({kind: g[kind] for kind in checkpoint.prompts} for g in (step.regulated, ahead))
+                            alignment.setdefault(form, []).append(inner_products(*pair))
+                        prompts = step.after
             bar.update(len(episode.tasks))
     lines = [
         Line(start, form, [_cell(step, seen[start, form, step]) for step in sorted(set(steps))])
@@ -162,33 +164,13 @@ def _forms(regulator: GradientRegulator | None) -> dict[str, Callable[[Gradients
     if regulator is None:
         return {"raw": None}
 
-    regulated = torch.no_grad()(regulator.of_known)
-
-    @torch.no_grad()
-    def stretched(gradients: Gradients) -> Gradients:
+    def stretched(raw: Gradients) -> Gradients:
         return {
-            kind: gradients[kind] * (_norm(value) / _norm(gradients[kind]).clamp_min(1e-12))
-            for kind, value in regulated(gradients).items()
+            kind: raw[kind] * (norms_by_task(value) / norms_by_task(raw[kind]).clamp_min(1e-12))[:, None, None]
+            for kind, value in regulator.of_known(raw).items()
         }
 
-    return {"R on": regulated, "R off": None, "R off, same length": stretched}
-
-
-def _norm(gradient: Tensor) -> Tensor:
-    """Norm of each task's gradient, (B, 1, 1) of (B, M, d)."""
-    return gradient.flatten(1).norm(dim=1)[:, None, None]
-
-
-def _leaves(prompts: Gradients) -> dict[str, Tensor]:
-    return {name: value.detach().requires_grad_() for name, value in prompts.items()}
-
-
-def _alignment(
-    raw: Gradients, regulate: Callable[[Gradients], Gradients] | None, ahead: Gradients, checkpoint: MetaCheckpoint
-) -> Tensor:
-    """(B,) cosines with the query gradient, over the prompts."""
-    used = {**raw, **(regulate(raw) if regulate else {})}
-    return inner_products(*({kind: g[kind] for kind in checkpoint.prompts} for g in (used, ahead)))
+    return {"R on": regulator.of_known, "R off": None, "R off, same length": stretched}
 
 
 def _start_name(words: str) -> str:

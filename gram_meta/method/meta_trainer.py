@@ -36,11 +36,14 @@ from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike, atomic_write, read_json, write_json
 from gram_meta.method.bilevel import (
-    descend,
+    InnerLoop,
+    MetaLosses,
     for_each_task,
+    inner_path,
     inner_products,
     lean_backward,
     meta_losses,
+    norms_by_task,
     task_gradients,
     total_of,
 )
@@ -61,7 +64,6 @@ _STATE = "state.pt"
 _FACTS = "run.json"
 _LOG = "log.jsonl"
 _PROFILE = "profile.json"
-_FP16_SCALE = 256.0  # docs/SCALING.md has the measurement
 
 T = TypeVar("T")
 
@@ -156,14 +158,13 @@ class MetaTrainer:
         self.episodes = Episodes(self.backbone, store, words, config)
         self.own = job.run_of(config.OUTER.BATCH)  # this process's tasks of a batch
         self.plan = plan(config, self.backbone, len(self.own), budget_of(config, self.backbone.device))
-        self.scale = config.BACKBONE.LOSS_SCALE or (_FP16_SCALE if config.BACKBONE.PRECISION == "fp16" else 1.0)
 
         self.theta = initial_theta(self.backbone, config)
         self.kinds = sorted(set(self.theta) & set(KINDS))  # the prompts; the rest stays out of R^phi
         self.regulator = self._regulator()
+        self.inner = InnerLoop.from_config(config, None if self.regulator is None else self.regulator.of_known)
         self.optimiser = self._optimiser()
         self.norms: list[Tensor] = []  # raw support gradients' norms, (B, kinds) for each inner step
-        self._seen_norms: list[Tensor] = []  # those of this process's tasks in the step under way
         self.best: dict[str, float] = {}
         self.profile: Profile | None = None
         self.asked = _Sigterm()
@@ -247,9 +248,8 @@ class MetaTrainer:
         config = self.config
         self._set_learning_rates(step)
         self.optimiser.zero_grad(set_to_none=True)
-        self._seen_norms = []
-        losses = self._backward(episode) if episode is not None else self._nothing()
-        losses, norms, given_up, stop = self._exchange(losses, episode is None, self.asked.wanted)
+        losses, norms = self._backward(episode) if episode is not None else self._nothing()
+        losses, norms, given_up, stop = self._exchange(losses, norms, episode is None, self.asked.wanted)
         if given_up:
             return None, True
         self._check_finite(losses, step)
@@ -262,64 +262,71 @@ class MetaTrainer:
             self.optimiser.step()
         return losses.mean().item(), stop
 
-    def _backward(self, episode: Episode) -> Tensor:
-        """This process's part of the meta-gradient, into `.grad`; returns the query losses of its tasks after adaptation."""
-        config, inner_loop, done = self.config, self.config.INNER, []
-        inner = (inner_loop.ALPHA, inner_loop.STEPS, self._recorded_regulate, inner_loop.FIRST_ORDER, self.scale)
-        weight = 1 / config.OUTER.BATCH
+    def _backward(self, episode: Episode) -> tuple[Tensor, Tensor]:
+        """Add this process's part of the meta-gradient to `.grad`.
+
+        Returns:
+            The query losses (b,) of its tasks after adaptation, and the norms (inner steps, b, kinds) of their raw support
+            gradients.
+        """
+        done = []
         for part in episode.parts(self.plan.tasks):
-            tasks = len(part.tasks)
-            if config.OUTER.META and self.plan.lean:
-                support, query = part.support.parts(self.plan.images), part.query.parts(self.plan.images)
-                done.append(lean_backward(support, query, self.theta, tasks, *inner, weight=weight))
-            elif config.OUTER.META:
-                losses = meta_losses(part.support, part.query, self.theta, tasks, *inner)
-                self._add_gradients(losses)
-                done.append(losses.detach())
-            else:  # plain pre-training on the query sets, which hold all domains; no inner loop (Table 6, row 3)
-                pieces = []
-                for some in part.query.parts(self.plan.images):
-                    losses = some(for_each_task(self.theta, tasks))
-                    self._add_gradients(losses)
-                    pieces.append(losses.detach())
-                done.append(torch.stack(pieces).sum(dim=0) if len(pieces) > 1 else pieces[0])
-        if self.scale != 1 and not self.plan.lean:
+            if not self.config.OUTER.META:
+                done.append(self._plain_losses(part))
+            elif self.plan.lean:
+                done.append(self._lean_losses(part))
+            else:
+                result = meta_losses(part.support, part.query, self.theta, len(part.tasks), self.inner)
+                self._add_gradients(result.losses)
+                done.append(result._replace(losses=result.losses.detach()))
+        if self.inner.scale != 1 and not self.plan.lean:
             for parameter in self._parameters():
                 if parameter.grad is not None:
-                    parameter.grad /= self.scale
-        return torch.cat(done)
+                    parameter.grad /= self.inner.scale
+        norms = [torch.stack([_by_kind(step, self.kinds) for step in each.norms]) for each in done if each.norms]
+        losses = torch.cat([each.losses for each in done])
+        return losses, torch.cat(norms, dim=1) if norms else losses.new_zeros(0, len(losses), len(self.kinds))
+
+    def _lean_losses(self, part: Episode) -> MetaLosses:
+        support, query = part.support.parts(self.plan.images), part.query.parts(self.plan.images)
+        return lean_backward(support, query, self.theta, len(part.tasks), self.inner, 1 / self.config.OUTER.BATCH)
+
+    def _plain_losses(self, part: Episode) -> MetaLosses:
+        """Prompt pre-training on the query sets, which hold all domains; no inner loop (Table 6, row 3)."""
+        pieces = []
+        for some in part.query.parts(self.plan.images):
+            losses = some(for_each_task(self.theta, len(part.tasks)))
+            self._add_gradients(losses)
+            pieces.append(losses.detach())
+        return MetaLosses(torch.stack(pieces).sum(dim=0) if len(pieces) > 1 else pieces[0], [])
 
     def _add_gradients(self, losses: Tensor) -> None:
-        """Those of the losses' sum over B, times the loss scale."""
+        """Add the gradients of the losses' sum over B, times the loss scale."""
         total = losses.sum() / self.config.OUTER.BATCH
-        (total if self.scale == 1 else total * self.scale).backward()
+        (total if self.inner.scale == 1 else total * self.inner.scale).backward()
 
-    def _nothing(self) -> Tensor:
+    def _nothing(self) -> tuple[Tensor, Tensor]:
         """Gradients of zero, for a step that this process gives up, and no losses that anybody will look at."""
         for parameter in self._parameters():
             parameter.grad = torch.zeros_like(parameter)
-        return torch.zeros(len(self.own), device=self.backbone.device)
+        losses = torch.zeros(len(self.own), device=self.backbone.device)
+        return losses, losses.new_zeros(0, len(self.own), len(self.kinds))
 
-    def _exchange(self, losses: Tensor, given_up: bool, stop: bool) -> tuple[Tensor, Tensor, bool, bool]:
+    def _exchange(self, losses: Tensor, norms: Tensor, given_up: bool, stop: bool) -> tuple[Tensor, Tensor, bool, bool]:
         """Sum the gradients over all processes; in the same exchange, everybody's losses, gradient norms and wishes.
 
         Returns:
             Losses (B,), norms (inner steps * B, kinds) on the CPU, whether anybody gives the step up, and whether anybody
             wants to stop.
         """
-        norms = losses.new_zeros(0, 0, len(self.kinds))
-        if self._seen_norms:
-            norms = _by_inner_step(self._seen_norms, self.config.INNER.STEPS)  # (steps, b, kinds)
         if self.job.size == 1:
             return losses, norms.flatten(0, 1).cpu(), given_up, stop
         with self._region(EXCHANGE):
             gradients = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
-            whole = gradients[0].new_zeros(2 + self.config.OUTER.BATCH * (1 + self._norms_per_task()))
-            wishes, theirs, all_norms = whole.split(
-                [2, self.config.OUTER.BATCH, len(whole) - 2 - self.config.OUTER.BATCH]
-            )
-            steps = self.config.INNER.STEPS if self.config.OUTER.META else 0
-            all_norms = all_norms.view(steps, self.config.OUTER.BATCH, len(self.kinds))
+            batch, steps = self.config.OUTER.BATCH, self.config.INNER.STEPS if self.config.OUTER.META else 0
+            whole = gradients[0].new_zeros(2 + batch * (1 + steps * len(self.kinds)))
+            wishes, theirs, all_norms = whole.split([2, batch, len(whole) - 2 - batch])
+            all_norms = all_norms.view(steps, batch, len(self.kinds))
             mine = slice(self.own.start, self.own.stop)
             theirs[mine] = losses
             if len(norms):
@@ -328,15 +335,6 @@ class MetaTrainer:
             self.job.add([*gradients, whole])
             given_up, stop = (wishes > 0).tolist()
         return theirs, all_norms.flatten(0, 1).cpu(), given_up, stop
-
-    def _norms_per_task(self) -> int:
-        return len(self.kinds) * self.config.INNER.STEPS if self.config.OUTER.META else 0
-
-    def _recorded_regulate(self, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        if not (self.plan.lean and torch.is_grad_enabled()):  # lean: on the way there, not on the way back
-            norms = [gradients[kind].detach().flatten(1).norm(dim=1) for kind in self.kinds]
-            self._seen_norms.append(torch.stack(norms, dim=1))  # (b, kinds)
-        return {} if self.regulator is None else self.regulator.of_known(gradients)
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
@@ -366,10 +364,10 @@ class MetaTrainer:
                 f"meta-training: expected a finite loss, found {losses[bad[0]].item()} at step {step} in task {number} "
                 f"({', '.join(self.train_tasks.draw(number).words)}); the last good checkpoint is {self.out / LAST}"
             )
-        if self.scale != 1 and not all(p.grad.isfinite().all() for p in self._parameters() if p.grad is not None):
+        if self.inner.scale != 1 and not all(p.grad.isfinite().all() for p in self._parameters() if p.grad is not None):
             self._end(
                 f"meta-training: expected finite gradients, found others at step {step}, under fp16 with losses scaled by "
-                f"{self.scale:g}; lower BACKBONE.LOSS_SCALE, or take BACKBONE.PRECISION bf16; the last good checkpoint is "
+                f"{self.inner.scale:g}; lower BACKBONE.LOSS_SCALE, or take BACKBONE.PRECISION bf16; the last good checkpoint is "
                 f"{self.out / LAST}"
             )
 
@@ -399,7 +397,7 @@ class MetaTrainer:
 
     def _look(self) -> dict[str, float]:
         return evaluate(
-            self.episodes, self.watched, self.theta, self.regulator, self.config, self.plan, self.job, self.scale
+            self.episodes, self.watched, self.theta, self.regulator, self.inner, self.config, self.plan, self.job
         )
 
     # --- files --------------------------------------------------------------------------------------------------------
@@ -622,9 +620,9 @@ class _Steps:
         return self.sampler.draw_batch((self.first + index) * self.batch + self.own.start, len(self.own))
 
 
-def _by_inner_step(norms: Sequence[Tensor], steps: int) -> Tensor:
-    """Norms (b, kinds) of each pass and in it of each inner step -> (steps, all the passes' tasks, kinds)."""
-    return torch.stack([torch.cat(list(norms[inner::steps])) for inner in range(steps)])
+def _by_kind(norms: Mapping[str, Tensor], kinds: Sequence[str]) -> Tensor:
+    """Stack the norms (b,) of these kinds to (b, kinds)."""
+    return torch.stack([norms[kind] for kind in kinds], dim=1)
 
 
 def _step_of(line: str) -> float:
@@ -647,10 +645,10 @@ def evaluate(
     watched: Sequence[Task],
     theta: Mapping[str, Tensor],
     regulator: GradientRegulator | None,
+    inner: InnerLoop,
     config: CfgNode,
     plan: Plan | None = None,
     job: Job = ALONE,
-    scale: float = 1.0,
 ) -> dict[str, float]:
     """What adaptation does on given tasks, averaged over them.
 
@@ -658,7 +656,6 @@ def evaluate(
         watched: the tasks; with several processes, this one's.
         plan: how many tasks and images go through the towers at a time; None: `episodes.at_a_time` tasks.
         job: the processes that the averages are over.
-        scale: of losses under fp16, as for `task_gradients`.
 
     Returns:
         `loss_before`, `accuracy_before`, `loss_after`, `accuracy_after` on the query sets; `alignment` and
@@ -679,19 +676,9 @@ def evaluate(
         before = {
             name: value.detach().requires_grad_() for name, value in for_each_task(theta, len(episode.tasks)).items()
         }
-        raw = _gradients(support, before, scale)
-        query_scores, query_gradient = _scored_gradients(query, before, scale)
-        regulate = None if regulator is None else torch.no_grad()(regulator.of_known)
-        after = before
-        for inner in range(config.INNER.STEPS):
-            found = raw if inner == 0 else _gradients(support, after, scale)
-            regulated = found if regulate is None else {**found, **regulate(found)}
-            if inner == 0:
-                first = regulated
-            after = {
-                name: value.requires_grad_()
-                for name, value in descend(_detached(after), regulated, config.INNER.ALPHA).items()
-            }
+        query_scores, query_gradient = _scored_gradients(query, before, inner.scale)
+        path = list(inner_path(support, before, inner))
+        raw, first, after = path[0].raw, path[0].regulated, path[-1].after
         with torch.no_grad():
             after_scores = torch.cat([part.logits(after) for part in query], dim=1)
             row = {
@@ -703,11 +690,11 @@ def evaluate(
                 "alignment_raw": inner_products(_only(raw, kinds), _only(query_gradient, kinds)),
             }
             for kind in kinds:
-                row[f"gradient_norm_{kind}"] = raw[kind].flatten(1).norm(dim=1)
+                row[f"gradient_norm_{kind}"] = norms_by_task(raw[kind])
                 if regulator is not None:
                     piece = regulator.parts(kind, raw[kind])
-                    row[f"path_gated_{kind}"] = config.INNER.ALPHA * piece.gated.flatten(1).norm(dim=1)
-                    row[f"path_beta_{kind}"] = config.INNER.ALPHA * piece.beta.flatten(1).norm(dim=1)
+                    row[f"path_gated_{kind}"] = inner.alpha * piece.gated.flatten(1).norm(dim=1)
+                    row[f"path_beta_{kind}"] = inner.alpha * piece.beta.flatten(1).norm(dim=1)
                     parts[kind].append((piece.gamma.cpu(), piece.beta.cpu()))
             rows.append({key: value.detach().cpu() for key, value in row.items()})
     rows = [row for of_one in job.gather(rows) for row in of_one]
@@ -719,11 +706,6 @@ def evaluate(
             seen[f"spread_gamma_{kind}"] = gammas.std(dim=0).mean().item()
             seen[f"spread_beta_{kind}"] = betas.std(dim=0).mean().item()
     return seen
-
-
-def _gradients(parts: Sequence[TaskSet], prompts: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Each task's gradient over all parts of a side."""
-    return _scored_gradients(parts, prompts, scale)[1]
 
 
 def _scored_gradients(
@@ -742,10 +724,6 @@ def _scored_gradients(
 
     gradient = total_of(of(part) for part in parts)
     return torch.cat(scores, dim=1), gradient
-
-
-def _detached(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach() for name, value in values.items()}
 
 
 def _only(gradients: Mapping[str, Tensor], kinds: Sequence[str]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gram_meta.config import load_meta_config
-from gram_meta.method.bilevel import lean_backward, meta_losses
+from gram_meta.method.bilevel import InnerLoop, lean_backward, meta_losses
 from gram_meta.method.episodes import TaskSet
 from gram_meta.method.memory_plan import plan
 from gram_meta.method.prompts import ClassText, initial_prompts, template_features
@@ -56,11 +56,11 @@ def main() -> None:
         graphs, images, backbone.checkpointing, first_order = WAYS[way]
         for parameter in parameters:
             parameter.grad = None
-        inner = (1, 0.01, 1, regulator.of_known, first_order)
+        inner = InnerLoop(first_order=first_order, regulate=regulator.of_known)
         if graphs == "lean":
-            lean_backward(support.parts(images), query.parts(images), theta, *inner)
+            lean_backward(support.parts(images), query.parts(images), theta, 1, inner)
         else:
-            meta_losses(support, query, theta, *inner).sum().backward()
+            meta_losses(support, query, theta, 1, inner).losses.sum().backward()
         return [parameter.grad for parameter in parameters]
 
     print(common.environment(args))

@@ -11,6 +11,7 @@ and of phi, and of the second-order term of theta's alone (what goes through the
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,14 @@ from common import print_table, topic_words
 from torch import Tensor
 
 from gram_meta.backbone.clip import Backbone, load_backbone
-from gram_meta.method.bilevel import descend, for_each_task, lean_backward, task_gradients, twice_differentiable
+from gram_meta.method.bilevel import (
+    InnerLoop,
+    descend,
+    for_each_task,
+    lean_backward,
+    task_gradients,
+    twice_differentiable,
+)
 from gram_meta.method.episodes import TaskSet
 from gram_meta.method.prompts import ClassText, initial_prompts, template_features
 from gram_meta.method.regulator import GradientRegulator
@@ -59,14 +67,14 @@ class Setting:
         """Of theta, then of phi as one vector; `terms`: both, or second (the direct term of theta is left out)."""
         for parameter in self.parameters:
             parameter.grad = None
-        known = self.regulator.of_known
+        inner = InnerLoop(ALPHA, scale=scale, regulate=self.regulator.of_known)
         if lean:
-            lean_backward([self.support], [self.query], self.theta, 2, ALPHA, 1, known, False, scale, 0.5)
+            lean_backward([self.support], [self.query], self.theta, 2, inner, 0.5)
             if terms == "second":  # the same passes without the product with H: what is left is the rest
                 both = [value.grad for value in self.theta.values()]
                 for parameter in self.parameters:
                     parameter.grad = None
-                lean_backward([self.support], [self.query], self.theta, 2, ALPHA, 1, known, True, scale, 0.5)
+                lean_backward([self.support], [self.query], self.theta, 2, replace(inner, first_order=True), 0.5)
                 for value, whole in zip(self.theta.values(), both, strict=True):
                     value.grad = whole - value.grad
         else:
@@ -75,7 +83,7 @@ class Setting:
                 raw = task_gradients(self.support, start, create_graph=True, scale=scale)
             if terms == "second":
                 start = {kind: value.detach() for kind, value in start.items()}
-            losses = self.query(descend(start, raw, ALPHA, known))
+            losses = self.query(descend(start, raw, inner).after)
             (losses.sum() * 0.5 * scale).backward()
             for parameter in self.parameters:
                 parameter.grad /= scale

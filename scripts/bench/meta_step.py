@@ -43,7 +43,14 @@ from torch import Tensor, nn
 from gram_meta.backbone.clip import Backbone
 from gram_meta.config import get_meta_config
 from gram_meta.files import atomic_write
-from gram_meta.method.bilevel import for_each_task, lean_backward, meta_losses, task_gradients, twice_differentiable
+from gram_meta.method.bilevel import (
+    InnerLoop,
+    for_each_task,
+    lean_backward,
+    meta_losses,
+    task_gradients,
+    twice_differentiable,
+)
 from gram_meta.method.episodes import TaskSet
 from gram_meta.method.profiling import OPTIMISER, Profile
 from gram_meta.method.prompts import ClassText, initial_prompts, template_features
@@ -173,10 +180,9 @@ class Bench:
     ) -> Tensor:
         """The summands of some of the tasks: their mean over the whole batch."""
         support, query = self.sets(tasks, classes)
-        inner, count = self.config.INNER, len(self.topics[tasks])
-        losses = meta_losses(
-            support, query, dict(self.theta), count, inner.ALPHA, inner.STEPS, regulate or self.regulator, first_order
-        )
+        c = self.config.INNER
+        inner = InnerLoop(c.ALPHA, c.STEPS, first_order, regulate=regulate or self.regulator)
+        losses = meta_losses(support, query, dict(self.theta), len(self.topics[tasks]), inner).losses
         loss = losses.sum() / self.batch
         loss.backward()
         return loss.detach()
@@ -184,18 +190,11 @@ class Bench:
     def lean(self, tasks: slice = slice(None), classes: Any = None) -> Tensor:
         """The same by one Hessian-vector product."""
         support, query = self.sets(tasks, classes)
-        inner, count = self.config.INNER, len(self.topics[tasks])
-        losses = lean_backward(
-            support.parts(),
-            query.parts(),
-            dict(self.theta),
-            count,
-            inner.ALPHA,
-            inner.STEPS,
-            self.regulator,
-            weight=1 / self.batch,
+        inner = InnerLoop(self.config.INNER.ALPHA, self.config.INNER.STEPS, regulate=self.regulator)
+        result = lean_backward(
+            support.parts(), query.parts(), dict(self.theta), len(self.topics[tasks]), inner, 1 / self.batch
         )
-        return losses.sum() / self.batch
+        return result.losses.sum() / self.batch
 
     def one_after_another(self, step: Callable[..., Tensor], classes_of: Callable[[int], Any] | None = None) -> Tensor:
         total = torch.zeros_like(self.backbone.logit_scale)
