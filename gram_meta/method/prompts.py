@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from gram_meta.backbone.clip import Backbone, end_positions
-from gram_meta.backbone.towers import Packing
 from gram_meta.backbone.recompute import recomputed
+from gram_meta.backbone.towers import Packing
 from gram_meta.errors import GramError
 
 KINDS = ("text", "visual")
