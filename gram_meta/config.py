@@ -1,6 +1,6 @@
 """Settings of an experiment: one yacs tree for clustering, tasks and meta-training.
 
-Defaults that the paper does not give are our choice; docs/DEFAULTS.md lists them with their reasons.
+Defaults that the paper does not give are our choice; docs/reference/defaults.md lists them with their reasons.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 It may stand before or after the imports of Dassl and of the checkout's own trainers and datasets. What the checkout
 registers under a name that this project has too (`CoOp`, `VPT`, `OxfordPets`) is what that name means; its `clip`,
-`trainers` and `datasets` are the ones that are imported. docs/PLUGIN.md tells the whole of it.
+`trainers` and `datasets` are the ones that are imported. docs/guide/checkout.md tells the whole of it.
 
     python -m gram_meta.plugin SCRIPT ARGUMENTS     any script of a checkout, with this line before its first
 

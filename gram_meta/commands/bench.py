@@ -25,7 +25,7 @@ their config file; with --store and --hierarchy it is meta-trained first if it i
   gram bench --protocol xd dg --trainers CoOp UniGRAM --root DATA --store STORE --hierarchy HIERARCHY
   gram bench --emoji DIR --trainers UniGRAM UniGRAM:gram_small_c2+2_ep10_batch32_ctxv1_no_regulator
 
-KEY VALUE pairs at the end go to every `gram train`. docs/PROTOCOLS.md says more."""
+KEY VALUE pairs at the end go to every `gram train`. docs/guide/bench.md says more."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -42,8 +42,8 @@ SOURCE is one of
 
 Which it is shows in what is there, and is said. Rows and images that cannot be used are skipped and counted by reason in the
 store's manifest.json. An interrupted run goes on where it was when the same command is given again. Several
-processes, also on several machines, share the work: torchrun --nproc_per_node 8 -m gram_meta embed ... docs/CORPUS.md
-says more."""
+processes, also on several machines, share the work: torchrun --nproc_per_node 8 -m gram_meta embed ...
+docs/guide/corpus.md says more."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

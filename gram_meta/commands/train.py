@@ -15,7 +15,7 @@ Config files are found by name in the package when there is no such file here. A
 unfinished one goes on, and a folder that holds another run is refused.
 
 In a CoOp-style checkout, a folder whose train.py imports Dassl, it is that train.py that runs, with all of its flags and
-these trainers, options and config files added; the checkout's own trainers and datasets go first (docs/PLUGIN.md).
+these trainers, options and config files added; the checkout's own trainers and datasets go first (docs/guide/checkout.md).
 
   gram train --root DATA --seed 1 --trainer CoOpGRAM --dataset-config-file dtd \\
       --config-file vit_b16_c4_ep10_batch32_ctxv1 --output-dir OUT \\

@@ -44,7 +44,7 @@ def extend_cfg(cfg: CN) -> None:
     )
     _add(
         cfg.TRAINER,
-        "MEMORY",  # what a training step keeps for its backward pass, and what it computes twice; see docs/DEFAULTS.md
+        "MEMORY",  # what a training step keeps for its backward pass, and what it computes twice; docs/reference/defaults.md
         CHECKPOINT="auto",  # auto: where more than the GB below would be kept; always; never
         CLASS_CHUNK=0,  # class sentences at a time; 0: as many as TEXT_GB allows
         TEXT_GB=1.0,  # of the text tower
@@ -65,7 +65,7 @@ def extend_cfg(cfg: CN) -> None:
     _add(
         cfg,
         "TRAIN",
-        DETERMINISTIC=False,  # equal numbers from equal seeds, at a cost; see docs/RUNS.md
+        DETERMINISTIC=False,  # equal numbers from equal seeds, at a cost; see docs/guide/runs.md
     )
 
 

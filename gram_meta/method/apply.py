@@ -15,7 +15,7 @@ In a Dassl trainer, the options TRAINER.GRAM.* do both:
 
 The hook runs at the beginning of `optimizer.step()`: after a grad scaler has unscaled, before momentum and weight decay.
 It keeps what tells a regulator that regulates from one that does not: path lengths, variation, norms.
-docs/OTHER_TRAINERS.md tells the whole of it.
+docs/guide/other-trainers.md tells the whole of it.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ Prompts = Mapping[str, Tensor]  # kind -> (B, M, d)
 Losses = Callable[[Prompts], Tensor]  # prompts -> (B,)
 Regulate = Callable[[Prompts], Prompts]  # gradients -> gradients of the same shapes
 
-FP16_SCALE = 256.0  # loss scale under fp16; docs/SCALING.md has the measurement
+FP16_SCALE = 256.0  # loss scale under fp16; docs/results/meta-training.md has the measurement
 _PROMPT_SIZE = 2.0**-5  # the usual size of a prompt's entries
 
 

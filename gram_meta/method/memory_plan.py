@@ -2,7 +2,7 @@
 
 Bytes that backward passes need, for one position of one transformer layer of width d, in units of d numbers: FIRST for
 first order, SECOND for second order; with activation checkpointing KEPT for every layer (three times that for second
-order), and one layer in full. The constants were measured on a CPU (docs/SCALING.md has the table); a number of 16 bits
+order), and one layer in full. The constants were measured on a CPU (docs/results/meta-training.md); a number of 16 bits
 counts 3 bytes, as layer norms keep float32.
 """
 

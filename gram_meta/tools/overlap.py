@@ -5,7 +5,7 @@ test image are candidates, by the cosine of CLIP's features (or, without CLIP, o
 candidate is then read and compared with the test image pixel by pixel, small, over crops of either and mirrored.
 
 The cost is T x N x D multiplications for T test images, N images of D features, in blocks of bounded memory, and at most
-T x k images read at random. docs/INSPECT.md has the arithmetic, and what was measured.
+T x k images read at random. docs/results/corpus.md has the arithmetic, and what was measured.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CORPUS_BLOCK = 16_384  # corpus images in one matrix product, and
 QUERY_BLOCK = 4_096  # test images: 268 MB of cosines
 PAIR_BLOCK = 128  # pairs compared at once
 VERSION = 1  # of what is in the cache
-# Measured on made-up near-duplicates (docs/INSPECT.md)
+# Measured on made-up near-duplicates (docs/results/corpus.md)
 NEIGHBOURS, THRESHOLD, PIXEL_THRESHOLD, DISTANCE = 10, 0.5, 0.5, 0.25
 EXACT, NEAR = "exact", "near"
 COLUMNS = ("image", "dataset", "test_image", "kind", "cosine", "distance")

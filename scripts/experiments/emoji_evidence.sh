@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything behind docs/RESULTS.md, on the emoji world, in the order in which it matters: about 5 core-hours.
+# Everything behind docs/results/emoji-world.md, in the order in which it matters: about 5 core-hours.
 #
 #     bash scripts/experiments/emoji_evidence.sh DIR [JOBS]
 #

@@ -1,4 +1,4 @@
-"""Put the tables of `gram report` into docs/RESULTS.md, between the lines `<!-- table N -->` and `<!-- end -->`.
+"""Put the tables of `gram report` into docs/results/emoji-world.md, between `<!-- table N -->` and `<!-- end -->`.
 
 `<!-- table 0 -->` is what stands in no table of the paper: controls and variants.
 
@@ -42,7 +42,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; status 1 if the page is out of date")
     args = parser.parse_args()
-    path = DOCS / "RESULTS.md"
+    path = DOCS / "results/emoji-world.md"
     page = path.read_text(encoding="utf-8")
     now = filled(page, DOCS / "results/emoji.json")
     if args.check:

@@ -1,4 +1,4 @@
-"""Compare settings of meta-training on one dataset: how docs/RESULTS.md chose what `gram demo` uses.
+"""Compare settings of meta-training on one dataset: how docs/results/emoji-world.md chose what `gram demo` uses.
 
     python scripts/experiments/meta_grid.py --store STORE --hierarchy HIERARCHY --root DATA --dataset emoji_animals \\
         --grid scripts/experiments/emoji.yaml --out output/grid --seeds 1 2 3 --jobs 2

@@ -19,7 +19,7 @@ class Repair:
     Dassl without the break is left alone.
     """
 
-    id: str  # "B1", ...: see docs/DASSL.md
+    id: str  # "B1", ...: see docs/reference/dassl.md
     summary: str  # what works after it
     found: Callable[[], bool]
     mend: Callable[[], None]
