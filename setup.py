@@ -35,6 +35,7 @@ INSTALL = [
     "tensorboard>=2.14",
     "tqdm>=4.60",
     "tabulate>=0.9",
+    "jinja2>=3.0",
 ]
 
 DEMO = [
@@ -65,6 +66,7 @@ setup(
     package_dir=MAPPED,
     package_data={
         "gram_meta": ["py.typed", "backbone/*.safetensors", "**/*.tsv", "**/*.json"],
+        "gram_meta.report.html": ["*.html", "*.css", "*.js"],
         "gram_meta.configs": ["**/*.yaml"],
     },
     install_requires=INSTALL,

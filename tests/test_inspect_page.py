@@ -157,6 +157,14 @@ def test_it_asks_for_nothing_from_outside_and_runs_its_own_script_alone(page):
     assert '<script>alert("caption")</script>' in page.text  # as text
 
 
+def test_a_word_that_is_a_script_is_inert(page, corpus):
+    """Topic 5 bears it: in its heading, in its captions, in the table of all topics and in the text that is searched."""
+    (topic,) = page.all("article", id="topic-5")
+    assert topic["data-find"].startswith(NASTY.replace("\x07", "\N{REPLACEMENT CHARACTER}").lower())
+    assert page.text.count('<script>alert("caption")</script>') >= 3 and "\x07" not in page.text
+    assert len(page.all("script")) == 1 and not [a for a in page.all("img") if "onerror" in a]
+
+
 def test_images_have_texts_and_sizes(page):
     for image in page.all("img"):
         assert image["alt"] and 0 < int(image["width"]) <= 96 and 0 < int(image["height"]) <= 96
@@ -214,7 +222,7 @@ def test_a_task_that_cannot_be_drawn_is_a_sentence(corpus, tmp_path):
 
 def test_a_failure_leaves_the_older_page(corpus, tmp_path, monkeypatch):
     (tmp_path / "page.html").write_text("older")
-    monkeypatch.setattr(hierarchy_page._Page, "_settings", lambda self: 1 / 0)
+    monkeypatch.setattr(hierarchy_page, "_settings", lambda *_: 1 / 0)
     hierarchy = Hierarchy.open(corpus / "hierarchy")
     with pytest.raises(ZeroDivisionError):
         hierarchy_page.write_hierarchy_page(tmp_path / "page.html", hierarchy, hierarchy.open_store())

@@ -86,10 +86,22 @@ def test_wheel_holds_every_module_and_data_file(wheel):
             if (
                 path.is_file()
                 and "__pycache__" not in path.parts
-                and path.suffix in (".py", ".yaml", ".tsv", ".safetensors")
+                and path.suffix in (".py", ".yaml", ".tsv", ".safetensors", ".html", ".css", ".js")
             ):
                 assert f"{inside}/{path.relative_to(ROOT / top).as_posix()}" in names
     assert "gram_meta/py.typed" in names
+
+
+def test_wheel_holds_the_templates_of_the_pages(installed_wheel, tmp_path):
+    code = (
+        "from gram_meta.report.html.base import read; import gram_meta;"
+        "print(gram_meta.__file__, *(len(read(name)) > 100 for name in ('base.html', 'page.html', 'hierarchy.html',"
+        "'macros.html', 'base.css', 'page.css', 'hierarchy.css', 'hierarchy.js')))"
+    )
+    done = python(code, tmp_path, PYTHONPATH=str(installed_wheel))
+    assert done.returncode == 0, done.stderr
+    file, *there = done.stdout.split(".py")
+    assert Path(file).is_relative_to(installed_wheel) and there[-1].split() == ["True"] * 8
 
 
 def test_metadata(wheel):

@@ -670,7 +670,7 @@ def test_the_page_needs_nothing_from_outside(world, tmp_path, capsys):
     assert "url(" not in found.styles and "@import" not in found.styles and "http" not in text
     assert {f"table-{number}" for number in range(1, 8)} <= set(found.ids)
     runs = len(list(world.root.rglob("results.json")))
-    manifests = text[text.index('<section id="runs">') : text.index('<section id="configs">')]
+    manifests = text[text.index('<section id="runs"') : text.index('<section id="configs"')]
     assert manifests.count("<tr>") == runs + 1
     assert "missing: CoOp, 50 epochs" in text and "100 of 100" in text
     assert hashlib.sha256(b"1").hexdigest() in text  # a few-shot split's, whole

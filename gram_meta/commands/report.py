@@ -108,15 +108,18 @@ def _write_figures(folder: str, runs: Sequence[Run], evidence: Evidence) -> None
 
 
 def _write_page(args: argparse.Namespace, runs: Sequence[Run], evidence: Evidence) -> None:
+    from gram_meta.files import atomic_write
     from gram_meta.report.figures import draw
-    from gram_meta.report.html.page import write_page
+    from gram_meta.report.html.page import page
 
     try:
-        drawings, lacking = draw(runs, evidence.metas)
-    except GramError as error:  # no matplotlib: said here and on the page
-        drawings, lacking = [], [str(error)]
+        drawings, not_drawn = draw(runs, evidence.metas)
+    except GramError as error:  # no matplotlib: printed here, and shown on the page
+        drawings, not_drawn = [], [str(error)]
         _say(f"left out: {error}")
-    write_page(args.html, _tables(args, runs), drawings, lacking, runs, evidence, args.digits)
+    text = page(_tables(args, runs), drawings, not_drawn, runs, evidence, args.digits)
+    with atomic_write(args.html, "w") as file:
+        file.write(text)
     _say(f"{args.html}: {len(runs)} runs, {len(drawings)} figures")
 
 

@@ -241,7 +241,7 @@ def write_collection(evidence: Evidence, path: str | Path) -> None:
     shared: dict[str, Any] = {}
 
     def share(block: Any) -> str:
-        key = hashlib.sha256(json.dumps(block, sort_keys=True).encode()).hexdigest()[:12]
+        key = block_hash(block)
         shared[key] = block
         return key
 
@@ -351,6 +351,11 @@ def _shortener(root: Path | None) -> Callable[..., str]:
         return "/".join(path.parts[1:][-parts:])
 
     return short
+
+
+def block_hash(block: Any) -> str:
+    """Return the first 12 digits of the SHA-256 of a block's JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(block, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def without_own(config: Mapping[str, Any]) -> dict[str, Any]:

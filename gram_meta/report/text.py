@@ -65,6 +65,11 @@ def grid_of(report: Report, digits: int = 1) -> Grid:
     return _wide(report, digits) if report.wide else _long(report, digits)
 
 
+def name_columns(headers: Sequence[str]) -> int:
+    """Return how many columns at the left hold names, not numbers."""
+    return sum(header in ("dataset", "trainer", "row") for header in headers)
+
+
 def _long(report: Report, digits: int) -> Grid:
     printed = any(row.paper for row in report.rows)
     shown = [row for row in report.rows if not report.averages_only or row.dataset == AVERAGE]
@@ -226,7 +231,7 @@ def _latex(headers: Sequence[str], rows: Sequence[Sequence[str]], caption: str =
     def line(cells: Sequence[str]) -> str:
         return " & ".join(escape_latex(str(one)) for one in cells) + r" \\"
 
-    names = sum(header in ("dataset", "trainer", "row") for header in headers)
+    names = name_columns(headers)
     columns = "l" * names + "r" * (len(headers) - names)
     body = []
     for i, row in enumerate(rows):
