@@ -1,10 +1,11 @@
-"""Several processes that share one job, as `torchrun` starts them; without it, a job of one process.
+"""A group of processes that share one piece of work, as `torchrun` starts them; without `torchrun`, a group of one.
 
     torchrun --nproc_per_node 4 -m gram_meta embed ...
 
-`job()` joins the others and says who is who. Results travel through gloo on CPUs and nccl between GPUs.
+`process_group()` connects this process to the others. Values are exchanged through gloo on CPUs and nccl between GPUs.
 
-When one of them fails, it says so to the others, which then end as well, without a word: one sentence is enough.
+When one process fails, it sets a flag that the others read at their next exchange. They then exit silently, so that the
+user reads one error message.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from gram_meta.errors import GramError
 
@@ -26,18 +27,18 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Only a process that is stuck waits this long: torchrun ends all of them when one dies, and the first process may join a
-# large store for an hour while the others wait for it.
-PATIENCE = timedelta(days=1)
+# Rank 0 may join a large store for an hour while the others wait for it. torchrun ends all processes when one dies, so
+# only a process that hangs ever waits this long.
+TIMEOUT = timedelta(days=1)
 
 
 @dataclass(frozen=True)
-class Job:
-    """Who this process is among those of its job.
+class ProcessGroup:
+    """The rank of this process, and exchanges with the others.
 
     Attributes:
-        rank: its number, 0 to size - 1. size: processes in all.
-        local_rank: its number on this machine.
+        rank: number of this process, 0 to size - 1. size: number of processes.
+        local_rank: number of this process on this machine.
     """
 
     rank: int = 0
@@ -49,22 +50,22 @@ class Job:
         return self.rank == 0
 
     def share(self, items: list[T]) -> list[T]:
-        """Every size-th item, from the rank-th on: what of a list is this process's."""
+        """Return this process's part of a list: every size-th item, from the rank-th on."""
         return items[self.rank :: self.size]
 
-    def run_of(self, count: int) -> range:
-        """Which of `count` things are this process's: a run of them, as even as can be, in the order of ranks."""
+    def share_range(self, count: int) -> range:
+        """Return this process's part of range(count): consecutive numbers, parts of equal size up to one, in rank order."""
         each, rest = divmod(count, self.size)
         start = self.rank * each + min(self.rank, rest)
         return range(start, start + each + (self.rank < rest))
 
     def wait(self, meanwhile: Callable[[], None] | None = None) -> None:
-        """Go on when all have come here; `meanwhile` is called a few times a second until then."""
+        """Wait until all processes have called this; call `meanwhile` a few times a second until then."""
         if self.size == 1:
             return
         import torch.distributed as dist
 
-        with self._with_others():  # over gloo: a barrier of nccl would occupy a GPU that the towers do not use yet
+        with self._exchange():  # over gloo: a barrier of nccl would occupy a GPU that the towers do not use yet
             work = dist.barrier(group=_on_cpu(), async_op=True)
             while meanwhile is not None and not work.is_completed():
                 meanwhile()
@@ -72,86 +73,102 @@ class Job:
             work.wait()
 
     def gather(self, value: T) -> list[T]:
-        """What each process brings, in the order of ranks; small picklable things, all on the CPU."""
+        """Return every process's value, in rank order. Values must be small, picklable and on the CPU."""
         if self.size == 1:
             return [value]
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.size
-        with self._with_others():
+        with self._exchange():
             dist.all_gather_object(values, value, group=_on_cpu())
         return values
 
     def from_first(self, value: T) -> T:
-        """What the first process brings, in all of them."""
+        """Return rank 0's value on every rank."""
         if self.size == 1:
             return value
         import torch.distributed as dist
 
         box = [value]
-        with self._with_others():
+        with self._exchange():
             dist.broadcast_object_list(box, src=0, group=_on_cpu())
         return box[0]
 
     def first(self, make: Callable[[], T]) -> T:
-        """What the first process makes, in all of them; where it fails, all end."""
+        """Run `make` on rank 0 and broadcast its result. If it raises there, every process exits."""
         return self.from_first(make() if self.is_first else None)  # type: ignore[return-value]
 
-    def count(self, name: str, amount: int = 0) -> int:
-        """Add to a number that the processes share, and return its sum so far, without waiting for anybody.
+    def make_on_all_ranks(self, make: Callable[[], T]) -> T:
+        """Run `make` on every rank. If any rank fails, the lowest failing rank raises and the others exit."""
+        problem: GramError | None = None
+        try:
+            made = make()
+        except GramError as error:
+            problem = error
+        failed = [rank for rank, has in enumerate(self.gather(problem is not None)) if has]
+        if failed:
+            raise problem if problem is not None and failed[0] == self.rank else SystemExit(STATUS)
+        return made
 
-        Also where a process that works by itself for long learns that another one has failed: then it ends.
+    def fail(self, message: str) -> NoReturn:
+        """End every rank, all of which call this: rank 0 raises a `GramError` with the message, the others exit."""
+        raise GramError(message) if self.is_first else SystemExit(STATUS)
+
+    def count(self, name: str, amount: int = 0) -> int:
+        """Add to a counter that the processes share and return its value, without waiting for the others.
+
+        If another process has failed, this process exits here; a process that works alone for long so learns of it.
         """
         if self.size == 1:
-            _alone[name] = _alone.get(name, 0) + amount
-            return _alone[name]
-        with self._with_others():
+            _counters[name] = _counters.get(name, 0) + amount
+            return _counters[name]
+        with self._exchange():
             if _store.add(FAILED, 0):
                 raise SystemExit(STATUS)
             return _store.add(name, amount)
 
-    @contextmanager
-    def _with_others(self) -> Iterator[None]:
-        """An exchange with the others; when they are gone, why is known from them, or said here."""
-        try:
-            yield
-        except RuntimeError as error:  # of gloo, of the store: no better kind is promised
-            if _has_failed():
-                raise SystemExit(STATUS) from None
-            raise GramError(
-                f"process {self.rank} of {self.size}: expected the others, found that one has ended "
-                f"({_told(error)}); what is done is kept: run the same command again"
-            ) from None
-
     def add(self, tensors: list[Tensor]) -> None:
-        """Replace each tensor by its sum over all processes, in one exchange; same shapes everywhere."""
+        """Replace each tensor by its sum over all processes, in one exchange. Shapes must be the same on every rank."""
         if self.size == 1 or not tensors:
             return
         import torch
         import torch.distributed as dist
 
         together = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        with self._with_others():
+        with self._exchange():
             dist.all_reduce(together)
         parts = together.split([tensor.numel() for tensor in tensors])
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
 
+    @contextmanager
+    def _exchange(self) -> Iterator[None]:
+        """Turn the loss of another process into an exit, silent where that process has reported why it ended."""
+        try:
+            yield
+        except RuntimeError as error:  # gloo and the store promise no narrower type
+            if _has_failed():
+                raise SystemExit(STATUS) from None
+            raise GramError(
+                f"process {self.rank} of {self.size}: expected the others, found that one has ended "
+                f"({_first_sentence(error)}); finished work is kept: run the same command again"
+            ) from None
 
-ALONE = Job()
+
+ALONE = ProcessGroup()
 
 
-def ranks() -> Job:
-    """Who this process is, by the environment that `torchrun` sets; joins nobody yet."""
+def ranks() -> ProcessGroup:
+    """Return this process's ranks from the environment that `torchrun` sets; connect to no other process yet."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or "RANK" not in os.environ:
         return ALONE
     rank = int(os.environ["RANK"])
-    return Job(rank, size, int(os.environ.get("LOCAL_RANK", rank)))
+    return ProcessGroup(rank, size, int(os.environ.get("LOCAL_RANK", rank)))
 
 
-def device_for(job: Job, name: str = "") -> str:
-    """The device a process works on: `name` where it is given, else the GPU of its local rank, else the CPU.
+def device_for(group: ProcessGroup, name: str = "") -> str:
+    """Return the device of a process: `name` if it is given, else the GPU of its local rank, else the CPU.
 
     With several processes on a machine, `cuda` is the GPU of the local rank as well.
     """
@@ -159,49 +176,49 @@ def device_for(job: Job, name: str = "") -> str:
 
     if name in ("", "auto"):
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and job.size > 1:
-        return f"cuda:{job.local_rank % max(torch.cuda.device_count(), 1)}"
+    if name == "cuda" and group.size > 1:
+        return f"cuda:{group.local_rank % max(torch.cuda.device_count(), 1)}"
     return name
 
 
 @contextmanager
-def job(device: str | torch.device = "cpu") -> Iterator[Job]:
-    """Join the processes that `torchrun` started with this one, and leave them at the end.
+def process_group(device: str | torch.device = "cpu") -> Iterator[ProcessGroup]:
+    """Connect to the processes that `torchrun` started with this one, and disconnect at the end.
 
-    Where the block fails here, the others end at their next exchange: with exit status 2 and without a word. All but
-    the first log warnings only.
+    If the block fails in one process, the others exit silently at their next exchange, with status 2. All ranks but the
+    first log warnings only.
 
     Args:
-        device: where this process's tensors live, as `device_for` takes it; a GPU is bound to nccl.
+        device: of this process's tensors, as `device_for` takes it; a GPU uses nccl.
     """
-    here = ranks()
-    if here.size == 1:
-        yield here
+    group = ranks()
+    if group.size == 1:
+        yield group
         return
     import torch
     import torch.distributed as dist
 
     global _store, _gloo
-    device = torch.device(device_for(here, str(device)))
+    device = torch.device(device_for(group, str(device)))
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     try:
-        _store, rank, size = next(dist.rendezvous("env://", here.rank, here.size, timeout=PATIENCE))
-        _store.set_timeout(PATIENCE)
+        _store, rank, size = next(dist.rendezvous("env://", group.rank, group.size, timeout=TIMEOUT))
+        _store.set_timeout(TIMEOUT)
         dist.init_process_group(
-            backend, store=dist.PrefixStore("job", _store), rank=rank, world_size=size, timeout=PATIENCE
+            backend, store=dist.PrefixStore("job", _store), rank=rank, world_size=size, timeout=TIMEOUT
         )
     except RuntimeError as error:
         raise GramError(
-            f"process {here.rank} of {here.size}: expected to join the others, found {_told(error)}"
+            f"process {group.rank} of {group.size}: expected to join the others, found {_first_sentence(error)}"
         ) from None
     muted = logging.root.manager.disable
-    if not here.is_first:
+    if not group.is_first:
         logging.disable(logging.INFO)
     try:
-        yield here
+        yield group
     except BaseException:
         with suppress(RuntimeError):
             _store.add(FAILED, 1)
@@ -213,34 +230,34 @@ def job(device: str | torch.device = "cpu") -> Iterator[Job]:
 
 
 def _has_failed() -> bool:
-    """Whether one of the processes has said that it ends."""
+    """Return whether a process has set the failure flag."""
     try:
         return bool(_store.add(FAILED, 0))
-    except RuntimeError:  # the store went with the process that held it
+    except RuntimeError:  # the process that held the store is gone
         return False
 
 
-def _told(error: RuntimeError) -> str:
-    """The first sentence of what gloo or the store says, without the place in its source."""
+def _first_sentence(error: RuntimeError) -> str:
+    """Return the first sentence of an error of gloo or the store, without the place in its source."""
     text = " ".join(str(error).split())
     return text.partition("] ")[2].partition(". ")[0] if text.startswith("[/") else text.partition(". ")[0][:200]
 
 
 def _on_cpu() -> Any:
-    """The group for objects, over gloo also where tensors go over nccl."""
+    """Return the group for objects, which uses gloo also where tensors use nccl."""
     import torch.distributed as dist
 
     global _gloo
     if dist.get_backend() == "gloo":
         return None
     if _gloo is None:
-        _gloo = dist.new_group(backend="gloo", timeout=PATIENCE)
+        _gloo = dist.new_group(backend="gloo", timeout=TIMEOUT)
     return _gloo
 
 
 FAILED = "gram/failed"
-STATUS = 2  # of a process that ends because another one has failed
+STATUS = 2  # exit status of a process that ends because another one has failed
 
 _store: Any = None
 _gloo: Any = None
-_alone: dict[str, int] = {}  # the numbers of a job of one process
+_counters: dict[str, int] = {}  # of a group of one process

@@ -30,7 +30,7 @@ from gram_meta.corpus.sources.rows import Row, Shard
 from gram_meta.corpus.sources.source import Source
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
-from gram_meta.processes import Job
+from gram_meta.processes import ProcessGroup
 
 ROOT = Path(embedding.__file__).parents[2]
 WORDS = ["red", "green", "blue", "dog", "cat", "bird", "on", "under", "beside", "house", "tree", "road"]
@@ -187,7 +187,7 @@ def test_every_process_has_a_part_of_the_work(forked, shards, undisturbed, tmp_p
 def test_shares_are_whole_and_even():
     for count in (0, 1, 5, 17):
         for size in (1, 2, 3, 8):
-            shares = [embedding._share(list(range(count)), Job(rank, size)) for rank in range(size)]
+            shares = [embedding._share(list(range(count)), ProcessGroup(rank, size)) for rank in range(size)]
             assert sum(shares, []) == list(range(count))
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
 

@@ -22,7 +22,7 @@ from gram_meta.method.episodes import Episodes, TaskSet
 from gram_meta.method.meta_trainer import MetaTrainer, _Steps, _Timed
 from gram_meta.method.prompts import META_NET, ClassText, initial_meta_net, template_features
 from gram_meta.method.regulator import GradientRegulator
-from gram_meta.processes import Job
+from gram_meta.processes import ProcessGroup
 
 ALPHA = 0.05
 NAMES = ["cat", "a big dog", "house", "sea lion"]
@@ -204,7 +204,7 @@ def test_images_in_a_shard_are_the_same_as_files(pixel_corpus, tmp_path):
 def test_a_process_decodes_its_own_tasks_alone(pixel_corpus, tmp_path):
     store, hierarchy, _, _ = pixel_corpus
     config = settings(*VISUAL, "OUTER.BATCH", "3", "LOADER.WORKERS", "0")
-    run = MetaTrainer(store, hierarchy, tmp_path, config, progress=False, job=Job(1, 2))
+    run = MetaTrainer(store, hierarchy, tmp_path, config, progress=False, job=ProcessGroup(1, 2))
     steps = _Steps(run.train_tasks, 3, 0, 2, run.own)
     drawn = [run.train_tasks.draw(number) for number in (2, 5)]
     assert [task.words for tasks in map(steps.__getitem__, range(2)) for task in tasks] == [t.words for t in drawn]

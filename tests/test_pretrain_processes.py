@@ -21,8 +21,8 @@ from gram_meta.config import load_meta_config
 from gram_meta.errors import GramError
 from gram_meta.method import meta_trainer as module
 from gram_meta.method.checkpoint import load_meta_checkpoint
-from gram_meta.method.meta_trainer import MetaTrainer, Stopped, _in_all
-from gram_meta.processes import Job
+from gram_meta.method.meta_trainer import MetaTrainer, Stopped
+from gram_meta.processes import ProcessGroup
 
 STEPS = 3
 FORMS = {
@@ -88,7 +88,7 @@ class Threads:
         return results
 
 
-class OneOf(Job):
+class OneOf(ProcessGroup):
     def __init__(self, threads, rank):
         super().__init__(rank, threads.size, rank)
         object.__setattr__(self, "threads", threads)
@@ -238,11 +238,11 @@ def test_what_one_process_finds_wrong_ends_all(pixel_corpus, tmp_path):
             raise GramError(f"store of process {job.rank}: found none")
         return 1
 
-    first, second, third = Threads(3).run(lambda job: _in_all(job, lambda: make(job)))
+    first, second, third = Threads(3).run(lambda job: job.make_on_all_ranks(lambda: make(job)))
     assert isinstance(second, GramError) and isinstance(first, SystemExit) and isinstance(third, SystemExit)
     few = Threads(3).run(
-        lambda job: _in_all(
-            job, lambda: MetaTrainer(*pixel_corpus[:2], tmp_path, settings("OUTER.BATCH", "2"), progress=False, job=job)
+        lambda job: job.make_on_all_ranks(
+            lambda: MetaTrainer(*pixel_corpus[:2], tmp_path, settings("OUTER.BATCH", "2"), progress=False, job=job)
         )
     )
     assert "expected at least one task a step for each of 3 processes, found 2" in str(few[0])
@@ -250,7 +250,7 @@ def test_what_one_process_finds_wrong_ends_all(pixel_corpus, tmp_path):
 
 def test_shares_are_even_and_whole():
     for size, count in ((1, 4), (3, 4), (3, 8), (4, 2)):
-        shares = [Job(rank, size).run_of(count) for rank in range(size)]
+        shares = [ProcessGroup(rank, size).share_range(count) for rank in range(size)]
         assert [number for share in shares for number in share] == list(range(count))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 

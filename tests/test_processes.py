@@ -1,4 +1,4 @@
-"""Several processes that share one job: what they exchange, and how they end when one of them fails."""
+"""A group of processes: what they exchange, and how they end when one of them fails."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ def joined(work):
 
     def in_process(rank):
         try:
-            with processes.job() as job:
+            with processes.process_group() as job:
                 return work(job)
         except GramError as error:
             print(f"sentence: {error}")
@@ -103,7 +103,7 @@ def test_only_the_first_process_tells(forked, tmp_path):
 def test_alone_needs_nobody(monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    with processes.job() as job:
+    with processes.process_group() as job:
         assert (job.rank, job.size) == (0, 1)
         assert job.gather(3) == [3] and job.first(lambda: 4) == 4 and job.from_first(5) == 5
         assert job.count("alone", 2) == 2 and job.count("alone") == 2
@@ -112,11 +112,11 @@ def test_alone_needs_nobody(monkeypatch):
 
 
 def test_devices(monkeypatch):
-    second = processes.Job(5, 8, 1)
+    second = processes.ProcessGroup(5, 8, 1)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert processes.device_for(second) == processes.device_for(second, "cuda") == "cuda:1"
-    assert processes.device_for(processes.Job(5, 8, 5)) == "cuda:1"  # more processes than GPUs
+    assert processes.device_for(processes.ProcessGroup(5, 8, 5)) == "cuda:1"  # more processes than GPUs
     assert processes.device_for(second, "cpu") == "cpu" and processes.device_for(second, "cuda:3") == "cuda:3"
     assert processes.device_for(processes.ALONE) == "cuda"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

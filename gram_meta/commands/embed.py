@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gram_meta.corpus.sources.source import Source
-    from gram_meta.processes import Job
+    from gram_meta.processes import ProcessGroup
 
 FORMATS = (  # readers.FORMATS, which is not loaded for --help
     "auto",
@@ -126,11 +126,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import os
 
-    from gram_meta.processes import job
+    from gram_meta.processes import process_group
 
     # the tokenizer's threads do not survive the forking of image workers
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with job(args.device) as here:
+    with process_group(args.device) as here:
         source = here.first(lambda: _source(args))  # cheap errors come first, and once
         if source is not None:
             _embed(args, source, here)
@@ -171,7 +171,7 @@ def _source(args: argparse.Namespace) -> Source | None:
     return source
 
 
-def _embed(args: argparse.Namespace, source: Source, here: Job) -> None:
+def _embed(args: argparse.Namespace, source: Source, here: ProcessGroup) -> None:
     from gram_meta.backbone.clip import load_backbone
     from gram_meta.corpus.embedding.run import embed_pairs
     from gram_meta.corpus.embedding.sentences import load_sentence_model

@@ -42,10 +42,10 @@ def run(args: argparse.Namespace) -> int:
 
     from gram_meta.config import load_meta_config
     from gram_meta.method.meta_trainer import Stopped, pretrain
-    from gram_meta.processes import device_for, job
+    from gram_meta.processes import device_for, process_group
 
     config = load_meta_config(args.config, args.opts)
-    with job(args.device or "auto") as here:
+    with process_group(args.device or "auto") as here:
         device = device_for(here, args.device)
         try:
             done = pretrain(

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ from gram_meta.method.profiling import EVALUATION, EXCHANGE, OPTIMISER, WAITING,
 from gram_meta.method.prompts import KINDS
 from gram_meta.method.regulator import GradientRegulator, RegulatorConfig
 from gram_meta.method.tasks import Task, TaskSampler, images_of, split_topics
-from gram_meta.processes import ALONE, STATUS, Job
+from gram_meta.processes import ALONE, ProcessGroup
 
 logger = logging.getLogger("gram")
 
@@ -64,8 +64,6 @@ _STATE = "state.pt"
 _FACTS = "run.json"
 _LOG = "log.jsonl"
 _PROFILE = "profile.json"
-
-T = TypeVar("T")
 
 
 class Stopped(Exception):
@@ -80,7 +78,7 @@ def pretrain(
     device: str | torch.device = "cpu",
     resume: bool = False,
     progress: bool = True,
-    job: Job = ALONE,
+    job: ProcessGroup = ALONE,
     profile: int = 0,
 ) -> Path:
     """Meta-train on a corpus and write the meta-checkpoint.
@@ -90,7 +88,7 @@ def pretrain(
         out: folder for `best.safetensors`, `last.safetensors`, `log.jsonl`, TensorBoard scalars and the state to resume.
         config: settings (`gram_meta.config`).
         resume: go on from the state in `out`; the final weights equal an uninterrupted run's.
-        job: the processes that share the tasks of each step (`processes.job`).
+        job: the processes that share the tasks of each step (`processes.process_group`).
         profile: steps to take for `profile.json`, which says where their time goes; nothing else is written then.
 
     Returns:
@@ -106,21 +104,8 @@ def pretrain(
         opened = PairStore.open(store), Hierarchy.open(hierarchy)
         return MetaTrainer(*opened, Path(out), config, device, progress and job.is_first, job)
 
-    trainer = _in_all(job, made)
+    trainer = job.make_on_all_ranks(made)
     return trainer.run_profile(profile) if profile else trainer.run(resume)
-
-
-def _in_all(job: Job, make: Callable[[], T]) -> T:
-    """What each process makes for itself; where that fails in some, one of them says why and all end."""
-    problem: GramError | None = None
-    try:
-        made = make()
-    except GramError as error:
-        problem = error
-    failed = [rank for rank, has in enumerate(job.gather(problem is not None)) if has]
-    if failed:
-        raise problem if problem is not None and failed[0] == job.rank else SystemExit(STATUS)
-    return made
 
 
 class MetaTrainer:
@@ -134,7 +119,7 @@ class MetaTrainer:
         config: CfgNode,
         device: str | torch.device = "cpu",
         progress: bool = True,
-        job: Job = ALONE,
+        job: ProcessGroup = ALONE,
     ) -> None:
         self.config, self.out, self.progress, self.job = config, out, progress, job
         if config.OUTER.BATCH < job.size:
@@ -153,10 +138,10 @@ class MetaTrainer:
         )
         self.train_tasks = self._sampler(self.train_topics, config.SEED, images_of(hierarchy, self.held_topics))
         held = self._sampler(self.held_topics, config.SEED + 1, None)
-        self.watched = [held.draw(number) for number in job.run_of(config.EVAL.TASKS)]
+        self.watched = [held.draw(number) for number in job.share_range(config.EVAL.TASKS)]
         words = [topic.word for topic in hierarchy.topics]
         self.episodes = Episodes(self.backbone, store, words, config)
-        self.own = job.run_of(config.OUTER.BATCH)  # this process's tasks of a batch
+        self.own = job.share_range(config.OUTER.BATCH)  # this process's tasks of a batch
         self.plan = plan(config, self.backbone, len(self.own), budget_of(config, self.backbone.device))
 
         self.theta = initial_theta(self.backbone, config)
@@ -360,20 +345,16 @@ class MetaTrainer:
         bad = (~losses.isfinite()).nonzero().flatten().tolist()
         if bad:
             number = (step - 1) * self.config.OUTER.BATCH + bad[0]
-            self._end(
+            self.job.fail(
                 f"meta-training: expected a finite loss, found {losses[bad[0]].item()} at step {step} in task {number} "
                 f"({', '.join(self.train_tasks.draw(number).words)}); the last good checkpoint is {self.out / LAST}"
             )
         if self.inner.scale != 1 and not all(p.grad.isfinite().all() for p in self._parameters() if p.grad is not None):
-            self._end(
+            self.job.fail(
                 f"meta-training: expected finite gradients, found others at step {step}, under fp16 with losses scaled by "
                 f"{self.inner.scale:g}; lower BACKBONE.LOSS_SCALE, or take BACKBONE.PRECISION bf16; the last good checkpoint is "
                 f"{self.out / LAST}"
             )
-
-    def _end(self, sentence: str) -> None:
-        """All processes know this; one says it."""
-        raise GramError(sentence) if self.job.is_first else SystemExit(STATUS)
 
     # --- held-out tasks -----------------------------------------------------------------------------------------------
 
@@ -386,7 +367,7 @@ class MetaTrainer:
         log.flush()
         bar.set_postfix(loss=f"{seen['loss_after']:.3f}", acc=f"{100 * seen['accuracy_after']:.1f}%")
         if not math.isfinite(seen["loss_after"]):
-            self._end(
+            self.job.fail(
                 f"meta-training: expected a finite loss on the held-out tasks, found {seen['loss_after']} after step {step}; "
                 f"the last good checkpoint is {self.out / LAST}"
             )
@@ -648,7 +629,7 @@ def evaluate(
     inner: InnerLoop,
     config: CfgNode,
     plan: Plan | None = None,
-    job: Job = ALONE,
+    job: ProcessGroup = ALONE,
 ) -> dict[str, float]:
     """What adaptation does on given tasks, averaged over them.
 

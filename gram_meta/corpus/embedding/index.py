@@ -30,7 +30,7 @@ from gram_meta.corpus.places import Place
 from gram_meta.corpus.sources.source import Shard, Source
 from gram_meta.errors import GramError
 from gram_meta.files import atomic_write, read_json, write_json
-from gram_meta.processes import ALONE, Job
+from gram_meta.processes import ALONE, ProcessGroup
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class Index:
 
 
 def write_index(
-    source: Source, folder: Path, part_size: int, job: Job = ALONE, workers: int = 0, progress: bool = False
+    source: Source, folder: Path, part_size: int, job: ProcessGroup = ALONE, workers: int = 0, progress: bool = False
 ) -> Index:
     """Read `source` once and write its index, or go on where that was interrupted; `plan.json` says that it is complete.
 
@@ -164,7 +164,7 @@ def _write_shards(
     root: Path,
     folder: Path,
     part_size: int,
-    job: Job,
+    job: ProcessGroup,
     workers: int,
     progress: bool,
 ) -> None:

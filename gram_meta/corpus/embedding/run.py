@@ -27,7 +27,7 @@ from gram_meta.corpus.sources.source import Source, open_source
 from gram_meta.corpus.store import PairStore, read_manifest
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike, write_json
-from gram_meta.processes import ALONE, Job
+from gram_meta.processes import ALONE, ProcessGroup
 
 if TYPE_CHECKING:
     from gram_meta.backbone.clip import Backbone
@@ -46,7 +46,7 @@ def embed_pairs(
     part_size: int = 2048,
     workers: int = 0,
     progress: bool = False,
-    job: Job = ALONE,
+    job: ProcessGroup = ALONE,
 ) -> PairStore:
     """Embed the pairs of `source` and write them to the folder `out`, or go on where an earlier run stopped.
 
@@ -232,7 +232,7 @@ def _differences(was: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any,
         yield name, was, now
 
 
-def _index(source: Source, parts: Path, part_size: int, job: Job, workers: int, progress: bool) -> Index:
+def _index(source: Source, parts: Path, part_size: int, job: ProcessGroup, workers: int, progress: bool) -> Index:
     if not (parts / "plan.json").exists():
         log.info("reading %s", source.path)
     index = write_index(source, parts, part_size, job, workers, progress)
@@ -253,12 +253,12 @@ def _missing(index: Index, parts: Path) -> list[int]:
     return missing
 
 
-def _share(parts: list[int], job: Job) -> list[int]:
+def _share(parts: list[int], job: ProcessGroup) -> list[int]:
     """A process's parts: a run of them, so that it reads whole shards from their beginning to their end.
 
     A shard on the border of two shares is divided between their processes, part by part.
     """
-    return [parts[number] for number in job.run_of(len(parts))]
+    return [parts[number] for number in job.share_range(len(parts))]
 
 
 class _Progress:
@@ -266,7 +266,7 @@ class _Progress:
 
     EVERY = 0.5  # seconds
 
-    def __init__(self, index: Index, missing: list[int], job: Job, shown: bool) -> None:
+    def __init__(self, index: Index, missing: list[int], job: ProcessGroup, shown: bool) -> None:
         from tqdm import tqdm
 
         self.name = f"pairs of run {next(_RUNS)}"
