@@ -1,5 +1,6 @@
 """Sources whose captions lie in a file of their own: COCO, Karpathy, Flickr8k, JSON records, CC3M."""
 
+import argparse
 import json
 import logging
 import zlib
@@ -8,14 +9,17 @@ from collections import Counter
 import pytest
 from PIL import Image
 
+from gram_meta.commands import embed
+from gram_meta.corpus import sources
 from gram_meta.corpus.places import ImageReader
-from gram_meta.corpus.sources import rows
-from gram_meta.corpus.sources.source import FORMATS, open_source
+from gram_meta.corpus.sources import FORMATS, all_rows, open_source, rows
+from gram_meta.corpus.sources.rows import Shard
+from gram_meta.corpus.sources.source import Source
 from gram_meta.errors import GramError
 
 
 def rows_of(path, **options):
-    return list(open_source(path, **options).rows())
+    return list(all_rows(open_source(path, **options)))
 
 
 def good(found):
@@ -63,7 +67,7 @@ def test_captions_of_coco(tmp_path, caplog):
     path = write_json(tmp_path / "annotations" / "captions_train2017.json", COCO)
     pictures(tmp_path / "train2017", "000009.jpg", "000025.jpg")
     source = open_source(path)
-    found = list(source.rows())
+    found = list(all_rows(source))
     assert source.kind == "coco" and source.image_root == (tmp_path / "train2017").resolve()
     assert good(found) == [
         ("000009.jpg", "Broccoli on a plate"),
@@ -130,7 +134,7 @@ def test_splits_of_karpathy(tmp_path, caplog):
     pictures(tmp_path, "train2014/a.jpg", "val2014/b.jpg", "val2014/c.jpg")
     train = [("train2014/a.jpg", "one"), ("train2014/a.jpg", "two"), ("val2014/b.jpg", "three")]
     source = open_source(path)
-    assert source.kind == "karpathy" and good(source.rows()) == train
+    assert source.kind == "karpathy" and good(all_rows(source)) == train
     assert "split train, restval taken, not test, val" in caplog.text
     assert good(rows_of(path, split="train")) == train[:2]
     assert len(rows_of(path, split="all")) == 5 and len(rows_of(path, split="val,test")) == 2
@@ -149,7 +153,7 @@ def test_karpathy_without_folders_and_with_all_images_in_one(tmp_path):
     path = write_json(tmp_path / "coco" / "dataset_coco.json", karpathy(("b.jpg", "train2014", "train", ["two"])))
     pictures(tmp_path / "coco" / "images", "b.jpg")
     source = open_source(path)
-    assert good(source.rows()) == [("b.jpg", "two")] and source.image_root.name == "images"
+    assert good(all_rows(source)) == [("b.jpg", "two")] and source.image_root.name == "images"
 
 
 # --- records, token files -----------------------------------------------------------------------------------
@@ -237,7 +241,7 @@ def test_images_of_cc3m_are_found_by_the_usual_names(cc3m, tmp_path, name, rule,
     source = open_source(cc3m, image_root=root)
     assert source.kind == "cc3m" and source.naming == rule
     assert f"images are called {rule}; 27 of the first 30 rows have one" in caplog.text
-    found = list(source.rows())
+    found = list(all_rows(source))
     assert [row.caption for row in found] == [f"caption {number}" for number in range(30)]
     assert [found[number].location for number in there] == [name(number) for number in there]
 
@@ -249,7 +253,7 @@ def test_images_of_cc3m_that_are_not_there_are_one_sentence(cc3m, tmp_path):
     with pytest.raises(GramError, match="found none"):
         open_source(cc3m, image_root=tmp_path / "own")
     source = open_source(cc3m, image_root=tmp_path / "own", image_name="pic-{row:03d}.jpg")
-    assert [row.location for row in source.rows()][29] == "pic-029.jpg"
+    assert [row.location for row in all_rows(source)][29] == "pic-029.jpg"
     for rule in ("pic.jpg", "pic-{number}.jpg", "{row:x"):
         with pytest.raises(GramError, match="--image-name .* expected a name with"):
             open_source(cc3m, image_root=tmp_path / "own", image_name=rule)
@@ -307,8 +311,42 @@ def test_options_that_mean_nothing_are_refused(cc3m, tmp_path):
             rows_of(path, **options)
 
 
-def test_the_command_knows_every_format():
-    from gram_meta.commands import embed
+def formats_of_the_command():
+    parser = argparse.ArgumentParser()
+    embed.add_arguments(parser)
+    return next(action.choices for action in parser._actions if action.dest == "format")
 
-    assert list(embed.FORMATS) == list(FORMATS)
+
+def test_the_command_knows_every_format():
+    assert formats_of_the_command() == ["auto", *(known.name for known in FORMATS)]
+    assert len(FORMATS) == 11 == len({known.name for known in FORMATS})
     assert all(name in embed.HELP for name in ("shards/", "dataset_coco.json", "Train_GCC-training.tsv"))
+
+
+def test_a_new_format_is_one_entry(tmp_path, monkeypatch):
+    """An object with the members of `Format` is detected, opened, read and known to the command."""
+
+    class Lines:
+        name = "lines"
+        title = "lines of image=caption"
+        options = frozenset()
+
+        def claims(self, path, peek):
+            return peek.suffix == ".lines"
+
+        def open(self, path, options):
+            return Source(path, self.name, path.parent)
+
+        def shards(self, source):
+            fields = [line.split("=") for line in source.path.read_text().splitlines()]
+            return [Shard("", lambda: iter([rows.checked(*pair) for pair in fields]))]
+
+    (tmp_path / "a.lines").write_text("a.jpg=a dog\nb.jpg=\n")
+    with pytest.raises(GramError, match="expected a folder, .* found .lines"):
+        open_source(tmp_path / "a.lines")
+    monkeypatch.setattr(sources, "FORMATS", [*FORMATS, Lines()])
+    found = rows_of(tmp_path / "a.lines")
+    assert good(found) == [("a.jpg", "a dog")] and skips(found) == {rows.EMPTY_CAPTION: 1}
+    assert "lines" in formats_of_the_command()
+    with pytest.raises(GramError, match="a split does not belong to lines of image=caption"):
+        open_source(tmp_path / "a.lines", split="train")

@@ -13,8 +13,7 @@ from gram_meta.cli import main
 from gram_meta.clustering.chc import cluster_pairs
 from gram_meta.clustering.hierarchy import Hierarchy
 from gram_meta.config import load_meta_config
-from gram_meta.corpus.sources import classes
-from gram_meta.corpus.sources.source import open_source
+from gram_meta.corpus.sources import all_rows, classes, open_source
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
 from gram_meta.method.tasks import TaskSampler
@@ -28,7 +27,7 @@ def tree(root, *images):
 
 
 def rows_of(path, **options):
-    return list(open_source(path, format="classes", **options).rows())
+    return list(all_rows(open_source(path, format="classes", **options)))
 
 
 def good(rows):
@@ -68,7 +67,7 @@ def test_listed_folders_may_lie_deeper(tmp_path):
     (tmp_path / "classnames.txt").write_text("q0001 tench\nq0002 tench\n")
     source = open_source(tmp_path, format="classes")
     assert source.class_depth == 2
-    rows = list(source.rows())
+    rows = list(all_rows(source))
     assert len(good(rows)) == 3 and {name for _, name in good(rows)} == {"tench"}
     assert skips(rows) == {classes.NO_CLASS: 1}
     assert [classes.class_of(location, 2) for location, _ in good(rows)] == ["q0001", "q0002", "q0001"]
@@ -129,7 +128,7 @@ def test_unusable_collections_are_one_sentence(tmp_path):
     with pytest.raises(GramError, match="format: expected auto, .* found 'folders'"):
         open_source(tmp_path, format="folders")
     with pytest.raises(GramError, match="give --format classes"):
-        list(open_source(tmp_path / "list").rows())
+        list(all_rows(open_source(tmp_path / "list")))
 
 
 def test_a_list_of_another_collection_above_is_not_used(tmp_path):

@@ -21,14 +21,13 @@ from gram_meta.corpus import images
 from gram_meta.corpus.embedding import sentences
 from gram_meta.corpus.images import BadImage, ImageFiles, collate, decode_image, read_image
 from gram_meta.corpus.places import ImageReader, Place
-from gram_meta.corpus.sources import rows
+from gram_meta.corpus.sources import all_rows, open_source, rows
 from gram_meta.corpus.sources.rows import Row
-from gram_meta.corpus.sources.source import open_source
 from gram_meta.errors import GramError
 
 
 def rows_of(path, **options):
-    return list(open_source(path, **options).rows())
+    return list(all_rows(open_source(path, **options)))
 
 
 def skips(found):

@@ -14,8 +14,7 @@ from PIL import Image
 
 from gram_meta.corpus.images import BROKEN, EMPTY, BadImage
 from gram_meta.corpus.places import ImageReader
-from gram_meta.corpus.sources import rows
-from gram_meta.corpus.sources.source import open_source
+from gram_meta.corpus.sources import all_rows, open_source, rows, shards_of
 from gram_meta.errors import GramError
 
 
@@ -48,7 +47,7 @@ def sample(key, text=None, suffix="jpg", **facts):
 
 
 def rows_of(path, **options):
-    return list(open_source(path, **options).rows())
+    return list(all_rows(open_source(path, **options)))
 
 
 def good(found):
@@ -73,19 +72,19 @@ def shards(tmp_path):
 
 def test_shards_of_img2dataset_are_read_in_their_order(shards):
     source = open_source(shards)
-    found = list(source.rows())
+    found = list(all_rows(source))
     keys = [f"{shard:05d}{number:04d}" for shard in range(3) for number in range(4)]
     assert source.kind == "webdataset" and not skips(found)
     assert good(found) == [(f"{key[:5]}.tar/{key}.jpg", f"caption {key}") for key in keys]
-    assert [shard.name for shard in source.shards()] == ["00000.tar", "00001.tar", "00002.tar"]
-    assert [row for shard in source.shards() for row in shard.rows()] == found
+    assert [shard.name for shard in shards_of(source)] == ["00000.tar", "00001.tar", "00002.tar"]
+    assert [row for shard in shards_of(source) for row in shard.rows()] == found
     assert source.identity()["shards"] == {f"{n:05d}.tar": (shards / f"{n:05d}.tar").stat().st_size for n in range(3)}
 
 
 def test_single_images_are_read_at_random(shards):
     source = open_source(shards)
     reader = ImageReader(source.image_root, source.identity()["shards"])
-    found = list(source.rows())
+    found = list(all_rows(source))
     for row in [found[index] for index in (7, 0, 11, 3, 7)]:
         assert reader.content(row.place) == picture(int(row.location[-13:-4]))
         image, digest = reader.image(row.place)
@@ -94,7 +93,7 @@ def test_single_images_are_read_at_random(shards):
 
 def test_a_shard_that_has_changed_or_vanished_is_named(shards):
     source = open_source(shards)
-    sizes, found = source.identity()["shards"], list(source.rows())
+    sizes, found = source.identity()["shards"], list(all_rows(source))
     with open(shards / "00001.tar", "ab") as file:
         file.write(bytes(512))
     (shards / "00002.tar").unlink()
@@ -104,7 +103,7 @@ def test_a_shard_that_has_changed_or_vanished_is_named(shards):
     with pytest.raises(GramError, match="00002.tar: expected the shard that was embedded, found No such file"):
         reader.content(found[8].place)
     with pytest.raises(GramError, match="00002.tar: expected a shard"):
-        list(source.rows())
+        list(all_rows(source))
 
 
 @pytest.mark.parametrize(
@@ -162,7 +161,7 @@ def test_damage_is_found_again_at_any_place(tmp_path):
     for start in range(0, len(whole) - 10240, 1371):
         path.write_bytes(whole[:start] + bytes([start % 256]) * 700 + whole[start + 700 :])
         source = open_source(path)
-        found = list(source.rows())
+        found = list(all_rows(source))
         reader = ImageReader(source.image_root)
         for row in found:
             if not row.skip:
@@ -183,7 +182,7 @@ def test_long_names_and_names_of_other_scripts(tmp_path, format):
     members = [member for key in keys for member in sample(key, f"at {key}")]
     path = write_tar(tmp_path / "a.tar", members, format)
     source = open_source(path)
-    found = list(source.rows())
+    found = list(all_rows(source))
     assert good(found) == [(f"a.tar/{key}.jpg", f"at {key}") for key in keys]
     assert [ImageReader(tmp_path).content(row.place) for row in found] == [picture(7), picture(8)]
 
@@ -210,7 +209,7 @@ def test_duplicate_keys_are_counted_and_the_first_is_taken(tmp_path):
         ]
         write_tar(tmp_path / shard, members)
     source = open_source(tmp_path)
-    found = list(source.rows())
+    found = list(all_rows(source))
     keys = [
         (f"{shard}/{key}.jpg", text) for shard in ("a.tar", "b.tar") for key, text in (("1", "first"), ("2", "other"))
     ]
@@ -286,7 +285,7 @@ def test_sizes_above_eight_gigabytes_and_tars_one_after_the_other(tmp_path):
         file.seek(9 << 30, io.SEEK_CUR)
         file.write(path.read_bytes() + write_tar(tmp_path / "c.tar", sample("2", "appended")).read_bytes())
     source = open_source(tmp_path / "a.tar")
-    found = list(source.rows())
+    found = list(all_rows(source))
     assert good(found) == [("a.tar/1.jpg", "after it"), ("a.tar/2.jpg", "appended")]
     assert found[0].offset > 9 << 30 and ImageReader(tmp_path).content(found[0].place) == picture(1)
 
@@ -300,7 +299,7 @@ def test_few_files_are_open_at_a_time(tmp_path, monkeypatch):
     for shard in range(12):
         write_tar(tmp_path / f"{shard:05d}.tar", sample(f"{shard}", "text"))
     source = open_source(tmp_path)
-    found, reader = list(source.rows()), ImageReader(source.image_root)
+    found, reader = list(all_rows(source)), ImageReader(source.image_root)
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
     for row in found * 2:
         assert reader.content(row.place) == picture(int(row.shard[:5]))
@@ -318,8 +317,8 @@ def test_processes_and_threads_read_from_the_same_shards(shards, tmp_path, way):
     images = [(picture(number), "") for number in range(20)]
     write_parquet(tmp_path / "parquet" / "a.parquet", images, [str(n) for n in range(20)], row_group_size=3)
     tars, parquet = open_source(shards), open_source(tmp_path / "parquet")
-    of_tars = [row.place for row in tars.rows()] * 4
-    of_parquet = [row.place for row in parquet.rows()] * 4
+    of_tars = [row.place for row in all_rows(tars)] * 4
+    of_parquet = [row.place for row in all_rows(parquet)] * 4
     pool = ThreadPoolExecutor(8)
     if way != "threads":
         pool = ProcessPoolExecutor(2, mp_context=multiprocessing.get_context(way))
@@ -345,7 +344,7 @@ def test_a_process_forked_in_the_middle_of_an_opening_reads_on(shards):
     if "fork" not in multiprocessing.get_all_start_methods():
         pytest.skip("this system does not fork")
     reader = ImageReader(shards)
-    place = next(iter(open_source(shards).rows())).place
+    place = next(iter(all_rows(open_source(shards)))).place
     process = multiprocessing.get_context("fork").Process(target=reader.content, args=(place,))
     with open_shards.TARS.lock:
         process.start()
@@ -383,11 +382,11 @@ def test_parquet_with_images_inside(tmp_path):
         write_parquet(tmp_path / f"train-0000{shard}-of-00002.parquet", images, captions, row_group_size=4)
     write_parquet(tmp_path / "test-00000-of-00001.parquet", [(picture(1), "")], [["a test image"]])
     source = open_source(tmp_path)
-    found = list(source.rows())
+    found = list(all_rows(source))
     assert source.kind == "parquet" and source.split == "train"
     names = [f"train-0000{shard}-of-00002.parquet" for shard in range(2)]
-    assert [shard.name for shard in source.shards()] == names
-    assert [row for shard in source.shards() for row in shard.rows()] == found
+    assert [shard.name for shard in shards_of(source)] == names
+    assert [row for shard in shards_of(source) for row in shard.rows()] == found
     expected = [(f"{name}/{number}", f"{letter} {number}") for name in names for number in range(10) for letter in "ab"]
     assert good(found) == expected and not skips(found)
     reader = ImageReader(source.image_root, source.identity()["shards"])
@@ -405,8 +404,8 @@ def test_images_of_parquet_that_are_null_empty_or_files(tmp_path):
     images = [(picture(0), None), (None, "files/a.jpg"), (None, None), None, (b"", "b.jpg"), (picture(3), "x.jpg")]
     path = write_parquet(tmp_path / "a.parquet", images, [f"caption {number}" for number in range(6)])
     source = open_source(path)
-    found = list(source.rows())
-    assert [shard.name for shard in source.shards()] == [""]  # a path may stand in several files
+    found = list(all_rows(source))
+    assert [shard.name for shard in shards_of(source)] == [""]  # a path may stand in several files
     assert skips(found) == {rows.NO_IMAGE: 2}
     assert [row.location for row in found if not row.skip] == [
         "a.parquet/0",
@@ -464,7 +463,7 @@ def test_damage_in_parquet_costs_the_row_group(tmp_path):
     path.write_bytes(content)
     source = open_source(path)
     reader, bad = ImageReader(source.image_root), 0
-    for row in source.rows():
+    for row in all_rows(source):
         try:
             assert reader.content(row.place) == picture(row.offset)
         except BadImage as error:
@@ -479,7 +478,7 @@ def test_damage_in_parquet_costs_the_row_group(tmp_path):
 def test_a_parquet_shard_that_has_changed_is_named(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", [(picture(1), "")] * 3, ["a", "b", "c"])
     source = open_source(path)
-    sizes, found = source.identity()["shards"], list(source.rows())
+    sizes, found = source.identity()["shards"], list(all_rows(source))
     write_parquet(path, [(picture(1), "")], ["a"])
     with pytest.raises(GramError, match="a.parquet: expected the shard that was embedded, of .* bytes, found"):
         ImageReader(tmp_path, sizes).content(found[2].place)
@@ -504,8 +503,8 @@ def test_images_that_hugging_face_wrote(tmp_path):
     data.to_parquet(tmp_path / "paths.parquet")  # this one has paths, and bytes that are null
     for source in (open_source(tmp_path / "hub"), open_source(tmp_path / "paths.parquet")):
         reader = ImageReader(source.image_root)
-        assert [reader.content(row.place) for row in source.rows()] == [picture(number) for number in range(6)]
-        assert [row.caption for row in source.rows()] == list("012345")
+        assert [reader.content(row.place) for row in all_rows(source)] == [picture(number) for number in range(6)]
+        assert [row.caption for row in all_rows(source)] == list("012345")
 
 
 # --- into a store -------------------------------------------------------------------------------------------

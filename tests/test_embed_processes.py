@@ -27,7 +27,6 @@ from gram_meta.corpus.embedding.run import embed_pairs
 from gram_meta.corpus.embedding.sentences import load_sentence_model
 from gram_meta.corpus.places import ImageReader
 from gram_meta.corpus.sources.rows import Row, Shard
-from gram_meta.corpus.sources.source import Source
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
 from gram_meta.processes import ProcessGroup
@@ -225,22 +224,21 @@ def test_the_store_reads_images_in_shards(undisturbed, shards):
 # --- the index ----------------------------------------------------------------------------------------------
 
 
-class TwoShards(Source):
+def two_shards():
     """Images with several captions, in shards that begin their own numbers."""
 
-    def shards(self):
-        def rows(shard):
-            for image in range(4):
-                for text in range(3):
-                    yield Row(f"{shard}/{image}.png", f"{shard} {image} {text}")
-            yield Row("", "", "bad UTF-8")
-            yield Row(f"{shard}/0.png", f"{shard} late")
+    def rows(shard):
+        for image in range(4):
+            for text in range(3):
+                yield Row(f"{shard}/{image}.png", f"{shard} {image} {text}")
+        yield Row("", "", "bad UTF-8")
+        yield Row(f"{shard}/0.png", f"{shard} late")
 
-        return [Shard(str(shard), lambda shard=shard: rows(shard)) for shard in range(2)]
+    return [Shard(str(shard), lambda shard=shard: rows(shard)) for shard in range(2)]
 
 
 def test_numbers_go_on_from_shard_to_shard(tmp_path):
-    index = write_index(TwoShards(tmp_path, "webdataset", tmp_path), tmp_path / "parts", 5)
+    index = write_index(two_shards(), tmp_path, tmp_path / "parts", 5)
     assert (index.rows, index.pairs, index.images, index.parts) == (28, 26, 8, 6)
     assert index.skipped == {"bad UTF-8": 2} and index.sizes == [5, 5, 3, 5, 5, 3]
     assert index.bounds == [0, 2, 4, 4, 6, 8, 8] and index.first_parts == [0, 3, 6]
@@ -258,7 +256,7 @@ def test_numbers_go_on_from_shard_to_shard(tmp_path):
 
 def test_a_shard_that_was_read_is_not_read_again(tmp_path):
     """Dying after the first shard's index, and between the last one and the plan."""
-    source = TwoShards(tmp_path, "webdataset", tmp_path)
+    shards = two_shards()
     for at in range(1, 6):  # an index and its counts of each shard, and the plan
         count, replace = 0, os.replace
 
@@ -272,10 +270,10 @@ def test_a_shard_that_was_read_is_not_read_again(tmp_path):
         folder = tmp_path / str(at)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(os, "replace", dying)
-            write_index(source, folder, 5)
+            write_index(shards, tmp_path, folder, 5)
         kept = {path: path.stat().st_mtime_ns for path in (folder / "index").glob("*.json")}
         assert len(kept) == (at - 1) // 2
-        write_index(source, folder, 5)
+        write_index(shards, tmp_path, folder, 5)
         assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
         assert json.loads((folder / "plan.json").read_text()) == json.loads((tmp_path / "1/plan.json").read_text())
 

@@ -6,23 +6,8 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gram_meta.corpus.sources.source import Source
+    from gram_meta.corpus.sources import Source
     from gram_meta.processes import ProcessGroup
-
-FORMATS = (  # readers.FORMATS, which is not loaded for --help
-    "auto",
-    "webdataset",
-    "parquet",
-    "folder",
-    "classes",
-    "tsv",
-    "csv",
-    "tokens",
-    "coco",
-    "karpathy",
-    "records",
-    "cc3m",
-)
 
 HELP = """Turn image-text pairs into a store of CLIP and Sentence-BERT features.
 
@@ -40,13 +25,16 @@ SOURCE is one of
   Train_GCC-training.tsv     CC3M's captions and URLs, with --image-root FOLDER of what was downloaded
   classes/                   with --format classes: a labelled collection such as ImageNet; captions are class names
 
-Which it is shows in what is there, and is said. Rows and images that cannot be used are skipped and counted by reason in the
-store's manifest.json. An interrupted run goes on where it was when the same command is given again. Several
-processes, also on several machines, share the work: torchrun --nproc_per_node 8 -m gram_meta embed ...
-docs/guide/corpus.md says more."""
+The format is detected from the contents of SOURCE and printed; --format NAME overrides the detection. Rows and images
+that cannot be used are skipped, and counted by reason in the store's manifest.json. The same command continues an
+interrupted run. Several processes, also on several machines, share the work:
+torchrun --nproc_per_node 8 -m gram_meta embed ... See docs/guide/corpus.md."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from gram_meta.corpus.sources import FORMATS
+
+    formats = ["auto", *(known.name for known in FORMATS)]
     add = parser.add_argument
     add("source", metavar="SOURCE", help="folder, file or pattern: see above")
     add("-o", "--out", metavar="STORE", required=True, help="folder for the store")
@@ -94,10 +82,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--format",
-        choices=FORMATS,
+        choices=formats,
         default="auto",
         metavar="NAME",
-        help=f"what SOURCE is: {', '.join(FORMATS)} (default: %(default)s, what it looks like; never classes)",
+        help=f"the format of SOURCE: {', '.join(formats)} (default: %(default)s, which detects it; classes must be named)",
     )
     add(
         "--classnames",
@@ -143,7 +131,7 @@ def _source(args: argparse.Namespace) -> Source | None:
     import sys
 
     from gram_meta.corpus.embedding.run import check_free, is_finished
-    from gram_meta.corpus.sources.source import open_source
+    from gram_meta.corpus.sources import open_source
 
     source = open_source(
         args.source,

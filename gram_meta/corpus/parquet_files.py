@@ -11,9 +11,16 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+PARQUET_SUFFIXES = (".parquet", ".pq")
+
+
+def is_parquet(path: Path) -> bool:
+    """Return whether a file has the name of a Parquet file."""
+    return path.suffix.lower() in PARQUET_SUFFIXES and not path.name.startswith(".")
+
 
 def open_parquet(path: Path) -> pq.ParquetFile:
-    """A Parquet file, its footer read; `GramError` for another kind of file."""
+    """Open a Parquet file and read its footer; raise `GramError` for another kind of file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -31,7 +38,7 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 
 def is_struct(kind: pa.DataType) -> bool:
-    """Whether a type is a struct with the bytes of an image in it."""
+    """Return whether a type is a struct that contains the bytes of an image."""
     import pyarrow as pa
 
     if not pa.types.is_struct(kind):
@@ -41,12 +48,12 @@ def is_struct(kind: pa.DataType) -> bool:
 
 
 def holds_images(schema: pa.Schema, image: int) -> bool:
-    """Whether a column holds images, as bytes or in a struct."""
+    """Return whether a column holds images, as bytes or as structs."""
     kind = schema.field(image).type
     return is_struct(kind) or _is_binary(kind)
 
 
 def leaf_of(schema: pa.Schema, image: int) -> str:
-    """The name that Parquet gives the column of bytes."""
+    """Return the name that Parquet gives the column of bytes."""
     name = schema.names[image]
     return f"{name}.bytes" if is_struct(schema.field(image).type) else name

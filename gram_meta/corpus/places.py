@@ -9,32 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from gram_meta.corpus.images import BOMB, BROKEN, EMPTY, MAX_BYTES, MISSING, BadImage, file_content, with_digest
 from gram_meta.corpus.open_shards import PARQUETS, TARS, ParquetImages, TarFile
-
-PARQUET_SUFFIXES = (".parquet", ".pq")
-
-
-class Place(NamedTuple):
-    """One image.
-
-    Attributes:
-        location: its name, different from all others of a corpus: a path relative to the image root, or absolute; of a
-            shard's image the shard's path, a slash, and the member's name or the row's number.
-        shard: the tar or Parquet file it is in, as a path like `location`; "" for an image that is a file of its own.
-        offset: in a tar, the byte at which it begins; in a Parquet file, its row.
-        size: in a tar, its number of bytes; in a Parquet file, the number of the column of images.
-    """
-
-    location: str
-    shard: str = ""
-    offset: int = 0
-    size: int = 0
+from gram_meta.corpus.parquet_files import PARQUET_SUFFIXES
+from gram_meta.corpus.sources.rows import Place
 
 
 class ImageReader:

@@ -40,7 +40,7 @@ from gram_meta.corpus.embedding.run import embed_pairs
 from gram_meta.corpus.embedding.sentences import SentenceBert, load_sentence_model
 from gram_meta.corpus.images import ImageFiles, collate
 from gram_meta.corpus.places import ImageReader, Place
-from gram_meta.corpus.sources.source import Source, open_source
+from gram_meta.corpus.sources import Source, all_rows, open_source
 from gram_meta.files import write_json
 
 
@@ -91,7 +91,7 @@ def make_sources(args: Any, folder: Path) -> dict[str, Source]:
     """A TSV of the first images of the source, and the same images and captions in tar shards."""
     captions: dict[Path, list[str]] = {}
     source = open_source(args.source)
-    for row in source.rows():
+    for row in all_rows(source):
         path = source.image_root / row.location
         if row.skip or (path not in captions and len(captions) == args.images):
             continue
@@ -125,7 +125,7 @@ def measure(
     args: Any, sources: dict[str, Source], backbone: Backbone, sentence_model: Any, folder: Path
 ) -> list[dict[str, Any]]:
     """Rounds of all steps in turns; each step's `Spent` by its name."""
-    rows = {kind: [row for row in source.rows() if not row.skip] for kind, source in sources.items()}
+    rows = {kind: [row for row in all_rows(source) if not row.skip] for kind, source in sources.items()}
     places = {kind: list(dict.fromkeys(row.place for row in of_kind)) for kind, of_kind in rows.items()}
     texts = [row.caption for row in rows["files"]]
     towers = Towers(args, backbone, sentence_model, sources["files"], places["files"], texts)

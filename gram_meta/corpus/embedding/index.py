@@ -26,8 +26,7 @@ import pyarrow.parquet as pq
 
 from gram_meta.corpus.images import images_of
 from gram_meta.corpus.open_shards import check_shard
-from gram_meta.corpus.places import Place
-from gram_meta.corpus.sources.source import Shard, Source
+from gram_meta.corpus.sources.rows import Place, Shard
 from gram_meta.errors import GramError
 from gram_meta.files import atomic_write, read_json, write_json
 from gram_meta.processes import ALONE, ProcessGroup
@@ -119,9 +118,15 @@ class Index:
 
 
 def write_index(
-    source: Source, folder: Path, part_size: int, job: ProcessGroup = ALONE, workers: int = 0, progress: bool = False
+    shards: list[Shard],
+    root: Path,
+    folder: Path,
+    part_size: int,
+    job: ProcessGroup = ALONE,
+    workers: int = 0,
+    progress: bool = False,
 ) -> Index:
-    """Read `source` once and write its index, or go on where that was interrupted; `plan.json` says that it is complete.
+    """Read the shards of a source once and write their index, or continue where an earlier run was interrupted.
 
     The processes of `job` share the shards, and each of them shares its own among its workers; a source in one piece is
     read by the first process. Memory: one part, and about 200 bytes per distinct image of a shard.
@@ -129,10 +134,9 @@ def write_index(
     Raises:
         GramError: of the source; a worker process died.
     """
-    shards = source.shards()
     if not job.first(lambda: _is_written(folder)):
         missing = job.first(lambda: _without_index(folder, len(shards)))
-        _write_shards(shards, job.share(missing), source.image_root, folder, part_size, job, workers, progress)
+        _write_shards(shards, job.share(missing), root, folder, part_size, job, workers, progress)
         job.first(lambda: _write_plan(folder, len(shards)))
     return Index(folder)
 

@@ -23,7 +23,7 @@ from gram_meta.corpus import store as layout
 from gram_meta.corpus.embedding.index import Index, write_index
 from gram_meta.corpus.embedding.joining import join_parts
 from gram_meta.corpus.embedding.parts import embed_parts, part_path
-from gram_meta.corpus.sources.source import Source, open_source
+from gram_meta.corpus.sources import Source, open_source, shards_of
 from gram_meta.corpus.store import PairStore, read_manifest
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike, write_json
@@ -235,7 +235,7 @@ def _differences(was: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any,
 def _index(source: Source, parts: Path, part_size: int, job: ProcessGroup, workers: int, progress: bool) -> Index:
     if not (parts / "plan.json").exists():
         log.info("reading %s", source.path)
-    index = write_index(source, parts, part_size, job, workers, progress)
+    index = write_index(shards_of(source), source.image_root, parts, part_size, job, workers, progress)
     skipped = "".join(f", {reason}: {count}" for reason, count in index.skipped.items())
     log.info("%d rows: %d pairs of %d images%s", index.rows, index.pairs, index.images, skipped)
     return index

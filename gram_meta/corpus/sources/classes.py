@@ -1,7 +1,7 @@
-"""A labelled collection: a folder of class folders, as ImageNet and WebVision come.
+"""A labelled collection: a folder of class folders, such as ImageNet and WebVision.
 
-A class is a folder with images somewhere below it; its name is the folder's (underscores become spaces), or stands in
-a list of lines "folder name of the class", such as ImageNet's `classnames.txt`.
+A class is a folder with images somewhere below it. Its name is that of the folder (with spaces for underscores), or comes
+from a list of lines "folder class name", such as ImageNet's `classnames.txt`.
 """
 
 from __future__ import annotations
@@ -10,63 +10,76 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
-from gram_meta.corpus.sources.rows import IMAGE_SUFFIXES, Row, checked
+from gram_meta.corpus.sources.format import Options, Peek
+from gram_meta.corpus.sources.rows import IMAGE_SUFFIXES, Row, Shard, checked
 from gram_meta.corpus.sources.source import Source
 from gram_meta.errors import GramError
 
 log = logging.getLogger(__name__)
 
 CLASSNAMES = "classnames.txt"
-TRAIN_FOLDERS = ("train", "images/train")  # where training images lie in a collection that has splits
-MAX_DEPTH = 4  # levels below the collection at which folders of a list are looked for
+TRAIN_FOLDERS = ("train", "images/train")  # where the training images of a collection with splits lie
+MAX_DEPTH = 4  # levels below the collection that are searched for the folders of a list
 
 NO_CLASS = "not in a class folder"
 NOT_LISTED = "class folder without a name in the list"
 
 
-def open_classes(path: Path, classnames: Path | None = None) -> Source:
-    """A folder of class folders as a source of pairs (image, class name).
+class ClassFolders:
+    """A folder of class folders; the pairs are (image, class name)."""
 
-    Args:
-        path: the folder; where it has `train/` or `images/train/` with class folders, these alone are read.
-        classnames: the list of names; None: a `classnames.txt` in the folder, or beside it or one level above if it
-            names folders of this collection; without one, folders' names.
+    name = "classes"
+    title = "a folder of class folders"
+    options = frozenset({"classnames"})
 
-    Raises:
-        GramError: no folder, no class folders, or a list that does not fit them.
-    """
-    if not path.is_dir():
-        raise GramError(f"{path}: expected a folder of class folders, found no folder")
-    base = train_folder(path)
-    if not subfolders(base):
-        raise GramError(f"{base}: expected class folders, found none")
-    source = Source(base.resolve(), "classes", base.resolve())
-    inside = next((folder / CLASSNAMES for folder in (base, path) if (folder / CLASSNAMES).is_file()), None)
-    given = classnames or inside
-    if given is not None:
-        depth = _depth(base, read_classnames(given))
-        if depth is None:
-            raise GramError(
-                f"{given}: expected the names of folders below {base}, such as "
-                f"{subfolders(base)[0].name!r}, found none of them"
-            )
-        return _with_names(source, given, depth)
-    for folder in list(base.resolve().parents)[:2]:
-        file = folder / CLASSNAMES
-        if file.is_file() and (depth := _depth(base, read_classnames(file))) is not None:
-            return _with_names(source, file, depth)
-    return source
+    def claims(self, path: Path, peek: Peek) -> bool:
+        return False  # indistinguishable from a folder of images: the user has to name this format
+
+    def open(self, path: Path, options: Options) -> Source:
+        """Describe a folder of class folders; of a folder with `train/` or `images/train/`, these alone are read.
+
+        The list of names is the given one; else a `classnames.txt` in the folder, or beside it or one level above if it
+        names folders of this collection; without a list, the folders' names are the classes' names.
+
+        Raises:
+            GramError: no folder, no class folders, or a list that does not fit them.
+        """
+        if not path.is_dir():
+            raise GramError(f"{path}: expected a folder of class folders, found no folder")
+        base = train_folder(path)
+        if not subfolders(base):
+            raise GramError(f"{base}: expected class folders, found none")
+        root = base.resolve()
+        inside = next((folder / CLASSNAMES for folder in (base, path) if (folder / CLASSNAMES).is_file()), None)
+        given = options.classnames or inside
+        if given is not None:
+            depth = _depth(base, read_classnames(given))
+            if depth is None:
+                raise GramError(
+                    f"{given}: expected the names of folders below {base}, such as "
+                    f"{subfolders(base)[0].name!r}, found none of them"
+                )
+            return Source(root, self.name, root, classnames=given.resolve(), class_depth=depth)
+        for folder in list(root.parents)[:2]:
+            file = folder / CLASSNAMES
+            if file.is_file() and (depth := _depth(base, read_classnames(file))) is not None:
+                return Source(root, self.name, root, classnames=file.resolve(), class_depth=depth)
+        return Source(root, self.name, root)
+
+    def shards(self, source: Source) -> list[Shard]:
+        return [Shard("", partial(_class_rows, source))]
 
 
-def class_rows(source: Source) -> Iterator[Row]:
-    """Rows of a source of class folders, class by class in the order of their folders' names."""
+def _class_rows(source: Source) -> Iterator[Row]:
+    """Yield the rows class by class, in the order of their folders' names."""
     names = read_classnames(source.classnames) if source.classnames else None
-    folders = _class_folders(source.path, source.class_depth)
+    *_, folders = _levels(source.path, source.class_depth)
     named = {folder: class_name(folder.name, names) for folder in folders}
-    _say(source, {folder.name: name for folder, name in named.items() if name})
-    for image in _strays(source.path, source.class_depth):
+    _log_classes(source, {folder.name: name for folder, name in named.items() if name})
+    for image in _images_above(source.path, source.class_depth):
         yield Row(image.relative_to(source.path).as_posix(), "", NO_CLASS)
     found, empty = False, []
     for folder, name in named.items():
@@ -87,39 +100,30 @@ def class_rows(source: Source) -> Iterator[Row]:
 
 
 def class_of(location: str, depth: int) -> str:
-    """The class folder's name in an image's location relative to the collection."""
+    """Return the name of the class folder in an image's location relative to the collection."""
     return location.split("/")[depth - 1]
 
 
 def class_name(folder: str, names: Mapping[str, str] | None = None) -> str:
-    """The name of a class: what the list says of its folder ("" where it says nothing), or the folder's own."""
+    """Return the name of a class: the one in the list ("" if the list has none), or without a list the folder's."""
     if names is not None:
         return names.get(folder, "")
     return " ".join(folder.replace("_", " ").split())
 
 
 def read_classnames(path: Path) -> dict[str, str]:
-    """Folder -> class name, in the order of the file's lines: "n01440764 tench"; a tab may stand for the space.
+    """Return folder -> class name, in the order of the file's lines: "n01440764 tench", with a space or a tab.
 
     Raises:
         GramError: no such file, a line without a name, a folder named twice.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError:
-        raise GramError(
-            f'{path}: expected lines of "folder class name", as in ImageNet\'s {CLASSNAMES}, found no such file'
-        ) from None
-    except UnicodeDecodeError as error:
-        raise GramError(f"{path}: expected UTF-8 text, found something else ({error})") from None
+    expected = f'lines of "folder class name", as in ImageNet\'s {CLASSNAMES}'
     names: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        folder, _, name = line.strip().partition("\t" if "\t" in line.strip() else " ")
+    for number, line in read_lines(path, expected):
+        folder, _, name = line.partition("\t" if "\t" in line else " ")
         folder, name = folder.strip(), " ".join(name.split())
         if not name:
-            raise GramError(f'{path}, line {number}: expected "folder class name", found {line.strip()[:60]!r}')
+            raise GramError(f'{path}, line {number}: expected "folder class name", found {line[:60]!r}')
         if folder in names:
             raise GramError(f"{path}, line {number}: expected each folder once, found {folder!r} again")
         names[folder] = name
@@ -128,8 +132,23 @@ def read_classnames(path: Path) -> dict[str, str]:
     return names
 
 
+def read_lines(path: Path, expected: str) -> list[tuple[int, str]]:
+    """Return the lines of a UTF-8 file that are not blank, stripped, with their numbers from 1.
+
+    Raises:
+        GramError: no such file (the message names what was `expected`), or not UTF-8.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError:
+        raise GramError(f"{path}: expected {expected}, found no such file") from None
+    except UnicodeDecodeError as error:
+        raise GramError(f"{path}: expected UTF-8 text, found something else ({error})") from None
+    return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+
+
 def same_names(names: Mapping[str, str]) -> str:
-    """Which class names are borne by several classes, given class -> name; "" where none is."""
+    """Return which names several classes share, given class -> name; "" if there are none."""
     classes: dict[str, list[str]] = defaultdict(list)
     for folder, name in names.items():
         classes[name.lower()].append(folder)
@@ -138,7 +157,7 @@ def same_names(names: Mapping[str, str]) -> str:
 
 
 def train_folder(path: Path) -> Path:
-    """`path`, or the folder of training images in it; a class called "train" holds images itself and is none."""
+    """Return `path`, or the folder of training images in it; a folder "train" that itself holds images is a class."""
     for name in TRAIN_FOLDERS:
         folder = path / name
         if folder.is_dir() and subfolders(folder) and not images_in(folder):
@@ -147,27 +166,30 @@ def train_folder(path: Path) -> Path:
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """Folders and links to folders in the order of their names; hidden ones and __MACOSX are none."""
+    """Return folders and links to folders in the order of their names, without hidden ones and __MACOSX."""
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if not _is_hidden(entry.name) and entry.is_dir()]
     return [folder / name for name in sorted(names)]
 
 
-def images_below(folder: Path) -> Iterator[Path]:
-    """Image files in the order of their names, folder by folder; links to folders below are not followed."""
+def images_below(folder: Path, with_hidden: bool = False) -> Iterator[Path]:
+    """Yield image files in the order of their names, folder by folder; links to folders below are not followed.
+
+    Args:
+        with_hidden: also look into hidden folders and __MACOSX; hidden files are never yielded.
+    """
     with os.scandir(folder) as entries:
         listed = sorted(entries, key=lambda entry: entry.name)
     for entry in listed:
-        if _is_hidden(entry.name):
-            continue
         if entry.is_dir(follow_symlinks=False):
-            yield from images_below(Path(entry.path))
+            if with_hidden or not _is_hidden(entry.name):
+                yield from images_below(Path(entry.path), with_hidden)
         elif is_image(entry.name) and not entry.is_dir():
             yield Path(entry.path)
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name is that of an image."""
+    """Return whether a file has the name of an image that is not hidden."""
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
 
 
@@ -176,42 +198,36 @@ def _is_hidden(name: str) -> bool:
 
 
 def images_in(folder: Path) -> list[str]:
-    """Names of the image files directly in a folder, sorted."""
+    """Return the names of the image files directly in a folder, sorted."""
     with os.scandir(folder) as entries:
         return sorted(entry.name for entry in entries if is_image(entry.name) and not entry.is_dir())
 
 
-def _with_names(source: Source, classnames: Path, depth: int) -> Source:
-    return Source(source.path, source.kind, source.image_root, classnames=classnames.resolve(), class_depth=depth)
-
-
 def _depth(base: Path, names: Mapping[str, str]) -> int | None:
-    """How many levels below `base` the listed folders lie; None: nowhere."""
-    level = [base]
-    for depth in range(1, MAX_DEPTH + 1):
-        level = [child for folder in level for child in subfolders(folder)]
-        if any(folder.name in names for folder in level):
+    """Return how many levels below `base` the listed folders lie; None: they are not found."""
+    for depth, folders in enumerate(_levels(base, MAX_DEPTH)):
+        if depth and any(folder.name in names for folder in folders):
             return depth
     return None
 
 
-def _class_folders(base: Path, depth: int) -> list[Path]:
+def _levels(base: Path, depth: int) -> Iterator[list[Path]]:
+    """Yield the folders of each level: `base` alone, its subfolders, and so on down to `depth`."""
     level = [base]
+    yield level
     for _ in range(depth):
         level = [child for folder in level for child in subfolders(folder)]
-    return level
+        yield level
 
 
-def _strays(base: Path, depth: int) -> Iterator[Path]:
-    """Images above the class folders."""
-    level = [base]
-    for _ in range(depth):
-        for folder in level:
+def _images_above(base: Path, depth: int) -> Iterator[Path]:
+    """Yield the images above the class folders."""
+    for folders in _levels(base, depth - 1):
+        for folder in folders:
             yield from (folder / name for name in images_in(folder))
-        level = [child for folder in level for child in subfolders(folder)]
 
 
-def _say(source: Source, names: Mapping[str, str]) -> None:
+def _log_classes(source: Source, names: Mapping[str, str]) -> None:
     where = f"named by {source.classnames}" if source.classnames else "named by their folders"
     log.info("%s: %d classes %s", source.path, len(names), where)
     if same := same_names(names):

@@ -1,8 +1,8 @@
-"""CC3M and its like: a TSV of captions and URLs, and the images that somebody has downloaded by it.
+"""CC3M and similar corpora: a TSV of captions and URLs, and images that were downloaded from them.
 
-Train_GCC-training.tsv has `caption<TAB>url` and no header; CC12M's has the URL first. Nothing in it says how files are
-called: that is up to the script that downloaded them. The usual ones name files by the CRC-32 of the URL, or by the number
-of the row; which of these it was shows in the files.
+Train_GCC-training.tsv has `caption<TAB>url` and no header; the TSV of CC12M has the URL first. It does not tell how image
+files are named: the script that downloaded them decides. The usual scripts name files by the CRC-32 of the URL or by the
+row number; `find_rule` detects the rule from the files.
 """
 
 from __future__ import annotations
@@ -12,23 +12,22 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from gram_meta.corpus.sources.rows import BAD_UTF8, COLUMN_COUNT, NO_IMAGE, Row, checked, is_broken
-from gram_meta.corpus.sources.tables import first_lines, open_text
+from gram_meta.corpus.sources.format import Options, Peek, existing_file, first_lines, open_text
+from gram_meta.corpus.sources.rows import BAD_UTF8, COLUMN_COUNT, NO_IMAGE, Row, Shard, checked, is_broken
+from gram_meta.corpus.sources.source import Source
 from gram_meta.errors import GramError
-
-if TYPE_CHECKING:
-    from gram_meta.corpus.sources.source import Source
 
 log = logging.getLogger(__name__)
 
 TRIED = 400  # rows whose files are looked for
-LEAST = 20  # one in so many must be there for a rule to be believed
+LEAST = 20  # a rule is accepted if at least one row in LEAST has its file
 FOLDERS = ("", "training", "validation", "train", "val", "images", "images_train", "images_val")
-# As str.format has it: crc32 of the URL; row, counted from 0, and row1, from 1; thousand = row % 1000; first4 = the first
+# Fields of `str.format`: crc32 of the URL; row, counted from 0, and row1, from 1; thousand = row % 1000; first4 = the first
 # four of the row's seven digits.
 RULES = (
     "{crc32}",  # the script of ViLBERT and DownloadConceptualCaptions: training/3163485042, no suffix
@@ -43,36 +42,56 @@ RULES = (
     "{row1:08d}",
 )
 SUFFIXES = (".jpg", "", ".jpeg", ".png", ".webp", ".gif")
-ANY_SUFFIX = ".*"  # in a rule: the one of `SUFFIXES` that is there
+ANY_SUFFIX = ".*"  # in a rule: the first of `SUFFIXES` for which the file exists
 
 
-class Line(NamedTuple):
-    """A row of the TSV: its number, or a reason to skip it."""
+class UrlRow(NamedTuple):
+    """A row of the TSV with its number, or the reason to skip it."""
 
     row: int
-    caption: str
-    url: str
+    caption: str = ""
+    url: str = ""
     skip: str = ""
 
 
-def is_conceptual(path: Path) -> bool:
-    """Whether a TSV has a caption and a URL in each row, and nothing else."""
+class Conceptual:
+    """A TSV of captions and URLs, with a folder of downloaded images."""
+
+    name = "cc3m"
+    title = "captions and URLs with images that were downloaded"
+    options = frozenset({"image_root", "image_name"})
+
+    def claims(self, path: Path, peek: Peek) -> bool:
+        return peek.suffix == ".tsv" and not peek.options.image_column and _is_conceptual(path)
+
+    def open(self, path: Path, options: Options) -> Source:
+        file = existing_file(path, self.title)
+        root = (options.image_root or file.parent).resolve()
+        rule = check_rule(options.image_name) if options.image_name else find_rule(file, root)
+        return Source(file, self.name, root, naming=rule)
+
+    def shards(self, source: Source) -> list[Shard]:
+        return [Shard("", partial(_conceptual_rows, source))]
+
+
+def _is_conceptual(path: Path) -> bool:
+    """Return whether each of the first rows has a caption and a URL, and nothing else."""
     lines = [line for line in first_lines(path, 3) if line]
     if lines and _header(lines[0]):
         lines = lines[1:]
     return bool(lines) and all(len(fields := line.split("\t")) == 2 and any(map(_is_url, fields)) for line in lines)
 
 
-def conceptual_rows(source: Source) -> Iterator[Row]:
-    """Rows of the TSV; images that were never downloaded show when they are read."""
-    for line in _lines(source.path):
-        if line.skip:
-            yield Row("", "", line.skip)
+def _conceptual_rows(source: Source) -> Iterator[Row]:
+    """Yield the rows of the TSV; an image that was never downloaded is noticed only when it is read."""
+    for row in _url_rows(source.path):
+        if row.skip:
+            yield Row("", "", row.skip)
         else:
-            yield checked(_named(source.naming or "", line, source.image_root), line.caption)
+            yield checked(_location(source.naming or "", row, source.image_root), row.caption)
 
 
-def _lines(path: Path) -> Iterator[Line]:
+def _url_rows(path: Path) -> Iterator[UrlRow]:
     with open_text(path) as file:
         first = file.readline()
         header = _header(first.rstrip("\r\n"))
@@ -88,17 +107,17 @@ def _lines(path: Path) -> Iterator[Line]:
             if fields == [""]:
                 continue  # a blank line is no row, but scripts count it
             if len(fields) != 2:
-                yield Line(row, "", "", COLUMN_COUNT)
+                yield UrlRow(row, skip=COLUMN_COUNT)
             elif is_broken(line):
-                yield Line(row, "", "", BAD_UTF8)
+                yield UrlRow(row, skip=BAD_UTF8)
             elif not fields[url].strip():
-                yield Line(row, "", "", NO_IMAGE)
+                yield UrlRow(row, skip=NO_IMAGE)
             else:
-                yield Line(row, fields[1 - url], fields[url])
+                yield UrlRow(row, fields[1 - url], fields[url])
 
 
 def _header(line: str) -> int | None:
-    """The column of URLs in a header line; None: the line is none."""
+    """Return the column of URLs in a header line; None: the line is not a header."""
     names = [name.strip().lower() for name in line.split("\t")]
     if len(names) == 2 and not any(map(_is_url, names)):
         return next((number for number, name in enumerate(names) if name in ("url", "image_url", "urls")), None)
@@ -113,37 +132,37 @@ def _is_url(text: str) -> bool:
 
 
 def find_rule(path: Path, root: Path) -> str:
-    """How the images below `root` are named, by looking for those of the first rows.
+    """Return how the images below `root` are named, by looking for those of the first rows.
 
     Raises:
-        GramError: by none of `RULES`; or by numbers of which nothing tells whether they begin at 0 or 1.
+        GramError: by none of `RULES`; or by row numbers that may be counted from 0 or from 1.
     """
-    lines = [line for line in islice(_lines(path), TRIED) if not line.skip]
+    rows = [row for row in islice(_url_rows(path), TRIED) if not row.skip]
     folders = [folder for folder in FOLDERS if (root / folder).is_dir()]
     suffixes: dict[str, Counter[str]] = {}
     for rule in [f"{folder}/{rule}" if folder else rule for folder in folders for rule in RULES]:
         suffixes[rule] = Counter(
-            suffix for line in lines for suffix in SUFFIXES if (root / (_format(rule, line) + suffix)).is_file()
+            suffix for row in rows for suffix in SUFFIXES if (root / (_format(rule, row) + suffix)).is_file()
         )
     rule = max(suffixes, key=lambda rule: suffixes[rule].total(), default="")
     found = suffixes[rule].total() if rule else 0
-    if found * LEAST < len(lines) or not found:
+    if found * LEAST < len(rows) or not found:
         best = f"{found} of them are called {rule}" if found else "none"
         raise GramError(
-            f"{root}: expected the images of the first {len(lines)} rows of {path}, named by the CRC-32 of their URLs or "
+            f"{root}: expected the images of the first {len(rows)} rows of {path}, named by the CRC-32 of their URLs or "
             f"by their row numbers, found {best}; say how with --image-name, such as 'train/{{row:08d}}.jpg'. (A folder "
-            "of img2dataset's is a source by itself, without the TSV.)"
+            "that img2dataset wrote is a source by itself, without the TSV.)"
         )
     counts = suffixes[rule]
     rule = _from_first_row(path, root, rule)
     rule += counts.most_common(1)[0][0] if len(counts) == 1 else ANY_SUFFIX
-    log.info("%s: images are called %s; %d of the first %d rows have one", root, rule, found, len(lines))
+    log.info("%s: images are called %s; %d of the first %d rows have one", root, rule, found, len(rows))
     return rule
 
 
 def check_rule(rule: str) -> str:
-    """A rule as a user gives it; `GramError` for one that cannot be followed, or gives all rows the same name."""
-    one, two = Line(0, "", "http://a"), Line(1, "", "http://b")
+    """Return a rule that the user gave; raise `GramError` if it is not valid or gives all rows the same name."""
+    one, two = UrlRow(0, url="http://a"), UrlRow(1, url="http://b")
     try:
         if _format(rule, one) != _format(rule, two):
             return rule
@@ -157,39 +176,39 @@ def check_rule(rule: str) -> str:
 
 
 def _from_first_row(path: Path, root: Path, rule: str) -> str:
-    """The rule, or its twin that counts from 1: where some images are missing both fit, and one is off by a row."""
+    """Return the rule, counting from 0 or from 1: if images are missing both seem to fit, but one is off by a row."""
     if "{row" not in rule or "{thousand}" in rule or "{first4}" in rule:
         return rule
     zero = rule.replace("{row1", "{row")
     one = zero.replace("{row", "{row1")
     with open(path, "rb") as file:
         rows = sum(1 for _ in file) - (_header(first_lines(path, 1)[0]) is not None)
-    if _there(root, zero, Line(0, "", "")):
+    if _exists(root, zero, UrlRow(0)):
         return zero
-    if _there(root, zero, Line(rows, "", "")):
+    if _exists(root, zero, UrlRow(rows)):
         return one
     raise GramError(
-        f"{root}: expected images called by their row numbers, found neither number 0 nor number {rows}, so nothing "
-        f"tells whether rows are counted from 0 or from 1: say --image-name '{zero}.jpg' or '{one}.jpg'"
+        f"{root}: expected images called by their row numbers, found neither number 0 nor number {rows}, so it "
+        f"is unknown whether rows are counted from 0 or from 1: give --image-name '{zero}.jpg' or '{one}.jpg'"
     )
 
 
-def _there(root: Path, rule: str, line: Line) -> bool:
-    return any((root / (_format(rule, line) + suffix)).is_file() for suffix in SUFFIXES)
+def _exists(root: Path, rule: str, row: UrlRow) -> bool:
+    return any((root / (_format(rule, row) + suffix)).is_file() for suffix in SUFFIXES)
 
 
-def _format(rule: str, line: Line) -> str:
+def _format(rule: str, row: UrlRow) -> str:
     return rule.format(
-        crc32=zlib.crc32(line.url.encode("utf-8", "surrogateescape")) & 0xFFFFFFFF,
-        row=line.row,
-        row1=line.row + 1,
-        thousand=line.row % 1000,
-        first4=f"{line.row:07d}"[:4],
+        crc32=zlib.crc32(row.url.encode("utf-8", "surrogateescape")) & 0xFFFFFFFF,
+        row=row.row,
+        row1=row.row + 1,
+        thousand=row.row % 1000,
+        first4=f"{row.row:07d}"[:4],
     )
 
 
-def _named(rule: str, line: Line, root: Path) -> str:
+def _location(rule: str, row: UrlRow, root: Path) -> str:
     if not rule.endswith(ANY_SUFFIX):
-        return _format(rule, line)
-    stem = _format(rule[: -len(ANY_SUFFIX)], line)
+        return _format(rule, row)
+    stem = _format(rule[: -len(ANY_SUFFIX)], row)
     return next((stem + suffix for suffix in SUFFIXES if os.path.isfile(root / (stem + suffix))), stem + SUFFIXES[0])

@@ -1,21 +1,42 @@
-"""A folder of images, each with a same-named `.txt` beside it; also img2dataset's `files` output."""
+"""A folder of images, each with a same-named `.txt` beside it; also the output of img2dataset with `files`."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from gram_meta.corpus.sources.rows import BAD_UTF8, EMPTY_CAPTION, IMAGE_SUFFIXES, NO_CAPTION_FILE, Row, checked
+from gram_meta.corpus.sources.classes import images_below
+from gram_meta.corpus.sources.format import Options, Peek, found_at
+from gram_meta.corpus.sources.rows import BAD_UTF8, EMPTY_CAPTION, NO_CAPTION_FILE, Row, Shard, checked
+from gram_meta.corpus.sources.source import Source
 from gram_meta.errors import GramError
 
 TABLES = (".tsv", ".tab", ".csv", ".parquet", ".pq", ".json", ".jsonl", ".token", ".tar")
 
 
-def folder_rows(root: Path) -> Iterator[Row]:
-    """Pairs of a folder and all below it; every line of a caption file that is not blank is a caption."""
+class Folder:
+    """A folder of images; every line of a `.txt` beside an image that is not blank is a caption of it."""
+
+    name = "folder"
+    title = "a folder of images with captions beside them"
+    options: frozenset[str] = frozenset()
+
+    def claims(self, path: Path, peek: Peek) -> bool:
+        return path.is_dir()
+
+    def open(self, path: Path, options: Options) -> Source:
+        if not path.is_dir():
+            raise GramError(f"{path}: expected {self.title}, found {found_at(path)}")
+        return Source(path.resolve(), self.name, path.resolve())
+
+    def shards(self, source: Source) -> list[Shard]:
+        return [Shard("", partial(_folder_rows, source.path))]
+
+
+def _folder_rows(root: Path) -> Iterator[Row]:
     found = False
-    for image in _images_below(root):
+    for image in images_below(root, with_hidden=True):
         location = image.relative_to(root).as_posix()
         try:
             content = image.with_suffix(".txt").read_bytes()
@@ -35,18 +56,8 @@ def folder_rows(root: Path) -> Iterator[Row]:
         raise GramError(f"{root}: expected images with a same-named .txt beside them, found none{_tables_in(root)}")
 
 
-def _images_below(folder: Path) -> Iterator[Path]:
-    """Image files in the order of their names, folder by folder; links to folders are not followed."""
-    with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.is_dir(follow_symlinks=False):
-                yield from _images_below(Path(entry.path))
-            elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES and not entry.name.startswith("."):
-                yield Path(entry.path)
-
-
 def _tables_in(root: Path) -> str:
-    """What to name instead: files that say which caption belongs to which image, or the folder that holds shards."""
+    """Return advice on what to name instead: a table in the folder, or a folder in it that has shards."""
     tables = sorted(
         path.name for path in root.iterdir() if path.suffix.lower() in TABLES or path.name == "captions.txt"
     )

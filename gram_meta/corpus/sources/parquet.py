@@ -1,28 +1,31 @@
-"""Parquet files of pairs: with paths of images, or with the images inside, as Hugging Face's `datasets` writes them.
+"""Parquet files of pairs: with paths of images, or with images inside, as Hugging Face's `datasets` writes them.
 
-An image inside is a column of bytes, or a struct of `bytes` and `path` where either may be null. A reader of rows never
-touches the bytes where the file's own counts say that none is null.
+Images inside are a column of bytes, or of structs of `bytes` and `path`, each of which may be null. If the file's own
+statistics report no null, rows are read without the bytes.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gram_meta.corpus.parquet_files import holds_images, is_struct, leaf_of, open_parquet
+from gram_meta.corpus.parquet_files import holds_images, is_parquet, is_struct, leaf_of, open_parquet
+from gram_meta.corpus.sources.format import Options, Peek, common_folder, named_shards
 from gram_meta.corpus.sources.rows import BAD_UTF8, NO_IMAGE, UNREADABLE, Row, Shard, checked
+from gram_meta.corpus.sources.source import Source, relative_name
+from gram_meta.corpus.sources.splits import choose_split, is_chosen
 from gram_meta.corpus.sources.tables import CAPTION_COLUMNS, IMAGE_COLUMNS, find_column
 from gram_meta.errors import GramError
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
-
-    from gram_meta.corpus.sources.source import Source
 
 log = logging.getLogger(__name__)
 
@@ -35,12 +38,49 @@ ROWS_AT_ONCE = 4096
 IMAGES_AT_ONCE = 32  # rows, where bytes have to be looked at
 
 
+class Parquet:
+    """Parquet files with paths of images, or with the images inside."""
+
+    name = "parquet"
+    title = "Parquet files"
+    options = frozenset({"image_column", "caption_column", "image_root", "split"})
+
+    def claims(self, path: Path, peek: Peek) -> bool:
+        if not peek.files or not all(map(is_parquet, peek.files)):
+            return False
+        # Beside folders of images, img2dataset writes Parquet files of metadata.
+        return not path.is_dir() or _any_has_images(peek.files, peek.options.image_column)
+
+    def open(self, path: Path, options: Options) -> Source:
+        files = named_shards(path, is_parquet, self.title)
+        split = choose_split(path, Counter(map(_split_of, files)), options.split)
+        files = [file for file in files if is_chosen(_split_of(file), split)]
+        root = common_folder(files, options.image_root)
+        columns = options.image_column, options.caption_column
+        if len(files) == 1 and path.is_file() and not has_images(files[0], options.image_column):
+            source = Source(files[0], self.name, root, *columns)  # a table of paths
+        else:
+            source = Source(Path(os.path.abspath(path)), self.name, root, *columns, files=tuple(files), split=split)
+        self.shards(source)  # checks all footers and their columns
+        if source.files and has_images(files[0], options.image_column):
+            _warn_of_large_groups(files[0], options.image_column)
+        return source
+
+    def shards(self, source: Source) -> list[Shard]:
+        """Return a shard for each file if all images are inside; else a single one, as paths could repeat an image."""
+        files = source.files or (source.path,)
+        names = [relative_name(source.image_root, file) for file in files]
+        if not all(_all_inside(file, source.image_column) for file in files):
+            return [Shard("", partial(_rows_of_files, source, names))]
+        return [Shard(name, partial(_file_rows, source, name)) for name in names]
+
+
 class Columns(NamedTuple):
     """Which columns of a file hold images and captions.
 
     Attributes:
-        image: number of the column. inside: whether it holds images; else paths.
-        captions: numbers of the caption columns; each is one caption, or a list of them.
+        image: number of the image column. inside: whether it holds images; else it holds paths.
+        captions: numbers of the caption columns; each value is one caption, or a list of them.
     """
 
     image: int
@@ -48,31 +88,21 @@ class Columns(NamedTuple):
     captions: list[int]
 
 
-def parquet_rows(source: Source) -> Iterator[Row]:
-    """Rows of every file of a source, one after the other."""
-    for file in source.files or (source.path,):
-        yield from _file_rows(
-            source.image_root, relative(source.image_root, file), source.image_column, source.caption_column
-        )
-
-
-def parquet_shards(source: Source) -> list[Shard]:
-    """A shard for each file that has all its images inside; one piece where paths could name an image twice."""
-    files = source.files or (source.path,)
-    if not all(_all_inside(file, source.image_column) for file in files):
-        return [Shard("", partial(parquet_rows, source))]
-    names = [relative(source.image_root, file) for file in files]
-    return [
-        Shard(name, partial(_file_rows, source.image_root, name, source.image_column, source.caption_column))
-        for name in names
-    ]
+def _any_has_images(files: list[Path], image_column: str | None) -> bool:
+    """Return whether the first valid file has images inside; an invalid file is reported when it is read."""
+    for file in files:
+        try:
+            return has_images(file, image_column)
+        except GramError:
+            continue
+    return False
 
 
 def has_images(path: Path, image_column: str | None = None) -> bool:
-    """Whether a Parquet file has images inside; False for one without a column of images.
+    """Return whether a Parquet file has images inside; False if it has no image column.
 
     Raises:
-        GramError: no Parquet file.
+        GramError: not a Parquet file.
     """
     with open_parquet(path) as file:
         try:
@@ -81,8 +111,8 @@ def has_images(path: Path, image_column: str | None = None) -> bool:
             return False
 
 
-def warn_of_large_groups(path: Path, image_column: str | None) -> None:
-    """Say when the images of a file lie in row groups so large that single ones are slow to read."""
+def _warn_of_large_groups(path: Path, image_column: str | None) -> None:
+    """Log a warning if the row groups of a file are so large that reading a single image is slow."""
     with open_parquet(path) as file:
         leaf = leaf_of(file.schema_arrow, find_image(path, file.schema_arrow, image_column))
         largest = 0
@@ -95,15 +125,15 @@ def warn_of_large_groups(path: Path, image_column: str | None) -> None:
             largest = max(largest, sizes.get(leaf, 0))
     if largest > LARGE_GROUP:
         log.warning(
-            "%s: row groups of up to %d MB; an image at random costs the reading of one (meta-training with visual prompts "
-            "is faster from smaller ones, or from tars)",
+            "%s: row groups of up to %d MB; to read one image at random, a whole row group is read (meta-training with visual "
+            "prompts is faster from smaller row groups, or from tars)",
             path,
             largest >> 20,
         )
 
 
-def split_of(path: Path) -> str:
-    """The split that a file of a Hugging Face data set is of: "train" for train-00000-of-00005.parquet, else ""."""
+def _split_of(path: Path) -> str:
+    """Return the split of a Hugging Face data set that a file belongs to: "train" for train-00000-of-00005.parquet."""
     found = PART.fullmatch(path.name)
     return found[1] if found else ""
 
@@ -117,7 +147,7 @@ def _columns(path: Path, schema: pa.Schema, image_column: str | None, caption_co
 
 
 def find_image(path: Path, schema: pa.Schema, given: str | None) -> int:
-    """The column of images or of their paths: the given one, one of a usual name, or the only struct of bytes and path."""
+    """Return the column of images or paths: the given one, one with a usual name, or the only struct of bytes and path."""
     usual = [*IMAGE_COLUMNS, *INSIDE_COLUMNS]
     names = [name.lower() for name in schema.names]
     if not given and not any(name in names for name in usual):
@@ -148,7 +178,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _all_inside(path: Path, image_column: str | None) -> bool:
-    """Whether no row of a file can name an image that another file names as well."""
+    """Return whether every image of a file is inside it, so that no other file can contain the same one."""
     with open_parquet(path) as file:
         schema = file.schema_arrow
         image = find_image(path, schema, image_column)
@@ -158,7 +188,7 @@ def _all_inside(path: Path, image_column: str | None) -> bool:
 
 
 def _nulls(file: pq.ParquetFile, group: int, leaf: str) -> bool:
-    """Whether a row group may have nulls in a column, by its own count."""
+    """Return whether a row group may have nulls in a column, by its statistics."""
     row_group = file.metadata.row_group(group)
     for number in range(row_group.num_columns):
         column = row_group.column(number)
@@ -171,13 +201,18 @@ def _nulls(file: pq.ParquetFile, group: int, leaf: str) -> bool:
 # --- rows ---------------------------------------------------------------------------------------------------
 
 
-def _file_rows(root: Path, name: str, image_column: str | None, caption_column: str | None) -> Iterator[Row]:
-    """The rows of one file; damage costs the row group that it hits."""
+def _rows_of_files(source: Source, names: list[str]) -> Iterator[Row]:
+    for name in names:
+        yield from _file_rows(source, name)
+
+
+def _file_rows(source: Source, name: str) -> Iterator[Row]:
+    """Yield the rows of one file; of a damaged row group all rows are unreadable."""
     import pyarrow as pa
 
-    path = root / name
+    path = source.image_root / name
     with open_parquet(path) as file:
-        columns = _columns(path, file.schema_arrow, image_column, caption_column)
+        columns = _columns(path, file.schema_arrow, source.image_column, source.caption_column)
         first = 0
         for group in range(file.num_row_groups):
             rows, read = file.metadata.row_group(group).num_rows, 0
@@ -193,7 +228,7 @@ def _file_rows(root: Path, name: str, image_column: str | None, caption_column: 
 
 
 def _batches(file: pq.ParquetFile, group: int, columns: Columns) -> Iterator[tuple[list[Any], list[Any]]]:
-    """Locations (True: inside) and captions of a row group, some rows at a time."""
+    """Yield locations (True: the image is inside) and captions of a row group, some rows at a time."""
     schema = file.schema_arrow
     captions = [schema.names[number] for number in columns.captions]
     name, leaf = schema.names[columns.image], leaf_of(schema, columns.image)
@@ -217,19 +252,19 @@ def _batches(file: pq.ParquetFile, group: int, columns: Columns) -> Iterator[tup
 
 
 def _inside_or_path(column: pa.Array) -> list[Any]:
-    """True where the bytes are there, else the path, else None."""
+    """Return for each row True if it has the bytes, else its path, else None."""
     import pyarrow as pa
 
     if not pa.types.is_struct(column.type):
-        return [True if there else None for there in column.is_valid().to_pylist()]
+        return [True if is_valid else None for is_valid in column.is_valid().to_pylist()]
     fields = dict(zip(column.type.names, column.flatten(), strict=True))  # a null struct has null fields
     paths = _values(fields["path"]) if "path" in fields else [None] * len(column)
-    there = fields["bytes"].is_valid().to_pylist()
-    return [True if inside else path for inside, path in zip(there, paths, strict=True)]
+    have_bytes = fields["bytes"].is_valid().to_pylist()
+    return [True if inside else path for inside, path in zip(have_bytes, paths, strict=True)]
 
 
 def _row(name: str, columns: Columns, number: int, location: Any, captions: Any) -> Iterator[Row]:
-    """One row; a list of captions is one pair for each."""
+    """Yield a row of the file: one pair, or one for each caption of a list."""
     for caption in captions if isinstance(captions, list) and captions else [captions]:
         if isinstance(caption, dict):
             caption = next((caption[key] for key in TEXT_OF if key in caption), None)
@@ -249,7 +284,7 @@ def _text(caption: Any) -> str | None:
 
 
 def _values(column: Any) -> list[Any]:
-    """Python values of an Arrow column; a string that is not UTF-8 stays bytes."""
+    """Return the Python values of an Arrow column; a string that is not UTF-8 becomes b""."""
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
@@ -261,8 +296,3 @@ def _value(scalar: Any) -> Any:
         return scalar.as_py()
     except UnicodeDecodeError:
         return b""
-
-
-def relative(root: Path, file: Path) -> str:
-    """A file's path from a folder, or its absolute path where it does not lie there."""
-    return (file.relative_to(root) if file.is_relative_to(root) else file).as_posix()

@@ -1,4 +1,4 @@
-"""The files that a name with braces or wildcards stands for: `{00000..00331}.tar`, `cc3m-train-*.tar`."""
+"""Names with braces or wildcards that stand for several files: `{00000..00331}.tar`, `cc3m-train-*.tar`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ MOST = 1_000_000  # files that one name may stand for
 
 
 def is_pattern(path: Path) -> bool:
-    """Whether a name that is no file or folder has braces or wildcards."""
+    """Return whether a name has braces or wildcards, and is not that of an existing file or folder."""
     return not path.exists() and any(sign in str(path) for sign in "*?[{")
 
 
 def expand(path: Path) -> list[Path]:
-    """The files that a pattern stands for: braces in the order of their numbers, wildcards in the order of names.
+    """Return the files that match a pattern: braces in the order of their numbers, wildcards in the order of names.
 
     Raises:
-        GramError: a file of a brace range is not there, or nothing fits a wildcard.
+        GramError: a file of a brace range is missing, or no file matches a wildcard.
     """
     files: list[Path] = []
     for name in _expand_braces(str(path)):
@@ -41,7 +41,7 @@ def expand(path: Path) -> list[Path]:
 
 
 def _expand_braces(name: str) -> list[str]:
-    """Every name that braces stand for: {a,b} and {00..10}, whose numbers keep their width."""
+    """Return every name that braces stand for: {a,b} and {00..10}, whose numbers keep their width."""
     match = BRACES.search(name)
     if match is None:
         return [name]

@@ -1,12 +1,10 @@
-"""What every reader of a source yields: image-text pairs, or the reason why one cannot be used."""
+"""What every format yields: rows of a source, each an image-text pair or the reason why it cannot be used."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
-
-from gram_meta.corpus.places import Place
 
 IMAGE_SUFFIXES = frozenset(
     [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"]
@@ -25,28 +23,48 @@ DUPLICATE = "duplicate key"
 DAMAGED = "damaged shard"
 
 
+class Place(NamedTuple):
+    """Where one image lies.
+
+    Attributes:
+        location: the image's name, unique in its corpus: a path relative to the image root, or absolute. For an image in a
+            shard: the shard's path, a slash, and the member's name or the row's number.
+        shard: the tar or Parquet file that holds it, as a path like `location`; "" if the image is a file of its own.
+        offset: in a tar, the byte at which the image begins; in a Parquet file, its row.
+        size: in a tar, the number of bytes; in a Parquet file, the number of the image column.
+    """
+
+    location: str
+    shard: str = ""
+    offset: int = 0
+    size: int = 0
+
+
 class Row(NamedTuple):
-    """One image-text pair as its source has it, or (in `skip`) the reason why it cannot be used."""
+    """One row of a source: an image-text pair, or in `skip` the reason why it cannot be used.
+
+    `shard`, `offset` and `size` are those of `Place`.
+    """
 
     location: str
     caption: str
     skip: str = ""
-    shard: str = ""  # with offset and size: of `Place`
+    shard: str = ""
     offset: int = 0
     size: int = 0
 
     @property
     def place(self) -> Place:
-        """Where the image lies."""
+        """The place of the image."""
         return Place(self.location, self.shard, self.offset, self.size)
 
 
 class Shard(NamedTuple):
-    """A part of a source that can be read by itself; no image of it is in another one.
+    """A part of a source that can be read by itself; its images occur in no other shard.
 
     Attributes:
-        name: the file, relative to the image root; "" for a source that is one piece.
-        rows: reads its rows, always in the same order. May be sent to another process.
+        name: the file, relative to the image root; "" if the source is a single shard.
+        rows: reads the rows, always in the same order. It can be pickled.
     """
 
     name: str
@@ -54,7 +72,7 @@ class Shard(NamedTuple):
 
 
 def checked(location: str | None, caption: str | None) -> Row:
-    """A row with a normalised location and single spaces in its caption, or the reason to skip it."""
+    """Return a row with a normalised location and single spaces in its caption, or with the reason to skip it."""
     location = (location or "").strip()
     caption = " ".join((caption or "").split())
     if not location or "\0" in location:
@@ -69,5 +87,5 @@ def checked(location: str | None, caption: str | None) -> Row:
 
 
 def is_broken(text: str) -> bool:
-    """Whether a text was read from bytes that are not UTF-8 (with `surrogateescape`)."""
+    """Return whether a text was decoded (with `surrogateescape`) from bytes that are not UTF-8."""
     return not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)

@@ -5,102 +5,119 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
-from gram_meta.corpus.sources.rows import COLUMN_COUNT, UNREADABLE, Row, checked
+from gram_meta.corpus.sources.format import Options, Peek, existing_file, open_text
+from gram_meta.corpus.sources.image_root import find_images
+from gram_meta.corpus.sources.rows import COLUMN_COUNT, UNREADABLE, Row, Shard, checked
+from gram_meta.corpus.sources.source import Source
 from gram_meta.errors import GramError
-
-if TYPE_CHECKING:
-    from gram_meta.corpus.sources.source import Source
 
 IMAGE_COLUMNS = ("image", "image_path", "image_name", "path", "filename", "file_name", "filepath", "file")
 CAPTION_COLUMNS = ("caption", "captions", "text", "title", "sentences", "comment", "alt_text")
 NUMBERED_LINE = re.compile(r"([^\t]+)#\w+\t(.*)", re.DOTALL)  # of Flickr8k.token.txt: name, number, caption
 
 
-def open_text(path: Path) -> TextIO:
-    """A text file in which broken UTF-8 gets through, to be seen and counted in its own line alone."""
-    return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
+class _Table:
+    """A table with a column of image paths and a column of captions."""
+
+    name: str
+    title: str
+    options = frozenset({"image_column", "caption_column", "image_root"})
+
+    def open(self, path: Path, options: Options) -> Source:
+        file = existing_file(path, self.title)
+        root = (options.image_root or file.parent).resolve()
+        return Source(file, self.name, root, options.image_column, options.caption_column)
+
+    def shards(self, source: Source) -> list[Shard]:
+        return [Shard("", partial(_table_rows, source))]
 
 
-def first_lines(path: Path, count: int = 2) -> list[str]:
-    """The first lines of a text file without their ends; a very long one is cut."""
-    with open_text(path) as file:
-        return [file.readline(1 << 16).rstrip("\r\n") for _ in range(count)]
+class Tsv(_Table):
+    """A tab-separated table, without quoting."""
+
+    name = "tsv"
+    title = "a tab-separated table"
+
+    def claims(self, path: Path, peek: Peek) -> bool:
+        return peek.suffix in (".tsv", ".tab") or (peek.suffix in (".txt", ".token") and "\t" in peek.first_line)
 
 
-def table_rows(source: Source) -> Iterator[Row]:
-    """Rows of a TSV or CSV file."""
+class Csv(_Table):
+    """A comma-separated table, with quoting."""
+
+    name = "csv"
+    title = "a comma-separated table"
+
+    def claims(self, path: Path, peek: Peek) -> bool:
+        # also Flickr8k's captions.txt: image,caption
+        return peek.suffix == ".csv" or ("," in peek.first_line and "\t" not in peek.first_line)
+
+
+class Tokens:
+    """Lines "name.jpg#0<TAB>caption", as in Flickr8k.token.txt."""
+
+    name = "tokens"
+    title = "lines of name.jpg#0, a tab and a caption"
+    options = frozenset({"image_root"})
+
+    def claims(self, path: Path, peek: Peek) -> bool:
+        return NUMBERED_LINE.fullmatch(peek.first_line) is not None
+
+    def open(self, path: Path, options: Options) -> Source:
+        file = existing_file(path, self.title)
+        names = list(dict.fromkeys(found[0] for found in _token_lines(file) if found))
+        if not names:
+            raise GramError(f"{file}: expected {self.title}, found no such line")
+        root, _ = find_images(file, options.image_root, {"": names})
+        return Source(file, self.name, root)
+
+    def shards(self, source: Source) -> list[Shard]:
+        return [Shard("", partial(_token_rows, source.path))]
+
+
+def _table_rows(source: Source) -> Iterator[Row]:
     with open_text(source.path) as file:
-        records = _records(source, file)
-        columns = numbered(source.image_column, source.caption_column)
+        separator = _separator(source, file)
+        if separator:  # without quoting, as in files of web captions: a caption may begin with a quotation mark
+            records: Iterator[list[str] | None] = (line.rstrip("\r\n").split(separator) for line in file)
+        else:
+            records = _quoted_records(file)
+        columns, width = _numbered(source), None
         if columns is None:
             header = next(records, None)
             if not header:
-                raise GramError(
-                    f"{source.path}: expected a header line, found {'none' if header is None else 'no text'}"
-                )
-            columns = _named(source, header)
-            width = len(header)
-        else:
-            width = None  # no header: the first readable row says how many columns there are
+                found = "none" if header is None else "no text"
+                raise GramError(f"{source.path}: expected a header line, found {found}")
+            columns, width = _named(source, header), len(header)
         for record in records:
             if record is None:
                 yield Row("", "", UNREADABLE)
                 continue
             if not any(record):
                 continue  # a blank line is no row
-            width = width or len(record)
+            width = width or len(record)  # without a header, the first readable row
             if len(record) != width or max(columns) >= width:
                 yield Row("", "", COLUMN_COUNT)
                 continue
             yield checked(record[columns[0]], record[columns[1]])
 
 
-def token_rows(source: Source) -> Iterator[Row]:
-    """Rows of a file of lines "name.jpg#0<TAB>caption", as Flickr8k.token.txt."""
-    with open_text(source.path) as file:
-        for line in file:
-            if not line.strip():
-                continue
-            found = NUMBERED_LINE.fullmatch(line.rstrip("\r\n"))
-            yield checked(found[1], found[2]) if found else Row("", "", COLUMN_COUNT)
-
-
-def token_names(path: Path) -> Iterator[str]:
-    """The image names of such a file."""
-    with open_text(path) as file:
-        for line in file:
-            if found := NUMBERED_LINE.fullmatch(line.rstrip("\r\n")):
-                yield found[1]
-
-
-def is_token_line(line: str) -> bool:
-    """Whether a line is "name.jpg#0<TAB>caption"."""
-    return NUMBERED_LINE.fullmatch(line) is not None
-
-
-def _records(source: Source, file: TextIO) -> Iterator[list[str] | None]:
-    if source.kind == "tsv":
-        return _split_records(file, "\t")
-    # Files called .csv that are none: tabs, as OpenCLIP's script for CC3M writes; bars, as Flickr30k's results.csv.
+def _separator(source: Source, file: TextIO) -> str:
+    """Return what separates the columns; "" if they are separated by commas, with quoting."""
+    if source.kind == Tsv.name:
+        return "\t"
+    # Some files named .csv have tabs (the script of OpenCLIP for CC3M) or bars (Flickr30k's results.csv).
     header = file.readline()
     file.seek(0)
-    for other in ("\t", "|"):
-        if other in header and "," not in header:
-            return _split_records(file, other)
-    return _csv_records(file)
+    return next((other for other in ("\t", "|") if other in header and "," not in header), "")
 
 
-def _split_records(file: TextIO, separator: str) -> Iterator[list[str] | None]:
-    """Separated without quoting, as web-caption files are: a caption may begin with a quotation mark."""
-    for line in file:
-        yield line.rstrip("\r\n").split(separator)
-
-
-def _csv_records(file: TextIO) -> Iterator[list[str] | None]:
-    """Comma-separated with quoting; None for a record that breaks the rules of quoting."""
+def _quoted_records(file: TextIO) -> Iterator[list[str] | None]:
+    """Yield comma-separated records; None for a record that breaks the rules of quoting."""
     records = csv.reader(file, strict=True)
     while True:
         try:
@@ -111,12 +128,13 @@ def _csv_records(file: TextIO) -> Iterator[list[str] | None]:
             yield None
 
 
-def numbered(image_column: str | None, caption_column: str | None) -> tuple[int, int] | None:
-    """Column indices when both columns were given as numbers from 1: then the file has no header."""
-    given = (image_column, caption_column)
-    if all(name is not None and name.isdecimal() and int(name) > 0 for name in given):
-        return int(given[0]) - 1, int(given[1]) - 1  # type: ignore[arg-type]
-    return None
+def _numbered(source: Source) -> tuple[int, int] | None:
+    """Return column indices if both columns were given as numbers from 1, which means that the file has no header."""
+    image, caption = (
+        int(name) - 1 if name is not None and name.isdecimal() else -1
+        for name in (source.image_column, source.caption_column)
+    )
+    return (image, caption) if image >= 0 and caption >= 0 else None
 
 
 def _named(source: Source, header: Sequence[str]) -> tuple[int, int]:
@@ -125,7 +143,7 @@ def _named(source: Source, header: Sequence[str]) -> tuple[int, int]:
 
 
 def find_column(path: Path, header: Sequence[str], given: str | None, usual: Sequence[str], what: str) -> int:
-    """The index of the column called `given`, or (None) by one of the usual names; `GramError` where there is none."""
+    """Return the index of the column named `given`, or (None) by one of the usual names; raise `GramError` if none is."""
     names = [name.strip().lower() for name in header]
     for name in [given.lower()] if given else usual:
         if name in names:
@@ -133,3 +151,17 @@ def find_column(path: Path, header: Sequence[str], given: str | None, usual: Seq
     expected = repr(given) if given else f"named {', '.join(usual[:-1])} or {usual[-1]}"
     found = ", ".join(name.strip()[:40] for name in header[:12])
     raise GramError(f"{path}: expected a column {expected}, found {found}; name it with --{what}-column")
+
+
+def _token_rows(path: Path) -> Iterator[Row]:
+    for line in _token_lines(path):
+        yield checked(*line) if line else Row("", "", COLUMN_COUNT)
+
+
+def _token_lines(path: Path) -> Iterator[tuple[str, str] | None]:
+    """Yield name and caption of each line that is not blank; None for a line of another form."""
+    with open_text(path) as file:
+        for line in file:
+            if line.strip():
+                found = NUMBERED_LINE.fullmatch(line.rstrip("\r\n"))
+                yield (found[1], found[2]) if found else None

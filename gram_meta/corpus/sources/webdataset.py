@@ -1,8 +1,8 @@
-"""WebDataset shards: tar files in which a sample is the members of one key, as img2dataset writes them.
+"""WebDataset shards: tar files in which the members with the same key form a sample, as img2dataset writes them.
 
-The key of a member is its path up to the first dot of its base name; what follows is its suffix: `000000012.jpg`,
-`000000012.txt` and `000000012.json` are one sample. A shard is read in one pass over its headers, which says where each
-image lies; image data is passed over, and no member is ever unpickled or unpacked to disk.
+The key of a member is its path up to the first dot of its base name; the rest is its suffix: `000000012.jpg`,
+`000000012.txt` and `000000012.json` are one sample. A shard is read in one pass over its headers, which give the place of
+each image; image data is skipped, and no member is ever unpickled or unpacked to disk.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from gram_meta.corpus.sources.format import Options, Peek, common_folder, is_tar, named_shards
 from gram_meta.corpus.sources.rows import (
     BAD_UTF8,
     DAMAGED,
@@ -25,8 +27,10 @@ from gram_meta.corpus.sources.rows import (
     NO_MEMBER,
     UNREADABLE,
     Row,
+    Shard,
     checked,
 )
+from gram_meta.corpus.sources.source import Source, relative_name
 from gram_meta.errors import GramError
 
 BLOCK = 512  # a tar is a row of blocks of this size
@@ -45,8 +49,33 @@ COMPRESSED = {
 }
 
 
+class WebDataset:
+    """Tar shards; each of them can be read by itself."""
+
+    name = "webdataset"
+    title = "tar shards"
+    options = frozenset({"caption_column"})
+
+    def claims(self, path: Path, peek: Peek) -> bool:
+        return bool(peek.files) and all(map(is_tar, peek.files))
+
+    def open(self, path: Path, options: Options) -> Source:
+        if path.is_file():
+            files = [Path(os.path.abspath(path))]  # also a tar that is not called .tar
+        else:
+            files = named_shards(path, is_tar, self.title)
+        _check_shard_file(files[0])
+        root = common_folder(files, options.image_root)
+        shown = Path(os.path.abspath(path))
+        return Source(shown, self.name, root, caption_column=options.caption_column, files=tuple(files))
+
+    def shards(self, source: Source) -> list[Shard]:
+        names = [relative_name(source.image_root, file) for file in source.files]
+        return [Shard(name, partial(_shard_rows, source.image_root, name, source.caption_column)) for name in names]
+
+
 class Member(NamedTuple):
-    """A file in a tar: its name (bytes), and where its content is."""
+    """A file in a tar: its name (bytes), and the offset and size of its content."""
 
     name: bytes
     offset: int
@@ -54,7 +83,7 @@ class Member(NamedTuple):
 
 
 class _Window:
-    """A file read a little ahead, at any place."""
+    """Reads a file at any offset, a little ahead."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
@@ -62,7 +91,7 @@ class _Window:
         self.content = b""
 
     def read(self, offset: int, size: int) -> bytes:
-        """At most `size` bytes from `offset`; fewer at the file's end."""
+        """Return at most `size` bytes from `offset`; fewer at the file's end."""
         begin = offset - self.start
         if begin < 0 or begin + size > len(self.content):
             self.content = _pread(self.descriptor, max(size, WINDOW), offset)
@@ -71,7 +100,7 @@ class _Window:
 
 
 def _pread(descriptor: int, size: int, offset: int) -> bytes:
-    """`size` bytes from `offset`, fewer only at the file's end: some file systems give less than was asked."""
+    """Return `size` bytes from `offset`, fewer only at the file's end: on some file systems one read returns less."""
     content = os.pread(descriptor, size, offset)
     while len(content) < size and (more := os.pread(descriptor, size - len(content), offset + len(content))):
         content += more
@@ -82,10 +111,10 @@ def _pread(descriptor: int, size: int, offset: int) -> bytes:
 
 
 def members(window: _Window, end: int) -> Iterator[Member | None]:
-    """The regular files of a tar of `end` bytes, in their order; None where something of it is damaged.
+    """Yield the regular files of a tar of `end` bytes, in their order; None for a damaged part.
 
-    After damage it goes on at the next block that is a header. Two blocks of zeros are the end of a tar, but a tar
-    may follow (`cat a.tar b.tar`), and so may the rest of one that a disk has forgotten a piece of: zeros are passed over.
+    After damage, reading continues at the next valid header. Two blocks of zeros end a tar, but another tar may follow
+    (`cat a.tar b.tar`), or the rest of a tar that lost a piece on disk: blocks of zeros are skipped.
     """
     attributes: dict[bytes, bytes] = {}
     position, long_name = 0, b""
@@ -100,7 +129,7 @@ def members(window: _Window, end: int) -> Iterator[Member | None]:
             position, long_name, attributes = _next_header(window, position + BLOCK, end), b"", {}
             continue
         kind, start = header[156:157], position + BLOCK
-        if kind in b"xgLK" and kind:  # about the next member (g: about all that follow, never their names)
+        if kind in b"xgLK" and kind:  # describes the next member (g: all that follow, but never their names)
             content = window.read(start, size) if size <= MAX_NAME else None
             if content is None or len(content) < size:
                 yield None
@@ -120,7 +149,7 @@ def members(window: _Window, end: int) -> Iterator[Member | None]:
 
 
 def _checked_size(header: bytes) -> int | None:
-    """The size that a header states, or None if it is no header: its checksum is wrong."""
+    """Return the size that a header states, or None if its checksum is wrong: it is not a header."""
     stated = _number(header[148:156])
     if stated is None or sum(header[:148]) + sum(header[156:]) + 8 * 32 != stated:
         return None
@@ -145,7 +174,7 @@ def _name(header: bytes) -> bytes:
 
 
 def _attributes(content: bytes) -> dict[bytes, bytes]:
-    """The records "LENGTH KEY=VALUE\\n" of a pax header."""
+    """Return the records "LENGTH KEY=VALUE\\n" of a pax header."""
     found: dict[bytes, bytes] = {}
     position = 0
     while position < len(content):
@@ -159,7 +188,7 @@ def _attributes(content: bytes) -> dict[bytes, bytes]:
 
 
 def _after_zeros(window: _Window, position: int, end: int) -> int:
-    """The first block from `position` on that is not all zeros."""
+    """Return the position of the first block from `position` on that is not all zeros."""
     while position < end:
         content = _pread(window.descriptor, min(STRIDE, end - position), position)
         rest = content.lstrip(b"\0")
@@ -170,7 +199,7 @@ def _after_zeros(window: _Window, position: int, end: int) -> int:
 
 
 def _next_header(window: _Window, position: int, end: int) -> int:
-    """The first block from `position` on that is surely a header."""
+    """Return the position of the first block from `position` on that is a header with a correct checksum."""
     while position < end:
         content = _pread(window.descriptor, STRIDE, position)
         at = -1
@@ -187,7 +216,7 @@ def _next_header(window: _Window, position: int, end: int) -> int:
 
 
 class _Sample:
-    """What a shard has of one key."""
+    """The members of a shard that have one key."""
 
     __slots__ = ("image", "suffix", "text", "json")
 
@@ -198,15 +227,15 @@ class _Sample:
         self.json: Member | None = None
 
 
-def shard_rows(root: Path, name: str, caption: str | None = None) -> Iterator[Row]:
-    """The samples of the tar `root/name`, in the order in which their keys begin.
+def _shard_rows(root: Path, name: str, caption: str | None = None) -> Iterator[Row]:
+    """Yield the samples of the tar `root/name`, in the order in which their keys begin.
 
-    A sample's members need not stand side by side. Where a key has the same kind of member twice the first is taken,
-    and a second image is counted as a duplicate. Images of different shards are different, whatever their keys.
+    The members of a sample need not be adjacent. If a key has two members of the same kind, the first is taken, and a
+    second image is counted as a duplicate. Images of different shards are different, whatever their keys are.
 
     Args:
-        caption: where captions stand: the suffix of a text member, or a key of the JSON. None: in `.txt`, and where there
-            is none, or nothing in it, under "caption" in `.json`. A text member is one caption; in JSON a list is several.
+        caption: where captions are: the suffix of a text member, or a key of the JSON. None: `.txt`, and if that is missing
+            or empty, "caption" in `.json`. A text member is one caption; a list in the JSON is several.
 
     Raises:
         GramError: no such file, or a compressed one.
@@ -227,8 +256,8 @@ def shard_rows(root: Path, name: str, caption: str | None = None) -> Iterator[Ro
         os.close(descriptor)
 
 
-def check_shard_file(path: Path) -> None:
-    """Raises `GramError` for a shard that cannot be opened, or is compressed."""
+def _check_shard_file(path: Path) -> None:
+    """Raise `GramError` if a shard cannot be opened, or is compressed."""
     try:
         with open(path, "rb") as file:
             start = file.read(6)
@@ -241,8 +270,8 @@ def _refuse_compressed(path: Path, start: bytes) -> None:
     for magic, kind in COMPRESSED.items():
         if start.startswith(magic):
             raise GramError(
-                f"{path}: expected an uncompressed .tar, found {kind}; images lie in a compressed tar where nothing "
-                "can be read at random: uncompress it first"
+                f"{path}: expected an uncompressed .tar, found {kind}; single images cannot be read from a compressed tar: "
+                "uncompress it first"
             )
 
 
@@ -262,10 +291,10 @@ def _sample_rows(window: _Window, end: int, shard: str, caption: str | None) -> 
             sample = samples[key] = _Sample()
         if is_image and sample.image is None:
             sample.image, sample.suffix = member, suffix
-        elif is_image and suffix == sample.suffix:  # `.jpg` and `.png` of a key are one sample
+        elif is_image and suffix == sample.suffix:  # `.jpg` and `.png` with one key are one sample
             yield Row("", "", DUPLICATE)
         elif is_text and sample.text is None:
-            sample.text = window.read(member.offset, min(member.size, MAX_TEXT))  # while it is at hand
+            sample.text = window.read(member.offset, min(member.size, MAX_TEXT))  # it is in the window now
         elif suffix == "json" and sample.json is None:
             sample.json = member
     for key, sample in samples.items():
@@ -273,9 +302,9 @@ def _sample_rows(window: _Window, end: int, shard: str, caption: str | None) -> 
 
 
 def split_name(name: bytes) -> tuple[str, str]:
-    """Key and suffix of a member's name, the suffix in lower case; ("", "") for a hidden file, or one without a suffix.
+    """Return key and suffix of a member's name, the suffix in lower case; ("", "") for hidden files, or without a suffix.
 
-    Nothing is ever written under a key, and still it leads nowhere else: no leading slash, no "..".
+    No file is ever written under a key; still it cannot point outside the shard: no leading slash, no "..".
     """
     folder, _, base = name.decode("utf-8", "surrogateescape").rpartition("/")
     stem, _, suffix = base.partition(".")
@@ -300,7 +329,7 @@ def _rows_of(window: _Window, end: int, shard: str, key: str, sample: _Sample, c
 
 
 def _captions(window: _Window, sample: _Sample, caption: str | None) -> list[tuple[str, str]]:
-    """The captions of a sample, at least one, each with the reason why it cannot be used or ""."""
+    """Return the captions of a sample, at least one, each with the reason why it cannot be used or ""."""
     if sample.text and sample.text.strip():
         if len(sample.text) == MAX_TEXT:
             return [("", LONG_CAPTION)]

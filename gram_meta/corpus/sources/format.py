@@ -1,0 +1,173 @@
+"""The interface of a source format, and what a format may look at to recognise its files.
+
+To add a format, write a module with a class that has the members of `Format`, and add an instance of it to
+`gram_meta.corpus.sources.FORMATS`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from gram_meta.corpus.parquet_files import is_parquet
+from gram_meta.corpus.sources.patterns import expand, is_pattern
+from gram_meta.corpus.sources.rows import Shard
+from gram_meta.corpus.sources.source import Source
+from gram_meta.errors import GramError
+
+TEXT_SUFFIXES = (".tsv", ".tab", ".csv", ".txt", ".token")
+LABELS = {
+    "image_column": "an image column",
+    "caption_column": "a caption column",
+    "image_root": "an image root",
+    "classnames": "a list of class names",
+    "split": "a split",
+    "image_name": "a rule for image names",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may specify about a source besides its path (see `open_source`); None: the format's default."""
+
+    image_column: str | None = None
+    caption_column: str | None = None
+    image_root: Path | None = None
+    classnames: Path | None = None
+    split: str | None = None
+    image_name: str | None = None
+
+    def given(self) -> list[str]:
+        """Return the names of the options that are set."""
+        return [field.name for field in fields(self) if getattr(self, field.name)]
+
+
+class Peek:
+    """What is at a path; everything is read when a format first asks for it, and only once."""
+
+    def __init__(self, path: Path, options: Options) -> None:
+        self.path = path
+        self.options = options
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """The tar or Parquet files that the path is, contains or matches (`shard_files`)."""
+        return shard_files(self.path)
+
+    @cached_property
+    def suffix(self) -> str:
+        """The suffix of the file at the path, in lower case; "" if there is no file."""
+        return self.path.suffix.lower() if self.path.is_file() else ""
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the path is a text file by its suffix."""
+        return self.suffix in TEXT_SUFFIXES
+
+    @cached_property
+    def first_line(self) -> str:
+        """The first line of a text file; "" for anything else."""
+        return first_lines(self.path, 1)[0] if self.is_text else ""
+
+    @cached_property
+    def json(self) -> Any:
+        """The content of a `.json` file; None for anything else."""
+        return load_json(self.path) if self.suffix == ".json" else None
+
+
+class Format(Protocol):
+    """A format of image-text pairs.
+
+    Attributes:
+        name: for `--format`, and for `Source.kind`. title: how messages name it.
+        options: the fields of `Options` that it accepts.
+    """
+
+    name: str
+    title: str
+    options: frozenset[str]
+
+    def claims(self, path: Path, peek: Peek) -> bool:
+        """Return whether the path looks like this format; the first format of `FORMATS` that claims it is taken."""
+        ...
+
+    def open(self, path: Path, options: Options) -> Source:
+        """Describe the source at `path`.
+
+        Raises:
+            GramError: the path is not of this format.
+        """
+        ...
+
+    def shards(self, source: Source) -> list[Shard]:
+        """Return the parts of the source in their order; together they hold all rows."""
+        ...
+
+
+def existing_file(path: Path, title: str) -> Path:
+    """Return the absolute path of a file; raise `GramError` if there is none."""
+    if not path.is_file():
+        raise GramError(f"{path}: expected {title}, found {found_at(path)}")
+    return path.resolve()
+
+
+def found_at(path: Path) -> str:
+    """Return how a message names what is at a path."""
+    return "a folder" if path.is_dir() else "a file" if path.exists() else "nothing there"
+
+
+def shard_files(path: Path) -> list[Path]:
+    """Return the tar or Parquet files that `path` is, contains (also in `data/`, as on the hub) or matches by a pattern."""
+    if path.is_dir():
+        for folder in (path, path / "data"):
+            entries = sorted(folder.iterdir()) if folder.is_dir() else []
+            for is_kind in (is_tar, is_parquet):
+                if files := [file for file in entries if is_kind(file) and file.is_file()]:
+                    return files
+        return []
+    if is_pattern(path):
+        return expand(path)
+    return [path] if path.is_file() and (is_tar(path) or is_parquet(path)) else []
+
+
+def named_shards(path: Path, is_kind: Callable[[Path], bool], title: str) -> list[Path]:
+    """Return the absolute paths of the shards of one kind at `path`; raise `GramError` if there are none."""
+    files = [Path(os.path.abspath(file)) for file in shard_files(path) if is_kind(file)]
+    if not files:
+        raise GramError(f"{path}: expected {title}, found {'none in there' if path.exists() else 'nothing'}")
+    return files
+
+
+def common_folder(files: list[Path], given: Path | None) -> Path:
+    """Return the given image root, or the deepest folder that contains all files."""
+    return given.resolve() if given else Path(os.path.commonpath([file.parent for file in files]))
+
+
+def is_tar(path: Path) -> bool:
+    """Return whether a file has the name of a tar shard, compressed or not."""
+    name = path.name.lower()
+    return not name.startswith(".") and (name.endswith((".tar", ".tgz")) or ".tar." in name)
+
+
+def open_text(path: Path) -> TextIO:
+    """Open a text file so that broken UTF-8 is read without an error, and can be counted in the row that has it."""
+    return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def first_lines(path: Path, count: int) -> list[str]:
+    """Return the first lines of a text file without their ends; a very long line is cut."""
+    with open_text(path) as file:
+        return [file.readline(1 << 16).rstrip("\r\n") for _ in range(count)]
+
+
+def load_json(path: Path) -> Any:
+    """Return the content of a JSON file; raise `GramError` if it is not JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise GramError(f"{path}: expected JSON, found something else ({error})") from None
