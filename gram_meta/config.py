@@ -20,6 +20,14 @@ from gram_meta.errors import GramError
 # is the same run.
 INCIDENTAL = ("LOADER", "MEMORY")
 
+# Keys of version 0.1 and today's names. Files, options and stored configurations may still have the old ones.
+RENAMED = {
+    "TRAINER.MEMORY.CHECKPOINT": "TRAINER.MEMORY.CHECKPOINTING",
+    "TRAINER.MEMORY.CLASS_CHUNK": "TRAINER.MEMORY.CLASSES",
+    "TRAINER.MEMORY.TEXT_GB": "TRAINER.MEMORY.TEXT_BUDGET",
+    "TRAINER.MEMORY.IMAGE_GB": "TRAINER.MEMORY.IMAGE_BUDGET",
+}
+
 
 def get_meta_config() -> CN:
     """The default settings, not frozen."""
@@ -187,6 +195,25 @@ def merge_opts(config: CN, opts: Sequence[str]) -> None:
     _merge(config, pairs, "options")
 
 
+def current_key(key: str) -> str:
+    """Return today's name of a key, and print a note if `key` is an old one."""
+    if key not in RENAMED:
+        return key
+    print(f"Note: {key} is now called {RENAMED[key]}")
+    return RENAMED[key]
+
+
+def rename_old_keys(tree: dict[str, Any]) -> None:
+    """Rename the old keys of a tree of nested dicts, in place."""
+    for old in RENAMED:
+        *nodes, name = old.split(".")
+        node: Any = tree
+        for each in nodes:
+            node = node.get(each) if isinstance(node, dict) else None
+        if isinstance(node, dict) and name in node:
+            node[current_key(old).rpartition(".")[2]] = node.pop(name)
+
+
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """The most similar of `names`, or None when nothing is similar."""
     known = {other.lower(): other for other in names}
@@ -208,6 +235,7 @@ def as_dict(config: CN) -> dict[str, Any]:
 def _merge(config: CN, pairs: list[tuple[str, Any]], source: str) -> None:
     known = [key for key, _ in _leaves(config)]
     for key, value in pairs:
+        key = current_key(key)
         if key not in known:
             raise GramError(f"{source}: unknown key {key!r}{did_you_mean(key, known)}")
         if isinstance(value, int) and isinstance(_get(config, key), float):

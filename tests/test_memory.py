@@ -321,7 +321,7 @@ def test_sentences_are_packed_once(exact, monkeypatch):
 
 
 def options(**changes):
-    node = CfgNode({"CHECKPOINT": "auto", "CLASS_CHUNK": 0, "TEXT_GB": 1.0, "IMAGE_GB": 0.0})
+    node = CfgNode({"CHECKPOINTING": "auto", "CLASSES": 0, "TEXT_BUDGET": 1.0, "IMAGE_BUDGET": 0.0})
     node.merge_from_list([item for pair in changes.items() for item in pair])
     return node
 
@@ -352,9 +352,9 @@ def test_chunks_are_chosen_from_the_number_of_classes(deep):
     text = ClassText(deep, MANY, 4)
     whole = memory.text_bytes(text) / memory.GB
     assert memory.class_chunk(text, options()) == 0
-    assert memory.class_chunk(text, options(TEXT_GB=1.01 * whole)) == 0
+    assert memory.class_chunk(text, options(TEXT_BUDGET=1.01 * whole)) == 0
     for share in (0.99, 0.5, 0.21, 0.1):
-        few = options(TEXT_GB=share * whole)
+        few = options(TEXT_BUDGET=share * whole)
         size = memory.class_chunk(text, few)
         parts = text._in_parts(size).texts
         assert len(parts) > 1 and max(map(memory.text_bytes, parts)) <= share * whole * memory.GB
@@ -362,15 +362,15 @@ def test_chunks_are_chosen_from_the_number_of_classes(deep):
         fewer = -(-len(MANY) // (len(parts) - 1))
         if len(parts) > 2:  # no fewer parts would do
             assert max(map(memory.text_bytes, text._in_parts(fewer).texts)) > share * whole * memory.GB
-    tiny = options(TEXT_GB=1e-9)
+    tiny = options(TEXT_BUDGET=1e-9)
     assert memory.class_chunk(text, tiny) == 1
-    assert memory.class_chunk(text, options(CHECKPOINT="never", TEXT_GB=1e-9)) == 0
-    assert memory.class_chunk(text, options(CHECKPOINT="never", CLASS_CHUNK=3)) == 3
-    assert memory.class_chunk(text, options(CLASS_CHUNK=20)) == 0
+    assert memory.class_chunk(text, options(CHECKPOINTING="never", TEXT_BUDGET=1e-9)) == 0
+    assert memory.class_chunk(text, options(CHECKPOINTING="never", CLASSES=3)) == 3
+    assert memory.class_chunk(text, options(CLASSES=20)) == 0
     # each image has sentences of its own: all classes of two images at a time, or some of one's
-    assert memory.class_chunk(text, options(TEXT_GB=2.5 * whole), images=2) == 0
-    assert memory.class_chunk(text, options(TEXT_GB=2.5 * whole), images=8) == 40
-    assert memory.class_chunk(text, options(TEXT_GB=0.6 * whole), images=8) == 10
+    assert memory.class_chunk(text, options(TEXT_BUDGET=2.5 * whole), images=2) == 0
+    assert memory.class_chunk(text, options(TEXT_BUDGET=2.5 * whole), images=8) == 40
+    assert memory.class_chunk(text, options(TEXT_BUDGET=0.6 * whole), images=8) == 10
 
 
 def test_what_is_arranged_is_said(deep):
@@ -382,18 +382,18 @@ def test_what_is_arranged_is_said(deep):
     try:
         for model in (both, visual, coop, cocoop):
             assert memory.arrange(model, options(), 4) == [] and deep.checkpointing is False
-        assert "20 class sentences" in memory.arrange(coop, options(TEXT_GB=0.003), 4)[0]
+        assert "20 class sentences" in memory.arrange(coop, options(TEXT_BUDGET=0.003), 4)[0]
         assert 0 < coop.class_text.chunk < 20 and deep.checkpointing is False
-        assert "80 class sentences" in memory.arrange(cocoop, options(TEXT_GB=0.003), 4)[0]
-        (said,) = memory.arrange(visual, options(IMAGE_GB=0.001), 4)
+        assert "80 class sentences" in memory.arrange(cocoop, options(TEXT_BUDGET=0.003), 4)[0]
+        (said,) = memory.arrange(visual, options(IMAGE_BUDGET=0.001), 4)
         assert said.startswith("Memory: 4 images leave about 0.0") and deep.checkpointing == "images"
-        assert len(memory.arrange(both, options(IMAGE_GB=0.001, TEXT_GB=0.003), 4)) == 2
+        assert len(memory.arrange(both, options(IMAGE_BUDGET=0.001, TEXT_BUDGET=0.003), 4)) == 2
         assert deep.checkpointing == "images" and both.class_text.chunk
-        memory.arrange(both, options(CHECKPOINT="always"), 4)
+        memory.arrange(both, options(CHECKPOINTING="always"), 4)
         assert deep.checkpointing is True and not both.class_text.chunk
-        memory.arrange(coop, options(CHECKPOINT="always"), 4)
+        memory.arrange(coop, options(CHECKPOINTING="always"), 4)
         assert deep.checkpointing == "text"
-        assert memory.arrange(both, options(CHECKPOINT="never", IMAGE_GB=1e-9, TEXT_GB=1e-9), 4) == []
+        assert memory.arrange(both, options(CHECKPOINTING="never", IMAGE_BUDGET=1e-9, TEXT_BUDGET=1e-9), 4) == []
         assert deep.checkpointing is False
     finally:
         deep.checkpointing = False
@@ -402,10 +402,10 @@ def test_what_is_arranged_is_said(deep):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"CHECKPOINT": "on"}, "CHECKPOINT is 'on'; expected one of auto, always, never"),
-        ({"CLASS_CHUNK": -1}, "CLASS_CHUNK is -1; expected a number"),
-        ({"TEXT_GB": 0.0}, "TEXT_GB is 0.0; expected more than 0"),
-        ({"IMAGE_GB": -2.0}, "IMAGE_GB is -2.0; expected more than 0, or 0: half"),
+        ({"CHECKPOINTING": "on"}, "CHECKPOINTING is 'on'; expected one of auto, always, never"),
+        ({"CLASSES": -1}, "CLASSES is -1; expected a number"),
+        ({"TEXT_BUDGET": 0.0}, "TEXT_BUDGET is 0.0; expected more than 0"),
+        ({"IMAGE_BUDGET": -2.0}, "IMAGE_BUDGET is -2.0; expected more than 0, or 0: half"),
     ],
 )
 def test_options_outside_their_range_are_refused(changes, sentence):
@@ -462,9 +462,9 @@ def test_a_trainers_step_is_the_same_with_and_without(name, tiny_data, tiny_opti
 
     plain, chunk, layers, said = step()
     assert plain.abs().max() > 0 and not chunk and layers is False and not said
-    again = step("TRAINER.MEMORY.CHECKPOINT", "always")
+    again = step("TRAINER.MEMORY.CHECKPOINT", "always")  # version 0.1's name
     assert torch.equal(again[0], plain) and again[2]  # layers computed again are the same to the last bit
-    forced = step("TRAINER.MEMORY.CLASS_CHUNK", "3", "TRAINER.MEMORY.IMAGE_GB", "1e-9")
+    forced = step("TRAINER.MEMORY.CLASSES", "3", "TRAINER.MEMORY.IMAGE_BUDGET", "1e-9")
     assert forced[1] == (0 if name == "VPT" else 3) and forced[2] == (
         "images" if name in ("VPT", "JointPrompt") else False
     )

@@ -147,6 +147,23 @@ def test_a_replaced_node_is_completed_not_replaced(cfg):
     assert cfg.TRAINER.VPT.PROMPT_DEPTH_VISION == 1
 
 
+def test_old_keys_of_memory_are_accepted_with_a_note(cfg, tmp_path, capsys):
+    file = tmp_path / "old.yaml"
+    file.write_text("TRAINER:\n  MEMORY:\n    TEXT_GB: 2.5\n    IMAGE_GB: 3.0\n")
+    cfg.merge_from_file(file)
+    cfg.merge_from_list(["TRAINER.MEMORY.CHECKPOINT", "always"])
+    cfg.TRAINER.MEMORY.CLASS_CHUNK = 7  # as a train.py may set it
+    complete_cfg(cfg)
+    memory = {"CHECKPOINTING": "always", "CLASSES": 7, "TEXT_BUDGET": 2.5, "IMAGE_BUDGET": 3.0}
+    assert dict(cfg.TRAINER.MEMORY) == memory
+    assert capsys.readouterr().out.splitlines() == [
+        "Note: TRAINER.MEMORY.TEXT_GB is now called TRAINER.MEMORY.TEXT_BUDGET",
+        "Note: TRAINER.MEMORY.IMAGE_GB is now called TRAINER.MEMORY.IMAGE_BUDGET",
+        "Note: TRAINER.MEMORY.CHECKPOINT is now called TRAINER.MEMORY.CHECKPOINTING",
+        "Note: TRAINER.MEMORY.CLASS_CHUNK is now called TRAINER.MEMORY.CLASSES",
+    ]
+
+
 def test_a_frozen_tree_is_completed_and_stays_frozen():
     tree = CN({"TRAINER": CN({"VPT": CN({"N_CTX_VISION": 2})}), "DATASET": CN(), "TEST": CN(), "TRAIN": CN()})
     tree.freeze()

@@ -24,7 +24,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from gram_meta.config import did_you_mean, find_config
+from gram_meta.config import current_key, did_you_mean, find_config, rename_old_keys
 from gram_meta.engine.options import extend_cfg
 from gram_meta.errors import GramError
 
@@ -65,10 +65,15 @@ class Defaults(CfgNode):
         with self._clear_errors(path):
             super().merge_from_file(path)
 
+    def merge_from_other_cfg(self, cfg_other: Any) -> None:
+        rename_old_keys(cfg_other)
+        super().merge_from_other_cfg(cfg_other)
+
     def merge_from_list(self, cfg_list: Sequence[Any]) -> None:
         self._complete()
+        words = [word if i % 2 else current_key(word) for i, word in enumerate(cfg_list)]
         with self._clear_errors("options"):
-            super().merge_from_list(cfg_list)
+            super().merge_from_list(words)
 
     def _complete(self) -> None:
         if not self.is_frozen() and "TRAINER" in self:

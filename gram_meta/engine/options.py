@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from yacs.config import CfgNode as CN
 
+from gram_meta.config import rename_old_keys
+
 
 def extend_cfg(cfg: CN) -> None:
-    """Add the options to a config tree; nodes that a checkout has added itself are completed, not replaced."""
+    """Add the options to a config tree; complete nodes that a checkout has added itself, and rename their old keys."""
+    rename_old_keys(cfg)
     _add(
         cfg.TRAINER,
         "COOP",
@@ -45,10 +48,10 @@ def extend_cfg(cfg: CN) -> None:
     _add(
         cfg.TRAINER,
         "MEMORY",  # what a training step keeps for its backward pass, and what it computes twice; docs/reference/defaults.md
-        CHECKPOINT="auto",  # auto: where more than the GB below would be kept; always; never
-        CLASS_CHUNK=0,  # class sentences at a time; 0: as many as TEXT_GB allows
-        TEXT_GB=1.0,  # of the text tower
-        IMAGE_GB=0.0,  # of the image tower, for visual prompts; 0: half of the device's memory
+        CHECKPOINTING="auto",  # auto: if more than the budgets below would be kept; always; never
+        CLASSES=0,  # class sentences in one pass; 0: as many as TEXT_BUDGET allows
+        TEXT_BUDGET=1.0,  # GB of the text tower
+        IMAGE_BUDGET=0.0,  # GB of the image tower, for visual prompts; 0: half of the device's memory
     )
     _add(
         cfg,

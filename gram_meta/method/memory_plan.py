@@ -1,24 +1,16 @@
-"""How much of a batch of tasks goes through the towers at a time in meta-training: an estimate from shapes, and a rule.
-
-Bytes that backward passes need, for one position of one transformer layer of width d, in units of d numbers: FIRST for
-first order, SECOND for second order; with activation checkpointing KEPT for every layer (three times that for second
-order), and one layer in full. The constants were measured on a CPU (docs/results/meta-training.md); a number of 16 bits
-counts 3 bytes, as layer norms keep float32.
-"""
+"""How much of a batch of tasks goes through the towers at a time in meta-training: an estimate from shapes, and a rule."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from yacs.config import CfgNode
 
 from gram_meta.backbone.clip import Backbone
+from gram_meta.backbone.footprint import GB, device_bytes, image_positions, pass_bytes
 from gram_meta.errors import GramError
 
-FIRST, SECOND, KEPT = 15.0, 36.0, 6.0
 FITS = 0.5  # share of the device's memory that an estimate may take
 
 
@@ -94,35 +86,19 @@ def plan(config: CfgNode, backbone: Backbone, tasks: int, budget: float) -> Plan
 
 
 def image_bytes(config: CfgNode, backbone: Backbone, support: bool) -> float:
-    """Bytes of activations for one image of a task, kept for the support set's or the query set's backward passes."""
-    second = support and not config.INNER.FIRST_ORDER
-    each = 3.0 if backbone.precision in ("bf16", "fp16") else 8.0 if backbone.precision == "fp64" else 4.0
-    total = 0.0
-    prompt = config.PROMPT
+    """Return the bytes of activations for one image of a task, for the support set's or the query set's backward passes."""
+    prompt, total = config.PROMPT, 0.0
+    how = support and not config.INNER.FIRST_ORDER, bool(config.MEMORY.CHECKPOINTING)
     if prompt.VISUAL_TOKENS:
-        tower = backbone.model.visual
-        positions = tower.positional_embedding.shape[0] + prompt.VISUAL_TOKENS
-        total += _tower(tower.transformer, backbone.visual_width, positions, second, config, each)
+        total += pass_bytes(backbone, "images", image_positions(backbone, prompt.VISUAL_TOKENS), *how)
     if prompt.TEXT_TOKENS:
         positions = config.TASKS.WAYS * 4 + 1 + prompt.TEXT_TOKENS  # a class: its name, full stop, end token
-        text = _tower(backbone.model.transformer, backbone.text_width, positions, second, config, each)
+        text = pass_bytes(backbone, "text", positions, *how)
         shots = config.TASKS.SUPPORT_SHOTS if support else config.TASKS.QUERY_SHOTS
         total += text if prompt.CONDITIONAL else text / (config.TASKS.WAYS * shots)
     return total
 
 
-def _tower(tower: Any, width: int, positions: int, second: bool, config: CfgNode, each: float) -> float:
-    layers = len(tower.resblocks)
-    whole, kept = (SECOND, 3 * KEPT) if second else (FIRST, KEPT)
-    units = layers * kept + whole if config.MEMORY.CHECKPOINTING else layers * whole
-    return each * positions * width * units
-
-
 def budget_of(config: CfgNode, device: torch.device) -> float:
-    """Bytes that one process may fill: MEMORY.BUDGET, or half of its device's memory."""
-    if config.MEMORY.BUDGET:
-        return config.MEMORY.BUDGET * 1e9
-    if device.type == "cuda":
-        return FITS * torch.cuda.get_device_properties(device).total_memory
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return FITS * whole / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """Return the bytes that one process may fill: MEMORY.BUDGET, or half of its device's memory."""
+    return config.MEMORY.BUDGET * GB if config.MEMORY.BUDGET else FITS * device_bytes(device)

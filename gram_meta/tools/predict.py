@@ -28,6 +28,7 @@ import torch
 from PIL import Image
 
 from gram_meta.backbone.clip import PACKAGED, RUN_PRECISIONS, Backbone, load_backbone
+from gram_meta.backbone.footprint import forward_bytes
 from gram_meta.config import as_dict
 from gram_meta.corpus.images import BROKEN, BadImage, as_rgb, images_of, read_image
 from gram_meta.corpus.sources.rows import IMAGE_SUFFIXES
@@ -296,21 +297,8 @@ def default_batch_size(backbone: Backbone) -> int:
     if backbone.device.type != "cuda":
         return CPU_BATCH
     free, _ = torch.cuda.mem_get_info(backbone.device)
-    fitting = max(1, free // 8 // _bytes_per_image(backbone))
+    fitting = max(1, free // 8 // forward_bytes(backbone))
     return min(GPU_BATCH, 1 << (fitting.bit_length() - 1))
-
-
-def _bytes_per_image(backbone: Backbone) -> int:
-    """What an image takes at most in the image tower, from shapes: pixels, and what one layer holds at a time."""
-    size, width = backbone.image_size, backbone.model.visual.conv1.weight.dtype.itemsize
-    pixels = 3 * size * size * (4 + width)
-    if not backbone.is_vit:
-        return pixels + 64 * size * size * width  # the stem: 32 to 64 channels at a half and a quarter of the size
-    tokens = len(backbone.model.visual.positional_embedding)
-    heads = backbone.visual_width // 64
-    # residual, normed, three for attention, four for the hidden layer twice; attention's own matrices; float32 norms
-    layer = tokens * backbone.visual_width * (14 * width + 8) + heads * tokens * tokens * width
-    return pixels + layer
 
 
 def default_workers(backbone: Backbone) -> int:

@@ -42,8 +42,8 @@ PLAIN, AUTOMATIC, LAYERS, CHUNKS = "plain", "automatic", "layers", "128 at a tim
 SETTINGS: dict[str, dict[str, Any]] = {  # of TRAINER.MEMORY, where not its defaults
     PLAIN: {"CHECKPOINT": "never"},
     AUTOMATIC: {},
-    LAYERS: {"CHECKPOINT": "always", "TEXT_GB": 1000.0},
-    CHUNKS: {"CLASS_CHUNK": 128},
+    LAYERS: {"CHECKPOINTING": "always", "TEXT_BUDGET": 1000.0},
+    CHUNKS: {"CLASSES": 128},
 }
 TEXT, WHOLE, IMAGES = "text", "whole", "images"
 FEW = 10  # classes where images are counted
