@@ -491,10 +491,10 @@ def test_default_batch_size_follows_device_and_model(monkeypatch, backbone):
     def on_gpu(free, shape):
         tokens, width, size = shape
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
-        weight = SimpleNamespace(dtype=torch.float16)
-        visual = SimpleNamespace(conv1=SimpleNamespace(weight=weight), positional_embedding=range(tokens))
+        visual = SimpleNamespace(positional_embedding=range(tokens))
         gpu = SimpleNamespace(
             device=torch.device("cuda"),
+            dtype=torch.float16,
             image_size=size,
             visual_width=width,
             is_vit=True,
