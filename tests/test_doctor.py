@@ -14,15 +14,15 @@ import pytest
 
 from gram_meta.cli import main
 from gram_meta.tools import doctor
-from gram_meta.tools.doctor import FINE, NOTE, PROBLEM, Check, Patient, can_run, examine, satisfies
+from gram_meta.tools.doctor import FINE, NOTE, PROBLEM, Check, Environment, can_run, examine, satisfies
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(check, **asked):
     """One check alone; what it says, by name."""
-    patient = Patient(**asked)
-    return list(check(patient))
+    environment = Environment(**asked)
+    return list(check(environment))
 
 
 def only(checks, name):
@@ -59,7 +59,7 @@ def shadowed(tmp_path, files, *arguments, **environment):
     checks = {}
     for check in report["checks"]:
         checks.setdefault(check["name"], []).append(Check(**check))
-        assert check["state"] != PROBLEM or check["mend"], f"no command mends: {check}"
+        assert check["state"] != PROBLEM or check["fix"], f"no fix for: {check}"
     return done.returncode, checks, done.stderr
 
 
@@ -90,8 +90,8 @@ def test_without_torch_it_still_starts(tmp_path):
     assert status == 1
     (torch,) = checks["torch"]
     assert (torch.state, torch.found) == (PROBLEM, "not installed")
-    assert torch.mend.endswith(" torch torchvision")
-    assert checks["CoOpGRAM"][0].found == "not tried, for the problems above"
+    assert torch.fix.endswith(" torch torchvision")
+    assert checks["CoOpGRAM"][0].found == "not tried, because of the problems above"
 
 
 def test_a_torch_that_does_not_load_is_installed_anew(tmp_path):
@@ -99,7 +99,7 @@ def test_a_torch_that_does_not_load_is_installed_anew(tmp_path):
     status, checks, _ = shadowed(tmp_path, {"torch/__init__.py": text})
     assert status == 1
     assert checks["torch"][0].found == "does not import: OSError: libcudart.so.13: cannot open shared object file"
-    assert "--force-reinstall" in checks["torch"][0].mend or "--reinstall" in checks["torch"][0].mend
+    assert "--force-reinstall" in checks["torch"][0].fix or "--reinstall" in checks["torch"][0].fix
 
 
 def test_an_old_numpy_and_a_new_setuptools(tmp_path):
@@ -112,11 +112,20 @@ def test_an_old_numpy_and_a_new_setuptools(tmp_path):
     status, checks, _ = shadowed(tmp_path, files)
     assert status == 1
     assert checks["numpy"][0].found == "expected numpy>=1.26, found 1.21.0"
-    assert "numpy>=1.26" in checks["numpy"][0].mend
+    assert "numpy>=1.26" in checks["numpy"][0].fix
     clip = checks["clip"][0]
     assert (clip.state, clip.found) == (PROBLEM, "needs pkg_resources, which setuptools 82.0.0 does not have")
-    assert clip.mend.endswith(" 'setuptools<82'")
+    assert clip.fix.endswith(" 'setuptools<82'")
     assert checks["CoOpGRAM"][0].state == NOTE  # not tried
+
+
+def test_without_packaging_no_version_is_compared(tmp_path):
+    text = "raise ModuleNotFoundError(\"No module named 'packaging'\", name='packaging')"
+    status, checks, _ = shadowed(tmp_path, {"packaging/__init__.py": text})
+    assert status == 1
+    for name in ("Python", "packages"):
+        assert checks[name][0].found == "ModuleNotFoundError: No module named 'packaging'"
+        assert checks[name][0].fix.endswith(" install packaging") or " packaging" in checks[name][0].fix
 
 
 @pytest.mark.parametrize(
@@ -132,18 +141,18 @@ def test_a_broken_dassl(tmp_path, text, state, word):
     lines = checks["Dassl"]
     assert lines[-1].state == state and word in " ".join(line.found for line in lines)
     assert (status == 0) == (state == NOTE)
-    assert lines[-1].mend == "export GRAM_DASSL=builtin"
+    assert lines[-1].fix == "export GRAM_DASSL=builtin"
     assert (checks["CoOpGRAM"][0].state == FINE) == (state == NOTE)  # else not tried
 
 
-@pytest.mark.parametrize("wish, mend", [("real", "unset GRAM_DASSL"), ("auto", "export GRAM_DASSL=builtin")])
-def test_a_dassl_that_was_asked_for_and_does_not_import(monkeypatch, wish, mend):
+@pytest.mark.parametrize("wish, fix", [("real", "unset GRAM_DASSL"), ("auto", "export GRAM_DASSL=builtin")])
+def test_a_dassl_that_was_asked_for_and_does_not_import(monkeypatch, wish, fix):
     from gram_meta import engine
 
     monkeypatch.setenv("GRAM_DASSL", wish)
     monkeypatch.setattr(engine, "room", lambda: compile("def broken(:", "dassl.py", "exec"))
     (check,) = run(doctor.check_dassl)
-    assert check.state == PROBLEM and check.found.startswith("SyntaxError: ") and check.mend == mend
+    assert check.state == PROBLEM and check.found.startswith("SyntaxError: ") and check.fix == fix
 
 
 def test_a_package_that_ends_the_process_when_imported(tmp_path):
@@ -164,17 +173,17 @@ def test_the_clipboard_manager_is_no_clip(monkeypatch, tmp_path):
     fake(monkeypatch, "clip", __file__="/usr/lib/site-packages/clip/__init__.py", copy=print)
     (check,) = run(doctor.check_clip)
     assert check.state == PROBLEM and "another package of that name" in check.found
-    assert " clip && " in check.mend and "--no-deps clip-anytorch 'setuptools<82'" in check.mend  # they share a folder
+    assert " clip && " in check.fix and "--no-deps clip-anytorch 'setuptools<82'" in check.fix  # they share a folder
     monkeypatch.chdir(tmp_path)
     fake(monkeypatch, "clip", __file__=str(tmp_path / "clip.py"))
     (check,) = run(doctor.check_clip)
-    assert check.mend == f"remove or rename {tmp_path / 'clip.py'}"
+    assert check.fix == f"remove or rename {tmp_path / 'clip.py'}"
 
 
 def test_no_clip_at_all(monkeypatch):
     monkeypatch.setitem(sys.modules, "clip", None)
     (check,) = run(doctor.check_clip)
-    assert check.state == PROBLEM and "clip-anytorch 'setuptools<82'" in check.mend
+    assert check.state == PROBLEM and "clip-anytorch 'setuptools<82'" in check.fix
 
 
 def test_requirements_are_compared(monkeypatch):
@@ -185,15 +194,15 @@ def test_requirements_are_compared(monkeypatch):
     version = importlib.metadata.version
     missing = {"hdbscan": None, "tqdm": None, "scikit-learn": "1.2.0"}
 
-    def told(name):
+    def installed(name):
         if name in missing and missing[name] is None:
             raise importlib.metadata.PackageNotFoundError(name)
         return missing.get(name) or version(name)
 
-    monkeypatch.setattr(importlib.metadata, "version", told)
+    monkeypatch.setattr(importlib.metadata, "version", installed)
     checks = run(doctor.check_packages)
     assert only(checks, "hdbscan").state == NOTE and "gram cluster" in only(checks, "hdbscan").found
-    assert only(checks, "tqdm").state == PROBLEM and only(checks, "tqdm").mend.endswith("tqdm>=4.60'")
+    assert only(checks, "tqdm").state == PROBLEM and only(checks, "tqdm").fix.endswith("tqdm>=4.60'")
     assert only(checks, "scikit-learn").found == "expected scikit-learn>=1.6, found 1.2.0"
 
 
@@ -203,7 +212,7 @@ def test_not_installed_but_used_from_its_folder(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "requires", none)
     (check,) = run(doctor.check_packages)
-    assert check.state == NOTE and check.mend.endswith(f" -e {ROOT}")
+    assert check.state == NOTE and check.fix.endswith(f" -e {ROOT}")
 
 
 def test_a_training_that_fails_is_a_problem(monkeypatch):
@@ -214,7 +223,7 @@ def test_a_training_that_fails_is_a_problem(monkeypatch):
 
     monkeypatch.setattr(launch, "train", broken)
     monkeypatch.setattr(doctor, "CHECKS", [("CoOpGRAM", doctor.check_training)])
-    (check,) = examine(Patient())
+    (check,) = examine(Environment())
     assert check == Check("CoOpGRAM", PROBLEM, "RuntimeError: the regulator is lost", "gram doctor --traceback")
     assert not can_run([check])
 
@@ -222,7 +231,7 @@ def test_a_training_that_fails_is_a_problem(monkeypatch):
 def test_a_training_without_regulated_steps_is_a_problem(monkeypatch):
     monkeypatch.setattr(doctor, "train_tiny", lambda folder: (0, 50.0))
     monkeypatch.setattr(doctor, "CHECKS", [("CoOpGRAM", doctor.check_training)])
-    assert examine(Patient())[0].state == PROBLEM
+    assert examine(Environment())[0].state == PROBLEM
 
 
 def test_the_step_is_a_regulated_one(tmp_path):
@@ -267,7 +276,7 @@ def test_cached_weights_are_looked_at(cache):
     (cache / "ViT-B-16.pt").write_bytes(whole[:-30])  # a download that was cut
     check = only(run(doctor.check_weights), "CLIP ViT-B/16")
     assert check.state == NOTE and "not whole" in check.found
-    assert check.mend.startswith(f"rm {cache}/ViT-B-16.pt && curl -L") and check.mend.endswith("/ViT-B-16.pt")
+    assert check.fix.startswith(f"rm {cache}/ViT-B-16.pt && curl -L") and check.fix.endswith("/ViT-B-16.pt")
     assert run(doctor.check_backbone, backbone="ViT-B/16")[0].state == PROBLEM
     with zipfile.ZipFile(cache / "ViT-B-16.pt", "w") as archive:
         archive.writestr("archive/data.pkl", "other weights")
@@ -275,9 +284,9 @@ def test_cached_weights_are_looked_at(cache):
     assert "differs" in only(run(doctor.check_weights, verify=True), "CLIP ViT-B/16").found
 
 
-def test_weights_that_are_not_there_are_told_with_their_command(cache):
+def test_weights_that_are_not_cached_come_with_the_command_that_gets_them(cache):
     (check,) = run(doctor.check_backbone, backbone="RN50")
-    assert check.state == NOTE and check.mend == f"curl -L --create-dirs -o {cache}/RN50.pt https://host/1234/RN50.pt"
+    assert check.state == NOTE and check.fix == f"curl -L --create-dirs -o {cache}/RN50.pt https://host/1234/RN50.pt"
     (check,) = run(doctor.check_backbone, backbone="ViT-B/17")
     assert check.state == PROBLEM and "ViT-B/17" in check.found
     (check,) = run(doctor.check_backbone, backbone="random-tiny")
@@ -290,7 +299,7 @@ def test_a_cache_that_cannot_be_read(cache):
     cache.rmdir()
     cache.write_text("a file where a folder should be")
     checks = run(doctor.check_weights)
-    assert "cannot be read" in only(checks, "CLIP weights").found and only(checks, "CLIP weights").mend
+    assert "cannot be read" in only(checks, "CLIP weights").found and only(checks, "CLIP weights").fix
     monkey = only(checks, "gram-small")
     assert monkey.state == FINE
 
@@ -315,7 +324,7 @@ def test_datasets_under_a_root(tiny_data, tmp_path):
     (tmp_path / "dtd").mkdir()
     checks = run(doctor.check_datasets, root=str(tmp_path))
     assert only(checks, "dataset dtd").state == NOTE
-    assert only(checks, "dataset dtd").mend == f"gram check-data {tmp_path} --datasets dtd"
+    assert only(checks, "dataset dtd").fix == f"gram check-data {tmp_path} --datasets dtd"
     assert only(checks, "datasets").state == PROBLEM
     (check,) = run(doctor.check_datasets, root=str(tmp_path / "gone"))
     assert check.state == PROBLEM and "no such folder" in check.found
@@ -342,9 +351,11 @@ def test_meta_checkpoints_and_their_backbones(metas, monkeypatch, tmp_path):
     assert "for random-tiny" in checks[1].found and "4 text tokens, without R" in checks[1].found
     checks = run(doctor.check_meta, meta=[str(metas / "good")], backbone="ViT-B/16")
     assert [check.state for check in checks] == [NOTE, PROBLEM]
-    assert checks[0].mend == "train with --backbone random-tiny"
-    patient = Patient(meta=[str(metas / "good")], backbone="a file", fingerprint="0" * 64)  # loaded, other weights
-    assert [check.state for check in doctor.check_meta(patient)] == [NOTE, PROBLEM]
+    assert checks[0].fix == "train with --backbone random-tiny"
+    environment = Environment(
+        meta=[str(metas / "good")], backbone="a file", fingerprint="0" * 64
+    )  # loaded, other weights
+    assert [check.state for check in doctor.check_meta(environment)] == [NOTE, PROBLEM]
     for path in (metas / "bad", tmp_path / "gone"):
         assert run(doctor.check_meta, meta=[str(path)])[-1].state == PROBLEM
     monkeypatch.chdir(tmp_path)
@@ -374,7 +385,7 @@ def test_in_a_checkout_it_says_what_wins(tmp_path, monkeypatch):
     (tmp_path / "trainers" / "theirs.py").write_text("@TRAINER_REGISTRY.register()\nclass CoOp(TrainerX):\n    pass\n")
     monkeypatch.setattr(sys, "path", list(sys.path))
     (check,) = run(doctor.check_checkout)
-    assert "its clip/, trainers/ win over ours, and so do its trainers CoOp" in check.found
+    assert "its clip/, trainers/ are used in place of ours, and so are its trainers CoOp" in check.found
     assert sys.path[0] == str(tmp_path)  # later checks see what its train.py sees
 
 
@@ -382,18 +393,18 @@ def test_extras(monkeypatch):
     monkeypatch.setattr(doctor, "_version", lambda package: "" if package == "matplotlib" else "1.0")
     checks = run(doctor.check_extras)
     assert only(checks, "extra demo").state == FINE
-    assert only(checks, "extra figures").state == NOTE and only(checks, "extra figures").mend.endswith(" matplotlib")
+    assert only(checks, "extra figures").state == NOTE and only(checks, "extra figures").fix.endswith(" matplotlib")
 
 
 def test_a_python_that_is_too_old_or_not_tried(monkeypatch):
-    monkeypatch.setattr(doctor, "PYTHONS", ((3, 90), (3, 99)))
+    monkeypatch.setattr(doctor, "_supported_pythons", lambda: ">=3.90,<3.100")
     (check,) = run(doctor.check_python)
-    assert check.state == PROBLEM and check.mend
-    monkeypatch.setattr(doctor, "PYTHONS", ((3, 0), (3, 1)))
+    assert check.state == PROBLEM and check.fix
+    monkeypatch.setattr(doctor, "_supported_pythons", lambda: ">=3.0,<3.2")
     assert run(doctor.check_python)[0].state == NOTE
 
 
-def test_the_real_dassl_is_told_with_its_repairs(monkeypatch):
+def test_the_real_dassl_is_listed_with_its_repairs(monkeypatch):
     from gram_meta import engine
 
     repairs = [
@@ -404,6 +415,6 @@ def test_the_real_dassl_is_told_with_its_repairs(monkeypatch):
     monkeypatch.setattr(engine, "repairs", lambda: repairs)
     fake(monkeypatch, "dassl", __file__="/somewhere/dassl/__init__.py")
     checks = run(doctor.check_dassl)
-    assert checks[0].found == "the real one, /somewhere/dassl"
+    assert checks[0].found == "the real Dassl, /somewhere/dassl"
     assert [check.name for check in checks[1:]] == ["Dassl B1"]
     assert "repaired in memory: schedulers build" in checks[1].found

@@ -1,14 +1,14 @@
-"""`gram doctor`: what this environment has and lacks, and the command that mends it."""
+"""`gram doctor`: what this environment has and lacks, and the command that fixes it."""
 
 from __future__ import annotations
 
 import argparse
 
-HELP = """Say what this environment has and lacks, and the command that mends it. Nothing is changed or downloaded.
+HELP = """Report what this environment has and lacks, with a command that fixes each problem. Changes and downloads nothing.
 
   fine     as it should be
   note     something is missing that CoOpGRAM can run without
-  problem  CoOpGRAM cannot run here, or not as asked with --root, --meta, --backbone
+  problem  CoOpGRAM cannot run here, or not with the given --root, --meta or --backbone
 
 It ends by training CoOpGRAM for one step on random weights in a temporary folder. The exit status is 0 only if CoOpGRAM
 can run, else 1.
@@ -27,17 +27,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="meta-checkpoints, or folders of them; default: output/meta",
     )
-    add("--backbone", default="", metavar="NAME", help="the CLIP that is to be used; it is loaded")
-    add("--output-dir", default="output", metavar="FOLDER", help="where results are to go; default: output")
+    add("--backbone", default="", metavar="NAME", help="the CLIP to use; the command loads it")
+    add("--output-dir", default="output", metavar="FOLDER", help="folder for results; default: output")
     add("--verify", action="store_true", help="compare cached CLIP weights with their published SHA-256")
-    add("--traceback", action="store_true", help="where a check fails unforeseen, show the whole of it on stderr")
+    add("--traceback", action="store_true", help="print the traceback of a check that raises, on stderr")
     add("--format", choices=("text", "json"), default="text", help="default: text")
 
 
 def run(args: argparse.Namespace) -> int:
-    from gram_meta.tools.doctor import Patient, as_text, can_run, examine
+    from gram_meta.tools.doctor import Environment, as_text, can_run, examine
 
-    checks = examine(Patient(args.root, args.meta, args.backbone, args.output_dir, args.verify, args.traceback))
+    checks = examine(Environment(args.root, args.meta, args.backbone, args.output_dir, args.verify, args.traceback))
     if args.format == "json":
         import json
         from dataclasses import asdict
