@@ -1,9 +1,9 @@
-"""The one error that this project raises for bad input."""
+"""The error that this package raises for bad input."""
 
 
 class GramError(ValueError):
-    """Something that was given cannot be used.
+    """Bad input: a file, an option or an argument that cannot be used.
 
-    The message is one sentence that names the file or key, says what was expected and what was found. The command
-    line prints it without a traceback and exits with status 2.
+    The message is one sentence that names the file or key, what was expected and what was found. The command line prints
+    it without a traceback and exits with status 2.
     """

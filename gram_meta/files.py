@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: written beside their place, then renamed."""
+"""Read and write whole files: JSON, hashes, and atomic writes (a temporary file that is renamed)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PathLike = str | os.PathLike[str]
 def atomic_write(path: PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a temporary file beside `path`; rename it to `path` when the block ends without an error.
 
-    A reader, or a run that is killed half-way, sees the old file or the new one, never a part of either.
+    A reader, also after a run was killed half-way, sees the old file or the new one, never a part of a file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,11 @@ def write_json(path: PathLike, value: Any) -> None:
 
 
 def read_json(path: PathLike) -> Any:
-    """Read a JSON file; a missing or broken one is a `GramError` that names it."""
+    """Return the contents of a JSON file.
+
+    Raises:
+        GramError: the file does not exist, or is not JSON.
+    """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -56,7 +60,7 @@ def read_json(path: PathLike) -> Any:
 
 
 def sha256_file(path: PathLike) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
+    """Return the hexadecimal SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

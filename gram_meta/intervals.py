@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean as mean
+from statistics import stdev
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds with the half width of its 95 % interval (None: one seed, or nothing was drawn)."""
+    """A mean over seeds with the half width of its 95 % interval (None: one seed, or no randomness)."""
 
     mean: float
     half_width: float | None
@@ -18,30 +20,22 @@ class Estimate:
 
 
 def harmonic(base: float, new: float) -> float:
-    """H = 2 base new / (base + new); 0 where both are 0."""
+    """Return H = 2 base new / (base + new); 0 if both are 0."""
     return 2 * base * new / (base + new) if base + new > 0 else 0.0
 
 
 def half_width(values: Sequence[float], confidence: float = 0.95) -> float | None:
-    """Half the interval of the mean: t(n-1) * s / sqrt(n); None for fewer than two values."""
+    """Return half the interval of the mean, t(n-1) * s / sqrt(n); None for fewer than two values."""
     n = len(values)
     if n < 2:
         return None
     from scipy.special import stdtrit  # Student's t quantile; scipy.stats takes a second to import
 
-    center = mean(values)
-    deviation = math.sqrt(math.fsum((value - center) ** 2 for value in values) / (n - 1))
-    return float(stdtrit(n - 1, 0.5 + confidence / 2)) * deviation / math.sqrt(n)
-
-
-def mean(values: Iterable[float]) -> float:
-    """The arithmetic mean, summed exactly."""
-    values = list(values)
-    return math.fsum(values) / len(values)
+    return float(stdtrit(n - 1, 0.5 + confidence / 2)) * stdev(values) / math.sqrt(n)
 
 
 def estimate(per_seed: Sequence[float], expected: int, fixed: bool = False) -> Estimate | None:
-    """Mean and interval of one value per seed; None for no value. `fixed`: nothing was drawn, so no interval."""
+    """Return mean and interval of one value per seed; None without values. `fixed`: no randomness, so no interval."""
     if not per_seed:
         return None
     return Estimate(mean(per_seed), None if fixed else half_width(per_seed), len(per_seed), expected)
@@ -50,7 +44,7 @@ def estimate(per_seed: Sequence[float], expected: int, fixed: bool = False) -> E
 def harmonic_estimate(
     base: Mapping[int, float], new: Mapping[int, float], expected: int, fixed: bool = False
 ) -> Estimate | None:
-    """H of the averaged base and new, over the seeds that have both; its interval is that of the seeds' own H."""
+    """Return H of the averaged base and new, over the seeds that have both; its interval is that of the seeds' own H."""
     both = [seed for seed in base if seed in new]
     if not both:
         return None
@@ -60,5 +54,5 @@ def harmonic_estimate(
 
 
 def paired_difference(one: Mapping[int, float], reference: Mapping[int, float], expected: int) -> Estimate | None:
-    """Mean and interval of `one - reference`, seed by seed; None where they share no seed."""
+    """Return mean and interval of `one - reference`, seed by seed; None if they share no seed."""
     return estimate([one[seed] - reference[seed] for seed in one if seed in reference], expected)

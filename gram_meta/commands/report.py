@@ -16,12 +16,13 @@ HELP = """The paper's tables from output folders: mean over seeds with 95 % inte
 paired by seed, and the paper's numbers where dataset, backbone and shots are the paper's.
 
 Collects every results.json in and below the folders, and the log.txt of runs of a CoOp, MaPLe, PromptSRC or ProMetaR
-checkout, which have no results.json: these are rows of their own, "from a log". What is missing is shown as missing; two runs of the same thing,
-or runs whose settings contradict each other, are refused. Without --table: every table that there are runs of.
+checkout, which have no results.json: these are rows of their own, "from a log". A missing run is shown as missing. Two runs
+of the same thing, and runs whose settings contradict each other, are an error. Without --table: every table that there are
+runs of.
 
   gram report output
   gram report output --table 1 --format latex
-  gram report --collect results.json output      one compact file, which stands for the folders:
+  gram report --collect results.json output      one compact file, which replaces the folders:
   gram report results.json --table 6"""
 
 
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         choices=("1", "2", "3", "4", "5", "6", "7", "all"),
-        help="of the paper, with all its rows; may be given several times (default: those that there are runs of)",
+        help="a table of the paper, with all its rows; may be repeated (default: those that there are runs of)",
     )
     parser.add_argument(
         "--format",
@@ -47,30 +48,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="default: table; latex needs booktabs",
     )
     parser.add_argument(
-        "--collect", metavar="FILE.json", help="write everything that reports need into one file, and no table"
+        "--collect", metavar="FILE.json", help="write everything that reports need into one file, and print no table"
     )
     parser.add_argument(
         "--figures",
         metavar="DIR",
-        help="write Figures 1(a), 1(b), 3(a), 3(b) as PNG, and the numbers behind them as CSV, where runs logged them",
+        help="write Figures 1(a), 1(b), 3(a), 3(b) as PNG, and their numbers as CSV, if the runs logged them",
     )
     parser.add_argument(
         "--html", metavar="FILE.html", help="write one page with tables, figures and what every run was made with"
     )
     parser.add_argument("--datasets", metavar="A,B", help="only these datasets, by the names they are registered under")
     parser.add_argument("--without", metavar="A,B", help="not these datasets, such as the one that was tuned on")
-    parser.add_argument("--reference", metavar="TRAINER", help="differences are taken to this one (default: CoOp)")
+    parser.add_argument(
+        "--reference", metavar="TRAINER", help="trainer that is subtracted in differences (default: CoOp)"
+    )
     parser.add_argument("--metric", choices=("accuracy", "error_rate", "macro_f1"), default="accuracy")
     parser.add_argument("--split", choices=("test", "val"), default="test")
     parser.add_argument(
         "--by", action="append", default=[], metavar="KEY", help="keep runs with different values of this setting apart"
     )
-    parser.add_argument("--curve", action="store_true", help="accuracy after 0, 1, 5, ... steps, where runs logged it")
+    parser.add_argument(
+        "--curve", action="store_true", help="print accuracy after 0, 1, 5, ... steps, if the runs logged it"
+    )
     parser.add_argument("--digits", type=int, default=1, help="decimals in the table (csv and json are unrounded)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the tables, or write what was asked for."""
+    """Print the tables, or write the files that the options name."""
     from gram_meta import report
 
     evidence = report.gather(args.folders)
@@ -144,17 +149,17 @@ def _tables(args: argparse.Namespace, runs: Sequence[Run]) -> list[Report]:
         if absent:
             _say(f"no runs of Table {', '.join(absent)}")
         return tables
-    if args.by:  # rows of one's own making: the paper has none such
+    if args.by:  # the paper has no such rows
         return report.build_reports(runs, args.reference)
     return report.all_tables(runs, args.reference)
 
 
 def _chosen(runs: Sequence[Run], only: str | None, without: str | None) -> list[Run]:
-    there = {run.dataset for run in runs}
+    known = {run.dataset for run in runs}
     for option, names in (("--datasets", only), ("--without", without)):
         for name in (names or "").split(","):
-            if name and name not in there:
-                raise GramError(f"{option} {name}: expected one of {', '.join(sorted(there))}, found no such runs")
+            if name and name not in known:
+                raise GramError(f"{option} {name}: expected one of {', '.join(sorted(known))}, found no such runs")
     kept = [run for run in runs if not only or run.dataset in only.split(",")]
     kept = [run for run in kept if not without or run.dataset not in without.split(",")]
     if not kept:

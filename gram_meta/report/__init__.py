@@ -1,16 +1,18 @@
 """Tables and figures from output folders.
 
-Every test of a trainer leaves an unrounded `results.json` in its output folder. This package collects them, refuses what
-cannot be put into one table, and says what is missing.
+Every test of a trainer writes an unrounded `results.json` into its output folder. This package collects them, rejects runs
+that cannot share a table, and lists the runs that are missing.
 
-    evidence    what is read: results, logs of meta-training, collections of both in one file
-    runs        what each result measured, and what sets it apart
-    statistics  means over seeds, their intervals, H
-    tables      rows, cells, differences, what is missing and what contradicts
-    paper       the paper's numbers
-    numbered    the paper's Tables 1 to 7
-    text        terminal, Markdown, LaTeX, CSV, JSON
-    curves      accuracy while training
+    evidence  reading: results, logs of meta-training, collections of both in one file
+    logs      reading: log.txt of a CoOp-style checkout
+    runs      what each result measured, and how it differs from others of its trainer
+    tables    rows, cells, differences, missing runs, conflicts
+    paper     the paper's numbers
+    numbered  the paper's Tables 1 to 7
+    text      terminal, Markdown, LaTeX, CSV, JSON
+    curves    accuracy while training
+    figures   Figures 1 and 3 (matplotlib)
+    html      the pages of `gram report --html` and `gram inspect --html`
 """
 
 from gram_meta.intervals import Estimate, half_width, harmonic

@@ -13,9 +13,10 @@ from gram_meta.report.tables import ordered
 
 
 def build_curve(runs: Sequence[Run]) -> tuple[list[str], list[list[Any]]]:
-    """Headers and rows of base, new and H after each number of steps, averaged over the datasets and seeds of each label.
+    """Return headers and rows of base, new and H by number of steps, averaged over the datasets and seeds of each label.
 
-    Raises `GramError` when no run has a curve.
+    Raises:
+        GramError: no run has a curve.
     """
     points: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
     for run in ordered(runs):
@@ -28,6 +29,6 @@ def build_curve(runs: Sequence[Run]) -> tuple[list[str], list[list[Any]]]:
     rows = []
     for (label, step), found in sorted(points.items(), key=lambda item: (list(most).index(item[0][0]), item[0][1])):
         base, new = mean(one for one, _ in found), mean(two for _, two in found)
-        runs_there = f"{len(found)}" if len(found) == most[label] else f"{len(found)} of {most[label]}"
-        rows.append([label, step, base, new, harmonic(base, new), runs_there])
+        count = f"{len(found)}" if len(found) == most[label] else f"{len(found)} of {most[label]}"
+        rows.append([label, step, base, new, harmonic(base, new), count])
     return ["trainer", "step", "base", "new", "H", "runs"], rows

@@ -1,7 +1,7 @@
-"""The paper's Figures 1(a), 1(b), 3(a) and 3(b) from logged runs: a PNG each, and the numbers behind it as CSV.
+"""The paper's Figures 1(a), 1(b), 3(a) and 3(b) from logged runs: a PNG each, and its numbers as CSV.
 
-Needs matplotlib (the extra `figures`). Colours are Okabe and Ito's, which colour-blind readers tell apart; line styles and
-markers say the same in grey. Bands and bars are 95 % intervals over seeds (Student's t).
+Needs matplotlib (the extra `figures`). The colours are Okabe and Ito's, which colour-blind readers can tell apart; line
+styles and markers repeat the distinction for print in grey. Bands and bars are 95 % intervals over seeds (Student's t).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STYLES = {
 
 @dataclass(frozen=True)
 class Drawing:
-    """One figure, ready to be written or put into a page."""
+    """A figure as PNG and CSV, for a file or for the page."""
 
     stem: str  # file name without ending
     title: str
@@ -46,7 +46,7 @@ class Drawing:
 
 
 def draw(runs: Sequence[Run], metas: Sequence[MetaTraining]) -> tuple[list[Drawing], list[str]]:
-    """Every figure that there is data for, and a sentence about each that there is none for.
+    """Return every figure that the runs have data for, and a sentence for each figure that lacks data.
 
     Raises:
         GramError: matplotlib is not installed.
@@ -62,7 +62,7 @@ def draw(runs: Sequence[Run], metas: Sequence[MetaTraining]) -> tuple[list[Drawi
 
 
 def write_figures(drawings: Iterable[Drawing], folder: str | Path) -> list[Path]:
-    """Write `<stem>.png` and `<stem>.csv` of each; returns the paths."""
+    """Write `<stem>.png` and `<stem>.csv` of each drawing; return the paths."""
     written = []
     for drawing in drawings:
         for ending, content in ((".png", drawing.png), (".csv", (drawing.csv + "\n").encode())):
@@ -74,7 +74,7 @@ def write_figures(drawings: Iterable[Drawing], folder: str | Path) -> list[Path]
 
 
 def need_matplotlib() -> None:
-    """Raises `GramError` where matplotlib is not installed."""
+    """Raise `GramError` if matplotlib is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -88,14 +88,14 @@ def need_matplotlib() -> None:
 
 
 def _over_datasets(found: dict[tuple[str, int], float], datasets: Sequence[str]) -> dict[int, float]:
-    """(dataset, seed) -> percent becomes seed -> mean over the datasets, for the seeds that have all of them."""
+    """Average (dataset, seed) -> percent over the datasets; return seed -> mean for the seeds that have all datasets."""
     seeds = sorted({seed for _, seed in found})
     whole = [seed for seed in seeds if all((name, seed) in found for name in datasets)]
     return {seed: mean(found[name, seed] for name in datasets) for seed in whole}
 
 
 def _three(base: dict[int, float], new: dict[int, float]) -> dict[str, Estimate | None]:
-    """Base, new and H over seeds."""
+    """Return the estimates of base, new and H over seeds."""
     seeds = len(set(base) | set(new))
     return {
         "base": estimate(list(base.values()), seeds),
@@ -113,7 +113,7 @@ def _numbers(found: Estimate | None) -> list[Any]:
 
 
 def start_of(run: Run) -> str | None:
-    """The line of Figure 1(a) that a run stands in; None for runs that differ from CoOp in more than the start."""
+    """Return a run's line in Figure 1(a); None for a run that differs from CoOp in more than its initialisation."""
     if run.label == "CoOpGRAM":
         return "CoOp + GRAM (meta-learnt)"
     if run.trainer != "CoOp" or run.start is None:
@@ -199,8 +199,8 @@ def _draw_starts(lines: Sequence[str], found: dict, seeds: dict) -> bytes:
 
 
 def _epochs(runs: Sequence[Run]) -> list[Drawing | str]:
-    """One figure for each length of training: 10 epochs, and longer ones."""
-    mine = [run for run in runs if run.subsample == "base" and run.shots == 16]  # a source's curve is another thing
+    """Return one figure for each number of epochs."""
+    mine = [run for run in runs if run.subsample == "base" and run.shots == 16]  # without runs on all classes
     mine = [run for run in mine if run.trainer in NAMES and _only_longer(run) and _per_epoch(run)]
     lengths = sorted({run.epochs for run in mine})
     if not lengths:
@@ -209,12 +209,12 @@ def _epochs(runs: Sequence[Run]) -> list[Drawing | str]:
 
 
 def _only_longer(run: Run) -> bool:
-    """Plain but for the number of epochs."""
+    """Return whether a run differs from its trainer's standard form in the number of epochs at most."""
     return run.label in (run.trainer, f"{run.trainer}, {run.epochs} epochs")
 
 
 def _per_epoch(run: Run) -> dict[int, tuple[float, float]]:
-    """Epoch -> base and new accuracy, from the curve's points at whole epochs."""
+    """Return epoch -> (base, new) accuracy, from the curve's points at whole epochs."""
     points = {}
     for point in run.curve:
         epoch = point.get("epoch")
@@ -256,34 +256,14 @@ def _has_bands(series: dict) -> bool:
 def _draw_epochs(series: dict[str, list[tuple[int, dict[str, Estimate | None]]]]) -> bytes:
     figure = _figure(9.0, 3.9)
     panels = figure.subplots(1, 2)
-    for axes, column, words in zip(panels, ("base", "new"), ("base classes", "new classes"), strict=True):
+    for axes, column in zip(panels, ("base", "new"), strict=True):
         ends = []
         for name, points in series.items():
-            if not points:
-                continue
-            colour, line, marker = STYLES[name]
-            epochs = [epoch for epoch, _ in points]
-            found = [it[column] for _, it in points if it[column]]
-            middle = [it.mean for it in found if it]
-            half = [it.half_width or 0.0 for it in found if it]
-            hollow = "white" if line == "--" else colour
-            axes.plot(
-                epochs,
-                middle,
-                line,
-                color=colour,
-                marker=marker,
-                markersize=4,
-                markerfacecolor=hollow,
-                markevery=max(1, len(epochs) // 11),
-                linewidth=1.6,
-                label=NAMES[name],
-            )
-            low = [m - h for m, h in zip(middle, half, strict=True)]
-            high = [m + h for m, h in zip(middle, half, strict=True)]
-            axes.fill_between(epochs, low, high, color=colour, alpha=0.12, linewidth=0)
-            ends.append((middle[-1], NAMES[name], colour, epochs[-1]))
-        axes.set_title(words, fontsize=10)
+            shown = [(epoch, found) for epoch, it in points if (found := it[column])]
+            if shown:
+                _draw_line(axes, shown, STYLES[name], NAMES[name], size=4, width=1.6, marks=11, opacity=0.12)
+                ends.append((shown[-1][1].mean, NAMES[name], STYLES[name][0], shown[-1][0]))
+        axes.set_title(f"{column} classes", fontsize=10)
         axes.set_xlabel("epoch")
         axes.set_ylabel("accuracy (%)")
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -295,7 +275,7 @@ def _draw_epochs(series: dict[str, list[tuple[int, dict[str, Estimate | None]]]]
 
 
 def _label_ends(axes: Any, ends: list[tuple[float, str, str, int]]) -> None:
-    """Names beside the lines' ends, pushed apart where they would overlap."""
+    """Write names beside the lines' ends, and move them apart where they would overlap."""
     low, high = axes.get_ylim()
     gap, last = (high - low) * 0.055, -math.inf
     for value, name, colour, x in sorted(ends):
@@ -348,7 +328,7 @@ def _settings_but_seed(meta: MetaTraining) -> str:
 
 
 def _named(groups: Sequence[list[MetaTraining]]) -> dict[str, list[MetaTraining]]:
-    """The folders' names; where two settings share one, with as much of the path as tells them apart."""
+    """Return the groups by the names of their folders; by the end of the path where two groups share a name."""
     names: dict[str, list[MetaTraining]] = {}
     for group in groups:
         name = group[0].name or group[0].path
@@ -377,30 +357,8 @@ def _draw_alignments(series: dict[str, dict[str, list[tuple[int, Estimate]]]]) -
     styles = {"regulated": (GREEN, "-", "o"), "raw": (GREY, "--", "s")}
     for i, (axes, (name, lines)) in enumerate(zip(panels.flat, series.items(), strict=False)):
         for gradient, points in lines.items():
-            colour, line, marker = styles[gradient]
-            steps = [step for step, _ in points]
-            middle = [it.mean for _, it in points]
-            half = [it.half_width or 0.0 for _, it in points]
-            axes.plot(
-                steps,
-                middle,
-                line,
-                color=colour,
-                marker=marker,
-                markersize=3.5,
-                linewidth=1.5,
-                markerfacecolor="white" if line == "--" else colour,
-                markevery=max(1, len(steps) // 10),
-                label=f"{gradient} support gradient",
-            )
-            axes.fill_between(
-                steps,
-                [m - h for m, h in zip(middle, half, strict=True)],
-                [m + h for m, h in zip(middle, half, strict=True)],
-                color=colour,
-                alpha=0.15,
-                linewidth=0,
-            )
+            label = f"{gradient} support gradient"
+            _draw_line(axes, points, styles[gradient], label, size=3.5, width=1.5, marks=10, opacity=0.15)
         axes.set_title(name, fontsize=9)
         axes.grid(color="#e0e0e0", linewidth=0.6)
         axes.set_xlabel("meta-training step (updates)", fontsize=8)
@@ -417,10 +375,40 @@ def _draw_alignments(series: dict[str, dict[str, list[tuple[int, Estimate]]]]) -
 
 
 def _figure(width: float, height: float) -> Any:
-    """An empty figure in inches that no window system has to know of."""
+    """Return an empty figure, in inches, that needs no window system."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+def _draw_line(
+    axes: Any,
+    points: Sequence[tuple[int, Estimate]],
+    style: tuple[str, str, str],
+    label: str,
+    size: float,
+    width: float,
+    marks: int,
+    opacity: float,
+) -> None:
+    """Draw means as a line with about `marks` markers, and their intervals as a band."""
+    colour, line, marker = style
+    steps = [step for step, _ in points]
+    axes.plot(
+        steps,
+        [it.mean for _, it in points],
+        line,
+        color=colour,
+        marker=marker,
+        markersize=size,
+        markerfacecolor="white" if line == "--" else colour,
+        markevery=max(1, len(points) // marks),
+        linewidth=width,
+        label=label,
+    )
+    low = [it.mean - (it.half_width or 0.0) for _, it in points]
+    high = [it.mean + (it.half_width or 0.0) for _, it in points]
+    axes.fill_between(steps, low, high, color=colour, alpha=opacity, linewidth=0)
 
 
 def _png(figure: Any) -> bytes:

@@ -1,10 +1,10 @@
-"""The paper's Tables 1 to 7 from runs: which runs fill which table, its rows in the paper's order, its numbers beside.
+"""The paper's Tables 1 to 7 from runs: the runs of each table, its rows in the paper's order, the paper's numbers.
 
 Table 1: base-to-new, 16 shots. Tables 2 and 4: trained on a source, tested on its domain variants (16 and 4 shots);
 Tables 3 and 5: on other datasets. Tables 6 and 7: UniGRAM's ablations and token counts, averages over the datasets.
 
-A paper's number stands beside a measured one only where dataset, backbone, shots and epochs are the paper's and the trainer
-is in its standard form; beside an average only where it is over exactly the paper's datasets.
+A number of the paper is shown only where dataset, backbone, shots and epochs are the paper's and the trainer has its
+standard form; for an average, only where it is over exactly the paper's datasets.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import gram_meta.report.paper as paper
 from gram_meta.errors import GramError
-from gram_meta.report import paper
 from gram_meta.report.runs import EPOCHS, FROM_LOG, LABELLED, NO_META, NO_REGULATOR, NO_SHIFT, TOKENS, Run
 from gram_meta.report.tables import (
     ALL,
@@ -38,11 +38,11 @@ TITLES = {
     6: "ablations of UniGRAM, base-to-new, 16 shots",
     7: "UniGRAM by number of prompt tokens, base-to-new, 16 shots",
 }
-SOURCES = ("ImageNet", "EmojiTravel")  # trained for transfer also where no test on a target says so
+SOURCES = ("ImageNet", "EmojiTravel")  # trained for transfer, even if no test on a target exists
 _TRANSFER = {(True, 16): 2, (False, 16): 3, (True, 4): 4, (False, 4): 5}  # (domain variants, shots) -> number
 _WANTED = 16  # shots of Tables 1, 6 and 7
 
-# Table 6: the row's trainer and what its meta-training lacks
+# Table 6: the row's trainer, and what its meta-training lacks
 ABLATIONS = (
     ("UniGRAM", ()),
     ("UniGRAM", (NO_SHIFT,)),
@@ -56,10 +56,10 @@ ROWS_7 = tuple(f"{2 * half} tokens ({half}+{half})" for half in (1, 2, 3, 4))
 
 
 def paper_tables(runs: Sequence[Run], numbers: Iterable[int], reference: str | None = None) -> list[Report]:
-    """The tables asked for, with every row of the paper's, there or not.
+    """Return the tables with these numbers, with every row of the paper, even one without runs.
 
     Raises:
-        GramError: no run of a table that is the only one asked for; mixed-up runs (see `tables.build`).
+        GramError: there are no runs of any of these tables; runs that cannot share a table (see `tables.build`).
     """
     numbers = list(numbers)
     check_reference(runs, reference)
@@ -71,7 +71,7 @@ def paper_tables(runs: Sequence[Run], numbers: Iterable[int], reference: str | N
 
 
 def all_tables(runs: Sequence[Run], reference: str | None = None) -> list[Report]:
-    """Every table of the paper that there are runs of, then what stands in none of them."""
+    """Return every table of the paper that there are runs of, then tables of the other runs."""
     check_reference(runs, reference)
     reference = reference or "CoOp"
     reports = [it for number in NUMBERS for it in _table(number, runs, reference, explicit=False)]
@@ -93,13 +93,13 @@ def _table(number: int, runs: Sequence[Run], reference: str, explicit: bool) -> 
 
 
 def base_to_new_runs(runs: Sequence[Run], shots: int = _WANTED) -> list[Run]:
-    """Base and new runs of so many shots, and those without training, once each."""
+    """Return the base and new runs with this number of shots, and those without training, once each."""
     wanted = [run for run in runs if run.subsample in ("base", "new") and (run.untrained or run.shots == shots)]
     return _once(wanted, shots)
 
 
 def _once(runs: Sequence[Run], shots: int) -> list[Run]:
-    """Shots are nothing to a run without training: of several, the one in the folder of these shots."""
+    """Keep one of several equal runs without training, which do not depend on the shots: the one with these shots."""
     kept: dict[tuple, Run] = {}
     trained = [run for run in runs if not run.untrained]
     doubled = []
@@ -107,7 +107,7 @@ def _once(runs: Sequence[Run], shots: int) -> list[Run]:
         key = (run.label, run.dataset, run.subsample, run.seed)
         before = kept.setdefault(key, run)
         if before is not run and before.shots == run.shots:
-            doubled.append(run)  # to be refused
+            doubled.append(run)  # `build` raises for it
     return [*trained, *kept.values(), *doubled]
 
 
@@ -130,14 +130,14 @@ def _table_1(runs: Sequence[Run], reference: str, explicit: bool) -> list[Report
 
 
 def _worth_showing(mine: Sequence[Run], runs: Sequence[Run]) -> bool:
-    """Zero-shot alone makes a table only where nothing at all was trained from base to new."""
+    """Return whether Table 1 has a trained run; zero-shot alone makes a table only if no base-to-new run was trained."""
     if any(not run.untrained for run in mine):
         return True
     return bool(mine) and not any(run.subsample in ("base", "new") and not run.untrained for run in runs)
 
 
 def _averages(number: int, runs: Sequence[Run], explicit: bool) -> list[Report]:
-    """Table 6 or 7, over the datasets on which there is more than the full UniGRAM."""
+    """Return Table 6 or 7, over the datasets that have runs of more rows than the full UniGRAM."""
     rows, row_of = (ROWS_6, _ablation_row) if number == 6 else (ROWS_7, _tokens_row)
     full = ROWS_6[0] if number == 6 else ROWS_7[1]
     mine = [replace(run, label=row) for run in base_to_new_runs(runs) if (row := row_of(run))]
@@ -169,7 +169,7 @@ def _averages(number: int, runs: Sequence[Run], explicit: bool) -> list[Report]:
 
 
 def _ablation_row(run: Run) -> str:
-    """The row of Table 6 that a run belongs to; "" for none."""
+    """Return a run's row of Table 6; "" if it belongs to none."""
     if run.tokens != TOKENS or run.label != ", ".join((run.trainer, *run.ablation)):
         return ""  # other tokens, or a control
     wanted = (run.trainer, run.ablation)
@@ -177,7 +177,7 @@ def _ablation_row(run: Run) -> str:
 
 
 def _tokens_row(run: Run) -> str:
-    """The row of Table 7 that a run belongs to; "" for none."""
+    """Return a run's row of Table 7; "" if it belongs to none."""
     if run.trainer != "UniGRAM" or run.tokens is None or run.tokens[0] != run.tokens[1]:
         return ""
     half = run.tokens[0]
@@ -197,7 +197,7 @@ def _average_number(number: int, label: str, members: Sequence[str]) -> dict[str
 
 
 def is_variant(target: str, source: str) -> bool:
-    """A target is a domain variant of its source where its name begins with it: ImageNet, ImageNetV2."""
+    """Return whether a target is a domain variant of its source: its name begins with the source's, as ImageNetV2's."""
     return target != source and target.startswith(source)
 
 
@@ -219,7 +219,7 @@ def _sources(runs: Sequence[Run], shots: int, explicit: bool) -> list[str]:
 def _transfer_table(
     runs: Sequence[Run], source: str, shots: int, variants: bool, reference: str, explicit: bool = False
 ) -> Report | None:
-    """Trained on `source`, tested on its domain variants or on other datasets; None where nothing was tested."""
+    """Return the table of one source, tested on its domain variants or on other datasets; None without tests."""
     number = _TRANSFER.get((variants, shots), 0)
     printed: Mapping[str, Any] = paper.table(number) if number else {"source": "", "targets": (), "rows": {}}
     whole = [run for run in runs if run.subsample == "all"]
@@ -251,18 +251,18 @@ def _transfer_table(
 
 
 def _transfer_number(number: int, source: str, label: str, name: str, members: Sequence[str]) -> dict[str, float]:
-    """Of one dataset, or of the average (`name`) over `members`."""
+    """Return the paper's number of one dataset, or of the average (`name`) over `members`."""
     row = paper.transfer(number, source, members, label) if number else {}
     return {"all": row[name]} if name in row else {}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What stands in no table of the paper
+# Runs that belong to no table of the paper
 
 
 def _variants(runs: Sequence[Run], reference: str) -> list[Report]:
-    """Controls and variants of trainers at 16 shots, with the reference beside to compare them to."""
-    # a start that was tested without a word on shots stands here; one with other shots beside the runs of these
+    """Return controls and variants of trainers at 16 shots, with the reference for comparison."""
+    # an initial prompt tested without a number of shots belongs here; one with other shots, to the runs of those shots
     mine = [run for run in base_to_new_runs(runs) if run.shots == _WANTED or run.shots < 1]
     special = [run for run in mine if not (run.plain or _ablation_row(run) or _tokens_row(run))]
     if not special:
@@ -275,7 +275,7 @@ def _variants(runs: Sequence[Run], reference: str) -> list[Report]:
 
 
 def _other_shots(runs: Sequence[Run], reference: str) -> list[Report]:
-    """Base to new with other numbers of shots than the paper's."""
+    """Return base-to-new runs with other numbers of shots than the paper's."""
     pairs = [run for run in runs if run.subsample in ("base", "new")]
     shots = {run.shots for run in pairs if not run.untrained} - {_WANTED}
     if not shots:
@@ -287,7 +287,7 @@ def _other_shots(runs: Sequence[Run], reference: str) -> list[Report]:
 
 
 def _all_classes(runs: Sequence[Run], reference: str) -> list[Report]:
-    """Transfers with other numbers of shots; then trained and tested on all classes of one dataset."""
+    """Return transfers with other numbers of shots, then runs that are trained and tested on all classes of one dataset."""
     whole = [run for run in runs if run.subsample == "all"]
     transfers = sorted({(run.source, run.shots) for run in whole if not run.untrained and run.transferred})
     tables = [
@@ -310,11 +310,11 @@ def _all_classes(runs: Sequence[Run], reference: str) -> list[Report]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Rows, order, and where the paper's numbers may stand
+# Rows, order, and where the paper's numbers are shown
 
 
 def _rows(runs: Sequence[Run], order: Iterable[str], explicit: bool) -> list[str]:
-    """The paper's trainers in its order (all of them where the table was asked for), then the others."""
+    """Return the paper's trainers in its order (all of them if `explicit`), then the others."""
     there = labels_of(runs)
     first = []
     for label in order:
@@ -324,18 +324,18 @@ def _rows(runs: Sequence[Run], order: Iterable[str], explicit: bool) -> list[str
 
 
 def _in_order(names: Collection[str], order: Sequence[str]) -> list[str]:
-    """Names that the paper has in its order, then the others by alphabet."""
+    """Return the names that the paper has in its order, then the others in alphabetical order."""
     return [name for name in order if name in names] + sorted(name for name in names if name not in order)
 
 
 def _beside(runs: Sequence[Run], lookup: PaperNumbers) -> PaperNumbers:
-    """`lookup` for the rows that were made as the paper's were, nothing for the others."""
+    """Return `lookup`, restricted to the rows whose runs all have the paper's backbone, schedule and metric."""
     unlike = {run.label for run in runs if not _as_in_the_paper(run)}
     return lambda label, *line: {} if label in unlike else lookup(label.removesuffix(FROM_LOG), *line)
 
 
 def _as_in_the_paper(run: Run) -> bool:
-    """Backbone, schedule and metric; datasets and shots are the table's business."""
+    """Return whether backbone, schedule and metric are the paper's; the table decides on datasets and shots."""
     measured = (run.backbone, run.metric, run.split)
     return measured == (paper.backbone(), "accuracy", "test") and (run.untrained or run.epochs == EPOCHS)
 
@@ -345,7 +345,7 @@ def _title(text: str, runs: Sequence[Run]) -> str:
 
 
 def _with_absent(report: Report, runs: Sequence[Run], datasets: Sequence[str]) -> Report:
-    """Say which of the paper's datasets lack every run, where some of them have any."""
+    """Add a note that lists the paper's datasets without any run, if other datasets of the paper have runs."""
     there = set(report.datasets) & set(datasets)
     absent = [paper.name(name) for name in datasets if name not in there]
     if there and absent and {run.backbone for run in runs} == {paper.backbone()}:

@@ -1,7 +1,7 @@
-"""The paper's numbers (Tables 1 to 7), and where they may stand beside measured ones.
+"""The paper's numbers (Tables 1 to 7), and where they may be shown beside measured ones.
 
-`paper.json` was transcribed once. Trainers and datasets bear the names they are registered under; `NAMES` has the paper's.
-Accuracies are percent, as printed.
+`paper.json` was transcribed from the paper. Trainers and datasets have the names they are registered under; its key "names"
+gives the paper's. Accuracies are percent, as printed.
 """
 
 from __future__ import annotations
@@ -17,38 +17,38 @@ COLUMNS = ("base", "new", "H")
 
 @cache
 def numbers() -> Mapping[str, Any]:
-    """All of `paper.json`."""
+    """Return all of `paper.json`."""
     text = resources.files("gram_meta.report").joinpath("paper.json").read_text(encoding="utf-8")
     return json.loads(text)
 
 
 def table(number: int) -> Mapping[str, Any]:
-    """One table of `paper.json`."""
+    """Return one table of `paper.json`."""
     return numbers()["tables"][str(number)]
 
 
 def backbone() -> str:
-    """The paper's one backbone."""
+    """Return the name of the paper's only backbone."""
     return numbers()["backbone"]
 
 
 def trainers() -> Mapping[str, str]:
-    """Registered name -> the paper's name, in the order of the paper's rows."""
+    """Return registered name -> the paper's name, in the order of the paper's rows."""
     return numbers()["trainers"]
 
 
 def datasets() -> tuple[str, ...]:
-    """The eleven datasets of Table 1, in its order."""
+    """Return the eleven datasets of Table 1, in its order."""
     return tuple(table(1)["datasets"])
 
 
 def name(dataset: str) -> str:
-    """What the paper calls a dataset or a trainer; names that it does not know stay as they are."""
+    """Return the paper's name of a dataset or a trainer; a name that the paper does not have is returned unchanged."""
     return numbers()["names"].get(dataset) or trainers().get(dataset, dataset)
 
 
 def base_to_new(members: Collection[str], trainer: str) -> dict[str, float]:
-    """Table 1: base, new and H of one dataset, or of the average where `members` are exactly its eleven."""
+    """Return base, new and H of Table 1: of one dataset, or of the average if `members` are exactly its eleven."""
     found = table(1)
     if set(members) == set(found["datasets"]) and len(members) > 1:
         values = found["average"].get(trainer)
@@ -60,7 +60,7 @@ def base_to_new(members: Collection[str], trainer: str) -> dict[str, float]:
 
 
 def transfer(number: int, source: str, targets: Collection[str], trainer: str) -> dict[str, float]:
-    """Tables 2 to 5: accuracy by dataset of one trainer, with `average` where `targets` are exactly the table's."""
+    """Return a trainer's accuracies by dataset in Table 2 to 5, with "average" if `targets` are exactly the table's."""
     found = table(number)
     row = found["rows"].get(trainer)
     if source != found["source"] or not row:
@@ -72,12 +72,12 @@ def transfer(number: int, source: str, targets: Collection[str], trainer: str) -
 
 
 def ablation(row: int) -> dict[str, float]:
-    """Table 6: base, new and H of row 0 to 5."""
+    """Return base, new and H of row 0 to 5 of Table 6."""
     return dict(zip(COLUMNS, table(6)["rows"][row]["values"], strict=True))
 
 
 def tokens(total: int) -> dict[str, float]:
-    """Table 7: base, new and H of UNIGRAM with that many prompt tokens; empty for a number that it does not have."""
+    """Return base, new and H of UNIGRAM with `total` prompt tokens in Table 7; {} for a number that it does not have."""
     for row in table(7)["rows"]:
         if row["tokens"] == total:
             return dict(zip(COLUMNS, row["values"], strict=True))

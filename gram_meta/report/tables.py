@@ -1,6 +1,6 @@
-"""Tables: which runs stand in which row, what is missing, what contradicts, and what each cell is.
+"""Tables: which runs belong to which row, what each cell is, which runs are missing, and which contradict each other.
 
-How the numbers are made
+How the numbers are computed
 - per dataset: the mean over seeds, with the 95 % interval of Student's t over the seeds;
 - H: the harmonic mean of the *averaged* base and new accuracy, as in the paper; its interval is that of the seeds' own H;
 - average: over datasets first, inside each seed, then over seeds as above;
@@ -25,24 +25,24 @@ ALL = ("all",)
 
 # (label, dataset, subsample, seed) -> percent
 Values = Mapping[tuple[str, str, str, int], float]
-# (label, the line's dataset or AVERAGE, the datasets that it is over) -> column -> the paper's number
+# (label, the row's dataset or AVERAGE, the datasets that are averaged) -> column -> the paper's number
 PaperNumbers = Callable[[str, str, Sequence[str]], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. A cell that could not be filled is None."""
+    """One row of a table. A cell without a value is None."""
 
     dataset: str
     label: str
     cells: dict[str, Estimate | None]
-    differences: dict[str, Estimate | None]  # empty for the reference itself and where there is none
+    differences: dict[str, Estimate | None]  # empty for the reference itself, and without a reference
     paper: dict[str, float] = field(default_factory=dict)  # only beside measured cells
 
 
 @dataclass(frozen=True)
 class Missing:
-    """One run that should be there and is not."""
+    """A run that a table needs and that does not exist."""
 
     label: str
     dataset: str
@@ -55,7 +55,7 @@ class Missing:
 
 @dataclass(frozen=True)
 class Report:
-    """A table and what has to be said about it."""
+    """A table with its missing runs and notes."""
 
     columns: tuple[str, ...]  # ("base", "new", "H"), or ("all",)
     rows: list[Row]
@@ -65,21 +65,21 @@ class Report:
     missing: list[Missing]
     notes: list[str]
     title: str = ""
-    number: int = 0  # of the paper's table; 0: none of them
+    number: int = 0  # of the paper's table; 0: none of the paper's
     wide: bool = False  # shown with a column per dataset, as Tables 2 to 5
-    averages_only: bool = False  # shown without the datasets' own lines, as Tables 6 and 7
+    averages_only: bool = False  # shown without the datasets' own rows, as Tables 6 and 7
 
     @property
     def labels(self) -> list[str]:
-        """The trainers, in the order of their lines."""
+        """The trainers, in the order of their rows."""
         return list(dict.fromkeys(row.label for row in self.rows))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a table should hold, whether or not the runs are there.
+    """The rows and columns that a table should have, whether or not the runs exist.
 
-    `labels` and `datasets` are in the order of the lines; `average_over` are the members of the average ((): none).
+    `labels` and `datasets` are in the order of the rows; `average_over` are the datasets of the average ((): none).
     """
 
     columns: tuple[str, ...]
@@ -96,10 +96,13 @@ class Plan:
 
 
 def build_reports(runs: Sequence[Run], reference: str | None = None) -> list[Report]:
-    """One report for the base-to-new runs and one for those on all classes, where there are any.
+    """Return a report of the base-to-new runs and one of the runs on all classes, if there are such runs.
 
-    `reference`: the label to which differences are taken; None: "CoOp" if it is there. Raises `GramError` for two runs of
-    the same thing and for settings that contradict each other.
+    Args:
+        reference: the label that is subtracted in differences; None: "CoOp" if there are such runs.
+
+    Raises:
+        GramError: two runs of the same thing, or settings that contradict each other.
     """
     check_reference(runs, reference)
     protocols = {
@@ -110,7 +113,7 @@ def build_reports(runs: Sequence[Run], reference: str | None = None) -> list[Rep
 
 
 def plain_plan(runs: Sequence[Run], columns: tuple[str, ...], reference: str, title: str = "") -> Plan:
-    """Every label and every dataset that there are runs of; the average first."""
+    """Return the plan with every label and every dataset that there are runs of; the average comes first."""
     datasets = sorted({run.dataset for run in runs})
     return Plan(
         columns,
@@ -123,19 +126,19 @@ def plain_plan(runs: Sequence[Run], columns: tuple[str, ...], reference: str, ti
 
 
 def check_reference(runs: Sequence[Run], reference: str | None) -> None:
-    """Raises `GramError` where no run bears the label asked for."""
+    """Raise `GramError` if no run has the label `reference`."""
     labels = labels_of(runs)
     if reference is not None and reference not in labels:
         raise GramError(f"--reference {reference}: expected one of {'; '.join(labels)}, found no such runs")
 
 
 def labels_of(runs: Sequence[Run]) -> list[str]:
-    """Zero-shot first, then baselines, then GRAM; plain forms before special ones."""
+    """Return the labels: zero-shot first, then baselines, then GRAM; standard forms before variants."""
     return list(dict.fromkeys(run.label for run in ordered(runs)))
 
 
 def ordered(runs: Sequence[Run]) -> list[Run]:
-    """Runs in the order of `labels_of`."""
+    """Return the runs in the order of `labels_of`."""
     return sorted(
         runs, key=lambda run: (not run.label.startswith("Zeroshot"), "GRAM" in run.label, run.label, str(run.path))
     )
@@ -146,7 +149,11 @@ def ordered(runs: Sequence[Run]) -> list[Run]:
 
 
 def build(runs: Sequence[Run], plan: Plan) -> Report:
-    """Fill the plan. Raises `GramError` for two runs of the same thing and for settings that contradict each other."""
+    """Return the plan's table, filled from `runs`.
+
+    Raises:
+        GramError: two runs of the same thing, or settings that contradict each other.
+    """
     runs = ordered(runs)
     _refuse_duplicates(runs)
     _refuse_conflicts(runs)
@@ -186,9 +193,9 @@ def build(runs: Sequence[Run], plan: Plan) -> Report:
     )
 
 
-def _reference(labels: Collection[str], wish: str) -> str:
-    """The trainer that differences are taken to, else the same one's logs; "" where there is neither."""
-    return next((label for label in (wish, wish + FROM_LOG) if label in labels), "")
+def _reference(labels: Collection[str], wanted: str) -> str:
+    """Return the reference trainer's label, or that of its runs from logs; "" without such runs."""
+    return next((label for label in (wanted, wanted + FROM_LOG) if label in labels), "")
 
 
 def _missing(plan: Plan, values: Values, seeds: Sequence[int]) -> list[Missing]:
@@ -226,7 +233,7 @@ def _first_difference(one: Run, other: Run) -> str:
 
 
 def _refuse_conflicts(runs: Sequence[Run]) -> None:
-    """Runs that are averaged or subtracted must have been made in the same way."""
+    """Raise `GramError` if runs that are averaged or subtracted have different settings."""
     first: dict[tuple[str, str], Run] = {}
     for run in runs:
         other = first.setdefault((run.label, run.dataset), run)
@@ -254,7 +261,7 @@ def _refuse_conflicts(runs: Sequence[Run]) -> None:
 def _spread_fixed(
     runs: Sequence[Run], values: dict[tuple[str, str, str, int], float], seeds: Sequence[int]
 ) -> set[str]:
-    """Give a run without training its one value for every seed; returns the labels where nothing was drawn."""
+    """Give a run without training its one value for every seed; return the labels without randomness."""
     seen: dict[tuple[str, str, str], set[float]] = defaultdict(set)
     for run in runs:
         if run.untrained and "random start" not in run.label:
@@ -270,8 +277,7 @@ def _spread_fixed(
 def _series(
     values: Values, label: str, datasets: Sequence[str], columns: Sequence[str], seeds: Sequence[int]
 ) -> dict[str, dict[int, float]]:
-    """Per column, seed -> value averaged over datasets. A seed is there only if no dataset lacks it."""
-
+    """Return, per column, seed -> value averaged over datasets, for the seeds that every dataset has."""
     series: dict[str, dict[int, float]] = {}
     for column in columns:
         if column == "H":
@@ -290,7 +296,7 @@ def _cell(series: dict[str, dict[int, float]], column: str, expected: int, fixed
 
 
 def notes(runs: Sequence[Run], reference: str) -> list[str]:
-    """What a reader of the averages should know: other training images, settings that vary over datasets."""
+    """Return notes for readers of the averages: other training images, settings that vary over datasets."""
     found = [f"{run.label}: {run.metric} {run.remark}" for run in runs if run.remark]
     shots = {(run.source, run.seed): run.few_shot for run in runs if run.label == reference and run.few_shot}
     for run in runs:

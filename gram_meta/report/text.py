@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ FORMATS = ("table", "markdown", "csv", "latex", "json")
 
 
 def render(report: Report, form: str = "table", digits: int = 1) -> str:
-    """The report as text in one of `FORMATS`. JSON and CSV are unrounded."""
+    """Return the report as text in one of `FORMATS`. JSON and CSV are unrounded."""
     if form == "json":
         return json.dumps(asdict(report), indent=2, ensure_ascii=False)
     if form == "csv":
@@ -32,13 +32,13 @@ def render(report: Report, form: str = "table", digits: int = 1) -> str:
 
 
 def render_all(reports: Sequence[Report], form: str = "table", digits: int = 1) -> str:
-    """Several reports: JSON as one list, the other formats one below the other."""
+    """Return several reports as text: JSON as one list, the other formats one below the other."""
     texts = [render(report, form, digits) for report in reports]
     return "[" + ",\n".join(texts) + "]" if form == "json" else "\n\n".join(texts)
 
 
 def render_curve(headers: Sequence[str], rows: Sequence[Sequence[Any]], form: str = "table", digits: int = 1) -> str:
-    """A curve as text in one of `FORMATS`."""
+    """Return a curve as text in one of `FORMATS`."""
     if form == "json":
         return json.dumps([dict(zip(headers, row, strict=True)) for row in rows], indent=2, ensure_ascii=False)
     if form == "csv":
@@ -53,7 +53,7 @@ def render_curve(headers: Sequence[str], rows: Sequence[Sequence[Any]], form: st
 
 @dataclass(frozen=True)
 class Grid:
-    """A table of words. `kinds` says of each line what it is: "measured", "difference" or "paper"."""
+    """A table of text. `kinds` has the kind of each row: "measured", "difference" or "paper"."""
 
     headers: list[str]
     rows: list[list[str]]
@@ -61,7 +61,7 @@ class Grid:
 
 
 def grid_of(report: Report, digits: int = 1) -> Grid:
-    """What a reader sees: a line per trainer in blocks of datasets, or, where wide, a column per dataset."""
+    """Return the cells as shown: a row per trainer in blocks of datasets or, if wide, a column per dataset."""
     return _wide(report, digits) if report.wide else _long(report, digits)
 
 
@@ -79,7 +79,7 @@ def _long(report: Report, digits: int) -> Grid:
         headers += [column, f"{column} (paper)"] if printed else [column]
     if report.reference:
         headers += [f"{column} - {_short(report)}" for column in report.columns]
-    rows, above = [], ""  # a dataset's name stands in its first line only
+    rows, above = [], ""  # a dataset's name is in its first row only
     for row in shown:
         line = [] if report.averages_only else ["" if row.dataset == above else row.dataset]
         line.append(row.label)
@@ -96,7 +96,7 @@ def _long(report: Report, digits: int) -> Grid:
 
 
 def _wide(report: Report, digits: int) -> Grid:
-    """Tables 2 to 5: below a trainer's accuracies its differences to the reference, and the paper's numbers."""
+    """Return Tables 2 to 5: below a trainer's accuracies, its differences to the reference and the paper's numbers."""
     column = report.columns[0]
     by_place = {(row.label, row.dataset): row for row in report.rows}
     places = list(dict.fromkeys(row.dataset for row in report.rows))
@@ -117,12 +117,12 @@ def _wide(report: Report, digits: int) -> Grid:
 
 
 def _short(report: Report) -> str:
-    """What differences are taken to: a trainer's name, or the row of Table 6 or 7."""
+    """Return a short name of the reference: a trainer's name, or the row of Table 6 or 7."""
     return f"row {report.reference[0]}" if report.number == 6 else report.reference.partition(" (")[0]
 
 
 def cell(estimate: Estimate | None, digits: int, sign: bool = False) -> str:
-    """A mean with its interval, and how many seeds it has where some lack."""
+    """Return a mean with its interval, and the number of its seeds if some are missing."""
     if estimate is None:
         return "missing"
     rounded = round(estimate.mean, digits) + 0.0  # no "-0.0"
@@ -135,10 +135,9 @@ def cell(estimate: Estimate | None, digits: int, sign: bool = False) -> str:
 
 
 def remarks(report: Report) -> list[str]:
-    """The lines below a table: how its numbers were made, what is missing, what to know."""
+    """Return the lines below a table: how its numbers were computed, missing runs, notes."""
     datasets = f"{len(report.datasets)} dataset{'s' * (len(report.datasets) != 1)}"
-    seeds = f"seed{'s' * (len(report.seeds) != 1)} {', '.join(map(str, report.seeds))}"
-    lines = [f"{datasets}; {seeds}; percent; ± is the 95 % interval over seeds (Student's t)."]
+    lines = [f"{datasets}; {_seeds(report.seeds)}; percent; ± is the 95 % interval over seeds (Student's t)."]
     if len(report.seeds) < 2:
         lines.append("One seed: no intervals.")
     if "H" in report.columns:
@@ -157,25 +156,26 @@ def remarks(report: Report) -> list[str]:
 
 
 def missing_lines(missing: Sequence[Missing]) -> list[str]:
-    """One line for all datasets on which a trainer lacks the same runs."""
-    lacking: dict[str, dict[str, dict[str, list[int]]]] = {}
+    """Return one line for all datasets on which a trainer lacks the same runs."""
+    lacking: dict[str, dict[str, dict[str, list[int]]]] = {}  # label -> dataset -> classes -> seeds
     for one in missing:
         by_class = lacking.setdefault(one.label, {}).setdefault(one.dataset, {})
         by_class.setdefault(one.subsample, []).append(one.seed)
     lines = []
     for label, by_dataset in lacking.items():
-        alike: dict[str, list[str]] = {}
+        datasets: dict[str, list[str]] = {}  # missing runs, in words -> datasets
         for dataset, by_class in by_dataset.items():
-            seeds: dict[tuple[int, ...], list[str]] = {}
-            for subsample, found in by_class.items():
-                seeds.setdefault(tuple(found), []).append(subsample)
-            what = "; ".join(
-                _seeds(some) if names == ["all"] else f"{' and '.join(names)}, {_seeds(some)}"
-                for some, names in seeds.items()
-            )
-            alike.setdefault(what, []).append(dataset)
-        lines += [f"{label}: {', '.join(datasets)}, {what}" for what, datasets in alike.items()]
+            datasets.setdefault(_missing_in_words(by_class), []).append(dataset)
+        lines += [f"{label}: {', '.join(names)}, {words}" for words, names in datasets.items()]
     return lines
+
+
+def _missing_in_words(by_class: Mapping[str, Sequence[int]]) -> str:
+    classes: dict[tuple[int, ...], list[str]] = {}
+    for subsample, seeds in by_class.items():
+        classes.setdefault(tuple(seeds), []).append(subsample)
+    parts = (_seeds(s) if names == ["all"] else f"{' and '.join(names)}, {_seeds(s)}" for s, names in classes.items())
+    return "; ".join(parts)
 
 
 def _seeds(seeds: Sequence[int]) -> str:
@@ -220,13 +220,13 @@ _LATEX = {
 
 
 def escape_latex(text: str) -> str:
-    """Text as LaTeX shows it; a line that begins with spaces is set in."""
+    """Return text escaped for LaTeX; spaces at its beginning become an indent."""
     indent = r"\quad " if text.startswith("  ") else ""
     return indent + "".join(_LATEX.get(letter, letter) for letter in text.strip())
 
 
 def _latex(headers: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
-    """A table environment; needs the package booktabs."""
+    """Return a table environment, which needs the package booktabs."""
 
     def line(cells: Sequence[str]) -> str:
         return " & ".join(escape_latex(str(one)) for one in cells) + r" \\"
@@ -276,7 +276,7 @@ def _csv(report: Report) -> str:
 
 
 def write_csv(rows: Iterable[Sequence[Any]]) -> str:
-    """Rows as CSV; floats keep all their digits."""
+    """Return rows as CSV; floats keep all their digits."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue().rstrip("\n")
