@@ -19,8 +19,8 @@ from PIL import Image
 
 from gram_meta.corpus import images
 from gram_meta.corpus.embedding import sentences
-from gram_meta.corpus.images import BadImage, ImageFiles, collate, decode_image, read_image
-from gram_meta.corpus.places import ImageReader, Place
+from gram_meta.corpus.images import BadImage, decode_image, read_image
+from gram_meta.corpus.places import ImageFiles, ImageReader, Place
 from gram_meta.corpus.sources import all_rows, open_source, rows
 from gram_meta.corpus.sources.rows import Row
 from gram_meta.errors import GramError
@@ -315,20 +315,20 @@ def test_a_decompression_bomb_is_not_decoded():
         decode_image(bomb)
 
 
-def test_the_image_data_set_never_raises_and_travels_to_workers(tmp_path):
+def test_bad_images_of_a_batch_have_reasons_and_the_reader_travels_to_workers(tmp_path):
     from gram_meta.backbone.clip import load_backbone
 
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"")
     files = ImageFiles(ImageReader(tmp_path), load_backbone("random-tiny").preprocess())
     files = pickle.loads(pickle.dumps(files))
-    stacked, reasons, digests = collate([files[Place(name)] for name in ("a.png", "b.png", "c.png")])
+    stacked, reasons, digests = files.read([Place(name) for name in ("a.png", "b.png", "c.png")])
     assert stacked.shape == (1, 3, 32, 32)
     assert [images.REASONS[reason] for reason in reasons] == ["", images.EMPTY, images.MISSING]
     assert [any(digest) for digest in digests] == [True, False, False]
-    assert collate([files[Place("b.png")]])[0] is None
-    gone = collate([files[Place("a.png")], files[Place("00000.tar/a.png", "00000.tar", 512, 9)]])
-    assert isinstance(gone, GramError) and "00000.tar: expected the shard" in str(gone)
+    assert files.read([Place("b.png")]).images is None
+    with pytest.raises(GramError, match="00000.tar: expected the shard"):
+        files.read([Place("a.png"), Place("00000.tar/a.png", "00000.tar", 512, 9)])
 
 
 # --- sentences ----------------------------------------------------------------------------------------------

@@ -568,5 +568,5 @@ def test_faults_are_counted_by_reason_in_the_manifest(tmp_path, container):
     assert store.manifest["skipped"] == expected
     assert store.manifest["counts"]["rows"] == len(store) + expected.total()
     assert list(store.captions) == [f"caption {number}" for number in range(5)]
-    sizes = [store.places().image(row)[0].size for row in range(5)]
+    sizes = [store.places().image(row).size for row in range(5)]
     assert sizes == [(30, 20), (30, 20), (30, 20), (20, 30), (30, 20)]  # the turned one is upright

@@ -21,6 +21,7 @@ from gram_meta.backbone.clip import load_backbone
 from gram_meta.cli import main
 from gram_meta.corpus import images
 from gram_meta.corpus.embedding import run as embedding
+from gram_meta.corpus.embedding.lock import locked
 from gram_meta.corpus.embedding.parts import fit_texts
 from gram_meta.corpus.embedding.run import embed_pairs
 from gram_meta.corpus.embedding.sentences import load_sentence_model
@@ -421,13 +422,9 @@ def test_fingerprints_tell_contents_apart(store, corpus, backbone, sentence_mode
 
 
 def test_the_lock_goes_with_its_holder(tmp_path):
-    with (
-        embedding._locked(tmp_path / "s"),
-        pytest.raises(GramError, match="another run"),
-        embedding._locked(tmp_path / "s"),
-    ):
+    with locked(tmp_path / "s"), pytest.raises(GramError, match="another run"), locked(tmp_path / "s"):
         pass
-    with embedding._locked(tmp_path / "s"):
+    with locked(tmp_path / "s"):
         pass
 
 

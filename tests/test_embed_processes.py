@@ -214,7 +214,7 @@ def test_the_store_reads_images_in_shards(undisturbed, shards):
         place = places.place(row)
         with tarfile.open(shards / place.shard) as tar:
             member = tar.extractfile(place.location.removeprefix(place.shard + "/")).read()
-        image = places.image(row)[0]
+        image = places.image(row)
         assert np.array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(member))))
         expected = backbone.encode_images(backbone.preprocess()(image)[None])[0]
         assert np.allclose(store.image_features[row], expected, atol=1e-3)
@@ -245,7 +245,7 @@ def test_numbers_go_on_from_shard_to_shard(tmp_path):
     pairs = [
         (number, text)
         for k in range(6)
-        for number, text in zip(index.pairs_of(k)[0].tolist(), index.pairs_of(k)[1].to_pylist(), strict=True)
+        for number, text in zip(*index.read(k, "image", "caption").to_pydict().values(), strict=True)
     ]
     expected = [(4 * s + i, f"{s} {i} {t}") for s in range(2) for i in range(4) for t in range(3)]
     expected[12:12], expected[24 + 1 :] = [(0, "0 late")], [*expected[24 + 1 :], (4, "1 late")]

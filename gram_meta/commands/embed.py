@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gram_meta.corpus.sources import Source
-    from gram_meta.processes import ProcessGroup
 
 HELP = """Turn image-text pairs into a store of CLIP and Sentence-BERT features.
 
@@ -114,35 +113,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import os
 
-    from gram_meta.processes import process_group
+    from gram_meta.corpus.sources import open_source
+    from gram_meta.processes import device_for, process_group
 
-    # the tokenizer's threads do not survive the forking of image workers
+    # The threads of the tokenizer do not survive the forking of image workers.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with process_group(args.device) as here:
-        source = here.first(lambda: _source(args))  # cheap errors come first, and once
-        if source is not None:
-            _embed(args, source, here)
+    with process_group(args.device) as group:
+        # Errors that cost little come first, and once.
+        source = group.first(
+            lambda: open_source(
+                args.source,
+                args.image_column,
+                args.caption_column,
+                args.image_root,
+                args.format,
+                args.classnames,
+                args.split,
+                args.image_name,
+            )
+        )
+        if group.first(lambda: _is_finished(args, source)):
+            return 0
+
+        from gram_meta.backbone.clip import load_backbone
+        from gram_meta.corpus.embedding.run import embed_pairs
+        from gram_meta.corpus.embedding.sentences import load_sentence_model
+
+        device = device_for(group, args.device)
+        embed_pairs(
+            source,
+            args.out,
+            load_backbone(args.backbone, device, args.precision),
+            load_sentence_model(args.sentence_model, device),
+            batch_size=args.batch_size,
+            part_size=args.part_size,
+            workers=args.workers,
+            progress=True,
+            group=group,
+        )
     return 0
 
 
-def _source(args: argparse.Namespace) -> Source | None:
-    """What is to be embedded; None when that has been done."""
+def _is_finished(args: argparse.Namespace, source: Source) -> bool:
+    """Return whether the same command has finished before; print a line if so.
+
+    Raises:
+        GramError: another run is writing to the store, or it has other settings.
+    """
     import os
     import sys
 
-    from gram_meta.corpus.embedding.run import check_free, is_finished
-    from gram_meta.corpus.sources import open_source
+    from gram_meta.corpus.embedding.lock import check_free
+    from gram_meta.corpus.embedding.run import is_finished
 
-    source = open_source(
-        args.source,
-        args.image_column,
-        args.caption_column,
-        args.image_root,
-        args.format,
-        args.classnames,
-        args.split,
-        args.image_name,
-    )
     check_free(args.out)
     settings = {
         "source": source.identity(),
@@ -151,29 +174,9 @@ def _source(args: argparse.Namespace) -> Source | None:
         "batch_size": args.batch_size,
         "part_size": args.part_size,
     }
-    # A name stands for its weights, so a finished run is seen before they are loaded; a file may change.
+    # A name stands for its weights, so a finished run is recognised before they are loaded; a file may change.
     by_name = not os.path.exists(args.backbone) and not os.path.exists(args.sentence_model)
-    if is_finished(args.out, settings) and by_name:
-        print(f"{args.out}: finished before, nothing to do", file=sys.stderr)
-        return None
-    return source
-
-
-def _embed(args: argparse.Namespace, source: Source, here: ProcessGroup) -> None:
-    from gram_meta.backbone.clip import load_backbone
-    from gram_meta.corpus.embedding.run import embed_pairs
-    from gram_meta.corpus.embedding.sentences import load_sentence_model
-    from gram_meta.processes import device_for
-
-    device = device_for(here, args.device)
-    embed_pairs(
-        source,
-        args.out,
-        load_backbone(args.backbone, device, args.precision),
-        load_sentence_model(args.sentence_model, device),
-        batch_size=args.batch_size,
-        part_size=args.part_size,
-        workers=args.workers,
-        progress=True,
-        job=here,
-    )
+    if not is_finished(args.out, settings) or not by_name:
+        return False
+    print(f"{args.out}: finished before, nothing to do", file=sys.stderr)
+    return True

@@ -1,5 +1,1 @@
-"""Image-text pairs: readers (`readers`, `images`), Sentence-BERT (`sentences`), and the store of their
-features.
-
-`embed_pairs` (in `embed`) is what `gram embed` runs; `PairStore` (in `store`) is what it leaves behind.
-"""
+"""Image-text pairs: their sources (`sources`), `gram embed` (`embedding`), and the store that it writes (`store`)."""

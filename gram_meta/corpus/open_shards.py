@@ -1,7 +1,7 @@
-"""Shards that a process has open, to read single images from: a bounded number, whatever a corpus has.
+"""Shards that a process has open, to read single images from; their number is bounded.
 
-The caches belong to the process, so a reader stays small and can be sent to worker processes. A forked process begins
-with empty ones; tars are read with `os.pread`, which knows no position that threads or processes could share.
+The caches belong to the process, so an `ImageReader` stays small and can be sent to worker processes. A forked process
+starts with empty caches; tars are read with `os.pread`, which uses no file position that threads or processes could share.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from gram_meta.corpus.images import BROKEN, BadImage
 from gram_meta.corpus.parquet_files import holds_images, leaf_of, open_parquet
 from gram_meta.errors import GramError
 
@@ -23,14 +24,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MAX_OPEN = 64  # files; a process may mostly have 1,024
+MAX_OPEN = 64  # files; the usual limit of a process is 1,024
 MAX_GROUPS = 256 << 20  # bytes of images, in row groups of Parquet files
 
 
-class Opened(Generic[T]):
-    """The most recently used of what `make` gives for a key, of at most `most` weight together (but always one).
+class Cache(Generic[T]):
+    """A thread-safe cache of the most recently used objects, with a total weight of at most `most` (but at least one).
 
-    What is dropped is not closed but let go of: a thread that still reads from it keeps it alive.
+    An object that is dropped is not closed: a thread that still reads from it keeps it alive.
     """
 
     def __init__(self, most: int, weight: Callable[[T], int] = lambda made: 1) -> None:
@@ -38,9 +39,10 @@ class Opened(Generic[T]):
         self.lock = threading.Lock()
         self.held: OrderedDict[object, T] = OrderedDict()
         if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._begin_anew)
+            os.register_at_fork(after_in_child=self._clear)
 
     def get(self, key: object, make: Callable[[], T]) -> T:
+        """Return the object of a key; `make` creates it if the cache does not have it."""
         with self.lock:
             if key in self.held:
                 self.held.move_to_end(key)
@@ -52,7 +54,7 @@ class Opened(Generic[T]):
                 self.held.popitem(last=False)
         return made
 
-    def _begin_anew(self) -> None:  # another thread may have held the lock when the process was forked
+    def _clear(self) -> None:  # another thread may have held the lock when the process was forked
         self.lock = threading.Lock()
         self.held = OrderedDict()
 
@@ -66,14 +68,18 @@ class TarFile:
         self.file = open(path, "rb", buffering=0)
 
     def read(self, offset: int, size: int) -> bytes:
-        """The `size` bytes from `offset`; an `OSError` where the disk does not give them.
+        """Return the `size` bytes from `offset`.
 
         Raises:
-            GramError: the file ends before.
+            BadImage: the disk fails to read them.
+            GramError: the file is shorter.
         """
         content = b""
         while len(content) < size:
-            more = os.pread(self.file.fileno(), size - len(content), offset + len(content))
+            try:
+                more = os.pread(self.file.fileno(), size - len(content), offset + len(content))
+            except OSError:
+                raise BadImage(BROKEN) from None
             if not more:
                 raise GramError(changed(self.path, f"at least {offset + size} bytes", f"{self.size}"))
             content += more
@@ -81,10 +87,10 @@ class TarFile:
 
 
 def check_shard(path: Path, size: int | None) -> int:
-    """The size of a shard.
+    """Return the size of a shard.
 
     Raises:
-        GramError: it is not there, or not of `size` (None: of any).
+        GramError: it does not exist, or its size is not `size` (None: any).
     """
     try:
         found = path.stat().st_size
@@ -96,12 +102,12 @@ def check_shard(path: Path, size: int | None) -> int:
 
 
 def changed(path: Path, expected: str, found: str) -> str:
-    """What a message says of a shard that is not the one it was."""
+    """Return the message about a shard that has changed."""
     return f"{path}: expected the shard that was embedded, of {expected}, found {found}: it has changed since"
 
 
 class ParquetImages:
-    """An open Parquet shard with images inside; they are read a row group at a time."""
+    """An open Parquet shard with images inside, which are read one row group at a time."""
 
     def __init__(self, path: Path, size: int | None) -> None:
         self.path = path
@@ -112,12 +118,14 @@ class ParquetImages:
         self.first = [0, *accumulate(groups)]  # row group -> its first row
 
     def read(self, row: int, column: int) -> bytes | None:
-        """The bytes in a row of the column of images (its number), None for a null.
+        """Return the bytes in a row of the image column with this number, None for a null.
 
         Raises:
-            GramError: the file has no such row, or no images there.
-            pa.ArrowException, OSError: the row group is damaged.
+            BadImage: the row group is damaged.
+            GramError: the file has no such row, or no images in this column.
         """
+        import pyarrow as pa
+
         schema = self.file.schema_arrow
         if not (0 <= row < self.first[-1] and column < len(schema.names) and holds_images(schema, column)):
             name = repr(schema.names[column]) if column < len(schema.names) else f"number {column}"
@@ -127,7 +135,10 @@ class ParquetImages:
                 )
             )
         group = bisect_right(self.first, row) - 1
-        images = GROUPS.get((self.path, self.size, column, group), lambda: self._group(group, column))
+        try:
+            images = GROUPS.get((self.path, self.size, column, group), lambda: self._group(group, column))
+        except (pa.ArrowException, OSError):
+            raise BadImage(BROKEN) from None
         return images[row - self.first[group]].as_py()
 
     def _group(self, group: int, column: int) -> pa.ChunkedArray:
@@ -138,6 +149,6 @@ class ParquetImages:
         return images if schema.names[column] == leaf_of(schema, column) else images.flatten()[0]
 
 
-TARS: Opened[TarFile] = Opened(MAX_OPEN)
-PARQUETS: Opened[ParquetImages] = Opened(MAX_OPEN)
-GROUPS: Opened[pa.ChunkedArray] = Opened(MAX_GROUPS, lambda images: images.nbytes)
+TARS: Cache[TarFile] = Cache(MAX_OPEN)
+PARQUETS: Cache[ParquetImages] = Cache(MAX_OPEN)
+GROUPS: Cache[pa.ChunkedArray] = Cache(MAX_GROUPS, lambda images: images.nbytes)

@@ -1,30 +1,48 @@
-"""Where an image lies: a file, a member of a tar shard, or a row of a Parquet shard; and reading it from there.
+"""Reading images by their places: a file, a member of a tar shard, or a row of a Parquet shard.
 
-Readers give each image a `Place`. A store keeps them as columns of images.parquet, and `Places` reads any image of a
-store at random: meta-training with visual prompts draws them so.
+A store keeps the places of its images as columns of images.parquet, and `Places` reads any of them at random, as
+meta-training with visual prompts needs it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from gram_meta.corpus.images import BOMB, BROKEN, EMPTY, MAX_BYTES, MISSING, BadImage, file_content, with_digest
+from gram_meta.corpus.images import (
+    BOMB,
+    BROKEN,
+    DIGEST_BYTES,
+    EMPTY,
+    MAX_BYTES,
+    MISSING,
+    REASONS,
+    BadImage,
+    decode_image,
+    digest_of,
+    file_content,
+)
 from gram_meta.corpus.open_shards import PARQUETS, TARS, ParquetImages, TarFile
 from gram_meta.corpus.parquet_files import PARQUET_SUFFIXES
 from gram_meta.corpus.sources.rows import Place
+from gram_meta.errors import GramError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class ImageReader:
-    """Reads images of `Place`s below a folder. Small, and may be copied into worker processes.
+    """Reads images by their places below a folder. It is small and can be sent to worker processes.
 
     Attributes:
-        root: folder that locations and shards are relative to.
-        shard_sizes: shard -> its bytes when it was embedded, to see that it is still the same; None: not known.
+        root: the folder that locations and shards are relative to.
+        shard_sizes: shard -> its size in bytes when it was embedded, to detect changes; None: unknown.
     """
 
     def __init__(self, root: Path, shard_sizes: Mapping[str, int] | None = None) -> None:
@@ -32,63 +50,48 @@ class ImageReader:
         self.shard_sizes = shard_sizes or {}
 
     def content(self, place: Place) -> bytes:
-        """The bytes of the image file.
+        """Return the bytes of the image file.
 
         Raises:
-            BadImage: not there, empty, or too large to be a photograph.
-            GramError: its shard is not there, or has changed: no image of it can be trusted.
+            BadImage: not there, empty, unreadable, or too large to be a photograph.
+            GramError: its shard is missing or has changed, so that none of its images can be trusted.
         """
-        if place.shard:
-            return self._from_shard(place)
-        return file_content(self.root / place.location)
+        if not place.shard:
+            return file_content(self.root / place.location)
+        path, size = self.root / place.shard, self.shard_sizes.get(place.shard)
+        content: bytes | None
+        if path.suffix.lower() in PARQUET_SUFFIXES:
+            content = PARQUETS.get((path, size), partial(ParquetImages, path, size)).read(place.offset, place.size)
+        elif place.size > MAX_BYTES:
+            raise BadImage(BOMB)
+        else:
+            content = TARS.get((path, size), partial(TarFile, path, size)).read(place.offset, place.size)
+        if content is None:
+            raise BadImage(MISSING)
+        if not content:
+            raise BadImage(EMPTY)
+        if len(content) > MAX_BYTES:
+            raise BadImage(BOMB)
+        return content
 
     def image(self, place: Place) -> tuple[Image.Image, bytes]:
-        """An image as upright 8-bit RGB (`images.decode_image`), and a digest (16 bytes) of its file's content.
+        """Return an image as upright 8-bit RGB (`images.read_image`), and the digest of its file's content.
 
         Raises:
             BadImage: with its reason.
             GramError: as `content`.
         """
-        return with_digest(self.content(place))
-
-    def _from_shard(self, place: Place) -> bytes:
-        path, size = self.root / place.shard, self.shard_sizes.get(place.shard)
-        if path.suffix.lower() in PARQUET_SUFFIXES:
-            return _from_parquet(PARQUETS.get((path, size), lambda: ParquetImages(path, size)), place)
-        if not place.size:
-            raise BadImage(EMPTY)
-        if place.size > MAX_BYTES:
-            raise BadImage(BOMB)
-        tar = TARS.get((path, size), lambda: TarFile(path, size))
-        try:
-            return tar.read(place.offset, place.size)
-        except OSError:  # the disk has lost this piece
-            raise BadImage(BROKEN) from None
-
-
-def _from_parquet(file: ParquetImages, place: Place) -> bytes:
-    import pyarrow as pa
-
-    try:
-        content = file.read(place.offset, place.size)
-    except (pa.ArrowException, OSError):  # a damaged row group
-        raise BadImage(BROKEN) from None
-    if content is None:
-        raise BadImage(MISSING)
-    if not content:
-        raise BadImage(EMPTY)
-    if len(content) > MAX_BYTES:
-        raise BadImage(BOMB)
-    return content
+        content = self.content(place)
+        return decode_image(content), digest_of(content)
 
 
 @dataclass(frozen=True)
 class Places:
-    """The images of a store by their rows: all that a worker process needs of it, no features and no captions.
+    """The images of a store by their rows. It has no features and no captions, so it can be sent to worker processes.
 
     Attributes:
         locations: m strings. shards: the different shards. shard_of: (m,) index into `shards`, -1: a file of its own;
-            None: all of them are. offsets, sizes: (m,) as in `Place`, or None.
+            None: every image is. offsets, sizes: (m,) as in `Place`, or None.
     """
 
     reader: ImageReader
@@ -102,16 +105,69 @@ class Places:
         return len(self.locations)
 
     def place(self, row: int) -> Place:
+        """Return the place of an image."""
         if self.shard_of is None or self.shard_of[row] < 0:
             return Place(self.locations[row])
-        assert self.offsets is not None and self.sizes is not None  # they come together
+        assert self.offsets is not None and self.sizes is not None  # the three are set together
         shard = self.shards[self.shard_of[row]]
         return Place(self.locations[row], shard, int(self.offsets[row]), int(self.sizes[row]))
 
-    def image(self, row: int) -> tuple[Image.Image, bytes]:
-        """As `ImageReader.image`."""
-        return self.reader.image(self.place(row))
+    def image(self, row: int) -> Image.Image:
+        """Return an image as upright 8-bit RGB; raises as `ImageReader.image`."""
+        return decode_image(self.reader.content(self.place(row)))
 
     def name(self, row: int) -> str:
-        """What a message calls the image: its path, or its shard's path and its name in there."""
+        """Return how a message names the image: its path, or its shard's path and its name in the shard."""
         return str(self.reader.root / self.locations[row])
+
+
+class ImageBatch(NamedTuple):
+    """What was read of a batch of images.
+
+    Attributes:
+        images: the usable images as (k, 3, H, W), None if there are none.
+        reasons: for every image, an index into `REASONS`; 0: usable.
+        digests: for every image, the digest of its file's content; zeros if it is not usable.
+    """
+
+    images: Tensor | None
+    reasons: list[int]
+    digests: list[bytes]
+
+
+class ImageFiles:
+    """Reads batches of images; it can be sent to worker processes.
+
+    Args:
+        reader: reads an image by its place.
+        transform: image -> tensor (3, H, W).
+    """
+
+    def __init__(self, reader: ImageReader, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.reader = reader
+        self.transform = transform
+
+    def read(self, places: Sequence[Place]) -> ImageBatch:
+        """Read the images at these places; an image that cannot be used is left out, with its reason.
+
+        Raises:
+            GramError: a shard is missing or has changed.
+        """
+        import torch
+
+        images, reasons, digests = [], [], []
+        for place in places:
+            reason, digest = "", bytes(DIGEST_BYTES)
+            try:
+                image, own = self.reader.image(place)
+                images.append(self.transform(image))
+                digest = own
+            except BadImage as error:
+                reason = str(error)
+            except GramError:
+                raise
+            except Exception:  # noqa: BLE001 - the transform cannot process this image
+                reason = BROKEN
+            reasons.append(REASONS.index(reason))
+            digests.append(digest)
+        return ImageBatch(torch.stack(images) if images else None, reasons, digests)

@@ -1,4 +1,4 @@
-"""The store that `gram embed` leaves behind: pairs, where their images lie, and their features."""
+"""The store that `gram embed` writes: pairs, the places of their images, and their features."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PARTS = "parts"  # exists while the store is unfinished
 
 
 class Strings(Sequence[str]):
-    """A column of strings in Arrow's compact form; an item becomes a `str` when it is asked for."""
+    """A column of strings in Arrow's compact form; items are converted to `str` on access."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
         self.column = column
@@ -57,25 +57,24 @@ class Strings(Sequence[str]):
                 yield from chunk.slice(start, 4096).to_pylist()
 
     def take(self, rows: Sequence[int] | np.ndarray) -> list[str]:
-        """The items at `rows`, in their order."""
-        if len(rows) * 100 < len(self):  # Arrow joins all chunks first
+        """Return the items at `rows`, in their order."""
+        if len(rows) * 100 < len(self):  # `take` would join all chunks first
             return [self[row] for row in rows]
         return self.column.take(np.asarray(rows, dtype=np.int64)).to_pylist()
 
 
 class PairStore:
-    """Image-text pairs with their features, read from a folder; nothing of it is loaded until it is used.
+    """Image-text pairs with their features, in a folder; each column is loaded when it is first used.
 
     Attributes:
         path: the folder.
         manifest: settings, counts, what was skipped and why.
         captions: n strings. image: (n,) int64, row of each pair's image.
-        locations: m strings, where the distinct images lie: relative to `image_root`, or absolute.
-        image_features: (m, D) float16, CLIP's, L2-normalised. similarity: (n,) float32, cosine between a
-            pair's image and caption by CLIP, from features rounded to float16.
-        sentence_features: (n, S) float16, Sentence-BERT's, L2-normalised.
-        fingerprint: SHA-256 of what the store holds: its models' fingerprints, captions, locations and image
-            contents.
+        locations: m strings, paths of the distinct images: relative to `image_root`, or absolute.
+        image_features: (m, D) float16, of CLIP, L2-normalised. similarity: (n,) float32, CLIP's cosine between image and
+            caption of each pair, from features rounded to float16.
+        sentence_features: (n, S) float16, of Sentence-BERT, L2-normalised.
+        fingerprint: SHA-256 of the content: fingerprints of both models, captions, locations and image contents.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
@@ -104,7 +103,7 @@ class PairStore:
 
     @cached_property
     def in_shards(self) -> InShards | None:
-        """Where the images lie in tar or Parquet shards; None: each is a file of its own."""
+        """The columns that place images in tar or Parquet shards; None: each image is a file of its own."""
         if not self.has_shards:
             return None
         import pyarrow as pa
@@ -114,7 +113,7 @@ class PairStore:
         names = shards.chunk(0).dictionary.to_pylist() if shards.num_chunks else []
         indices = [chunk.indices.to_numpy(zero_copy_only=False) for chunk in shards.chunks]
         shard_of = np.concatenate(indices).astype(np.int32) if indices else np.zeros(0, np.int32)
-        if "" in names:  # files of their own among them
+        if "" in names:  # some images are files of their own
             shard_of[shard_of == names.index("")] = -1
         return InShards(names, shard_of, table["offset"].to_numpy(), table["size"].to_numpy())
 
@@ -123,8 +122,7 @@ class PairStore:
         """Open a finished store.
 
         Raises:
-            GramError: no store there, an unfinished one, one of another format, or a file of it that is
-                missing or damaged.
+            GramError: no store there, an unfinished one, one of another format, or a file that is missing or damaged.
         """
         path = Path(path)
         if not (path / MANIFEST).is_file():
@@ -151,7 +149,7 @@ class PairStore:
         return len(self.similarity)
 
     def places(self, root: PathLike | None = None) -> Places:
-        """Where the images lie and how to read them; `root` is the folder they are in now, None: as they were embedded."""
+        """Return the places of the images, to read them; `root` is their present folder, None: the one at embedding."""
         sizes = self.manifest["settings"]["source"].get("shards") if self.in_shards else None
         reader = ImageReader(Path(root or self.image_root), sizes)
         return Places(reader, self.locations, *(self.in_shards or ()))
@@ -165,7 +163,7 @@ class PairStore:
         return self.manifest["settings"]["sentence_model"]["fingerprint"]
 
     def check_backbone(self, backbone: Backbone) -> None:
-        """Raises `GramError` when the features are of another CLIP than `backbone`."""
+        """Raise `GramError` if the features come from another CLIP than `backbone`."""
         if backbone.fingerprint != self.clip_fingerprint:
             clip = self.manifest["settings"]["clip"]
             raise GramError(
@@ -184,7 +182,7 @@ class InShards(NamedTuple):
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """A store's manifest, finished or not; another format is a `GramError`."""
+    """Return a store's manifest, finished or not; raise `GramError` for another format."""
     manifest = read_json(path / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("kind") != "pair store":
         raise GramError(f"{path / MANIFEST}: expected the manifest of a pair store, found something else")
@@ -194,10 +192,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def store_fingerprint(settings: dict[str, Any], counts: dict[str, int], content: list[str]) -> str:
-    """SHA-256 over models, counts, and the hashes of locations, image contents, images of pairs, and captions.
+    """Return the SHA-256 over models, counts, and the hashes of locations, image contents, images of pairs, and captions.
 
-    Features are left out on purpose: they differ in the last bit between machines, and the store is still the
-    same.
+    Features are left out on purpose: they differ in the last bit between machines, although the store is the same.
     """
     facts = [
         settings["clip"]["fingerprint"],
@@ -209,7 +206,7 @@ def store_fingerprint(settings: dict[str, Any], counts: dict[str, int], content:
 
 
 def _rows_and_columns(path: Path, expected: Sequence[str]) -> tuple[int, list[str]]:
-    """From the end of a Parquet file, without reading the rest of it; raises `KeyError` where a column lacks."""
+    """Return both from the footer of a Parquet file, without reading the rest; raise `KeyError` if a column is missing."""
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:

@@ -196,7 +196,7 @@ class _Decoded(Dataset[Any]):
 
     def _image(self, row: int) -> Tensor:
         try:
-            image, _ = self.places.image(row)
+            image = self.places.image(row)
         except BadImage as reason:
             raise GramError(
                 f"{self.places.name(row)}: expected the image that `gram embed` read, found {reason}"

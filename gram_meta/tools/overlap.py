@@ -474,7 +474,7 @@ def _corpus_pictures(
 
     def read(row: int) -> tuple[np.ndarray, bool]:
         try:
-            return small_copy(places.image(row)[0]), True
+            return small_copy(places.image(row)), True
         except BadImage:
             return none, False
 

@@ -30,7 +30,8 @@ from PIL import Image
 from gram_meta.backbone.clip import PACKAGED, RUN_PRECISIONS, Backbone, load_backbone
 from gram_meta.backbone.footprint import forward_bytes
 from gram_meta.config import as_dict
-from gram_meta.corpus.images import BROKEN, BadImage, as_rgb, images_of, read_image
+from gram_meta.corpus.images import BROKEN, BadImage, as_rgb, read_image
+from gram_meta.corpus.loading import iterate_loader
 from gram_meta.corpus.sources.rows import IMAGE_SUFFIXES
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike
@@ -277,7 +278,7 @@ def _loader(
         num_workers=workers,
         collate_fn=_collate,
     )
-    yield from images_of(loader, f"expected enough memory for {workers} of them, try --workers 0")
+    yield from iterate_loader(loader, f"expected enough memory for {workers} of them, try --workers 0")
 
 
 def _name(source: Source) -> str:

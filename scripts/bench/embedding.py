@@ -38,8 +38,8 @@ from gram_meta.backbone.clip import Backbone, end_positions
 from gram_meta.corpus.embedding.parts import tokens_of
 from gram_meta.corpus.embedding.run import embed_pairs
 from gram_meta.corpus.embedding.sentences import SentenceBert, load_sentence_model
-from gram_meta.corpus.images import ImageFiles, collate
-from gram_meta.corpus.places import ImageReader, Place
+from gram_meta.corpus.loading import run_ahead
+from gram_meta.corpus.places import ImageFiles, ImageReader, Place
 from gram_meta.corpus.sources import Source, all_rows, open_source
 from gram_meta.files import write_json
 
@@ -164,20 +164,10 @@ def measure(
 
 
 def batches(args: Any, backbone: Backbone, source: Source, places: Sequence[Place], workers: int) -> Iterator[Any]:
-    from torch.utils.data import DataLoader
-
     sizes = source.identity().get("shards")
-    files: Any = ImageFiles(ImageReader(source.image_root, sizes), backbone.preprocess(as_bytes=True))
+    files = ImageFiles(ImageReader(source.image_root, sizes), backbone.preprocess(as_bytes=True))
     numbers = [list(places[start : start + args.batch_size]) for start in range(0, len(places), args.batch_size)]
-    return iter(
-        DataLoader(
-            files,
-            batch_sampler=numbers,
-            num_workers=workers,
-            collate_fn=collate,
-            prefetch_factor=4 if workers else None,
-        )
-    )
+    return run_ahead(files.read, numbers, workers, "use fewer --workers", prefetch=4)
 
 
 class Towers:

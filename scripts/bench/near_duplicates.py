@@ -146,7 +146,7 @@ def main() -> int:
             for s in range(0, len(places), overlap.CHUNK)
         ]
     )
-    originals = [places.image(int(row))[0] for row in rows]
+    originals = [places.image(int(row)) for row in rows]
     small = np.stack([overlap.small_copy(image) for image in originals])
     kept = {}
     print(
@@ -190,7 +190,7 @@ def main() -> int:
     if not args.against:
         pairs = pairs[pairs[:, 1] != rows[pairs[:, 0]]]
     needed = np.unique(pairs[:, 1])
-    of_corpus = np.stack([overlap.small_copy(places.image(int(row))[0]) for row in needed])
+    of_corpus = np.stack([overlap.small_copy(places.image(int(row))) for row in needed])
     began = time.process_time()
     distance = overlap.distances(theirs[pairs[:, 0]], of_corpus[np.searchsorted(needed, pairs[:, 1])])
     print(f"\n{len(pairs):,} pairs of other images, {1000 * (time.process_time() - began) / len(pairs):.2f} ms each")
@@ -217,7 +217,7 @@ def main() -> int:
         for place, i in enumerate(order[:40]):
             x, y = place % 8 * 210, place // 8 * 106
             sheet.paste(others[pairs[i, 0]].resize((100, 100)), (x, y))
-            sheet.paste(places.image(int(pairs[i, 1]))[0].resize((100, 100)), (x + 102, y))
+            sheet.paste(places.image(int(pairs[i, 1])).resize((100, 100)), (x + 102, y))
         sheet.save(f"{args.save}.png")
     return 0
 

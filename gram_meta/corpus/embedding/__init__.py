@@ -1,1 +1,1 @@
-"""`gram embed`: from a source of pairs to a pair store, in parts that several processes share."""
+"""Embedding of image-text pairs: `run.embed_pairs` is what `gram embed` runs."""

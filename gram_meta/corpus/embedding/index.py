@@ -1,30 +1,29 @@
 """The work of an embedding run, written down before it begins.
 
-Every shard of the source is read once, by one process; rows that cannot be used are counted, images are numbered in
-the order of their first appearance, and what is left is cut into parts. A part is one row group of its shard's index,
-so a run that goes on after an interruption finds the same parts, and any process can work on any part. Numbers of
-images begin at 0 in every shard; where a shard's begin in the store follows from the counts of those before it, so
-nobody has to hold all names of a corpus at once.
+Every shard of the source is read once, by one process: unusable rows are counted, images are numbered in the order of
+their first appearance, and the remaining pairs are cut into parts. A part is one row group of its shard's index, so a
+continued run finds the same parts, and any process can work on any part. Image ids are local to a shard; a shard's global
+offset is the sum of the earlier counts, so no process needs all names in memory.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
 import shutil
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from gram_meta.corpus.images import images_of
+from gram_meta.corpus.embedding.progress import SharedBar
+from gram_meta.corpus.loading import run_ahead
 from gram_meta.corpus.open_shards import check_shard
 from gram_meta.corpus.sources.rows import Place, Shard
 from gram_meta.errors import GramError
@@ -35,7 +34,7 @@ log = logging.getLogger(__name__)
 
 PLAN = "plan.json"
 PLAN_FORMAT = 2
-# `location` and what follows are filled in the row where an image appears for the first time, and null in the others.
+# `location` and the columns after it are set in the row in which an image first appears, and null in the others.
 SCHEMA = pa.schema(
     [
         ("image", pa.int64()),
@@ -49,15 +48,15 @@ SCHEMA = pa.schema(
 
 
 class Index:
-    """Usable pairs in the order of their source, in parts.
+    """The usable pairs in the order of their source, in parts.
 
     Attributes:
         rows: rows of the source. pairs, images: usable pairs, distinct images among them.
         skipped: rows left out, by reason.
-        bounds: (parts + 1,) part k brings in the images from bounds[k] up to bounds[k + 1].
+        bounds: (parts + 1,) the images from bounds[k] up to bounds[k + 1] first appear in part k.
         sizes: (parts,) pairs of each.
-        first_parts: (shards of the source + 1,) a shard's parts are those from first_parts[s] up to first_parts[s + 1].
-        shard_bytes: the size of every tar or Parquet file that images are read from; {} where each is its own file.
+        first_parts: (shards of the source + 1,) shard s has the parts from first_parts[s] up to first_parts[s + 1].
+        shard_bytes: the size of every tar or Parquet file that contains images; {} if each image is its own file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -71,45 +70,50 @@ class Index:
         self.sizes: list[int] = plan["sizes"]
         self.first_parts: list[int] = plan["first_parts"]
         self.shard_bytes: dict[str, int] = plan["shard_bytes"]
-        self._open: tuple[int, pq.ParquetFile] | None = None  # parts are mostly asked for in their order
+        self._open: tuple[int, pq.ParquetFile] | None = None  # parts are mostly read in their order
 
     @property
     def parts(self) -> int:
         return len(self.sizes)
 
-    def pairs_of(self, part: int) -> tuple[np.ndarray, pa.ChunkedArray]:
-        """Image numbers (n,) and captions of a part's pairs."""
-        table = self._read(part, ["image", "caption"])
-        shard = self._shard_of(part)
-        return table["image"].to_numpy() + self.bounds[self.first_parts[shard]], table["caption"]
+    def summary(self) -> str:
+        """Return the counts in words."""
+        skipped = "".join(f", {reason}: {count}" for reason, count in self.skipped.items())
+        return f"{self.rows} rows: {self.pairs} pairs of {self.images} images{skipped}"
 
-    def images_of(self, part: int) -> pa.Table:
-        """Columns location, shard, offset, size of the images that a part brings in."""
-        table = self._read(part, ["location", "shard", "offset", "size"])
-        return table.filter(table["location"].is_valid())
+    def read(self, part: int, *columns: str) -> pa.Table:
+        """Return columns of `SCHEMA` for the pairs of a part; `image` is the global image id.
 
-    def places_of(self, part: int) -> list[Place]:
-        """The images that a part brings in."""
-        columns = self.images_of(part).to_pydict()
-        return [Place(*place) for place in zip(*columns.values(), strict=True)]
-
-    def _shard_of(self, part: int) -> int:
-        return bisect_right(self.first_parts, part) - 1
-
-    def _read(self, part: int, columns: list[str]) -> pa.Table:
-        shard = self._shard_of(part)
+        Raises:
+            GramError: the shard's index is missing or damaged.
+        """
+        shard = bisect_right(self.first_parts, part) - 1
         path = _index_path(self.folder, shard)
         try:
             if self._open is None or self._open[0] != shard:
                 self.close()
                 self._open = shard, pq.ParquetFile(path)
-            group = part - self.first_parts[shard]
-            return self._open[1].read_row_group(group, columns=columns, use_threads=False)
+            row_group = part - self.first_parts[shard]
+            table = self._open[1].read_row_group(row_group, columns=list(columns), use_threads=False)
         except (OSError, pa.ArrowException) as error:
             first = " ".join(str(error).split())[:200]
             raise GramError(
                 f"{path}: expected the index of a shard, found {first}; delete {self.folder} and run the same command again"
             ) from None
+        if "image" in columns:
+            offset = self.bounds[self.first_parts[shard]]
+            table = table.set_column(columns.index("image"), "image", pc.add(table["image"], offset))
+        return table
+
+    def images_of(self, part: int) -> pa.Table:
+        """Return columns location, shard, offset, size of the images that first appear in a part."""
+        table = self.read(part, "location", "shard", "offset", "size")
+        return table.filter(table["location"].is_valid())
+
+    def places_of(self, part: int) -> list[Place]:
+        """Return the places of the images that first appear in a part."""
+        columns = self.images_of(part).to_pydict()
+        return [Place(*place) for place in zip(*columns.values(), strict=True)]
 
     def close(self) -> None:
         if self._open is not None:
@@ -122,32 +126,42 @@ def write_index(
     root: Path,
     folder: Path,
     part_size: int,
-    job: ProcessGroup = ALONE,
+    group: ProcessGroup = ALONE,
     workers: int = 0,
     progress: bool = False,
 ) -> Index:
     """Read the shards of a source once and write their index, or continue where an earlier run was interrupted.
 
-    The processes of `job` share the shards, and each of them shares its own among its workers; a source in one piece is
-    read by the first process. Memory: one part, and about 200 bytes per distinct image of a shard.
+    `plan.json` marks the index as complete. The processes of `group` share the shards, and each process shares its own
+    among its workers; a source with a single shard is read by rank 0. Memory: one part, and about 200 bytes per distinct
+    image of a shard.
+
+    Args:
+        root: the folder that the images' places are relative to. folder: where the index is written.
 
     Raises:
-        GramError: of the source; a worker process died.
+        GramError: the source cannot be read; a worker process died.
     """
-    if not job.first(lambda: _is_written(folder)):
-        missing = job.first(lambda: _without_index(folder, len(shards)))
-        _write_shards(shards, job.share(missing), root, folder, part_size, job, workers, progress)
-        job.first(lambda: _write_plan(folder, len(shards)))
+    if not group.first(lambda: _is_written(folder)):
+        mine = group.share(group.first(lambda: _without_index(folder, len(shards))))
+        workers = min(workers, len(mine)) if len(mine) > 1 else 0
+        write = partial(_write_shard, shards, root, folder, part_size)
+        advice = "run the same command again, with fewer workers if memory was short"
+        with SharedBar(group, len(shards), "shard", progress and len(shards) > 1) as bar:
+            for _ in run_ahead(write, mine, workers, advice):
+                bar.add(1)
+            group.wait(bar.show)
+        group.first(lambda: _write_plan(folder, len(shards)))
     return Index(folder)
 
 
 def _is_written(folder: Path) -> bool:
-    """Whether the index is complete; one of an earlier version is removed, with the parts that were made from it."""
+    """Return whether the index is complete; one of an earlier version is removed, together with its parts."""
     if not (folder / PLAN).exists():
         return False
     if read_json(folder / PLAN).get("format") == PLAN_FORMAT:
         return True
-    log.info("%s: begun by an earlier version, which cut parts otherwise: beginning anew", folder)
+    log.info("%s: was begun by an earlier version, which cut parts differently: starting again", folder)
     shutil.rmtree(folder)
     return False
 
@@ -157,63 +171,14 @@ def _index_path(folder: Path, shard: int) -> Path:
 
 
 def _without_index(folder: Path, shards: int) -> list[int]:
-    """The shards that have no index yet; a folder is listed, as file systems over a network remember what was not there."""
-    there = {path.name for path in (folder / "index").glob("*.json")}
-    return [shard for shard in range(shards) if f"{shard:06d}.json" not in there]
+    """Return the shards without an index; the folder is listed, as network file systems cache missing names."""
+    existing = {path.name for path in (folder / "index").glob("*.json")}
+    return [shard for shard in range(shards) if f"{shard:06d}.json" not in existing]
 
 
-def _write_shards(
-    shards: list[Shard],
-    mine: list[int],
-    root: Path,
-    folder: Path,
-    part_size: int,
-    job: ProcessGroup,
-    workers: int,
-    progress: bool,
-) -> None:
-    from torch.utils.data import DataLoader
-    from tqdm import tqdm
-
-    here = _Shards(shards, root, folder, part_size)
-    some = len(mine) > 1 and workers > 0
-    loader: DataLoader[Any] = DataLoader(
-        cast(Any, here), batch_size=None, sampler=mine, num_workers=min(workers, len(mine)) if some else 0
-    )
-    name = f"shards of run {next(_RUNS)}"
-    with tqdm(total=len(shards), unit="shard", disable=not (progress and job.is_first and len(shards) > 1)) as bar:
-
-        def show(more: int = 0) -> None:
-            bar.update(job.count(name, more) - bar.n)
-
-        for failure in images_of(loader, "run the same command again, with fewer workers if memory was short"):
-            if failure is not None:
-                raise failure
-            show(1)
-        job.wait(show)
-        show()
-
-
-_RUNS = itertools.count()  # every process of a job counts alike
-
-
-class _Shards:
-    """Map-style data set whose items are made by writing a shard's index: None, or what kept it from being written."""
-
-    def __init__(self, shards: list[Shard], root: Path, folder: Path, part_size: int) -> None:
-        self.shards, self.root, self.folder, self.part_size = shards, root, folder, part_size
-
-    def __getitem__(self, number: int) -> Exception | None:
-        try:
-            _write_shard(self.shards[number], number, self.root, self.folder, self.part_size)
-        except (GramError, OSError) as error:  # a loader would put its own words for it
-            return error
-        return None
-
-
-def _write_shard(shard: Shard, number: int, root: Path, folder: Path, part_size: int) -> None:
-    """Write the index of one shard, and the counts beside it that say that it is complete."""
-    numbers: dict[bytes, int] = {}  # digest of an image's location -> its number in this shard
+def _write_shard(shards: list[Shard], root: Path, folder: Path, part_size: int, number: int) -> None:
+    """Write the index of shard `number`, then its counts, which mark it as complete."""
+    ids: dict[bytes, int] = {}  # digest of an image's location -> its id in this shard
     skipped: Counter[str] = Counter()
     files: set[str] = set()
     bounds, sizes, rows = [0], [], 0
@@ -222,19 +187,19 @@ def _write_shard(shard: Shard, number: int, root: Path, folder: Path, part_size:
 
         def close_part() -> None:
             writer.write_table(pa.table(list(columns), schema=SCHEMA), row_group_size=len(columns[0]))
-            bounds.append(len(numbers))
+            bounds.append(len(ids))
             sizes.append(len(columns[0]))
             for column in columns:
                 column.clear()
 
-        for row in shard.rows():
+        for row in shards[number].rows():
             rows += 1
             if row.skip:
                 skipped[row.skip] += 1
                 continue
             digest = hashlib.blake2b(row.location.encode("utf-8", "surrogateescape"), digest_size=16).digest()
-            place = row.place if digest not in numbers else (None, None, None, None)
-            image = numbers.setdefault(digest, len(numbers))
+            place = row.place if digest not in ids else (None, None, None, None)
+            image = ids.setdefault(digest, len(ids))
             for column, value in zip(columns, (image, row.caption, *place), strict=True):
                 column.append(value)
             files.add(row.shard)
@@ -244,7 +209,7 @@ def _write_shard(shard: Shard, number: int, root: Path, folder: Path, part_size:
             close_part()
     counts = {
         "rows": rows,
-        "images": len(numbers),
+        "images": len(ids),
         "skipped": skipped,
         "bounds": bounds,
         "sizes": sizes,
@@ -255,7 +220,7 @@ def _write_shard(shard: Shard, number: int, root: Path, folder: Path, part_size:
 
 
 def _write_plan(folder: Path, shards: int) -> None:
-    """Put the counts of all shards together."""
+    """Add up the counts of all shards."""
     skipped: Counter[str] = Counter()
     plan: dict[str, Any] = {
         "format": PLAN_FORMAT,
@@ -265,7 +230,8 @@ def _write_plan(folder: Path, shards: int) -> None:
         "first_parts": [0],
         "shard_bytes": {},
     }
-    for counts in _counts(folder, shards):
+    for shard in range(shards):
+        counts = read_json(_index_path(folder, shard).with_suffix(".json"))
         images = plan["bounds"][-1]
         plan["rows"] += counts["rows"]
         plan["bounds"] += [images + bound for bound in counts["bounds"][1:]]
@@ -275,8 +241,3 @@ def _write_plan(folder: Path, shards: int) -> None:
         skipped.update(counts["skipped"])
     plan |= {"pairs": sum(plan["sizes"]), "images": plan["bounds"][-1], "skipped": dict(sorted(skipped.items()))}
     write_json(folder / PLAN, plan)
-
-
-def _counts(folder: Path, shards: int) -> Iterator[dict[str, Any]]:
-    for shard in range(shards):
-        yield read_json(_index_path(folder, shard).with_suffix(".json"))

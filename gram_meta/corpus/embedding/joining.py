@@ -1,9 +1,10 @@
-"""The parts of an embedding run, joined into the files of a store."""
+"""Joining the parts of an embedding run into the files of a store."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -23,26 +24,26 @@ from gram_meta.files import atomic_write, write_json
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 90.0  # seconds in which another machine's file has to show; network file systems remember up to 60
+PATIENCE = 90.0  # seconds to wait for files of other machines; network file systems cache listings for up to 60
 
 
 def join_parts(index: Index, out: Path, settings: dict[str, Any]) -> None:
-    """Join the parts into the store's files, part by part; the manifest comes last.
+    """Join the parts into the store's files, part by part; write the manifest last, then remove the parts.
 
     Memory: one part, and 11 bytes per image and pair.
 
     Raises:
-        GramError: no usable pair; a part that is missing or damaged.
+        GramError: no usable pair; a part is missing or damaged.
     """
     parts = out / layout.PARTS
     _wait_for_files(index, parts)
     status = np.concatenate([load_part(parts, k, "status") for k in range(index.parts)] or [np.zeros(0, np.uint8)])
-    row = np.cumsum(status == 0) - 1  # an image's number in the index -> its row in the store
+    row = np.cumsum(status == 0) - 1  # an image's id in the index -> its row in the store
 
     keeps: list[np.ndarray] = []
     skipped = Counter(index.skipped)
     for k in range(index.parts):
-        reasons = status[index.pairs_of(k)[0]]
+        reasons = status[index.read(k, "image")["image"].to_numpy()]
         skipped.update(Counter(REASONS[reason] for reason in reasons[reasons > 0].tolist()))
         finite = load_part(parts, k, "finite")
         skipped[NOT_FINITE] += int((~finite & (reasons == 0)).sum())
@@ -66,7 +67,7 @@ def join_parts(index: Index, out: Path, settings: dict[str, Any]) -> None:
         "fingerprint": store_fingerprint(settings, counts, [column.hexdigest() for column in content.values()]),
         "settings": settings,
         "counts": counts,
-        # rows of the source: together with counts.pairs they make counts.rows
+        # rows of the source: their sum and counts.pairs make counts.rows
         "skipped": dict(sorted(skipped.items())),
         "skipped_images": dict(sorted(broken.items())),
         "shortened_for_clip": shortened,
@@ -75,10 +76,12 @@ def join_parts(index: Index, out: Path, settings: dict[str, Any]) -> None:
     log.info("%s: %d pairs of %d images", out, pairs, images_ok)
     for reason, count in sorted(skipped.items()):
         log.info("  skipped, %s: %d", reason, count)
+    index.close()
+    shutil.rmtree(parts)
 
 
 def _wait_for_files(index: Index, parts: Path) -> None:
-    """Parts that other machines have written may be late to show here."""
+    """Wait for parts of other machines, which may become visible here with a delay."""
     deadline = time.monotonic() + PATIENCE
     expected = {part_path(parts, k).name for k in range(index.parts)}
     while expected - {path.name for path in parts.iterdir()} and time.monotonic() < deadline:
@@ -110,7 +113,7 @@ def _join_images(index: Index, out: Path, shape: tuple[int, int], content: dict[
             features.write(load_part(parts, k, "image_features")[ok].tobytes())
             images = index.images_of(k).filter(pa.array(ok))
             digests = [digest.tobytes().hex() for digest in load_part(parts, k, "digests")[ok]]
-            content["locations"].update(_ended(images["location"]))
+            content["locations"].update(_zero_ended(images["location"]))
             content["digests"].update("".join(digests).encode())
             if digests:
                 images = images.append_column("digest", pa.array(digests, pa.string()))
@@ -120,7 +123,7 @@ def _join_images(index: Index, out: Path, shape: tuple[int, int], content: dict[
 def _join_pairs(
     index: Index, out: Path, shape: tuple[int, int], row: np.ndarray, keeps: list[np.ndarray], content: dict[str, Any]
 ) -> int:
-    """Returns how many captions were shortened for CLIP."""
+    """Write captions, sentence features and similarities; return how many captions were shortened for CLIP."""
     parts = out / layout.PARTS
     image_features = np.load(out / layout.IMAGE_FEATURES, mmap_mode="r", allow_pickle=False)
     shortened = 0
@@ -133,8 +136,8 @@ def _join_pairs(
         _npy_header(sentences, shape, np.float16)
         _npy_header(similarities, shape[:1], np.float32)
         for k, keep in enumerate(keeps):
-            image, captions = index.pairs_of(k)
-            image, captions = row[image], captions.filter(pa.array(keep))
+            pairs = index.read(k, "image", "caption")
+            image, captions = row[pairs["image"].to_numpy()], pairs["caption"].filter(pa.array(keep))
             sentences.write(load_part(parts, k, "sentence_features")[keep].tobytes())
             similarity, late = load_part(parts, k, "similarity"), load_part(parts, k, "late")
             if late.size:
@@ -142,15 +145,15 @@ def _join_pairs(
             similarities.write(similarity[keep].tobytes())
             image = image[keep]
             content["images"].update(image.astype("<i8").tobytes())
-            content["captions"].update(_ended(captions))
+            content["captions"].update(_zero_ended(captions))
             shortened += int(load_part(parts, k, "shortened"))
             if len(image):
                 writer.write_table(pa.table([image, captions], schema=writer.schema))
     return shortened
 
 
-def _ended(texts: pa.ChunkedArray) -> bytes:
-    """Texts with a zero after each."""
+def _zero_ended(texts: pa.ChunkedArray) -> bytes:
+    """Return the texts with a zero after each."""
     return "".join(f"{text}\0" for text in texts.to_pylist()).encode()
 
 

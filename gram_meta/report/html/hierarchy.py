@@ -205,7 +205,7 @@ class _View:
         self.asked += 1
         shown: dict[str, Any] = {"caption": _short(caption, 160), "src": ""}
         try:
-            image, _digest = self.places.image(row)
+            image = self.places.image(row)
         except (BadImage, GramError, OSError) as error:
             reason = str(error) if isinstance(error, BadImage) else "its shard is gone or has changed"
             self.unreadable[reason] += 1
