@@ -190,7 +190,7 @@ def test_a_dataset_that_cannot_be_read_is_a_failure(corpus, data, tmp_path, caps
     (data / "emoji_travel" / "split_zhou_EmojiTravel.json").write_text("{}")
     status, rows = check(corpus, data, tmp_path / "o.tsv")
     assert status == 1 and len(rows) == len(PLANTED)
-    assert "not looked at: emoji_travel" in capsys.readouterr().err
+    assert "not checked: emoji_travel" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -235,11 +235,11 @@ def test_nearest_in_blocks_is_nearest(monkeypatch):
     corpus, queries = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (corpus, queries))
     monkeypatch.setattr(overlap, "QUERY_BLOCK", 32)
     blocks = [(start, corpus[start : start + 7]) for start in range(0, 300, 7)]
-    rows, cosines = overlap.nearest(queries, blocks, 300, 10)
+    rows, cosines = overlap.nearest_rows(queries, blocks, 300, 10)
     whole = queries @ corpus.T
     assert (rows == np.argsort(-whole, axis=1)[:, :10]).all()
     np.testing.assert_allclose(cosines, -np.sort(-whole, axis=1)[:, :10], atol=1e-6)
-    rows, cosines = overlap.nearest(queries, blocks[:1], 7, 10)  # a corpus of fewer
+    rows, cosines = overlap.nearest_rows(queries, blocks[:1], 7, 10)  # a corpus of fewer
     assert (rows[:, 7:] == -1).all() and (np.sort(rows[:, :7], axis=1) == np.arange(7)).all()
 
 

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 HELP = """Find test images of datasets in a corpus: equal files, and near-duplicates (re-encoded, resized, cropped, mirrored).
 
-Meta-training on pairs that hold test images is a leak. Without --datasets, every known dataset whose folder is in ROOT is
-looked at. The matches are written as a TSV whose column image holds locations of the store, so that
+Meta-training on pairs with test images is a leak. Without --datasets, the command checks every known dataset whose folder is
+in DATA. It writes the matches as a TSV whose column image has locations of the store, so that
 
     gram check-overlap STORE --root DATA -o overlap.tsv
     gram cluster STORE -o HIERARCHY --exclude overlap.tsv
 
-leaves them out. What was read of images is kept in a folder beside the TSV: an interrupted run goes on there, and a second
-one with other thresholds takes minutes. The exit status is 0, or 1 with --fail where something was found, and where a
-dataset could not be read."""
+leaves them out. A folder beside the TSV caches data computed from images: an interrupted run continues from it, and a second
+run with other thresholds takes minutes. The exit status is 1 if a dataset could not be read and, with --fail, if there is a
+match; else 0."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,41 +37,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--datasets",
         nargs="+",
         metavar="NAME",
-        help="names of their configs (caltech101), or of folders of class folders in DATA",
+        help="names of dataset configs (caltech101), or of folders of class folders in DATA",
     )
     add(
         "--parts",
         nargs="+",
         default=["test"],
         choices=("train", "val", "test"),
-        help="whose images to look for (default: test)",
+        help="parts whose images are searched for (default: test)",
     )
-    add("-o", "--out", metavar="TSV", default="overlap.tsv", help="where to write matches (default: %(default)s)")
-    add("--image-root", metavar="FOLDER", help="where the corpus' images are now (default: where gram embed read them)")
-    add("--backbone", metavar="NAME", help="the CLIP of the store's features (default: the name that the store has)")
+    add("-o", "--out", metavar="TSV", default="overlap.tsv", help="file for the matches (default: %(default)s)")
+    add("--image-root", metavar="FOLDER", help="folder of the corpus' images now (default: where gram embed read them)")
+    add("--backbone", metavar="NAME", help="the CLIP of the store's features (default: the one the store names)")
     add(
         "--pixels-only",
         action="store_true",
-        help="without CLIP: candidates by pictures of 8 x 8 pixels, for which every image of the corpus is read",
+        help="find candidates without CLIP, by 8 x 8 pixel thumbnails; reads every image of the corpus",
     )
     add(
         "--pixels-too",
         action="store_true",
-        help="these candidates beside CLIP's: finds most, and reads every image of the corpus once",
+        help="find candidates by CLIP and by thumbnails: finds most; reads every image of the corpus once",
     )
     add(
         "--neighbours",
         type=int,
         default=NEIGHBOURS,
         metavar="K",
-        help="images of the corpus that are compared with a test image, and with its mirror image (default: %(default)s)",
+        help="corpus images that are compared with a test image, and with its mirror image (default: %(default)s)",
     )
     add(
         "--threshold",
         type=float,
         default=THRESHOLD,
         metavar="COSINE",
-        help=f"least cosine of them by CLIP (default: {THRESHOLD}; by 8 x 8 pixels it is {PIXEL_THRESHOLD})",
+        help=f"least cosine of a candidate by CLIP (default: {THRESHOLD}; by thumbnails it is {PIXEL_THRESHOLD})",
     )
     add(
         "--distance",
@@ -81,16 +81,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="largest distance of near-duplicates, 1 - correlation of pixels (default: %(default)s)",
     )
     add("--workers", type=int, default=4, metavar="N", help="threads that read images (default: %(default)s)")
-    add("--cache", metavar="FOLDER", help="for what was read of images (default: beside the TSV, TSV.cache)")
+    add("--cache", metavar="FOLDER", help="folder of the cache (default: TSV.cache)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: cuda where there is one)")
-    add("--fail", action="store_true", help="exit with status 1 where something was found")
+    add("--fail", action="store_true", help="exit with status 1 if there is a match")
 
 
 def run(args: argparse.Namespace) -> int:
     import os
 
     from gram_meta.corpus.store import PairStore
-    from gram_meta.tools.overlap import PIXEL_THRESHOLD, Settings, find_overlap, write_matches
+    from gram_meta.tools.overlap import PIXEL_THRESHOLD, SearchSettings, find_overlap, write_matches
 
     _check(args)
     root = Path(os.path.abspath(os.path.expanduser(args.root)))
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         raise GramError(f"{root}: expected a dataset with images, found none" + "".join(f"; {why}" for why in unread))
     device = _device(args.device)
     backbone = None if args.pixels_only else _backbone(store, args.backbone, device)
-    settings = Settings(
+    settings = SearchSettings(
         args.neighbours,
         args.threshold,
         PIXEL_THRESHOLD if args.pixels_only or args.pixels_too else None,
@@ -110,12 +110,13 @@ def run(args: argparse.Namespace) -> int:
         args.workers,
         Path(args.cache or f"{args.out}.cache"),
         device,
+        args.image_root,
     )
-    matches, counts = find_overlap(store, tests, backbone, settings, args.image_root)
+    matches, counts = find_overlap(store, tests, backbone, settings)
     write_matches(args.out, store, tests, matches)
     print(as_text(store, tests, matches, counts, args))
     for why in unread:
-        print(f"not looked at: {why}", file=sys.stderr)
+        print(f"not checked: {why}", file=sys.stderr)
     return 1 if unread or (args.fail and matches) else 0
 
 
@@ -138,7 +139,7 @@ def _device(name: str) -> str:
 
 
 def _backbone(store: PairStore, name: str | None, device: str) -> Any:
-    """The CLIP of the store's features."""
+    """Load the CLIP of the store's features."""
     from gram_meta.backbone.clip import load_backbone
 
     clip = store.manifest["settings"]["clip"]
@@ -151,30 +152,30 @@ def _backbone(store: PairStore, name: str | None, device: str) -> Any:
 
 
 def test_images(root: Path, names: Sequence[str] | None, parts: Sequence[str]) -> tuple[list[TestImage], list[str]]:
-    """Images of these parts of the datasets under `root`, and sentences on those that cannot be read.
+    """Return the images of these parts of the datasets under `root`, and a sentence for each unreadable dataset.
 
     Raises:
-        GramError: a dataset that `names` asks for is not known, or cannot be read.
+        GramError: a dataset in `names` is not known, or cannot be read.
     """
     import io
     from contextlib import redirect_stdout
 
-    import gram_meta.plugin  # noqa: F401, brings the datasets in
+    import gram_meta.plugin  # noqa: F401 - registers the datasets
     from gram_meta.datasets.check import find_datasets, known_datasets
     from gram_meta.tools.overlap import TestImage
 
-    asked = [name for word in names or () for name in word.split(",") if name]
+    chosen = [name for word in names or () for name in word.split(",") if name]
     found: list[TestImage] = []
     unread: list[str] = []
-    for name, dataset in find_datasets(root, asked or known_datasets()):
+    for name, dataset in find_datasets(root, chosen or known_datasets()):
         folder = root / dataset.dataset_dir
-        if not asked and not folder.is_dir():
+        if not chosen and not folder.is_dir():
             continue
         try:
             with redirect_stdout(io.StringIO()):
                 splits = dataset.look(folder / dataset.split_file)
         except GramError as error:
-            if asked:
+            if chosen:
                 raise
             unread.append(f"{name}: {error}")
             continue
@@ -191,7 +192,7 @@ def as_text(
     counts: dict[str, int],
     args: argparse.Namespace,
 ) -> str:
-    """A table of datasets, and what has to be known of the search."""
+    """Return a table of datasets, and the counts of the search."""
     from collections import Counter
 
     from tabulate import tabulate
@@ -209,7 +210,7 @@ def as_text(
     lines = [tabulate(rows, ["dataset", f"{what} images", "equal files", "near-duplicates", "share"], intfmt=",")]
     images = len({match.row for match in matches})
     lines.append(
-        f"{images:,} of the {len(store.locations):,} images of {store.path} are {what} images or nearly so: {args.out}\n"
+        f"{images:,} of the {len(store.locations):,} images of {store.path} equal a {what} image or nearly do: {args.out}\n"
         f"{counts['candidates']:,} pairs were compared pixel by pixel"
     )
     if images:

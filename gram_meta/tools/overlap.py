@@ -1,10 +1,10 @@
-"""Near-duplicates between a corpus and the test images of datasets: a meta-corpus that holds test images is a leak.
+"""Near-duplicates between a corpus and the test images of datasets: test images in a meta-corpus are a leak.
 
-Two signals. Equal files are found by the digests that a store keeps. For the rest, the images of the corpus nearest to a
-test image are candidates, by the cosine of CLIP's features (or, without CLIP, of a picture of 8 x 8 pixels); each
-candidate is then read and compared with the test image pixel by pixel, small, over crops of either and mirrored.
+Equal files are found by the digests in the store. Other near-duplicates are found in two steps. The candidates of a test
+image are the corpus images with the largest cosine of CLIP's features (or, without CLIP, of 8 x 8 pixel thumbnails). Each
+candidate is then read, and its small copy is compared with the test image's, over crops and mirror images of both.
 
-The cost is T x N x D multiplications for T test images, N images of D features, in blocks of bounded memory, and at most
+The cost is T x N x D multiplications for T test images and N images of D features, in blocks of bounded memory, and at most
 T x k images read at random. docs/results/corpus.md has the arithmetic, and what was measured.
 """
 
@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,20 +37,20 @@ log = logging.getLogger(__name__)
 
 SIDE = 32  # pixels of the small copies that are compared
 INNER = 24  # pixels of a window of them
-TINY = 8  # pixels of the picture that finds candidates without CLIP
+TINY = 8  # pixels of the thumbnails that find candidates without CLIP
 CHUNK = 2048  # images between two writes to the cache
-CORPUS_BLOCK = 16_384  # corpus images in one matrix product, and
-QUERY_BLOCK = 4_096  # test images: 268 MB of cosines
+CORPUS_BLOCK = 16_384  # corpus images in one matrix product
+QUERY_BLOCK = 4_096  # test images in one matrix product; together 268 MB of cosines
 PAIR_BLOCK = 128  # pairs compared at once
-VERSION = 1  # of what is in the cache
-# Measured on made-up near-duplicates (docs/results/corpus.md)
+VERSION = 1  # of the cache's contents
+# Measured on synthetic near-duplicates (docs/results/corpus.md)
 NEIGHBOURS, THRESHOLD, PIXEL_THRESHOLD, DISTANCE = 10, 0.5, 0.5, 0.25
 EXACT, NEAR = "exact", "near"
 COLUMNS = ("image", "dataset", "test_image", "kind", "cosine", "distance")
 
 
 class TestImage(NamedTuple):
-    """An image of a dataset: its dataset's name, its path in the dataset's folder of images, and its whole path."""
+    """An image of a dataset: `name` is its path in the dataset's folder of images, `path` its whole path."""
 
     dataset: str
     name: str
@@ -58,12 +59,12 @@ class TestImage(NamedTuple):
 
 @dataclass(frozen=True)
 class Match:
-    """An image of the corpus that is a test image, or nearly so.
+    """An image of the corpus that equals a test image, or nearly does.
 
     Attributes:
         row: of the store's images. test: index of the test image. kind: `EXACT` or `NEAR`.
-        cosine: by CLIP's features, or of the tiny pictures; nan for equal files.
-        distance: 1 - correlation of the pixels, 0 for equal files.
+        cosine: of CLIP's features or of the thumbnails; nan for equal files.
+        distance: 1 - correlation of the pixels; 0 for equal files.
     """
 
     row: int
@@ -74,13 +75,15 @@ class Match:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How to look.
+class SearchSettings:
+    """Settings of the search.
 
     Attributes:
-        neighbours: candidates of each test image. threshold: least cosine of a candidate. distance: largest distance of
-            near-duplicates. workers: threads that read images. cache: folder for what was read of images; None: none.
-        device: for the features of test images and the search.
+        neighbours: candidates of each test image. threshold: least cosine of a candidate by CLIP. pixel_threshold: least
+            cosine of a candidate by thumbnails; None: no such candidates. distance: largest distance of near-duplicates.
+        workers: threads that read images. cache: folder for data computed from images; None: no cache.
+        device: computes the features of test images, and the search. image_root: the folder that holds the corpus' images
+            now; None: where `gram embed` read them.
     """
 
     neighbours: int = NEIGHBOURS
@@ -90,14 +93,15 @@ class Settings:
     workers: int = 4
     cache: Path | None = None
     device: str = "cpu"
+    image_root: PathLike | None = None
 
 
-class Looks(NamedTuple):
-    """What is kept of n images.
+class Descriptors(NamedTuple):
+    """Data computed from n images.
 
     Attributes:
-        digest: (n, 16) uint8, of the files. small: (n, 32, 32, 3) uint8. feature: (n, D) float16, empty without CLIP.
-        mirrored: (n, D) float16, of the mirrored images. ok: (n,) bool, False where an image could not be read.
+        digest: (n, 16) uint8, of the files. small: (n, 32, 32, 3) uint8. feature: (n, D) float16, D = 0 without CLIP.
+        mirrored: (n, D) float16, of the mirrored images. ok: (n,) bool, False if an image could not be read.
     """
 
     digest: np.ndarray
@@ -108,35 +112,29 @@ class Looks(NamedTuple):
 
 
 def find_overlap(
-    store: PairStore,
-    tests: Sequence[TestImage],
-    backbone: Backbone | None,
-    settings: Settings,
-    root: PathLike | None = None,
+    store: PairStore, tests: Sequence[TestImage], backbone: Backbone | None, settings: SearchSettings
 ) -> tuple[list[Match], dict[str, int]]:
-    """Images of `store` that are test images.
+    """Find the images of `store` that are test images.
 
     Args:
-        tests: what the corpus must not hold.
-        backbone: the CLIP of the store's features; None: candidates are looked for by pixels alone.
-        root: the folder the corpus' images are in now; None: where they were.
+        tests: the test images.
+        backbone: the CLIP of the store's features; None: candidates are found by pixels alone.
 
     Returns:
         Matches, sorted by row and test image; and counts: "unreadable tests", "unreadable candidates", "candidates",
-        "full" (test images with as many matches as neighbours: there may be more).
+        "full" (test images with at least as many matches as neighbours: there may be more).
 
     Raises:
-        GramError: features of another CLIP than `backbone`; neither a backbone nor a `pixel_threshold`.
+        GramError: the store's features are another CLIP's; neither a backbone nor a `pixel_threshold` is given.
     """
     if backbone is None and settings.pixel_threshold is None:
-        raise GramError("expected a CLIP or pixels to find candidates by, found neither")
+        raise GramError("expected a CLIP or a pixel threshold to find candidates by, found neither")
     if backbone is not None:
         store.check_backbone(backbone)
-    paths = [test.path for test in tests]
-    seen = _looks_of_tests(paths, backbone, settings)
+    seen = _describe_tests([test.path for test in tests], backbone, settings)
     exact = [Match(row, test, EXACT, float("nan"), 0.0) for row, test in _equal_files(store, seen)]
-    pairs, cosines = _candidate_pairs(store, seen, backbone is not None, settings, root)
-    near, unreadable = _confirmed(store, seen.small, pairs, cosines, settings, root)
+    pairs, cosines = _candidate_pairs(store, seen, backbone is not None, settings)
+    near, unreadable = _confirmed(store, seen.small, pairs, cosines, settings)
     known = {(match.row, match.test) for match in exact}
     matches = exact + [match for match in near if (match.row, match.test) not in known]
     found = np.bincount([match.test for match in matches], minlength=len(tests))
@@ -150,7 +148,7 @@ def find_overlap(
 
 
 def write_matches(path: PathLike, store: PairStore, tests: Sequence[TestImage], matches: Sequence[Match]) -> None:
-    """A TSV with a line per match: the image's location in the store, the test image, and how alike they are."""
+    """Write a TSV with a line per match: the image's location in the store, the test image, cosine and distance."""
     with atomic_write(path, "w") as file:
         file.write("\t".join(COLUMNS) + "\n")
         for match in matches:
@@ -161,11 +159,12 @@ def write_matches(path: PathLike, store: PairStore, tests: Sequence[TestImage], 
             file.write("\t".join(line) + "\n")
 
 
-# --- equal files --------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
+# Equal files
 
 
-def _equal_files(store: PairStore, seen: Looks) -> list[tuple[int, int]]:
-    """(row, test) of images whose files are the same byte for byte."""
+def _equal_files(store: PairStore, seen: Descriptors) -> list[tuple[int, int]]:
+    """Return (row, test) of images whose files are the same byte for byte."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -180,13 +179,14 @@ def _equal_files(store: PairStore, seen: Looks) -> list[tuple[int, int]]:
     return [(int(row), test) for row, digest in zip(rows, found, strict=True) for test in by_digest[digest]]
 
 
-# --- candidates ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
+# Candidates
 
 
 def _candidate_pairs(
-    store: PairStore, seen: Looks, by_clip: bool, settings: Settings, root: PathLike | None
+    store: PairStore, seen: Descriptors, by_clip: bool, settings: SearchSettings
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(n, 2) different pairs (test, row), and their cosines: by CLIP where CLIP has found them."""
+    """Return (n, 2) different pairs (test, row), and their cosines: by CLIP for the pairs that CLIP has found."""
     tests = np.flatnonzero(seen.ok)
     total, k, device = len(store.locations), settings.neighbours, settings.device
     pairs, cosines = [np.zeros((0, 2), np.int64)], [np.zeros(0, np.float32)]
@@ -200,9 +200,9 @@ def _candidate_pairs(
         blocks = _feature_blocks(store.image_features)
         add(*candidates(seen.feature[tests], seen.mirrored[tests], blocks, total, k, device), settings.threshold)
     if settings.pixel_threshold is not None:
-        tiny = tiny_pictures(seen.small[tests])
-        blocks = _pixel_blocks(store, settings, root)
-        found = candidates(described(tiny), described(tiny[:, :, ::-1]), blocks, total, k, device)
+        tiny = thumbnails(seen.small[tests])
+        blocks = _pixel_blocks(store, settings)
+        found = candidates(unit_vectors(tiny), unit_vectors(tiny[:, :, ::-1]), blocks, total, k, device)
         add(*found, settings.pixel_threshold)
     different, first = np.unique(np.concatenate(pairs), axis=0, return_index=True)
     return different, np.concatenate(cosines)[first]
@@ -211,21 +211,21 @@ def _candidate_pairs(
 def candidates(
     queries: np.ndarray, mirrored: np.ndarray, blocks: Iterable[tuple[int, np.ndarray]], total: int, k: int, device: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The `k` rows nearest to each image and the `k` nearest to its mirror image; (T, 2 k) each, see `nearest`."""
-    rows, cosines = nearest(np.concatenate([queries, mirrored]), blocks, total, k, device)
+    """Return the `k` rows nearest to each image and to its mirror image, and their cosines: (T, 2 k) each."""
+    rows, cosines = nearest_rows(np.concatenate([queries, mirrored]), blocks, total, k, device)
     return np.hstack(np.split(rows, 2)), np.hstack(np.split(cosines, 2))
 
 
-def nearest(
+def nearest_rows(
     queries: np.ndarray, blocks: Iterable[tuple[int, np.ndarray]], total: int, k: int, device: str = "cpu"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The `k` rows of largest cosine for every query.
+    """Return the `k` rows of the corpus with the largest cosine, for every query.
 
     Args:
-        queries: (T, D), normalised. blocks: (first row, (B, D), normalised) of the corpus, in turn. total: its rows.
+        queries: (T, D), normalised. blocks: (first row, (B, D), normalised) of the corpus. total: rows of the corpus.
 
     Returns:
-        (T, k) int64 rows and (T, k) float32 cosines, best first; -1 and -1 where the corpus has fewer than k.
+        (T, k) int64 rows and (T, k) float32 cosines, best first; -1 and -1 if the corpus has fewer than k rows.
     """
     import torch
     from tqdm import tqdm
@@ -253,42 +253,43 @@ def _feature_blocks(features: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         yield start, features[start : start + CORPUS_BLOCK]
 
 
-def _pixel_blocks(store: PairStore, settings: Settings, root: PathLike | None) -> Iterator[tuple[int, np.ndarray]]:
-    """Every image of the corpus as `described`, read in chunks that the cache keeps; zeros for what cannot be read."""
+def _pixel_blocks(store: PairStore, settings: SearchSettings) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (first row, unit vectors) of the corpus, read in chunks that are cached; zeros for unreadable images."""
     for start in range(0, len(store.locations), CHUNK):
         rows = np.arange(start, min(start + CHUNK, len(store.locations)))
-        tiny, _readable = _corpus_pictures(store, rows, settings, root, tiny_pictures)
-        yield start, described(tiny)
+        tiny, _readable = _read_corpus(store, rows, settings, thumbnails)
+        yield start, unit_vectors(tiny)
 
 
-def tiny_pictures(small: np.ndarray) -> np.ndarray:
+def thumbnails(small: np.ndarray) -> np.ndarray:
     """(n, 32, 32, 3) uint8 -> (n, 8, 8, 3) uint8, means of 4 x 4 pixels."""
     step = SIDE // TINY
     return small.reshape(-1, TINY, step, TINY, step, 3).mean((2, 4)).round().astype(np.uint8)
 
 
-def described(tiny: np.ndarray) -> np.ndarray:
-    """(n, 8, 8, 3) pictures as (n, 192) float32 of mean 0 and norm 1; a picture of one colour is zeros."""
+def unit_vectors(tiny: np.ndarray) -> np.ndarray:
+    """(n, 8, 8, 3) -> (n, 192) float32 of mean 0 and norm 1; zeros for a thumbnail of one colour."""
     flat = tiny.reshape(len(tiny), -1).astype(np.float32)
     flat -= flat.mean(1, keepdims=True)
     norm = np.linalg.norm(flat, axis=1, keepdims=True)
     return np.where(norm > 1, flat / np.maximum(norm, 1), 0).astype(np.float32)
 
 
-# --- pixels -------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
+# Pixels
 
 
 def small_copy(image: Image.Image) -> np.ndarray:
-    """(32, 32, 3) uint8: the whole image, whatever its shape."""
+    """Return the whole image, whatever its shape, as (32, 32, 3) uint8."""
     return np.array(image.resize((SIDE, SIDE), Image.Resampling.BOX))
 
 
 def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """How different pairs of pictures are: 1 - the largest correlation of their details over windows and mirror images.
+    """Return the distance of pairs of images: 1 - the largest correlation of their details, over windows and mirroring.
 
-    Details are what is left of a picture without its mean over 7 x 7 pixels, so neither brightness nor a common sky, floor
-    or light counts. Either picture as a whole, and its mirror image, is compared with windows of the other: itself, crops
-    of 5, 10 and 20 % at nine places, the middle of its width or height, the inside of a border.
+    The details of an image are the image minus its mean over 7 x 7 pixels, so brightness and a common sky or floor do not
+    count. Each image as a whole, and its mirror image, is compared with the windows of the other: the whole, crops by 5, 10
+    and 20 % at nine places, the middle of the width or height, the inside of a border.
 
     Args:
         a, b: (n, 32, 32, 3) uint8.
@@ -300,9 +301,9 @@ def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
     parts = [np.zeros(0, np.float32)]
     for start in range(0, len(a), PAIR_BLOCK):
-        mine, theirs = (_windows(torch.from_numpy(x[start : start + PAIR_BLOCK])) for x in (a, b))
-        best = torch.full((len(mine),), -1.0)
-        for one, other in ((mine, theirs), (theirs, mine)):
+        windows_a, windows_b = (_windows(torch.from_numpy(x[start : start + PAIR_BLOCK])) for x in (a, b))
+        best = torch.full((len(windows_a),), -1.0)
+        for one, other in ((windows_a, windows_b), (windows_b, windows_a)):
             for whole in (one[:, :1], one[:, :1].flip(3)):  # the set of windows is its own mirror image
                 best = torch.maximum(best, (whole * other).flatten(2).sum(2).amax(1))
         parts.append((1 - best).numpy())
@@ -310,7 +311,7 @@ def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _windows(small: Tensor) -> Tensor:
-    """(n, 32, 32, 3) -> (n, W, 24, 24, 3), details of each window, of mean 0 and norm 1; the first is the whole picture."""
+    """(n, 32, 32, 3) -> (n, W, 24, 24, 3), details of each window, with mean 0 and norm 1; the first is the whole image."""
     import torch
 
     down, across, smooth = _window_matrices()
@@ -321,29 +322,27 @@ def _windows(small: Tensor) -> Tensor:
     x = (x - mean).transpose(3, 4)  # (n, W, 24, 24, 3)
     flat = x.flatten(2)
     flat = flat - flat.mean(2, keepdim=True)
-    flat = flat / (flat.square().sum(2, keepdim=True) + flat.shape[2]).sqrt()  # a grey level of noise is no picture
+    flat = (
+        flat / (flat.square().sum(2, keepdim=True) + flat.shape[2]).sqrt()
+    )  # + 1 per value: noise of a grey level is not a detail
     return flat.view(x.shape)
 
 
+@cache
 def _window_matrices() -> tuple[Tensor, Tensor, Tensor]:
     """(W, 24, 32) twice, the means over windows, down and across; (24, 24), the mean over 7 pixels, fewer at an edge."""
     import torch
 
-    global _MATRICES
-    if _MATRICES is None:
-        spans = _window_spans()
-        near = (torch.arange(INNER)[:, None] - torch.arange(INNER)).abs() <= 3
-        smooth = near / near.sum(1, keepdim=True)
-        _MATRICES = (*(torch.stack([_means(*span[axis]) for span in spans]) for axis in (0, 1)), smooth)
-    return _MATRICES
+    down, across = (torch.stack([_means(*span[axis]) for span in _window_spans()]) for axis in (0, 1))
+    near = (torch.arange(INNER)[:, None] - torch.arange(INNER)).abs() <= 3
+    return down, across, near / near.sum(1, keepdim=True)
 
 
-_MATRICES: Any = None
 Span = tuple[float, float]
 
 
 def _window_spans() -> list[tuple[Span, Span]]:
-    """Windows as shares of a picture, ((top, bottom), (left, right))."""
+    """Return the windows as shares of an image, ((top, bottom), (left, right))."""
     spans: list[tuple[Span, Span]] = [((0.0, 1.0), (0.0, 1.0))]
     for side in (0.95, 0.9, 0.8):
         places = [(start, start + side) for start in (0.0, (1 - side) / 2, 1 - side)]
@@ -355,7 +354,7 @@ def _window_spans() -> list[tuple[Span, Span]]:
 
 
 def _means(start: float, stop: float) -> Tensor:
-    """(24, 32): row i is the mean over the i-th 24th of the span."""
+    """Return (24, 32): row i is the mean over the i-th of 24 parts of the span."""
     import torch
 
     edges = np.linspace(start * SIDE, stop * SIDE, INNER + 1)
@@ -366,27 +365,21 @@ def _means(start: float, stop: float) -> Tensor:
 
 
 def _confirmed(
-    store: PairStore,
-    tests: np.ndarray,
-    pairs: np.ndarray,
-    cosines: np.ndarray,
-    settings: Settings,
-    root: PathLike | None,
+    store: PairStore, tests: np.ndarray, pairs: np.ndarray, cosines: np.ndarray, settings: SearchSettings
 ) -> tuple[list[Match], int]:
-    """The pairs (test, row) whose pixels agree, and the number of rows whose images could not be read."""
+    """Return matches of the pairs (test, row) whose pixels agree, and the number of rows with unreadable images."""
     from tqdm import tqdm
 
     matches: list[Match] = []
     unreadable = 0
-    rows = np.unique(pairs[:, 1])  # in the order in which they lie in shards
+    rows = np.unique(pairs[:, 1])  # in the order of the shards
     bar = tqdm(total=len(rows), unit="image", desc="comparing pixels", disable=None)
     for start in range(0, len(rows), CHUNK):
         some = rows[start : start + CHUNK]
-        small, readable = _corpus_pictures(store, some, settings, root, np.asarray)
+        small, readable = _read_corpus(store, some, settings, np.asarray)
         unreadable += int((~readable).sum())
         of_some = np.flatnonzero(np.isin(pairs[:, 1], some[readable]))
-        mine = small[np.searchsorted(some, pairs[of_some, 1])]
-        far = distances(tests[pairs[of_some, 0]], mine)
+        far = distances(tests[pairs[of_some, 0]], small[np.searchsorted(some, pairs[of_some, 1])])
         for i, distance in zip(of_some, far, strict=True):
             if distance <= settings.distance:
                 test, row = pairs[i].tolist()
@@ -396,32 +389,29 @@ def _confirmed(
     return matches, unreadable
 
 
-# --- reading images, and the cache --------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading images, and the cache
 
 
-def _looks_of_tests(paths: Sequence[str], backbone: Backbone | None, settings: Settings) -> Looks:
-    """What is kept of the test images, chunk by chunk, from the cache where it has them."""
+def _describe_tests(paths: Sequence[str], backbone: Backbone | None, settings: SearchSettings) -> Descriptors:
+    """Return the descriptors of the test images, computed in chunks that are cached."""
     from tqdm import tqdm
 
-    parts: list[Looks] = []
+    clip = (backbone.fingerprint, backbone.precision) if backbone else ("", "")
+    parts: list[Descriptors] = []
     bar = tqdm(total=len(paths), unit="image", desc="test images", disable=None)
     for start in range(0, len(paths), CHUNK):
         chunk = paths[start : start + CHUNK]
-        key = _key(
-            "tests",
-            backbone.fingerprint if backbone else "",
-            backbone.precision if backbone else "",
-            *map(_state, chunk),
-        )
-        parts.append(Looks(**_cached(settings.cache, key, lambda: _look(chunk, backbone, settings))))  # noqa: B023
+        key = _key("tests", *clip, *map(_state, chunk))
+        parts.append(Descriptors(**_cached(settings.cache, key, partial(_describe, chunk, backbone, settings))))
         bar.update(len(chunk))
     bar.close()
     if not parts:
         raise GramError("expected test images to compare with, found none")
-    return Looks(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+    return Descriptors(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
-def _look(paths: Sequence[str], backbone: Backbone | None, settings: Settings) -> dict[str, np.ndarray]:
+def _describe(paths: Sequence[str], backbone: Backbone | None, settings: SearchSettings) -> dict[str, np.ndarray]:
     transform = backbone.preprocess() if backbone is not None else None
     none = np.zeros((SIDE, SIDE, 3), np.uint8)
 
@@ -451,25 +441,20 @@ def _look(paths: Sequence[str], backbone: Backbone | None, settings: Settings) -
 
 
 def _features(backbone: Backbone, pixels: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
-    """CLIP's features of images (3, H, W), and of their mirror images."""
+    """Return CLIP's features of images (3, H, W), and of their mirror images."""
     import torch
 
     with torch.inference_mode():
         images = torch.stack(list(pixels))
-        both = (backbone.encode_images(x).cpu().numpy().astype(np.float16) for x in (images, images.flip(3)))
-        feature, mirrored = both
-    return feature, mirrored
+        feature, mirrored = (backbone.encode_images(x).cpu().numpy() for x in (images, images.flip(3)))
+    return feature.astype(np.float16), mirrored.astype(np.float16)
 
 
-def _corpus_pictures(
-    store: PairStore,
-    rows: np.ndarray,
-    settings: Settings,
-    root: PathLike | None,
-    reduce: Callable[[np.ndarray], np.ndarray],
+def _read_corpus(
+    store: PairStore, rows: np.ndarray, settings: SearchSettings, reduce: Callable[[np.ndarray], np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Small copies of the store's images at `rows`, `reduce`d, and (n,) bool, False where one cannot be read."""
-    places = store.places(root)
+    """Return small copies of the store's images at `rows` after `reduce`, and (n,) bool, False for unreadable images."""
+    places = store.places(settings.image_root)
     none = np.zeros((SIDE, SIDE, 3), np.uint8)
 
     def read(row: int) -> tuple[np.ndarray, bool]:
@@ -478,19 +463,19 @@ def _corpus_pictures(
         except BadImage:
             return none, False
 
-    def pictures() -> dict[str, np.ndarray]:
+    def make() -> dict[str, np.ndarray]:
         with ThreadPoolExecutor(settings.workers) as pool:
             small, ok = zip(*pool.map(read, rows.tolist()), strict=True)
         return {"small": reduce(np.stack(small)), "ok": np.array(ok)}
 
-    kind = "tiny" if reduce is tiny_pictures else "small"
+    kind = "tiny" if reduce is thumbnails else "small"
     key = _key(kind, store.fingerprint, str(places.reader.root), rows.astype("<i8").tobytes())
-    found = _cached(settings.cache, key, pictures)
+    found = _cached(settings.cache, key, make)
     return found["small"], found["ok"]
 
 
 def _state(path: str) -> str:
-    """A file's path, size and time: what says that it has not changed."""
+    """Return a file's path, size and time, by which a changed file is recognised."""
     try:
         state = os.stat(path)
     except OSError:
@@ -507,7 +492,7 @@ def _key(*what: str | bytes) -> str:
 
 
 def _cached(cache: Path | None, key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """`make()`, or what it once gave for this key."""
+    """Return `make()`, or its result of an earlier run for this key."""
     if cache is None:
         return make()
     path = cache / f"{key}.npz"
@@ -515,11 +500,9 @@ def _cached(cache: Path | None, key: str, make: Callable[[], dict[str, np.ndarra
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 return dict(arrays)
-        except (OSError, ValueError, KeyError, EOFError):
-            log.info("%s: damaged, made anew", path)
-        except Exception as error:  # noqa: BLE001 - a zip that ends early has several ways to say so
-            log.info("%s: damaged (%s), made anew", path, type(error).__name__)
+        except Exception as error:  # noqa: BLE001 - a truncated archive raises one of several exceptions
+            log.info("%s: damaged (%s), computed again", path, type(error).__name__)
     made = make()
     with atomic_write(path) as file:
-        np.savez(file, **made)  # type: ignore[arg-type]  # its stubs take the arrays for a flag
+        np.savez(file, **made)  # type: ignore[arg-type]  # numpy's stubs take the arrays for a flag
     return made
