@@ -232,6 +232,17 @@ def as_dict(config: CN) -> dict[str, Any]:
     return {key: as_dict(value) if isinstance(value, CN) else value for key, value in config.items()}
 
 
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by their full keys: {"OPTIM": {"LR": 0.002}} -> {"OPTIM.LR": 0.002}; tuples become lists."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
 def _merge(config: CN, pairs: list[tuple[str, Any]], source: str) -> None:
     known = [key for key, _ in _leaves(config)]
     for key, value in pairs:

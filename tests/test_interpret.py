@@ -16,6 +16,8 @@ from gram_meta.errors import GramError
 from gram_meta.files import write_json
 from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
 from gram_meta.method.prompts import context_from_words
+from gram_meta.runs.layout import choose_checkpoint
+from gram_meta.runs.reader import read_saved
 from gram_meta.tools.interpret import interpret, nearest_rows
 
 
@@ -64,7 +66,7 @@ def test_a_context_of_words_gives_these_words(tmp_path, backbone):
     for word in found.words:
         token, distance = expected[word.token - 1][word.rank - 1]
         assert word.id == token and word.distance == pytest.approx(distance, rel=1e-5)
-    assert found.words[3].piece == "photo</w>" and found.prompt.trainer == "CoOp" and found.prompt.epoch == 2
+    assert found.words[3].piece == "photo</w>" and found.saved.trainer == "CoOp" and found.saved.epoch == 2
 
 
 def test_distances_stay_exact_near_a_word(backbone):
@@ -148,15 +150,20 @@ def test_the_log_of_a_coop_checkout_names_the_backbone(tmp_path, backbone):
     (run / "log.txt").write_text(log)
     found = interpret(run, topk=1)
     assert [word.word for word in found.words] == ["a", "photo"]  # the last by number
-    assert found.backbone == "random-tiny" and found.prompt.trainer == "CoOp"
+    assert found.backbone == "random-tiny" and found.saved.trainer == "CoOp"
     assert [word.word for word in interpret(run, topk=1, epoch=5).words] == ["two", "dogs"]
-    with pytest.raises(GramError, match="expected epoch 7, found 5, 50"):
+    with pytest.raises(GramError, match=r"expected a checkpoint of epoch 7 \(--load-epoch\), found epochs 5, 50"):
         interpret(run, epoch=7)
     best = {"ctx": moved(context_from_words(backbone, "house boat"))}
     torch.save({"state_dict": best, "epoch": 9}, run / "prompt_learner" / "model-best.pth.tar")
-    assert [word.word for word in interpret(run, topk=1).words] == ["a", "photo"]
-    (run / "log.txt").write_text(LOG.format(final="best_val", model_dir="", space=""))
-    assert [word.word for word in interpret(run, topk=1).words] == ["house", "boat"]
+    for final in ("last_step", "best_val"):  # CoOp's load_model takes model-best.pth.tar, whatever its run ended with
+        (run / "log.txt").write_text(LOG.format(final=final, model_dir="", space=""))
+        assert [word.word for word in interpret(run, topk=1).words] == ["house", "boat"]
+        assert choose_checkpoint(run)[0].name == "model-best.pth.tar"  # what `--eval-only --model-dir` loads
+        assert read_saved(run).path == choose_checkpoint(run)[0]  # what `gram predict` loads
+    write_json(run / "run.json", {"run": {"TEST.FINAL_MODEL": "last_step", "MODEL.BACKBONE.NAME": "random-tiny"}})
+    assert [word.word for word in interpret(run, topk=1).words] == ["a", "photo"]  # a run of ours that ended otherwise
+    (run / "run.json").unlink()
     tested = tmp_path / "test_new"
     tested.mkdir()
     (tested / "log.txt").write_text(LOG.format(final="last_step", model_dir=run, space=" "))
@@ -202,9 +209,9 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path, backbone):
     with pytest.raises(GramError, match="expected a learned context .ctx .* found weight"):
         interpret(checkpoint(tmp_path / "other", {"weight": torch.zeros(2)}), backbone="random-tiny")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(GramError, match="expected a run with one folder of checkpoints"):
+    with pytest.raises(GramError, match="empty: expected prompt_learner/ in it, found nothing"):
         interpret(tmp_path / "empty")
-    with pytest.raises(GramError, match="found nothing there"):
+    with pytest.raises(GramError, match="found no such folder"):
         interpret(tmp_path / "nowhere")
 
 

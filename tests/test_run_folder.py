@@ -24,7 +24,7 @@ from gram_meta.method.prompts import initial_meta_net, initial_prompts
 from gram_meta.method.regulator import GradientRegulator
 from gram_meta.report.runs import read_runs
 from gram_meta.runs import folder as run_folder
-from gram_meta.runs import saved
+from gram_meta.runs import layout, saved
 from gram_meta.trainers import base
 
 CONFIG = {"JointPrompt": "gram_small_c2+2_ep10_batch32_ctxv1", "UniGRAM": "gram_small_c2+2_ep10_batch32_ctxv1"}
@@ -415,16 +415,19 @@ def test_without_an_epoch_the_last_one_or_the_best_where_the_run_was_to_end_with
     ours(flags("last", *options))
     ours(flags("best", *options, "TEST.FINAL_MODEL", "best_val"))
     last, best = tmp_path / "last", tmp_path / "best"
-    assert saved.choose(last, None) == (last / "prompt_learner/model.pth.tar-3", "the last of epochs 1, 2, 3")
-    path, why = saved.choose(best, None)
+    assert layout.choose_checkpoint(last, None) == (
+        last / "prompt_learner/model.pth.tar-3",
+        "the last of epochs 1, 2, 3",
+    )
+    path, why = layout.choose_checkpoint(best, None)
     assert (
         path.name == "model-best.pth.tar" and why == "the best by validation; epochs here: 1, 2, 3, model-best.pth.tar"
     )
-    assert saved.choose(best, 2) == (best / "prompt_learner/model.pth.tar-2", "")
+    assert layout.choose_checkpoint(best, 2) == (best / "prompt_learner/model.pth.tar-2", "")
     shutil.copy(path, last / "prompt_learner")  # of an earlier run in this folder, which was to end with its last epoch
-    assert saved.choose(last, None)[0].name == "model.pth.tar-3"
+    assert layout.choose_checkpoint(last, None)[0].name == "model.pth.tar-3"
     (last / "run.json").unlink()  # CoOp's own say nothing: there it means that the best was wished for
-    assert saved.choose(last, None)[0].name == "model-best.pth.tar"
+    assert layout.choose_checkpoint(last, None)[0].name == "model-best.pth.tar"
     results = launch.train(["--eval-only", "--model-dir", str(best), *flags("tested")])
     assert "No epoch named (--load-epoch): model-best.pth.tar is taken, the best by" in capsys.readouterr().out
     assert results["epoch"] == torch.load(path, weights_only=True)["epoch"]

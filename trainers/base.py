@@ -25,10 +25,10 @@ from gram_meta.errors import GramError
 from gram_meta.method.prompts import PromptedCLIP, context_from_words, logits, random_context
 from gram_meta.random_state import kept_random_state, make_deterministic, random_state, set_random_state
 from gram_meta.runs import folder as run_folder
-from gram_meta.runs import saved
+from gram_meta.runs import layout, saved
 from gram_meta.runs.folder import Doing
+from gram_meta.runs.layout import LEARNER
 from gram_meta.runs.results import write_results
-from gram_meta.runs.saved import NAME
 from gram_meta.trainers import memory
 
 NO_META = {"path": "", "sha256": "", "settings": {}}  # facts of a meta-checkpoint where there is none
@@ -289,7 +289,7 @@ class PromptTrainer(ClipTrainer):
             print(sentence)
         self.optim = build_optimizer(learner, cfg.OPTIM)
         self.sched = build_lr_scheduler(self.optim, cfg.OPTIM)
-        self.register_model(NAME, learner, self.optim, self.sched)
+        self.register_model(LEARNER, learner, self.optim, self.sched)
         self._set_precision()
         self._groups: dict[str, _Group] = {}
 
@@ -385,7 +385,7 @@ class PromptTrainer(ClipTrainer):
     ) -> None:
         """CoOp's checkpoint (learned tensors only), and what it takes to go on as if nothing had happened."""
         state = {
-            "state_dict": self._models[NAME].state_dict(),
+            "state_dict": self._models[LEARNER].state_dict(),
             "epoch": epoch + 1,
             "optimizer": self.optim.state_dict(),
             "scheduler": self.sched.state_dict(),
@@ -396,7 +396,7 @@ class PromptTrainer(ClipTrainer):
             **self._belongs_to(),
             **self.state_to_save(),
         }
-        saved.write(state, os.path.join(directory, NAME), is_best, model_name)
+        saved.write(state, os.path.join(directory, LEARNER), is_best, model_name)
 
     def _belongs_to(self) -> dict[str, Any]:
         """Whose prompts a checkpoint holds, what reads them, and the classes they were learned on, in their order."""
@@ -459,11 +459,11 @@ class PromptTrainer(ClipTrainer):
             )
 
     def check_resume(self, directory: str) -> None:
-        path = saved.last(directory)
+        path = layout.last_checkpoint(directory)
         if path is None:
-            there = saved.found_runs(Path(directory))
+            there = layout.list_runs(Path(directory))
             raise GramError(
-                f"--resume {directory}: expected {NAME}/checkpoint in it, found no such file"
+                f"--resume {directory}: expected {LEARNER}/checkpoint in it, found no such file"
                 + (f"; {there}" if there else "")
             )
         state = saved.read(path)
@@ -475,11 +475,11 @@ class PromptTrainer(ClipTrainer):
         if "random" not in state:
             raise GramError(f"{path}: expected a checkpoint that training can go on from, found learned tensors only")
         self.check_loaded(path, state)
-        saved.fit(self._models[NAME], state["state_dict"], path)
+        saved.fit(self._models[LEARNER], state["state_dict"], path)
 
     def resume_model_if_exist(self, directory: str) -> int:
         """Go on from the last checkpoint under `directory`; the epoch to start with (0: from scratch)."""
-        path = saved.last(directory)
+        path = layout.last_checkpoint(directory)
         if path is None and not self.cfg.RESUME:
             print("No checkpoint found, train from scratch")
             return 0
@@ -487,21 +487,21 @@ class PromptTrainer(ClipTrainer):
         assert path is not None
         state = saved.read(path)
         print(f"Found checkpoint at {path} (will resume training from epoch {state['epoch'] + 1})")
-        saved.load(self._models[NAME], state["state_dict"], path)
+        saved.load(self._models[LEARNER], state["state_dict"], path)
         self.meta_facts = state.get("meta_checkpoint")
         self.optim.load_state_dict(state["optimizer"])
         self.sched.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         self.curve = list(state["curve"])
         self.load_saved_state(state)
-        best = path.with_name(saved.BEST)
+        best = path.with_name(layout.BEST)
         if self.cfg.TEST.FINAL_MODEL == "best_val" and best.is_file():
             self.best_result = saved.read(best)["val_result"]
         set_random_state(state["random"])
         return state["epoch"]
 
     def load_model(self, directory: str, epoch: int | None = None) -> None:
-        """Load the prompts of an epoch of a run, of this trainer's or of its family's; without an epoch see `saved.choose`."""
+        """Load the prompts of an epoch of a run, of this trainer's or of its family's; without an epoch see `layout.choose_checkpoint`."""
         self.asked = Doing(True, os.fspath(directory), epoch)
         if not directory:
             print("Note that load_model() is skipped as no pretrained model is given")
@@ -510,17 +510,17 @@ class PromptTrainer(ClipTrainer):
             self._load_epoch(directory, epoch)
 
     def _load_epoch(self, directory: str, epoch: int | None) -> None:
-        path, why = saved.choose(directory, epoch)
+        path, why = layout.choose_checkpoint(directory, epoch)
         if why:
             print(f"No epoch named (--load-epoch): {path.name} is taken, {why}")
         state = saved.read(path)
         learner = self._look_whose(path, state)
         self.check_loaded(path, state)
-        saved.load(self._models[NAME], state["state_dict"], path)
+        saved.load(self._models[LEARNER], state["state_dict"], path)
         self.meta_facts = state.get("meta_checkpoint", NO_META)
         reached = int(state.get("epoch") or 0)
         self.loaded = {"model_dir": os.fspath(directory), "epoch": reached, "learned_by": learner}
-        print(f'Loading weights to {NAME} from "{path}" (epoch = {reached})')
+        print(f'Loading weights to {LEARNER} from "{path}" (epoch = {reached})')
 
     def _look_whose(self, path: Path, state: dict[str, Any]) -> str:
         """The trainer that learned these prompts; said where it is another than this one, refused where no relative."""

@@ -22,6 +22,7 @@ from gram_meta.bench.matrix import Job, Settings, meta_state
 from gram_meta.bench.pool import Outcome, Pool, Task
 from gram_meta.errors import GramError
 from gram_meta.files import read_json, write_json
+from gram_meta.runs import layout
 
 MANIFEST = "bench.json"
 LOGS = "bench_logs"  # what failing runs printed
@@ -116,7 +117,7 @@ def _run_state(job: Job, waits: bool) -> State:
     args = launch.build_parser().parse_args(job.argv[1:])
     cfg = launch.setup_cfg(args)
     if waits:  # its identity holds the contents of files that are still to come
-        return State("unfinished" if (job.folder / launch.RUN_FILE).is_file() else "new")
+        return State("unfinished" if (job.folder / layout.RUN).is_file() else "new")
     try:
         folder = launch.OutputFolder(cfg, args)
     except GramError as error:

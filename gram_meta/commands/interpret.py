@@ -53,7 +53,7 @@ _COLUMNS = ("class_index", "classname", "token", "rank", "word", "piece", "id", 
 
 def _print_text(found: Interpretation) -> None:
     """A line per context token, with CoOp's pieces: `</w>` ends a word."""
-    prompt = found.prompt
+    prompt = found.saved
     whose = ", ".join(filter(None, [prompt.trainer, f"epoch {prompt.epoch}" if prompt.epoch else ""]))
     print(f"{prompt.path}{f' ({whose})' if whose else ''}: words of {found.backbone}")
     place = None
@@ -69,13 +69,13 @@ def _print_text(found: Interpretation) -> None:
 
 
 def _print_json(found: Interpretation) -> None:
-    prompt = found.prompt
+    prompt = found.saved
     facts = {
         "source": str(prompt.path),
         "trainer": prompt.trainer,
         "epoch": prompt.epoch,
         "backbone": found.backbone,
-        "shape": list(prompt.context.shape),
+        "shape": list(found.context.shape),
         "words": [{name: getattr(word, name) for name in _COLUMNS} for word in found.words],
         "notes": found.remarks,
     }

@@ -21,9 +21,9 @@ from typing import Any
 
 from gram_meta.config import find_config, merge_file, merge_opts, nearest
 from gram_meta.errors import GramError
-from gram_meta.runs.folder import RUN_FILE, OutputFolder
+from gram_meta.runs.folder import OutputFolder
 
-__all__ = ["RUN_FILE", "OutputFolder", "add_flags", "build_parser", "find_config", "main", "run", "setup_cfg", "train"]
+__all__ = ["OutputFolder", "add_flags", "build_parser", "find_config", "main", "run", "setup_cfg", "train"]
 
 
 # ------------------------------------------------------------------------------------------------------ command line

@@ -12,9 +12,12 @@ from typing import Any
 
 OWN = "_gram_own"  # attribute of a registry: names that mean a class of this project
 
+own_trainers: dict[str, type] = {}  # this project's, by name, also where a checkout's own trainer has taken the name
+
 
 def register_trainer(trainer: type) -> type:
     """Class decorator: add a trainer to the registry, unless a checkout has brought, or brings, its own of that name."""
+    own_trainers[trainer.__name__] = trainer
     return enter(_registry("dassl.engine", "TRAINER_REGISTRY"), trainer)
 
 

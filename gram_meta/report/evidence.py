@@ -19,11 +19,10 @@ from typing import Any
 
 from gram_meta.errors import GramError
 from gram_meta.files import atomic_write, read_json, sha256_file
-from gram_meta.report.logs import LOG_TEXT, find_logs, result_of_log
+from gram_meta.report.logs import find_logs, result_of_log
+from gram_meta.runs import layout
+from gram_meta.runs.layout import RESULTS
 
-RESULTS = "results.json"
-LOG = "log.jsonl"
-CHECKPOINT = "best.safetensors"
 COLLECTION = "gram-report-collection"
 FORMAT = 1
 
@@ -84,7 +83,7 @@ class Evidence:
         model = self.results[path].get("model_dir")
         if not model:
             return None
-        for beside in (Path(model) / RESULTS, Path(model) / LOG_TEXT):
+        for beside in (Path(model) / RESULTS, Path(model) / layout.LOG):
             beside = self._read_beside(beside)
             if beside in self.results or beside in self.beside:
                 return beside if beside != path else None
@@ -132,7 +131,7 @@ def gather(sources: Iterable[str | Path]) -> Evidence:
             _add_collection(evidence, source)
             continue
         found = {path.resolve() for path in ([source] if source.is_file() else source.rglob(RESULTS))}
-        logs = {path.resolve() for path in source.rglob(LOG)} if source.is_dir() else set()
+        logs = {path.resolve() for path in source.rglob(layout.META_LOG)} if source.is_dir() else set()
         told, silent = find_logs(source) if source.is_dir() else ({}, [])
         if not found and not logs and not told:
             there = f"; {len(silent)} logs of runs that have not finished" if silent else ""
@@ -191,7 +190,7 @@ def _add_metas_of_results(evidence: Evidence) -> None:
         if not used.get("path") or used.get("sha256") in seen:
             continue
         folder = Path(used["path"]).parent.resolve()
-        meta = _read_meta(folder) if (folder / LOG).is_file() else None
+        meta = _read_meta(folder) if (folder / layout.META_LOG).is_file() else None
         seen.add(used.get("sha256", ""))
         if meta and meta.path not in seen:
             seen |= {meta.path, meta.sha256}
@@ -200,17 +199,17 @@ def _add_metas_of_results(evidence: Evidence) -> None:
 
 def _read_meta(folder: Path) -> MetaTraining | None:
     """A folder of `gram pretrain`; None for a log.jsonl of something else."""
-    facts_file = folder / "run.json"
+    facts_file = folder / layout.RUN
     facts = read_json(facts_file) if facts_file.is_file() else {}
     log = []
-    for number, line in enumerate((folder / LOG).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate((folder / layout.META_LOG).read_text(encoding="utf-8").splitlines(), 1):
         try:
             log.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise GramError(f"{folder / LOG}, line {number}: expected JSON, found {error}") from None
+            raise GramError(f"{folder / layout.META_LOG}, line {number}: expected JSON, found {error}") from None
     if not log or not all(isinstance(row, dict) and "alignment" in row and "step" in row for row in log):
         return None
-    checkpoint = folder / CHECKPOINT
+    checkpoint = folder / layout.META
     sha256 = sha256_file(checkpoint) if checkpoint.is_file() else ""
     return MetaTraining(str(checkpoint), sha256, facts, tuple(log))
 

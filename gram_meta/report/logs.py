@@ -10,17 +10,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gram_meta.runs.coop_log import FILE as LOG_TEXT
 from gram_meta.runs.coop_log import Log, is_rounded, read_log
-
-RESULTS = "results.json"
+from gram_meta.runs.layout import LOG, RESULTS
 
 
 def find_logs(folder: Path) -> tuple[dict[Path, dict[str, Any]], list[Path]]:
     """Results by path of every log.txt in or below a folder without a results.json beside it, and logs without a result."""
     told: dict[Path, dict[str, Any]] = {}
     silent = []
-    for path in sorted({it.with_name(LOG_TEXT) for it in folder.rglob(f"{LOG_TEXT}*") if _is_log(it)}):
+    for path in sorted({it.with_name(LOG) for it in folder.rglob(f"{LOG}*") if _is_log(it)}):
         if (path.parent / RESULTS).is_file():
             continue
         logs = _logs_in(path.parent)
@@ -38,18 +36,18 @@ def result_of_log(path: Path) -> dict[str, Any] | None:
 
 def _is_log(path: Path) -> bool:
     """log.txt, or log.txt-<date>: Dassl leaves the older log of a folder as it is."""
-    return path.is_file() and (path.name == LOG_TEXT or path.name.startswith(f"{LOG_TEXT}-"))
+    return path.is_file() and (path.name == LOG or path.name.startswith(f"{LOG}-"))
 
 
 def _logs_in(folder: Path) -> list[Log]:
     """The logs of one folder, oldest first, as their names say."""
-    paths = sorted(it for it in folder.glob(f"{LOG_TEXT}*") if _is_log(it))
+    paths = sorted(it for it in folder.glob(f"{LOG}*") if _is_log(it))
     return [log for path in paths if (log := read_log(path)) and _named(log)]
 
 
 def _named(log: Log) -> bool:
     """Whether the config says at least what was run on what."""
-    return bool(_get(log, "TRAINER.NAME") and _get(log, "DATASET.NAME"))
+    return bool(log.options.get("TRAINER.NAME") and log.options.get("DATASET.NAME"))
 
 
 def _result(logs: list[Log]) -> dict[str, Any] | None:
@@ -58,16 +56,16 @@ def _result(logs: list[Log]) -> dict[str, Any] | None:
     if not ended:
         return None
     log = ended[-1]
-    final = log.final
+    final, options = log.final, log.options
     assert final is not None  # by the choice above
     return {
         "format": 1,
-        "trainer": str(_get(log, "TRAINER.NAME")),
-        "dataset": str(_get(log, "DATASET.NAME")),
-        "subsample": str(_get(log, "DATASET.SUBSAMPLE_CLASSES") or "all"),
-        "shots": int(_get(log, "DATASET.NUM_SHOTS") or -1),
-        "seed": int(_get(log, "SEED") or 0),
-        "backbone": str(_get(log, "MODEL.BACKBONE.NAME") or ""),
+        "trainer": str(options["TRAINER.NAME"]),
+        "dataset": str(options["DATASET.NAME"]),
+        "subsample": str(options.get("DATASET.SUBSAMPLE_CLASSES") or "all"),
+        "shots": int(options.get("DATASET.NUM_SHOTS") or -1),
+        "seed": int(options.get("SEED") or 0),
+        "backbone": str(options.get("MODEL.BACKBONE.NAME") or ""),
         "split": final.split,
         "eval_only": log.eval_only,
         "model_dir": str(log.arguments.get("model_dir") or "") if log.eval_only else "",
@@ -79,10 +77,3 @@ def _result(logs: list[Log]) -> dict[str, Any] | None:
         "config": log.config,
         "log": {"file": log.path.name, "rounded": is_rounded(final.metrics)},
     }
-
-
-def _get(log: Log, key: str) -> Any:
-    node: Any = log.config
-    for part in key.split("."):
-        node = node.get(part) if isinstance(node, dict) else None
-    return node

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from gram_meta.config import flatten
 from gram_meta.errors import GramError
 from gram_meta.report.evidence import Evidence, dataset_of, gather
 
@@ -165,17 +166,6 @@ def _run(path: Path, evidence: Evidence, metric: str, by: Sequence[str]) -> Run:
 def is_untrained(result: Mapping[str, Any]) -> bool:
     """No step was taken: zero-shot, or a start prompt tested as it is."""
     return bool(result.get("eval_only")) and not result.get("model_dir")
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"OPTIM": {"LR": 0.002}} -> {"OPTIM.LR": 0.002}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FILE = "log.txt"
+from gram_meta.config import flatten
 
 # Dassl prints the first; parsers of some checkouts wait for the second, which older trainers print
 _END = ("Finish training", "Finished training")
@@ -51,6 +51,11 @@ class Log:
     results: list[Result] = field(default_factory=list)
     trained: bool = False
     epoch: int = 0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The config's options by their full keys."""
+        return flatten(self.config)
 
     @property
     def eval_only(self) -> bool:

@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from gram_meta.config import as_dict
+from gram_meta.config import as_dict, flatten
 from gram_meta.errors import GramError
 from gram_meta.files import read_json, sha256_file, write_json
-
-RUN_FILE = "run.json"  # which run an output folder belongs to
-RESULTS_FILE = "results.json"
-LOG_FILE = "log.txt"
+from gram_meta.runs import layout
 
 # Options that do not make another run of it
 INCIDENTAL = {
@@ -72,7 +69,7 @@ def check_options(cfg: Any) -> None:
         GramError: the folder belongs to a run with other options. The log that was opened for this one is gone.
     """
     path = Path(cfg.OUTPUT_DIR)
-    if not _logs_in(path) or not (path / RUN_FILE).is_file():
+    if not _logs_in(path) or not (path / layout.RUN).is_file():
         return
     stored = {key: value for key, value in _stored(path).get("run", {}).items() if key[:2] != "--"}
     try:
@@ -128,7 +125,7 @@ def nothing_left(cfg: Any) -> Iterator[None]:
 
 def stored_accuracy(cfg: Any) -> float:
     """The accuracy of the finished run in the output folder."""
-    return float(read_json(Path(cfg.OUTPUT_DIR, RESULTS_FILE))["metrics"]["accuracy"])
+    return float(read_json(Path(cfg.OUTPUT_DIR, layout.RESULTS))["metrics"]["accuracy"])
 
 
 # ---------------------------------------------------------------------------------------------------------- the folder
@@ -145,8 +142,8 @@ class OutputFolder:
 
     def __init__(self, cfg: Any, task: Task, look: bool = True) -> None:
         self.path = Path(cfg.OUTPUT_DIR)
-        self.results_path = self.path / RESULTS_FILE
-        self.run_path = self.path / RUN_FILE
+        self.results_path = self.path / layout.RESULTS
+        self.run_path = self.path / layout.RUN
         self.identity = _identity(cfg, task)
         self.finished = self.goes_on = self.adds = False
         if task.no_train or not look:
@@ -159,18 +156,18 @@ class OutputFolder:
             self.goes_on = self.adds = not self.finished
         else:
             self._refuse_strangers()
-            self.adds = (self.path / LOG_FILE).is_file()  # of a start that failed
+            self.adds = (self.path / layout.LOG).is_file()  # of a start that failed
 
     def _refuse_strangers(self) -> None:
         """A run without run.json: of CoOp itself, or of another program."""
-        found = next(iter(sorted(self.path.glob("*/model*.pth.tar*"))), None)
-        log = self.path / LOG_FILE
+        found = next(iter(layout.checkpoints_below(self.path)), None)
+        log = self.path / layout.LOG
         if found is None and log.is_file() and not _is_ours(log) and not _failed_to_start(log):
             found = log
         if found is not None:
             raise GramError(
                 f"{self.path}: expected an empty folder or this same run, found the {found.relative_to(self.path)} of "
-                f"a run without {RUN_FILE}; choose another --output-dir"
+                f"a run without {layout.RUN}; choose another --output-dir"
             )
 
     def already(self) -> str:
@@ -197,7 +194,7 @@ class OutputFolder:
     @contextmanager
     def log(self) -> Iterator[Tee]:
         """What is printed goes to log.txt too; a run that goes on adds to its log."""
-        tee = Tee(sys.stdout, self.path / LOG_FILE, "a" if self.adds else "w")
+        tee = Tee(sys.stdout, self.path / layout.LOG, "a" if self.adds else "w")
         try:
             with redirect_stdout(tee):  # type: ignore[type-var]
                 yield tee
@@ -215,9 +212,9 @@ def one_sentence(path: Path) -> Iterator[None]:
 
 
 def _stored(folder: Path) -> dict[str, Any]:
-    stored = read_json(folder / RUN_FILE)
+    stored = read_json(folder / layout.RUN)
     if not isinstance(stored, dict) or not isinstance(stored.get("run"), dict):
-        raise GramError(f"{folder / RUN_FILE}: expected the facts of a run, found something else")
+        raise GramError(f"{folder / layout.RUN}: expected the facts of a run, found something else")
     return stored
 
 
@@ -244,14 +241,14 @@ def _identity(cfg: Any, task: Task) -> dict[str, Any]:
     identity = _options(cfg)
     identity |= {"--eval-only": task.eval_only, "--model-dir": task.model_dir, "--load-epoch": task.load_epoch}
     if task.model_dir:  # what was trained anew there has to be evaluated anew
-        files = sorted(Path(task.model_dir).glob("*/model*.pth.tar*"))
+        files = layout.checkpoints_below(Path(task.model_dir))
         hashes = (f"{file.name} {sha256_file(file)}" for file in files)
         identity["--model-dir"] = [os.path.abspath(task.model_dir), *hashes]
     return identity
 
 
 def _options(cfg: Any) -> dict[str, Any]:
-    options = {key: value for key, value in flat(as_dict(cfg)) if key not in INCIDENTAL}
+    options = {key: value for key, value in flatten(as_dict(cfg)).items() if key not in INCIDENTAL}
     for key in ("TRAINER.GRAM.CHECKPOINT", "MODEL.INIT_WEIGHTS"):
         path = options.get(key)
         if path and os.path.isfile(path):
@@ -275,16 +272,7 @@ def _defaults() -> dict[str, Any]:
 
     cfg = engine.get_cfg_default()
     extend_cfg(cfg)
-    return dict(flat(as_dict(cfg)))
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Options by their full keys ("TEST.SPLIT"); tuples as lists, as JSON has them."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+    return flatten(as_dict(cfg))
 
 
 # ---------------------------------------------------------------------------------------------------------------- logs
@@ -365,10 +353,10 @@ def _drop_logs(folder: Path) -> None:
 
 def _one_log(folder: Path) -> None:
     """A log that Dassl's logger has begun beside log.txt, named by the date, becomes the end of log.txt."""
-    log = folder / LOG_FILE
+    log = folder / layout.LOG
     for stream in _logs_in(folder):
         path = _path_of(stream)
-        if path is None or path == log or not path.name.startswith(f"{LOG_FILE}-"):
+        if path is None or path == log or not path.name.startswith(f"{layout.LOG}-"):
             continue
         stream.file.close()
         stream.file = open(log, "a", encoding="utf-8", buffering=1)  # noqa: SIM115, the logger's to close

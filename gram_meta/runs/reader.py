@@ -1,49 +1,45 @@
 """What a finished run, a checkpoint file or a meta-checkpoint holds for use: prompts, classes, options, backbone.
 
-Facts are taken where a run has left them: the checkpoint itself, results.json, run.json, and, of an official CoOp run,
-its log.txt. Nothing here needs a dataset.
+Facts come from the checkpoint itself, from results.json, from run.json and, for a run of an official CoOp checkout, from
+its log.txt. No dataset is needed.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike, read_json
-from gram_meta.runs.coop_log import FILE as LOG
-from gram_meta.runs.coop_log import read_log
-from gram_meta.runs.folder import flat
+from gram_meta.runs import layout
+from gram_meta.runs.layout import LEARNER
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-LEARNER = "prompt_learner"  # the folder of a run's checkpoints, CoOp's name for it and ours
-META = "best.safetensors"  # what a meta-training leaves
-CLASS_TENSORS = ("token_prefix", "token_suffix")  # of the class names of training; CoOp saves them too
+CLASS_TENSORS = ("token_prefix", "token_suffix")  # the class names of training; CoOp saves them too
 
 
 @dataclass
 class Saved:
-    """A classifier, as far as files say what it is.
+    """A classifier, as far as its files describe it.
 
     Attributes:
-        path: of the checkpoint; of the run's folder where nothing was learned.
-        trainer: name of the trainer, such as "CoOpGRAM".
-        config: options of the run by their full keys ("TRAINER.COOP.PREC"); empty where nothing says them.
+        path: the checkpoint; the folder of the run where nothing was learned.
+        trainer: name of the trainer, such as "CoOpGRAM"; "" where no file names it.
+        config: options of the run by their full keys ("TRAINER.COOP.PREC"); empty where no file has them.
         state_dict: learned tensors by the checkpoint's names; empty for ZeroshotCLIP.
         epoch: of the checkpoint; 0 where there is none.
-        classnames: of training, in the order of the labels; None where no file says them.
-        backbone, fingerprint: of the CLIP that the prompts belong to; "" where no file says it.
-        template: the class sentence that visual prompts were learned with; None: as the options say.
+        classnames: of training, in the order of the labels; None where no file lists them.
+        backbone, fingerprint: of the CLIP that the prompts belong to; "" where no file names it.
+        template: the class prompt that visual prompts were learned with; None: as the options say.
     """
 
     path: Path
-    trainer: str
+    trainer: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     state_dict: dict[str, Tensor] = field(default_factory=dict)
     epoch: int = 0
@@ -54,129 +50,116 @@ class Saved:
 
 
 def read_saved(path: PathLike, epoch: int | None = None) -> Saved:
-    """Read what lies at `path`.
+    """Read a classifier from its files.
 
     Args:
-        path: the output folder of a run (this project's or an official CoOp's), of an evaluation of one, or of a
-            meta-training; or a checkpoint (`model.pth.tar-50`, `best.safetensors`).
-        epoch: which checkpoint of a run; None: the last, or the best by validation where the run ended with that.
+        path: the output folder of a run (of this project, of CoOp or of one of its descendants), of an evaluation of
+            one, or of a meta-training; or a checkpoint file (`model.pth.tar-50`, `best.safetensors`).
+        epoch: which checkpoint of a run; None: see `layout.choose_checkpoint`.
 
     Raises:
-        GramError: nothing usable there; the sentence says what is.
+        GramError: nothing usable at `path`; the message lists what is there.
     """
     path = Path(os.path.expanduser(os.fspath(path)))
     if path.suffix == ".safetensors":
-        return _of_meta_checkpoint(path)
+        return _read_meta_checkpoint(path)
     if path.is_file():
-        return _of_checkpoint(path, path.parent.parent if path.parent.name == LEARNER else None)
+        return _read_checkpoint(path, path.parent.parent if path.name.startswith("model") else None)
     if path.name == LEARNER and not (path / LEARNER).exists():
         path = path.parent
-    if not (path / LEARNER).is_dir():
-        results, options = _results(path), options_of(path)
-        if results.get("model_dir"):
-            return _of_evaluation(path, results, epoch)
+    learner = layout.learner_in(path)
+    if not learner:
+        tested, tested_epoch = layout.tested_run(path)
+        if tested and Path(tested).resolve() != path.resolve():
+            return _read_evaluation(path, Path(tested), epoch if epoch is not None else tested_epoch)
+        options = layout.options_of(path)
         if options.get("TRAINER.NAME") == "ZeroshotCLIP":
-            return _with_results(Saved(path, "ZeroshotCLIP", options), results)
-        if (path / META).is_file():
-            return _of_meta_checkpoint(path / META)
-    import gram_meta.plugin  # noqa: F401, brings the trainers in
-    from gram_meta.runs.saved import choose
-
-    checkpoint, _ = choose(path, epoch)  # says what is there where it finds none
-    return _of_checkpoint(checkpoint, path)
+            return _add_results(Saved(path, "ZeroshotCLIP", options), path)
+        if (path / layout.META).is_file():
+            return _read_meta_checkpoint(path / layout.META)
+    checkpoint, _ = layout.choose_checkpoint(path, epoch, learner or LEARNER)
+    return _read_checkpoint(checkpoint, path)
 
 
-# ---------------------------------------------------------------------------------------------- the kinds of places
+def infer_trainer(saved: Saved) -> str:
+    """Return the trainer that learns tensors of these names, for a checkpoint that does not name its trainer.
 
-
-def _of_checkpoint(path: Path, folder: Path | None) -> Saved:
-    from gram_meta.engine.checkpoints import read_checkpoint
-
-    state = read_checkpoint(path)
-    tensors = state.get("state_dict", state)
-    learned = {
-        name.removeprefix("module."): value
-        for name, value in tensors.items()
-        if name.removeprefix("module.") not in CLASS_TENSORS
-    }
-    options = (options_of(folder) if folder else {}) | state.get("reads", {})
-    saved = Saved(path, state.get("trainer") or options.get("TRAINER.NAME", ""), options, learned)
-    saved.trainer = saved.trainer or _trainer_of(path, learned)
-    saved.epoch = int(state.get("epoch") or 0)
-    saved.classnames = list(state["classnames"]) if state.get("classnames") else None
-    saved = _with_results(saved, _results(folder) if folder else {})
-    backbone = state.get("backbone") or {}
-    saved.backbone = backbone.get("name") or saved.backbone
-    saved.fingerprint = backbone.get("fingerprint") or saved.fingerprint
-    return saved
-
-
-def _of_evaluation(folder: Path, results: Mapping[str, Any], epoch: int | None) -> Saved:
-    """The prompts that were evaluated there, with the classes that they were evaluated on."""
-    source = Path(results["model_dir"])
-    if not source.is_dir():
-        raise GramError(
-            f"--model-dir {folder}: holds an evaluation of the prompts in {source}, which is no folder seen from here; "
-            "give the folder of the training run, and --classes"
-        )
-    saved = read_saved(source, epoch if epoch is not None else results.get("epoch") or None)
-    saved.classnames = results.get("classnames")
-    return saved
-
-
-def _of_meta_checkpoint(path: Path) -> Saved:
-    from gram_meta.method.checkpoint import load_meta_checkpoint
-
-    meta = load_meta_checkpoint(path)
-    names = {"text": "ctx", "visual": "visual_ctx"}
-    state = {names[kind]: value for kind, value in meta.prompts.items()} | dict(meta.extras)
-    saved = Saved(path, _trainer_of(path, state), {}, state)
-    saved.backbone, saved.fingerprint = meta.backbone_name, meta.backbone_fingerprint
-    saved.template = meta.config.get("PROMPT", {}).get("TEMPLATE")
-    return saved
-
-
-def _with_results(saved: Saved, results: Mapping[str, Any]) -> Saved:
-    saved.backbone = saved.config.get("MODEL.BACKBONE.NAME", "")
-    saved.fingerprint = results.get("backbone_fingerprint", "")
-    if saved.classnames is None and results.get("classnames"):
-        saved.classnames = list(results["classnames"])
-    return saved
-
-
-def _trainer_of(path: Path, learned: Mapping[str, Any]) -> str:
-    """Whose tensors these are, where nothing says it: every trainer's have names of their own."""
+    Raises:
+        GramError: tensors that no trainer of this project learns.
+    """
     kinds = {
         ("ctx",): "CoOp",
         ("ctx", "meta_net"): "CoCoOp",
         ("visual_ctx",): "VPT",
         ("ctx", "visual_ctx"): "JointPrompt",
     }
-    found = tuple(sorted({name.partition(".")[0] for name in learned}))
+    found = tuple(sorted({name.partition(".")[0] for name in saved.state_dict}))
     if found not in kinds:
         expected = "; ".join(" and ".join(names) for names in kinds)
-        raise GramError(f"{path}: expected learned prompts ({expected}), found {', '.join(found) or 'nothing'}")
+        raise GramError(f"{saved.path}: expected learned prompts ({expected}), found {', '.join(found) or 'nothing'}")
     return kinds[found]
 
 
-# ------------------------------------------------------------------------------------------------- a run's options
+# ---------------------------------------------------------------------------------------------- the kinds of sources
 
 
-def _results(folder: Path) -> dict[str, Any]:
-    path = folder / "results.json"
-    found = read_json(path) if path.is_file() else {}
-    return found if isinstance(found, dict) else {}
+def _read_checkpoint(path: Path, run: Path | None) -> Saved:
+    """Read a checkpoint, and what the folder of its run adds (None: a file that lies in no run's folder)."""
+    from torch import Tensor
+
+    from gram_meta.engine.checkpoints import read_checkpoint
+
+    state = read_checkpoint(path)
+    tensors = {str(name).removeprefix("module."): value for name, value in state.get("state_dict", state).items()}
+    learned = {
+        name: value for name, value in tensors.items() if isinstance(value, Tensor) and name not in CLASS_TENSORS
+    }
+    options = (layout.options_of(run) if run else {}) | state.get("reads", {})
+    saved = Saved(path, state.get("trainer") or "", options, learned)
+    epoch, backbone = state.get("epoch"), state.get("backbone") or {}
+    saved.epoch = epoch if isinstance(epoch, int) else 0
+    saved.classnames = list(state["classnames"]) if state.get("classnames") else None
+    saved = _add_results(saved, run)
+    saved.backbone = backbone.get("name") or saved.backbone
+    saved.fingerprint = backbone.get("fingerprint") or saved.fingerprint
+    return saved
 
 
-def options_of(folder: Path) -> dict[str, Any]:
-    """Every option of a run by its full key: from results.json, run.json or, last, from the log."""
-    results = _results(folder)
-    if results.get("config"):
-        return dict(flat(results["config"]))
-    if (folder / "run.json").is_file():
-        return dict(read_json(folder / "run.json").get("run", {}))
-    log = read_log(folder / LOG) if (folder / LOG).is_file() else None
-    return dict(flat(log.config)) if log else {}
+def _read_evaluation(folder: Path, source: Path, epoch: int | None) -> Saved:
+    """Read the prompts that were evaluated, with the classes that they were evaluated on."""
+    if not source.is_dir():
+        raise GramError(
+            f"{folder}: holds an evaluation of the prompts in {source}, found no such folder from here; expected the "
+            "folder of the training run, and --classes"
+        )
+    saved = read_saved(source, epoch)
+    saved.classnames = layout.read_results(folder).get("classnames")
+    return saved
+
+
+def _read_meta_checkpoint(path: Path) -> Saved:
+    from gram_meta.method.checkpoint import load_meta_checkpoint
+
+    meta = load_meta_checkpoint(path)
+    names = {"text": "ctx", "visual": "visual_ctx"}
+    return Saved(
+        path,
+        state_dict={names[kind]: value for kind, value in meta.prompts.items()} | dict(meta.extras),
+        backbone=meta.backbone_name,
+        fingerprint=meta.backbone_fingerprint,
+        template=meta.config.get("PROMPT", {}).get("TEMPLATE"),
+    )
+
+
+def _add_results(saved: Saved, run: Path | None) -> Saved:
+    """Fill in from results.json, and from the options, what the checkpoint itself does not hold."""
+    results = layout.read_results(run) if run else {}
+    saved.trainer = saved.trainer or saved.config.get("TRAINER.NAME") or results.get("trainer") or ""
+    saved.backbone = saved.config.get("MODEL.BACKBONE.NAME") or results.get("backbone") or ""
+    saved.fingerprint = results.get("backbone_fingerprint", "")
+    if saved.classnames is None and results.get("classnames"):
+        saved.classnames = list(results["classnames"])
+    return saved
 
 
 # ------------------------------------------------------------------------------------------------------ class names

@@ -12,9 +12,9 @@ import gram_meta
 from gram_meta import engine
 from gram_meta.config import as_dict
 from gram_meta.files import write_json
+from gram_meta.runs import layout
 
 FORMAT = 1
-FILE = "results.json"
 
 
 def write_results(trainer: Any) -> Path:
@@ -51,7 +51,7 @@ def write_results(trainer: Any) -> Path:
         "versions": versions(),
         "seconds": trainer.seconds,
     }
-    path = Path(cfg.OUTPUT_DIR, FILE)
+    path = Path(cfg.OUTPUT_DIR, layout.RESULTS)
     write_json(path, results)
     print(f"Results: {os.fspath(path)}")
     return path

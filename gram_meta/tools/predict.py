@@ -35,7 +35,7 @@ from gram_meta.corpus.loading import iterate_loader
 from gram_meta.corpus.sources.rows import IMAGE_SUFFIXES
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike
-from gram_meta.runs.reader import Saved, read_classes, read_saved
+from gram_meta.runs.reader import Saved, infer_trainer, read_classes, read_saved
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -138,6 +138,7 @@ class Predictor:
             if value is not None and value < least:
                 raise GramError(f"{name}: expected at least {least}, found {value}")
         saved = read_saved(run, epoch)
+        saved.trainer = saved.trainer or infer_trainer(saved)
         trainer = _trainer(saved)
         names = _classes(saved, classes, os.fspath(run))
         device = _device(device)
@@ -339,23 +340,16 @@ def _precision(name: str, asked: bool, device: str) -> str:
 
 
 def _trainer(saved: Saved) -> Any:
-    """This project's trainer of that name, whatever else is registered under it."""
-    import gram_meta.plugin  # noqa: F401, imports them
+    """Return the trainer class of that name: this project's, else one that was registered and can be built for use."""
+    import gram_meta.plugin  # noqa: F401, registers this project's trainers
+    from gram_meta.engine import TRAINER_REGISTRY
+    from gram_meta.engine.registries import own_trainers
 
-    own = [module for name, module in list(sys.modules.items()) if name.startswith("gram_meta.trainers.")]
-    for module in own:
-        trainer = getattr(module, saved.trainer, None)
-        if trainer is not None and hasattr(trainer, "for_use"):
-            return trainer
-    base = sys.modules["gram_meta.trainers.base"].ClipTrainer
-    known = {cls.__name__ for cls in _subclasses(base)} - {"PromptTrainer"}
-    raise GramError(f"{saved.path}: expected prompts of {', '.join(sorted(known))}, found those of {saved.trainer}")
-
-
-def _subclasses(cls: Any) -> Iterator[type]:
-    for subclass in cls.__subclasses__():
-        yield subclass
-        yield from _subclasses(subclass)
+    trainers = {name: TRAINER_REGISTRY.get(name) for name in TRAINER_REGISTRY.registered_names()} | own_trainers
+    known = {name: trainer for name, trainer in trainers.items() if hasattr(trainer, "for_use")}
+    if saved.trainer not in known:
+        raise GramError(f"{saved.path}: expected prompts of {', '.join(sorted(known))}, found those of {saved.trainer}")
+    return known[saved.trainer]
 
 
 def _classes(saved: Saved, given: Sequence[str] | str | None, run: str) -> list[str]:
