@@ -31,7 +31,7 @@ def only(checks, name):
 
 
 def shadowed(tmp_path, files, *arguments, **environment):
-    """`gram doctor --format json` in a new process whose path begins with these files; (status, checks by name, stderr)."""
+    """Run `gram doctor --format json` with these files first on the path; return (status, checks by name, stderr)."""
     for name, text in files.items():
         (tmp_path / "first" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "first" / name).write_text(text)
@@ -63,7 +63,7 @@ def shadowed(tmp_path, files, *arguments, **environment):
     return done.returncode, checks, done.stderr
 
 
-# ---------------------------------------------------------------------------------------------------- a sound machine
+# ------------------------------------------------------------------------------------------------------ a sound machine
 
 
 def test_here_it_can_run(tmp_path, monkeypatch, capsys):
@@ -81,7 +81,7 @@ def test_every_check_has_its_place():
     assert {check.__name__ for _, check in doctor.CHECKS} == named
 
 
-# -------------------------------------------------------------------------- whatever is broken ends in a line (processes)
+# ------------------------------------------------------------------------ whatever is broken ends in a line (processes)
 
 
 def test_without_torch_it_still_starts(tmp_path):
@@ -313,7 +313,7 @@ def test_packaged_weights_that_are_damaged(monkeypatch, tmp_path):
     assert only(run(doctor.check_weights), "gram-small").state == NOTE
 
 
-# ---------------------------------------------------------------------------------------- data, meta-checkpoints, folders
+# -------------------------------------------------------------------------------------- data, meta-checkpoints, folders
 
 
 def test_datasets_under_a_root(tiny_data, tmp_path):

@@ -54,7 +54,7 @@ class Page(HTMLParser):
 
 
 def make_corpus(folder):
-    """A store of 6 topics x 2 domains x 20 images with a caption each, 12 pairs of noise and 12 filtered; its hierarchy."""
+    """A store of 6 topics x 2 domains x 20 images with captions, 12 pairs of noise and 12 filtered; its hierarchy."""
     random = np.random.default_rng(0)
     (folder / "images").mkdir(parents=True)
     words = ["cat", "dog", "boat", "cat", "lamp", NASTY]
@@ -158,7 +158,7 @@ def test_it_asks_for_nothing_from_outside_and_runs_its_own_script_alone(page):
 
 
 def test_a_word_that_is_a_script_is_inert(page, corpus):
-    """Topic 5 bears it: in its heading, in its captions, in the table of all topics and in the text that is searched."""
+    """Topic 5 has it: in its heading, its captions, the table of all topics and the text that is searched."""
     (topic,) = page.all("article", id="topic-5")
     assert topic["data-find"].startswith(NASTY.replace("\x07", "\N{REPLACEMENT CHARACTER}").lower())
     assert page.text.count('<script>alert("caption")</script>') >= 3 and "\x07" not in page.text

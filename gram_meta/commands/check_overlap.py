@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from gram_meta.corpus.store import PairStore
     from gram_meta.tools.overlap import Match, TestImage
 
-HELP = """Find test images of datasets in a corpus: equal files, and near-duplicates (re-encoded, resized, cropped, mirrored).
+HELP = """Find datasets' test images in a corpus: equal files and near-duplicates (re-encoded, resized, cropped, mirrored).
 
-Meta-training on pairs with test images is a leak. Without --datasets, the command checks every known dataset whose folder is
-in DATA. It writes the matches as a TSV whose column image has locations of the store, so that
+Meta-training on pairs with test images is a leak. Without --datasets, the command checks every known dataset whose
+folder is in DATA. It writes the matches as a TSV whose column image has locations of the store, so that
 
     gram check-overlap STORE --root DATA -o overlap.tsv
     gram cluster STORE -o HIERARCHY --exclude overlap.tsv
 
-leaves them out. A folder beside the TSV caches data computed from images: an interrupted run continues from it, and a second
-run with other thresholds takes minutes. The exit status is 1 if a dataset could not be read and, with --fail, if there is a
-match; else 0."""
+leaves them out. A folder beside the TSV caches data computed from images: an interrupted run continues from it, and a
+second run with other thresholds takes minutes. The exit status is 1 if a dataset could not be read and, with --fail, if
+there is a match; else 0."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -210,14 +210,15 @@ def as_text(
     lines = [tabulate(rows, ["dataset", f"{what} images", "equal files", "near-duplicates", "share"], intfmt=",")]
     images = len({match.row for match in matches})
     lines.append(
-        f"{images:,} of the {len(store.locations):,} images of {store.path} equal a {what} image or nearly do: {args.out}\n"
+        f"{images:,} of the {len(store.locations):,} images of {store.path} equal a {what} image or nearly do: "
+        f"{args.out}\n"
         f"{counts['candidates']:,} pairs were compared pixel by pixel"
     )
     if images:
         lines.append(f"gram cluster {args.store} -o HIERARCHY --exclude {args.out} leaves them out")
     if counts["full"]:
         lines.append(
-            f"{counts['full']:,} {what} images have {args.neighbours} or more near-duplicates: there may be more of them "
+            f"{counts['full']:,} {what} images have {args.neighbours} or more near-duplicates: there may be more "
             f"(--neighbours {4 * args.neighbours})"
         )
     for key, where in (("unreadable tests", f"{what} images"), ("unreadable candidates", "images of the corpus")):

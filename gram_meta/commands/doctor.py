@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-HELP = """Report what this environment has and lacks, with a command that fixes each problem. Changes and downloads nothing.
+HELP = """Report what this environment has and lacks, with a command that fixes each problem.
+
+Changes and downloads nothing.
 
   fine     as it should be
   note     something is missing that CoOpGRAM can run without

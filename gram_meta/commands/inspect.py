@@ -10,14 +10,14 @@ from gram_meta.errors import GramError
 if TYPE_CHECKING:
     from gram_meta.clustering.hierarchy import Hierarchy
 
-HELP = """Look at a hierarchy: topics by size with words, scores and domains, and what was dropped and why.
+HELP = """Show a hierarchy: topics by size with words, scores and domains, and which pairs were dropped and why.
 
 With --truth, a .tsv, .csv or .parquet file with the column image (perhaps caption) and any of concept, group,
-subgroup, style, hand and caption_is_wrong, it also says how well topics, domains and the filter agree with
+subgroup, style, hand and caption_is_wrong, it also shows how well topics, domains and the filter agree with
 them.
 
-With --html, one page for a browser instead: topics with images of every visual domain, a sampled task, what was dropped. It
-needs nothing but itself, and stays below 10 MB: with many topics fewer of them, or fewer images, are shown."""
+With --html, it writes one page for a browser instead: topics with images of every visual domain, a sampled task,
+dropped pairs. The page is one file below 10 MB: of many topics it shows only some, or fewer images."""
 
 PAGE_TOPICS, TABLE_TOPICS = 50, 20
 
@@ -31,16 +31,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"show the N largest (default: {TABLE_TOPICS}, with --html {PAGE_TOPICS}; 0: all)",
     )
     parser.add_argument("--truth", metavar="FILE", help="table of known facts to compare with")
-    parser.add_argument("--store", metavar="STORE", help="where the store lies now (default: where it was)")
+    parser.add_argument("--store", metavar="STORE", help="folder of the store now (default: where it was)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     page = parser.add_argument_group("the page")
     page.add_argument("--html", metavar="PAGE.html", help="write a page with images")
     page.add_argument(
-        "--image-root", metavar="FOLDER", help="where the images are now (default: where gram embed read them)"
+        "--image-root", metavar="FOLDER", help="folder of the images now (default: where gram embed read them)"
     )
-    page.add_argument("--images", type=int, default=8, metavar="N", help="of each visual domain (default: %(default)s)")
     page.add_argument(
-        "--seed", type=int, default=1, metavar="S", help="of the images, captions and the task (default: %(default)s)"
+        "--images", type=int, default=8, metavar="N", help="images of each visual domain (default: %(default)s)"
+    )
+    page.add_argument(
+        "--seed",
+        type=int,
+        default=1,
+        metavar="S",
+        help="seed of the images, captions and the task (default: %(default)s)",
     )
 
 
@@ -66,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _page(args: argparse.Namespace, hierarchy: Hierarchy, report: dict[str, Any] | None) -> str:
-    """Write the page; a line on what it came out as."""
+    """Write the page; return a line with its size and contents."""
     from gram_meta.report.html.hierarchy import write_hierarchy_page
 
     summary = write_hierarchy_page(
@@ -87,7 +93,7 @@ def _or(value: int | None, default: int) -> int:
 
 
 def as_json(hierarchy: Hierarchy, topics: int, report: dict[str, Any] | None) -> str:
-    """Everything `as_text` shows, for machines."""
+    """Return the contents of `as_text` as JSON."""
     import json
     from dataclasses import asdict
 
@@ -97,7 +103,7 @@ def as_json(hierarchy: Hierarchy, topics: int, report: dict[str, Any] | None) ->
 
 
 def as_text(hierarchy: Hierarchy, topics: int, report: dict[str, Any] | None) -> str:
-    """Tables for a terminal: topics, counts, and agreement with a truth."""
+    """Return tables for a terminal: topics, counts, and agreement with a truth."""
     from tabulate import tabulate
 
     shown = hierarchy.topics[: topics or None]

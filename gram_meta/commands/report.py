@@ -12,13 +12,13 @@ from gram_meta.errors import GramError
 if TYPE_CHECKING:
     from gram_meta.report import Evidence, Report, Run
 
-HELP = """The paper's tables from output folders: mean over seeds with 95 % intervals, differences to a reference trainer
-paired by seed, and the paper's numbers where dataset, backbone and shots are the paper's.
+HELP = """Print the paper's tables from output folders: mean over seeds with 95 % intervals, differences to a reference
+trainer paired by seed, and the paper's numbers where dataset, backbone and shots are the paper's.
 
 Collects every results.json in and below the folders, and the log.txt of runs of a CoOp, MaPLe, PromptSRC or ProMetaR
-checkout, which have no results.json: these are rows of their own, "from a log". A missing run is shown as missing. Two runs
-of the same thing, and runs whose settings contradict each other, are an error. Without --table: every table that there are
-runs of.
+checkout, which have no results.json: these are rows of their own, "from a log". A missing run is shown as missing. Two
+runs of the same thing, and runs whose settings contradict each other, are an error. Without --table: every table that
+there are runs of.
 
   gram report output
   gram report output --table 1 --format latex

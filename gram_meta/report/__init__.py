@@ -1,7 +1,7 @@
 """Tables and figures from output folders.
 
-Every test of a trainer writes an unrounded `results.json` into its output folder. This package collects them, rejects runs
-that cannot share a table, and lists the runs that are missing.
+Every test of a trainer writes an unrounded `results.json` into its output folder. This package collects them, rejects
+runs that cannot share a table, and lists the runs that are missing.
 
     evidence  reading: results, logs of meta-training, collections of both in one file
     logs      reading: log.txt of a CoOp-style checkout

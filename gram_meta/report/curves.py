@@ -13,7 +13,7 @@ from gram_meta.report.tables import ordered
 
 
 def build_curve(runs: Sequence[Run]) -> tuple[list[str], list[list[Any]]]:
-    """Return headers and rows of base, new and H by number of steps, averaged over the datasets and seeds of each label.
+    """Return headers and rows of base, new and H by step, averaged over the datasets and seeds of each label.
 
     Raises:
         GramError: no run has a curve.

@@ -88,7 +88,7 @@ def need_matplotlib() -> None:
 
 
 def _over_datasets(found: dict[tuple[str, int], float], datasets: Sequence[str]) -> dict[int, float]:
-    """Average (dataset, seed) -> percent over the datasets; return seed -> mean for the seeds that have all datasets."""
+    """Average (dataset, seed) -> percent over the datasets; return seed -> mean, for seeds with all datasets."""
     seeds = sorted({seed for _, seed in found})
     whole = [seed for seed in seeds if all((name, seed) in found for name in datasets)]
     return {seed: mean(found[name, seed] for name in datasets) for seed in whole}

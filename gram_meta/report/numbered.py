@@ -130,7 +130,7 @@ def _table_1(runs: Sequence[Run], reference: str, explicit: bool) -> list[Report
 
 
 def _worth_showing(mine: Sequence[Run], runs: Sequence[Run]) -> bool:
-    """Return whether Table 1 has a trained run; zero-shot alone makes a table only if no base-to-new run was trained."""
+    """Return whether Table 1 has a trained run; zero-shot alone is shown only if no base-to-new run was trained."""
     if any(not run.untrained for run in mine):
         return True
     return bool(mine) and not any(run.subsample in ("base", "new") and not run.untrained for run in runs)
@@ -287,7 +287,7 @@ def _other_shots(runs: Sequence[Run], reference: str) -> list[Report]:
 
 
 def _all_classes(runs: Sequence[Run], reference: str) -> list[Report]:
-    """Return transfers with other numbers of shots, then runs that are trained and tested on all classes of one dataset."""
+    """Return transfers with other numbers of shots, then runs trained and tested on all classes of one dataset."""
     whole = [run for run in runs if run.subsample == "all"]
     transfers = sorted({(run.source, run.shots) for run in whole if not run.untrained and run.transferred})
     tables = [

@@ -1,7 +1,7 @@
 """The paper's numbers (Tables 1 to 7), and where they may be shown beside measured ones.
 
-`paper.json` was transcribed from the paper. Trainers and datasets have the names they are registered under; its key "names"
-gives the paper's. Accuracies are percent, as printed.
+`paper.json` was transcribed from the paper. Trainers and datasets have the names they are registered under; its key
+"names" gives the paper's. Accuracies are percent, as printed.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def ablation(row: int) -> dict[str, float]:
 
 
 def tokens(total: int) -> dict[str, float]:
-    """Return base, new and H of UNIGRAM with `total` prompt tokens in Table 7; {} for a number that it does not have."""
+    """Return base, new and H of UNIGRAM with `total` prompt tokens in Table 7; {} for other totals."""
     for row in table(7)["rows"]:
         if row["tokens"] == total:
             return dict(zip(COLUMNS, row["values"], strict=True))

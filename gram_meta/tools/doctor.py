@@ -1,7 +1,7 @@
 """Report what this environment has and lacks, with a command that fixes each problem.
 
-This module imports only Python itself and, where a check needs more, imports it inside that check: a broken package becomes
-a line of the report. Each check is a function that yields `Check`s; an exception that it raises becomes a problem.
+This module imports only Python itself; a check imports what it needs, so a broken package becomes a line of the report.
+Each check is a function that yields `Check`s; an exception that it raises becomes a problem.
 """
 
 from __future__ import annotations
@@ -569,8 +569,9 @@ def check_training(environment: Environment) -> Iterator[Check]:
 
 
 TINY_RUN = """--seed 1 --trainer CoOpGRAM --dataset-config-file image_folder
---config-file gram_small_c4_ep10_batch32_ctxv1 DATASET.FOLDER squares DATASET.NUM_SHOTS 2 MODEL.BACKBONE.NAME random-tiny
-INPUT.SIZE (32,32) OPTIM.MAX_EPOCH 1 DATALOADER.NUM_WORKERS 0 TRAINER.COOP.PREC fp32 TRAINER.GRAM.CHECKPOINT"""
+--config-file gram_small_c4_ep10_batch32_ctxv1 DATASET.FOLDER squares DATASET.NUM_SHOTS 2
+MODEL.BACKBONE.NAME random-tiny INPUT.SIZE (32,32) OPTIM.MAX_EPOCH 1 DATALOADER.NUM_WORKERS 0
+TRAINER.COOP.PREC fp32 TRAINER.GRAM.CHECKPOINT"""
 
 
 def train_tiny(folder: Path) -> tuple[int, float]:

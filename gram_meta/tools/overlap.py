@@ -1,11 +1,12 @@
 """Near-duplicates between a corpus and the test images of datasets: test images in a meta-corpus are a leak.
 
-Equal files are found by the digests in the store. Other near-duplicates are found in two steps. The candidates of a test
-image are the corpus images with the largest cosine of CLIP's features (or, without CLIP, of 8 x 8 pixel thumbnails). Each
-candidate is then read, and its small copy is compared with the test image's, over crops and mirror images of both.
+Equal files are found by the digests in the store. Other near-duplicates are found in two steps. The candidates of a
+test image are the corpus images with the largest cosine of CLIP's features (or, without CLIP, of 8 x 8 pixel
+thumbnails). Each candidate is then read, and its small copy is compared with the test image's, over crops and mirror
+images of both.
 
-The cost is T x N x D multiplications for T test images and N images of D features, in blocks of bounded memory, and at most
-T x k images read at random. docs/results/corpus.md has the arithmetic, and what was measured.
+The cost is T x N x D multiplications for T test images and N images of D features, in blocks of bounded memory, and at
+most T x k images read at random. docs/results/corpus.md has the arithmetic, and what was measured.
 """
 
 from __future__ import annotations
@@ -79,11 +80,12 @@ class SearchSettings:
     """Settings of the search.
 
     Attributes:
-        neighbours: candidates of each test image. threshold: least cosine of a candidate by CLIP. pixel_threshold: least
-            cosine of a candidate by thumbnails; None: no such candidates. distance: largest distance of near-duplicates.
-        workers: threads that read images. cache: folder for data computed from images; None: no cache.
-        device: computes the features of test images, and the search. image_root: the folder that holds the corpus' images
-            now; None: where `gram embed` read them.
+        neighbours: candidates of each test image. threshold: least cosine of a candidate by CLIP.
+        pixel_threshold: least cosine of a candidate by thumbnails; None: no such candidates.
+        distance: largest distance of near-duplicates. workers: threads that read images.
+        cache: folder for data computed from images; None: no cache.
+        device: computes the features of test images, and the search.
+        image_root: the folder that holds the corpus' images now; None: where `gram embed` read them.
     """
 
     neighbours: int = NEIGHBOURS
@@ -287,9 +289,9 @@ def small_copy(image: Image.Image) -> np.ndarray:
 def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return the distance of pairs of images: 1 - the largest correlation of their details, over windows and mirroring.
 
-    The details of an image are the image minus its mean over 7 x 7 pixels, so brightness and a common sky or floor do not
-    count. Each image as a whole, and its mirror image, is compared with the windows of the other: the whole, crops by 5, 10
-    and 20 % at nine places, the middle of the width or height, the inside of a border.
+    The details of an image are the image minus its mean over 7 x 7 pixels, so brightness and a common sky or floor do
+    not count. Each image as a whole, and its mirror image, is compared with the windows of the other: the whole, crops
+    by 5, 10 and 20 % at nine places, the middle of the width or height, the inside of a border.
 
     Args:
         a, b: (n, 32, 32, 3) uint8.
@@ -311,7 +313,7 @@ def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _windows(small: Tensor) -> Tensor:
-    """(n, 32, 32, 3) -> (n, W, 24, 24, 3), details of each window, with mean 0 and norm 1; the first is the whole image."""
+    """(n, 32, 32, 3) -> (n, W, 24, 24, 3), details of windows, with mean 0 and norm 1; the first is the whole image."""
     import torch
 
     down, across, smooth = _window_matrices()
@@ -330,7 +332,7 @@ def _windows(small: Tensor) -> Tensor:
 
 @cache
 def _window_matrices() -> tuple[Tensor, Tensor, Tensor]:
-    """(W, 24, 32) twice, the means over windows, down and across; (24, 24), the mean over 7 pixels, fewer at an edge."""
+    """(W, 24, 32) twice, means over windows, down and across; (24, 24), the mean over 7 pixels (fewer at an edge)."""
     import torch
 
     down, across = (torch.stack([_means(*span[axis]) for span in _window_spans()]) for axis in (0, 1))
@@ -453,7 +455,7 @@ def _features(backbone: Backbone, pixels: Sequence[Tensor]) -> tuple[np.ndarray,
 def _read_corpus(
     store: PairStore, rows: np.ndarray, settings: SearchSettings, reduce: Callable[[np.ndarray], np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return small copies of the store's images at `rows` after `reduce`, and (n,) bool, False for unreadable images."""
+    """Return the store's images at `rows`, small and `reduce`d, and (n,) bool, False for unreadable images."""
     places = store.places(settings.image_root)
     none = np.zeros((SIDE, SIDE, 3), np.uint8)
 

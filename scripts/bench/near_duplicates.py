@@ -81,7 +81,7 @@ def in_half(name, half):
 
 
 def candidates(images, store, backbone, tiny, k):
-    """(T, 2 k) rows and cosines by CLIP and by tiny pictures, each with those of the mirror images; the small copies."""
+    """(T, 2 k) rows and cosines by CLIP and by thumbnails, each with those of the mirror images; the small copies."""
     import torch
 
     transform = backbone.preprocess()
@@ -97,11 +97,11 @@ def candidates(images, store, backbone, tiny, k):
             k,
             "cpu",
         )
-        mine = overlap.tiny_pictures(small)
+        mine = overlap.thumbnails(small)
         by_pixels = overlap.candidates(
-            overlap.described(mine),
-            overlap.described(mine[:, :, ::-1]),
-            [(0, overlap.described(tiny))],
+            overlap.unit_vectors(mine),
+            overlap.unit_vectors(mine[:, :, ::-1]),
+            [(0, overlap.unit_vectors(tiny))],
             len(tiny),
             k,
             "cpu",
@@ -137,11 +137,11 @@ def main() -> int:
         : args.images
     ]
     rows = np.array(rows)
-    settings = overlap.Settings(cache=Path(f"{args.store}.pictures"))
+    settings = overlap.SearchSettings(cache=Path(f"{args.store}.pictures"))
     tiny = np.concatenate(
         [
-            overlap._corpus_pictures(
-                store, np.arange(s, min(s + overlap.CHUNK, len(places))), settings, None, overlap.tiny_pictures
+            overlap._read_corpus(
+                store, np.arange(s, min(s + overlap.CHUNK, len(places))), settings, overlap.thumbnails
             )[0]
             for s in range(0, len(places), overlap.CHUNK)
         ]

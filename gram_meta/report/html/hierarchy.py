@@ -41,9 +41,9 @@ LONGEST = 300  # characters of a caption, as shown
 TASK_CLASSES = 16  # of the task, as shown
 UNSUITED = {
     "gram-small": (
-        "gram-small, which was trained on emoji drawings and has never seen a photograph. On photographs its image-text "
-        "similarity does not tell whether a caption fits, so a filter by it drops pairs at random, and its visual domains "
-        "follow colour and layout, not content. It suits the emoji world alone."
+        "gram-small, which was trained on emoji drawings and has never seen a photograph. On photographs its "
+        "image-text similarity does not tell whether a caption fits, so a filter by it drops pairs at random, and its "
+        "visual domains follow colour and layout, not content. It suits the emoji world alone."
     ),
     "random-": "a CLIP with random weights: its similarities mean nothing, and its domains follow colours by accident.",
 }
@@ -59,7 +59,7 @@ WHY = {
 
 @dataclass(frozen=True)
 class Summary:
-    """Size of a written page in bytes, and how many topics and images it shows; reasons of images that are unreadable."""
+    """Size of a page in bytes, numbers of topics and images on it, and the reasons of unreadable images."""
 
     size: int
     topics: int
@@ -252,8 +252,8 @@ def _remarks(view: _View) -> list[str]:
     ]
     if gone := sum(view.unreadable.values()):
         lines.append(
-            f"{gone} of the {view.asked} images of this page could not be read ({_reasons(view.unreadable)}). gram inspect "
-            f"looked for them in {view.places.reader.root}; if they have moved, name their folder with --image-root."
+            f"{gone} of the {view.asked} images of this page could not be read ({_reasons(view.unreadable)}). gram "
+            f"inspect looked for them in {view.places.reader.root}; if they have moved, give their folder by --image-root."
         )
     if view.hierarchy.manifest.get("labelled"):
         lines.append(

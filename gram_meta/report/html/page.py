@@ -1,4 +1,4 @@
-"""One HTML page with tables, figures and what every run was made with: a single file that needs nothing from outside."""
+"""One HTML page with tables, figures and the settings of every run: a single file that loads nothing from outside."""
 
 from __future__ import annotations
 
