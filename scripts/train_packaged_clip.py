@@ -1,6 +1,477 @@
-"""Train the packaged CLIP as it was trained: the same as `python -m gram_meta.demo.train_clip`, with its options."""
+"""Train the packaged CLIP, gram-small, on the emoji world: `python scripts/train_packaged_clip.py --help`.
 
-from gram_meta.demo.train_clip import main
+Contrastive training (InfoNCE both ways) of OpenAI's architecture on pictures that are rendered as they are needed. Two
+things differ from the usual recipe. A batch holds the same concept in several styles, so that the text tower has to read
+the style in a caption; pairs whose caption is *also* true of another picture in the batch are left out of the
+denominator. And 60 % of the image patches are dropped for most of the training (FLIP, Li et al. 2023), which saves more
+than half of a step; the last part sees whole pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from clip.model import CLIP
+from clip.simple_tokenizer import SimpleTokenizer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from gram_meta.backbone.packaged import NAME, save_packaged
+from gram_meta.backbone.weights import PIXEL_MEAN, PIXEL_STD
+from gram_meta.demo.captions import STATED, Captioner, all_words
+from gram_meta.demo.emoji import concepts, load_drawings
+from gram_meta.demo.roles import COMMON_STYLES, PLAIN_GROUNDS, RARE_STYLES, TEXTURED_GROUNDS, roles, roles_hash
+from gram_meta.demo.styles import Look, Scenes, render, sample_scenes
+
+TEXT_LENGTH = 20  # tokens per caption in training; 2 % of the captions are cut. The model itself has 77 positions.
+
+
+def _look(
+    common: tuple[float, ...],
+    rare: float,
+    grounds: tuple[float, ...],
+    numbers: tuple[float, float, float],
+    sizes: tuple[float, float, float],
+    poses: tuple[float, float, float],
+    company: float,
+) -> Look:
+    """Return a mixture; `common` are the weights of COMMON_STYLES, `grounds` of white, dark, other plain, textured."""
+    white, dark, plain, textured = grounds
+    styles = {**dict(zip(COMMON_STYLES, common, strict=True)), **dict.fromkeys(RARE_STYLES, rare)}
+    plain_weights = {"white": white, "dark": dark, **dict.fromkeys(PLAIN_GROUNDS[2:], plain)}
+    return Look(
+        styles={name: weight for name, weight in styles.items() if weight},
+        grounds=plain_weights | (dict.fromkeys(TEXTURED_GROUNDS, textured) if textured else {}),
+        numbers=numbers,
+        sizes=sizes,
+        poses=poses,
+        company=company,
+    )
+
+
+# Meta and name-only concepts: all styles but the held ones. The first steps saw a harder mixture than the rest.
+_FIRST_COUNTS = ((0.84, 0.08, 0.08), (0.7, 0.15, 0.15), (0.8, 0.12, 0.08), 0.12)
+_COUNTS = ((0.9, 0.05, 0.05), (0.8, 0.1, 0.1), (0.86, 0.09, 0.05), 0.08)
+FIRST_LOOK = _look((0.24, 0.07, 0.07, 0.06), 0.08, (0.2, 0.1, 0.05, 0.06), *_FIRST_COUNTS)
+FULL_LOOK = _look((0.3, 0.09, 0.07, 0.07), 0.067, (0.25, 0.12, 0.045, 0.054), *_COUNTS)
+# Downstream concepts: common styles on plain grounds.
+_SHY = ((0.355, 0.215, 0.215, 0.215), 0.0, (0.34, 0.16, 0.0625, 0.0))
+FIRST_SHY_LOOK, SHY_LOOK = _look(*_SHY, *_FIRST_COUNTS), _look(*_SHY, *_COUNTS)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that fixes the result of a training run."""
+
+    steps: int = 2200
+    workers: int = 2  # processes; each has batches of its own
+    batch: int = 192
+    twins: int = 64  # concepts that are in a batch twice
+    learning_rate: float = 2e-3
+    muon: bool = True  # orthogonalised momentum for the towers' matrices, AdamW for the rest; False: AdamW for all
+    weight_decay: float = 0.1
+    warmup: int = 100
+    decay: float = 0.3  # last part of the steps, over which the learning rate falls to zero
+    opening: int = 1100  # steps in the first mixture, which shows downstream concepts from one drawing source only
+    closing: int = 260  # steps after `steps`: half of the pictures are cropped, as few-shot training will crop them
+    closing_whole: int = 60  # the last of these see whole pictures again
+    keep_patches: float = 0.4
+    whole: float = 0.08  # last part of the steps, which sees whole pictures
+    vision_layers: int = 6
+    vision_width: int = 128
+    text_layers: int = 4
+    text_width: int = 128
+    embed_dim: int = 128
+    seed: int = 1
+
+
+class PretrainingPairs:
+    """Pictures and captions that the packaged CLIP may see (see `roles`); batch k is a pure function of (seed, k, worker)."""
+
+    def __init__(self, recipe: Recipe, progress: bool = False) -> None:
+        seen = [(i, role, source) for i, role in enumerate(roles()) for source in role.seen]
+        self.recipe = recipe
+        self.drawings = load_drawings([(role.concept, source) for _, role, source in seen], progress=progress)
+        self.concept = np.array([i for i, _, _ in seen])
+        self.rows = [np.flatnonzero(self.concept == i) for i in range(len(concepts()))]
+        self.first_rows = [rows[:1] if role.label >= 0 else rows for rows, role in zip(self.rows, roles(), strict=True)]
+        self.shy = np.array([role.label >= 0 for role in roles()])
+        names = [role.concept.name for _, role, _ in seen]
+        groups = [role.concept.group for _, role, _ in seen]
+        self.captioner = Captioner(names, groups)
+        by_group: dict[str, list[int]] = {}
+        for i, concept in enumerate(concepts()):
+            by_group.setdefault(concept.group, []).append(i)
+        self.by_group = [np.array(members) for members in by_group.values()]
+
+    def batch(self, step: int, worker: int = 0) -> tuple[np.ndarray, list[str], np.ndarray]:
+        """Return pictures (B, 64, 64, 3) uint8, captions, and (B, B) bool: caption i is also true of picture j != i."""
+        rng = np.random.default_rng([self.recipe.seed, step, 0, worker])
+        chosen = self._concepts(rng)
+        first = step < self.recipe.opening
+        rows, looks = (self.first_rows, (FIRST_LOOK, FIRST_SHY_LOOK)) if first else (self.rows, (FULL_LOOK, SHY_LOOK))
+        drawing = np.array([rng.choice(rows[c]) for c in chosen])
+        full, shy = (sample_scenes(look, drawing, np.arange(len(self.concept)), rng) for look in looks)
+        pick = self.shy[chosen]
+        scenes = Scenes(**{k: np.where(pick, getattr(shy, k), getattr(full, k)) for k in asdict(full)})
+        captions, stated = self.captioner(scenes, rng)
+        pictures = render(self.drawings, scenes)
+        if step >= self.recipe.steps:
+            pictures = crop_half(pictures, rng)
+        return pictures, captions, also_true(self.concept, scenes, stated)
+
+    def _concepts(self, rng: np.random.Generator) -> np.ndarray:
+        """Take half of the concepts from one Unicode group (near neighbours), half from all; some of them twice."""
+        distinct = self.recipe.batch - self.recipe.twins
+        sizes = np.array([len(members) for members in self.by_group])
+        group = self.by_group[rng.choice(len(sizes), p=sizes / sizes.sum())]
+        near = rng.choice(group, min(len(group), distinct // 2), replace=False)
+        far = np.setdiff1d(np.arange(len(self.rows)), near)
+        chosen = np.concatenate([near, rng.choice(far, distinct - len(near), replace=False)])
+        return np.concatenate([chosen, rng.choice(chosen, self.recipe.twins, replace=False)])
+
+
+def crop_half(pictures: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Crop half of the pictures (B, 64, 64, 3) at random: 10 to 100 % of the area, resized, half of them mirrored."""
+    rows = np.flatnonzero(rng.random(len(pictures)) < 0.5)
+    area, ratio = (rng.uniform(0.1, 1.0, len(rows)), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3), len(rows))))
+    half = np.minimum(np.stack([np.sqrt(area * ratio), np.sqrt(area / ratio)], 1), 1.0)  # (R, 2): x, y
+    centre = (1 - half) * rng.uniform(-1, 1, (len(rows), 2))
+    theta = np.zeros((len(rows), 2, 3), dtype=np.float32)
+    theta[:, 0, 0] = half[:, 0] * np.where(rng.random(len(rows)) < 0.5, 1, -1)
+    theta[:, 1, 1], theta[:, :, 2] = half[:, 1], centre
+    source = torch.from_numpy(pictures[rows]).permute(0, 3, 1, 2).float()
+    grid = F.affine_grid(torch.from_numpy(theta), list(source.shape), align_corners=False)
+    crops = F.grid_sample(source, grid, align_corners=False, padding_mode="border")
+    out = pictures.copy()
+    out[rows] = (crops + 0.5).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return out
+
+
+def also_true(concept: np.ndarray, scenes: Scenes, stated: np.ndarray) -> np.ndarray:
+    """Return (B, B) bool: row i, column j is True if caption i also describes picture j, for i != j."""
+    kind = concept[scenes.drawing]
+    true = kind[:, None] == kind[None]
+    for column, key in enumerate(STATED):
+        fact = getattr(scenes, key)
+        value = stated[:, column, None]
+        true &= (value < 0) | (value == fact[None])
+    np.fill_diagonal(true, False)
+    return true
+
+
+class Tokens:
+    """CLIP's byte-pair tokens, cached by word, and a compact numbering of those that occur."""
+
+    def __init__(self, captions: list[str]) -> None:
+        self.bpe = SimpleTokenizer()
+        self.cache: dict[str, list[int]] = {}
+        self.start, self.end = self.bpe.encoder["<|startoftext|>"], self.bpe.encoder["<|endoftext|>"]
+        known = {self.start, self.end}
+        for caption in captions:
+            known.update(self.encode(caption))
+        self.ids = np.array(sorted(known))  # (V,) ids in CLIP's vocabulary
+        self.row = {int(token): i for i, token in enumerate(self.ids)}
+
+    def encode(self, text: str) -> list[int]:
+        """Return ids in CLIP's vocabulary, without start and end."""
+        tokens: list[int] = []
+        for word in self.bpe.pat.findall(" ".join(text.lower().split())):
+            if word not in self.cache:
+                self.cache[word] = self.bpe.encode(word)
+            tokens += self.cache[word]
+        return tokens
+
+    def __call__(self, captions: list[str], length: int = TEXT_LENGTH) -> tuple[Tensor, Tensor]:
+        """Return compact rows (B, length) and the positions of the end tokens (B,); unknown tokens are left out."""
+        out = torch.full((len(captions), length), self.row[self.end])
+        ends = torch.empty(len(captions), dtype=torch.long)
+        for i, caption in enumerate(captions):
+            rows = [self.row[t] for t in self.encode(caption) if t in self.row][: length - 2]
+            out[i, 0] = self.row[self.start]
+            out[i, 1 : len(rows) + 1] = torch.tensor(rows, dtype=torch.long)
+            ends[i] = len(rows) + 1
+        return out, ends
+
+
+# --- the model ---------------------------------------------------------------------------------------------------------
+
+
+def new_model(recipe: Recipe, vocabulary: int) -> nn.Module:
+    """Return OpenAI's `clip.model.CLIP` with a vocabulary of the tokens that occur."""
+    torch.manual_seed(recipe.seed)
+    return CLIP(
+        embed_dim=recipe.embed_dim,
+        image_resolution=64,
+        vision_layers=recipe.vision_layers,
+        vision_width=recipe.vision_width,
+        vision_patch_size=8,
+        context_length=77,
+        vocab_size=vocabulary,
+        transformer_width=recipe.text_width,
+        transformer_heads=recipe.text_width // 64,
+        transformer_layers=recipe.text_layers,
+    ).float()
+
+
+def encode_image(model: nn.Module, pixels: Tensor, kept: Tensor | None = None) -> Tensor:
+    """Return image features (B, embed_dim), not normalised, from (B, 3, 64, 64); `kept` (B, K) are the patches used.
+
+    The same function as the model's own `encode_image`, batch first and with fused attention.
+    """
+    v = model.visual
+    x = v.conv1(pixels).flatten(2).transpose(1, 2) + v.positional_embedding[1:]  # (B, 64, d)
+    if kept is not None:
+        x = x.gather(1, kept[:, :, None].expand(-1, -1, x.shape[2]))  # (B, K, d)
+    first = (v.class_embedding + v.positional_embedding[0]).expand(x.shape[0], 1, -1)
+    x = F.layer_norm(torch.cat([first, x], 1), (x.shape[2],), v.ln_pre.weight, v.ln_pre.bias)
+    for block in v.transformer.resblocks:
+        x = _block(block, x, causal=False)
+    return F.layer_norm(x[:, 0], (x.shape[2],), v.ln_post.weight, v.ln_post.bias) @ v.proj
+
+
+def encode_text(model: nn.Module, rows: Tensor, ends: Tensor) -> Tensor:
+    """Return text features (B, embed_dim), not normalised, from embedding rows (B, L) and the end tokens' positions."""
+    x = model.token_embedding(rows) + model.positional_embedding[: rows.shape[1]]
+    for block in model.transformer.resblocks:
+        x = _block(block, x, causal=True)
+    x = F.layer_norm(x, (x.shape[2],), model.ln_final.weight, model.ln_final.bias)
+    return x[torch.arange(len(ends), device=x.device), ends] @ model.text_projection
+
+
+def _block(block: nn.Module, x: Tensor, causal: bool) -> Tensor:
+    b, t, d = x.shape
+    y = F.layer_norm(x, (d,), block.ln_1.weight, block.ln_1.bias)
+    qkv = F.linear(y, block.attn.in_proj_weight, block.attn.in_proj_bias)
+    q, k, v = qkv.view(b, t, 3, d // 64, 64).permute(2, 0, 3, 1, 4)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).reshape(b, t, d)
+    x = x + F.linear(y, block.attn.out_proj.weight, block.attn.out_proj.bias)
+    y = block.mlp.c_fc(F.layer_norm(x, (d,), block.ln_2.weight, block.ln_2.bias))
+    return x + block.mlp.c_proj(y * torch.sigmoid(1.702 * y))
+
+
+def contrastive_loss(model, pixels, kept, rows, ends, left_out):
+    """Return InfoNCE in both directions; pairs in `left_out` (B, B: caption, picture) are in no denominator."""
+    image = F.normalize(encode_image(model, pixels, kept), dim=-1)
+    text = F.normalize(encode_text(model, rows, ends), dim=-1)
+    logits = model.logit_scale.exp() * text @ image.T  # (caption, picture)
+    logits = logits.masked_fill(left_out, float("-inf"))
+    target = torch.arange(len(logits), device=logits.device)
+    loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    return loss, (logits.argmax(1) == target).float().mean()
+
+
+# --- training ----------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, recipe: Recipe) -> float:
+    """Return the rate: warm-up, a long constant part, a linear fall to zero; a lower fall for the closing steps."""
+    if step < recipe.steps:
+        fall = recipe.steps * recipe.decay
+        return recipe.learning_rate * min(1.0, (step + 1) / recipe.warmup, (recipe.steps - step) / fall)
+    done = step - recipe.steps
+    return recipe.learning_rate * 0.6 * min(1.0, (done + 1) / 20, 1 - done / recipe.closing)
+
+
+def sees_whole_pictures(step: int, recipe: Recipe) -> bool:
+    """Return whether patches are no longer dropped: at the end of the main part and of the closing part."""
+    if step < recipe.steps:
+        return step >= int(recipe.steps * (1 - recipe.whole))
+    return step >= recipe.steps + recipe.closing - recipe.closing_whole
+
+
+def to_pixels(pictures: np.ndarray, device: str = "cpu") -> Tensor:
+    """Turn (B, 64, 64, 3) uint8 into normalised (B, 3, 64, 64) float32."""
+    x = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float().div_(255)
+    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))
+    return (x - mean) / std
+
+
+def train(
+    recipe: Recipe, folder: Path, compile_model: bool = True, save_every: int = 100, stop_at: int | None = None
+) -> Path:
+    """Train in `folder`, or resume a training there; return the path of the exported weights.
+
+    Each of `recipe.workers` processes has one thread, computes the gradients of its own batch, and they are averaged. On a
+    shared CPU this is far faster than threads that wait for one another in every layer.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    drawings = PretrainingPairs(recipe, progress=True)  # rasterised once, shared with the workers
+    if recipe.workers == 1:
+        _work(0, recipe, folder, drawings, compile_model, save_every, stop_at)
+    else:
+        meeting = folder / ".meeting"
+        meeting.unlink(missing_ok=True)
+        torch.multiprocessing.start_processes(
+            _work,
+            (recipe, folder, drawings, compile_model, save_every, stop_at),
+            nprocs=recipe.workers,
+            start_method="spawn",
+        )
+    return export(folder)
+
+
+def _work(
+    rank: int,
+    recipe: Recipe,
+    folder: Path,
+    pairs: PretrainingPairs,
+    compile_model: bool,
+    save_every: int,
+    stop_at: int | None,
+) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if recipe.workers > 1:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", f"file://{folder / '.meeting'}", rank=rank, world_size=recipe.workers)
+    tokens = Tokens(all_words([role.concept.name for role in roles()]))
+    model = new_model(recipe, len(tokens.ids)).to(device)
+    optimisers = _optimisers(model, recipe)
+    start = _resume(folder, model, optimisers, device)
+    total = recipe.steps + recipe.closing
+    stop = min(stop_at or total, total)
+    loss_of = torch.compile(contrastive_loss) if compile_model else contrastive_loss
+    began, log = time.time(), open(folder / f"log{rank}.jsonl", "a", encoding="utf-8")
+
+    bar = tqdm(range(start, stop), desc=NAME, initial=start, total=total, mininterval=5, disable=rank > 0)
+    for step in bar:
+        for group in (group for optimiser in optimisers for group in optimiser.param_groups):
+            group["lr"] = learning_rate(step, recipe)
+        pictures, captions, left_out = pairs.batch(step, rank)
+        rows, ends = tokens(captions)
+        kept = None if sees_whole_pictures(step, recipe) else _patches(recipe, step, rank).to(device)
+        mask = torch.from_numpy(left_out).to(device)
+        loss, hits = loss_of(model, to_pixels(pictures, device), kept, rows.to(device), ends.to(device), mask)
+        if not torch.isfinite(loss):
+            raise RuntimeError(f"loss is {loss.item()} at step {step}; the last good state is {folder / 'last.pt'}")
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        if recipe.workers > 1:
+            _average_gradients(model)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimiser in optimisers:
+            optimiser.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=math.log(100))
+        if (step + 1) % 10 == 0:
+            row = {"step": step + 1, "loss": loss.item(), "hits": hits.item(), "seconds": time.time() - began}
+            row["scale"] = model.logit_scale.exp().item()
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            bar.set_postfix(loss=f"{row['loss']:.3f}", hits=f"{row['hits']:.2f}")
+        if rank == 0 and ((step + 1) % save_every == 0 or step + 1 == stop):
+            state = {"step": step + 1, "model": model.state_dict(), "recipe": asdict(recipe)}
+            state["optimisers"] = [optimiser.state_dict() for optimiser in optimisers]
+            torch.save(state, folder / "last.part")
+            os.replace(folder / "last.part", folder / "last.pt")
+
+
+def _average_gradients(model: nn.Module) -> None:
+    gradients = [p.grad for p in model.parameters()]
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for g, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        g.copy_(part.view_as(g))
+
+
+def _optimisers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    matrices, decay, rest = [], [], []
+    for name, p in model.named_parameters():
+        if recipe.muon and p.ndim == 2 and "resblocks" in name:
+            matrices.append(p)
+        else:
+            (decay if p.ndim >= 2 and "embedding" not in name else rest).append(p)
+    groups = [{"params": decay, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    out: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98))]
+    if matrices:  # "match_rms_adamw": steps of AdamW's size, so one learning rate serves both
+        out.append(
+            torch.optim.Muon(
+                matrices, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+        )
+    return out
+
+
+def _resume(folder: Path, model: nn.Module, optimisers: list[torch.optim.Optimizer], device: str) -> int:
+    if not (folder / "last.pt").is_file():
+        return 0
+    state = torch.load(folder / "last.pt", map_location=device, weights_only=True)
+    model.load_state_dict(state["model"])
+    for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
+        optimiser.load_state_dict(saved)
+    return state["step"]
+
+
+def _patches(recipe: Recipe, step: int, worker: int) -> Tensor:  # (B, K)
+    rng = np.random.default_rng([recipe.seed, step, 1, worker])
+    order = rng.random((recipe.batch, 64)).argsort(axis=1)
+    return torch.from_numpy(np.sort(order[:, : int(64 * recipe.keep_patches)], axis=1))
+
+
+def export(folder: Path, out: Path | None = None) -> Path:
+    """Write the state in `folder` as a packaged weights file (float16, trained embedding rows only)."""
+    state = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
+    ids = Tokens(all_words([role.concept.name for role in roles()])).ids
+    out = out or folder / "gram-small.safetensors"
+    save_packaged(
+        shrink_text_stream(state["model"]),
+        ids,
+        out,
+        {"recipe": state["recipe"], "step": state["step"], "roles": roles_hash()},
+    )
+    return out
+
+
+def shrink_text_stream(model: dict[str, Tensor], std: float = 0.02) -> dict[str, Tensor]:
+    """Return weights of the same function with token embeddings of the given standard deviation.
+
+    Everything that is added to the text tower's residual stream is scaled by one factor, and its layer norms cancel it
+    (exactly, but for their epsilon). Prompt learning depends on the size: CoOp's learning rate and its random
+    initialisation of standard deviation 0.02 suit embeddings of OpenAI's size.
+    """
+    factor = std / model["token_embedding.weight"].float().std()
+    added = ("attn.out_proj.weight", "attn.out_proj.bias", "mlp.c_proj.weight", "mlp.c_proj.bias")
+    out = dict(model)
+    for name, tensor in model.items():
+        block = name.startswith("transformer.resblocks.") and name.endswith(added)
+        if block or name in ("token_embedding.weight", "positional_embedding"):
+            out[name] = tensor * factor
+    return out
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line: one option for each field of Recipe, and the folder."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for checkpoints and log; a run that it already holds is resumed"
+    )
+    parser.add_argument("--export", type=Path, help="write the packaged weights of the state in --out here, and stop")
+    parser.add_argument("--stop-at", type=int, help="stop after this step (the schedule stays that of --steps)")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="do not use torch.compile (needs a C++ compiler on CPUs)"
+    )
+    for name, value in asdict(Recipe()).items():
+        kind = (lambda text: text.lower() in ("1", "true", "yes")) if isinstance(value, bool) else type(value)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value, help=f"default {value}")
+    args = parser.parse_args(argv)
+    if args.export:
+        print(export(args.out, args.export))
+        return 0
+    recipe = Recipe(**{name: getattr(args, name) for name in asdict(Recipe())})
+    print(train(recipe, args.out, compile_model=not args.no_compile, stop_at=args.stop_at))
+    return 0
+
 
 if __name__ == "__main__":
     raise SystemExit(main())

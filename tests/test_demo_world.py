@@ -1,8 +1,11 @@
 """The emoji world: what is kept apart stays apart, the same seed gives the same files, the packaged model loads."""
 
 import csv
+import importlib.util
 import json
+import sys
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,16 @@ from gram_meta.errors import GramError
 
 _MISSING = emoji.missing_packages()
 needs_drawings = pytest.mark.skipif(bool(_MISSING), reason=f"demo packages are not installed: {', '.join(_MISSING)}")
+
+
+def the_recipe():
+    """scripts/train_packaged_clip.py, as a module."""
+    pytest.importorskip("torch")
+    path = Path(__file__).resolve().parents[1] / "scripts" / "train_packaged_clip.py"
+    spec = importlib.util.spec_from_file_location("train_packaged_clip", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def rows_of(path):
@@ -51,15 +64,15 @@ def test_datasets_show_no_style_that_clip_has_seen_their_concepts_in():
 
 def test_drawings_of_a_concept_are_each_seen_or_unseen():
     for role in roles.roles():
-        assert sorted((*role.seen, *role.unseen)) == sorted(role.concept.hands)
+        assert sorted((*role.seen, *role.unseen)) == sorted(role.concept.sources)
         if role.label >= 0:
             assert len(role.seen) == 3
 
 
 def test_downstream_hands_are_balanced():
-    test_hands = [role.seen[2] for name in roles.DATASETS for role in roles.classes_of(name)]
-    assert {hand: test_hands.count(hand) for hand in emoji.HANDS} == {
-        hand: len(test_hands) // 3 for hand in emoji.HANDS
+    test_sources = [role.seen[2] for name in roles.DATASETS for role in roles.classes_of(name)]
+    assert {source: test_sources.count(source) for source in emoji.SOURCES} == {
+        source: len(test_sources) // 3 for source in emoji.SOURCES
     }
 
 
@@ -74,7 +87,7 @@ def test_no_relative_of_a_class_is_in_the_meta_corpus():
 def test_styles_of_training_and_held_styles_do_not_meet():
     groups = (roles.COMMON_STYLES, roles.RARE_STYLES, roles.HELD_STYLES)
     assert sorted(sum(groups, ())) == sorted(styles.STYLES)
-    train_clip = pytest.importorskip("gram_meta.demo.train_clip")
+    train_clip = the_recipe()
     held = set(roles.HELD_STYLES)
     assert not held & set(train_clip.FULL_LOOK.styles)
     assert not held & set(world.CORPUS_LOOK.styles)
@@ -136,11 +149,11 @@ def test_captions_state_facts_only():
 
 
 def test_captions_that_are_also_true_are_found():
-    train_clip = pytest.importorskip("gram_meta.demo.train_clip")
+    train_clip = the_recipe()
     scenes = some_scenes(4)
     scenes.drawing[:] = [0, 1, 2, 0]
     scenes.style[:] = [0, 0, 0, 1]
-    concept = np.array([7, 7, 8])  # drawings 0 and 1 are one concept by two hands
+    concept = np.array([7, 7, 8])  # drawings 0 and 1 are one concept from two sources
     stated = np.full((4, len(STATED)), -1)
     stated[0, 0] = 0  # caption 0 states its style: true of picture 1, not of picture 3
     found = train_clip.also_true(concept, scenes, stated)
@@ -220,7 +233,7 @@ def test_same_recipe_same_files_and_nothing_is_written_twice(small_world, tmp_pa
 @needs_drawings
 def test_drawings_are_square_and_not_empty():
     fox = next(c for c in emoji.concepts() if c.name == "fox")
-    seen = [emoji.drawing(fox, hand) for hand in emoji.HANDS]
+    seen = [emoji.drawing(fox, source) for source in emoji.SOURCES]
     for one in seen:
         assert one.shape == (64, 64, 4) and 0.1 < (one[..., 3] > 128).mean() < 0.95
     assert np.abs(seen[0].astype(int) - seen[1]).mean() > 5
@@ -229,9 +242,9 @@ def test_drawings_are_square_and_not_empty():
 def test_bad_requests_are_one_sentence(tmp_path):
     with pytest.raises(GramError, match="'birds' is no dataset"):
         world.write_world(tmp_path, datasets=["birds"])
-    with pytest.raises(GramError, match="hand must be one of"):
+    with pytest.raises(GramError, match="source must be one of"):
         emoji.drawing(emoji.concepts()[0], "left") if not _MISSING else (_ for _ in ()).throw(
-            GramError("hand must be one of")
+            GramError("source must be one of")
         )
 
 
@@ -275,7 +288,7 @@ def test_token_embeddings_have_the_size_that_prompt_learning_is_made_for(package
 
 def test_shrinking_the_text_stream_changes_no_feature():
     torch = pytest.importorskip("torch")
-    train_clip = pytest.importorskip("gram_meta.demo.train_clip")
+    train_clip = the_recipe()
     recipe = train_clip.Recipe(text_layers=2, vision_layers=1)
     model = train_clip.new_model(recipe, 50)
     with torch.no_grad():

@@ -1,4 +1,5 @@
-"""The packaged small CLIP, `gram-small`: OpenAI's architecture, trained on the emoji world (`train_clip`).
+"""The packaged small CLIP, `gram-small`: OpenAI's architecture, trained on the emoji world by
+scripts/train_packaged_clip.py.
 
 The weights file is float16 and keeps only the embedding rows of tokens that occurred in training; loading puts them
 back into the full table of 49,408, so that `clip.model.build_model` and CLIP's tokenizer work on it unchanged.

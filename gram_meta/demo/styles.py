@@ -19,7 +19,7 @@ SIZE = 64  # pixels of a rendered picture
 
 # Treatments of the drawing or of the whole picture.
 STYLES = (
-    "photo",  # the drawing as its hand made it
+    "photo",  # the drawing as it is
     "grey",  # shades of grey
     "outline",  # dark contours on the ground
     "pixels",  # coarse pixels

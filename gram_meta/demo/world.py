@@ -6,8 +6,8 @@
     ROOT/emoji_<name>/images/...        pictures of a few-shot dataset
     ROOT/emoji_<name>/split_zhou_Emoji<Name>.json
 
-Every part is written beside its place and renamed when it is whole; a part whose manifest has the same RECIPE and settings
-is left alone. The same recipe gives the same files.
+Every part is written to a temporary folder beside its place and renamed when it is complete. A part whose manifest has
+the same RECIPE and settings is kept. The same recipe gives the same files.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from gram_meta.demo.roles import (
     RARE_STYLES,
     TEXTURED_GROUNDS,
     WORLD_SEED,
+    Role,
     classes_of,
     roles,
 )
@@ -45,7 +46,7 @@ RECIPE = "84bdd4acd7d46440c5469d35dc2c9814b08caec5bffd9403ff90c631d8d17999"
 CORPUS_SIZE = 12_000
 TRAIN_PER_CLASS, VAL_PER_CLASS, TEST_PER_CLASS = 20, 4, 56
 WRONG_CAPTIONS = 0.12  # share of the meta-corpus whose caption describes another picture
-UNSEEN_DRAWINGS = 0.5  # share of the meta-corpus drawn by the hand that the packaged CLIP has not seen
+UNSEEN_DRAWINGS = 0.5  # share of the meta-corpus from the drawing source that the packaged CLIP has not seen
 ZERO_SHOT_TEMPLATE = "a photo of a {}."  # of ZeroshotCLIP on these datasets, as of CoOp's start
 
 _COUNTS = dict(numbers=(0.84, 0.08, 0.08), sizes=(0.8, 0.1, 0.1), poses=(0.8, 0.12, 0.08), company=0.1)
@@ -61,7 +62,7 @@ CORPUS_LOOK = Look(
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """One few-shot dataset: the classes of `source`, pictured in `look`."""
+    """One few-shot dataset: the classes of the part `source` (see `roles`), drawn in `look`."""
 
     name: str  # "animals": folder emoji_animals, registry name EmojiAnimals
     source: str
@@ -81,7 +82,7 @@ def _look(styles: Sequence[str], grounds: Sequence[str], **counts) -> Look:
     return Look(styles=even(styles), grounds=even(grounds), **counts)
 
 
-# Each dataset has a look of its own, in styles that the packaged CLIP has not seen these concepts in.
+# Each dataset has its own look, in styles that the packaged CLIP has not seen these concepts in.
 SPECS: dict[str, DatasetSpec] = {
     spec.name: spec
     for spec in (
@@ -94,7 +95,7 @@ SPECS: dict[str, DatasetSpec] = {
     )
 }
 
-# Domain-shift targets: the same classes in styles that no training picture was ever drawn in.
+# Domain-shift targets: the same classes in styles of no training picture.
 SHIFTS: dict[str, DatasetSpec] = {
     f"{spec.name}_shift": DatasetSpec(f"{spec.name}_shift", spec.source, _look(HELD_STYLES, PLAIN_GROUNDS))
     for spec in SPECS.values()
@@ -104,13 +105,18 @@ SHIFTS: dict[str, DatasetSpec] = {
 def write_world(
     root: str | Path, datasets: Iterable[str] | None = None, corpus_size: int = CORPUS_SIZE, progress: bool = True
 ) -> dict[str, Path]:
-    """Write the meta-corpus and few-shot datasets under `root`; what is already whole is left alone.
+    """Write the meta-corpus and few-shot datasets under `root`; complete parts are kept.
 
-    Parameters:
-        datasets: names out of SPECS and SHIFTS (default: all of SPECS).
+    Args:
+        datasets: names from SPECS and SHIFTS (default: all of SPECS).
         corpus_size: pairs of the meta-corpus; 0 leaves it out.
-    Returns {"corpus": path of pairs.tsv, "truth": path of truth.tsv, "<dataset>": its folder, ...}.
-    Raises GramError for an unknown dataset and for missing packages.
+        progress: show progress bars.
+
+    Returns:
+        {"corpus": path of pairs.tsv, "truth": path of truth.tsv, "<dataset>": its folder, ...}.
+
+    Raises:
+        GramError: an unknown dataset or a missing package.
     """
     known = {**SPECS, **SHIFTS}
     names = list(SPECS if datasets is None else datasets)
@@ -176,7 +182,7 @@ def corpus_entries(size: int) -> tuple[list[tuple[Concept, str]], Scenes, np.nda
     another picture ((size,) bool), and the captions.
     """
     rng = _rng("corpus", size)
-    drawings = [(role.concept, hand) for role in roles() if role.part == "meta" for hand in (*role.seen, *role.unseen)]
+    drawings = [(role.concept, source) for role in roles() if role.part == "meta" for source in _sources(role)]
     scenes = _corpus_scenes(size, rng)
     captioner = Captioner([c.name for c, _ in drawings], [c.group for c, _ in drawings])
     wrong = np.zeros(size, dtype=bool)
@@ -197,15 +203,15 @@ class DatasetEntries:
 
 
 def dataset_entries(spec: DatasetSpec) -> tuple[list[tuple[Concept, str]], DatasetEntries]:
-    """Drawings and pictures of a dataset. The hands of training and validation are never the hand of the test set."""
+    """Return the drawings and pictures of a dataset; training and validation never share a source with the test set."""
     classes = classes_of(spec.source)
-    drawings = [(role.concept, hand) for role in classes for hand in (*role.seen, *role.unseen)]  # 3 per class
+    drawings = [(role.concept, source) for role in classes for source in _sources(role)]  # 3 per class
     counts = {"train": TRAIN_PER_CLASS, "val": VAL_PER_CLASS, "test": spec.test_per_class}
     drawing, split, names = [], [], []
     for role in classes:
         for key, count in counts.items():
-            hands = (2,) if key == "test" else (0, 1)  # see roles.Role.seen
-            drawing += [3 * role.label + hands[i % len(hands)] for i in range(count)]
+            places = (2,) if key == "test" else (0, 1)  # see roles.Role.seen
+            drawing += [3 * role.label + places[i % len(places)] for i in range(count)]
             split += [key] * count
             names += [f"{role.concept.name.replace(' ', '_').lower()}/{key}_{i:03d}.png" for i in range(count)]
     scenes = sample_scenes(spec.look, np.array(drawing), np.arange(len(drawings)), _rng("dataset", spec.name))
@@ -216,30 +222,22 @@ def dataset_entries(spec: DatasetSpec) -> tuple[list[tuple[Concept, str]], Datas
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-TRUTH_COLUMNS = [
-    "image",
-    "concept",
-    "code",
-    "group",
-    "subgroup",
-    "style",
-    "ground",
-    "hand",
-    "number",
-    "size",
-    "pose",
-    "caption_is_wrong",
-    "drawing_seen_by_clip",
-]
+TRUTH_COLUMNS = (
+    "image concept code group subgroup style ground hand number size pose caption_is_wrong drawing_seen_by_clip"
+).split()
 
 
-def _rng(*what) -> np.random.Generator:
+def _sources(role: Role) -> tuple[str, ...]:
+    return (*role.seen, *role.unseen)
+
+
+def _rng(*what: object) -> np.random.Generator:
     digest = hashlib.sha256("/".join([WORLD_SEED, *map(str, what)]).encode()).digest()
     return np.random.default_rng(list(digest))
 
 
 def _corpus_scenes(size: int, rng: np.random.Generator) -> Scenes:
-    """Concepts in turn, so that all are equally frequent; then a drawing, half of the time the one CLIP has not seen."""
+    """Take the concepts in turn, all equally often; half of the drawings are the ones that CLIP has not seen."""
     seen_rows, unseen_rows, row = [], [], 0
     for role in roles():
         if role.part == "meta":
@@ -259,19 +257,19 @@ def _corpus_scenes(size: int, rng: np.random.Generator) -> Scenes:
 def _swap_drawings(
     scenes: Scenes, wrong: np.ndarray, drawings: list[tuple[Concept, str]], rng: np.random.Generator
 ) -> Scenes:
-    """The scenes that captions speak of: where `wrong`, another concept stands in the place of the true one."""
+    """Return the scenes that captions describe: where `wrong`, with a drawing of another concept."""
     code = np.array([concept.code for concept, _ in drawings])
-    told = scenes.drawing.copy()
-    told[wrong] = rng.integers(0, len(drawings), wrong.sum())
-    while (same := wrong & (code[told] == code[scenes.drawing])).any():
-        told[same] = rng.integers(0, len(drawings), same.sum())
-    return Scenes(**{**{k: getattr(scenes, k) for k in scenes.__dataclass_fields__}, "drawing": told})
+    others = scenes.drawing.copy()
+    others[wrong] = rng.integers(0, len(drawings), wrong.sum())
+    while (same := wrong & (code[others] == code[scenes.drawing])).any():
+        others[same] = rng.integers(0, len(drawings), same.sum())
+    return Scenes(**{**{k: getattr(scenes, k) for k in scenes.__dataclass_fields__}, "drawing": others})
 
 
 def _truth(names: list[str], scenes: Scenes, drawings: list[tuple[Concept, str]], wrong: np.ndarray):
-    seen = {(role.concept.code, hand) for role in roles() for hand in role.seen}
+    seen = {(role.concept.code, source) for role in roles() for source in role.seen}
     for i, name in enumerate(names):
-        concept, hand = drawings[scenes.drawing[i]]
+        concept, source = drawings[scenes.drawing[i]]
         yield (
             name,
             concept.name,
@@ -280,12 +278,12 @@ def _truth(names: list[str], scenes: Scenes, drawings: list[tuple[Concept, str]]
             concept.subgroup,
             STYLES[scenes.style[i]],
             GROUNDS[scenes.ground[i]],
-            hand,
+            source,
             NUMBERS[scenes.number[i]],
             SIZES[scenes.size[i]],
             POSES[scenes.pose[i]],
             int(wrong[i]),
-            int((concept.code, hand) in seen),
+            int((concept.code, source) in seen),
         )
 
 
@@ -295,7 +293,7 @@ def _is_whole(folder: Path, facts: dict) -> bool:
 
 
 class _beside:
-    """A folder that takes its place only when the block has ended without an error; an older one gives way."""
+    """A folder that replaces `folder` when the block has ended without an error."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.part = folder, folder.with_name(f".{folder.name}.part")

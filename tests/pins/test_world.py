@@ -21,7 +21,7 @@ def sha(lines) -> str:
 def drawings_of_names():
     """(concept, source) of the drawings in golden/drawings.png."""
     by_name = {concept.name: concept for concept in emoji.concepts()}
-    return [(by_name[name], source) for name in NAMES for source in by_name[name].hands]
+    return [(by_name[name], source) for name in NAMES for source in by_name[name].sources]
 
 
 def scenes_of_all_kinds(count=28):
