@@ -1,6 +1,6 @@
 """Put the tables of `gram report` into docs/results/emoji-world.md, between `<!-- table N -->` and `<!-- end -->`.
 
-`<!-- table 0 -->` is what stands in no table of the paper: controls and variants.
+`<!-- table 0 -->` holds the controls and variants, which are in no table of the paper, without the rows that have no run.
 
     gram report DIR/output --collect docs/results/emoji.json
     python scripts/experiments/fill_results.py             # --check: say whether the page is as the results are
@@ -16,16 +16,17 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
+NO_RUN = re.compile(r"^\|[^|]*\|[^|]*(\| missing +)+\|$")  # a row of which every cell is missing
 PLACE = re.compile(r"(<!-- table (\d) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def filled(page: str, results: Path) -> str:
-    """The page with every table as the results give it."""
+    """Return the page with every table as the results give it."""
     return PLACE.sub(lambda place: f"{place[1]}\n{table(place[2], results)}\n\n{place[3]}", page)
 
 
 def table(number: str, results: Path) -> str:
-    """Table `number` as Markdown; 0 is the controls."""
+    """Return table `number` as Markdown; 0 is the controls."""
     from gram_meta.cli import main
 
     wanted = ["--table", number] if number != "0" else []
@@ -35,7 +36,10 @@ def table(number: str, results: Path) -> str:
     if status:
         raise SystemExit(status)
     tables = text.getvalue().strip()
-    return tables if wanted else tables[tables.index("**Controls and variants") :]
+    if wanted:
+        return tables
+    controls = tables[tables.index("**Controls and variants") :].splitlines()
+    return "\n".join(line for line in controls if not NO_RUN.search(line))
 
 
 def main() -> int:
