@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -49,7 +50,7 @@ WRONG_CAPTIONS = 0.12  # share of the meta-corpus whose caption describes anothe
 UNSEEN_DRAWINGS = 0.5  # share of the meta-corpus from the drawing source that the packaged CLIP has not seen
 ZERO_SHOT_TEMPLATE = "a photo of a {}."  # of ZeroshotCLIP on these datasets, as of CoOp's start
 
-_COUNTS = dict(numbers=(0.84, 0.08, 0.08), sizes=(0.8, 0.1, 0.1), poses=(0.8, 0.12, 0.08), company=0.1)
+_COUNTS: dict[str, Any] = dict(numbers=(0.84, 0.08, 0.08), sizes=(0.8, 0.1, 0.1), poses=(0.8, 0.12, 0.08), company=0.1)
 CORPUS_LOOK = Look(
     styles={
         **{style: 0.3 / len(COMMON_STYLES) for style in COMMON_STYLES},
@@ -163,7 +164,7 @@ def write_dataset(folder: Path, spec: DatasetSpec, progress: bool = True) -> Pat
     with _beside(folder) as part:
         names = [f"images/{name}" for name in entries.names]
         _save_pictures(part, names, pixels, progress, spec.folder)
-        split = {key: [] for key in ("train", "val", "test")}
+        split: dict[str, list] = {key: [] for key in ("train", "val", "test")}
         for name, key, label, classname in zip(
             entries.names, entries.split, entries.label, entries.classname, strict=True
         ):
