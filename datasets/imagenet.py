@@ -1,4 +1,4 @@
-"""ImageNet, and the four sets that test what was learnt on it under a shift.
+"""ImageNet, and the four sets that test what was learned on it under a shift.
 
 Each has class folders and a `classnames.txt` with lines "n01440764 tench". Labels are the places of the folders in the
 order of their names, and so is every listing: subsets do not depend on the file system.

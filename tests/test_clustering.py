@@ -14,8 +14,11 @@ from sklearn.metrics import adjusted_mutual_info_score
 from gram_meta.cli import main
 from gram_meta.clustering import hierarchy as h
 from gram_meta.clustering.agreement import agreement, read_truth
-from gram_meta.clustering.chc import cluster_pairs, domain_minimum, domains_of, filtered
+from gram_meta.clustering.chc import cluster_pairs
+from gram_meta.clustering.domains import domain_minimum, domains_of
 from gram_meta.clustering.hierarchy import Hierarchy
+from gram_meta.clustering.settings import ChcSettings
+from gram_meta.clustering.topics import filtered
 from gram_meta.clustering.words import tokens, topic_words
 from gram_meta.config import get_meta_config, load_meta_config
 from gram_meta.corpus.store import PairStore
@@ -247,7 +250,7 @@ def test_invariants_of_a_hierarchy(seed, topics, domains, per_domain, captions_p
         assert images == topic.domains == sorted(images, reverse=True)
         assert sum(images) == topic.images
         assert 2 <= len(images) <= k
-        assert min(images) >= domain_minimum(config, len(images))
+        assert min(images) >= domain_minimum(ChcSettings.from_config(config), len(images))
         assert topic.words[0] == [topic.word, topic.score] and topic.score > 0
 
 
@@ -286,11 +289,14 @@ def test_small_domains_make_fewer():
     random = np.random.default_rng(0)
     centres = random.standard_normal((3, 16))
     features = np.concatenate([centres[u] + 0.05 * random.standard_normal((n, 16)) for u, n in enumerate((20, 15, 3))])
-    config = make_config("CHC.DOMAINS.K", "3")
+    config = ChcSettings.from_config(make_config("CHC.DOMAINS.K", "3"))
     label = domains_of(features.astype(np.float32), config)
     assert sorted(np.bincount(label).tolist(), reverse=True) == np.bincount(label).tolist()
     assert len(np.bincount(label)) == 2, "the third domain of 3 images cannot serve a task of 2 + 6 shots"
-    assert domains_of(features[:35].astype(np.float32), make_config("CHC.DOMAINS.K", "2")).sum() == 15
+    assert (
+        domains_of(features[:35].astype(np.float32), ChcSettings.from_config(make_config("CHC.DOMAINS.K", "2"))).sum()
+        == 15
+    )
     assert domains_of(features[:1].repeat(30, 0), config) is None
 
 
@@ -299,7 +305,7 @@ def test_domains_ignore_the_length_of_features():
     centres = random.standard_normal((2, 16))
     features = np.concatenate([centres[u] + 0.05 * random.standard_normal((20, 16)) for u in (0, 1)])
     scaled = features * random.uniform(0.01, 100, (40, 1))
-    config = make_config("CHC.DOMAINS.K", "2")
+    config = ChcSettings.from_config(make_config("CHC.DOMAINS.K", "2"))
     assert adjusted_mutual_info_score(np.repeat([0, 1], 20), domains_of(scaled.astype(np.float32), config)) == 1
 
 

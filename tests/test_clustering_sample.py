@@ -16,10 +16,12 @@ from hypothesis.extra import numpy as hnp
 from sklearn.metrics import adjusted_mutual_info_score as ami
 
 from gram_meta.cli import main
-from gram_meta.clustering import chc, sample
+from gram_meta.clustering import chc, domains, sample, topics
 from gram_meta.clustering import hierarchy as h
-from gram_meta.clustering.chc import cluster_pairs, domains_of
+from gram_meta.clustering.chc import cluster_pairs
+from gram_meta.clustering.domains import domains_of
 from gram_meta.clustering.hierarchy import Hierarchy
+from gram_meta.clustering.settings import ChcSettings
 from gram_meta.clustering.steps import Steps
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
@@ -195,18 +197,18 @@ def test_domains_of_a_large_topic_come_from_a_sample_of_it():
     truth = random.choice(3, 1000, p=[0.5, 0.3, 0.2])
     features = random.standard_normal((3, 16))[truth] + 0.1 * random.standard_normal((1000, 16))
     features *= 10 ** random.uniform(-4, 2, (1000, 1))  # lengths say nothing
-    whole = domains_of(features.astype(np.float32), make_config())
-    label = domains_of(features.astype(np.float32), make_config("CHC.DOMAINS.SAMPLE", "200"))
+    whole = domains_of(features.astype(np.float32), ChcSettings.from_config(make_config()))
+    label = domains_of(features.astype(np.float32), ChcSettings.from_config(make_config("CHC.DOMAINS.SAMPLE", "200")))
     assert np.array_equal(label, whole) and ami(truth, label) == 1
     assert np.bincount(label).tolist() == sorted(np.bincount(label), reverse=True)
     tiny = features[:150].astype(np.float32)
-    once = domains_of(tiny, make_config("CHC.DOMAINS.SAMPLE", "200"))
-    assert np.array_equal(once, domains_of(tiny, make_config("CHC.DOMAINS.SAMPLE", "0")))
+    once = domains_of(tiny, ChcSettings.from_config(make_config("CHC.DOMAINS.SAMPLE", "200")))
+    assert np.array_equal(once, domains_of(tiny, ChcSettings.from_config(make_config("CHC.DOMAINS.SAMPLE", "0"))))
 
 
 @pytest.mark.parametrize("gather", [1, 100, 400])
 def test_features_read_in_parts_make_no_difference(store, sampled, gather, monkeypatch):
-    monkeypatch.setattr(chc, "GATHER", gather)
+    monkeypatch.setattr(domains, "GATHER", gather)
     monkeypatch.setattr(sample, "BATCH", 64)
     read = []
 
@@ -329,7 +331,7 @@ def test_an_interrupted_run_goes_on(on_disk, tmp_path, monkeypatch, caplog):
     assert [path.name for path in (tmp_path / "part").iterdir()] == [".sample.npz"]
     with caplog.at_level("INFO"):
         with monkeypatch.context() as patch:
-            patch.setattr(chc, "topics_of", stop)  # the longest part is not done again
+            patch.setattr(topics, "topics_of", stop)  # the longest part is not done again
             patch.setattr(chc, "domains_of", stop)
             with pytest.raises(KeyboardInterrupt):
                 cluster_pairs(PairStore.open(on_disk), config_of(), scratch=tmp_path / "part")

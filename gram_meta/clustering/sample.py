@@ -1,7 +1,7 @@
 """Topics of many pairs from the topics of a sample of them: near-linear in the number of pairs, in bounded memory.
 
 UMAP and HDBSCAN see a sample. Every other pair asks the sample pairs nearest to it in the space of sentence features,
-and a rule that was learnt from the sample says whether their answer is good enough, or the pair noise.
+and a rule that was learned from the sample says whether their answer is good enough, or the pair noise.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def vote(label: np.ndarray, similarity: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def thresholds(topic: np.ndarray, share: np.ndarray, label: np.ndarray, topics: int) -> np.ndarray:
-    """The share of votes to require, for each topic, learnt from pairs whose label is known.
+    """The share of votes to require, for each topic, learned from pairs whose label is known.
 
     One threshold for all topics calls as many of these pairs noise as clustering does. A topic's own threshold gives
     it as many pairs as clustering does; it counts for as much as the topic has members, the common one for SHRINK of

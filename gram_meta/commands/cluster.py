@@ -15,7 +15,7 @@ HELP = """Organise a store into topics and visual domains: cross-modal hierarchi
 Settings are the keys under CHC, and TASKS.SUPPORT_SHOTS and TASKS.QUERY_SHOTS (a topic that cannot fill a
 task is dropped); give them in YAML files or as KEY VALUE, e.g. CHC.DOMAINS.K 4 CHC.FILTER.KEEP 0.8.
 
-Of more than CHC.TOPICS.SAMPLE pairs, topics are found on a sample, and the others are assigned to them by a rule learnt
+Of more than CHC.TOPICS.SAMPLE pairs, topics are found on a sample, and the others are assigned to them by a rule learned
 from it. An interrupted run of that kind goes on where it was when the same command is given again.
 
 CHC.LABELLED True takes a labelled collection (gram embed --format classes): its classes are the topics."""

@@ -366,27 +366,28 @@ WAYS = ("umap+hdbscan", "umap+fast-hdbscan", "evoc")
 
 def run_topics(store: Path, labels: Path, opts: list[str]) -> None:
     """One of WAYS on all pairs of a store, without a filter; `opts`: the way, perhaps how many pairs."""
-    from gram_meta.clustering.chc import reduce, topics_of
+    from gram_meta.clustering.settings import ChcSettings
+    from gram_meta.clustering.topics import reducer, topics_of
     from gram_meta.config import load_meta_config
     from gram_meta.corpus.store import PairStore
 
-    chc = load_meta_config().CHC
+    settings = ChcSettings.from_config(load_meta_config())
     pairs = PairStore.open(store)
     seen = np.arange(min(int(opts[1]) if len(opts) > 1 else len(pairs), len(pairs)))
     features = np.asarray(pairs.sentence_features[seen], np.float32)
     cpu, wall = time.process_time(), time.perf_counter()
-    size, samples = chc.TOPICS.MIN_CLUSTER_SIZE, chc.TOPICS.MIN_SAMPLES
+    size, samples = settings.min_cluster_size, settings.min_samples
     if opts[0] == "umap+hdbscan":
-        label = topics_of(features, chc)
+        label = topics_of(features, settings)
     elif opts[0] == "umap+fast-hdbscan":
         import fast_hdbscan
 
         way = fast_hdbscan.HDBSCAN(min_cluster_size=size, min_samples=samples, reproducible=True)
-        label = way.fit_predict(np.ascontiguousarray(reduce(features, chc)))
+        label = way.fit_predict(np.ascontiguousarray(reducer(settings, len(features)).fit_transform(features)))
     else:
         from evoc import EVoC
 
-        way = EVoC(base_min_cluster_size=size, min_samples=samples, random_state=chc.SEED)
+        way = EVoC(base_min_cluster_size=size, min_samples=samples, random_state=settings.seed)
         label = way.fit_predict(features)
         layers = [(int(layer.max()) + 1, round(float((layer < 0).mean()), 3)) for layer in way.cluster_layers_]
         print("layers of EVoC (topics, noise):", layers, file=sys.stderr)
@@ -403,23 +404,24 @@ def rules(store: Path, opts: list[str]) -> list[dict[str, Any]]:
     `opts`: pairs of the sample; "transform" adds UMAP's own transform and HDBSCAN's approximate_predict.
     """
     from gram_meta.clustering import sample
-    from gram_meta.clustering.chc import topics_of
+    from gram_meta.clustering.settings import ChcSettings
+    from gram_meta.clustering.topics import topics_of
     from gram_meta.config import load_meta_config
     from gram_meta.corpus.store import PairStore
 
-    chc = load_meta_config().CHC
+    settings = ChcSettings.from_config(load_meta_config())
     features = np.asarray(PairStore.open(store).sentence_features, np.float32)
     truth = truth_of(store)[0] if (store / "truth.npz").is_file() else None
     kept = store / "unsampled.npz"
     if not kept.is_file():
-        np.savez(kept, label=topics_of(features, chc))
+        np.savez(kept, label=topics_of(features, settings))
     with np.load(kept) as file:
         unsampled = file["label"]
-    chosen = sample.draw(len(features), int(opts[0]), chc.SEED)
+    chosen = sample.draw(len(features), int(opts[0]), settings.seed)
     rest = np.setdiff1d(np.arange(len(features)), chosen)
     rest = np.sort(np.random.default_rng(0).permutation(rest)[:20_000])
     inside, outside = features[chosen], features[rest]
-    label = topics_of(inside, chc)
+    label = topics_of(inside, settings)
     rows: list[dict[str, Any]] = []
 
     def add(name: str, found: np.ndarray, seconds: float, of: np.ndarray = rest) -> None:
@@ -440,7 +442,7 @@ def rules(store: Path, opts: list[str]) -> list[dict[str, Any]]:
     add("(un-sampled clustering itself)", unsampled[rest], 0)
     add("(clustering of the sample, on the sample)", label, 0, chosen)
     alone = np.ones(len(label), bool)
-    rule = sample.Rule.learn(inside, label, alone, chc.SEED)
+    rule = sample.Rule.learn(inside, label, alone, settings.seed)
     rule.assign(outside[:100])  # compiled
     start = time.process_time()
     ours = rule.assign(outside)
@@ -466,16 +468,15 @@ def rules(store: Path, opts: list[str]) -> list[dict[str, Any]]:
         import hdbscan
         import umap
 
-        topics = chc.TOPICS
         reducer = umap.UMAP(
-            n_neighbors=topics.NEIGHBORS,
-            n_components=topics.COMPONENTS,
+            n_neighbors=settings.neighbors,
+            n_components=settings.components,
             min_dist=0.0,
             metric="cosine",
-            random_state=chc.SEED,
+            random_state=settings.seed,
             n_jobs=1,
         ).fit(inside)
-        clusterer = hdbscan.HDBSCAN(topics.MIN_CLUSTER_SIZE, topics.MIN_SAMPLES, prediction_data=True)
+        clusterer = hdbscan.HDBSCAN(settings.min_cluster_size, settings.min_samples, prediction_data=True)
         clusterer.fit(reducer.embedding_.astype(np.float64))
         few = rest[:3000]
         start = time.process_time()
