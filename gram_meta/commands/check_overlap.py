@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from gram_meta.corpus.store import PairStore
     from gram_meta.tools.overlap import Match, TestImage
 
-HELP = """Find datasets' test images in a corpus: equal files and near-duplicates (re-encoded, resized, cropped, mirrored).
+HELP = """Find datasets' test images in a corpus: equal files, and re-encoded, resized, cropped or mirrored copies.
 
 Meta-training on pairs with test images is a leak. Without --datasets, the command checks every known dataset whose
 folder is in DATA. It writes the matches as a TSV whose column image has locations of the store, so that

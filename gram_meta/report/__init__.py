@@ -19,7 +19,7 @@ from gram_meta.intervals import Estimate, half_width, harmonic
 from gram_meta.report.curves import build_curve
 from gram_meta.report.evidence import Evidence, MetaTraining, gather, write_collection
 from gram_meta.report.numbered import NUMBERS, all_tables, paper_tables
-from gram_meta.report.runs import METRICS, Run, flatten, read_runs, runs_of
+from gram_meta.report.runs import METRICS, Run, read_runs, runs_of
 from gram_meta.report.tables import AVERAGE, Missing, Report, Row, build_reports
 from gram_meta.report.text import FORMATS, render, render_all, render_curve
 
@@ -38,7 +38,6 @@ __all__ = [
     "all_tables",
     "build_curve",
     "build_reports",
-    "flatten",
     "gather",
     "half_width",
     "harmonic",

@@ -1,9 +1,9 @@
-"""What reports are made from: results.json files and the logs of the meta-trainings they used, from folders or collections.
+"""Read results.json files, and the logs of the meta-trainings that the runs used, from folders or collections.
 
-A folder with a log.txt of CoOp's kind and no results.json is a run of a CoOp-style checkout: what its log says stands for
-its results (see `gram_meta.report.logs`).
+A folder with a log.txt of CoOp's kind and no results.json is a run of a CoOp-style checkout: its results are read from
+its log (see `gram_meta.report.logs`).
 
-A *collection* is one compact JSON file that holds all of it: `gram report --collect FILE.json OUTPUT_DIRS...`. Configs,
+A *collection* is one compact JSON file with all results: `gram report --collect FILE.json OUTPUT_DIRS...`. Configs,
 versions and other blocks that many runs share are stored once, by their hash; paths are relative.
 """
 
@@ -29,16 +29,16 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class MetaTraining:
-    """One run of `gram pretrain`: what it was told, and what it logged on held-out tasks."""
+    """One run of `gram pretrain`: its settings, and its log on held-out tasks."""
 
     path: str  # of best.safetensors
-    sha256: str  # of best.safetensors; "" where it is not there
+    sha256: str  # of best.safetensors; "" if the file does not exist
     facts: Mapping[str, Any] = field(repr=False)  # run.json: config, version, fingerprints of store and hierarchy
     log: tuple[Mapping[str, float], ...] = field(repr=False)  # log.jsonl
 
     @property
     def name(self) -> str:
-        """The folder's name: the meta config's, where `gram bench` or the scripts made it."""
+        """The folder's name; `gram bench` and the scripts name it after the meta config."""
         return PurePosixPath(self.path).parent.name
 
 
@@ -46,7 +46,7 @@ class MetaTraining:
 class Evidence:
     """Results by path, in order of paths, and meta-trainings.
 
-    `beside` has the results of trainings that were not asked for, but whose models were tested in some of `results`.
+    `beside` has the results of trainings outside the given folders whose models were tested in some of `results`.
     """
 
     results: dict[Path, dict[str, Any]] = field(default_factory=dict)
@@ -57,15 +57,16 @@ class Evidence:
     _by_ending: dict[tuple[str, ...], Path | None] | None = field(default=None, repr=False)
 
     def training_of(self, path: Path) -> dict[str, Any]:
-        """The result of the run whose model was tested: what was trained is what that run was told, not this one.
+        """Return the result of the run that trained the tested model: its settings count, not those of the test.
 
-        The run's own result where it trained itself, where nothing was trained, and where the training's is not there.
+        This is the run's own result if it trained the model itself, if nothing was trained, or if the training's result
+        does not exist.
         """
         trained = self.trained_path(path)
         return self.results[path] if trained is None else (self.results | self.beside)[trained]
 
     def source_of(self, path: Path) -> str:
-        """The dataset that the tested model was trained on."""
+        """Return the dataset that the tested model was trained on."""
         result = self.results[path]
         if not result.get("model_dir"):
             return dataset_of(result)
@@ -79,7 +80,7 @@ class Evidence:
         return known.get(_plain(parts[-4]), dataset_of(result))
 
     def trained_path(self, path: Path) -> Path | None:
-        """The results.json beside the model that was tested."""
+        """Return the path of the results.json beside the tested model; None if there is none."""
         model = self.results[path].get("model_dir")
         if not model:
             return None
@@ -90,7 +91,7 @@ class Evidence:
         return self._same_ending(PurePosixPath(model.replace(os.sep, "/")), path)
 
     def _read_beside(self, path: Path) -> Path:
-        """The same path, resolved and read where it is a result that nobody asked for."""
+        """Return the path, resolved; read it into `beside` if it is a result outside the given folders."""
         if path in self.results or path in self.beside or not path.is_file():
             return path
         path = path.resolve()
@@ -101,13 +102,13 @@ class Evidence:
         return path
 
     def _same_ending(self, model: PurePosixPath, path: Path) -> Path | None:
-        """A folder that was moved, or a relative path from elsewhere: its last parts say which run it is."""
+        """Find the run by the last parts of its path: the folder was moved, or the path is relative to another folder."""
         if self._by_ending is None:
             self._by_ending = {}
             for found in self.results:
                 for count in range(4, min(len(found.parts) - 1, 10) + 1):
                     ending = found.parent.parts[-count:]
-                    # two runs with one ending: it does not say which
+                    # None: two runs have this ending, which identifies neither
                     self._by_ending[ending] = None if ending in self._by_ending else found
         tested = self.results[path]
         same = ("trainer", "seed") if tested["subsample"] == "all" else ("trainer", "seed", "dataset")
@@ -120,7 +121,7 @@ class Evidence:
 
 
 def gather(sources: Iterable[str | Path]) -> Evidence:
-    """Everything in the given folders and collections.
+    """Read everything in the given folders and collections.
 
     Raises:
         GramError: a folder without results, a file that is neither a result nor a collection.
@@ -132,14 +133,14 @@ def gather(sources: Iterable[str | Path]) -> Evidence:
             continue
         found = {path.resolve() for path in ([source] if source.is_file() else source.rglob(RESULTS))}
         logs = {path.resolve() for path in source.rglob(layout.META_LOG)} if source.is_dir() else set()
-        told, silent = find_logs(source) if source.is_dir() else ({}, [])
-        if not found and not logs and not told:
-            there = f"; {len(silent)} logs of runs that have not finished" if silent else ""
+        from_logs, unfinished = find_logs(source) if source.is_dir() else ({}, [])
+        if not found and not logs and not from_logs:
+            more = f"; {len(unfinished)} logs of runs that have not finished" if unfinished else ""
             raise GramError(
-                f"{source}: expected results.json files, or CoOp's log.txt, in or below this folder, found none{there}"
+                f"{source}: expected results.json files, or CoOp's log.txt, in or below this folder, found none{more}"
             )
-        evidence.results |= told
-        evidence.unfinished += silent
+        evidence.results |= from_logs
+        evidence.unfinished += unfinished
         evidence.folders.append(source.resolve())
         evidence.metas += [meta for path in sorted(logs) if (meta := _read_meta(path.parent))]
         paths |= found
@@ -153,7 +154,7 @@ def gather(sources: Iterable[str | Path]) -> Evidence:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """One results.json, checked for the keys that a report needs."""
+    """Return one results.json. Raises `GramError` if it lacks a key that a report needs."""
     result = read_json(path)
     needed = ("trainer", "dataset", "subsample", "shots", "seed", "backbone", "split", "metrics")
     if not isinstance(result, dict) or result.get("format") != 1:
@@ -162,18 +163,20 @@ def read_result(path: Path) -> dict[str, Any]:
     lacking = [key for key in needed if key not in result]
     if lacking:
         raise GramError(f"{path}: expected the keys of a result, found no {', '.join(lacking)}")
-    result["trainer"] = result.get("learned_by") or result["trainer"]  # a relative may have evaluated the prompts
+    result["trainer"] = (
+        result.get("learned_by") or result["trainer"]
+    )  # another trainer of the family may have evaluated the prompts
     return result
 
 
 def dataset_of(result: Mapping[str, Any]) -> str:
-    """The dataset's name; folders of one's own images, which share one, have theirs behind it."""
+    """Return the dataset's name, followed by the folder's name for folders of own images, which share a dataset name."""
     folder = ((result.get("config") or {}).get("DATASET") or {}).get("FOLDER")
     return f"{result['dataset']} {folder}" if folder else result["dataset"]
 
 
 def _plain(name: str) -> str:
-    """One spelling for a dataset's class and its config: OxfordPets, oxford_pets."""
+    """Return one spelling for a dataset's class and its config: OxfordPets, oxford_pets."""
     plain = name.lower().replace("_", "").replace("-", "")
     return {"dtd": "describabletextures"}.get(plain, plain)
 
@@ -183,7 +186,7 @@ def _plain(name: str) -> str:
 
 
 def _add_metas_of_results(evidence: Evidence) -> None:
-    """The logs beside the checkpoints that runs name, where they can be found from here."""
+    """Read the logs beside the checkpoints that runs name, if their folders exist here."""
     seen = {meta.path for meta in evidence.metas} | {meta.sha256 for meta in evidence.metas if meta.sha256}
     for result in evidence.results.values():
         used = result.get("meta_checkpoint") or {}
@@ -198,7 +201,7 @@ def _add_metas_of_results(evidence: Evidence) -> None:
 
 
 def _read_meta(folder: Path) -> MetaTraining | None:
-    """A folder of `gram pretrain`; None for a log.jsonl of something else."""
+    """Read a folder of `gram pretrain`; return None if its log.jsonl is something else."""
     facts_file = folder / layout.RUN
     facts = read_json(facts_file) if facts_file.is_file() else {}
     log = []
@@ -224,7 +227,7 @@ _SHARED = (
     "few_shot",
     "backbone_fingerprint",
 )  # blocks that many runs have in common
-# Config values that say of a run what its result says too: taken out of the shared config, and put back from there.
+# Config values that a run's result repeats: taken out of the shared config, and restored from the result.
 _OWN = {
     "SEED": "seed",
     "DATASET.NAME": "dataset",
@@ -235,7 +238,7 @@ _OWN = {
 
 
 def write_collection(evidence: Evidence, path: str | Path) -> None:
-    """All of `evidence` as one JSON file, a line per run; paths become relative, so that it can be published."""
+    """Write `evidence` as one JSON file, a line per run, with relative paths, so that it can be published."""
     root = _common_root(evidence)
     shared: dict[str, Any] = {}
 
@@ -288,7 +291,7 @@ def _add_collection(evidence: Evidence, path: Path) -> None:
 def _pack(
     path: Path, result: Mapping[str, Any], trained: Path | None, short: Callable[..., str], share: Callable[[Any], str]
 ) -> dict[str, Any]:
-    """One result with its shared blocks replaced by their hashes."""
+    """Return a result with its shared blocks replaced by their hashes."""
     packed = dict(result)
     packed["path"] = short(str(path), 8)
     if result.get("model_dir"):
@@ -297,7 +300,7 @@ def _pack(
     packed["folder"] = short(str(path.parent), 7)
     if isinstance(packed.get("config"), dict):
         config, own = _without(_map_strings(packed["config"], lambda text: short(text, 2)), _OWN)
-        own["OUTPUT_DIR"] = packed["folder"]  # the same, told from elsewhere
+        own["OUTPUT_DIR"] = packed["folder"]  # the same folder as a relative path
         other = {key: value for key, value in own.items() if packed[_OWN[key]] != value}
         packed["config"] = config
         packed |= {"own": other} if other else {}
@@ -319,10 +322,10 @@ def _unpack(packed: Mapping[str, Any], shared: Mapping[str, Any]) -> tuple[Path,
     where = Path(result.pop("path"))
     for key in _SHARED:
         if isinstance(result.get(key), str) and result[key]:
-            result[key] = json.loads(json.dumps(shared[result[key]]))  # a copy: runs do not share it
+            result[key] = json.loads(json.dumps(shared[result[key]]))  # a copy for each run
     if isinstance(result.get("config"), dict):
-        told = {**result, "folder": where.parent.as_posix()}
-        own = {key: told[name] for key, name in _OWN.items()} | result.pop("own", {})
+        facts = {**result, "folder": where.parent.as_posix()}
+        own = {key: facts[name] for key, name in _OWN.items()} | result.pop("own", {})
         for key, value in own.items():
             *above, name = key.split(".")
             node = result["config"]
@@ -341,7 +344,7 @@ def _common_root(evidence: Evidence) -> Path | None:
 
 def _shortener(root: Path | None) -> Callable[..., str]:
     def short(text: str, parts: int) -> str:
-        """Relative to the common folder; an absolute path from elsewhere keeps its last `parts` only."""
+        """Return a path relative to the common folder; of another absolute path, its last `parts`."""
         path = Path(text)
         if not path.is_absolute():
             return text
@@ -358,12 +361,12 @@ def block_hash(block: Any) -> str:
 
 
 def without_own(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without what differs from run to run of it: seed, dataset, classes, shots and folders."""
+    """Return a config without the values that differ between its runs: seed, dataset, classes, shots, folders."""
     return _without(config, (*_OWN, "DATASET.ROOT", "RESUME"))[0]
 
 
 def _without(config: Mapping[str, Any], keys: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A copy of a nested config without some keys, and these by their dotted names."""
+    """Return a copy of a nested config without some keys, and their values by dotted names."""
     rest, taken = json.loads(json.dumps(config)), {}
     for key in keys:
         *above, name = key.split(".")
@@ -384,7 +387,7 @@ def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _columns(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Rows with the same keys as one list per key; a value that a row lacks is None."""
+    """Return rows as one list per key; a value that a row lacks is None."""
     rows = list(rows)
     keys = list(dict.fromkeys(key for row in rows for key in row))
     return {key: [row.get(key) for row in rows] for key in keys}

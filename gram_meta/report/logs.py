@@ -1,8 +1,8 @@
-"""Runs of CoOp-style checkouts as results: all that is left of them is a log.txt.
+"""Read runs of CoOp-style checkouts, which leave a log.txt and no results.json.
 
-The log's arguments and config say what was run. Dassl prints percentages with one decimal, and the counts behind the
-accuracy: so accuracy and error rate are exact, and the other metrics rounded. What a log does not say is left empty: the
-few-shot images, versions, seconds.
+The log has the arguments and the config. Dassl prints percentages with one decimal, and the counts of the accuracy:
+accuracy and error rate are therefore exact, and the other metrics rounded. Facts that a log lacks stay empty: few-shot
+images, versions, seconds.
 """
 
 from __future__ import annotations
@@ -15,43 +15,43 @@ from gram_meta.runs.layout import LOG, RESULTS
 
 
 def find_logs(folder: Path) -> tuple[dict[Path, dict[str, Any]], list[Path]]:
-    """Results by path of every log.txt in or below a folder without a results.json beside it, and logs without a result."""
-    told: dict[Path, dict[str, Any]] = {}
-    silent = []
+    """Return the results, by path, of every log.txt in or below `folder` without a results.json, and unfinished logs."""
+    results: dict[Path, dict[str, Any]] = {}
+    unfinished = []
     for path in sorted({it.with_name(LOG) for it in folder.rglob(f"{LOG}*") if _is_log(it)}):
         if (path.parent / RESULTS).is_file():
             continue
         logs = _logs_in(path.parent)
         if logs and (found := _result(logs)):
-            told[path.resolve()] = found
+            results[path.resolve()] = found
         elif logs:
-            silent.append(path)
-    return told, silent
+            unfinished.append(path)
+    return results, unfinished
 
 
 def result_of_log(path: Path) -> dict[str, Any] | None:
-    """What stands for the results.json of the run whose log.txt this is; None for an unfinished one, or another file."""
+    """Return the result of the run with this log.txt; None if it is unfinished, or another kind of file."""
     return _result(_logs_in(path.parent))
 
 
 def _is_log(path: Path) -> bool:
-    """log.txt, or log.txt-<date>: Dassl leaves the older log of a folder as it is."""
+    """Return whether a file is log.txt or log.txt-<date>, which Dassl writes beside an older log."""
     return path.is_file() and (path.name == LOG or path.name.startswith(f"{LOG}-"))
 
 
 def _logs_in(folder: Path) -> list[Log]:
-    """The logs of one folder, oldest first, as their names say."""
+    """Return the logs of one folder, oldest first by their names."""
     paths = sorted(it for it in folder.glob(f"{LOG}*") if _is_log(it))
-    return [log for path in paths if (log := read_log(path)) and _named(log)]
+    return [log for path in paths if (log := read_log(path)) and _is_usable(log)]
 
 
-def _named(log: Log) -> bool:
-    """Whether the config says at least what was run on what."""
+def _is_usable(log: Log) -> bool:
+    """Return whether the config has at least a trainer and a dataset."""
     return bool(log.options.get("TRAINER.NAME") and log.options.get("DATASET.NAME"))
 
 
 def _result(logs: list[Log]) -> dict[str, Any] | None:
-    """The last log with a result, as a result; a run that was interrupted has gone on in the next one."""
+    """Return the result of the last log that has one; an interrupted run continues in the next log."""
     ended = [log for log in logs if log.final]
     if not ended:
         return None

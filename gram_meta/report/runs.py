@@ -1,4 +1,4 @@
-"""Runs: what each `results.json` measured, and what sets it apart from others of its trainer."""
+"""Runs: what each `results.json` measured, and how it differs from others of its trainer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gram_meta.report.evidence import Evidence, dataset_of, gather
 
 METRICS = ("accuracy", "error_rate", "macro_f1")
 
-# Settings that say where and how a run was made, and nothing about what was measured.
+# Settings of the place and manner of a run, which do not change what it measures.
 _PLACE = (
     "OUTPUT_DIR",
     "RESUME",
@@ -46,10 +46,10 @@ _PLACE = (
 # Settings of training, which a run that never trains does not have.
 _TRAINING = ("OPTIM", "TRAIN", "DATALOADER", "DATASET.NUM_SHOTS", "INPUT.TRANSFORMS", "INPUT.RRCROP_SCALE")
 
-# Where a trainer's options stand: TRAINER.<node>.
+# The node of a trainer's options: TRAINER.<node>.
 _NODES = {"JointPrompt": "JOINT", "UniGRAM": "JOINT", "CoOpGRAM": "COOP", "CoCoOpGRAM": "COCOOP", "VPTGRAM": "VPT"}
-WORDS = "a photo of a"  # the start in words; with fewer tokens, the first of them
-FROM_LOG = ", from a log"  # ends the label of a run of which there is only a log.txt
+WORDS = "a photo of a"  # the usual initialisation; with fewer tokens, its first words
+FROM_LOG = ", from a log"  # end of the label of a run that has only a log.txt
 EPOCHS = 10  # the schedule of every trainer (Sec. 4.1)
 TOKENS = (2, 2)  # text and visual tokens of the joint prompts
 
@@ -65,7 +65,7 @@ class Run:
     """One `results.json`: one trainer on one set of classes of one dataset, with one seed."""
 
     path: Path
-    label: str  # the trainer and what is special about it, e.g. "CoOpGRAM, R off"
+    label: str  # the trainer and its variant, e.g. "CoOpGRAM, R off"
     dataset: str
     subsample: str  # "base", "new" or "all"
     seed: int
@@ -75,30 +75,30 @@ class Run:
     few_shot: str = ""  # SHA-256 of the few-shot subset
     curve: tuple[Mapping[str, float], ...] = field(default=(), repr=False)
     trainer: str = ""
-    source: str = ""  # the dataset trained on; the run's own where nothing was trained
+    source: str = ""  # the dataset of the training; the run's own if nothing was trained
     shots: int = 0  # of the training
     backbone: str = ""
     epochs: int = EPOCHS
     ablation: tuple[str, ...] = ()  # what its meta-training lacks (Table 6)
     tokens: tuple[int, int] | None = None  # of a joint prompt: text, visual (Table 7)
-    start: str | None = None  # the words that the prompt starts from; "": random; None: theta*
+    start: str | None = None  # the words of the initialisation; "": random; None: theta*
     metric: str = "accuracy"
     split: str = "test"
     result: Mapping[str, Any] = field(default_factory=dict, repr=False)  # all of results.json
 
     @property
     def transferred(self) -> bool:
-        """Trained on another dataset."""
+        """Whether the model was trained on another dataset."""
         return self.source != self.dataset
 
     @property
     def plain(self) -> bool:
-        """A trainer in its standard form: nothing but its name in the label, and that it was read from a log."""
+        """Whether the trainer has its standard form: the label is its name, or that and "from a log"."""
         return self.label in (self.trainer, self.trainer + FROM_LOG)
 
     @property
     def remark(self) -> str:
-        """How the value was read, where that is not from results.json."""
+        """How the value was read from a log; "" if it is from results.json."""
         if "log" not in self.result:
             return ""
         exact = self.metric in ("accuracy", "error_rate") and not self.result["log"]["rounded"]
@@ -108,20 +108,23 @@ class Run:
 def read_runs(
     folders: Iterable[str | Path], metric: str = "accuracy", by: Sequence[str] = (), split: str = "test"
 ) -> list[Run]:
-    """Every run in `folders` (or collections, see `collect`) that was tested on `split`, sorted by path.
+    """Return every run in `folders` (or collections) that was tested on `split`, sorted by path.
 
-    `by` names settings ("OPTIM.MAX_EPOCH") whose values become part of the label. Raises `GramError` for a folder
-    without results, and for a file that is not a result.
+    Args:
+        by: settings ("OPTIM.MAX_EPOCH") whose values become part of the label.
+
+    Raises:
+        GramError: a folder without results, or a file that is not a result.
     """
     return runs_of(gather(folders), metric, by, split)
 
 
 def runs_of(evidence: Evidence, metric: str = "accuracy", by: Sequence[str] = (), split: str = "test") -> list[Run]:
-    """The runs of what was read; see `read_runs`."""
+    """Return the runs in `evidence`; see `read_runs`."""
     runs = [_run(path, evidence, metric, by) for path, it in evidence.results.items() if it["split"] == split]
     if not runs:
         raise GramError(f"expected runs tested on the {split} split, found {len(evidence.results)} on others")
-    return runs if "OPTIM.MAX_EPOCH" in by else _epochs_told_apart(runs)
+    return runs if "OPTIM.MAX_EPOCH" in by else _label_epochs(runs)
 
 
 def _run(path: Path, evidence: Evidence, metric: str, by: Sequence[str]) -> Run:
@@ -164,12 +167,12 @@ def _run(path: Path, evidence: Evidence, metric: str, by: Sequence[str]) -> Run:
 
 
 def is_untrained(result: Mapping[str, Any]) -> bool:
-    """No step was taken: zero-shot, or a start prompt tested as it is."""
+    """Return whether no step was taken: zero-shot, or a test of an initial prompt."""
     return bool(result.get("eval_only")) and not result.get("model_dir")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What sets a run apart from its trainer's plain form
+# How a run differs from its trainer's standard form
 
 
 def _meta_settings(training: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -177,11 +180,11 @@ def _meta_settings(training: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _ablation(training: Mapping[str, Any]) -> tuple[str, ...]:
-    """What the meta-checkpoint was made without (Table 6, rows 1 to 4)."""
+    """Return what the meta-training lacked (Table 6, rows 1 to 4)."""
     meta, words = _meta_settings(training), []
     if meta.get("TASKS.DOMAIN_SHIFT") is False:
         words.append(NO_SHIFT)
-    if meta.get("OUTER.META") is False:  # which leaves nothing for a regulator to learn from
+    if meta.get("OUTER.META") is False:  # without it a regulator cannot learn
         words.append(NO_META)
     elif meta.get("REGULATOR.ENABLED") is False:
         words.append(NO_REGULATOR)
@@ -191,7 +194,7 @@ def _ablation(training: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _words(training: Mapping[str, Any], result: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
-    """The start, the regulator downstream, and whether a step was taken, where they are not the trainer's own."""
+    """Return words for the initialisation, the regulator and a missing training, where they are not the trainer's own."""
     trainer, words = training["trainer"], []
     zero_shot = trainer.startswith("Zeroshot")
     start = None if zero_shot else _start(training, settings)
@@ -204,10 +207,10 @@ def _words(training: Mapping[str, Any], result: Mapping[str, Any], settings: Map
     if trainer == "VPT" and (depth := settings.get("TRAINER.VPT.PROMPT_DEPTH_VISION", 1)) != 1:
         words.append(f"prompts in {depth} layers")  # MaPLe's: a trainer of the same name
     meta = _meta_settings(training)
-    there_is_one = meta.get("REGULATOR.ENABLED") is not False and meta.get("OUTER.META") is not False
+    has_regulator = meta.get("REGULATOR.ENABLED") is not False and meta.get("OUTER.META") is not False
     off = trainer.endswith("GRAM") and not settings.get("TRAINER.GRAM.REGULATE", True)
     scale = settings.get("TRAINER.GRAM.STEP_SCALE", 1.0)
-    if off and not is_untrained(result) and (there_is_one or scale != 1):
+    if off and not is_untrained(result) and (has_regulator or scale != 1):
         words.append("R off" if scale == 1 else f"R off and step x {scale:.3g}")
     if is_untrained(result) and not zero_shot:
         words.append("no step")
@@ -219,7 +222,7 @@ def _node(trainer: str) -> str:
 
 
 def _start(training: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
-    """The words of the start; "" for a random one; None for theta*, and where the config does not say."""
+    """Return the words of the initialisation; "" for a random one; None for theta*, and if the config lacks it."""
     trainer = training["trainer"]
     if trainer.endswith("GRAM") and settings.get("TRAINER.GRAM.INIT", True):
         return None
@@ -230,13 +233,13 @@ def _start(training: Mapping[str, Any], settings: Mapping[str, Any]) -> str | No
 
 
 def _is_usual(start: str, trainer: str, settings: Mapping[str, Any]) -> bool:
-    """CoOp's "a photo of a", and for a joint prompt of M text tokens its first M words."""
+    """Return whether the initialisation is CoOp's "a photo of a" or, for a joint prompt of M tokens, its first M words."""
     count = settings.get("TRAINER.JOINT.N_CTX_TEXT", 4) if _NODES.get(trainer) == "JOINT" else 4
     return start == " ".join(WORDS.split()[:count])
 
 
 def _tokens(training: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Text and visual tokens of a joint prompt."""
+    """Return text and visual tokens of a joint prompt; None for other prompts."""
     if _NODES.get(training["trainer"]) != "JOINT":
         return None
     meta = _meta_settings(training)
@@ -258,8 +261,8 @@ def _compared(key: str, untrained: bool) -> bool:
     return not any(key == name or key.startswith(name + ".") for name in hidden)
 
 
-def _epochs_told_apart(runs: Sequence[Run]) -> list[Run]:
-    """Longer trainings of the same thing, for the curves past 10 epochs, get a label of their own."""
+def _label_epochs(runs: Sequence[Run]) -> list[Run]:
+    """Add the number of epochs to the labels of trainings that are longer than others of the same label."""
     seen: dict[tuple[str, str, str], set[int]] = defaultdict(set)
     for run in runs:
         if not run.untrained:

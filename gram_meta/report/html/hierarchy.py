@@ -253,7 +253,7 @@ def _remarks(view: _View) -> list[str]:
     if gone := sum(view.unreadable.values()):
         lines.append(
             f"{gone} of the {view.asked} images of this page could not be read ({_reasons(view.unreadable)}). gram "
-            f"inspect looked for them in {view.places.reader.root}; if they have moved, give their folder by --image-root."
+            f"inspect looked for them in {view.places.reader.root}; if they have moved, name it with --image-root."
         )
     if view.hierarchy.manifest.get("labelled"):
         lines.append(
