@@ -102,7 +102,7 @@ class Evidence:
         return path
 
     def _same_ending(self, model: PurePosixPath, path: Path) -> Path | None:
-        """Find the run by the last parts of its path: the folder was moved, or the path is relative to another folder."""
+        """Find a run by the last parts of its path, where the folder was moved or the path is relative."""
         if self._by_ending is None:
             self._by_ending = {}
             for found in self.results:
@@ -170,7 +170,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def dataset_of(result: Mapping[str, Any]) -> str:
-    """Return the dataset's name, followed by the folder's name for folders of own images, which share a dataset name."""
+    """Return the dataset's name; folders of own images, which share one, have the folder's name added."""
     folder = ((result.get("config") or {}).get("DATASET") or {}).get("FOLDER")
     return f"{result['dataset']} {folder}" if folder else result["dataset"]
 

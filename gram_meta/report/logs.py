@@ -15,7 +15,7 @@ from gram_meta.runs.layout import LOG, RESULTS
 
 
 def find_logs(folder: Path) -> tuple[dict[Path, dict[str, Any]], list[Path]]:
-    """Return the results, by path, of every log.txt in or below `folder` without a results.json, and unfinished logs."""
+    """Return the results of every log.txt in or below `folder` without a results.json, and unfinished logs."""
     results: dict[Path, dict[str, Any]] = {}
     unfinished = []
     for path in sorted({it.with_name(LOG) for it in folder.rglob(f"{LOG}*") if _is_log(it)}):

@@ -194,7 +194,7 @@ def _ablation(training: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _words(training: Mapping[str, Any], result: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
-    """Return words for the initialisation, the regulator and a missing training, where they are not the trainer's own."""
+    """Return words for an initialisation, a regulator or a lack of training that is not the trainer's usual."""
     trainer, words = training["trainer"], []
     zero_shot = trainer.startswith("Zeroshot")
     start = None if zero_shot else _start(training, settings)
@@ -233,7 +233,7 @@ def _start(training: Mapping[str, Any], settings: Mapping[str, Any]) -> str | No
 
 
 def _is_usual(start: str, trainer: str, settings: Mapping[str, Any]) -> bool:
-    """Return whether the initialisation is CoOp's "a photo of a" or, for a joint prompt of M tokens, its first M words."""
+    """Return whether the initialisation is "a photo of a" or, for a joint prompt of M tokens, its first M words."""
     count = settings.get("TRAINER.JOINT.N_CTX_TEXT", 4) if _NODES.get(trainer) == "JOINT" else 4
     return start == " ".join(WORDS.split()[:count])
 
