@@ -44,7 +44,7 @@ def estimate(per_seed: Sequence[float], expected: int, fixed: bool = False) -> E
 def harmonic_estimate(
     base: Mapping[int, float], new: Mapping[int, float], expected: int, fixed: bool = False
 ) -> Estimate | None:
-    """Return H of the averaged base and new, over the seeds that have both; its interval is that of the seeds' own H."""
+    """Return H of the averaged base and new, over seeds with both; its interval is that of the seeds' own H."""
     both = [seed for seed in base if seed in new]
     if not both:
         return None
