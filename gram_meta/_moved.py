@@ -7,7 +7,11 @@ import sys
 import warnings
 
 
-def moved(old: str, new: str) -> None:
-    """Let the module path `old` mean the module `new`, and warn whoever imports it."""
-    warnings.warn(f"{old} has moved to {new}; the old path goes in version 0.3", DeprecationWarning, stacklevel=4)
-    sys.modules[old] = importlib.import_module(new)
+def moved(old: str, *new: str) -> None:
+    """Give the module `old` every name of the modules `new`, and warn whoever imports it."""
+    warnings.warn(
+        f"{old} has moved to {' and '.join(new)}; the old path goes in version 0.3", DeprecationWarning, stacklevel=3
+    )
+    for name in new:
+        module = importlib.import_module(name)
+        vars(sys.modules[old]).update({key: value for key, value in vars(module).items() if not key.startswith("__")})

@@ -16,8 +16,9 @@ from gram_meta.coop import launch
 from gram_meta.engine import TRAINER_REGISTRY, TrainerX, build_lr_scheduler, build_optimizer
 from gram_meta.errors import GramError
 from gram_meta.method import apply as module
-from gram_meta.method.apply import Regulation, WithGRAM, start_from
+from gram_meta.method.apply import Regulation, start_from
 from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
+from gram_meta.method.dassl import WithGRAM
 from gram_meta.method.regulator import GradientRegulator, RegulatorConfig
 
 WIDTH = 64  # of the tiny CLIP's text tower

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from gram_meta.config import get_meta_config
-from gram_meta.method.apply import WithGRAM
 from gram_meta.method.checkpoint import MetaCheckpoint
+from gram_meta.method.dassl import WithGRAM
 from gram_meta.trainers.base import NO_META
 
 # What a table of results needs to know of the meta-training

@@ -142,7 +142,7 @@ def _heed_command_line(tree: Any) -> None:
 def _has_gram(trainer: str) -> bool:
     """Whether a registered trainer of this name starts from a meta-checkpoint: one of ours, or somebody's own."""
     from gram_meta.engine import TRAINER_REGISTRY
-    from gram_meta.method.apply import WithGRAM
+    from gram_meta.method.dassl import WithGRAM
 
     return trainer in TRAINER_REGISTRY.registered_names() and issubclass(TRAINER_REGISTRY.get(trainer), WithGRAM)
 

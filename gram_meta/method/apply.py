@@ -7,15 +7,9 @@ With any torch optimiser:
     regulation = Regulation({"text": prompt}, meta.regulator)
     regulation.attach(optimizer)                         # from now on optimizer.step() sees R(g) instead of g
 
-In a Dassl trainer, the options TRAINER.GRAM.* do both:
-
-    class MyTrainerGRAM(WithGRAM, MyTrainer):
-        def gram_prompts(self):
-            return {"text": self.model.prompt_learner.ctx}
-
 The hook runs at the beginning of `optimizer.step()`: after a grad scaler has unscaled, before momentum and weight decay.
 It keeps what tells a regulator that regulates from one that does not: path lengths, variation, norms.
-docs/guide/other-trainers.md tells the whole of it.
+`gram_meta.method.dassl` does both in a Dassl trainer.
 """
 
 from __future__ import annotations
@@ -29,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gram_meta.errors import GramError
-from gram_meta.method.checkpoint import MetaCheckpoint, load_meta_checkpoint
+from gram_meta.method.checkpoint import MetaCheckpoint
 from gram_meta.method.regulator import GradientRegulator
 
 # By kind ("text", "visual"): one parameter (M, d), one of all layers (layers, M, d), or a parameter for each layer
@@ -240,117 +234,6 @@ def start_from(checkpoint: MetaCheckpoint, prompts: Prompts, extras: Mapping[str
     with torch.no_grad():
         for parameter, value in targets:
             parameter.copy_(value)
-
-
-class WithGRAM:
-    """GRAM for a Dassl prompt trainer: `class MyTrainerGRAM(WithGRAM, MyTrainer)`. Options: TRAINER.GRAM.*.
-
-    Say which parameters are prompts in `gram_prompts`. What else the trainer learns keeps its raw gradients and is
-    listed in the log and in `raw_parameters`. The trainer's own code stays as it is: the prompts take theta* after its
-    `build_model`, and every optimiser that it has registered passes their gradients through R^phi* before it steps.
-
-    Attributes:
-        meta: the meta-checkpoint; None where TRAINER.GRAM.CHECKPOINT is empty, which an evaluation may leave so.
-        regulation: what regulates and counts.
-        raw_parameters: names of learned parameters that R^phi does not know.
-    """
-
-    meta: MetaCheckpoint | None = None
-    regulation: Regulation
-    raw_parameters: list[str]
-
-    # The trainer beside which this stands; only what is used here
-    cfg: Any
-    device: Any
-    _models: Any
-    _optims: Any
-
-    # --------------------------------------------------------------------------------- what a trainer has to say
-
-    def gram_prompts(self) -> Prompts:
-        """The prompts by kind: a parameter, or one for each layer (the first is nearest to the input)."""
-        raise NotImplementedError
-
-    def gram_extras(self) -> Mapping[str, Tensor]:
-        """Parameters that start from the meta-checkpoint too and that R^phi does not know (CoCoOp's meta-net), by name."""
-        return {}
-
-    def check_meta(self, meta: MetaCheckpoint) -> None:
-        """Refuse a meta-checkpoint of another backbone, by its name; a trainer that can tell more says so here."""
-        name = self.cfg.MODEL.BACKBONE.NAME
-        if name != meta.backbone_name:
-            raise GramError(
-                f"{meta.path}: expected the backbone it was made with, {meta.backbone_name}, found {name!r} "
-                "(MODEL.BACKBONE.NAME)"
-            )
-
-    # ------------------------------------------------------------------------------------------ what it then does
-
-    def check_cfg(self, cfg: Any) -> None:
-        super().check_cfg(cfg)  # type: ignore[misc]
-        if "GRAM" not in cfg.TRAINER:
-            raise GramError(
-                "TRAINER.GRAM: expected these options in the config tree, found none; call "
-                "gram_meta.engine.options.extend_cfg(cfg) where the other options are added"
-            )
-        gram = cfg.TRAINER.GRAM
-        if gram.REGULATE and gram.STEP_SCALE != 1.0:
-            raise GramError("TRAINER.GRAM.STEP_SCALE scales raw gradients; it expects TRAINER.GRAM.REGULATE False")
-        if gram.INIT and cfg.MODEL.INIT_WEIGHTS:
-            raise GramError(
-                "MODEL.INIT_WEIGHTS and TRAINER.GRAM.INIT both name a start; leave the one empty or set the other False"
-            )
-
-    def build_model(self) -> None:
-        gram = self.cfg.TRAINER.GRAM
-        if gram.CHECKPOINT:
-            self.meta = load_meta_checkpoint(gram.CHECKPOINT)
-            if gram.REGULATE and self.meta.regulator is None:
-                raise GramError(f"{gram.CHECKPOINT}: holds no regulator; set TRAINER.GRAM.REGULATE False")
-        super().build_model()  # type: ignore[misc]
-        regulator = None
-        if self.meta is not None:
-            self.check_meta(self.meta)
-            print(f"Meta-checkpoint {gram.CHECKPOINT} (SHA-256 {self.meta.sha256[:12]})")
-            if gram.INIT:
-                start_from(self.meta, self.gram_prompts(), self.gram_extras())
-                print("Initial prompts: theta* of the meta-checkpoint, instead of the above")
-            if gram.REGULATE and self.meta.regulator is not None:
-                regulator = self.meta.regulator.to(self.device)
-                print("Every gradient of a prompt passes through the frozen regulator")
-        norms = self.meta.gradient_norms if self.meta else None
-        self.regulation = Regulation(self.gram_prompts(), regulator, gram.STEP_SCALE, norms)
-        optimizers = [optimizer for optimizer in self._optims.values() if optimizer is not None]
-        self.regulation.attach(*optimizers)
-        self.raw_parameters = [
-            name for model in self._models.values() for name in self.regulation.raw_parameters(model, *optimizers)
-        ]
-        if self.raw_parameters:
-            print(f"Raw gradients, as the regulator does not know them: {', '.join(self.raw_parameters)}")
-
-    def check_training(self) -> None:
-        """Refuse to train, or to evaluate a start, without the meta-checkpoint that either needs."""
-        gram = self.cfg.TRAINER.GRAM
-        if (gram.INIT or gram.REGULATE) and self.meta is None:
-            raise GramError(
-                f"TRAINER.GRAM.CHECKPOINT is empty; {type(self).__name__} expects the meta-checkpoint of `gram pretrain`"
-            )
-        if hasattr(super(), "check_training"):  # of the trainer beside which this stands
-            super().check_training()  # type: ignore[misc]
-
-    def before_train(self) -> None:
-        self.check_training()
-        super().before_train()  # type: ignore[misc]
-
-    def load_model(self, directory: str, epoch: int | None = None) -> None:
-        if not directory:  # what is evaluated is the start
-            self.check_training()
-        super().load_model(directory, epoch=epoch)  # type: ignore[misc]
-
-    def after_train(self) -> None:
-        for line in self.regulation.lines():
-            print(f"regulator: {line}")
-        super().after_train()  # type: ignore[misc]
 
 
 def _named(prompts: Prompts) -> dict[str, Tensor]:

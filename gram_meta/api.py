@@ -1,0 +1,243 @@
+"""The steps of the method as functions: what `gram embed`, `cluster`, `pretrain` and `eval-meta` run.
+
+    import gram_meta as gram
+
+    store = gram.embed("cc3m/{00000..00331}.tar", "store", backbone="ViT-B/16")
+    hierarchy = gram.cluster(store, "hierarchy", config="coop_vit_b16")
+    meta = gram.pretrain(store, hierarchy, "meta", config="coop_vit_b16", opts={"OUTER.STEPS": 5000})
+    print(gram.evaluate(meta, store, hierarchy))
+
+`config` names YAML files: paths, or names of files in configs/gram_meta. `opts` overrides single keys. Under `torchrun`,
+`embed` and `pretrain` share their work among the processes, as the commands do.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.optim import Optimizer
+
+from gram_meta.clustering.hierarchy import Hierarchy, check_target
+from gram_meta.config import load_meta_config
+from gram_meta.corpus.store import PairStore
+from gram_meta.files import PathLike
+from gram_meta.method.apply import Prompts, Regulation
+from gram_meta.method.checkpoint import MetaCheckpoint, load_meta_checkpoint
+from gram_meta.method.evaluation import Adaptation, evaluate_adaptation
+from gram_meta.processes import device_for, process_group
+
+Configs = PathLike | Sequence[PathLike]
+Options = Mapping[str, Any] | Sequence[str]  # {"OUTER.STEPS": 5000}, or ["OUTER.STEPS", "5000"]
+
+
+def embed(
+    source: PathLike,
+    out: PathLike,
+    *,
+    backbone: str = "ViT-B/16",
+    precision: str = "fp32",
+    sentence_model: str = "all-MiniLM-L6-v2",
+    batch_size: int = 64,
+    part_size: int = 2048,
+    workers: int = 0,
+    device: str = "auto",
+    progress: bool = True,
+    **source_options: Any,
+) -> PairStore:
+    """Turn image-text pairs into a store of CLIP and Sentence-BERT features. A finished store is returned as it is.
+
+    Args:
+        source: shards, a folder or a file of pairs, or a pattern of files; docs/guide/corpus.md lists the formats.
+        out: folder of the store. An interrupted run with the same arguments continues there.
+        backbone: an OpenAI name, a weights file, or `gram-small`.
+        precision: of CLIP: `fp32`, `fp16` or `bf16`.
+        sentence_model: a name, or a folder in sentence-transformers' format.
+        batch_size: images in one pass.
+        part_size: pairs in a part: what an interruption can lose.
+        workers: processes that read images.
+        device: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto`: cuda where there is one.
+        source_options: as for `corpus.sources.open_source`: `format`, `image_column`, `caption_column`, `image_root`,
+            `classnames`, `split`, `image_name`.
+
+    Raises:
+        GramError: a source that cannot be read, or a folder that holds another store.
+    """
+    from gram_meta.corpus.embedding.run import check_free, embed_pairs, is_finished
+    from gram_meta.corpus.sources import Source, open_source
+
+    # The tokenizer's threads do not survive the forking of image workers.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+    def unfinished() -> Source | None:
+        """Open the source; return None if the store is finished. Cheap errors come before CLIP is loaded."""
+        opened = open_source(source, **source_options)
+        check_free(out)
+        settings = {
+            "source": opened.identity(),
+            "clip": {"name": backbone, "precision": precision},
+            "sentence_model": {"name": sentence_model},
+            "batch_size": batch_size,
+            "part_size": part_size,
+        }
+        # A name stands for its weights, so a finished run is recognised before they are loaded; a file may change.
+        by_name = not os.path.exists(backbone) and not os.path.exists(sentence_model)
+        if is_finished(out, settings) and by_name:
+            print(f"{os.fspath(out)}: finished before, nothing to do", file=sys.stderr)
+            return None
+        return opened
+
+    with process_group(device) as group:
+        opened = group.first(unfinished)
+        if opened is not None:
+            from gram_meta.backbone.clip import load_backbone
+            from gram_meta.corpus.embedding.sentences import load_sentence_model
+
+            used = device_for(group, device)
+            embed_pairs(
+                opened,
+                out,
+                load_backbone(backbone, used, precision),
+                load_sentence_model(sentence_model, used),
+                batch_size=batch_size,
+                part_size=part_size,
+                workers=workers,
+                progress=progress,
+                group=group,
+            )
+    return PairStore.open(out)
+
+
+def cluster(
+    store: PairStore | PathLike,
+    out: PathLike,
+    *,
+    config: Configs = (),
+    opts: Options = (),
+    exclude: PathLike | None = None,
+    progress: bool = True,
+) -> Hierarchy:
+    """Organise a store into topics and visual domains (CHC, Sec. 3.2), and save the hierarchy.
+
+    Args:
+        store: the store, or its folder.
+        out: folder of the hierarchy. An interrupted run over a sample continues there.
+        config, opts: settings; the keys under CHC and the shots of TASKS are read.
+        exclude: a .tsv file with a column `image`: locations of images to leave out.
+
+    Raises:
+        GramError: unknown settings, a folder that holds something else, too few pairs or topics.
+    """
+    from gram_meta.clustering.chc import cluster_pairs
+    from gram_meta.clustering.steps import Steps
+
+    settings = load_meta_config(_files(config), _pairs(opts))
+    folder = check_target(out)  # before the work, not after it
+    opened = _store(store)
+    excluded = opened.rows_of_images(exclude) if exclude else None
+    hierarchy = cluster_pairs(opened, settings, excluded=excluded, scratch=folder, progress=progress)
+    hierarchy.save(folder)
+    Steps(folder).forget()
+    return Hierarchy.open(folder)
+
+
+def pretrain(
+    store: PairStore | PathLike,
+    hierarchy: Hierarchy | PathLike,
+    out: PathLike,
+    *,
+    config: Configs = (),
+    opts: Options = (),
+    device: str = "auto",
+    resume: bool = False,
+    progress: bool = True,
+) -> MetaCheckpoint:
+    """Meta-learn prompts and a gradient regulator (Algorithm 1); return the best meta-checkpoint.
+
+    Args:
+        store, hierarchy: from `embed` and `cluster`, or their folders.
+        out: folder of best.safetensors, last.safetensors, log.jsonl and the state for `resume`.
+        config, opts: settings of the experiment.
+        resume: continue the run in `out`; its final weights equal those of an uninterrupted run.
+
+    Raises:
+        GramError: inputs that do not belong together, too few topics, a folder that holds another run.
+        Stopped: after SIGTERM; the state is saved.
+    """
+    from gram_meta.method.meta_trainer import pretrain as run
+
+    settings = load_meta_config(_files(config), _pairs(opts))
+    with process_group(device) as group:
+        best = run(
+            _folder(store), _folder(hierarchy), out, settings, device_for(group, device), resume, progress, group
+        )
+    return load_meta_checkpoint(best)
+
+
+def evaluate(
+    meta: MetaCheckpoint | PathLike,
+    store: PairStore | PathLike,
+    hierarchy: Hierarchy | PathLike,
+    *,
+    tasks: int = 100,
+    steps: Sequence[int] = (0, 1, 5, 20),
+    seed: int = 1000,
+    opts: Options = (),
+    device: str = "auto",
+    progress: bool = True,
+) -> Adaptation:
+    """Adapt to held-out tasks with R^phi on, off, and off at equal length; `print` shows the result as a table.
+
+    Args:
+        meta: a meta-checkpoint, or its file.
+        store, hierarchy: where the tasks come from; see `method.evaluation.evaluate_adaptation`.
+        tasks: number of tasks. seed: of their draw.
+        steps: numbers of inner steps after which the query sets are scored.
+        opts: settings that replace those of meta-training.
+    """
+    checkpoint = meta if isinstance(meta, MetaCheckpoint) else load_meta_checkpoint(meta)
+    opened = _store(store), hierarchy if isinstance(hierarchy, Hierarchy) else Hierarchy.open(hierarchy)
+    with process_group(device) as group:
+        used = device_for(group, device)
+    return evaluate_adaptation(checkpoint, *opened, tasks, steps, seed, _pairs(opts), used, progress)
+
+
+def regulate(optimizer: Optimizer, prompts: Prompts, meta: MetaCheckpoint) -> Regulation:
+    """Let `optimizer.step()` see R^phi(g) instead of the gradient g of each prompt (Sec. 3.3, "Testing").
+
+    Args:
+        optimizer: any torch optimiser that holds the prompts.
+        prompts: by kind, such as `PromptedCLIP.prompts()`.
+        meta: a meta-checkpoint; without a regulator in it the gradients stay raw and are counted.
+
+    Returns:
+        The regulation; `summary()` says what it has done so far.
+    """
+    regulation = Regulation(prompts, meta.regulator, gradient_norms=meta.gradient_norms)
+    if meta.regulator is not None:
+        meta.regulator.to(next(iter(regulation.prompts.values())).device)
+    regulation.attach(optimizer)
+    return regulation
+
+
+def _store(store: PairStore | PathLike) -> PairStore:
+    return store if isinstance(store, PairStore) else PairStore.open(store)
+
+
+def _folder(opened: PairStore | Hierarchy | PathLike) -> PathLike:
+    path = opened.path if isinstance(opened, PairStore | Hierarchy) else opened
+    assert path is not None  # `cluster` and `open` set it
+    return path
+
+
+def _files(config: Configs) -> Sequence[str | Path]:
+    return [os.fspath(config)] if isinstance(config, str | os.PathLike) else [os.fspath(file) for file in config]
+
+
+def _pairs(opts: Options) -> list[str]:
+    if isinstance(opts, Mapping):
+        return [str(word) for pair in opts.items() for word in pair]
+    return list(opts)
