@@ -66,7 +66,8 @@ def embed(
     Raises:
         GramError: a source that cannot be read, or a folder that holds another store.
     """
-    from gram_meta.corpus.embedding.run import check_free, embed_pairs, is_finished
+    from gram_meta.corpus.embedding.lock import check_free
+    from gram_meta.corpus.embedding.run import embed_pairs, is_finished
     from gram_meta.corpus.sources import Source, open_source
 
     # The tokenizer's threads do not survive the forking of image workers.
@@ -90,7 +91,7 @@ def embed(
             return None
         return opened
 
-    with process_group(device) as group:
+    with process_group(device or "auto") as group:
         opened = group.first(unfinished)
         if opened is not None:
             from gram_meta.backbone.clip import load_backbone
@@ -170,7 +171,7 @@ def pretrain(
     from gram_meta.method.meta_trainer import pretrain as run
 
     settings = load_meta_config(_files(config), _pairs(opts))
-    with process_group(device) as group:
+    with process_group(device or "auto") as group:
         best = run(
             _folder(store), _folder(hierarchy), out, settings, device_for(group, device), resume, progress, group
         )
@@ -200,7 +201,7 @@ def evaluate(
     """
     checkpoint = meta if isinstance(meta, MetaCheckpoint) else load_meta_checkpoint(meta)
     opened = _store(store), hierarchy if isinstance(hierarchy, Hierarchy) else Hierarchy.open(hierarchy)
-    with process_group(device) as group:
+    with process_group(device or "auto") as group:
         used = device_for(group, device)
     return evaluate_adaptation(checkpoint, *opened, tasks, steps, seed, _pairs(opts), used, progress)
 

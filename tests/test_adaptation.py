@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from gram_meta.cli import main
-from gram_meta.commands.eval_meta import _table
 from gram_meta.config import load_meta_config, stored_config
 from gram_meta.errors import GramError
 from gram_meta.method import evaluation as module
@@ -73,7 +72,7 @@ def test_tables_say_what_there_is(runs, pixel_corpus):
     assert [(line.start, line.gradient) for line in result.lines] == [("theta*", "raw"), ('"a photo"', "raw")]
     assert [cell.steps for cell in result.lines[0].cells] == [0, 1]
     assert json.loads(json.dumps(result.as_dict()))["tasks"] == 5
-    text = _table(result)
+    text = str(result)
     assert "acc. 1" in text and "loss 0" in text and "5 2-way tasks from" in text
 
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from gram_meta.method.evaluation import Adaptation
 
 HELP = """Adapt to tasks that meta-training has not seen, from theta* and from where meta-training started, with R on and
 off, and score their query sets: minutes that say whether hours downstream are worth it.
@@ -43,48 +39,17 @@ def run(args: argparse.Namespace) -> int:
     if bad := [word for word in args.steps if not word.isdecimal()]:
         raise GramError(f"--steps: expected numbers from 0 on, found {bad[0]!r}")
 
-    import torch
+    from gram_meta import api
 
-    from gram_meta.clustering.hierarchy import Hierarchy
-    from gram_meta.corpus.store import PairStore
-    from gram_meta.method.checkpoint import load_meta_checkpoint
-    from gram_meta.method.evaluation import evaluate_adaptation
-
-    result = evaluate_adaptation(
-        load_meta_checkpoint(args.checkpoint),
-        PairStore.open(args.store),
-        Hierarchy.open(args.hierarchy),
-        args.tasks,
-        [int(word) for word in args.steps],
-        args.seed,
-        args.opts,
-        args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+    result = api.evaluate(
+        args.checkpoint,
+        args.store,
+        args.hierarchy,
+        tasks=args.tasks,
+        steps=[int(word) for word in args.steps],
+        seed=args.seed,
+        opts=args.opts,
+        device=args.device,
     )
-    print(json.dumps(result.as_dict(), indent=2) if args.json else _table(result))
+    print(json.dumps(result.as_dict(), indent=2) if args.json else result)
     return 0
-
-
-def _table(result: Adaptation) -> str:
-    from tabulate import tabulate
-
-    steps = [cell.steps for cell in result.lines[0].cells]
-    rows = [
-        [line.start, line.gradient, *(_text(c.accuracy, c.accuracy_half_width, 1) for c in line.cells)]
-        + [_text(c.loss, c.loss_half_width, 3) for c in line.cells]
-        for line in result.lines
-    ]
-    headers = ["start", "gradient", *(f"acc. {s}" for s in steps), *(f"loss {s}" for s in steps)]
-    aligned = ", ".join(f"{name} {value:.3f}" for name, value in result.alignment.items())
-    return "\n".join(
-        [
-            tabulate(rows, headers, disable_numparse=True),
-            "",
-            f"{result.tasks} {result.ways}-way tasks from {result.topics}; query accuracy (percent) and loss after so many "
-            f"inner steps of size {result.alpha:g}; ± is the 95 % interval over tasks (Student's t).",
-            *([f"Inner product with the query gradient at theta* (Fig. 3b): {aligned}."] if aligned else []),
-        ]
-    )
-
-
-def _text(mean: float, half_width: float | None, digits: int) -> str:
-    return f"{mean:.{digits}f}" + (f" ± {half_width:.{digits}f}" if half_width is not None else "")

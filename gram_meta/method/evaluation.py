@@ -67,7 +67,27 @@ class Adaptation:
     alignment: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
+        """Plain dicts and lists, fit for JSON."""
         return asdict(self)
+
+    def __str__(self) -> str:
+        """A table with a row for each start and gradient."""
+        from tabulate import tabulate
+
+        steps = [cell.steps for cell in self.lines[0].cells]
+        rows = [
+            [line.start, line.gradient, *(_text(c.accuracy, c.accuracy_half_width, 1) for c in line.cells)]
+            + [_text(c.loss, c.loss_half_width, 3) for c in line.cells]
+            for line in self.lines
+        ]
+        headers = ["start", "gradient", *(f"acc. {s}" for s in steps), *(f"loss {s}" for s in steps)]
+        caption = (
+            f"{self.tasks} {self.ways}-way tasks from {self.topics}; query accuracy (percent) and loss after so many "
+            f"inner steps of size {self.alpha:g}; ± is the 95 % interval over tasks (Student's t)."
+        )
+        aligned = ", ".join(f"{name} {value:.3f}" for name, value in self.alignment.items())
+        more = [f"Inner product with the query gradient at theta* (Fig. 3b): {aligned}."] if aligned else []
+        return "\n".join([tabulate(rows, headers, disable_numparse=True), "", caption, *more])
 
 
 def evaluate_adaptation(
@@ -187,3 +207,7 @@ def _cell(steps: int, parts: Sequence[tuple[Tensor, Tensor]]) -> Cell:
         math.fsum(accuracies) / len(accuracies),
         half_width(accuracies),
     )
+
+
+def _text(mean: float, half_width: float | None, digits: int) -> str:
+    return f"{mean:.{digits}f}" + (f" ± {half_width:.{digits}f}" if half_width is not None else "")

@@ -266,6 +266,14 @@ class PromptedCLIP(nn.Module):
         self.fixed = template_features(backbone, classnames, template) if ctx is None else None  # (N, D)
         self._kept: tuple[Tensor, Tensor] | None = None  # a prompt's value, its class features
 
+    def prompts(self) -> dict[str, nn.Parameter]:
+        """The learned prompts (M, d) by kind."""
+        return self.prompt_learner.prompts()
+
+    def parameters_to_learn(self) -> list[nn.Parameter]:
+        """Everything an optimiser should hold; the towers are frozen."""
+        return list(self.prompt_learner.parameters())
+
     def class_features(self) -> Tensor:
         """(N, D). Without gradients they are computed once for a prompt, not once a batch."""
         ctx = self.prompt_learner.ctx
