@@ -9,11 +9,11 @@ import torch
 from gram_meta.cli import main
 from gram_meta.config import load_meta_config, stored_config
 from gram_meta.errors import GramError
-from gram_meta.method import evaluation as module
 from gram_meta.method.checkpoint import load_meta_checkpoint
 from gram_meta.method.episodes import Episodes
 from gram_meta.method.evaluation import evaluate_adaptation
 from gram_meta.method.meta_trainer import MetaTrainer
+from gram_meta.method.tasks import TaskConfig, TaskSampler
 
 OPTS = [
     *("BACKBONE.NAME", "random-tiny", "TASKS.WAYS", "2", "TASKS.HELD_OUT", "0.4", "TASKS.SUPPORT_SHOTS", "2"),
@@ -46,8 +46,8 @@ def test_against_adapting_each_task_alone(runs, pixel_corpus):
     result = measure(checkpoint, pixel_corpus)
     config = stored_config(checkpoint.config)
     held = checkpoint.provenance["held_out_topics"]
-    sampler = module.TaskSampler(hierarchy, 2, 2, 4, 1000, held)
-    episodes = Episodes(backbone, store, [topic.word for topic in hierarchy.topics], config)
+    sampler = TaskSampler(hierarchy, TaskConfig(2, 2, 4), 1000, held)
+    episodes = Episodes.from_config(backbone, store, [topic.word for topic in hierarchy.topics], config)
     losses = {"R on": [], "R off": [], "R off, same length": []}
     for task in sampler.draw_batch(0, 5):
         (episode,) = episodes.of([[task]])

@@ -9,7 +9,7 @@ from gram_meta.errors import GramError
 from gram_meta.method import bilevel
 from gram_meta.method.bilevel import InnerLoop, lean_backward, meta_losses, task_gradients
 from gram_meta.method.episodes import TaskSet
-from gram_meta.method.memory_plan import plan
+from gram_meta.method.memory_plan import MemoryConfig, plan
 from gram_meta.method.prompts import META_NET, ClassText, initial_meta_net, template_features
 from gram_meta.method.regulator import GradientRegulator
 
@@ -76,7 +76,7 @@ class Step:
 def test_lean_is_exact(form, steps, backbone):
     step = Step(form, backbone)
     for first_order in (False, True):
-        inner = (steps, step.regulator.of_known, first_order)
+        inner = (steps, step.regulator.regulate_known, first_order)
         expected = step.whole(*inner)
         for options in ({}, {"images": 3}, {"images": 1, "scale": 64.0}):
             for one, other in zip(step.lean(*inner, **options), expected, strict=True):
@@ -137,7 +137,7 @@ def test_scale_changes_nothing_but_rounding(backbone):
     plain, scaled = (task_gradients(step.support, for_two(step), scale=scale) for scale in (1.0, 256.0))
     for name, value in plain.items():
         torch.testing.assert_close(scaled[name], value, rtol=1e-12, atol=0)
-    inner = (1, step.regulator.of_known, False)
+    inner = (1, step.regulator.regulate_known, False)
     for one, other in zip(step.whole(*inner, scale=256.0), step.whole(*inner), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-13)
 
@@ -176,7 +176,7 @@ def test_a_scale_keeps_the_second_order_of_small_gradients_under_fp16():
 
 def planned(backbone, budget, *opts, tasks=4):
     config = load_meta_config([], ["BACKBONE.NAME", "random-tiny", "PROMPT.VISUAL_TOKENS", "2", *opts])
-    return plan(config, backbone, tasks, budget)
+    return plan(MemoryConfig.from_config(config), backbone, tasks, budget)
 
 
 def test_the_rule_takes_what_fits():

@@ -16,7 +16,7 @@ from gram_meta.config import load_meta_config
 from gram_meta.corpus.sources import all_rows, classes, open_source
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
-from gram_meta.method.tasks import TaskSampler
+from gram_meta.method.tasks import TaskConfig, TaskSampler
 
 
 def tree(root, *images):
@@ -217,7 +217,7 @@ def test_classes_are_the_topics(commands, capsys):
 
 def test_tasks_never_hold_both_cranes(commands):
     hierarchy = Hierarchy.open(commands / "hierarchy")
-    sampler = TaskSampler(hierarchy, ways=5, support_shots=2, query_shots=6, seed=0)
+    sampler = TaskSampler(hierarchy, TaskConfig(5, 2, 6), seed=0)
     for number in range(20):
         assert sorted(sampler.draw(number).words) == ["cat", "crane", "dog", "sea lion", "tench"]
 

@@ -18,10 +18,11 @@ from gram_meta.corpus.places import ImageReader, Places
 from gram_meta.errors import GramError
 from gram_meta.method.bilevel import InnerLoop, for_each_task, meta_losses
 from gram_meta.method.checkpoint import load_meta_checkpoint
-from gram_meta.method.episodes import Episodes, TaskSet
-from gram_meta.method.meta_trainer import MetaTrainer, _Steps, _Timed
+from gram_meta.method.episodes import Episodes, TaskSet, TimedIterator
+from gram_meta.method.meta_trainer import MetaTrainer
 from gram_meta.method.prompts import META_NET, ClassText, initial_meta_net, template_features
 from gram_meta.method.regulator import GradientRegulator
+from gram_meta.method.tasks import StepTasks
 from gram_meta.processes import ProcessGroup
 
 ALPHA = 0.05
@@ -131,8 +132,8 @@ def test_meta_gradients_against_finite_differences(form, backbone, images):
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=random, dtype=torch.float64))
 
     def total():
-        regulate = lambda gradients: regulator(regulator.known(gradients))  # noqa: E731
-        return meta_losses(support, query, theta, 2, InnerLoop(ALPHA, regulate=regulate)).losses.sum()
+        inner = InnerLoop(ALPHA, regulate=regulator.regulate_known)
+        return meta_losses(support, query, theta, 2, inner).losses.sum()
 
     total().backward()
     for name, parameter in [*theta.items(), *regulator.named_parameters()]:
@@ -204,8 +205,8 @@ def test_images_in_a_shard_are_the_same_as_files(pixel_corpus, tmp_path):
 def test_a_process_decodes_its_own_tasks_alone(pixel_corpus, tmp_path):
     store, hierarchy, _, _ = pixel_corpus
     config = settings(*VISUAL, "OUTER.BATCH", "3", "LOADER.WORKERS", "0")
-    run = MetaTrainer(store, hierarchy, tmp_path, config, progress=False, job=ProcessGroup(1, 2))
-    steps = _Steps(run.train_tasks, 3, 0, 2, run.own)
+    run = MetaTrainer(store, hierarchy, tmp_path, config, progress=False, group=ProcessGroup(1, 2))
+    steps = StepTasks(run.train_tasks, 3, 0, 2, run.own)
     drawn = [run.train_tasks.draw(number) for number in (2, 5)]
     assert [task.words for tasks in map(steps.__getitem__, range(2)) for task in tasks] == [t.words for t in drawn]
     (decoded, _) = run.episodes._decoded(steps)
@@ -217,15 +218,15 @@ def test_a_run_says_how_long_the_towers_waited(pixel_corpus, tmp_path, caplog):
         trainer(pixel_corpus, tmp_path, *JOINT).run()
     (line,) = [record.message for record in caplog.records if "waited" in record.message]
     assert 0 <= float(line.split("waited ")[1].split(" %")[0]) < 100
-    items = _Timed(iter([1, 2]))
+    items = TimedIterator(iter([1, 2]))
     for _ in items:
         time.sleep(0.02)
-    assert items.share() < 0.3  # this one never waits
+    assert items.waiting_share() < 0.3  # this one never waits
 
 
 def test_pixels_are_the_images_of_the_tasks(pixel_corpus, tmp_path):
     run = trainer(pixel_corpus, tmp_path, *JOINT)
-    tasks = run.watched[:2]
+    tasks = run.held_tasks[:2]
     (episode,) = run.episodes.of([tasks])
     transform = pixel_corpus[2].preprocess()
     expected = torch.stack(
@@ -240,7 +241,7 @@ def test_workers_are_given_little(pixel_corpus, tmp_path):
     run = trainer(pixel_corpus, tmp_path, *JOINT)
     run.episodes.backbone.to_find_in_a_pickle = lambda: None  # which pickle refuses
     try:
-        decoded = pickle.loads(pickle.dumps(run.episodes._decoded([run.watched[:2]]).dataset))
+        decoded = pickle.loads(pickle.dumps(run.episodes._decoded([run.held_tasks[:2]]).dataset))
     finally:
         del run.episodes.backbone.to_find_in_a_pickle
     assert decoded[0][1].dtype == torch.uint8
@@ -254,14 +255,14 @@ def test_a_run_learns_every_part_and_resumes_exactly(form, pixel_corpus, tmp_pat
     for name, value in whole.theta.items():
         assert not torch.equal(value, start[name]), name
     broken = trainer(pixel_corpus, tmp_path / "broken", *form)
-    step = broken._step
+    step = broken.step
 
     def stop(number, episode):
         if number == 3:
             raise KeyboardInterrupt
         return step(number, episode)
 
-    broken._step = stop
+    broken.step = stop
     with pytest.raises(KeyboardInterrupt):
         broken.run()
     trainer(pixel_corpus, tmp_path / "broken", *form).run(resume=True)
@@ -289,7 +290,7 @@ def test_missing_and_broken_images_are_named(pixel_corpus, tmp_path):
     with pytest.raises(GramError, match=r"nowhere.0.png: expected an image .*LOADER.IMAGE_ROOT"):
         trainer(pixel_corpus, tmp_path, *JOINT, "LOADER.IMAGE_ROOT", str(tmp_path / "nowhere"))
     run = trainer(pixel_corpus, tmp_path / "run", *JOINT)
-    row = int(run.watched[0].support[0, 0])
+    row = int(run.held_tasks[0].support[0, 0])
     kept = (folder / f"{row}.png").read_bytes()
     (folder / f"{row}.png").write_bytes(kept[:100])
     try:
@@ -305,7 +306,7 @@ def test_tasks_that_cost_much_are_looked_at_few_at_a_time(pixel_corpus):
     store, _, backbone, _ = pixel_corpus
     for opts, expected in (((), 16), (("OUTER.BATCH", "20"), 20), (VISUAL, 2), (("PROMPT.CONDITIONAL", "True"), 2)):
         config = settings("OUTER.BATCH", "2", *opts)
-        assert Episodes(backbone, store, ["cat"], config).at_a_time == expected
+        assert Episodes.from_config(backbone, store, ["cat"], config).at_a_time == expected
 
 
 def test_what_makes_no_sense_is_refused(pixel_corpus):
@@ -315,4 +316,4 @@ def test_what_makes_no_sense_is_refused(pixel_corpus):
         ((*VISUAL, "PROMPT.CONDITIONAL", "True"), "PROMPT.CONDITIONAL"),
     ):
         with pytest.raises(GramError, match=words):
-            Episodes(backbone, store, ["cat"], settings(*opts))
+            Episodes.from_config(backbone, store, ["cat"], settings(*opts))

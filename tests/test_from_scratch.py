@@ -16,7 +16,7 @@ from gram_meta.method.checkpoint import load_meta_checkpoint
 from gram_meta.method.meta_trainer import MetaTrainer
 from gram_meta.method.prompts import PromptedCLIP, initial_prompts
 from gram_meta.method.regulator import GradientRegulator
-from gram_meta.method.tasks import TaskSampler, images_of, split_topics
+from gram_meta.method.tasks import TaskConfig, TaskSampler, images_of, split_topics
 
 WORDS = ["cat", "sea lion", "house", "tree", "old boat", "lamp", "spoon", "cloud"]
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "gram_from_scratch.py"
@@ -76,7 +76,7 @@ def test_meta_training_ends_at_the_same_theta_and_phi(script, hierarchy, tmp_pat
 
     backbone = backbone_in_float64()
     train, held = split_topics(hierarchy, 0.4, 3, config.SEED)
-    sampler = TaskSampler(hierarchy, 3, 2, 4, config.SEED, train, without_images=images_of(hierarchy, held))
+    sampler = TaskSampler(hierarchy, TaskConfig(3, 2, 4), config.SEED, train, without_images=images_of(hierarchy, held))
     images = torch.from_numpy(Store.image_features).double()
 
     def draw(step):

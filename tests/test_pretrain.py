@@ -12,7 +12,7 @@ from gram_meta.clustering.hierarchy import Hierarchy, Topic
 from gram_meta.config import load_meta_config
 from gram_meta.errors import GramError
 from gram_meta.files import read_json, write_json
-from gram_meta.method import meta_trainer as module
+from gram_meta.method import outer as module
 from gram_meta.method.bilevel import meta_losses
 from gram_meta.method.checkpoint import load_meta_checkpoint
 from gram_meta.method.meta_trainer import MetaTrainer
@@ -113,14 +113,14 @@ def test_a_seed_gives_the_same_weights_twice_and_another_seed_others(store, tmp_
 def test_a_resumed_run_ends_like_an_uninterrupted_one(store, tmp_path, stop, monkeypatch):
     trainer(store, tmp_path / "whole").run()
     broken = trainer(store, tmp_path / "broken")
-    step = broken._step
+    step = broken.step
 
     def interrupted(number, episode):
         if number == stop:
             raise KeyboardInterrupt
         return step(number, episode)
 
-    monkeypatch.setattr(broken, "_step", interrupted)
+    monkeypatch.setattr(broken, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         broken.run()
     trainer(store, tmp_path / "broken").run(resume=True)
@@ -182,7 +182,7 @@ def test_without_a_regulator_and_without_meta_learning(store, tmp_path):
 
 def test_held_out_topics_are_never_trained_on(store, tmp_path):
     run = trainer(store, tmp_path)
-    held = {topic for task in run.watched for topic in task.topics}
+    held = {topic for task in run.held_tasks for topic in task.topics}
     seen = {topic for number in range(40) for topic in run.train_tasks.draw(number).topics}
     assert held <= set(run.held_topics) and seen <= set(run.train_topics) and not held & seen
 

@@ -20,8 +20,10 @@ from gram_meta.cli import main
 from gram_meta.config import load_meta_config
 from gram_meta.errors import GramError
 from gram_meta.method import meta_trainer as module
+from gram_meta.method import outer
 from gram_meta.method.checkpoint import load_meta_checkpoint
-from gram_meta.method.meta_trainer import MetaTrainer, Stopped
+from gram_meta.method.meta_run import Stopped
+from gram_meta.method.meta_trainer import MetaTrainer
 from gram_meta.processes import ProcessGroup
 
 STEPS = 3
@@ -115,7 +117,7 @@ class OneOf(ProcessGroup):
 def trained(pixel_corpus, out, *opts, job=None, resume=False):
     """theta and phi at the end, and the last line of the log."""
     store, hierarchy, _, _ = pixel_corpus
-    run = MetaTrainer(store, hierarchy, out, settings(*opts), progress=False, **({"job": job} if job else {}))
+    run = MetaTrainer(store, hierarchy, out, settings(*opts), progress=False, **({"group": job} if job else {}))
     run.run(resume)
     values = {name: value.detach() for name, value in run.theta.items()}
     if run.regulator is not None:
@@ -176,9 +178,9 @@ def test_a_run_goes_on_with_another_number_of_processes(pixel_corpus, tmp_path_f
 
     def interrupted(job):
         store, hierarchy, _, _ = pixel_corpus
-        run = MetaTrainer(store, hierarchy, tmp_path, settings(*FORMS["joint"]), progress=False, job=job)
-        step = run._step
-        run._step = lambda number, episode: step(number, episode) if number < 3 else 1 / 0
+        run = MetaTrainer(store, hierarchy, tmp_path, settings(*FORMS["joint"]), progress=False, group=job)
+        step = run.step
+        run.step = lambda number, episode: step(number, episode) if number < 3 else 1 / 0
         run.run()
 
     assert all(isinstance(error, ZeroDivisionError) for error in Threads(3).run(interrupted))
@@ -192,16 +194,16 @@ def test_sigterm_in_one_process_stops_all_behind_the_same_step(pixel_corpus, tmp
         out = tmp_path / moment
 
         def stopped(job, moment=moment, out=out):
-            run = MetaTrainer(store, hierarchy, out, settings(*FORMS["joint"]), progress=False, job=job)
-            step = run._step
+            run = MetaTrainer(store, hierarchy, out, settings(*FORMS["joint"]), progress=False, group=job)
+            step = run.step
 
             def asked(number, episode):
                 if job.rank == 1 and number == 2:
-                    run.asked.wanted = True
+                    run.sigterm.received = True
                     episode = episode if moment == "in a step" else None
                 return step(number, episode)
 
-            run._step = asked
+            run.step = asked
             run.run()
 
         errors = Threads(2).run(stopped)
@@ -211,14 +213,14 @@ def test_sigterm_in_one_process_stops_all_behind_the_same_step(pixel_corpus, tmp
 
 
 def test_a_loss_that_is_not_finite_anywhere_is_told_once(pixel_corpus, tmp_path, monkeypatch):
-    plain = module.meta_losses
+    plain = outer.meta_losses
 
     def poisoned(*args):
         result = plain(*args)
         factor = float("nan") if threading.current_thread() is unlucky else 1.0
         return result._replace(losses=result.losses * factor)
 
-    monkeypatch.setattr(module, "meta_losses", poisoned)
+    monkeypatch.setattr(outer, "meta_losses", poisoned)
 
     def work(job):
         nonlocal unlucky
@@ -242,7 +244,7 @@ def test_what_one_process_finds_wrong_ends_all(pixel_corpus, tmp_path):
     assert isinstance(second, GramError) and isinstance(first, SystemExit) and isinstance(third, SystemExit)
     few = Threads(3).run(
         lambda job: job.make_on_all_ranks(
-            lambda: MetaTrainer(*pixel_corpus[:2], tmp_path, settings("OUTER.BATCH", "2"), progress=False, job=job)
+            lambda: MetaTrainer(*pixel_corpus[:2], tmp_path, settings("OUTER.BATCH", "2"), progress=False, group=job)
         )
     )
     assert "expected at least one task a step for each of 3 processes, found 2" in str(few[0])

@@ -102,7 +102,7 @@ def test_numbers_stay_the_same_and_held_out_tasks_stay_out_of_the_step():
     regulator = GradientRegulator({"text": 64, "visual": 64})
 
     def gradients():
-        losses = meta_losses(*sides, theta, 2, InnerLoop(0.01, regulate=regulator.of_known)).losses
+        losses = meta_losses(*sides, theta, 2, InnerLoop(0.01, regulate=regulator.regulate_known)).losses
         return torch.autograd.grad(losses.sum(), [*theta.values(), *regulator.parameters()])
 
     expected = gradients()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gram_meta.errors import GramError
-from gram_meta.method.tasks import TaskSampler, images_of, split_topics
+from gram_meta.method.tasks import TaskConfig, TaskSampler, images_of, split_topics
 
 WAYS, SUPPORT, QUERY = 3, 2, 5
 
@@ -43,7 +43,7 @@ hierarchies = st.integers(4, 9).flatmap(
 @settings(max_examples=60, deadline=None)
 @given(hierarchies, st.integers(0, 1000), st.booleans())
 def test_tasks_keep_their_promises(hierarchy, number, shift):
-    sampler = TaskSampler(hierarchy, WAYS, SUPPORT, QUERY, seed=1, domain_shift=shift)
+    sampler = TaskSampler(hierarchy, TaskConfig(WAYS, SUPPORT, QUERY, shift), seed=1)
     task = sampler.draw(number)
     domains_of = {}
     for t, u, i in zip(hierarchy.topic, hierarchy.domain, hierarchy.image, strict=True):
@@ -61,7 +61,7 @@ def test_tasks_keep_their_promises(hierarchy, number, shift):
             seen = set.union(*(domains_of[topic, image] for image in task.query[k]))
             assert seen == set(range(len(hierarchy.topics[topic].domains)))
 
-    again = TaskSampler(hierarchy, WAYS, SUPPORT, QUERY, seed=1, domain_shift=shift)
+    again = TaskSampler(hierarchy, TaskConfig(WAYS, SUPPORT, QUERY, shift), seed=1)
     again.draw(number + 1)  # what was drawn before makes no difference
     same = again.draw(number)
     assert same.words == task.words and (same.support == task.support).all() and (same.query == task.query).all()
@@ -69,7 +69,7 @@ def test_tasks_keep_their_promises(hierarchy, number, shift):
 
 def test_query_sets_are_stratified_over_domains():
     hierarchy = make_hierarchy([[40, 20, 10]] * 4, ["a", "b", "c", "d"])
-    task = TaskSampler(hierarchy, 3, 4, 12, seed=0).draw(5)
+    task = TaskSampler(hierarchy, TaskConfig(3, 4, 12), seed=0).draw(5)
     for k in range(3):
         where = [hierarchy.domain[np.flatnonzero(hierarchy.image == i)[0]] for i in task.query[k]]
         assert np.bincount(where).tolist() == [4, 4, 4]
@@ -79,7 +79,7 @@ def test_support_takes_each_domain_in_turn_and_all_of_them_without_shift():
     hierarchy = make_hierarchy([[20, 20]] * 3, ["a", "b", "c"])
 
     def support_domains(shift):
-        sampler = TaskSampler(hierarchy, 3, 4, 4, seed=0, domain_shift=shift)
+        sampler = TaskSampler(hierarchy, TaskConfig(3, 4, 4, shift), seed=0)
         rows = [row for number in range(30) for row in sampler.draw(number).support]
         return [tuple(sorted(hierarchy.domain[np.isin(hierarchy.image, row)])) for row in rows]
 
@@ -89,16 +89,16 @@ def test_support_takes_each_domain_in_turn_and_all_of_them_without_shift():
 
 def test_seeds_and_numbers_differ():
     hierarchy = make_hierarchy([[20, 20]] * 6, "abcdef")
-    drawn = [TaskSampler(hierarchy, 3, 2, 5, seed=s).draw(n).query.tolist() for s in (1, 2) for n in (0, 1)]
+    drawn = [TaskSampler(hierarchy, TaskConfig(3, 2, 5), seed=s).draw(n).query.tolist() for s in (1, 2) for n in (0, 1)]
     assert len({str(d) for d in drawn}) == 4
 
 
 def test_too_few_topics_is_one_sentence():
     hierarchy = make_hierarchy([[20, 20]] * 3, ["a", "A", "b"])
     with pytest.raises(GramError, match="TASKS.WAYS: expected at least 3 topics with different words .* found 2"):
-        TaskSampler(hierarchy, 3, 2, 5, seed=0)
+        TaskSampler(hierarchy, TaskConfig(3, 2, 5), seed=0)
     with pytest.raises(GramError, match="found 0"):  # one domain each is no domain shift
-        TaskSampler(make_hierarchy([[20]] * 4, "abcd"), 3, 2, 5, seed=0)
+        TaskSampler(make_hierarchy([[20]] * 4, "abcd"), TaskConfig(3, 2, 5), seed=0)
 
 
 def test_held_out_topics_share_no_word_and_no_image():
@@ -108,7 +108,7 @@ def test_held_out_topics_share_no_word_and_no_image():
     words = [{hierarchy.topics[t].word for t in side} for side in (train, held)]
     assert not words[0] & words[1]
     away = images_of(hierarchy, held)
-    sampler = TaskSampler(hierarchy, 3, 2, 5, seed=1, topics=train, without_images=away)
+    sampler = TaskSampler(hierarchy, TaskConfig(3, 2, 5), seed=1, topics=train, without_images=away)
     for number in range(20):
         task = sampler.draw(number)
         assert set(task.topics) <= set(train) and not np.isin([*task.support.ravel(), *task.query.ravel()], away).any()
@@ -120,7 +120,7 @@ def test_images_with_captions_in_several_topics_occur_once_in_a_task():
     hierarchy = make_hierarchy([[30, 30]] * 4, "abcd")
     random = np.random.default_rng(0)
     hierarchy.image = np.concatenate([random.choice(90, 60, replace=False) for _ in range(4)])  # 2 of 3 in each topic
-    sampler = TaskSampler(hierarchy, 3, 2, 10, seed=0)
+    sampler = TaskSampler(hierarchy, TaskConfig(3, 2, 10), seed=0)
     for number in range(30):
         task = sampler.draw(number)
         images = np.concatenate([task.support.ravel(), task.query.ravel()])

@@ -21,7 +21,7 @@ SIGTERM (Slurm sends it before a job's time is up) ends it after the step under 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", required=True, help="pair store, from `gram embed`")
     parser.add_argument("--hierarchy", required=True, help="hierarchy, from `gram cluster`")
-    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="folder for what is learnt")
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="folder for what is learned")
     parser.add_argument(
         "--config", "--config-file", action="append", default=[], metavar="YAML", help="settings; may be repeated"
     )
@@ -41,20 +41,21 @@ def run(args: argparse.Namespace) -> int:
     import sys
 
     from gram_meta.config import load_meta_config
-    from gram_meta.method.meta_trainer import Stopped, pretrain
+    from gram_meta.method.meta_run import Stopped
+    from gram_meta.method.meta_trainer import open_trainer
+    from gram_meta.method.profiling import profile_steps
     from gram_meta.processes import device_for, process_group
 
     config = load_meta_config(args.config, args.opts)
-    with process_group(args.device or "auto") as here:
-        device = device_for(here, args.device)
+    with process_group(args.device or "auto") as group:
+        device = device_for(group, args.device)
+        trainer = open_trainer(args.store, args.hierarchy, args.output, config, device, group=group)
         try:
-            done = pretrain(
-                args.store, args.hierarchy, args.output, config, device, args.resume, job=here, profile=args.profile
-            )
-        except Stopped as word:
-            if here.is_first:
-                print(f"gram pretrain: {word}", file=sys.stderr)
+            done = profile_steps(trainer, args.profile) if args.profile else trainer.run(args.resume)
+        except Stopped as stopped:
+            if group.is_first:
+                print(f"gram pretrain: {stopped}", file=sys.stderr)
             return 143
-        if here.is_first:
+        if group.is_first:
             print(f"{'profile' if args.profile else 'meta-checkpoint'}: {done}")
     return 0

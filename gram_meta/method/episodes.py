@@ -7,6 +7,7 @@ device normalises them.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,6 +27,7 @@ from gram_meta.errors import GramError
 from gram_meta.method.prompts import (
     META_NET,
     ClassText,
+    PromptConfig,
     conditional_shift,
     initial_meta_net,
     initial_prompts,
@@ -44,15 +46,33 @@ class Batches(Protocol):
 
 
 @dataclass(frozen=True)
+class LoaderConfig:
+    """How images are read.
+
+    Attributes:
+        workers: processes that decode ahead; 0: none.
+        prefetch: batches of tasks that each of them keeps ready.
+        image_root: folder that the images' locations are relative to; "": where `gram embed` read them.
+    """
+
+    workers: int = 2
+    prefetch: int = 2
+    image_root: str = ""
+
+    @classmethod
+    def from_config(cls, config: CfgNode) -> LoaderConfig:
+        """Read the LOADER node."""
+        return cls(config.LOADER.WORKERS, config.LOADER.PREFETCH, config.LOADER.IMAGE_ROOT)
+
+
+@dataclass(frozen=True)
 class Episode:
     """B tasks with the losses of both their sides."""
 
     tasks: Sequence[Task]
     support: TaskSet
     query: TaskSet
-    classes_of: Callable[
-        [slice], ClassText | Tensor
-    ]  # what makes the class sentences, or features, of some of the tasks
+    classes_of: Callable[[slice], ClassText | Tensor]  # makes the class prompts, or features, of some of the tasks
 
     def parts(self, tasks: int) -> list[Episode]:
         """Episodes of at most so many of the tasks each."""
@@ -82,37 +102,44 @@ class Episodes:
         backbone: frozen CLIP.
         store: where the images' features, and for visual prompts their files, are.
         words: label text of each topic.
-        config: the PROMPT, LOADER and OUTER nodes of `gram_meta.config` are read.
+        prompt: what is meta-trained.
+        loader: how image files are read.
+        batch: B, tasks of a training step.
 
     Attributes:
         at_a_time: tasks in one pass when they are looked at without training; no more than a training step takes where
             every image goes through the tower, or has class sentences of its own.
 
     Raises:
-        GramError: no prompt tokens at all, a meta-net without a text prompt, or visual prompts whose image files are not
-            where the store has them.
+        GramError: visual prompts whose image files are not where the store has them.
     """
 
-    def __init__(self, backbone: Backbone, store: PairStore, words: Sequence[str], config: CfgNode) -> None:
-        prompt = config.PROMPT
-        if not prompt.TEXT_TOKENS and not prompt.VISUAL_TOKENS:
-            raise GramError("PROMPT: expected TEXT_TOKENS or VISUAL_TOKENS above 0, found neither")
-        if prompt.CONDITIONAL and not prompt.TEXT_TOKENS:
-            raise GramError("PROMPT.CONDITIONAL: expected a text prompt to shift, found TEXT_TOKENS 0")
-        self.backbone = backbone
-        self.store = store
-        self.loader = config.LOADER
-        self.reads_pixels = prompt.VISUAL_TOKENS > 0
-        few = self.reads_pixels or prompt.CONDITIONAL
-        self.at_a_time = config.OUTER.BATCH if few else max(16, config.OUTER.BATCH)
-        self.text = ClassText(backbone, words, prompt.TEXT_TOKENS) if prompt.TEXT_TOKENS else None
-        self.fixed = None if self.text else template_features(backbone, words, prompt.TEMPLATE)  # (L, D)
+    def __init__(
+        self,
+        backbone: Backbone,
+        store: PairStore,
+        words: Sequence[str],
+        prompt: PromptConfig,
+        loader: LoaderConfig,
+        batch: int,
+    ) -> None:
+        self.backbone, self.store, self.loader = backbone, store, loader
+        self.reads_pixels = prompt.visual_tokens > 0
+        self.at_a_time = batch if self.reads_pixels or prompt.conditional else max(16, batch)
+        self.text = ClassText(backbone, words, prompt.text_tokens) if prompt.text_tokens else None
+        self.fixed = None if self.text else template_features(backbone, words, prompt.template)  # (L, D)
         if self.reads_pixels:
-            self.places = store.places(config.LOADER.IMAGE_ROOT or None)
+            self.places = store.places(loader.image_root or None)
             self._check_images()
 
+    @classmethod
+    def from_config(cls, backbone: Backbone, store: PairStore, words: Sequence[str], config: CfgNode) -> Episodes:
+        """Read PROMPT, LOADER and OUTER.BATCH."""
+        prompt, loader = PromptConfig.from_config(config), LoaderConfig.from_config(config)
+        return cls(backbone, store, words, prompt, loader, config.OUTER.BATCH)
+
     def of(self, batches: Batches) -> Iterator[Episode]:
-        """Episodes of these batches of tasks, in order; pixels are decoded ahead by LOADER.WORKERS processes."""
+        """Yield the episodes of these batches of tasks, in order; pixels are decoded ahead by LOADER.WORKERS processes."""
         if not self.reads_pixels:
             for index in range(len(batches)):
                 tasks = batches[index]
@@ -147,12 +174,12 @@ class Episodes:
     # --- pixels -------------------------------------------------------------------------------------------------------
 
     def _decoded(self, batches: Batches) -> DataLoader[Any]:
-        workers = min(self.loader.WORKERS, len(batches))
+        workers = min(self.loader.workers, len(batches))
         return DataLoader(
             _Decoded(batches, self.places, self.backbone.preprocess(as_bytes=True)),
             batch_size=None,
             num_workers=workers,
-            prefetch_factor=self.loader.PREFETCH if workers else None,
+            prefetch_factor=self.loader.prefetch if workers else None,
             pin_memory=self.backbone.device.type == "cuda",
         )
 
@@ -168,6 +195,31 @@ class Episodes:
     def _to_device(self, images: Tensor) -> Tensor:
         """(B, K, n, 3, H, W) bytes, to be normalised where they are used."""
         return images.to(self.backbone.device, non_blocking=True)
+
+
+class TimedIterator:
+    """Iterates over episodes and measures the share of the time since the first one that the caller waited for the next.
+
+    The first episode is not counted, because worker processes have to start.
+    """
+
+    def __init__(self, items: Iterator[Episode]) -> None:
+        self.items = items
+        self.begun = self.waited = 0.0
+
+    def __iter__(self) -> Iterator[Episode]:
+        asked = 0.0
+        for item in self.items:
+            now = time.perf_counter()
+            if self.begun:
+                self.waited += now - asked
+            else:
+                self.begun = now
+            yield item
+            asked = time.perf_counter()
+
+    def waiting_share(self) -> float:
+        return self.waited / max(time.perf_counter() - self.begun, 1e-9)
 
 
 class _Decoded(Dataset[Any]):
@@ -284,14 +336,13 @@ class TaskSet:
         return self.backbone.encode_images(images, prompt).unflatten(0, (batch, count))
 
 
-def initial_theta(backbone: Backbone, config: CfgNode) -> dict[str, Tensor]:
-    """Where meta-training starts: the prompts, and the meta-net of a conditional one; leaves that require gradients.
+def initial_theta(backbone: Backbone, config: PromptConfig, seed: int) -> dict[str, Tensor]:
+    """Return where meta-training starts: the prompts, and the meta-net of a conditional one, as leaves with gradients.
 
     float32, whatever the towers' number type; float64 with fp64 towers, which are there for checks.
     """
-    prompt = config.PROMPT
-    theta = initial_prompts(backbone, prompt.TEXT_TOKENS, prompt.VISUAL_TOKENS, prompt.WORDS, config.SEED)
-    if prompt.CONDITIONAL:
-        net = initial_meta_net(backbone, config.SEED)
+    theta = initial_prompts(backbone, config.text_tokens, config.visual_tokens, config.words, seed)
+    if config.conditional:
+        net = initial_meta_net(backbone, seed)
         theta |= {f"{META_NET}{name}": value for name, value in net.items()}
     return {name: value.to(backbone.logit_scale.dtype).requires_grad_() for name, value in theta.items()}

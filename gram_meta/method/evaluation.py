@@ -1,7 +1,8 @@
-"""What adapting from a meta-checkpoint does on tasks it has never seen, before anybody spends hours downstream.
+"""Evaluation of adaptation on held-out tasks: during meta-training (`evaluate`), and by `gram eval-meta`.
 
-The same tasks are adapted from theta* and from the start of meta-training, with the regulated gradient, with the raw one,
-and with the raw one stretched to the regulated one's length: what is left between the first and the last is direction.
+`evaluate_adaptation` adapts to the same tasks from theta* and from the initialisation of meta-training, with the regulated
+gradient, with the raw one, and with the raw one scaled to the regulated one's length: the difference between the first
+and the last is direction.
 """
 
 from __future__ import annotations
@@ -21,13 +22,116 @@ from gram_meta.config import stored_config
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
 from gram_meta.intervals import half_width
-from gram_meta.method.bilevel import InnerLoop, for_each_task, inner_path, inner_products, norms_by_task, task_gradients
+from gram_meta.method.bilevel import (
+    InnerLoop,
+    as_leaves,
+    for_each_task,
+    inner_path,
+    inner_products,
+    norms_by_task,
+    task_gradients,
+    total_of,
+)
 from gram_meta.method.checkpoint import MetaCheckpoint
-from gram_meta.method.episodes import Episodes, initial_theta
+from gram_meta.method.episodes import Episodes, TaskSet, initial_theta
+from gram_meta.method.prompts import KINDS, PromptConfig
 from gram_meta.method.regulator import GradientRegulator
-from gram_meta.method.tasks import TaskSampler
+from gram_meta.method.tasks import Task, TaskConfig, TaskSampler
+from gram_meta.processes import ALONE, ProcessGroup
 
 Gradients = Mapping[str, Tensor]
+
+
+def evaluate(
+    episodes: Episodes,
+    tasks: Sequence[Task],
+    theta: Mapping[str, Tensor],
+    regulator: GradientRegulator | None,
+    inner: InnerLoop,
+    tasks_at_a_time: int,
+    images_at_a_time: int = 0,
+    group: ProcessGroup = ALONE,
+) -> dict[str, float]:
+    """Return what adaptation does on given tasks, averaged over them.
+
+    Args:
+        tasks: to evaluate; with several processes, this one's.
+        tasks_at_a_time, images_at_a_time: what goes through the towers at a time; 0 images: all of a task's.
+        group: the processes that the averages are over.
+
+    Returns:
+        `loss_before`, `accuracy_before`, `loss_after`, `accuracy_after` on the query sets; `alignment` and
+        `alignment_raw`, the normalised inner product at theta of the query gradient with the regulated and with the raw
+        support gradient (Fig. 3b, Eq. 12), over all prompts; and per kind of prompt the path lengths of both terms of
+        Eq. 6 in one step (`path_gated_KIND`, `path_beta_KIND`), how much gamma and beta vary over tasks
+        (`spread_gamma_KIND`, `spread_beta_KIND`: standard deviation over tasks, averaged over entries),
+        `gradient_norm_KIND`.
+    """
+    kinds = sorted(set(theta) & set(KINDS))
+    rows: list[dict[str, Tensor]] = []
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {kind: [] for kind in kinds}
+    for episode in episodes.of(_batches(tasks, tasks_at_a_time)):
+        support, query = episode.support.parts(images_at_a_time), episode.query.parts(images_at_a_time)
+        before = as_leaves(for_each_task(theta, len(episode.tasks)))
+        query_scores, query_gradient = _scored_gradients(query, before, inner.scale)
+        path = list(inner_path(support, before, inner))
+        raw, first, after = path[0].raw, path[0].regulated, path[-1].after
+        with torch.no_grad():
+            after_scores = torch.cat([part.logits(after) for part in query], dim=1)
+            row = {
+                "loss_before": episode.query.losses_of(query_scores),
+                "accuracy_before": episode.query.accuracies_of(query_scores),
+                "loss_after": episode.query.losses_of(after_scores),
+                "accuracy_after": episode.query.accuracies_of(after_scores),
+                "alignment": inner_products(_only(first, kinds), _only(query_gradient, kinds)),
+                "alignment_raw": inner_products(_only(raw, kinds), _only(query_gradient, kinds)),
+            }
+            for kind in kinds:
+                row[f"gradient_norm_{kind}"] = norms_by_task(raw[kind])
+                if regulator is not None:
+                    piece = regulator.parts(kind, raw[kind])
+                    row[f"path_gated_{kind}"] = inner.alpha * piece.gated.flatten(1).norm(dim=1)
+                    row[f"path_beta_{kind}"] = inner.alpha * piece.beta.flatten(1).norm(dim=1)
+                    parts[kind].append((piece.gamma.cpu(), piece.beta.cpu()))
+            rows.append({key: value.detach().cpu() for key, value in row.items()})
+    rows = [row for of_one in group.gather(rows) for row in of_one]
+    scores = {key: torch.cat([row[key] for row in rows]).mean().item() for key in rows[0]}
+    for kind in kinds:
+        pieces = [piece for of_one in group.gather(parts[kind]) for piece in of_one]
+        if pieces:
+            gammas, betas = (torch.cat(values) for values in zip(*pieces, strict=True))  # (tasks, M, d)
+            scores[f"spread_gamma_{kind}"] = gammas.std(dim=0).mean().item()
+            scores[f"spread_beta_{kind}"] = betas.std(dim=0).mean().item()
+    return scores
+
+
+def _scored_gradients(
+    parts: Sequence[TaskSet], prompts: Mapping[str, Tensor], scale: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the logits (B, K n, K) of all parts of a side, and the gradient of its loss."""
+    scores: list[Tensor] = []
+
+    def of(part: TaskSet) -> dict[str, Tensor]:
+        def losses(at: Mapping[str, Tensor]) -> Tensor:
+            logits = part.logits(at)
+            scores.append(logits.detach())
+            return part.losses_of(logits)
+
+        return task_gradients(losses, prompts, scale=scale)
+
+    gradient = total_of(of(part) for part in parts)
+    return torch.cat(scores, dim=1), gradient
+
+
+def _only(gradients: Mapping[str, Tensor], kinds: Sequence[str]) -> dict[str, Tensor]:
+    return {kind: gradients[kind] for kind in kinds}
+
+
+def _batches(tasks: Sequence[Task], size: int) -> list[Sequence[Task]]:
+    return [tasks[start : start + size] for start in range(0, len(tasks), size)]
+
+
+# --- gram eval-meta ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -122,29 +226,20 @@ def evaluate_adaptation(
         raise GramError(f"--tasks, --steps: expected at least one task and steps of 0 or more, found {tasks}, {steps}")
     held = checkpoint.provenance.get("held_out_topics") or []
     same = bool(held) and checkpoint.provenance.get("hierarchy") == hierarchy.fingerprint
-    sampler = TaskSampler(
-        hierarchy,
-        config.TASKS.WAYS,
-        config.TASKS.SUPPORT_SHOTS,
-        config.TASKS.QUERY_SHOTS,
-        seed,
-        held if same else None,
-        config.TASKS.DOMAIN_SHIFT,
-    )
-    drawn = sampler.draw_batch(0, tasks)
-    episodes = Episodes(backbone, store, [topic.word for topic in hierarchy.topics], config)
-    learnt = {**checkpoint.prompts, **checkpoint.extras}
+    drawn = TaskSampler(hierarchy, TaskConfig.from_config(config), seed, held if same else None).draw_batch(0, tasks)
+    episodes = Episodes.from_config(backbone, store, [topic.word for topic in hierarchy.topics], config)
+    initial = initial_theta(backbone, PromptConfig.from_config(config), config.SEED)
+    learned = {**checkpoint.prompts, **checkpoint.extras}
     starts = {
-        "theta*": {name: value.to(backbone.device) for name, value in learnt.items()},
-        _start_name(config.PROMPT.WORDS): {n: v.detach() for n, v in initial_theta(backbone, config).items()},
+        "theta*": {name: value.to(backbone.device) for name, value in learned.items()},
+        _start_name(config.PROMPT.WORDS): {name: value.detach() for name, value in initial.items()},
     }
     regulator = None if checkpoint.regulator is None else checkpoint.regulator.to(backbone.device)
     forms = _forms(regulator)
     seen: dict[tuple[str, str, int], list[tuple[Tensor, Tensor]]] = {}
     alignment: dict[str, list[Tensor]] = {}
-    batch = episodes.at_a_time
     with tqdm(total=tasks, unit=" tasks", desc="adapting", disable=not progress) as bar:
-        for episode in episodes.of([drawn[i : i + batch] for i in range(0, tasks, batch)]):
+        for episode in episodes.of(_batches(drawn, episodes.at_a_time)):
             for start, theta in starts.items():
                 for form, regulate in forms.items():
                     prompts: Gradients = for_each_task(theta, len(episode.tasks))
@@ -187,10 +282,10 @@ def _forms(regulator: GradientRegulator | None) -> dict[str, Callable[[Gradients
     def stretched(raw: Gradients) -> Gradients:
         return {
             kind: raw[kind] * (norms_by_task(value) / norms_by_task(raw[kind]).clamp_min(1e-12))[:, None, None]
-            for kind, value in regulator.of_known(raw).items()
+            for kind, value in regulator.regulate_known(raw).items()
         }
 
-    return {"R on": regulator.of_known, "R off": None, "R off, same length": stretched}
+    return {"R on": regulator.regulate_known, "R off": None, "R off, same length": stretched}
 
 
 def _start_name(words: str) -> str:

@@ -1,4 +1,4 @@
-"""How much of a batch of tasks goes through the towers at a time in meta-training: an estimate from shapes, and a rule."""
+"""How many tasks of a batch go through the towers at a time in meta-training: an estimate from shapes, and a rule."""
 
 from __future__ import annotations
 
@@ -10,19 +10,78 @@ from yacs.config import CfgNode
 from gram_meta.backbone.clip import Backbone
 from gram_meta.backbone.footprint import GB, device_bytes, image_positions, pass_bytes
 from gram_meta.errors import GramError
+from gram_meta.method.prompts import PromptConfig
+from gram_meta.method.tasks import TaskConfig
 
 FITS = 0.5  # share of the device's memory that an estimate may take
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryConfig:
+    """How a step may be divided, and what determines its size.
+
+    Attributes:
+        second_order: `whole` (one graph of everything), `lean` (one graph at a time) or `auto` (whole where it fits).
+        tasks, images: tasks in one pass; images of one side of a task in one pass; 0: as many as fit.
+        checkpointing: whether layers keep their inputs alone and are computed again in backward passes.
+        budget: GB that "fit" means, for each process; 0: half of the device's memory.
+        task, prompt: the size of a task and of its prompts.
+        first_order, meta: whether support gradients are constants; whether there is an inner loop.
+
+    Raises:
+        GramError: values that mean nothing.
+    """
+
+    second_order: str = "auto"
+    tasks: int = 0
+    images: int = 0
+    checkpointing: bool = False
+    budget: float = 0.0
+    task: TaskConfig = TaskConfig()
+    prompt: PromptConfig = PromptConfig()
+    first_order: bool = False
+    meta: bool = True
+
+    def __post_init__(self) -> None:
+        if self.second_order not in ("auto", "whole", "lean"):
+            raise GramError(f"MEMORY.SECOND_ORDER: expected auto, whole or lean, found {self.second_order!r}")
+        for key in ("tasks", "images", "budget"):
+            if getattr(self, key) < 0:
+                raise GramError(f"MEMORY.{key.upper()}: expected 0 or more, found {getattr(self, key)}")
+        if self.images and self.second_order == "whole" and self.meta:
+            raise GramError(
+                "MEMORY.IMAGES: expected 0 with MEMORY.SECOND_ORDER whole, which has all images of a task in one graph"
+            )
+
+    @classmethod
+    def from_config(cls, config: CfgNode) -> MemoryConfig:
+        """Read MEMORY, TASKS, PROMPT, INNER.FIRST_ORDER and OUTER.META."""
+        memory = config.MEMORY
+        return cls(
+            memory.SECOND_ORDER,
+            memory.TASKS,
+            memory.IMAGES,
+            bool(memory.CHECKPOINTING),
+            memory.BUDGET,
+            TaskConfig.from_config(config),
+            PromptConfig.from_config(config),
+            config.INNER.FIRST_ORDER,
+            config.OUTER.META,
+        )
+
+    def bytes_on(self, device: torch.device) -> float:
+        """Return the bytes that one process may fill."""
+        return self.budget * GB if self.budget else FITS * device_bytes(device)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
     """What one pass through the towers holds.
 
     Attributes:
         lean: one graph at a time (`bilevel.lean_backward`), not all in one.
-        tasks: at most so many tasks. images: at most so many images of one side of a task, for tasks of which only one
-            fits; 0: all of them.
-        estimate: bytes, above weights and inputs.
+        tasks: most tasks in one pass. images: most images of one side of a task, where not even one task fits; 0: all.
+        estimate: bytes, besides weights and inputs.
     """
 
     lean: bool
@@ -31,74 +90,50 @@ class Plan:
     estimate: float
 
     def __str__(self) -> str:
-        if self.lean:
-            graphs = "one graph at a time"
-        else:
-            graphs = "support and query set in one graph"
+        graphs = "one graph at a time" if self.lean else "support and query set in one graph"
         images = f", {self.images} images of a side at a time" if self.images else ""
         return f"{self.tasks} task{'s' * (self.tasks != 1)} in one pass, {graphs}{images}; estimated {self.estimate / 1e9:.2g} GB"
 
 
-def plan(config: CfgNode, backbone: Backbone, tasks: int, budget: float) -> Plan:
-    """The MEMORY settings, filled in for `tasks` tasks of a process and `budget` bytes.
+def plan(memory: MemoryConfig, backbone: Backbone, tasks: int, budget: float) -> MemoryPlan:
+    """Choose what goes through the towers at a time, for `tasks` tasks of a process and `budget` bytes.
 
-    Where both sides of all tasks fit in one graph, so it is; else one graph at a time, with as many tasks as fit; else one
-    task, with as many images at a time as fit. Features from the store with a text prompt for all images always count as
-    fitting. Under fp16 it is one graph at a time in any case, as each then has a scale of its own.
-
-    Raises:
-        GramError: values that mean nothing.
+    The first of these that fits is taken: both sides of all tasks in one graph; one graph at a time, with as many tasks
+    as fit; one task, with as many images at a time as fit. Features from the store with one text prompt for all images
+    always count as fitting. Under fp16 the plan is always one graph at a time, because each graph then has its own scale.
     """
-    memory = config.MEMORY
-    if memory.SECOND_ORDER not in ("auto", "whole", "lean"):
-        raise GramError(f"MEMORY.SECOND_ORDER: expected auto, whole or lean, found {memory.SECOND_ORDER!r}")
-    for key in ("TASKS", "IMAGES", "BUDGET"):
-        if memory[key] < 0:
-            raise GramError(f"MEMORY.{key}: expected 0 or more, found {memory[key]}")
-    if memory.IMAGES and memory.SECOND_ORDER == "whole" and config.OUTER.META:
-        raise GramError(
-            "MEMORY.IMAGES: expected 0 with MEMORY.SECOND_ORDER whole, which has all images of a task in one graph"
-        )
-    query, support = image_bytes(config, backbone, False), image_bytes(config, backbone, True)
-    if not config.OUTER.META:
-        support = 0.0
-    sides = (
-        config.TASKS.WAYS * config.TASKS.SUPPORT_SHOTS * support,
-        config.TASKS.WAYS * config.TASKS.QUERY_SHOTS * query,
-    )
-    small = not config.PROMPT.VISUAL_TOKENS and not config.PROMPT.CONDITIONAL
-    lean = memory.SECOND_ORDER == "lean" or bool(memory.IMAGES)
-    if memory.SECOND_ORDER == "auto":
+    task = memory.task
+    query = _image_bytes(memory, backbone, support=False)
+    support = _image_bytes(memory, backbone, support=True) if memory.meta else 0.0
+    sides = (task.ways * task.support_shots * support, task.ways * task.query_shots * query)
+    small = not memory.prompt.visual_tokens and not memory.prompt.conditional
+    lean = memory.second_order == "lean" or bool(memory.images)
+    if memory.second_order == "auto":
         lean = lean or backbone.precision == "fp16" or (not small and tasks * sum(sides) > budget)
-    lean = lean and config.OUTER.META
+    lean = lean and memory.meta
     each = max(sides) if lean else sum(sides)
-    count = memory.TASKS or (tasks if small else int(budget // max(each, 1.0)))
+    count = memory.tasks or (tasks if small else int(budget // max(each, 1.0)))
     count = min(max(count, 1), tasks)
-    images = memory.IMAGES
-    may_split = lean or not config.OUTER.META
-    if may_split and not images and not memory.TASKS and not small and each > budget:
+    if not lean and memory.meta:
+        return MemoryPlan(lean, count, 0, count * each)
+    images = memory.images
+    if not images and not memory.tasks and not small and each > budget:
         images = max(1, int(budget // max(support, query)))
-    if may_split and images:
-        shots = (config.TASKS.SUPPORT_SHOTS, config.TASKS.QUERY_SHOTS)
-        counts = [min(images, config.TASKS.WAYS * each_shots) for each_shots in shots]
+    if images:
+        counts = [min(images, task.ways * shots) for shots in (task.support_shots, task.query_shots)]
         each = max(counts[0] * support, counts[1] * query)
-    return Plan(lean, count, images if may_split else 0, count * each)
+    return MemoryPlan(lean, count, images, count * each)
 
 
-def image_bytes(config: CfgNode, backbone: Backbone, support: bool) -> float:
+def _image_bytes(memory: MemoryConfig, backbone: Backbone, support: bool) -> float:
     """Return the bytes of activations for one image of a task, for the support set's or the query set's backward passes."""
-    prompt, total = config.PROMPT, 0.0
-    how = support and not config.INNER.FIRST_ORDER, bool(config.MEMORY.CHECKPOINTING)
-    if prompt.VISUAL_TOKENS:
-        total += pass_bytes(backbone, "images", image_positions(backbone, prompt.VISUAL_TOKENS), *how)
-    if prompt.TEXT_TOKENS:
-        positions = config.TASKS.WAYS * 4 + 1 + prompt.TEXT_TOKENS  # a class: its name, full stop, end token
+    prompt, task, total = memory.prompt, memory.task, 0.0
+    how = support and not memory.first_order, memory.checkpointing
+    if prompt.visual_tokens:
+        total += pass_bytes(backbone, "images", image_positions(backbone, prompt.visual_tokens), *how)
+    if prompt.text_tokens:
+        positions = task.ways * 4 + 1 + prompt.text_tokens  # a class: its name, full stop, end token
         text = pass_bytes(backbone, "text", positions, *how)
-        shots = config.TASKS.SUPPORT_SHOTS if support else config.TASKS.QUERY_SHOTS
-        total += text if prompt.CONDITIONAL else text / (config.TASKS.WAYS * shots)
+        shots = task.support_shots if support else task.query_shots
+        total += text if prompt.conditional else text / (task.ways * shots)
     return total
-
-
-def budget_of(config: CfgNode, device: torch.device) -> float:
-    """Return the bytes that one process may fill: MEMORY.BUDGET, or half of its device's memory."""
-    return config.MEMORY.BUDGET * GB if config.MEMORY.BUDGET else FITS * device_bytes(device)

@@ -19,10 +19,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from gram_meta.files import write_json
+from gram_meta.method.meta_run import PROFILE
+
+if TYPE_CHECKING:
+    from gram_meta.method.meta_trainer import MetaTrainer
 
 IMAGE_TOWER, TEXT_TOWER, REGULATOR = "image tower", "text tower", "regulator"
 OPTIMISER, WAITING, EXCHANGE, EVALUATION = "optimiser", "waiting for images", "exchange", "held-out tasks"
@@ -156,6 +163,36 @@ class Profile:
         if isinstance(value, dict):
             return {key: self._marked(item, onward, backward) for key, item in value.items()}
         return value
+
+
+def profile_steps(trainer: MetaTrainer, steps: int) -> Path:
+    """Time some steps, after two that are not counted; print a table and write it to profile.json.
+
+    Args:
+        trainer: from `meta_trainer.open_trainer`; it writes nothing else.
+        steps: how many to time.
+
+    Returns:
+        The path of profile.json.
+    """
+    profile, warm = Profile(trainer.backbone.device), 2
+    coming = iter(trainer.episodes_of(0, steps + warm))
+    for step in range(1, warm + 1):
+        trainer.step(step, next(coming))
+    with profile.watching(trainer.backbone, trainer.regulator):
+        trainer.region = profile.region
+        for step in range(warm + 1, warm + steps + 1):
+            with profile.step():
+                with profile.region(WAITING):
+                    episode = next(coming)
+                trainer.step(step, episode)
+        with profile.region(EVALUATION):
+            trainer.scores()
+    path = trainer.folder.out / PROFILE
+    if trainer.group.is_first:
+        print(profile.table())
+        write_json(path, profile.as_dict() | {"plan": str(trainer.plan), "processes": trainer.group.size})
+    return path
 
 
 class _Border(torch.autograd.Function):

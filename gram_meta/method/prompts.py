@@ -9,23 +9,59 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from copy import copy
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
 from gram_meta.backbone.clip import Backbone, end_positions
 from gram_meta.backbone.recompute import recomputed
 from gram_meta.backbone.towers import Packing
 from gram_meta.errors import GramError
 
-KINDS = ("text", "visual")
+STATE_NAMES = {"text": "ctx", "visual": "visual_ctx"}  # kind of prompt -> its name in a prompt learner's state dict
+KINDS = tuple(STATE_NAMES)
 META_NET = "meta_net."  # begins the names of the meta-net's weights wherever they stand beside prompts
 TEMPLATE = "a photo of a {}."
 
 # Class sentences in the text tower at a time, without gradients. 1,024 need a third of the memory of 4,096, and the text
 # tower takes 15 to 25 % less time for them on a CPU.
 SENTENCES = 1024
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """What is meta-trained.
+
+    Attributes:
+        text_tokens, visual_tokens: M_t and M_v; 0 leaves the kind out.
+        words: initialisation of the text prompt; "": random.
+        template: class prompt where there is no text prompt.
+        conditional: whether a meta-net shifts the text prompt for each image, as in CoCoOp.
+
+    Raises:
+        GramError: no prompt tokens at all, or a meta-net without a text prompt.
+    """
+
+    text_tokens: int = 4
+    visual_tokens: int = 0
+    words: str = "a photo of a"
+    template: str = TEMPLATE
+    conditional: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.text_tokens and not self.visual_tokens:
+            raise GramError("PROMPT: expected TEXT_TOKENS or VISUAL_TOKENS above 0, found neither")
+        if self.conditional and not self.text_tokens:
+            raise GramError("PROMPT.CONDITIONAL: expected a text prompt to shift, found TEXT_TOKENS 0")
+
+    @classmethod
+    def from_config(cls, config: CfgNode) -> PromptConfig:
+        """Read the PROMPT node."""
+        node = config.PROMPT
+        return cls(node.TEXT_TOKENS, node.VISUAL_TOKENS, node.WORDS, node.TEMPLATE, node.CONDITIONAL)
 
 
 class ClassText:

@@ -1,4 +1,4 @@
-"""The gradient regulator R^phi (Eq. 5, 6): a small affine gate that turns the gradient of a prompt.
+"""The gradient regulator R^phi (Eq. 5, 6): a small affine gate that regulates the gradient of a prompt.
 
     gamma = tanh(g W_gamma^T + b_gamma)        beta = tanh(g W_beta^T + b_beta)        R(g) = gamma * g + beta
 
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
 from gram_meta.errors import GramError
 
@@ -38,6 +39,12 @@ class RegulatorConfig:
     gamma: float = 0.9
     input: str = "raw"
     beta: str = "absolute"
+
+    @classmethod
+    def from_config(cls, config: CfgNode) -> RegulatorConfig:
+        """Read the REGULATOR node."""
+        node = config.REGULATOR
+        return cls(node.START, node.GAMMA, node.INPUT, node.BETA)
 
     def __post_init__(self) -> None:
         choices = {
@@ -72,11 +79,11 @@ class GradientRegulator(nn.Module):
         self.gates = nn.ModuleDict({kind: _Gate(d, self.config, generator) for kind, d in self.widths.items()})
 
     def forward(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Regulated gradients, of the shapes given: (..., M, d) by kind; leading axes are tasks or layers."""
+        """Return the regulated gradients, (..., M, d) by kind as given; leading axes are tasks or layers."""
         return {kind: self.parts(kind, gradient).regulated for kind, gradient in gradients.items()}
 
     def parts(self, kind: str, gradient: Tensor) -> RegulatedGradient:
-        """gamma, beta (already scaled) and their use on one kind's gradient, for those who want to look inside."""
+        """Return gamma, beta (already scaled) and their use on one kind's gradient, for analysis."""
         if kind not in self.gates:
             raise GramError(f"regulator: expected a gradient of {' or '.join(self.widths)} prompts, found {kind!r}")
         if gradient.shape[-1] != self.widths[kind]:
@@ -85,16 +92,12 @@ class GradientRegulator(nn.Module):
             )
         return self.gates[kind](gradient)
 
-    def known(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Those of the gradients that this regulator was made for."""
-        return {kind: gradient for kind, gradient in gradients.items() if kind in self.gates}
-
-    def of_known(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Regulated gradients of those that this regulator was made for; the others are left out."""
-        return self(self.known(gradients))
+    def regulate_known(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the regulated gradients of the kinds that this regulator has, and leave out the others."""
+        return self({kind: gradient for kind, gradient in gradients.items() if kind in self.gates})
 
     def describe(self) -> dict[str, Any]:
-        """What it takes to build it again, fit for JSON."""
+        """Return what it takes to build it again, as JSON values."""
         return {"widths": self.widths, **asdict(self.config)}
 
 
@@ -125,7 +128,7 @@ class _Gate(nn.Module):
             bound = width**-0.5  # as torch draws a linear layer
             for parameter in self.parameters():
                 nn.init.uniform_(parameter, -bound, bound, generator=generator)
-        if config.beta == "none":  # not part of the function, so not part of what is learnt
+        if config.beta == "none":  # not part of the function, so not learned
             self.weight_beta.requires_grad_(False).zero_()
             self.bias_beta.requires_grad_(False).zero_()
 

@@ -6,13 +6,36 @@ from all of them, so that adapting to the support set and scoring on the query s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from gram_meta.clustering.hierarchy import Hierarchy
 from gram_meta.errors import GramError
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """The size of a task.
+
+    Attributes:
+        ways: K, topics in a task.
+        support_shots, query_shots: S and Q, images per topic.
+        domain_shift: False draws the support set from all domains too (Table 6, row 1).
+    """
+
+    ways: int = 5
+    support_shots: int = 4
+    query_shots: int = 12
+    domain_shift: bool = True
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> TaskConfig:
+        """Read the TASKS node; `config` may also be plain nested dicts."""
+        tasks = config["TASKS"]
+        return cls(tasks["WAYS"], tasks["SUPPORT_SHOTS"], tasks["QUERY_SHOTS"], tasks["DOMAIN_SHIFT"])
 
 
 @dataclass(frozen=True)
@@ -33,50 +56,41 @@ class Task:
 
 
 class TaskSampler:
-    """Draws tasks; the task with number i of a seed is always the same, whatever was drawn before.
+    """Draws tasks. Task i of a seed is always the same, whatever was drawn before.
 
     Args:
         hierarchy: topics and domains of a corpus.
-        ways: K.
-        support_shots, query_shots: S and Q, images per topic.
+        config: the size of a task.
         seed: of all draws.
         topics: the topics to draw from; None is all of them.
-        domain_shift: False draws the support set from all domains too (Table 6, row 1).
         without_images: image rows never to draw (those of held-out topics).
 
     Raises:
-        GramError: fewer than `ways` topics with different words can fill a support and a query set.
+        GramError: fewer than `config.ways` topics with different words can fill a support and a query set.
     """
 
     def __init__(
         self,
         hierarchy: Hierarchy,
-        ways: int,
-        support_shots: int,
-        query_shots: int,
+        config: TaskConfig,
         seed: int,
         topics: Iterable[int] | None = None,
-        domain_shift: bool = True,
         without_images: np.ndarray | None = None,
     ) -> None:
-        self.ways = ways
-        self.support_shots = support_shots
-        self.query_shots = query_shots
-        self.seed = seed
-        self.domain_shift = domain_shift
+        self.config, self.seed = config, seed
         self.words = [topic.word for topic in hierarchy.topics]
         wanted = range(len(hierarchy.topics)) if topics is None else topics
         images = _images_by_domain(hierarchy, without_images)
         self.domains = {topic: images[topic] for topic in wanted if self._fills(images[topic])}
         different = len({self.words[topic].lower() for topic in self.domains})
-        if different < ways:
+        if different < config.ways:
             raise GramError(
-                f"TASKS.WAYS: expected at least {ways} topics with different words that hold {support_shots} support and "
-                f"{query_shots} query images in two or more domains, found {different}"
+                f"TASKS.WAYS: expected at least {config.ways} topics with different words that hold {config.support_shots} "
+                f"support and {config.query_shots} query images in two or more domains, found {different}"
             )
 
     def draw(self, number: int) -> Task:
-        """Task `number`."""
+        """Return task `number`."""
         random = np.random.default_rng([self.seed, number])
         taken = np.empty(0, dtype=np.int64)  # images that are in the task already
         words: list[str] = []
@@ -90,45 +104,66 @@ class TaskSampler:
             taken = np.concatenate([taken, *sets])
             words.append(self.words[topic])
             chosen.append((int(topic), *sets))
-            if len(chosen) == self.ways:
+            if len(chosen) == self.config.ways:
                 topics, support, query = zip(*chosen, strict=True)
                 return Task(np.array(topics), tuple(words), np.stack(support), np.stack(query))
         raise GramError(
-            f"TASKS: expected {self.ways} topics without common images, found {len(chosen)}; lower TASKS.WAYS, "
+            f"TASKS: expected {self.config.ways} topics without common images, found {len(chosen)}; lower TASKS.WAYS, "
             "TASKS.SUPPORT_SHOTS or TASKS.QUERY_SHOTS"
         )
 
     def draw_batch(self, first: int, count: int) -> list[Task]:
-        """Tasks `first` to `first + count - 1`."""
+        """Return tasks `first` to `first + count - 1`."""
         return [self.draw(number) for number in range(first, first + count)]
 
     def _draw_sets(
         self, topic: int, taken: np.ndarray, random: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray] | None:
-        """Support (S,) and query (Q,) images of a topic without those already taken, or None if too few are left."""
+        """Return support (S,) and query (Q,) images of a topic without those taken, or None if too few are left."""
         free = [images[~np.isin(images, taken)] for images in self.domains[topic]]
         if not self._fills(free):
             return None
         free = [random.permutation(images) for images in free]
-        if self.domain_shift:
-            able = [u for u, images in enumerate(free) if len(images) > self.support_shots]
+        if self.config.domain_shift:
+            able = [u for u, images in enumerate(free) if len(images) > self.config.support_shots]
             u = random.choice(able)
-            support, free[u] = free[u][: self.support_shots], free[u][self.support_shots :]
+            support, free[u] = free[u][: self.config.support_shots], free[u][self.config.support_shots :]
         else:
-            support = _spread(free, self.support_shots, random)
+            support = _spread(free, self.config.support_shots, random)
             free = [np.setdiff1d(images, support, assume_unique=True) for images in free]
             free = [random.permutation(images) for images in free]
-        return support, _spread(free, self.query_shots, random)
+        return support, _spread(free, self.config.query_shots, random)
 
     def _fills(self, domains: Sequence[np.ndarray]) -> bool:
-        """Two domains or more; one can give the support set and still take part in the query set; enough in all."""
+        """Return whether the domains can fill a task.
+
+        They need two domains or more, one of which fills the support set with an image left for the query set, and enough
+        images in total.
+        """
         sizes = [len(images) for images in domains if len(images)]
-        enough = sum(sizes) >= self.support_shots + self.query_shots
-        return len(sizes) >= 2 and len(sizes) == len(domains) and max(sizes) > self.support_shots and enough
+        enough = sum(sizes) >= self.config.support_shots + self.config.query_shots
+        return len(sizes) >= 2 and len(sizes) == len(domains) and max(sizes) > self.config.support_shots and enough
+
+
+class StepTasks:
+    """One process's tasks of each step after step `first` up to step `last`, drawn on access.
+
+    Args:
+        batch: B, tasks of a step. own: this process's part of 0 to B - 1.
+    """
+
+    def __init__(self, sampler: TaskSampler, batch: int, first: int, last: int, own: range) -> None:
+        self.sampler, self.batch, self.first, self.last, self.own = sampler, batch, first, last, own
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __getitem__(self, index: int) -> list[Task]:
+        return self.sampler.draw_batch((self.first + index) * self.batch + self.own.start, len(self.own))
 
 
 def split_topics(hierarchy: Hierarchy, share: float, ways: int, seed: int) -> tuple[list[int], list[int]]:
-    """Topics for meta-training and topics held out for choosing the checkpoint.
+    """Return the topics for meta-training, and those held out for choosing the checkpoint.
 
     Topics with the same word stay together, so that a held-out class name is new. At least `ways` words are held out.
 
@@ -148,12 +183,12 @@ def split_topics(hierarchy: Hierarchy, share: float, ways: int, seed: int) -> tu
 
 
 def images_of(hierarchy: Hierarchy, topics: Iterable[int]) -> np.ndarray:
-    """Image rows of these topics, each once."""
+    """Return the image rows of these topics, each once."""
     return np.unique(hierarchy.image[np.isin(hierarchy.topic, list(topics))])
 
 
 def _images_by_domain(hierarchy: Hierarchy, without: np.ndarray | None) -> list[list[np.ndarray]]:
-    """For each topic, for each of its domains, the distinct image rows; an image has one domain in a topic."""
+    """Return the distinct image rows of each domain of each topic; an image has one domain in a topic."""
     keys = np.stack([hierarchy.topic, hierarchy.image], axis=1)
     _, first = np.unique(keys, axis=0, return_index=True)
     rows = np.stack([hierarchy.topic, hierarchy.domain, hierarchy.image], axis=1)[first]  # (n, 3), by topic
@@ -168,7 +203,7 @@ def _images_by_domain(hierarchy: Hierarchy, without: np.ndarray | None) -> list[
 
 
 def _spread(domains: Sequence[np.ndarray], count: int, random: np.random.Generator) -> np.ndarray:
-    """`count` images, as evenly over the domains as their sizes allow; which domain gives more is drawn."""
+    """Take `count` images, as evenly over the domains as their sizes allow; which domain gives more is drawn."""
     order = random.permutation(len(domains))
     taken = [0] * len(domains)
     while sum(taken) < count:

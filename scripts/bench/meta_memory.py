@@ -16,7 +16,7 @@ from torch import Tensor
 from gram_meta.config import load_meta_config
 from gram_meta.method.bilevel import InnerLoop, lean_backward, meta_losses
 from gram_meta.method.episodes import TaskSet
-from gram_meta.method.memory_plan import plan
+from gram_meta.method.memory_plan import MemoryConfig, plan
 from gram_meta.method.prompts import ClassText, initial_prompts, template_features
 from gram_meta.method.regulator import GradientRegulator
 
@@ -56,7 +56,7 @@ def main() -> None:
         graphs, images, backbone.checkpointing, first_order = WAYS[way]
         for parameter in parameters:
             parameter.grad = None
-        inner = InnerLoop(first_order=first_order, regulate=regulator.of_known)
+        inner = InnerLoop(first_order=first_order, regulate=regulator.regulate_known)
         if graphs == "lean":
             lean_backward(support.parts(images), query.parts(images), theta, 1, inner)
         else:
@@ -106,7 +106,7 @@ def main() -> None:
                 str(first_order),
             ],
         )
-        estimate = plan(config, backbone, 1, 1e15).estimate / 1e6
+        estimate = plan(MemoryConfig.from_config(config), backbone, 1, 1e15).estimate / 1e6
         apart = common.deviation(results[way][0], results[args.only[0]][0])
         rows.append(
             [way, f"{peaks[way]:.0f}", f"{estimate:.0f}", f"{statistics.median(seconds[way]):.2f}", f"{apart:.0e}"]

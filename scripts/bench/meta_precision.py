@@ -67,7 +67,7 @@ class Setting:
         """Of theta, then of phi as one vector; `terms`: both, or second (the direct term of theta is left out)."""
         for parameter in self.parameters:
             parameter.grad = None
-        inner = InnerLoop(ALPHA, scale=scale, regulate=self.regulator.of_known)
+        inner = InnerLoop(ALPHA, scale=scale, regulate=self.regulator.regulate_known)
         if lean:
             lean_backward([self.support], [self.query], self.theta, 2, inner, 0.5)
             if terms == "second":  # the same passes without the product with H: what is left is the rest

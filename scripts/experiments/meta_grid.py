@@ -60,7 +60,8 @@ def run_variant(args: argparse.Namespace, name: str, settings: dict[str, object]
     """Meta-train, then CoOpGRAM and theta* on the dataset; scores by seed and the held-out facts of the checkpoint."""
     from gram_meta.config import load_meta_config
     from gram_meta.method.checkpoint import load_meta_checkpoint
-    from gram_meta.method.meta_trainer import BEST, pretrain
+    from gram_meta.method.meta_run import BEST
+    from gram_meta.method.meta_trainer import pretrain
 
     folder = args.out / name
     opts = [str(item) for pair in settings.items() for item in pair]

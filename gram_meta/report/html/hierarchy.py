@@ -26,7 +26,7 @@ from gram_meta.corpus.places import Places
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike, atomic_write
-from gram_meta.method.tasks import Task, TaskSampler
+from gram_meta.method.tasks import Task, TaskConfig, TaskSampler
 from gram_meta.report.html.base import data_uri, read, render
 
 THUMBNAIL = 96  # pixels, the longer side
@@ -432,10 +432,9 @@ def _task_settings(hierarchy: Hierarchy) -> dict[str, Any]:
 
 def _draw_task(view: _View) -> Task | str:
     """Return a task drawn with the hierarchy's own settings, or the reason why none can be drawn."""
-    c = _task_settings(view.hierarchy)
-    shots = (c["WAYS"], c["SUPPORT_SHOTS"], c["QUERY_SHOTS"])
+    config = TaskConfig.from_config({"TASKS": _task_settings(view.hierarchy)})
     try:
-        return TaskSampler(view.hierarchy, *shots, abs(view.seed), domain_shift=c["DOMAIN_SHIFT"]).draw(0)
+        return TaskSampler(view.hierarchy, config, abs(view.seed)).draw(0)
     except GramError as error:
         return str(error)
 

@@ -1,0 +1,220 @@
+"""The folder of a meta-training run: identity, resume, checkpoints, logs, and the reaction to SIGTERM.
+
+    run.json            what makes two runs the same run: settings, store, hierarchy
+    state.pt            theta, phi, optimiser and records, for --resume
+    log.jsonl           scores of the held-out tasks, a line for each evaluation
+    best.safetensors    the meta-checkpoint with the lowest loss after adaptation on the held-out tasks
+    last.safetensors    the meta-checkpoint of the last evaluation
+    tensorboard/        the same scores, and the training loss
+
+All ranks call the same methods; rank 0 alone reads and writes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from tqdm import tqdm
+from yacs.config import CfgNode
+
+from gram_meta.config import INCIDENTAL, as_dict, stored_config
+from gram_meta.errors import GramError
+from gram_meta.files import atomic_write, read_json, write_json
+from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
+from gram_meta.processes import ALONE, ProcessGroup
+
+logger = logging.getLogger("gram")
+
+BEST = "best.safetensors"
+LAST = "last.safetensors"
+STATE = "state.pt"
+FACTS = "run.json"
+LOG = "log.jsonl"
+PROFILE = "profile.json"
+
+
+class Stopped(Exception):
+    """SIGTERM arrived; the step was finished and the state saved, so that --resume goes on from there."""
+
+
+class Sigterm:
+    """Inside `with`, SIGTERM sets `received` and does not end the process. Slurm sends it before a job's time is up."""
+
+    received = False
+
+    def __enter__(self) -> Sigterm:
+        self.in_main_thread = threading.current_thread() is threading.main_thread()  # others cannot catch signals
+        if self.in_main_thread:
+            self.before = signal.signal(signal.SIGTERM, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.in_main_thread:
+            signal.signal(signal.SIGTERM, self.before)
+
+    def _receive(self, *_: object) -> None:
+        self.received = True
+
+
+class MetaRun:
+    """Reads and writes a run folder.
+
+    Args:
+        out: the folder.
+        config: settings of the run.
+        facts: what else identifies the run, as JSON values; `provenance` of its checkpoints.
+        group: the processes of the run.
+    """
+
+    def __init__(self, out: Path, config: CfgNode, facts: Mapping[str, Any], group: ProcessGroup = ALONE) -> None:
+        self.out, self.group = out, group
+        self.identity = json.loads(json.dumps({"config": as_dict(config), **facts}))
+
+    def begin(self) -> None:
+        """Write the identity of a new run.
+
+        Raises:
+            GramError: the folder holds a run.
+        """
+
+        def begin() -> None:
+            if (self.out / FACTS).exists():
+                raise GramError(
+                    f"{self.out}: expected an empty folder, found a meta-training run; --resume goes on with it"
+                )
+            self._remove_unfinished()
+            write_json(self.out / FACTS, self.identity)
+
+        self.group.first(begin)
+
+    def resume(self) -> dict[str, Any] | None:
+        """Return the last saved state; None where there is none, and the run begins at its first step.
+
+        Raises:
+            GramError: the folder holds another run.
+        """
+        if not self.group.first((self.out / FACTS).exists):
+            logger.info(f"{self.out}: holds no meta-training yet; it begins")
+            self.begin()
+            return None
+        return self.group.first(self._read_state)
+
+    def save_state(self, state: Mapping[str, Any]) -> None:
+        """Write state.pt, atomically."""
+        if self.group.is_first:
+            with atomic_write(self.out / STATE) as file:
+                torch.save(state, file)
+
+    def save_checkpoint(self, name: str, checkpoint: MetaCheckpoint) -> None:
+        """Write a meta-checkpoint, atomically."""
+        if self.group.is_first:
+            save_meta_checkpoint(self.out / name, checkpoint)
+
+    @contextmanager
+    def log(self, first: int, steps: int, batch: int, progress: bool) -> Iterator[MetaLog]:
+        """Open the logs of a run that goes on after step `first`, and close them at the end."""
+        scalars: Any = None
+        if self.group.is_first:
+            from torch.utils.tensorboard import SummaryWriter
+
+            scalars = SummaryWriter(str(self.out / "tensorboard"), purge_step=first or None)
+        try:
+            with (
+                self._open_log(first) as lines,
+                tqdm(
+                    total=steps * batch,
+                    initial=first * batch,
+                    unit=" tasks",
+                    desc="meta-training",
+                    disable=not progress,
+                ) as bar,
+            ):
+                yield MetaLog(lines, scalars, bar, batch)
+        finally:
+            if scalars is not None:
+                scalars.close()
+
+    def _open_log(self, first: int) -> IO[str]:
+        """Open log.jsonl without the lines after step `first`, which will be written again."""
+        if not self.group.is_first:
+            return open(os.devnull, "w", encoding="utf-8")
+        path = self.out / LOG
+        kept = []
+        if first and path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= first]
+        with atomic_write(path, "w") as file:
+            file.writelines(line + "\n" for line in kept)
+        return open(path, "a", encoding="utf-8")
+
+    def _read_state(self) -> dict[str, Any] | None:
+        self._remove_unfinished()
+        before, now = read_json(self.out / FACTS), dict(self.identity)
+        if "config" in before:  # if the run is older than a key, the key counts as having had its default
+            before["config"] = json.loads(json.dumps(as_dict(stored_config(before["config"]))))
+        for facts in (before, now):
+            config = facts.get("config", {})
+            facts["config"] = {node: values for node, values in config.items() if node not in INCIDENTAL}
+        for key in now:
+            if before.get(key) != now[key]:
+                raise GramError(f"{self.out}: expected the same {_first_difference(key, before.get(key), now[key])}")
+        if not (self.out / STATE).exists():
+            return None  # the run was interrupted before its first state
+        return torch.load(self.out / STATE, map_location="cpu", weights_only=True)
+
+    def _remove_unfinished(self) -> None:
+        """Remove the partly written files of a killed process."""
+        for name in (BEST, LAST, STATE, FACTS, LOG, PROFILE):
+            for path in self.out.glob(f".{name}.*.part"):
+                path.unlink(missing_ok=True)
+
+
+class MetaLog:
+    """Open logs of a run: log.jsonl, TensorBoard (rank 0 alone) and the progress bar."""
+
+    def __init__(self, lines: IO[str], scalars: Any, bar: tqdm, batch: int) -> None:
+        self.lines, self.scalars, self.bar, self.batch = lines, scalars, bar, batch
+
+    def step(self, step: int, loss: float) -> None:
+        """Log a step's mean query loss."""
+        self.bar.update(self.batch)
+        self._scalar("meta_train/query_loss", loss, step)
+
+    def held_out(self, step: int, scores: Mapping[str, float]) -> None:
+        """Log the scores of the held-out tasks."""
+        for key, value in scores.items():
+            self._scalar(f"held_out/{key}", value, step)
+        self.lines.write(json.dumps({"step": step, **scores}) + "\n")
+        self.lines.flush()
+        self.bar.set_postfix(loss=f"{scores['loss_after']:.3f}", acc=f"{100 * scores['accuracy_after']:.1f}%")
+
+    def _scalar(self, tag: str, value: float, step: int) -> None:
+        if self.scalars is not None:
+            self.scalars.add_scalar(tag, value, step)
+
+
+def _step_of(line: str) -> float:
+    """Return the step of a line of log.jsonl; a line that was cut off comes after all steps."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return math.inf
+
+
+def _first_difference(key: str, before: Any, now: Any) -> str:
+    """Return the deepest key in which two runs differ, with both values."""
+    while isinstance(before, dict) and isinstance(now, dict):
+        name = next((k for k in sorted({*before, *now}) if before.get(k) != now.get(k)), None)
+        if name is None:
+            break
+        key, before, now = f"{key}.{name}", before.get(name), now.get(name)
+    return f"{key} as in the run to resume, {before!r}, found {now!r}"

@@ -1,0 +1,178 @@
+"""The outer loop (Eq. 8 and 9): meta-gradients of a batch of tasks, and the step of theta and phi along them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from yacs.config import CfgNode
+
+from gram_meta.errors import GramError
+from gram_meta.method.bilevel import InnerLoop, MetaLosses, Prompts, for_each_task, lean_backward, meta_losses
+from gram_meta.method.episodes import Episode
+from gram_meta.method.memory_plan import MemoryPlan
+from gram_meta.method.regulator import GradientRegulator
+from gram_meta.processes import ProcessGroup
+
+OPTIMISERS: dict[str, Callable[..., Optimizer]] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+
+
+@dataclass(frozen=True)
+class OuterLoop:
+    """Settings of the outer loop.
+
+    Attributes:
+        meta: False leaves out the inner loop: prompt pre-training on the topics (Table 6, row 3).
+        optimiser: `adam` or `sgd`.
+        lr_prompt, lr_regulator: lambda_1 and lambda_2.
+        batch: B, tasks of a step.
+        steps: number of steps.
+        clip_norm: largest norm of the meta-gradient of theta and of phi, each; 0: not clipped.
+        cosine: whether learning rates fall to zero along a cosine.
+    """
+
+    meta: bool = True
+    optimiser: str = "adam"
+    lr_prompt: float = 1e-3
+    lr_regulator: float = 1e-4
+    batch: int = 4
+    steps: int = 2000
+    clip_norm: float = 1.0
+    cosine: bool = True
+
+    def __post_init__(self) -> None:
+        if self.optimiser not in OPTIMISERS:
+            raise GramError(f"OUTER.OPTIMIZER: expected {' or '.join(OPTIMISERS)}, found {self.optimiser!r}")
+
+    @classmethod
+    def from_config(cls, config: CfgNode) -> OuterLoop:
+        """Read the OUTER node."""
+        o = config.OUTER
+        rates = o.LR_PROMPT, o.LR_REGULATOR
+        return cls(o.META, o.OPTIMIZER, *rates, o.BATCH, o.STEPS, o.CLIP_NORM, o.COSINE)
+
+    def build_optimiser(self, theta: Mapping[str, Tensor], regulator: GradientRegulator | None) -> Optimizer:
+        """Return the optimiser of theta (first group) and phi (second group, where there is a regulator)."""
+        groups: list[dict[str, Any]] = [{"params": list(theta.values()), "full_lr": self.lr_prompt}]
+        if regulator is not None:
+            learned = [p for p in regulator.parameters() if p.requires_grad]
+            groups.append({"params": learned, "full_lr": self.lr_regulator})
+        return OPTIMISERS[self.optimiser](groups, lr=self.lr_prompt)
+
+    def update(self, optimiser: Optimizer, step: int) -> None:
+        """Take step number `step` along the gradients in `.grad`.
+
+        The learning rates depend on the step's number alone, so a resumed run has the same.
+        """
+        share = 0.5 * (1 + math.cos(math.pi * (step - 1) / self.steps)) if self.cosine else 1.0
+        for group in optimiser.param_groups:
+            group["lr"] = share * group["full_lr"]
+            if self.clip_norm:
+                torch.nn.utils.clip_grad_norm_(group["params"], self.clip_norm)
+        optimiser.step()
+
+
+class BatchResult(NamedTuple):
+    """What a step knows of its tasks.
+
+    `losses` (b,): query losses after adaptation. `norms` (inner steps, b, kinds): norms of the raw support gradients.
+    """
+
+    losses: Tensor
+    norms: Tensor
+
+    @classmethod
+    def zeros(cls, tasks: int, kinds: int, device: torch.device) -> BatchResult:
+        return cls(torch.zeros(tasks, device=device), torch.zeros(0, tasks, kinds, device=device))
+
+
+def parameters_of(optimiser: Optimizer) -> list[Tensor]:
+    """Return all parameters that the optimiser steps."""
+    return [parameter for group in optimiser.param_groups for parameter in group["params"]]
+
+
+def add_meta_gradients(
+    episode: Episode,
+    theta: Prompts,
+    kinds: Sequence[str],
+    parameters: Sequence[Tensor],
+    inner: InnerLoop,
+    outer: OuterLoop,
+    plan: MemoryPlan,
+) -> BatchResult:
+    """Add the meta-gradients of the mean loss over B tasks to `.grad`, for the tasks of this episode.
+
+    Args:
+        episode: this process's tasks of a step.
+        theta: the initialisation, (M, d) by kind.
+        kinds: those of theta that R^phi regulates.
+        parameters: theta and phi, without gradients.
+        inner, outer: settings of both loops.
+        plan: what goes through the towers at a time.
+    """
+
+    def add_gradients(losses: Tensor) -> Tensor:
+        total = losses.sum() / outer.batch
+        (total if inner.scale == 1 else total * inner.scale).backward()
+        return losses.detach()
+
+    done: list[MetaLosses] = []
+    for part in episode.parts(plan.tasks):
+        tasks = len(part.tasks)
+        if not outer.meta:  # the query sets hold all domains
+            pieces = [add_gradients(some(for_each_task(theta, tasks))) for some in part.query.parts(plan.images)]
+            done.append(MetaLosses(torch.stack(pieces).sum(dim=0) if len(pieces) > 1 else pieces[0], []))
+        elif plan.lean:
+            support, query = part.support.parts(plan.images), part.query.parts(plan.images)
+            done.append(lean_backward(support, query, theta, tasks, inner, 1 / outer.batch))
+        else:
+            result = meta_losses(part.support, part.query, theta, tasks, inner)
+            done.append(result._replace(losses=add_gradients(result.losses)))
+    if inner.scale != 1 and not plan.lean:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad /= inner.scale
+    losses = torch.cat([each.losses for each in done])
+    if not outer.meta:
+        return BatchResult(losses, losses.new_zeros(0, len(losses), len(kinds)))
+    norms = [torch.stack([torch.stack([n[kind] for kind in kinds], dim=1) for n in each.norms]) for each in done]
+    return BatchResult(losses, torch.cat(norms, dim=1))
+
+
+def exchange(
+    group: ProcessGroup,
+    parameters: Sequence[Tensor],
+    result: BatchResult,
+    shape: tuple[int, int, int],
+    own: range,
+    flags: Sequence[bool],
+) -> tuple[BatchResult, list[bool]]:
+    """Sum the gradients over all processes, and collect results and flags, in one exchange.
+
+    Args:
+        parameters: their `.grad` are summed in place.
+        result: of this process's tasks; without norms if it gave the step up.
+        shape: of all norms: inner steps, B, kinds.
+        own: this process's tasks, of 0 to B - 1.
+        flags: this process's.
+
+    Returns:
+        The result of all B tasks, and for each flag whether any process has set it.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    sizes = [len(flags), shape[1], math.prod(shape)]
+    whole = gradients[0].new_zeros(sum(sizes))
+    raised, losses, norms = whole.split(sizes)
+    norms = norms.view(shape)
+    mine = slice(own.start, own.stop)
+    losses[mine] = result.losses
+    if len(result.norms):
+        norms[:, mine] = result.norms
+    raised += torch.tensor(flags).to(raised)
+    group.add([*gradients, whole])
+    return BatchResult(losses, norms), (raised > 0).tolist()
