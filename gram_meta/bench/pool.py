@@ -7,7 +7,6 @@ costs seconds. A worker that dies takes one run with it; the next run gets anoth
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import gc
 import multiprocessing
 import os
@@ -23,6 +22,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+from gram_meta.files import file_locks
 
 GRACE = 10.0  # seconds that a stopped worker has to leave whole files behind
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
@@ -80,6 +81,7 @@ class Pool:
     """
 
     def __init__(self, environments: Sequence[Mapping[str, str]]) -> None:
+        file_locks()  # every worker needs them; without them the command ends here with one sentence
         self.idle: list[_Worker] = []
         self.busy: list[_Worker] = []
         self.unused = list(environments)
@@ -260,6 +262,7 @@ def _follow_parent() -> None:
 def _run(task: Task) -> Outcome:
     Path(task.log).parent.mkdir(parents=True, exist_ok=True)
     with open(task.log, "a+", encoding="utf-8") as log:
+        fcntl = file_locks()
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

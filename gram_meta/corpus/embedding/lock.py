@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import IO, Any
 
 from gram_meta.corpus.store import MANIFEST
 from gram_meta.errors import GramError
-from gram_meta.files import PathLike
+from gram_meta.files import PathLike, file_locks
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +20,12 @@ _HELD: set[Path] = set()  # by this process: record locks do not exclude a proce
 
 
 def check_free(out: PathLike) -> None:
-    """Raise `GramError` if another run is writing to this store, or `out` is not a folder for a store."""
+    """Check that a run can write to this store.
+
+    Raises:
+        GramError: another run is writing to it, `out` is not a folder for a store, or the system has no file locks.
+    """
+    file_locks()
     out = Path(out)
     _check_folder(out)
     if out.resolve() in _HELD:
@@ -61,6 +65,7 @@ def _check_folder(out: Path) -> None:
 
 
 def _lock(file: IO[Any], out: Path) -> None:
+    fcntl = file_locks()
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
