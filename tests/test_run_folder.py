@@ -117,6 +117,11 @@ def contents(folder):
     }
 
 
+def without_dated_logs(folder):
+    """The same without log.txt-<date>, which Dassl's logger begins beside a log.txt and nobody removes."""
+    return {name: value for name, value in contents(folder).items() if not name.startswith("log.txt-")}
+
+
 def learned(folder, epoch=1):
     return torch.load(Path(folder, f"prompt_learner/model.pth.tar-{epoch}"), weights_only=True)["state_dict"]
 
@@ -133,8 +138,8 @@ def test_a_train_py_that_knows_nothing_of_it_owns_its_folder(flags, tmp_path):
     before = contents(out)
 
     trainer, printed = train_py(flags("out"))  # the same again: one line, nothing done
-    assert "This run is finished: " in printed and "epoch [" not in printed and not trainer.trained
-    assert contents(out) == before
+    assert "This run is finished: " in printed and "epoch [" not in printed and not trainer.record.trained
+    assert without_dated_logs(out) == before
 
     for other, says in (
         (flags("out", "OPTIM.LR", 0.1), r"holds another run \(OPTIM.LR is 0.002 there and 0.1 here\)"),
@@ -145,10 +150,10 @@ def test_a_train_py_that_knows_nothing_of_it_owns_its_folder(flags, tmp_path):
             train_py(other)
         assert "\n" not in str(error.value)
         assert "Loading dataset" not in error.value.printed  # told at once, not after CLIP was loaded
-        assert contents(out) == before  # not even a stray log
+        assert without_dated_logs(out) == before
     with pytest.raises(GramError, match=r"holds another run \(--eval-only is False there and True here\)"):
         train_py(["--eval-only", *flags("out")])
-    assert contents(out) == before
+    assert without_dated_logs(out) == before
 
 
 def test_gram_train_and_a_train_py_agree_whose_a_folder_is(flags, tmp_path):
@@ -168,13 +173,13 @@ def test_an_evaluation_is_a_run_too(flags, tmp_path):
     before = contents(tmp_path / "tested")
     again, printed = train_py([*evaluation, *flags("tested")])
     assert "This run is finished" in printed and "=> result" not in printed
-    assert again.accuracy == trainer.accuracy and contents(tmp_path / "tested") == before
+    assert again.accuracy == trainer.accuracy and without_dated_logs(tmp_path / "tested") == before
     assert ours([*evaluation, *flags("tested")])["metrics"]["accuracy"] == trainer.accuracy
     with pytest.raises(GramError, match="holds another run"):
         train_py([*evaluation, "--load-epoch", "1", *flags("tested")])
     with pytest.raises(GramError, match="holds another run"):
         train_py(["--eval-only", *flags("tested")])  # the start, into the folder of what was learned
-    assert contents(tmp_path / "tested") == before
+    assert without_dated_logs(tmp_path / "tested") == before
 
 
 class Stop(Exception):
@@ -210,8 +215,13 @@ def test_a_stopped_run_goes_on_in_one_log(flags, tmp_path, monkeypatch):
     assert "epoch [2/3]" in first and not (out / "results.json").exists()
     _, printed = train_py(flags("parts", *options))
     assert "will resume training from epoch 3" in printed
-    assert (out / "log.txt").read_text() == first + printed  # which CoOp's parser reads
-    assert [path.name for path in out.glob("log.txt*")] == ["log.txt"]
+    begun = printed.index("No checkpoint") if "No checkpoint" in printed else printed.index("Found checkpoint")
+    assert (out / "log.txt").read_text() == first + printed[begun:]  # which CoOp's parser reads
+    (dated,) = out.glob("log.txt-*")
+    assert dated.read_text() == printed  # Dassl's own, left as it is
+    accuracy = json.loads((out / "results.json").read_text())["metrics"]["accuracy"]
+    after = (out / "log.txt").read_text().partition("Finish training")[2]  # where CoOp's parser looks
+    assert after.count(f"* accuracy: {accuracy:.1f}%") == 1
     assert torch.equal(learned(out, 3)["ctx"], learned(tmp_path / "whole", 3)["ctx"])
 
 
@@ -221,12 +231,39 @@ def test_a_start_that_failed_is_no_other_run(flags, tmp_path):
         train_py(flags("out"), fail=True)
     assert (out / "log.txt").is_file() and not (out / "run.json").exists()
     _, printed = train_py(flags("out"))
-    assert [path.name for path in out.glob("log.txt*")] == ["log.txt"]
-    assert (out / "log.txt").read_text().endswith(printed)
+    (dated,) = out.glob("log.txt-*")
+    assert dated.read_text() == printed
+    assert (out / "log.txt").read_text().endswith(printed[printed.index("No checkpoint") :])
     with pytest.raises(AssertionError):
         train_py(flags("second"), fail=True)
     ours(flags("second"))  # and `gram train` goes the same way
     assert (tmp_path / "second/log.txt").read_text().count("** Arguments **") == 2
+
+
+def test_a_log_that_this_process_writes_already_is_not_written_twice(flags, tmp_path, monkeypatch):
+    """Somebody removed the log of a stopped run: Dassl's logger begins log.txt anew, beside a log.txt-<date>."""
+    options = ("OPTIM.MAX_EPOCH", 2, "TRAIN.CHECKPOINT_FREQ", 1)
+    with stopped(monkeypatch, at=1):
+        train_py(flags("out", *options))
+    (tmp_path / "out/log.txt").rename(tmp_path / "out/log.txt-2026-01-01-00-00-00")
+    _, printed = train_py(flags("out", *options))
+    assert (tmp_path / "out/log.txt").read_text() == printed and printed.count("=> result") == 1
+    assert f"The log of this run goes on in {tmp_path}/out/log.txt" in printed
+
+
+def test_an_evaluation_before_training_is_no_foreign_run(flags, tmp_path):
+    """It prints results into the log of this very process before the folder is claimed."""
+    argv = flags("out")
+    args = launch.build_parser().parse_args(argv)
+    cfg = launch.setup_cfg(args)
+    with contextlib.redirect_stdout(io.StringIO()):
+        setup_logger(cfg.OUTPUT_DIR)
+        logger = sys.stdout
+        trainer = build_trainer(cfg)
+        trainer.test(split="test")
+        trainer.train()
+        logger.file.close()
+    assert json.loads((tmp_path / "out/run.json").read_text())["finished"]
 
 
 def test_the_folder_of_a_run_without_run_json_is_refused(flags, tmp_path):
@@ -237,14 +274,14 @@ def test_the_folder_of_a_run_without_run_json_is_refused(flags, tmp_path):
     for run in (train_py, ours):
         with pytest.raises(GramError, match="found the prompt_learner/model.pth.tar-1 of a run without run.json"):
             run(flags("out"))
-        assert contents(out) == before
+        assert without_dated_logs(out) == before
     shutil.rmtree(out / "prompt_learner")
     (out / "results.json").unlink()
-    before = contents(out)
+    before = without_dated_logs(out)
     for run in (train_py, ours):
         with pytest.raises(GramError, match="found the log.txt of a run without run.json"):
             run(flags("out"))
-        assert contents(out) == before
+        assert without_dated_logs(out) == before
     (out / "run.json").write_text("[]")
     with pytest.raises(GramError, match="run.json: expected the facts of a run, found something else"):
         ours(flags("out"))
@@ -359,27 +396,25 @@ def test_a_missing_run_or_epoch_says_what_is_there(flags, tmp_path):
     assert "text.pth: expected a checkpoint" in no_start(tmp_path / "text.pth")
 
 
-def test_what_cannot_begin_in_a_train_py_leaves_no_folder(flags, tmp_path):
-    """As CoOp's scripts would take the folder for a result."""
+def test_what_cannot_begin_in_a_train_py_does_not_stop_the_next_start(flags, tmp_path):
+    """Dassl's own log of the failed start stays; it counts as no run."""
     train_py(flags("run"))
     tested = ["--eval-only", "--model-dir", str(tmp_path / "run"), "--load-epoch", "7", *flags("out")]
     with pytest.raises(GramError, match=r"epoch 7 \(--load-epoch\), found epochs 1"):
         train_py(tested)
-    assert not (tmp_path / "out").exists()
-    with pytest.raises(GramError, match="TRAINER.COOP.PREC"):
-        train_py(flags("out", "TRAINER.COOP.PREC", "fp8"))
-    assert not (tmp_path / "out").exists()
-    with pytest.raises(GramError, match="TRAINER.GRAM.CHECKPOINT is empty"):
-        train_py(flags("out", trainer="CoOpGRAM"))
-    assert not (tmp_path / "out").exists()
+    for says, argv in (
+        ("TRAINER.COOP.PREC", flags("out", "TRAINER.COOP.PREC", "fp8")),
+        ("TRAINER.GRAM.CHECKPOINT is empty", flags("out", trainer="CoOpGRAM")),
+    ):
+        with pytest.raises(GramError, match=says):
+            train_py(argv)
+    assert {name.partition("-")[0] for name in contents(tmp_path / "out")} == {"log.txt"}
+    _, printed = train_py(flags("out"))
+    assert (
+        "=> result" in printed and "=> result" in (tmp_path / "out/log.txt").read_text().partition("Finish training")[2]
+    )
 
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/notes").write_text("somebody's")
-    with pytest.raises(GramError, match="found epochs 1"):
-        train_py(tested)
-    assert set(contents(tmp_path / "out")) == {"notes"}
-
-    trainer, printed = train_py(flags("another"))  # one that has begun keeps its log
+    trainer, printed = train_py(flags("another"))
     before = contents(tmp_path / "another")
     with pytest.raises(GramError, match="found epochs 1"):
         trainer.load_model(str(tmp_path / "run"), epoch=7)

@@ -22,6 +22,7 @@ from gram_meta.method.apply import Regulation
 from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
 from gram_meta.method.prompts import context_from_words
 from gram_meta.method.regulator import GradientRegulator, RegulatorConfig
+from gram_meta.runs.folder import open_folder
 
 CONFIG = "gram_small_c4_ep10_batch32_ctxv1"
 COLOURS = {
@@ -480,7 +481,7 @@ def test_an_evaluation_is_not_taken_for_finished_when_the_model_was_trained_anew
 def folder_of(out, *words):
     """The output folder of a run that these flags describe, as `gram train` finds it."""
     args = launch.build_parser().parse_args(["--trainer", "CoOp", "--output-dir", str(out), *map(str, words)])
-    return launch.OutputFolder(launch.setup_cfg(args), args)
+    return open_folder(launch.setup_cfg(args), args)
 
 
 def test_a_model_folder_is_the_same_under_each_of_its_names(tmp_path, monkeypatch):

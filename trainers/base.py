@@ -1,7 +1,7 @@
 """What all trainers here share; a trainer's own file shows only the lines in which it differs.
 
 `ClipTrainer` loads frozen CLIP and writes results.json. `PromptTrainer` learns prompts in it: build, one step, save,
-load, resume, and accuracy on base and new classes along the way.
+load, resume (see `checkpointing`), and accuracy on base and new classes along the way.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ from gram_meta.engine import TrainerX, build_lr_scheduler, build_optimizer, comp
 from gram_meta.engine.options import complete_cfg
 from gram_meta.errors import GramError
 from gram_meta.method.prompts import PromptedCLIP, context_from_words, logits, random_context
-from gram_meta.random_state import kept_random_state, make_deterministic, random_state, set_random_state
+from gram_meta.random_state import kept_random_state, make_deterministic
 from gram_meta.runs import folder as run_folder
-from gram_meta.runs import layout, saved
-from gram_meta.runs.folder import Doing
+from gram_meta.runs import saved
+from gram_meta.runs.folder import RunMode
 from gram_meta.runs.layout import LEARNER
-from gram_meta.runs.results import write_results
+from gram_meta.runs.results import RunRecord, write_results
 from gram_meta.trainers import memory
-
-NO_META = {"path": "", "sha256": "", "settings": {}}  # facts of a meta-checkpoint where there is none
+from gram_meta.trainers.checkpointing import Checkpointing
 
 
 class ClipTrainer(TrainerX):
@@ -43,20 +42,16 @@ class ClipTrainer(TrainerX):
     classnames: list[str]
 
     def __init__(self, cfg: Any) -> None:
-        self.curve: list[dict[str, Any]] = []  # accuracy on base and new classes along the way
-        self.metrics: dict[str, float] = {}  # of the last evaluation
-        self.loaded: dict[str, Any] = {"model_dir": "", "epoch": 0, "learned_by": ""}
-        self.asked = Doing(eval_only=True)  # what load_model was asked for
-        self.claimed: Doing | None = None  # what the output folder is this trainer's for
-        self.trained = False
-        self.seconds = {"train": 0.0, "test": 0.0}
+        self.record = RunRecord()
+        self.mode = RunMode(eval_only=True)  # what load_model was called for
+        self.claimed: RunMode | None = None  # what the output folder was claimed for
         complete_cfg(cfg)  # a checkout's train.py may have replaced a node that it shares with us
         run_folder.check_options(cfg)
+        self.foreign = run_folder.foreign_run(Path(cfg.OUTPUT_DIR))
         if cfg.TRAIN.DETERMINISTIC:
             make_deterministic()
-        with run_folder.nothing_left(cfg):
-            super().__init__(cfg)
-        self._remember_metrics()
+        super().__init__(cfg)
+        self.evaluator = KeepingEvaluator(self.evaluator, self.record)
 
     @property
     def options(self) -> Any:
@@ -107,14 +102,14 @@ class ClipTrainer(TrainerX):
         raise GramError(f"--resume {directory}: {type(self).__name__} learns nothing that could go on")
 
     def train(self) -> None:
-        """Train and test, where the output folder is free for it; a run that is finished there is not repeated."""
-        with run_folder.nothing_left(self.cfg):
-            self.check_training()
-        folder = run_folder.begin(self.cfg, Doing())
+        """Train and test, unless this run is finished in the output folder already."""
+        self.check_training()
+        folder = run_folder.begin(self.cfg, RunMode(), self.foreign)
         if folder is None:
             return
-        self.claimed = Doing()
-        super().train()
+        self.claimed = RunMode()
+        with folder.continued_log():
+            super().train()
         folder.finish()
 
     def resume_model_if_exist(self, directory: str) -> int:
@@ -123,34 +118,38 @@ class ClipTrainer(TrainerX):
 
     def load_model(self, directory: str, epoch: int | None = None) -> None:
         """Nothing is learned, so there is nothing to load."""
-        self.asked = Doing(True, os.fspath(directory), epoch)
+        self.mode = RunMode(True, os.fspath(directory), epoch)
         if directory:
             print(f"Note: {type(self).__name__} learns nothing; --model-dir {directory} changes nothing")
 
     def after_train(self) -> None:
-        self.seconds["train"] = time.time() - self.time_start
+        self.record.seconds["train"] = time.time() - self.time_start
         super().after_train()
 
     def test(self, split: str | None = None) -> float:
-        """Evaluate; without a split named, this is the run's result and results.json is written.
+        """Evaluate; without a split this is the run's result, and results.json is written.
 
-        After a training of this trainer it is that run's. Else it is a run of its own, and the output folder has to be
-        free for it; one that is finished there is not repeated.
+        After this trainer's own training the result belongs to that run. Otherwise the evaluation is a run of its own: it
+        claims the output folder, and is not repeated where it is finished there already.
         """
         if split is not None:
             return super().test(split)
-        folder = None
-        if self.claimed != Doing():
-            folder = run_folder.begin(self.cfg, self.asked, again=self.claimed is not None)
-            if folder is None:
-                return run_folder.stored_accuracy(self.cfg)
-            self.claimed = self.asked
+        if self.claimed == RunMode():
+            return self._test_and_record()
+        folder = run_folder.begin(self.cfg, self.mode, self.foreign, again=self.claimed is not None)
+        if folder is None:
+            return run_folder.stored_accuracy(self.cfg)
+        self.claimed = self.mode
+        with folder.continued_log():
+            accuracy = self._test_and_record()
+        folder.finish()
+        return accuracy
+
+    def _test_and_record(self) -> float:
         started = time.time()
         accuracy = super().test()
-        self.seconds["test"] = time.time() - started
+        self.record.seconds["test"] = time.time() - started
         write_results(self)
-        if folder is not None:
-            folder.finish()
         return accuracy
 
     def facts(self) -> dict[str, Any]:
@@ -190,26 +189,26 @@ class ClipTrainer(TrainerX):
         """Build the frozen classifier from what was learned."""
         raise NotImplementedError
 
-    def _remember_metrics(self) -> None:
-        evaluate = self.evaluator.evaluate
 
-        def remembering() -> Any:
-            results = evaluate()
-            self.metrics = {name: float(value) for name, value in results.items()}
-            self.metrics |= {"total": self.evaluator._total, "correct": self.evaluator._correct}
-            return results
+class KeepingEvaluator:
+    """Dassl's evaluator, which prints its results and returns them, plus a record that keeps those of the last evaluation."""
 
-        self.evaluator.evaluate = remembering
+    def __init__(self, evaluator: Any, record: RunRecord) -> None:
+        self._evaluator, self._record = evaluator, record
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._evaluator, name)
+
+    def evaluate(self) -> Any:
+        """Evaluate, and keep every metric in percent and the counts behind the accuracy."""
+        results = self._evaluator.evaluate()
+        self._record.metrics = {name: float(value) for name, value in results.items()}
+        self._record.metrics |= {"total": self._evaluator._total, "correct": self._evaluator._correct}
+        return results
 
 
-class PromptTrainer(ClipTrainer):
-    """Learns the prompts of a `PromptedCLIP`; everything else in it is frozen.
-
-    family: trainers whose prompts can be evaluated by each other, the one without GRAM first.
-    """
-
-    family: tuple[str, ...] = ()
-    meta_facts: dict[str, Any] | None = None  # of the meta-checkpoint behind prompts that were loaded
+class PromptTrainer(Checkpointing, ClipTrainer):
+    """Learns the prompts of a `PromptedCLIP`; everything else in it is frozen."""
 
     # ----------------------------------------------------------------------- what a trainer may say differently
 
@@ -280,7 +279,7 @@ class PromptTrainer(ClipTrainer):
         self.model.requires_grad_(False)
         learner = self.model.prompt_learner.requires_grad_(True)
         if cfg.MODEL.INIT_WEIGHTS:
-            self._load_weights(cfg.MODEL.INIT_WEIGHTS)
+            self.load_start(cfg.MODEL.INIT_WEIGHTS)
         shapes = {kind: tuple(p.shape) for kind, p in learner.prompts().items()}
         beside = [name for name, _ in learner.named_parameters() if name not in ("ctx", "visual_ctx")]
         learned = [f"a {kind} prompt of shape {shape}" for kind, shape in shapes.items()] + beside
@@ -329,7 +328,7 @@ class PromptTrainer(ClipTrainer):
         self.num_batches = len(self.train_loader_x)
         if self.start_epoch >= self.max_epoch:
             self.epoch = self.max_epoch - 1  # nothing left but the test
-        self.trained = True
+        self.record.trained = True
         if self.start_epoch == 0 and (self.cfg.TEST.PER_EPOCH or 0 in self.cfg.TEST.AT_STEPS):
             self.add_to_curve(step=0)
 
@@ -370,82 +369,13 @@ class PromptTrainer(ClipTrainer):
             self.set_model_mode("eval")
             point = {name: self._group(name).accuracy(self) for name in ("base", "new")}
             self.set_model_mode("train")
-        self.curve.append({"step": step, "epoch": step / self.num_batches, **point})
+        self.record.curve.append({"step": step, "epoch": step / self.num_batches, **point})
         print(f"step {step}: base {point['base']:.1f}% new {point['new']:.1f}%")
 
     def _group(self, name: str) -> _Group:
         if name not in self._groups:
             self._groups[name] = _Group(self, name)
         return self._groups[name]
-
-    # ----------------------------------------------------------------------------------------------- checkpoints
-
-    def save_model(
-        self, epoch: int, directory: str, is_best: bool = False, val_result: Any = None, model_name: str = ""
-    ) -> None:
-        """CoOp's checkpoint (learned tensors only), and what it takes to go on as if nothing had happened."""
-        state = {
-            "state_dict": self._models[LEARNER].state_dict(),
-            "epoch": epoch + 1,
-            "optimizer": self.optim.state_dict(),
-            "scheduler": self.sched.state_dict(),
-            "val_result": val_result,
-            "scaler": self.scaler.state_dict(),
-            "random": random_state(),
-            "curve": self.curve,
-            **self._belongs_to(),
-            **self.state_to_save(),
-        }
-        saved.write(state, os.path.join(directory, LEARNER), is_best, model_name)
-
-    def _belongs_to(self) -> dict[str, Any]:
-        """Whose prompts a checkpoint holds, what reads them, and the classes they were learned on, in their order."""
-        dataset = self.cfg.DATASET
-        return {
-            "trainer": type(self).__name__,
-            "backbone": {"name": self.backbone.name, "fingerprint": self.backbone.fingerprint},
-            "reads": self.reads(),
-            "dataset": dataset.NAME,
-            "folder": dataset.get("FOLDER", ""),  # which images, where the dataset's name does not say
-            "subsample": dataset.SUBSAMPLE_CLASSES,
-            "classnames": list(self.classnames),
-        }
-
-    def reads(self) -> dict[str, Any]:
-        """Options by which the same tensors are another prompt, and which their shape does not show."""
-        return {}
-
-    def check_loaded(self, path: Path, state: dict[str, Any]) -> None:
-        """Refuse prompts for another backbone, for other options, or of the same classes by other names or in another order.
-
-        What CoOp itself has saved says none of this, and is taken.
-        """
-        here = self._belongs_to()
-        there = {key: state.get(key, value) for key, value in here.items()}
-        if there["backbone"]["fingerprint"] != here["backbone"]["fingerprint"]:
-            old, new = there["backbone"]["name"], here["backbone"]["name"]
-            weights = f"{new}, of other weights" if old == new else new
-            raise GramError(
-                f"{path}: was learned for the backbone {old}, found {weights} (MODEL.BACKBONE.NAME); to try it there "
-                "none the less, name it as MODEL.INIT_WEIGHTS"
-            )
-        for key, value in here["reads"].items():
-            if there["reads"].get(key, value) != value:
-                raise GramError(f"{path}: was learned with {key} {there['reads'][key]!r}, found {value!r}")
-        same = all(there[key] == here[key] for key in ("dataset", "folder", "subsample"))
-        if same and there["classnames"] != here["classnames"]:
-            raise GramError(f"{path}: {saved.difference(there['classnames'], here['classnames'])}")
-
-    def learned_by(self, state: dict[str, Any]) -> str:
-        """The trainer that learned what a checkpoint holds; one that does not say is of the trainer without GRAM."""
-        return str(state.get("trainer", next(iter(self.family), type(self).__name__)))
-
-    def state_to_save(self) -> dict[str, Any]:
-        """What a trainer adds to its checkpoints: tensors and plain values."""
-        return {}
-
-    def load_saved_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state_to_save` gave."""
 
     def facts(self) -> dict[str, Any]:
         return {} if self.meta_facts is None else {"meta_checkpoint": self.meta_facts}
@@ -457,92 +387,6 @@ class PromptTrainer(ClipTrainer):
                 f"OPTIM.MAX_EPOCH is {self.cfg.OPTIM.MAX_EPOCH}; expected at least 1 (the start itself: --eval-only "
                 "without --model-dir)"
             )
-
-    def check_resume(self, directory: str) -> None:
-        path = layout.last_checkpoint(directory)
-        if path is None:
-            there = layout.list_runs(Path(directory))
-            raise GramError(
-                f"--resume {directory}: expected {LEARNER}/checkpoint in it, found no such file"
-                + (f"; {there}" if there else "")
-            )
-        state = saved.read(path)
-        learner = self.learned_by(state)
-        if learner != type(self).__name__:
-            raise GramError(
-                f"{path}: holds what {learner} has learned; {type(self).__name__} (--trainer) expects its own to go on from"
-            )
-        if "random" not in state:
-            raise GramError(f"{path}: expected a checkpoint that training can go on from, found learned tensors only")
-        self.check_loaded(path, state)
-        saved.fit(self._models[LEARNER], state["state_dict"], path)
-
-    def resume_model_if_exist(self, directory: str) -> int:
-        """Go on from the last checkpoint under `directory`; the epoch to start with (0: from scratch)."""
-        path = layout.last_checkpoint(directory)
-        if path is None and not self.cfg.RESUME:
-            print("No checkpoint found, train from scratch")
-            return 0
-        self.check_resume(directory)
-        assert path is not None
-        state = saved.read(path)
-        print(f"Found checkpoint at {path} (will resume training from epoch {state['epoch'] + 1})")
-        saved.load(self._models[LEARNER], state["state_dict"], path)
-        self.meta_facts = state.get("meta_checkpoint")
-        self.optim.load_state_dict(state["optimizer"])
-        self.sched.load_state_dict(state["scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.curve = list(state["curve"])
-        self.load_saved_state(state)
-        best = path.with_name(layout.BEST)
-        if self.cfg.TEST.FINAL_MODEL == "best_val" and best.is_file():
-            self.best_result = saved.read(best)["val_result"]
-        set_random_state(state["random"])
-        return state["epoch"]
-
-    def load_model(self, directory: str, epoch: int | None = None) -> None:
-        """Load the prompts of an epoch of a run, of this trainer's or of its family's; without an epoch see `layout.choose_checkpoint`."""
-        self.asked = Doing(True, os.fspath(directory), epoch)
-        if not directory:
-            print("Note that load_model() is skipped as no pretrained model is given")
-            return
-        with run_folder.nothing_left(self.cfg):
-            self._load_epoch(directory, epoch)
-
-    def _load_epoch(self, directory: str, epoch: int | None) -> None:
-        path, why = layout.choose_checkpoint(directory, epoch)
-        if why:
-            print(f"No epoch named (--load-epoch): {path.name} is taken, {why}")
-        state = saved.read(path)
-        learner = self._look_whose(path, state)
-        self.check_loaded(path, state)
-        saved.load(self._models[LEARNER], state["state_dict"], path)
-        self.meta_facts = state.get("meta_checkpoint", NO_META)
-        reached = int(state.get("epoch") or 0)
-        self.loaded = {"model_dir": os.fspath(directory), "epoch": reached, "learned_by": learner}
-        print(f'Loading weights to {LEARNER} from "{path}" (epoch = {reached})')
-
-    def _look_whose(self, path: Path, state: dict[str, Any]) -> str:
-        """The trainer that learned these prompts; said where it is another than this one, refused where no relative."""
-        own, learner = type(self).__name__, self.learned_by(state)
-        if "trainer" not in state:
-            print(f"Note: {path} does not say who learned these prompts; they are taken for {learner}'s")
-        elif learner != own:
-            if learner not in self.family:
-                raise GramError(
-                    f"{path}: holds what {learner} has learned; expected that of {' or '.join(self.family) or own} (--trainer)"
-                )
-            print(f"Note: these prompts were learned by {learner}; {own} evaluates them")
-        return learner
-
-    def _load_weights(self, name: str) -> None:
-        """MODEL.INIT_WEIGHTS: start from the prompts in a checkpoint."""
-        state = saved.read_start(name)
-        saved.load(self.model.prompt_learner, state["state_dict"], Path(name))
-        made_for = state.get("backbone")
-        if isinstance(made_for, dict) and made_for.get("fingerprint") != self.backbone.fingerprint:
-            print(f"Note: {name} was learned for the backbone {made_for.get('name')}, here is {self.backbone.name}")
-        print(f"Successfully loaded pretrained weights from {name}")
 
 
 class _Group:

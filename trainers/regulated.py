@@ -9,7 +9,7 @@ from torch import nn
 from gram_meta.config import get_meta_config
 from gram_meta.method.checkpoint import MetaCheckpoint
 from gram_meta.method.dassl import WithGRAM
-from gram_meta.trainers.base import NO_META
+from gram_meta.trainers.checkpointing import NO_META
 
 # What a table of results needs to know of the meta-training
 SETTINGS = (

@@ -23,6 +23,7 @@ from gram_meta.bench.pool import Outcome, Pool, Task
 from gram_meta.errors import GramError
 from gram_meta.files import read_json, write_json
 from gram_meta.runs import layout
+from gram_meta.runs.folder import open_folder
 
 MANIFEST = "bench.json"
 LOGS = "bench_logs"  # what failing runs printed
@@ -119,7 +120,7 @@ def _run_state(job: Job, waits: bool) -> State:
     if waits:  # its identity holds the contents of files that are still to come
         return State("unfinished" if (job.folder / layout.RUN).is_file() else "new")
     try:
-        folder = launch.OutputFolder(cfg, args)
+        folder = open_folder(cfg, args)
     except GramError as error:
         return State("refused", str(error))
     return State("finished" if folder.finished else "unfinished" if folder.goes_on else "new")

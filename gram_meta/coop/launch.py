@@ -21,9 +21,9 @@ from typing import Any
 
 from gram_meta.config import find_config, merge_file, merge_opts, nearest
 from gram_meta.errors import GramError
-from gram_meta.runs.folder import OutputFolder
+from gram_meta.runs.folder import open_folder
 
-__all__ = ["OutputFolder", "add_flags", "build_parser", "find_config", "main", "run", "setup_cfg", "train"]
+__all__ = ["add_flags", "build_parser", "find_config", "main", "run", "setup_cfg", "train"]
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         _check_names(trainer=args.trainer)  # before its config file is looked for
     cfg = setup_cfg(args)
     _check_names(trainer=cfg.TRAINER.NAME, dataset=cfg.DATASET.NAME)
-    folder = OutputFolder(cfg, args)
+    folder = open_folder(cfg, args)
     if folder.finished:
         print(folder.already())
         return folder.results()

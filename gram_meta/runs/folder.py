@@ -1,9 +1,9 @@
-"""One output folder, one run: `run.json` says which run a folder belongs to, and whether it is finished.
+"""One output folder, one run: `run.json` names the run that a folder belongs to, and whether it is finished.
 
-`gram train` looks before anything is built. The trainers look again for themselves, right before they train or
-evaluate, so that it holds in anybody's train.py as well. There, Dassl's logger has opened a file in the folder by then:
-the log of a run that is refused goes again, and a run that goes on continues the log.txt that is there, as CoOp's
-parser reads no other. Light at import: no torch.
+`gram train` looks at the folder before anything is built. The trainers look again right before they train or evaluate,
+so that the rule holds in anybody's train.py too. There, Dassl's logger writes a file of its own in the folder: log.txt, or
+log.txt-<date> where a log.txt exists. That file is never touched. A run that goes on also appends what it prints to
+log.txt, because CoOp's parser reads no other file. Light at import: no torch.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from gram_meta.config import as_dict, flatten
 from gram_meta.errors import GramError
@@ -37,19 +38,13 @@ INCIDENTAL = {
     "TRAINER.MEMORY.IMAGE_BUDGET",
 }
 
-
-class Task(Protocol):
-    """What a run is to do, besides its config; the parsed flags of train.py are one."""
-
-    eval_only: bool
-    model_dir: str
-    load_epoch: int | None
-    no_train: bool
+# The folder that this process's own command line (`gram train`) has looked at and logs to
+_opened: ContextVar[Path | None] = ContextVar("_opened", default=None)
 
 
 @dataclass(frozen=True)
-class Doing:
-    """The same, from a trainer that was asked to train (the default) or to evaluate."""
+class RunMode:
+    """What a run does besides its config: train (the default), or evaluate the prompts of `model_dir`."""
 
     eval_only: bool = False
     model_dir: str = ""
@@ -57,75 +52,67 @@ class Doing:
     no_train: bool = False
 
 
-# ------------------------------------------------------------------------------------------------------ what trainers do
+def open_folder(cfg: Any, flags: Any) -> OutputFolder:
+    """Return the output folder of a command line, from its config and its parsed flags.
+
+    Raises:
+        GramError: the folder belongs to another run.
+    """
+    mode = RunMode(flags.eval_only, flags.model_dir, flags.load_epoch, flags.no_train)
+    return OutputFolder(cfg, mode, foreign=foreign_run(Path(cfg.OUTPUT_DIR)))
+
+
+# ------------------------------------------------------------------------------------------------- what trainers call
 
 
 def check_options(cfg: Any) -> None:
-    """Refuse early, before data and model are built, what `begin` would refuse later for its options.
+    """Refuse, before data and model are built, a run with other options than the run in its output folder.
 
-    Only where a train.py has opened a log in the folder, and so means this to be its run.
+    A folder that `gram train` has looked at already is not looked at again.
 
     Raises:
-        GramError: the folder belongs to a run with other options. The log that was opened for this one is gone.
+        GramError: the folder belongs to a run with other options.
     """
     path = Path(cfg.OUTPUT_DIR)
-    if not _logs_in(path) or not (path / layout.RUN).is_file():
-        return
-    stored = {key: value for key, value in _stored(path).get("run", {}).items() if key[:2] != "--"}
-    try:
-        _compare(path, stored, _options(cfg))
-    except GramError:
-        _drop_logs(path)
-        raise
+    if _opened.get() != path and (path / layout.RUN).is_file():
+        options = {key: value for key, value in _stored(path)["run"].items() if key[:2] != "--"}
+        _refuse_other_run(path, options, _options(cfg))
 
 
-def begin(cfg: Any, task: Task, again: bool = False) -> OutputFolder | None:
-    """Make the output folder this run's, right before it trains or evaluates; None where this run is finished already.
+def begin(cfg: Any, mode: RunMode, foreign: Path | None = None, again: bool = False) -> OutputFolder | None:
+    """Claim the output folder for a run, right before it trains or evaluates.
 
-    `again`: the folder is the caller's own, who now evaluates something else in it: it is not looked at.
+    Args:
+        cfg: the run's configuration.
+        mode: what the run does.
+        foreign: a file of a run without run.json that was in the folder when the trainer was built; see `foreign_run`.
+        again: the folder is the caller's own already, and now evaluates something else: do not look at it.
+
+    Returns:
+        The folder; None where this very run is finished there already.
 
     Raises:
         GramError: the folder belongs to another run, or cannot be written.
     """
-    path = Path(cfg.OUTPUT_DIR)
-    try:
-        folder = OutputFolder(cfg, task, look=not again)
-    except GramError:
-        _drop_logs(path)
-        raise
+    folder = OutputFolder(cfg, mode, look=not again, foreign=foreign)
     if folder.finished:
-        _drop_logs(path)
         print(folder.already())
         return None
     folder.claim()
-    _one_log(path)
     return folder
 
 
-@contextmanager
-def nothing_left(cfg: Any) -> Iterator[None]:
-    """What stops a run before its first step leaves no log behind, nor a folder for it alone.
-
-    CoOp's scripts take a folder that is there for a result, and would skip the run once its options are mended.
-    """
-    try:
-        yield
-    except GramError:
-        folder = Path(cfg.OUTPUT_DIR)
-        logs = _logs_in(folder)
-        for stream in logs:
-            stream.flush()
-        paths = [path for stream in logs if (path := _path_of(stream)) is not None]
-        if paths and all(_failed_to_start(path) for path in paths):
-            _drop_logs(folder)
-            with suppress(OSError):  # something else is in it
-                folder.rmdir()
-        raise
-
-
 def stored_accuracy(cfg: Any) -> float:
-    """The accuracy of the finished run in the output folder."""
+    """Return the accuracy of the finished run in the output folder."""
     return float(read_json(Path(cfg.OUTPUT_DIR, layout.RESULTS))["metrics"]["accuracy"])
+
+
+def foreign_run(folder: Path) -> Path | None:
+    """Return a file which shows that a run without run.json, such as one of CoOp itself, is in a folder; None: no such run."""
+    if (folder / layout.RUN).is_file():
+        return None
+    log = folder / layout.LOG
+    return next(iter(layout.checkpoints_below(folder)), log if log.is_file() and _has_steps(log) else None)
 
 
 # ---------------------------------------------------------------------------------------------------------- the folder
@@ -134,77 +121,94 @@ def stored_accuracy(cfg: Any) -> float:
 class OutputFolder:
     """One folder, one run: refuses a folder of another run, knows whether this one is finished.
 
+    Args:
+        cfg: the run's configuration; OUTPUT_DIR is the folder.
+        mode: what the run does.
+        look: whether to look at what is in the folder.
+        foreign: see `begin`.
+
     Attributes:
         finished: this very run has come to its end here.
         goes_on: this very run was begun here, and has not.
         adds: its log.txt is added to, not begun anew.
     """
 
-    def __init__(self, cfg: Any, task: Task, look: bool = True) -> None:
+    def __init__(self, cfg: Any, mode: RunMode, look: bool = True, foreign: Path | None = None) -> None:
         self.path = Path(cfg.OUTPUT_DIR)
         self.results_path = self.path / layout.RESULTS
         self.run_path = self.path / layout.RUN
-        self.identity = _identity(cfg, task)
+        self.identity = _identity(cfg, mode)
         self.finished = self.goes_on = self.adds = False
-        if task.no_train or not look:
+        if mode.no_train or not look:
             return
         if self.run_path.is_file():
             stored = _stored(self.path)
-            _compare(self.path, stored.get("run", {}), self.identity)
+            _refuse_other_run(self.path, stored["run"], self.identity)
             had_results = stored.get("results", False) and not self.results_path.is_file()  # removed since
             self.finished = bool(stored.get("finished")) and not had_results
             self.goes_on = self.adds = not self.finished
-        else:
-            self._refuse_strangers()
-            self.adds = (self.path / layout.LOG).is_file()  # of a start that failed
-
-    def _refuse_strangers(self) -> None:
-        """A run without run.json: of CoOp itself, or of another program."""
-        found = next(iter(layout.checkpoints_below(self.path)), None)
-        log = self.path / layout.LOG
-        if found is None and log.is_file() and not _is_ours(log) and not _failed_to_start(log):
-            found = log
-        if found is not None:
+            return
+        if foreign is not None:
             raise GramError(
-                f"{self.path}: expected an empty folder or this same run, found the {found.relative_to(self.path)} of "
+                f"{self.path}: expected an empty folder or this same run, found the {foreign.relative_to(self.path)} of "
                 f"a run without {layout.RUN}; choose another --output-dir"
             )
+        self.adds = (self.path / layout.LOG).is_file()  # of a start that failed, or opened by the caller's train.py
 
     def already(self) -> str:
-        """The line that a finished run answers with."""
+        """Return the line that a finished run answers with."""
         where = self.results_path if self.results_path.is_file() else self.path
         return f"This run is finished: {where}; remove the folder to run it again"
 
     def claim(self) -> None:
-        """From now on the folder is this run's."""
+        """Write run.json: the folder is this run's from now on."""
         self._write(finished=False)
 
     def finish(self) -> None:
+        """Write in run.json that the run is finished."""
         self._write(finished=True)
 
     def _write(self, finished: bool) -> None:
         results = finished and self.results_path.is_file()
         facts = {"finished": finished, "results": results, "run": self.identity}
-        with one_sentence(self.path):
+        with as_gram_error(self.path):
             write_json(self.run_path, facts)
 
     def results(self) -> dict[str, Any]:
+        """Return the contents of results.json, {} without it."""
         return read_json(self.results_path) if self.results_path.is_file() else {}
 
     @contextmanager
     def log(self) -> Iterator[Tee]:
-        """What is printed goes to log.txt too; a run that goes on adds to its log."""
+        """Copy what is printed to log.txt, from `Tee.keep` on; a run that goes on adds to its log. For `gram train`."""
         tee = Tee(sys.stdout, self.path / layout.LOG, "a" if self.adds else "w")
+        opened = _opened.set(self.path)
         try:
             with redirect_stdout(tee):  # type: ignore[type-var]
                 yield tee
+        finally:
+            _opened.reset(opened)
+            tee.close()
+
+    @contextmanager
+    def continued_log(self) -> Iterator[None]:
+        """Append what is printed to log.txt, where Dassl's logger has begun a log.txt-<date> beside it."""
+        log = self.path / layout.LOG
+        if not (self.adds and log.is_file() and any(self.path.glob(f"{layout.LOG}-*"))) or _reaches(log):
+            yield
+            return
+        tee = Tee(sys.stdout, log, "a")
+        tee.keep()
+        try:
+            with redirect_stdout(tee):  # type: ignore[type-var]
+                yield
         finally:
             tee.close()
 
 
 @contextmanager
-def one_sentence(path: Path) -> Iterator[None]:
-    """A folder that cannot be written, or a disk that is full, as a `GramError`."""
+def as_gram_error(path: Path) -> Iterator[None]:
+    """Raise a `GramError` for a folder that cannot be written, or a full disk."""
     try:
         yield
     except OSError as error:
@@ -218,11 +222,11 @@ def _stored(folder: Path) -> dict[str, Any]:
     return stored
 
 
-def _compare(path: Path, stored: dict[str, Any], here: dict[str, Any]) -> None:
-    """Refuse the run that is stored where it differs from the one here.
+def _refuse_other_run(path: Path, stored: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raise where the stored run differs from the one here.
 
-    An option that one of them lacks was at its default there; one that nothing here knows (a checkout's own, of
-    another trainer) decides nothing.
+    If one of them is older than an option, the option counts as having had its default. An option that this project does
+    not know (of a trainer of the checkout) is compared only where both have it.
     """
     unset = _defaults() if set(stored) ^ set(here) else {}
     for key in sorted(set(stored) | set(here)):
@@ -236,14 +240,13 @@ def _compare(path: Path, stored: dict[str, Any], here: dict[str, Any]) -> None:
             )
 
 
-def _identity(cfg: Any, task: Task) -> dict[str, Any]:
-    """What makes a run this run: every option that matters, what is evaluated, and what is in the files it starts from."""
+def _identity(cfg: Any, mode: RunMode) -> dict[str, Any]:
+    """Return what identifies a run: every option that matters, what is evaluated, and hashes of the files it starts from."""
     identity = _options(cfg)
-    identity |= {"--eval-only": task.eval_only, "--model-dir": task.model_dir, "--load-epoch": task.load_epoch}
-    if task.model_dir:  # what was trained anew there has to be evaluated anew
-        files = layout.checkpoints_below(Path(task.model_dir))
-        hashes = (f"{file.name} {sha256_file(file)}" for file in files)
-        identity["--model-dir"] = [os.path.abspath(task.model_dir), *hashes]
+    identity |= {"--eval-only": mode.eval_only, "--model-dir": mode.model_dir, "--load-epoch": mode.load_epoch}
+    if mode.model_dir:  # what was trained anew there has to be evaluated anew
+        hashes = (f"{file.name} {sha256_file(file)}" for file in layout.checkpoints_below(Path(mode.model_dir)))
+        identity["--model-dir"] = [os.path.abspath(mode.model_dir), *hashes]
     return identity
 
 
@@ -257,7 +260,7 @@ def _options(cfg: Any) -> dict[str, Any]:
 
 
 def _same_model(there: Any, here: Any) -> bool:
-    """Two entries of --model-dir, folder and contents: the contents decide, as a folder may be named anew or move."""
+    """Whether two entries of --model-dir (folder, then hashes) are the same model; the hashes decide, as a folder may move."""
     if not (isinstance(there, list) and isinstance(here, list)):
         return False
     if len(there) > 1 or len(here) > 1:
@@ -266,7 +269,7 @@ def _same_model(there: Any, here: Any) -> bool:
 
 
 def _defaults() -> dict[str, Any]:
-    """Every option where nothing sets it: what an option that is newer than a run was in that run."""
+    """Return every option with its default."""
     from gram_meta import engine
     from gram_meta.engine.options import extend_cfg
 
@@ -290,7 +293,8 @@ class Tee:
         self.before: list[str] = []
 
     def keep(self) -> None:
-        with one_sentence(self.path):
+        """Open the file, and write to it from now on."""
+        with as_gram_error(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(self.path, self.mode, encoding="utf-8", buffering=1)  # noqa: SIM115, closed by close()
             self.file.write("".join(self.before))
@@ -301,7 +305,7 @@ class Tee:
         if self.file is None:
             self.before.append(text)
         else:
-            with one_sentence(self.path):
+            with as_gram_error(self.path):
                 self.file.write(text)
         return len(text)
 
@@ -319,54 +323,14 @@ class Tee:
             self.file = None
 
 
-def _logs_in(folder: Path) -> list[Any]:
-    """Dassl's loggers (streams with a `console` and a `file`) that stand in for stdout and write into the folder."""
-    found: list[Any] = []
-    stream: Any = sys.stdout
-    while stream is not None and len(found) < 10:
-        path = _path_of(stream)
-        if path is not None and path.parent.resolve() == folder.resolve():
-            found.append(stream)
-        stream = getattr(stream, "console", None)
-    return found
+def _reaches(log: Path) -> bool:
+    """Print a line, and return whether it arrives in a log."""
+    before = log.stat().st_size
+    print(f"The log of this run goes on in {log}", flush=True)
+    return log.stat().st_size > before
 
 
-def _path_of(stream: Any) -> Path | None:
-    name = getattr(getattr(stream, "file", None), "name", None)
-    return Path(name) if isinstance(name, str) else None
-
-
-def _is_ours(log: Path) -> bool:
-    """This process has made that file: Dassl's logger opens no log that is there already."""
-    return any(path == log for stream in _logs_in(log.parent) if (path := _path_of(stream)) is not None)
-
-
-def _drop_logs(folder: Path) -> None:
-    """Close and remove the logs that this process has opened in the folder of another run; the console goes on."""
-    for stream in _logs_in(folder):
-        path = _path_of(stream)
-        stream.file.close()
-        stream.file = None
-        if path is not None:
-            path.unlink(missing_ok=True)
-
-
-def _one_log(folder: Path) -> None:
-    """A log that Dassl's logger has begun beside log.txt, named by the date, becomes the end of log.txt."""
-    log = folder / layout.LOG
-    for stream in _logs_in(folder):
-        path = _path_of(stream)
-        if path is None or path == log or not path.name.startswith(f"{layout.LOG}-"):
-            continue
-        stream.file.close()
-        stream.file = open(log, "a", encoding="utf-8", buffering=1)  # noqa: SIM115, the logger's to close
-        stream.file.write(path.read_text(encoding="utf-8"))
-        path.unlink()
-
-
-def _failed_to_start(log: Path) -> bool:
-    """A log that ends before any training or test, as train.py leaves it when an option was wrong."""
+def _has_steps(log: Path) -> bool:
+    """Whether a log shows training or a test; a start that failed leaves one without."""
     with open(log, encoding="utf-8", errors="replace") as file:
-        lines = [line.rstrip("\n") for line in file]
-    steps = ("epoch [", "=> result", "Evaluate on the *", "Finish training")
-    return "** Arguments **" in lines and not any(line.startswith(steps) for line in lines)
+        return any(line.startswith(("epoch [", "=> result", "Evaluate on the *", "Finish training")) for line in file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,41 @@ from gram_meta.runs import layout
 FORMAT = 1
 
 
-def write_results(trainer: Any) -> Path:
-    """Write `<OUTPUT_DIR>/results.json` from a trainer that has just evaluated; returns its path.
+@dataclass(frozen=True)
+class Loaded:
+    """The prompts that were loaded for an evaluation; empty where none were."""
 
-    `trainer` offers metrics, curve, loaded, trained, seconds, backbone, classnames and facts() (see trainers/base.py).
+    model_dir: str = ""
+    epoch: int = 0
+    learned_by: str = ""  # name of a trainer
+
+
+@dataclass
+class RunRecord:
+    """What a trainer keeps for results.json.
+
+    Attributes:
+        metrics: of the last evaluation: percentages, and the counts "total" and "correct".
+        curve: accuracy on base and new classes along the way.
+        trained: whether this trainer has trained, and not only evaluated.
+        loaded: the prompts that it evaluates, if it has not.
+        seconds: of training and of the test.
     """
-    cfg = trainer.cfg
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    trained: bool = False
+    loaded: Loaded = field(default_factory=Loaded)
+    seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "test": 0.0})
+
+
+def write_results(trainer: Any) -> Path:
+    """Write `<OUTPUT_DIR>/results.json` for a trainer that has just evaluated, and return its path.
+
+    Args:
+        trainer: offers cfg, record (a `RunRecord`), epoch, backbone, classnames and facts(); see trainers/base.py.
+    """
+    cfg, record = trainer.cfg, trainer.record
     results = {
         "format": FORMAT,
         "trainer": cfg.TRAINER.NAME,
@@ -32,15 +62,15 @@ def write_results(trainer: Any) -> Path:
         "seed": cfg.SEED,
         "backbone": cfg.MODEL.BACKBONE.NAME,
         "split": "val" if cfg.TEST.SPLIT == "val" and trainer.val_loader is not None else "test",
-        "eval_only": not trainer.trained,
-        "model_dir": trainer.loaded["model_dir"] if not trainer.trained else "",
-        "epoch": trainer.epoch + 1 if trainer.trained else trainer.loaded["epoch"],
-        # whose prompts these are; another than `trainer` where that one only evaluates them; "": nobody's, a start
-        "learned_by": cfg.TRAINER.NAME if trainer.trained else trainer.loaded["learned_by"],
+        "eval_only": not record.trained,
+        "model_dir": record.loaded.model_dir if not record.trained else "",
+        "epoch": trainer.epoch + 1 if record.trained else record.loaded.epoch,
+        # the trainer that learned the prompts, where `trainer` only evaluates them; "": initial prompts
+        "learned_by": cfg.TRAINER.NAME if record.trained else record.loaded.learned_by,
         "classes": len(trainer.classnames),
         "classnames": list(trainer.classnames),  # in the order of the labels
-        "metrics": trainer.metrics,
-        "curve": trainer.curve,
+        "metrics": record.metrics,
+        "curve": record.curve,
         "regulator": {},
         "raw_parameters": [],  # learned, but not known to the regulator
         "meta_checkpoint": {"path": "", "sha256": "", "settings": {}},
@@ -49,7 +79,7 @@ def write_results(trainer: Any) -> Path:
         **trainer.facts(),
         "config": as_dict(cfg),
         "versions": versions(),
-        "seconds": trainer.seconds,
+        "seconds": record.seconds,
     }
     path = Path(cfg.OUTPUT_DIR, layout.RESULTS)
     write_json(path, results)

@@ -1,0 +1,210 @@
+"""Checkpoints of the prompt trainers: what is saved, whose it is, whether it fits, and how a run goes on from it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from gram_meta.backbone.clip import Backbone
+from gram_meta.errors import GramError
+from gram_meta.method.prompts import PromptedCLIP
+from gram_meta.random_state import random_state, set_random_state
+from gram_meta.runs import layout, saved
+from gram_meta.runs.folder import RunMode
+from gram_meta.runs.layout import LEARNER
+from gram_meta.runs.results import Loaded, RunRecord
+
+NO_META = {"path": "", "sha256": "", "settings": {}}  # facts of a meta-checkpoint where there is none
+
+
+class Checkpointing:
+    """Mixin of `PromptTrainer`: save, load and resume, in the format of CoOp's checkpoints.
+
+    Attributes:
+        family: names of trainers whose prompts can be evaluated by each other, the one without GRAM first.
+        meta_facts: of the meta-checkpoint behind prompts that were loaded; None where none were.
+    """
+
+    family: tuple[str, ...] = ()
+    meta_facts: dict[str, Any] | None = None
+
+    # What the trainer provides
+    cfg: Any
+    backbone: Backbone
+    classnames: list[str]
+    model: PromptedCLIP
+    record: RunRecord
+    mode: RunMode
+    optim: Any
+    sched: Any
+    scaler: Any
+    best_result: float
+    _models: Any
+
+    # ----------------------------------------------------------------------------------- what a trainer may add
+
+    def reads(self) -> dict[str, Any]:
+        """Return options that change the meaning of the saved tensors but not their shape (CLASS_TOKEN_POSITION)."""
+        return {}
+
+    def state_to_save(self) -> dict[str, Any]:
+        """Return what a trainer adds to its checkpoints: tensors and plain values."""
+        return {}
+
+    def load_saved_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state_to_save` returned."""
+
+    # ------------------------------------------------------------------------------------------------------ save
+
+    def save_model(
+        self, epoch: int, directory: str, is_best: bool = False, val_result: Any = None, model_name: str = ""
+    ) -> None:
+        """Write CoOp's checkpoint (learned tensors only), and the state that a resumed run needs to end the same."""
+        state = {
+            "state_dict": self._models[LEARNER].state_dict(),
+            "epoch": epoch + 1,
+            "optimizer": self.optim.state_dict(),
+            "scheduler": self.sched.state_dict(),
+            "val_result": val_result,
+            "scaler": self.scaler.state_dict(),
+            "random": random_state(),
+            "curve": self.record.curve,
+            **self._identity(),
+            **self.state_to_save(),
+        }
+        saved.write(state, os.path.join(directory, LEARNER), is_best, model_name)
+
+    def _identity(self) -> dict[str, Any]:
+        """Return who learned the prompts, for which backbone and options, and on which classes in which order."""
+        dataset = self.cfg.DATASET
+        return {
+            "trainer": type(self).__name__,
+            "backbone": {"name": self.backbone.name, "fingerprint": self.backbone.fingerprint},
+            "reads": self.reads(),
+            "dataset": dataset.NAME,
+            "folder": dataset.get("FOLDER", ""),  # which images, where the dataset's name does not say
+            "subsample": dataset.SUBSAMPLE_CLASSES,
+            "classnames": list(self.classnames),
+        }
+
+    # ---------------------------------------------------------------------------------------------------- checks
+
+    def check_loaded(self, path: Path, state: dict[str, Any]) -> None:
+        """Refuse prompts of another backbone, of other options, or of the same classes by other names or in another order.
+
+        CoOp's own checkpoints hold none of these facts, and are accepted.
+        """
+        here = self._identity()
+        there = {key: state.get(key, value) for key, value in here.items()}
+        if there["backbone"]["fingerprint"] != here["backbone"]["fingerprint"]:
+            old, new = there["backbone"]["name"], here["backbone"]["name"]
+            weights = f"{new}, of other weights" if old == new else new
+            raise GramError(
+                f"{path}: was learned for the backbone {old}, found {weights} (MODEL.BACKBONE.NAME); to try it there "
+                "none the less, name it as MODEL.INIT_WEIGHTS"
+            )
+        for key, value in here["reads"].items():
+            if there["reads"].get(key, value) != value:
+                raise GramError(f"{path}: was learned with {key} {there['reads'][key]!r}, found {value!r}")
+        same = all(there[key] == here[key] for key in ("dataset", "folder", "subsample"))
+        if same and there["classnames"] != here["classnames"]:
+            raise GramError(f"{path}: {saved.difference(there['classnames'], here['classnames'])}")
+
+    def learned_by(self, state: dict[str, Any]) -> str:
+        """Return the trainer that learned a checkpoint; where it names none, the trainer without GRAM."""
+        return str(state.get("trainer", next(iter(self.family), type(self).__name__)))
+
+    def check_resume(self, directory: str) -> None:
+        """Refuse a folder without a checkpoint of this trainer that training can go on from."""
+        path = layout.last_checkpoint(directory)
+        if path is None:
+            there = layout.list_runs(Path(directory))
+            raise GramError(
+                f"--resume {directory}: expected {LEARNER}/checkpoint in it, found no such file"
+                + (f"; {there}" if there else "")
+            )
+        state = saved.read(path)
+        learner = self.learned_by(state)
+        if learner != type(self).__name__:
+            raise GramError(
+                f"{path}: holds what {learner} has learned; {type(self).__name__} (--trainer) expects its own to go on from"
+            )
+        if "random" not in state:
+            raise GramError(f"{path}: expected a checkpoint that training can go on from, found learned tensors only")
+        self.check_loaded(path, state)
+        saved.fit(self._models[LEARNER], state["state_dict"], path)
+
+    # ---------------------------------------------------------------------------------------------------- resume
+
+    def resume_model_if_exist(self, directory: str) -> int:
+        """Load the last checkpoint under `directory`; return the epoch to start with (0: from scratch)."""
+        path = layout.last_checkpoint(directory)
+        if path is None and not self.cfg.RESUME:
+            print("No checkpoint found, train from scratch")
+            return 0
+        self.check_resume(directory)
+        assert path is not None
+        state = saved.read(path)
+        print(f"Found checkpoint at {path} (will resume training from epoch {state['epoch'] + 1})")
+        saved.load(self._models[LEARNER], state["state_dict"], path)
+        self.meta_facts = state.get("meta_checkpoint")
+        self.optim.load_state_dict(state["optimizer"])
+        self.sched.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.record.curve = list(state["curve"])
+        self.load_saved_state(state)
+        best = path.with_name(layout.BEST)
+        if self.cfg.TEST.FINAL_MODEL == "best_val" and best.is_file():
+            self.best_result = saved.read(best)["val_result"]
+        set_random_state(state["random"])
+        return state["epoch"]
+
+    # ------------------------------------------------------------------------------------------------------ load
+
+    def load_model(self, directory: str, epoch: int | None = None) -> None:
+        """Load the prompts of a run of this trainer or of its family.
+
+        Args:
+            directory: the run's output folder; "": keep the initial prompts.
+            epoch: None: see `layout.choose_checkpoint`.
+        """
+        self.mode = RunMode(True, os.fspath(directory), epoch)
+        if not directory:
+            print("Note that load_model() is skipped as no pretrained model is given")
+            return
+        path, why = layout.choose_checkpoint(directory, epoch)
+        if why:
+            print(f"No epoch named (--load-epoch): {path.name} is taken, {why}")
+        state = saved.read(path)
+        learner = self._check_learner(path, state)
+        self.check_loaded(path, state)
+        saved.load(self._models[LEARNER], state["state_dict"], path)
+        self.meta_facts = state.get("meta_checkpoint", NO_META)
+        self.record.loaded = Loaded(os.fspath(directory), int(state.get("epoch") or 0), learner)
+        print(f'Loading weights to {LEARNER} from "{path}" (epoch = {self.record.loaded.epoch})')
+
+    def _check_learner(self, path: Path, state: dict[str, Any]) -> str:
+        """Return the trainer that learned these prompts.
+
+        Print a note if it is another trainer of the family; raise for a trainer outside the family.
+        """
+        own, learner = type(self).__name__, self.learned_by(state)
+        if "trainer" not in state:
+            print(f"Note: {path} does not say who learned these prompts; they are taken for {learner}'s")
+        elif learner != own:
+            if learner not in self.family:
+                raise GramError(
+                    f"{path}: holds what {learner} has learned; expected that of {' or '.join(self.family) or own} (--trainer)"
+                )
+            print(f"Note: these prompts were learned by {learner}; {own} evaluates them")
+        return learner
+
+    def load_start(self, name: str) -> None:
+        """Take the prompts in the checkpoint that MODEL.INIT_WEIGHTS names as the initial ones."""
+        state = saved.read_start(name)
+        saved.load(self.model.prompt_learner, state["state_dict"], Path(name))
+        made_for = state.get("backbone")
+        if isinstance(made_for, dict) and made_for.get("fingerprint") != self.backbone.fingerprint:
+            print(f"Note: {name} was learned for the backbone {made_for.get('name')}, here is {self.backbone.name}")
+        print(f"Successfully loaded pretrained weights from {name}")
