@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -38,9 +37,6 @@ INCIDENTAL = {
     "TRAINER.MEMORY.IMAGE_BUDGET",
 }
 
-# The folder that this process's own command line (`gram train`) has looked at and logs to
-_opened: ContextVar[Path | None] = ContextVar("_opened", default=None)
-
 
 @dataclass(frozen=True)
 class RunMode:
@@ -59,7 +55,7 @@ def open_folder(cfg: Any, flags: Any) -> OutputFolder:
         GramError: the folder belongs to another run.
     """
     mode = RunMode(flags.eval_only, flags.model_dir, flags.load_epoch, flags.no_train)
-    return OutputFolder(cfg, mode, foreign=foreign_run(Path(cfg.OUTPUT_DIR)))
+    return OutputFolder(cfg, mode, foreign=foreign_run(Path(cfg.OUTPUT_DIR), opened=False))
 
 
 # ------------------------------------------------------------------------------------------------- what trainers call
@@ -68,15 +64,17 @@ def open_folder(cfg: Any, flags: Any) -> OutputFolder:
 def check_options(cfg: Any) -> None:
     """Refuse, before data and model are built, a run with other options than the run in its output folder.
 
-    A folder that `gram train` has looked at already is not looked at again.
+    This looks only where a log without any step has been begun in the folder, as a train.py does that means to run there. A
+    program may build a trainer to read from a run's folder.
 
     Raises:
         GramError: the folder belongs to a run with other options.
     """
     path = Path(cfg.OUTPUT_DIR)
-    if _opened.get() != path and (path / layout.RUN).is_file():
-        options = {key: value for key, value in _stored(path)["run"].items() if key[:2] != "--"}
-        _refuse_other_run(path, options, _options(cfg))
+    if not (path / layout.RUN).is_file() or all(_is_of_run(log) for log in path.glob(f"{layout.LOG}*")):
+        return
+    options = {key: value for key, value in _stored(path)["run"].items() if key[:2] != "--"}
+    _refuse_other_run(path, options, _options(cfg))
 
 
 def begin(cfg: Any, mode: RunMode, foreign: Path | None = None, again: bool = False) -> OutputFolder | None:
@@ -107,12 +105,17 @@ def stored_accuracy(cfg: Any) -> float:
     return float(read_json(Path(cfg.OUTPUT_DIR, layout.RESULTS))["metrics"]["accuracy"])
 
 
-def foreign_run(folder: Path) -> Path | None:
-    """Return a file which shows that a run without run.json, such as one of CoOp itself, is in a folder; None: no such run."""
+def foreign_run(folder: Path, opened: bool = True) -> Path | None:
+    """Return a file which shows that a run without run.json is in a folder, such as one of CoOp itself; None: no such run.
+
+    Args:
+        folder: an output folder.
+        opened: the log.txt may be the one that this process's train.py has just begun: only steps and results in it count.
+    """
     if (folder / layout.RUN).is_file():
         return None
     log = folder / layout.LOG
-    return next(iter(layout.checkpoints_below(folder)), log if log.is_file() and _has_steps(log) else None)
+    return next(iter(layout.checkpoints_below(folder)), log if log.is_file() and _is_of_run(log, opened) else None)
 
 
 # ---------------------------------------------------------------------------------------------------------- the folder
@@ -182,12 +185,10 @@ class OutputFolder:
     def log(self) -> Iterator[Tee]:
         """Copy what is printed to log.txt, from `Tee.keep` on; a run that goes on adds to its log. For `gram train`."""
         tee = Tee(sys.stdout, self.path / layout.LOG, "a" if self.adds else "w")
-        opened = _opened.set(self.path)
         try:
             with redirect_stdout(tee):  # type: ignore[type-var]
                 yield tee
         finally:
-            _opened.reset(opened)
             tee.close()
 
     @contextmanager
@@ -330,7 +331,9 @@ def _reaches(log: Path) -> bool:
     return log.stat().st_size > before
 
 
-def _has_steps(log: Path) -> bool:
-    """Whether a log shows training or a test; a start that failed leaves one without."""
+def _is_of_run(log: Path, opened: bool = True) -> bool:
+    """Whether a log is more than the arguments and options that a start which failed leaves behind."""
     with open(log, encoding="utf-8", errors="replace") as file:
-        return any(line.startswith(("epoch [", "=> result", "Evaluate on the *", "Finish training")) for line in file)
+        lines = [line.rstrip("\n") for line in file]
+    steps = ("epoch [", "=> result", "Evaluate on the *", "Finish training")
+    return any(line.startswith(steps) for line in lines) or not (opened or "** Arguments **" in lines)
