@@ -172,8 +172,16 @@ def pretrain(
 
     settings = load_meta_config(_files(config), _pairs(opts))
     with process_group(device or "auto") as group:
+        used = device_for(group, device)
         best = run(
-            _folder(store), _folder(hierarchy), out, settings, device_for(group, device), resume, progress, group
+            _folder(store),
+            _folder(hierarchy),
+            out,
+            settings,
+            resume=resume,
+            device=used,
+            progress=progress,
+            group=group,
         )
     return load_meta_checkpoint(best)
 
