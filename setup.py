@@ -51,7 +51,17 @@ FIGURES = ["matplotlib>=3.8"]  # gram report --figures, --html
 
 TEST = [*DEMO, *FIGURES, "pytest>=8", "pytest-timeout>=2.2", "pytest-xdist>=3.5", "hypothesis>=6.90", "datasets>=2.14"]
 
-DEV = [*TEST, "ruff>=0.12", "mypy>=1.10", "build>=1.0", "types-tqdm", "types-tabulate"]
+DEV = [
+    *TEST,
+    "ruff>=0.12",
+    "mypy>=1.10",
+    "build>=1.0",
+    "nox",
+    "pre-commit",
+    "pytest-cov",
+    "types-tqdm",
+    "types-tabulate",
+]
 
 setup(
     name="gram-meta",

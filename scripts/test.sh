@@ -8,8 +8,9 @@ usage() {
 Usage: bash scripts/test.sh [--python PATH] [PYTEST ARGUMENTS...]
 
 Makes .venv in the repository, installs gram-meta[test] into it and runs the tests. A second run starts at once.
-Everything else is handed to pytest, which runs in the repository: bash scripts/test.sh -x tests/test_report.py
-With nothing handed over, the files are shared among up to 4 processes of a thread each.
+All other arguments go to pytest, which runs in the repository: bash scripts/test.sh -x tests/report
+If no argument names a test, the files are shared among up to 4 processes of a thread each; the fast tests alone:
+bash scripts/test.sh -m "not slow"
 
 HELP
     environment_help
@@ -18,9 +19,17 @@ HELP
 environment_options "$@"
 prepare_environment test
 cd "$ROOT"
-if [ "${#REST[@]}" -eq 0 ]; then
+names_tests() { # does an argument name a test file or folder?
+    local word
+    for word in ${REST[@]+"${REST[@]}"}; do
+        case "$word" in tests* | *.py*) return 0 ;; esac
+    done
+    return 1
+}
+
+if ! names_tests; then
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     PROCESSES=$("$PYTHON" -c 'import os; print(min(4, os.cpu_count() or 1))')
-    REST=(--numprocesses "$PROCESSES" --dist loadfile)
+    REST+=(--numprocesses "$PROCESSES" --dist loadfile)
 fi
 exec "$PYTHON" -m pytest ${REST[@]+"${REST[@]}"}
