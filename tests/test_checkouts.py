@@ -56,7 +56,7 @@ sys.meta_path.insert(0, Finder())
 
 
 @pytest.fixture(scope="session")
-def room(tmp_path_factory):
+def world(tmp_path_factory):
     """A folder with EuroSAT in CoOp's layout, four classes of noise under names that the packaged CLIP knows, and one for PYTHONPATH."""
     import numpy as np
     import torch
@@ -64,8 +64,8 @@ def room(tmp_path_factory):
 
     from gram_meta.backbone.packaged import load_packaged_state_dict
 
-    room = tmp_path_factory.mktemp("room")
-    images = room / "data" / "eurosat" / "2750"
+    world = tmp_path_factory.mktemp("world")
+    images = world / "data" / "eurosat" / "2750"
     images.mkdir(parents=True)
     rng, split = np.random.default_rng(0), {"train": [], "val": [], "test": []}
     for label, name in enumerate(("apple", "bread", "cheese", "lemon")):
@@ -75,13 +75,13 @@ def room(tmp_path_factory):
                 pixels = rng.integers(0, 200, (64, 64, 3)) + 40 * (label == np.arange(3))
                 Image.fromarray(pixels.astype(np.uint8)).save(images / file)
                 split[part].append([file, label, name])
-    (room / "data/eurosat/split_zhou_EuroSAT.json").write_text(json.dumps(split))
+    (world / "data/eurosat/split_zhou_EuroSAT.json").write_text(json.dumps(split))
     # OpenAI's own code goes through 16 bits: values that survive it
     weights = {key: value.half().float() for key, value in load_packaged_state_dict().items()}
-    torch.save(weights, room / "clip.pt")
-    (room / "path").mkdir()
-    (room / "path/sitecustomize.py").write_text(NO_DOWNLOAD.format(weights=str(room / "clip.pt")))
-    return room
+    torch.save(weights, world / "clip.pt")
+    (world / "path").mkdir()
+    (world / "path/sitecustomize.py").write_text(NO_DOWNLOAD.format(weights=str(world / "clip.pt")))
+    return world
 
 
 @pytest.fixture
@@ -106,10 +106,10 @@ def checkout(tmp_path):
     return copy
 
 
-def run(folder, room, *command, **environment):
+def run(folder, world, *command, **environment):
     """Run a command there; the finished process, whose output is in the message where it fails."""
     real = [entry for entry in sys.path if entry and Path(entry, "dassl", "__init__.py").is_file()]
-    path = os.pathsep.join([str(room / "path"), *real, str(ROOT)])
+    path = os.pathsep.join([str(world / "path"), *real, str(ROOT)])
     binaries = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PYTHONPATH": path, "PATH": binaries, "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(
@@ -119,9 +119,9 @@ def run(folder, room, *command, **environment):
     return done.stdout
 
 
-def flags(room, trainer, config, output, *options):
+def flags(world, trainer, config, output, *options):
     return (
-        *("--root", room / "data", "--seed", "1", "--trainer", trainer, "--output-dir", output),
+        *("--root", world / "data", "--seed", "1", "--trainer", trainer, "--output-dir", output),
         *("--dataset-config-file", "configs/datasets/eurosat.yaml", "--config-file", config),
         *("INPUT.SIZE", "(64, 64)", "DATALOADER.NUM_WORKERS", "0", "DATASET.NUM_SHOTS", "2"),
         *("OPTIM.MAX_EPOCH", "2", "TRAIN.PRINT_FREQ", "1", *options),
@@ -140,19 +140,19 @@ OFF = ("TRAINER.GRAM.REGULATE", "False", "TRAINER.GRAM.INIT", "False")
 @pytest.mark.parametrize(
     ("name", "trainer"), [*(("CoOp", trainer) for trainer in OURS), *((name, "VPTGRAM") for name in NAMES[1:])]
 )
-def test_ours_by_one_line(checkout, room, name, trainer):
+def test_ours_by_one_line(checkout, world, name, trainer):
     folder = checkout(name)
-    said = run(folder, room, "python", "train.py", *flags(room, trainer, OURS[trainer], "out", *OFF))
-    assert "taken from the package" in said
+    printed = run(folder, world, "python", "train.py", *flags(world, trainer, OURS[trainer], "out", *OFF))
+    assert "taken from the package" in printed
     results = json.loads((folder / "out/results.json").read_text())
     assert results["trainer"] == trainer and results["metrics"]["total"] == 16
     assert "trainers" not in results["config"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gram_train_without_an_edit(checkout, room, name):
+def test_gram_train_without_an_edit(checkout, world, name):
     folder = checkout(name, line=False)
-    run(folder, room, "gram", "train", *flags(room, "CoOpGRAM", OURS["CoOpGRAM"], "out", *OFF))
+    run(folder, world, "gram", "train", *flags(world, "CoOpGRAM", OURS["CoOpGRAM"], "out", *OFF))
     assert json.loads((folder / "out/results.json").read_text())["trainer"] == "CoOpGRAM"
     assert "gram_meta" not in (folder / "train.py").read_text()
 
@@ -175,12 +175,12 @@ WINNERS = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_the_checkout_has_wins(checkout, room, name):
+def test_what_the_checkout_has_wins(checkout, world, name):
     folder = checkout(name)
     text = (folder / "train.py").read_text()
     probe = PROBE.format(trainers=list(WINNERS[name]))
     (folder / "train.py").write_text(text.replace("\ndef print_args", f"{probe}\ndef print_args", 1))
-    clip, modules = json.loads(run(folder, room, "python", "train.py", "--trainer", "CoOp").splitlines()[-1])
+    clip, modules = json.loads(run(folder, world, "python", "train.py", "--trainer", "CoOp").splitlines()[-1])
     assert clip == str(folder / "clip/__init__.py")
     assert modules == [*WINNERS[name].values(), "datasets.eurosat", "datasets.imagenet"]
 
@@ -188,12 +188,12 @@ def test_what_the_checkout_has_wins(checkout, room, name):
 # ------------------------------------------------------------------------------------------------------ equal numbers
 
 
-def losses(said):
-    return [float(loss) for loss in re.findall(r"epoch \[.*? loss ([\d.]+) ", said)]
+def losses(printed):
+    return [float(loss) for loss in re.findall(r"epoch \[.*? loss ([\d.]+) ", printed)]
 
 
-def accuracy(said):
-    return re.findall(r"\* accuracy: ([\d.]+)%", said)
+def accuracy(printed):
+    return re.findall(r"\* accuracy: ([\d.]+)%", printed)
 
 
 def prompts(output):
@@ -211,16 +211,16 @@ EQUAL = {
 
 
 @pytest.mark.parametrize("ours", EQUAL)
-def test_equal_seeds_give_equal_numbers(checkout, room, tmp_path, ours):
+def test_equal_seeds_give_equal_numbers(checkout, world, tmp_path, ours):
     """In float32: the same losses, accuracy and prompts from the checkout's trainer and from ours, outside of it."""
     theirs, config, node, more = EQUAL[ours]
     options = (f"TRAINER.{node}.PREC", "fp32", f"TRAINER.{node}.N_CTX", "4", "OPTIM.LR", "0.02", *more)
     options = ("OPTIM.WARMUP_EPOCH", "-1", *options)
     folder, outside = checkout("CoOp"), tmp_path / "outside"
     outside.mkdir()
-    official = run(folder, room, "python", "train.py", *flags(room, theirs, config, "out", *options))
+    official = run(folder, world, "python", "train.py", *flags(world, theirs, config, "out", *options))
     assert not (folder / "out/results.json").exists()  # it was theirs
-    own = run(outside, room, "gram", "train", *flags(room, ours, folder / config, "out", *options))
+    own = run(outside, world, "gram", "train", *flags(world, ours, folder / config, "out", *options))
     assert len(losses(official)) == (16 if ours == "CoCoOp" else 2)
     assert losses(official)[0] != losses(official)[-1]
     assert losses(official) == pytest.approx(losses(own), abs=2e-4)
@@ -231,15 +231,15 @@ def test_equal_seeds_give_equal_numbers(checkout, room, tmp_path, ours):
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
-def test_equal_numbers_without_training(checkout, room, tmp_path, precision):
+def test_equal_numbers_without_training(checkout, world, tmp_path, precision):
     config = "configs/trainers/CoOp/vit_b16_ep50_ctxv1.yaml"
     folder, outside = checkout("CoOp"), tmp_path / "outside"
     outside.mkdir()
-    command = flags(room, "ZeroshotCLIP", config, "out")
+    command = flags(world, "ZeroshotCLIP", config, "out")
     told = {"CLIP_IN_FLOAT32": "1"} if precision == "fp32" else {}
-    official = run(folder, room, "python", "train.py", "--eval-only", *command, **told)
-    command = flags(room, "ZeroshotCLIP", folder / config, "out", "TRAINER.COOP.PREC", precision)
-    own = run(outside, room, "gram", "train", "--eval-only", *command)
+    official = run(folder, world, "python", "train.py", "--eval-only", *command, **told)
+    command = flags(world, "ZeroshotCLIP", folder / config, "out", "TRAINER.COOP.PREC", precision)
+    own = run(outside, world, "gram", "train", "--eval-only", *command)
     assert accuracy(official) == accuracy(own) != []
 
 
@@ -255,7 +255,7 @@ def change(script, **values):
     script.write_text(text)
 
 
-def test_its_own_scripts(checkout, room, tmp_path):
+def test_its_own_scripts(checkout, world, tmp_path):
     """TRAINER and CFG changed, from the folder they expect; its own parser reads the logs."""
     folder = checkout("CoOp")
     scripts = folder / "scripts/cocoop"
@@ -264,12 +264,12 @@ def test_its_own_scripts(checkout, room, tmp_path):
     packaged = (ROOT / OURS["CoOpGRAM"]).read_text()
     own.write_text(f"{packaged}    REGULATE: False\n    INIT: False\n".replace("META:", "META:", 1))
     for name in ("base2new_train.sh", "base2new_test.sh"):
-        change(scripts / name, DATA=room / "data", TRAINER="CoOpGRAM", CFG="mine")
-    run(scripts, room, "bash", "base2new_train.sh", "eurosat", "1")
-    run(scripts, room, "bash", "base2new_test.sh", "eurosat", "1")
+        change(scripts / name, DATA=world / "data", TRAINER="CoOpGRAM", CFG="mine")
+    run(scripts, world, "bash", "base2new_train.sh", "eurosat", "1")
+    run(scripts, world, "bash", "base2new_test.sh", "eurosat", "1")
     tail = "eurosat/shots_16/CoOpGRAM/mine"
     for kind, more in (("train_base", ()), ("test_new", ("--test-log",))):
         output = folder / "output/base2new" / kind / tail
         results = json.loads((output / "seed1/results.json").read_text())
         command = ("python", "-m", "gram_meta.plugin", "parse_test_res.py", output, *more)  # it imports Dassl
-        assert f"* accuracy: {results['metrics']['accuracy']:.1f}0% +- 0.00%" in run(folder, room, *command)
+        assert f"* accuracy: {results['metrics']['accuracy']:.1f}0% +- 0.00%" in run(folder, world, *command)

@@ -150,7 +150,7 @@ def test_a_dassl_that_was_asked_for_and_does_not_import(monkeypatch, wish, fix):
     from gram_meta import engine
 
     monkeypatch.setenv("GRAM_DASSL", wish)
-    monkeypatch.setattr(engine, "room", lambda: compile("def broken(:", "dassl.py", "exec"))
+    monkeypatch.setattr(engine, "backend", lambda: compile("def broken(:", "dassl.py", "exec"))
     (check,) = run(doctor.check_dassl)
     assert check.state == PROBLEM and check.found.startswith("SyntaxError: ") and check.fix == fix
 
@@ -404,15 +404,15 @@ def test_a_python_that_is_too_old_or_not_tried(monkeypatch):
     assert run(doctor.check_python)[0].state == NOTE
 
 
-def test_the_real_dassl_is_listed_with_its_repairs(monkeypatch):
+def test_the_real_dassl_is_listed_with_its_fixes(monkeypatch):
     from gram_meta import engine
 
-    repairs = [
+    fixes = [
         types.SimpleNamespace(id="B1", summary="schedulers build", applied=True),
         types.SimpleNamespace(id="B8", summary="no tensorboard", applied=False),
     ]
-    monkeypatch.setattr(engine, "room", lambda: "real")
-    monkeypatch.setattr(engine, "repairs", lambda: repairs)
+    monkeypatch.setattr(engine, "backend", lambda: "real")
+    monkeypatch.setattr(engine, "fixes", lambda: fixes)
     fake(monkeypatch, "dassl", __file__="/somewhere/dassl/__init__.py")
     checks = run(doctor.check_dassl)
     assert checks[0].found == "the real Dassl, /somewhere/dassl"

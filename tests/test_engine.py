@@ -1,4 +1,4 @@
-"""The built-in engine against what Dassl is documented to do, number by number, and the door in front of it."""
+"""The built-in engine against what Dassl is documented to do, number by number, and the adapter in front of it."""
 
 import json
 import os
@@ -16,11 +16,12 @@ from PIL import Image
 from torch import nn
 
 from gram_meta import engine
+from gram_meta.engine import adapter
 from gram_meta.errors import GramError
 from gram_meta.random_state import kept_random_state, random_state, set_random_state
 
-if engine.room() != "builtin":
-    pytest.skip("the real Dassl is behind the door: these are tests of the built-in engine", allow_module_level=True)
+if engine.backend() != "builtin":
+    pytest.skip("the real Dassl is the backend: these are tests of the built-in engine", allow_module_level=True)
 
 from dassl.data import DataManager, DatasetWrapper
 from dassl.data.datasets import DATASET_REGISTRY, DatasetBase, Datum
@@ -64,7 +65,7 @@ def images(tmp_path):
     return items
 
 
-# ------------------------------------------------------------------------------------------------------------ door
+# ------------------------------------------------------------------------------------------------------------ adapter
 
 
 def test_the_builtin_engine_answers_as_dassl():
@@ -76,7 +77,7 @@ def test_the_builtin_engine_answers_as_dassl():
     assert dassl.data.datasets.base_dataset.Datum is engine.Datum
 
 
-def test_the_door_names_what_it_does_not_have():
+def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="TrainerZ"):
         _ = engine.TrainerZ
 
@@ -85,7 +86,7 @@ def test_the_door_names_what_it_does_not_have():
     ("wish", "real", "expected"),
     [("auto", True, "real"), ("real", True, "real"), ("auto", False, "broken"), ("wrong", True, "GramError")],
 )
-def test_the_door_chooses_a_room(tmp_path, wish, real, expected):
+def test_the_adapter_chooses_a_backend(tmp_path, wish, real, expected):
     """In a process of its own, with a `dassl` on the path that does or does not import (no torch needed)."""
     package = tmp_path / "dassl"
     package.mkdir()
@@ -93,8 +94,8 @@ def test_the_door_chooses_a_room(tmp_path, wish, real, expected):
     (package / "engine.py").write_text("TrainerX = 'theirs'" if real else "import no_such_module_here")
     code = (
         "from gram_meta import engine\n"
-        "engine._open_builtin = lambda: 'broken'\n"
-        "try: print(engine.room())\n"
+        "engine.adapter._import_builtin = lambda: 'broken'\n"
+        "try: print(engine.backend())\n"
         "except ValueError as error: print(type(error).__name__)\n"
     )
     root = Path(engine.__file__).resolve().parents[2]
@@ -105,10 +106,10 @@ def test_the_door_chooses_a_room(tmp_path, wish, real, expected):
 
 
 def test_real_is_refused_where_there_is_none():
-    if engine._real_is_there():
+    if adapter._has_real():
         pytest.skip("a real Dassl is installed here")
     with pytest.raises(GramError, match="no package `dassl`"):
-        engine._open_real()
+        adapter._import_real()
 
 
 # -------------------------------------------------------------------------------------------------------- registry

@@ -232,7 +232,7 @@ import os, runpy, sys
 checkout, weights, *sys.argv = sys.argv[1:]
 sys.path.insert(0, checkout)
 from gram_meta import engine
-engine.room()
+engine.backend()
 import clip.clip
 assert clip.clip.__file__.startswith(checkout)
 clip.clip._download = lambda url, root=None: weights

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from yacs.config import CfgNode as CN
 
-import gram_meta.plugin
+import gram_meta.plugin  # noqa: F401, fills the registries
 from gram_meta.config import _packaged_configs
-from gram_meta.coop import checkout
-from gram_meta.coop import missing_packages as strangers
-from gram_meta.coop.defaults import CHECKPOINT_VARIABLE, Defaults, config_path, flag
+from gram_meta.coop import checkout, missing_packages, register
+from gram_meta.coop.command_line import CommandLine
+from gram_meta.coop.defaults import CHECKPOINT_VARIABLE, Defaults, config_path, extend_defaults
 from gram_meta.engine import TRAINER_REGISTRY, get_cfg_default, registries
 from gram_meta.engine.builtin.utils.registry import Registry as BuiltinRegistry
 from gram_meta.engine.options import complete_cfg
@@ -83,7 +83,7 @@ def test_ours_does_not_replace_a_checkouts(registry):
     assert registry.get("CoOp") is theirs
 
 
-def test_of_two_strangers_the_second_is_an_error_as_ever(registry):
+def test_of_two_classes_of_checkouts_the_second_is_an_error(registry):
     registries.enter(registry, same_name("ours"))
     registry.register(same_name("theirs"))
     with pytest.raises(KeyError):
@@ -101,7 +101,7 @@ def test_ours_again_is_no_error_and_the_registry_stays_the_same_object(registry)
     assert isinstance(held, type(registry)) and type(held).__name__ == type(registry).__name__
 
 
-def test_a_strangers_new_name_is_theirs(registry):
+def test_a_new_name_of_a_checkout_is_its_own(registry):
     registries.enter(registry, same_name("ours"))
     registry.register(type("MaPLe", (), {}))
     assert set(registry.registered_names()) == {"CoOp", "MaPLe"}
@@ -117,15 +117,24 @@ def test_the_trainers_with_gram_are_registered():
 
 @pytest.fixture
 def typed(monkeypatch):
-    """Put flags on this process's command line."""
+    """Let copies of the default config tree follow these flags."""
     monkeypatch.delenv(CHECKPOINT_VARIABLE, raising=False)
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    return lambda *flags: monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+
+    def follow(*flags):
+        return extend_defaults(CommandLine.parse(flags))
+
+    follow()
+    yield follow
+    follow()
 
 
 @pytest.fixture
 def cfg(typed):
-    """What a train.py has after its own extend_cfg, which replaces a node that we have too."""
+    return train_pys_tree()
+
+
+def train_pys_tree():
+    """Return what a train.py has after its own extend_cfg, which replaces a node that this project has too."""
     tree = get_cfg_default()
     tree.TRAINER.VPT = CN()
     tree.TRAINER.VPT.N_CTX_VISION = 2
@@ -203,22 +212,24 @@ def test_other_errors_of_yacs_stay(cfg):
         cfg.merge_from_list(["OPTIM.MAX_EPOCH"])
 
 
-def test_files_of_the_package_where_there_is_none(cfg, typed, tmp_path, monkeypatch, capsys):
+def test_files_of_the_package_where_there_is_none(typed, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     trainer = "configs/trainers/CoOpGRAM/vit_b16_c4_ep10_batch32_ctxv1.yaml"
     typed("--trainer", "CoOpGRAM", "--dataset-config-file", "configs/datasets/dtd.yaml", "--config-file", trainer)
+    cfg = train_pys_tree()
     cfg.merge_from_file("configs/datasets/dtd.yaml")
     cfg.merge_from_file(trainer)
     assert cfg.DATASET.NAME == "DescribableTextures" and cfg.TRAINER.GRAM.META == "coop_vit_b16"
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 2 and all("taken from the package" in line for line in said)
-    assert said[1].endswith("vit_b16_c4_ep10_batch32_ctxv1.yaml")
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2 and all("taken from the package" in line for line in printed)
+    assert printed[1].endswith("vit_b16_c4_ep10_batch32_ctxv1.yaml")
 
 
 @pytest.mark.parametrize("flags", [["--trainer", "CoOpGRAM"], ["--trainer=CoOpGRAM"]])
-def test_bare_names_of_the_package(cfg, typed, tmp_path, monkeypatch, flags):
+def test_bare_names_of_the_package(typed, tmp_path, monkeypatch, flags):
     monkeypatch.chdir(tmp_path)
     typed(*flags, "--dataset-config-file", "dtd", "--config-file", "vit_b16_c4_ep10_batch32_ctxv1")
+    cfg = train_pys_tree()
     cfg.merge_from_file("dtd")
     cfg.merge_from_file("vit_b16_c4_ep10_batch32_ctxv1")
     assert cfg.DATASET.NAME == "DescribableTextures" and cfg.TRAINER.GRAM.META == "coop_vit_b16"
@@ -235,11 +246,11 @@ def test_a_file_of_the_checkout_wins(cfg, tmp_path, monkeypatch, capsys):
 def test_a_file_that_is_nowhere_names_the_nearest(typed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("configs/datasets/dtdd.yaml", "dtdd"):
-        typed("--trainer", "CoOpGRAM", "--dataset-config-file", name)
+        command_line = typed("--trainer", "CoOpGRAM", "--dataset-config-file", name)
         with pytest.raises(GramError, match=f"{name}.*did you mean 'datasets/dtd'"):
-            config_path(name)
+            config_path(name, command_line)
     with pytest.raises(GramError, match="did you mean 'trainers/CoOpGRAM/vit_b16_c4_ep10_batch32_ctxv1'"):
-        config_path("vit_b16_c4_ep10_batch23_ctxv1")
+        config_path("vit_b16_c4_ep10_batch23_ctxv1", command_line)
 
 
 def test_every_file_of_the_package_merges_in_a_foreign_train_py(typed):
@@ -266,9 +277,9 @@ def test_seed_0_counts(typed, flags, seed):
 
 
 def test_a_seed_that_was_set_is_kept(typed):
+    typed("--seed", "0")
     tree = get_cfg_default()
     tree.SEED = 3
-    typed("--seed", "0")
     assert tree.clone().SEED == 3
 
 
@@ -279,9 +290,9 @@ def test_the_environment_names_the_checkpoint_of_a_trainer_with_gram(typed, monk
     assert get_cfg_default().TRAINER.GRAM.CHECKPOINT == expected
 
 
-def test_flag(typed):
-    typed("--root", "data", "--seed=0", "--trainer")
-    assert [flag(name) for name in ("--root", "--seed", "--trainer", "--none")] == ["data", "0", "", ""]
+def test_the_command_line_is_read_as_argparse_would():
+    words = ["--root", "data", "--seed=0", "--dataset-config-file", "dtd", "--trainer"]
+    assert CommandLine.parse(words) == CommandLine(seed="0", dataset_config_file="dtd", trainer="")
 
 
 # --------------------------------------------------------------------------------------------- which train.py it is
@@ -430,7 +441,7 @@ def build_model(state_dict, design_details):
 
 FOREIGN = ("datasets", "trainers", "clip", "transformers", "sentence_transformers", "umap", "hdbscan")
 PLUGIN = f"import sys, gram_meta.plugin; brought = [name for name in {FOREIGN} if name in sys.modules]"
-OPEN_DOOR = "import gram_meta.engine; gram_meta.engine.room()"  # where there is no real Dassl, `dassl` is to be there
+IMPORT_ENGINE = "import gram_meta.engine; gram_meta.engine.backend()"  # makes `dassl` importable without the real one
 
 
 def write_checkout(folder, own_clip=False, **where):
@@ -480,8 +491,8 @@ def test_gram_train_in_a_checkout(tmp_path, tiny_data, tiny_options):
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert f"{folder}/train.py" in run.stderr
-    for said in ("Fixed seed 0", "The checkout's own EmojiFood", "Finish training", "* accuracy:"):
-        assert said in run.stdout, run.stdout
+    for text in ("Fixed seed 0", "The checkout's own EmojiFood", "Finish training", "* accuracy:"):
+        assert text in run.stdout, run.stdout
     assert "The checkout's own CoOp" not in run.stdout
     results = json.loads((folder / "out/results.json").read_text())
     assert results["trainer"] == "CoOpGRAM" and results["seed"] == 0
@@ -520,7 +531,7 @@ NEEDY = "import no_such_package.part\n\n\nclass Needy:\n    pass\n"
 
 
 @pytest.mark.parametrize("trainer", ["CoOp", "Needy", ""])
-def test_a_trainer_that_lacks_a_package(tmp_path, monkeypatch, capsys, typed, trainer):
+def test_a_trainer_that_lacks_a_package(tmp_path, monkeypatch, capsys, trainer):
     """A note where another is asked for, the error where it is itself, or where nothing is."""
     folder = tmp_path / "trainers"
     folder.mkdir()
@@ -530,9 +541,9 @@ def test_a_trainer_that_lacks_a_package(tmp_path, monkeypatch, capsys, typed, tr
     for name in [name for name in sys.modules if name.partition(".")[0] == "trainers"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
-    strangers.do_without_their_packages()
-    typed("--trainer", trainer)
+    others = [finder for finder in sys.meta_path if not isinstance(finder, missing_packages._Finder)]
+    monkeypatch.setattr(sys, "meta_path", others)
+    missing_packages.skip_missing_packages(CommandLine(trainer=trainer))
     if trainer != "CoOp":
         with pytest.raises(ModuleNotFoundError, match="no_such_package"):
             importlib.import_module("trainers.needy")
@@ -548,7 +559,7 @@ def test_a_trainer_that_lacks_a_package(tmp_path, monkeypatch, capsys, typed, tr
 @pytest.mark.parametrize(("place", "own_clip"), [("first", False), ("middle", True), ("last", False)])
 def test_the_line_stands_anywhere(tmp_path, place, own_clip):
     """The checkout's classes and folders win, with Hugging Face's `datasets` installed too."""
-    lines = {place: PLUGIN} if place == "first" else {"first": OPEN_DOOR, place: PLUGIN}
+    lines = {place: PLUGIN} if place == "first" else {"first": IMPORT_ENGINE, place: PLUGIN}
     if place == "first":
         lines["last"] = "import trainers.needy"
     lines["last"] = lines.get("last", "") + PROBE
@@ -580,7 +591,7 @@ def test_the_checkouts_own_trainer_runs_with_the_plugin(tmp_path, tiny_data):
     assert "The checkout's own EmojiFood" in run.stdout
 
 
-def test_a_namesake_that_was_imported_before_makes_room(tmp_path, monkeypatch):
+def test_a_namesake_that_was_imported_before_is_forgotten(tmp_path, monkeypatch):
     folder = write_checkout(tmp_path / "checkout")
     hidden = [name for name in sys.modules if name.partition(".")[0] == "datasets"]
     for name in hidden:
@@ -600,15 +611,15 @@ def test_a_namesake_that_was_imported_before_makes_room(tmp_path, monkeypatch):
 def test_only_bad_input_loses_its_traceback(monkeypatch, capsys):
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
     monkeypatch.setattr(sys, "argv", ["/some/where/train.py"])
-    gram_meta.plugin.say_bad_input_in_a_line()
+    register.show_bad_input_in_one_line()
     sys.excepthook(GramError, GramError("too little"), None)
     assert capsys.readouterr().err == "train.py: too little\n"
     sys.excepthook(ValueError, ValueError("a bug"), None)
     assert "ValueError: a bug" in capsys.readouterr().err
 
-    def somebody_elses(kind, error, trace):
+    def their_own_hook(kind, error, trace):
         pass
 
-    monkeypatch.setattr(sys, "excepthook", somebody_elses)
-    gram_meta.plugin.say_bad_input_in_a_line()
-    assert sys.excepthook is somebody_elses
+    monkeypatch.setattr(sys, "excepthook", their_own_hook)
+    register.show_bad_input_in_one_line()
+    assert sys.excepthook is their_own_hook

@@ -1,9 +1,9 @@
-"""The real Dassl behind the door: what is broken in it is mended, nothing else is touched.
+"""The real Dassl as backend: its faults are repaired, nothing else is changed.
 
 Three grounds to try it on. A miniature `dassl` with the same breaks, written here, is tried everywhere. The published
 one is tried where it can be imported: `PYTHONPATH=.../Dassl.pytorch`, or a folder `Dassl` under GRAM_CHECKOUTS. And
 under GRAM_CHECKOUTS, a folder that holds the published CoOp as `CoOp`, its own train.py, trainers and datasets run in
-both rooms, and have to see the same things.
+both backends, and must give the same results.
 """
 
 import json
@@ -173,8 +173,8 @@ WHOLE = {
     "dassl/engine/__init__.py": "from dassl.data import *\nfrom .trainer import TrainerX",
 }
 
-# The same modules as somebody has mended them: nothing is left to do.
-MENDED = {
+# The same modules without the faults: nothing is left to repair.
+REPAIRED = {
     "dassl/utils/torchtools.py": ("torch.load(fpath)", "__import__('reader').read_checkpoint(fpath)"),
     "dassl/utils/logger.py": ("self.console.close()", "pass"),
     "dassl/data/datasets/dg/wilds/wilds_base.py": ("logging.disable(logging.WARNING)", "pass"),
@@ -192,11 +192,11 @@ MENDED = {
 FACTS = """
 import gc, io, json, logging, os, pickle, sys
 facts = {}
-class Said(logging.Handler):
-    def emit(self, record): facts["said"].append(record.getMessage())
-facts["said"] = []
+class Keep(logging.Handler):
+    def emit(self, record): facts["logged"].append(record.getMessage())
+facts["logged"] = []
 logging.getLogger("gram_meta.engine").setLevel(logging.DEBUG)
-logging.getLogger("gram_meta.engine").addHandler(Said())
+logging.getLogger("gram_meta.engine").addHandler(Keep())
 """
 
 TRY = """
@@ -224,15 +224,15 @@ def rates(optimizer, scheduler, epochs):
 facts["rates"] = rates(*build(), 6)
 optimizer, scheduler = build()
 rates(optimizer, scheduler, 3)
-unmended = {key: value for key, value in vars(scheduler).items() if key != "optimizer"}
-torch.save({"state_dict": {}, "o": optimizer.state_dict(), "s": scheduler.state_dict(), "x": Touch(), "old": unmended}, "saved")
+unfixed = {key: value for key, value in vars(scheduler).items() if key != "optimizer"}
+torch.save({"state_dict": {}, "o": optimizer.state_dict(), "s": scheduler.state_dict(), "x": Touch(), "old": unfixed}, "saved")
 state = dassl.engine.trainer.load_checkpoint("saved")
 optimizer, scheduler = build()
 optimizer.load_state_dict(state["o"]); scheduler.load_state_dict(state["s"])
 facts["resumed"] = rates(optimizer, scheduler, 3)
 optimizer, scheduler = build()
 optimizer.load_state_dict(state["o"]); scheduler.load_state_dict(state["old"])
-facts["resumed from unmended"] = rates(optimizer, scheduler, 3)
+facts["resumed from unfixed"] = rates(optimizer, scheduler, 3)
 facts["executed"] = os.path.exists("was run")
 facts["records"] = [isinstance(value, Record) for value in (state["x"], state["old"]["successor"])]
 
@@ -268,12 +268,12 @@ def wrapped(): return dassl.data.DatasetWrapper(engine.get_cfg_default(), [1, 2]
 """
 
 ASK = """
-facts["repairs"] = {r.id: r.applied for r in engine.repairs()}
-facts["still"] = [r.id for r in engine.repairs() if r.applied and r.id not in ("B6", "B8") and r.found()]
+facts["fixes"] = {r.id: r.applied for r in engine.fixes()}
+facts["still"] = [r.id for r in engine.fixes() if r.applied and r.id not in ("B6", "B8") and r.found()]
 print("FACTS" + json.dumps(facts))
 """
 
-DOOR = "from gram_meta import engine\nassert engine.room() == 'real'\n"
+ADAPTER = "from gram_meta import engine\nassert engine.backend() == 'real'\n"
 IDS = {"B1", "B2/B3", "B4", "B5", "B6", "B7", "B8", "B11", "B12", "B15"}
 
 
@@ -284,28 +284,28 @@ def write(folder, files):
         path.write_text(textwrap.dedent(text))
 
 
-def python(code, cwd, *path, room="real", **env):
+def python(code, cwd, *path, backend="real", **env):
     """What `code` prints, in a process of its own with `path` first on sys.path."""
     path = os.pathsep.join(map(str, (*path, ROOT)))
-    env = {**os.environ, "GRAM_DASSL": room, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **env}
+    env = {**os.environ, "GRAM_DASSL": backend, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **env}
     done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
 
 def facts_of(code, cwd, *path, **env):
-    """The JSON that `code` prints after the word FACTS; `env` may hold `room` too."""
+    """The JSON that `code` prints after the word FACTS; `env` may hold `backend` too."""
     out = python(code, cwd, *path, **env).stdout
     return json.loads(out[out.index("FACTS") + 5 :])
 
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory):
-    """The miniature with all breaks, and what is true of it after the door was opened, TensorBoard missing."""
+    """The miniature with all breaks, and what is true of it after the door was imported, with backend was imported, TensorBoard missing."""
     folder = tmp_path_factory.mktemp("broken")
     write(folder, {**WHOLE, **BREAKS})
     before = {path: path.read_bytes() for path in folder.rglob("*.py")}
-    code = FACTS + "sys.modules['tensorboard'] = None\n" + DOOR + MINIATURE + TRY
+    code = FACTS + "sys.modules['tensorboard'] = None\n" + ADAPTER + MINIATURE + TRY
     code += """
 dassl.engine.TrainerX()
 try:
@@ -323,22 +323,22 @@ facts["left behind"] = [n for n in sys.modules if n == "wilds" or n == "torch.ut
 COSINE = [0.25, 1.0, 0.9330127018922194, 0.75, 0.5, 0.25]  # one epoch at 0.25, then (1 + cos(pi e / 6)) / 2
 
 
-def test_every_break_is_found_and_mended(broken):
+def test_every_fault_is_found_and_repaired(broken):
     _, facts = broken
-    assert facts["repairs"] == dict.fromkeys(IDS, True)
+    assert facts["fixes"] == dict.fromkeys(IDS, True)
     assert facts["still"] == []
 
 
-def test_each_repair_is_said_once_at_debug_level(broken):
+def test_each_fix_is_logged_once_at_debug_level(broken):
     _, facts = broken
-    mended = [line for line in facts["said"] if line.startswith("Dassl repaired, ")]
-    assert sorted(line.split()[2].rstrip(":") for line in mended) == sorted(IDS)
+    repaired = [line for line in facts["logged"] if line.startswith("Dassl repaired, ")]
+    assert sorted(line.split()[2].rstrip(":") for line in repaired) == sorted(IDS)
 
 
 def test_warmup_schedules_build_and_go_on_after_a_resume(broken):
     _, facts = broken
     assert facts["rates"] == pytest.approx(COSINE, rel=1e-12)
-    assert facts["resumed"] == facts["resumed from unmended"] == facts["rates"][3:]
+    assert facts["resumed"] == facts["resumed from unfixed"] == facts["rates"][3:]
 
 
 def test_checkpoints_load_and_run_nothing(broken):
@@ -366,7 +366,7 @@ def test_neither_wilds_nor_tensorboard_is_needed_nor_pretended(broken):
     assert facts["mute"] == 0
 
 
-def test_a_spawned_worker_imports_dassl_through_the_door(broken):
+def test_a_spawned_worker_imports_dassl_with_the_fixes(broken):
     folder, facts = broken
     code = f"import pickle; print(pickle.loads(bytes.fromhex({facts['wrapper']!r})).data_source)"
     assert python(code, folder, folder).stdout.strip() == "[1, 2]"
@@ -382,7 +382,7 @@ def test_dassl_may_have_been_imported_before(broken, tmp_path):
         "from dassl.optim.lr_scheduler import ConstantWarmupScheduler as held_class\n"
         "facts['muted'] = logging.root.manager.disable\n"
     )
-    code += DOOR + MINIATURE + TRY
+    code += ADAPTER + MINIATURE + TRY
     code += """
 facts["held"] = load_checkpoint is engine.load_checkpoint is dassl.utils.torchtools.load_checkpoint
 facts["held class"] = held_class is ConstantWarmupScheduler
@@ -393,34 +393,34 @@ from dassl.data.datasets.dg.wilds.snow import Snow; facts["snow"] = Snow is dass
     assert facts["muted"] == 30 and facts["mute"] == 0
     assert facts["held"] and facts["held class"]
     assert facts["wilds"] == "the real one" and facts["snow"], "wilds is here and must be left alone"
-    assert facts["repairs"] == {id: id not in ("B6", "B8") for id in IDS}
+    assert facts["fixes"] == {id: id not in ("B6", "B8") for id in IDS}
     assert facts["resumed"] == facts["rates"][3:] and facts["executed"] is False
 
 
 def test_a_dassl_without_breaks_is_left_alone(tmp_path):
     files = {**WHOLE, **BREAKS}
-    for name, (broken, whole) in MENDED.items():
+    for name, (broken, whole) in REPAIRED.items():
         text = textwrap.dedent(files[name])
         assert broken in text
         files[name] = text.replace(broken, whole)
     write(tmp_path, files)
     (tmp_path / "wilds.py").write_text("def get_dataset(): pass")
     (tmp_path / "reader.py").write_text("from gram_meta.engine.checkpoints import read_checkpoint")
-    code = FACTS + DOOR
+    code = FACTS + ADAPTER
     code += """
 import dassl.utils.torchtools, dassl.utils.logger
 facts["own"] = [f.__module__ for f in (dassl.utils.torchtools.load_checkpoint, dassl.utils.logger.Logger.close)]
 """
     facts = facts_of(code + ASK, tmp_path, tmp_path)
-    assert facts["repairs"] == dict.fromkeys(IDS, False)
-    assert facts["said"] == []
+    assert facts["fixes"] == dict.fromkeys(IDS, False)
+    assert facts["logged"] == []
     assert facts["own"] == ["dassl.utils.torchtools", "dassl.utils.logger"]
 
 
 def test_who_has_muted_logging_keeps_it_muted(broken):
     """To the very level that Dassl mutes it to."""
     folder, _ = broken
-    code = f"import logging; logging.disable(30)\n{DOOR}\nprint(logging.root.manager.disable)"
+    code = f"import logging; logging.disable(30)\n{ADAPTER}\nprint(logging.root.manager.disable)"
     assert python(code, folder, folder).stdout.strip() == "30"
 
 
@@ -428,23 +428,23 @@ def test_a_missing_dependency_is_named_with_the_command(tmp_path):
     write(tmp_path, {"dassl/__init__.py": "", "dassl/engine.py": "import sklearn_not_here.metrics"})
     code = """
 from gram_meta import engine
-try: engine.room()
+try: engine.backend()
 except ValueError as error: print(error)
-else: import dassl; print(engine.room(), dassl.__name__)
+else: import dassl; print(engine.backend(), dassl.__name__)
 """
     sentence = (
         "the installed Dassl needs the package sklearn_not_here, which is not here: "
         "python -m pip install sklearn_not_here"
     )
     assert python(code, tmp_path, tmp_path).stdout.strip() == sentence
-    auto = python(code, tmp_path, tmp_path, room="auto")
+    auto = python(code, tmp_path, tmp_path, backend="auto")
     assert auto.stdout.strip() == "builtin gram_meta.engine.builtin"
     assert auto.stderr.strip() == f"Note: {sentence}; the built-in engine steps in"
 
 
-def test_the_builtin_room_needs_no_repairs():
-    code = "from gram_meta import engine\nprint(engine.room(), engine.repairs())"
-    assert python(code, ROOT, room="builtin").stdout.strip() == "builtin []"
+def test_the_builtin_engine_has_no_fixes():
+    code = "from gram_meta import engine\nprint(engine.backend(), engine.fixes())"
+    assert python(code, ROOT, backend="builtin").stdout.strip() == "builtin []"
 
 
 # --------------------------------------------------------------------------------------------- the published packages
@@ -482,20 +482,20 @@ needs_coop = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     folder = tmp_path_factory.mktemp("published")
-    code = FACTS + DOOR + PUBLISHED + TRY
+    code = FACTS + ADAPTER + PUBLISHED + TRY
     return folder, facts_of(code + ASK, folder, *DASSL)
 
 
 @needs_dassl
-def test_the_published_dassl_is_mended(published):
+def test_the_published_dassl_is_repaired(published):
     import torch
 
     folder, facts = published
     assert facts["still"] == []
-    assert {"B2/B3", "B4", "B12"} <= {id for id, applied in facts["repairs"].items() if applied}
-    assert facts["repairs"]["B1"] or int(torch.__version__.split(".")[1]) < 7
+    assert {"B2/B3", "B4", "B12"} <= {id for id, applied in facts["fixes"].items() if applied}
+    assert facts["fixes"]["B1"] or int(torch.__version__.split(".")[1]) < 7
     assert facts["rates"] == pytest.approx(COSINE, rel=1e-12)
-    assert facts["resumed"] == facts["resumed from unmended"] == facts["rates"][3:]
+    assert facts["resumed"] == facts["resumed from unfixed"] == facts["rates"][3:]
     assert facts["executed"] is False and facts["records"] == [True, True]
     assert facts["matrix"] == [[1.0, 0.0], [0.0, 1.0]]
     assert facts["log"] == [False, "one"] and facts["mute"] == 0
@@ -507,7 +507,7 @@ def test_every_transform_of_the_published_dassl_runs(published):
     folder, _ = published
     code = """
 from gram_meta import engine
-engine.room()
+engine.backend()
 from PIL import Image
 from dassl.data.transforms.transforms import AVAI_CHOICES
 image = Image.new("RGB", (40, 30), (90, 120, 30))
@@ -525,18 +525,18 @@ print(len(AVAI_CHOICES))
 @needs_dassl
 def test_a_worker_of_the_published_dassl_that_is_spawned(published):
     folder, facts = published
-    if not facts["repairs"]["B6"]:
+    if not facts["fixes"]["B6"]:
         pytest.skip("wilds is installed: a spawned worker needs no help")
     code = f"import pickle; print(pickle.loads(bytes.fromhex({facts['wrapper']!r})).data_source)"
     assert python(code, folder, *DASSL).stdout.strip().endswith("[1, 2]")
 
 
-# ------------------------------------------------------------------------------------ the two rooms, part by part
+# ------------------------------------------------------------------------------------ the two backends, part by part
 
 PARTS = """
 import contextlib, io, json, os, random, sys
 from gram_meta import engine
-engine.room()
+engine.backend()
 import numpy as np, torch
 from PIL import Image
 from torch import nn
@@ -549,7 +549,7 @@ from dassl.metrics import compute_accuracy
 from dassl.optim import build_lr_scheduler, build_optimizer
 from dassl.utils import AverageMeter, MetricMeter, set_random_seed
 
-said = io.StringIO()
+printed = io.StringIO()
 seen = {}
 
 def config(*opts):
@@ -610,7 +610,7 @@ def loaded(count, batch, is_train):
         tfm=build_transform(cfg, is_train=is_train), is_train=is_train)
     return [[b["index"].tolist(), b["label"].tolist(), b["domain"].tolist(), sorted(b), b["img"].sum().item()] for b in loader]
 
-with contextlib.redirect_stdout(said):
+with contextlib.redirect_stdout(printed):
     rng, images = np.random.default_rng(0), []
     for i in range(24):
         Image.fromarray(rng.integers(0, 255, (40, 30, 3), dtype=np.uint8)).save(f"{i}.png")
@@ -642,20 +642,20 @@ with contextlib.redirect_stdout(said):
     seen["meters"] = [str(meter), average.val, average.avg]
     scores = torch.randn(6, 5, generator=torch.Generator().manual_seed(1))
     seen["accuracy"] = [value.tolist() for value in compute_accuracy(scores, torch.tensor([0, 1, 2, 3, 4, 0]), topk=(1, 3))]
-seen["said"] = said.getvalue()
+seen["printed"] = printed.getvalue()
 seen["defaults"] = dict(flat(dassl.config.defaults._C))
 print("FACTS" + json.dumps(seen))
 """
 
 
 @needs_dassl
-def test_both_rooms_agree_part_by_part(tmp_path):
+def test_both_backends_agree_part_by_part(tmp_path):
     """Schedules, optimisers, samplers, transforms, evaluator, few-shot draws, loaders, meters, and what they print."""
     seen = {}
-    for room in ("real", "builtin"):
-        (tmp_path / room).mkdir()
-        seen[room] = facts_of(PARTS, tmp_path / room, *(DASSL if room == "real" else ()), room=room)
-    real, builtin = (seen[room].pop("defaults") for room in ("real", "builtin"))
+    for backend in ("real", "builtin"):
+        (tmp_path / backend).mkdir()
+        seen[backend] = facts_of(PARTS, tmp_path / backend, *(DASSL if backend == "real" else ()), backend=backend)
+    real, builtin = (seen[backend].pop("defaults") for backend in ("real", "builtin"))
     for part, value in seen["real"].items():
         assert seen["builtin"][part] == value, part
     assert {key: real.get(key) for key in builtin} == builtin
@@ -665,19 +665,19 @@ def test_both_rooms_agree_part_by_part(tmp_path):
     assert "MIXMATCH" in lacking and not lacking & {"COOP", "COCOOP", "VPT", "GRAM"}
 
 
-# -------------------------------------------------------------------------------- CoOp's own code, in one room and the other
+# -------------------------------------------------------------------------------- CoOp's own code, on one backend and the other
 
 DRIVER = """
 import json, os, runpy, sys
 record, weights, *flags = sys.argv[1:]
 sys.path.insert(0, ".")
 from gram_meta import engine
-engine.room()
+engine.backend()
 import dassl.engine, torch
 from clip import clip
 clip._download = lambda url, root=None: weights
 build = dassl.engine.build_trainer
-seen = {"room": engine.room(), "steps": [], "tests": [], "results": []}
+seen = {"backend": engine.backend(), "steps": [], "tests": [], "results": []}
 
 def recording(cfg):
     trainer = build(cfg)
@@ -723,7 +723,7 @@ finally:
 
 @pytest.fixture(scope="module")
 def coop_world(tmp_path_factory):
-    """A data root with an `eurosat` of four classes for each room (few-shot files are drawn anew), and CLIP weights."""
+    """A data root with an `eurosat` of four classes for each backend (few-shot files are drawn anew), and CLIP weights."""
     import numpy as np
     import torch
     from PIL import Image
@@ -731,9 +731,9 @@ def coop_world(tmp_path_factory):
     from gram_meta.backbone.clip import _random_model
 
     folder = tmp_path_factory.mktemp("coop")
-    for room in ("real", "builtin"):
+    for backend in ("real", "builtin"):
         rng = np.random.default_rng(0)
-        images = folder / room / "eurosat/2750"
+        images = folder / backend / "eurosat/2750"
         images.mkdir(parents=True)
         split = {"train": [], "val": [], "test": []}
         for label, name in enumerate(("forest", "river", "highway", "lake")):
@@ -749,17 +749,24 @@ def coop_world(tmp_path_factory):
     return folder
 
 
-def coop(world, room, name, trainer, config, *opts, flags=(), **env):
+def coop(world, backend, name, trainer, config, *opts, flags=(), **env):
     """Run CoOp's train.py as it is; what it saw, and what it printed."""
-    out = world / f"{name} {room}"
+    out = world / f"{name} {backend}"
     out.mkdir(exist_ok=True)
     command = [sys.executable, "-c", DRIVER, str(out / "record.json"), str(world / "tiny.pt")]
-    command += ["--root", str(world / room), "--seed", "1", "--trainer", trainer]
+    command += ["--root", str(world / backend), "--seed", "1", "--trainer", trainer]
     command += ["--dataset-config-file", "configs/datasets/eurosat.yaml"]
     command += ["--config-file", f"configs/trainers/{config}.yaml", "--output-dir", str(out / "run"), *flags]
     command += ["INPUT.SIZE", "(32,32)", "DATASET.NUM_SHOTS", "4", *map(str, opts)]
-    path = os.pathsep.join([*(DASSL if room == "real" else ()), str(ROOT)])
-    env = {**os.environ, "GRAM_DASSL": room, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", **env}
+    path = os.pathsep.join([*(DASSL if backend == "real" else ()), str(ROOT)])
+    env = {
+        **os.environ,
+        "GRAM_DASSL": backend,
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONHASHSEED": "0",
+        **env,
+    }
     done = subprocess.run(command, cwd=COOP, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((out / "record.json").read_text()), done.stdout
@@ -825,13 +832,13 @@ TRAINERS = {
 @needs_coop
 @needs_dassl
 @pytest.mark.parametrize("name", TRAINERS)
-def test_coops_own_trainers_see_the_same_in_both_rooms(coop_world, name):
+def test_coops_own_trainers_see_the_same_on_both_backends(coop_world, name):
     """Images, augmented pixels, learning rates, losses, learned tensors, scores and results: all equal."""
     trainer, config, *opts = TRAINERS[name]
     flags = ("--eval-only",) if name == "zsclip" else ()
-    real, said = coop(coop_world, "real", name, trainer, config, *opts, flags=flags)
-    builtin, said_too = coop(coop_world, "builtin", name, trainer, config, *opts, flags=flags)
-    assert (real["room"], builtin["room"]) == ("real", "builtin")
+    real, printed = coop(coop_world, "real", name, trainer, config, *opts, flags=flags)
+    builtin, builtin_text = coop(coop_world, "builtin", name, trainer, config, *opts, flags=flags)
+    assert (real["backend"], builtin["backend"]) == ("real", "builtin")
     assert real["classes"] == builtin["classes"] == [f"trainers.{name.split()[0]}", "datasets.eurosat"]
     assert len(real["steps"]) == {"coop": 16, "cocoop": 32, "zsclip": 0}.get(name, 3)
     assert len({step["rate"] for step in real["steps"]}) == {"coop": 4, "cocoop": 2, "zsclip": 0}.get(name, 3)
@@ -839,10 +846,10 @@ def test_coops_own_trainers_see_the_same_in_both_rooms(coop_world, name):
         assert one == other
     assert real["tests"] == builtin["tests"] and len(real["tests"]) > 0
     assert real["results"] == builtin["results"]
-    assert _told(said) == _told(said_too)
+    assert _results_in(printed) == _results_in(builtin_text)
 
 
-def _told(text):
+def _results_in(text):
     """What a run prints, without where and when it ran: the lines about data, training and results."""
     start = text.index("Loading trainer")
     lines = [line for line in text[start:].splitlines() if "load_model() is skipped" not in line]
@@ -860,15 +867,15 @@ def _told(text):
 
 @needs_coop
 @needs_dassl
-@pytest.mark.parametrize("room", ["real", "builtin"])
-def test_coop_resumes_its_schedule_exactly(coop_world, room):
+@pytest.mark.parametrize("backend", ["real", "builtin"])
+def test_coop_resumes_its_schedule_exactly(coop_world, backend):
     """Killed after the second epoch of four and started again: the rates are those of a run that went through."""
     trainer, config, *opts = TRAINERS["coop"]
     opts += ["TRAIN.CHECKPOINT_FREQ", 1]
-    whole, _ = coop(coop_world, room, "whole", trainer, config, *opts)
-    first, _ = coop(coop_world, room, "killed", trainer, config, *opts, STOP_AFTER="2")
-    then, said = coop(coop_world, room, "killed", trainer, config, *opts)
-    assert "Loaded scheduler" in said and "Previous epoch: 2" in said
+    whole, _ = coop(coop_world, backend, "whole", trainer, config, *opts)
+    first, _ = coop(coop_world, backend, "killed", trainer, config, *opts, STOP_AFTER="2")
+    then, printed = coop(coop_world, backend, "killed", trainer, config, *opts)
+    assert "Loaded scheduler" in printed and "Previous epoch: 2" in printed
     rates = [step["rate"] for step in whole["steps"]]
     assert [step["rate"] for step in first["steps"]] == rates[:8]
     assert [step["rate"] for step in then["steps"]] == rates[8:]

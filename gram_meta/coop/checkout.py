@@ -8,13 +8,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from gram_meta import hooks
+
 OWN_FOLDERS = ("clip", "datasets", "trainers")  # of a checkout; installed packages have these names too
 
 DASSL = re.compile(r"^\s*(from|import)\s+dassl\b", re.MULTILINE)
 
 
 def find_train_py(folder: str | Path = ".") -> Path | None:
-    """The train.py of a CoOp-style checkout in this folder: one that imports Dassl and builds a trainer; else None.
+    """Return the train.py of a CoOp-style checkout in this folder (it imports Dassl and builds a trainer), or None.
 
     This project's own train.py does neither itself.
     """
@@ -27,27 +29,32 @@ def find_train_py(folder: str | Path = ".") -> Path | None:
 
 
 def train_py_for(flags: Sequence[str]) -> Path | None:
-    """The train.py that `gram train FLAGS` runs, said on stderr: that of the checkout it is started in; None: our own."""
-    script = None if {"-h", "--help"} & set(flags) else find_train_py()
+    """Return the train.py of the checkout that `gram train FLAGS` runs, and print it on stderr; None: run our own."""
+    if {"-h", "--help"} & set(flags) or not hooks.is_on("checkout-train-py"):
+        return None
+    script = find_train_py()
     if script is not None:
         print(f"gram train: {script}, with the trainers and options of gram_meta added", file=sys.stderr)
     return script
 
 
 def run(script: Path, flags: Sequence[str]) -> int:
-    """Run a script of a checkout as `python SCRIPT FLAGS` would, with the plugin imported before it."""
-    folder = str(script.resolve().parent)
-    sys.argv = [str(script), *flags]
-    sys.path.insert(0, folder)
-    _forget_namesakes(folder)
-    import gram_meta.plugin  # noqa: F401, registers
+    """Run a script of a checkout as `python SCRIPT FLAGS` would, with every hook installed before it."""
+    from gram_meta.coop.command_line import CommandLine
+    from gram_meta.coop.register import install  # imports Dassl and torch; `gram --help` does without
 
+    sys.argv = [str(script), *flags]
+    if hooks.is_on("checkout-folders"):
+        folder = str(script.resolve().parent)
+        sys.path.insert(0, folder)
+        _forget_namesakes(folder)
+    install(CommandLine.parse(flags))
     runpy.run_path(str(script), run_name="__main__")
     return 0
 
 
 def _forget_namesakes(folder: str) -> None:
-    """A module that is called like a folder of the checkout and has been imported already would hide it."""
+    """Remove modules from `sys.modules` that have the name of a folder of the checkout and would hide it."""
     for name in OWN_FOLDERS:
         module = sys.modules.get(name)
         if module is None or not Path(folder, name).is_dir():

@@ -1,58 +1,67 @@
-"""Dassl's default options, extended in place, so that a train.py that knows nothing of this project has ours too.
+"""Dassl's default options, extended in place, so that a train.py that knows nothing of this project has its options.
 
 CoOp's train.py asks Dassl for a copy of its defaults, adds options of its own, and merges two YAML files and KEY VALUE
-pairs into it. After `extend_defaults()` that copy
+pairs into it. After `extend_defaults()` that copy (the names of hooks in parentheses)
 
-- has this project's options; what the train.py adds, or replaces (`cfg.TRAINER.VPT = CN()`), is completed, not replaced;
-- finds a config file of this package where there is none at that path, and says so;
-- names the nearest known key when it meets an unknown one;
-- has SEED 0 under `--seed 0`, which CoOp's `if args.seed` loses;
-- has TRAINER.GRAM.CHECKPOINT from the environment variable GRAM_CHECKPOINT when `--trainer` is one with GRAM: a shell
-  script that takes TRAINER and CFG alone has no other place for it.
+- has this project's options; what the train.py adds, or replaces (`cfg.TRAINER.VPT = CN()`), is completed
+  (default-options);
+- merges a config file of this package if the named file does not exist, and prints that (config-files);
+- names the nearest known key in the error about an unknown one (config-errors);
+- has SEED 0 under `--seed 0`, which CoOp's `if args.seed` loses (seed-zero);
+- has TRAINER.GRAM.CHECKPOINT from the environment variable GRAM_CHECKPOINT if `--trainer` is a trainer with GRAM: a
+  shell script that takes TRAINER and CFG alone has no other place for it (checkpoint-variable).
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any
 
 from yacs.config import CfgNode
 
+from gram_meta import hooks
 from gram_meta.config import current_key, did_you_mean, find_config, rename_old_keys
+from gram_meta.coop.command_line import CommandLine
+from gram_meta.engine import dassl_module
 from gram_meta.engine.options import extend_cfg
 from gram_meta.errors import GramError
 
 CHECKPOINT_VARIABLE = "GRAM_CHECKPOINT"
 
-# What yacs says of a key that it does not know, and of a value of another type
+# yacs' messages about a key that it does not know, and about a value of another type
 UNKNOWN = re.compile(r"Non-existent (?:config )?key: ([^\s'\"]+)")
 MISMATCH = re.compile(r"Type mismatch \(<class '(?:[\w.]*\.)?(\w+)'> vs.* vs\. (.*)\) for config key: (\S+)", re.DOTALL)
 
 
-def extend_defaults() -> None:
-    """Extend the tree that every `get_cfg_default()` copies, whoever imported it when; a second time changes nothing."""
-    from gram_meta import engine
+def extend_defaults(command_line: CommandLine | None = None) -> CommandLine:
+    """Extend the tree that every `get_cfg_default()` copies, whoever has imported it; return the command line in use.
 
-    engine.room()  # opens the door
-    tree = importlib.import_module("dassl.config.defaults")._C
-    if not isinstance(tree, Defaults):
-        object.__setattr__(tree, "__class__", Defaults)  # yacs takes an assignment for a new option
-    extend_cfg(tree)
+    Args:
+        command_line: the flags that copies of the tree follow; None: those of an earlier call, or else the process's.
+    """
+    tree = dassl_module("dassl.config.defaults")._C
+    if command_line is None:
+        command_line = getattr(tree, "command_line", None) or CommandLine.parse(sys.argv[1:])
+    object.__setattr__(tree, "command_line", command_line)  # yacs takes an assignment for a new option
+    if hooks.is_on("default-options"):
+        object.__setattr__(tree, "__class__", Defaults)
+        extend_cfg(tree)
+    return command_line
 
 
 class Defaults(CfgNode):
     """The root of such a tree; its nodes stay ordinary ones."""
 
+    command_line: CommandLine = CommandLine()
+
     def clone(self) -> Any:
         tree = super().clone()
         if not tree.is_frozen() and "TRAINER" in tree:
-            _heed_command_line(tree)
+            follow_command_line(tree, self.command_line)
         return tree
 
     @classmethod
@@ -60,7 +69,9 @@ class Defaults(CfgNode):
         return CfgNode._decode_cfg_value(value)  # yacs merges nodes of one and the same class only
 
     def merge_from_file(self, cfg_filename: str) -> None:
-        path = config_path(os.fspath(cfg_filename))
+        path = os.fspath(cfg_filename)
+        if hooks.is_on("config-files"):
+            path = config_path(path, self.command_line)
         self._complete()
         with self._clear_errors(path):
             super().merge_from_file(path)
@@ -81,32 +92,34 @@ class Defaults(CfgNode):
 
     @contextmanager
     def _clear_errors(self, source: str) -> Iterator[None]:
-        """Yacs' errors as one sentence that names the source, the key and the nearest known one."""
+        """Turn yacs' errors into one sentence that names the source, the key and the nearest known key."""
         try:
             yield
-        except (KeyError, AssertionError) as error:
-            unknown = UNKNOWN.search(str(error))
-            if unknown is None:
+        except (KeyError, AssertionError, ValueError) as error:
+            sentence = _sentence(error, self) if hooks.is_on("config-errors") else ""
+            if not sentence:
                 raise
-            hint = did_you_mean(unknown[1], _keys(self))
-            raise GramError(f"{source}: unknown key {unknown[1]!r}{hint}") from None
-        except ValueError as error:
-            other = MISMATCH.search(str(error))
-            if other is None:
-                raise
-            raise GramError(f"{source}: {other[3]}: expected {other[1]}, found {other[2]}") from None
+            raise GramError(f"{source}: {sentence}") from None
 
 
-def config_path(name: str) -> str:
-    """The YAML file `name`: here, or by the same path or its bare name among this package's configs.
+def _sentence(error: Exception, tree: Any) -> str:
+    if isinstance(error, ValueError):
+        mismatch = MISMATCH.search(str(error))
+        return f"{mismatch[3]}: expected {mismatch[1]}, found {mismatch[2]}" if mismatch else ""
+    unknown = UNKNOWN.search(str(error))
+    return f"unknown key {unknown[1]!r}{did_you_mean(unknown[1], _keys(tree))}" if unknown else ""
+
+
+def config_path(name: str, command_line: CommandLine) -> str:
+    """Return the YAML file `name`, or the package's config file of the same path or bare name if that does not exist.
 
     Raises:
-        GramError: neither here nor in the package; the nearest name in the package is named.
+        GramError: no such file, nor one in the package; the nearest name in the package is named.
     """
     if os.path.exists(name):
         return name
-    folders = ["/".join(filter(None, ("trainers", flag("--trainer")))), "datasets"]
-    if name == flag("--dataset-config-file"):
+    folders = ["/".join(filter(None, ("trainers", command_line.trainer))), "datasets"]
+    if name == command_line.dataset_config_file:
         folders.reverse()
     problems = []
     for folder in folders:
@@ -120,27 +133,17 @@ def config_path(name: str) -> str:
     raise problems[0]
 
 
-def flag(name: str) -> str:
-    """The value of a flag on this process's command line; "" where it has none."""
-    words = [*sys.argv[1:], ""]
-    for word, following in pairwise(words):
-        if word == name:
-            return following
-        if word.startswith(f"{name}="):
-            return word.removeprefix(f"{name}=")
-    return ""
-
-
-def _heed_command_line(tree: Any) -> None:
-    if re.fullmatch(r"0+", flag("--seed")) and tree.SEED < 0:
+def follow_command_line(tree: Any, command_line: CommandLine) -> None:
+    """Set SEED 0 and TRAINER.GRAM.CHECKPOINT in a config tree where the command line and the environment ask for it."""
+    if hooks.is_on("seed-zero") and re.fullmatch(r"0+", command_line.seed) and tree.SEED < 0:
         tree.SEED = 0
-    checkpoint = os.environ.get(CHECKPOINT_VARIABLE, "")
-    if checkpoint and not tree.TRAINER.GRAM.CHECKPOINT and _has_gram(flag("--trainer")):
+    checkpoint = os.environ.get(CHECKPOINT_VARIABLE, "") if hooks.is_on("checkpoint-variable") else ""
+    if checkpoint and not tree.TRAINER.GRAM.CHECKPOINT and _has_gram(command_line.trainer):
         tree.TRAINER.GRAM.CHECKPOINT = checkpoint
 
 
 def _has_gram(trainer: str) -> bool:
-    """Whether a registered trainer of this name starts from a meta-checkpoint: one of ours, or somebody's own."""
+    """Return whether a registered trainer of this name starts from a meta-checkpoint: this project's or another one."""
     from gram_meta.engine import TRAINER_REGISTRY
     from gram_meta.method.dassl import WithGRAM
 
@@ -148,7 +151,7 @@ def _has_gram(trainer: str) -> bool:
 
 
 def _keys(tree: Any, prefix: str = "") -> Iterator[str]:
-    """Every key, those of nodes too."""
+    """Yield every key, those of nodes too."""
     for key, value in tree.items():
         yield f"{prefix}{key}"
         if isinstance(value, CfgNode):

@@ -5,9 +5,9 @@
         --config-file configs/trainers/CoOpGRAM/gram_small_c4_ep10_batch32_ctxv1.yaml \\
         --output-dir output/animals/seed1 DATASET.NUM_SHOTS 16 TRAINER.GRAM.CHECKPOINT output/meta/best.safetensors
 
-What differs: `--seed 0` counts; an unknown key, trainer, dataset or config file is one sentence with the nearest name;
-a folder that holds another run is refused; a finished run is not repeated and an unfinished one goes on, in the same
-log.txt. Can be called many times in one process. Light at import: torch comes with the first run.
+Differences: `--seed 0` fixes the seed; an unknown key, trainer, dataset or config file is an error of one sentence with
+the nearest name; a folder that holds another run is refused; a finished run is not repeated, and an unfinished one is
+resumed in the same log.txt. `run` may be called many times in one process. The first call imports torch.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ __all__ = ["add_flags", "build_parser", "find_config", "main", "run", "setup_cfg
 
 
 def build_parser(prog: str = "train.py") -> argparse.ArgumentParser:
-    """A parser with CoOp's flags."""
+    """Return a parser with CoOp's flags."""
     parser = argparse.ArgumentParser(prog=prog, description="Train or evaluate a trainer on a dataset.")
     add_flags(parser)
     return parser
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """CoOp's flags, all of them, with CoOp's defaults."""
+    """Add CoOp's flags, all of them, with CoOp's defaults."""
     add = parser.add_argument
     add("--root", default="", help="folder that holds the datasets' folders")
     add("--output-dir", default="", help="where log.txt, checkpoints and results.json go")
@@ -63,7 +63,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`train.py`: the exit status; bad input is one line on stderr and status 2."""
+    """Run `train.py` and return the exit status; bad input is one line on stderr and status 2."""
     try:
         run(build_parser().parse_args(argv))
     except GramError as error:
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def setup_cfg(args: argparse.Namespace) -> Any:
-    """Defaults, dataset file, trainer file, flags, KEY VALUE pairs: merged in this order, then frozen."""
+    """Merge defaults, dataset file, trainer file, flags and KEY VALUE pairs in this order; return the frozen tree."""
     from gram_meta import engine
     from gram_meta.engine.options import extend_cfg
 
@@ -97,7 +97,7 @@ def setup_cfg(args: argparse.Namespace) -> Any:
 
 
 def reset_cfg(cfg: Any, args: argparse.Namespace) -> None:
-    """Flags that were given replace what the files say."""
+    """Let the flags that were given replace the files' values."""
     targets = {
         "root": (cfg.DATASET, "ROOT"),
         "output_dir": (cfg, "OUTPUT_DIR"),
@@ -120,7 +120,7 @@ def reset_cfg(cfg: Any, args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Do what the flags say; the contents of results.json, or {} for a run that evaluates nothing.
+    """Train or evaluate as the flags say; return the contents of results.json, or {} for a run that evaluates nothing.
 
     Raises:
         GramError: bad input, or an output folder that belongs to another run.
@@ -158,7 +158,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def train(argv: Sequence[str], quiet: bool = False) -> dict[str, Any]:
-    """The same from a list of arguments, for use in a program. `quiet`: print to log.txt alone.
+    """Call `run` with a list of arguments, for use in a program. `quiet`: print to log.txt alone.
 
     train(["--trainer", "CoOp", "--root", "data", ...])["metrics"]["accuracy"]
     """
@@ -170,7 +170,7 @@ def train(argv: Sequence[str], quiet: bool = False) -> dict[str, Any]:
 
 
 def _start(cfg: Any, args: argparse.Namespace) -> None:
-    """Seed, and say what is run: arguments, configuration, environment."""
+    """Seed, and print arguments, configuration and environment as CoOp does."""
     import torch
 
     from gram_meta import engine
@@ -185,14 +185,14 @@ def _start(cfg: Any, args: argparse.Namespace) -> None:
         print(f"{key}: {getattr(args, key)}")
     print("************\n** Config **\n************")
     print(cfg)
-    print(f"** System info **\n{engine.collect_env_info()}\nDassl: {engine.room()}\n")
+    print(f"** System info **\n{engine.collect_env_info()}\nDassl: {engine.backend()}\n")
 
 
 def _check_flags(args: argparse.Namespace) -> None:
-    """Refuse flags that would change nothing where they stand."""
+    """Refuse flags that would have no effect."""
     if args.model_dir and not args.eval_only:
         raise GramError(
-            "--model-dir says whose prompts to evaluate; expected --eval-only with it, or, to start a training from "
+            "--model-dir names the run whose prompts are evaluated; expected --eval-only with it, or, to start a training from "
             "them, the checkpoint as MODEL.INIT_WEIGHTS"
         )
     if args.load_epoch is not None and not args.model_dir:
@@ -201,9 +201,10 @@ def _check_flags(args: argparse.Namespace) -> None:
 
 def _check_names(**names: str) -> None:
     """Refuse an unknown trainer or dataset, naming the nearest."""
-    import gram_meta.plugin  # noqa: F401, fills the registries
+    from gram_meta.coop.register import install
     from gram_meta.engine import DATASET_REGISTRY, TRAINER_REGISTRY
 
+    install()
     registries = {"trainer": ("--trainer", TRAINER_REGISTRY), "dataset": ("DATASET.NAME", DATASET_REGISTRY)}
     for what, name in names.items():
         key, registry = registries[what]

@@ -1,7 +1,7 @@
-"""A checkout's trainers that lack a package: not a reason for the others not to run.
+"""A checkout's trainer that lacks a package does not stop the others (hook `missing-packages`).
 
 A CoOp-style train.py imports every trainer of its checkout, whichever is asked for. ProMetaR's needs learn2learn, whose
-last release cannot be built for Python 3.11 and later, so that there its train.py ends before it has begun.
+last release cannot be built for Python 3.11 and later; without this hook its train.py ends at that import.
 """
 
 from __future__ import annotations
@@ -14,18 +14,26 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-from gram_meta.coop.defaults import flag
+from gram_meta import hooks
+from gram_meta.coop.command_line import CommandLine
 
 OF_A_CHECKOUT = re.compile(r"trainers\.\w+")
 
 
-def do_without_their_packages() -> None:
-    """From now on `import trainers.x` without a package that it needs is a note, where `--trainer` asks for another."""
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+def skip_missing_packages(command_line: CommandLine) -> None:
+    """Let `import trainers.x` print a note about a missing package, if `--trainer` asks for a trainer of another file."""
+    for finder in sys.meta_path:
+        if isinstance(finder, _Finder):
+            finder.trainer = command_line.trainer
+            return
+    if hooks.is_on("missing-packages"):
+        sys.meta_path.insert(0, _Finder(command_line.trainer))
 
 
 class _Finder(MetaPathFinder):
+    def __init__(self, trainer: str) -> None:
+        self.trainer = trainer
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
@@ -33,17 +41,17 @@ class _Finder(MetaPathFinder):
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None and spec.origin:
-            spec.loader = _Loader(spec.loader)
+            spec.loader = _Loader(spec.loader, self.trainer)
         return spec
 
 
 class _Loader(Loader):
-    """Another loader, under which a missing package is a note."""
+    """Another loader, under which a missing package is a note if the module does not hold the trainer asked for."""
 
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
+    def __init__(self, loader: Any, trainer: str) -> None:
+        self.loader, self.trainer = loader, trainer
 
-    def __getattr__(self, name: str) -> Any:  # what tracebacks and pickles ask for
+    def __getattr__(self, name: str) -> Any:  # tracebacks and pickles read attributes of the loader
         return getattr(self.loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
@@ -54,19 +62,18 @@ class _Loader(Loader):
             self.loader.exec_module(module)
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]
-            asked = flag("--trainer")
-            if not package or _there(package) or not asked or self._holds(module.__name__, asked):
+            if not package or _is_importable(package) or not self.trainer or self._defines_trainer(module.__name__):
                 raise
             print(
                 f"Note: {module.__name__} needs the package {package}, which is not here; its trainers are left out",
                 file=sys.stderr,
             )
 
-    def _holds(self, name: str, trainer: str) -> bool:
+    def _defines_trainer(self, name: str) -> bool:
         source = self.loader.get_source(name) or ""
-        return bool(trainer) and re.search(rf"^class {re.escape(trainer)}\b", source, re.MULTILINE) is not None
+        return re.search(rf"^class {re.escape(self.trainer)}\b", source, re.MULTILINE) is not None
 
 
-def _there(package: str) -> bool:
-    """Whether a package of this name is there, and only something in it is missing: an error of another kind."""
+def _is_importable(package: str) -> bool:
+    """Return whether the package itself exists, so that the missing module is an error of another kind."""
     return package in sys.modules or PathFinder.find_spec(package) is not None

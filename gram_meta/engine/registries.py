@@ -1,14 +1,16 @@
-"""Entering this project's trainers and datasets into Dassl's registries, so that they give way.
+"""The registration of this project's trainers and datasets in Dassl's registries, such that they give way.
 
 Dassl's `Registry` knows a class by its name alone, and a second class of that name is a KeyError. A checkout has a `CoOp`
-and an `OxfordPets` of its own, and registers them before or after this project's. Whichever comes first, the checkout's
-is what the name means afterwards.
+and an `OxfordPets` of its own, and registers them before or after this project's. In either order, the name then means
+the checkout's class. This is the hook `give-way`; without it, this project's classes are ordinary entries.
 """
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
+
+from gram_meta import hooks
+from gram_meta.engine.adapter import dassl_module
 
 OWN = "_gram_own"  # attribute of a registry: names that mean a class of this project
 
@@ -16,35 +18,35 @@ own_trainers: dict[str, type] = {}  # this project's, by name, also where a chec
 
 
 def register_trainer(trainer: type) -> type:
-    """Class decorator: add a trainer to the registry, unless a checkout has brought, or brings, its own of that name."""
+    """Register a trainer (class decorator), unless a checkout has, or later registers, its own of that name."""
     own_trainers[trainer.__name__] = trainer
-    return enter(_registry("dassl.engine", "TRAINER_REGISTRY"), trainer)
+    return enter(dassl_module("dassl.engine").TRAINER_REGISTRY, trainer)
 
 
 def register_dataset(dataset: type) -> type:
-    """Class decorator: add a dataset to the registry, unless a checkout has brought, or brings, its own of that name."""
-    return enter(_registry("dassl.data.datasets", "DATASET_REGISTRY"), dataset)
+    """Register a dataset (class decorator), unless a checkout has, or later registers, its own of that name."""
+    return enter(dassl_module("dassl.data.datasets").DATASET_REGISTRY, dataset)
 
 
 def enter(registry: Any, cls: type) -> type:
-    """Add `cls` to a registry of Dassl's, or of the built-in engine, in such a way that it gives way; returns `cls`."""
-    own = _let_give_way(registry)
+    """Add `cls` to a registry of Dassl or of the built-in engine such that it gives way; return `cls`."""
+    own = _let_give_way(registry) if hooks.is_on("give-way") else own_names(registry)
     name = cls.__name__
     if name in own or name not in registry.registered_names():
         registry.register(cls, force=True)
-        own.add(name)  # after: registering takes it for a stranger's
+        own.add(name)  # afterwards, because `GivingWay.register` removes the name
     return cls
 
 
 def own_names(registry: Any) -> set[str]:
-    """Names in a registry that mean a class of this project."""
+    """Return the names in a registry that mean a class of this project."""
     return set(getattr(registry, OWN, ()))
 
 
 def _let_give_way(registry: Any) -> set[str]:
-    """Teach a registry to let others have the names of this project; returns these names, to be added to.
+    """Change the class of a registry to a subclass that lets others take this project's names; return these names.
 
-    The registry stays the same object, as others hold it already; its class becomes a subclass of what it was.
+    The registry stays the same object, because others hold it already.
     """
     if not hasattr(registry, OWN):
         setattr(registry, OWN, set())
@@ -69,10 +71,3 @@ def _giving_way(base: Any) -> Any:
 
     GivingWay.__name__ = GivingWay.__qualname__ = base.__name__
     return GivingWay
-
-
-def _registry(module: str, name: str) -> Any:
-    from gram_meta import engine
-
-    engine.room()  # opens the door
-    return getattr(importlib.import_module(module), name)

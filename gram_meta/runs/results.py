@@ -89,7 +89,7 @@ def write_results(trainer: Any) -> Path:
 
 def versions() -> dict[str, str]:
     """Versions of what a result depends on; "" for what is not installed as a package."""
-    found = {"python": platform.python_version(), "gram-meta": gram_meta.__version__, "dassl": engine.room()}
+    found = {"python": platform.python_version(), "gram-meta": gram_meta.__version__, "dassl": engine.backend()}
     for package in ("torch", "torchvision", "numpy", "pillow", "clip-anytorch"):
         try:
             found[package] = importlib.metadata.version(package)

@@ -296,11 +296,11 @@ def check_dassl(environment: Environment) -> Iterator[Check]:
         with contextlib.redirect_stderr(stderr):
             from gram_meta import engine
 
-            room = engine.room()
+            backend = engine.backend()
     except BaseException as error:  # noqa: BLE001 - someone's Dassl may raise anything
         yield Check("Dassl", PROBLEM, _sentence(error), fix)
         return
-    if room == "builtin":
+    if backend == "builtin":
         yield Check("Dassl", FINE, "the built-in engine" + (f" (GRAM_DASSL={chosen})" if chosen else ""))
         for line in stderr.getvalue().splitlines():
             if line.startswith("Note: "):
@@ -308,9 +308,9 @@ def check_dassl(environment: Environment) -> Iterator[Check]:
         return
     folder = Path(importlib.import_module("dassl").__file__ or "").parent
     yield Check("Dassl", FINE, f"the real Dassl, {folder}")
-    for repair in engine.repairs():
-        if repair.applied:
-            yield Check(f"Dassl {repair.id}", FINE, f"repaired in memory: {repair.summary}")
+    for known in engine.fixes():
+        if known.applied:
+            yield Check(f"Dassl {known.id}", FINE, f"repaired in memory: {known.summary}")
 
 
 def check_clip(environment: Environment) -> Iterator[Check]:

@@ -119,7 +119,7 @@ class Contestant:
         sys.path.insert(0, spec["checkout"])  # its clip, trainers and datasets, before any other of that name
         from gram_meta import engine
 
-        engine.room()  # `dassl` is there from here on
+        engine.backend()  # `dassl` can be imported from here on
         if spec["trainer"] == "ProMetaR":
             self._mend_prometar()
         self.patches.append(local_weights(spec["model"]))
@@ -204,7 +204,7 @@ class Contestant:
         return {
             **self.prepared,
             "patches": self.patches,
-            "engine": engine.room(),
+            "engine": engine.backend(),
             "learned_numbers": learned,
             "resident_mb": common.status_bytes("VmRSS") / 1e6,
         }

@@ -1,30 +1,40 @@
-"""The installed Dassl, imported with its known breaks mended (last touched in 2022, it trains no CoOp config as published).
+"""The installed Dassl, imported with fixes of its known faults: last touched in 2022, it trains no CoOp config as published.
 
-    repairs = import_repaired()
-    [repair.id for repair in repairs if repair.applied]
-
-Every repair first tries whether its break is there. All of them act on this process alone: no file is changed. Where
-`dassl` has been imported before, its classes are mended in place and its functions replaced in every module that holds
-them, so that it does not matter who comes first.
+Each fix first tests whether its fault is there, and changes this process alone, no file. Where `dassl` has been imported
+before, its classes are changed in place and its functions replaced in every module that holds them, so that the order of
+imports does not matter. This is the hook `dassl-fixes`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from gram_meta.engine.real import files, imports, metrics, schedules, transforms
-from gram_meta.engine.real.repair import Repair
+from gram_meta.engine.real.fix import Fix
 
-__all__ = ["Repair", "import_repaired"]
+__all__ = ["Fix", "import_as_it_is", "import_fixed"]
 
 
-def import_repaired() -> list[Repair]:
-    """Import `dassl.engine` and mend what is broken; every known repair, with `applied` set where it was needed.
+def import_fixed(restore: Callable[[str, str], Any]) -> list[Fix]:
+    """Import `dassl.engine` and repair what is broken; return every known fix, with `applied` set where it was needed.
+
+    Args:
+        restore: makes an empty object of a class from module and name; spawned processes unpickle with it.
 
     Raises:
         GramError: Dassl does not import; the message names the missing package.
     """
-    repairs = imports.import_dassl()
+    found = imports.import_dassl(restore)
     for part in (schedules, files, transforms, metrics):
-        repairs += part.repairs()
-    for repair in repairs:
-        repair.apply()
-    return repairs
+        found += part.fixes()
+    for fix in found:
+        fix.apply()
+    return found
+
+
+def import_as_it_is() -> list[Fix]:
+    """Import `dassl.engine` without any fix; same errors as `import_fixed`."""
+    with imports.clear_errors():
+        imports.import_engine()
+    return []

@@ -1,4 +1,4 @@
-"""Breaks around files: B2, B3 (checkpoints), B11 (confusion matrices), B12 (the console's copy in log.txt)."""
+"""Fixes around files: B2, B3 (checkpoints), B11 (confusion matrices), B12 (the console's copy in log.txt)."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from types import SimpleNamespace
 from typing import Any
 
 from gram_meta.engine.checkpoints import read_checkpoint
-from gram_meta.engine.real.repair import Repair, rebind
+from gram_meta.engine.real.fix import Fix, rebind
 
 
-def repairs() -> list[Repair]:
+def fixes() -> list[Fix]:
     return [
-        Repair(
+        Fix(
             "B2/B3", "checkpoints load, old ones too, and nothing in them is executed", _fails_or_executes, _load_safely
         ),
-        Repair("B11", "confusion matrices load with torch.load as it is", _matrix_is_numpy, _matrix_of_tensors),
-        Repair("B12", "closing the log file leaves the console open", _closes_console, _close_file_alone),
+        Fix("B11", "confusion matrices load with torch.load as it is", _matrix_is_numpy, _matrix_of_tensors),
+        Fix("B12", "closing the log file leaves the console open", _closes_console, _close_file_alone),
     ]
 
 
@@ -31,18 +31,18 @@ _executed: list[str] = []
 
 
 class _Canary:
-    """Leaves a note where a checkpoint with it is unpickled in good faith."""
+    """Records that it was unpickled: a checkpoint with it has then executed code."""
 
     def __reduce__(self) -> Any:
-        return _leave_note, ()
+        return _record, ()
 
 
-def _leave_note() -> None:
+def _record() -> None:
     _executed.append("code from a file")
 
 
 def _fails_or_executes() -> bool:
-    """Try it on what an unmended warm-up scheduler saves, with something to execute beside it."""
+    """Load what an unfixed warm-up scheduler saves, together with code to execute."""
     import torch
 
     theirs = importlib.import_module("dassl.utils.torchtools").load_checkpoint
@@ -65,7 +65,7 @@ def _load_safely() -> None:
 
 
 def load_checkpoint(fpath: str) -> dict[str, Any]:
-    """Dassl's `load_checkpoint`, on `gram_meta.engine.checkpoints`."""
+    """Read a checkpoint as Dassl's `load_checkpoint` does, with `gram_meta.engine.checkpoints`."""
     import torch
 
     if fpath is None:
@@ -79,7 +79,7 @@ def load_checkpoint(fpath: str) -> dict[str, Any]:
 
 
 def _matrix_is_numpy() -> bool:
-    """Let the evaluator write one, and read it with `torch.load` as it is."""
+    """Return whether `torch.load` refuses the confusion matrix that the evaluator writes."""
     import torch
 
     evaluator = importlib.import_module("dassl.evaluation.evaluator").Classification
@@ -123,7 +123,7 @@ def _closes_console() -> bool:
 
 
 def _close_file_alone() -> None:
-    """`close` is what `__del__` and `__exit__` call."""
+    """Replace `close`, which `__del__` and `__exit__` call."""
 
     def close(self: Any) -> None:
         if self.file is not None:

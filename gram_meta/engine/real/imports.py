@@ -1,7 +1,7 @@
-"""Breaks that show while Dassl is imported: B6 (needs wilds), B7 (mutes logging), B8 (needs TensorBoard).
+"""Fixes of faults that show while Dassl is imported: B6 (needs wilds), B7 (mutes logging), B8 (needs TensorBoard).
 
-Two modules of Dassl's get help while they are imported, and only where they would fail. Nothing is left behind under
-the name of the package that is missing: others in this process may ask whether it is there.
+Two modules of Dassl are filled in another way during their import, only where they would fail. `sys.modules` gets no
+entry under the name of a missing package, because other code may ask whether that package is installed.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gram_meta.engine.real.repair import Repair
+from gram_meta.engine.real.fix import Fix
 from gram_meta.errors import GramError
 
 WILDS = "dassl.data.datasets.dg.wilds"
 TENSORBOARD = "torch.utils.tensorboard"
 PIP_NAMES = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml", "cv2": "opencv-python"}
 
-Treatment = Callable[[ModuleType, Callable[[], None]], None]  # gets a module and what would fill it
+Filler = Callable[[ModuleType, Callable[[], None]], None]  # called with a module and the function that would execute it
 
 _without_wilds = False
 _without_tensorboard = False
 
 
-def import_dassl() -> list[Repair]:
-    """Import `dassl.engine`, and with it all of Dassl that trainers use; the repairs B6, B7 and B8.
+def import_dassl(restore: Callable[[str, str], Any]) -> list[Fix]:
+    """Import `dassl.engine`, which imports all of Dassl that trainers use; return the fixes B6, B7 and B8.
 
     Raises:
         GramError: it does not import.
@@ -40,26 +40,39 @@ def import_dassl() -> list[Repair]:
     muted = _muted_by_dassl()
     level = logging.root.manager.disable
     try:
-        with _treated({WILDS: _fill_wilds, "dassl.engine.trainer": _fill_trainer}):
-            importlib.import_module("dassl.engine")
-    except Exception as error:  # also what an old Dassl, or a fork of it, does that a new Python or torch refuses
+        with clear_errors(), _filled_by({WILDS: _fill_wilds, "dassl.engine.trainer": _fill_trainer}):
+            import_engine()
+    except GramError:
         logging.disable(level)
-        raise GramError(_why_not(error)) from error
+        raise
     level = logging.NOTSET if muted else level
     return [
-        Repair(
+        Fix(
             "B7",
             "logging is not muted for the whole process",
             lambda: logging.root.manager.disable != level,
             lambda: logging.disable(level),
         ),
-        Repair("B6", "Dassl imports without the package wilds", lambda: _without_wilds, _workers_too),
-        Repair("B8", "Dassl trains without TensorBoard", lambda: _without_tensorboard, lambda: None),
+        Fix("B6", "Dassl imports without the package wilds", lambda: _without_wilds, lambda: _fix_workers(restore)),
+        Fix("B8", "Dassl trains without TensorBoard", lambda: _without_tensorboard, lambda: None),
     ]
 
 
+def import_engine() -> None:
+    importlib.import_module("dassl.engine")
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Turn any error of the import into a `GramError` that names the cause."""
+    try:
+        yield
+    except Exception as error:  # also what an old Dassl, or a fork of it, does that a new Python or torch refuses
+        raise GramError(_why_not(error)) from error
+
+
 def _muted_by_dassl() -> bool:
-    """Whether a Dassl that was imported before has muted logging: to just the level that it sets."""
+    """Return whether a Dassl that was imported before has muted logging, to the level that it sets."""
     return f"{WILDS}.wilds_base" in sys.modules and logging.root.manager.disable == logging.WARNING
 
 
@@ -78,7 +91,7 @@ def _pip(module: str) -> str:
 
 
 def _fill_wilds(module: ModuleType, fill: Callable[[], None]) -> None:
-    """The datasets of WILDS; where they do not import, others of these names that say so when one is asked for."""
+    """Import the datasets of WILDS; where that fails, register placeholders that say why when one is asked for."""
     global _without_wilds
     try:
         fill()
@@ -110,7 +123,7 @@ def _refuse(name: str, reason: str) -> Callable[..., None]:
 
 
 def _registered_classes(folder: Path) -> list[str]:
-    """Names of the classes that the files of a folder enter in the registry of datasets; read, not imported."""
+    """Return the classes that the files of a folder register as datasets; the files are parsed, not imported."""
     names = []
     for path in sorted(folder.glob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -121,29 +134,21 @@ def _registered_classes(folder: Path) -> list[str]:
     return names
 
 
-def _workers_too() -> None:
-    """A loader's worker that is spawned (macOS, Windows) imports Dassl anew, to read the dataset: through the door."""
-    importlib.import_module("dassl.data.data_manager").DatasetWrapper.__reduce__ = _reduce
+def _fix_workers(restore: Callable[[str, str], Any]) -> None:
+    """Let a spawned loader process (macOS, Windows), which imports Dassl anew to read the dataset, apply the fixes first."""
 
+    def reduce(wrapper: Any) -> Any:
+        # the class by its name: pickling the class itself would import Dassl first
+        return restore, (type(wrapper).__module__, type(wrapper).__qualname__), wrapper.__dict__
 
-def _reduce(wrapper: Any) -> Any:
-    # the class by its name: pickling the class itself would import Dassl first
-    return _restore, (type(wrapper).__module__, type(wrapper).__qualname__), wrapper.__dict__
-
-
-def _restore(module: str, name: str) -> Any:
-    from gram_meta import engine
-
-    engine.room()
-    cls = getattr(importlib.import_module(module), name)
-    return cls.__new__(cls)
+    importlib.import_module("dassl.data.data_manager").DatasetWrapper.__reduce__ = reduce
 
 
 # ----------------------------------------------------------------------------------------------------- B8: TensorBoard
 
 
 class SummaryWriter:
-    """Stands in for TensorBoard's where that is not installed: says so, and writes nothing."""
+    """Replaces TensorBoard's writer where that is not installed: prints so once, and writes nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         print("TensorBoard is not installed: no scalars are written")
@@ -155,7 +160,7 @@ class SummaryWriter:
 
 
 def _fill_trainer(module: ModuleType, fill: Callable[[], None]) -> None:
-    """Dassl's trainers, which import TensorBoard's writer by name."""
+    """Import Dassl's trainers, which import TensorBoard's writer by name."""
     global _without_tensorboard
     try:
         importlib.import_module(TENSORBOARD)
@@ -178,29 +183,29 @@ def _fill_trainer(module: ModuleType, fill: Callable[[], None]) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds the modules of `treatments` as ever, and lets their treatment fill them."""
+    """Finds the modules of `fillers` in the ordinary way, and lets their filler execute them."""
 
-    def __init__(self, treatments: dict[str, Treatment]) -> None:
-        self.treatments = treatments
+    def __init__(self, fillers: dict[str, Filler]) -> None:
+        self.fillers = fillers
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        treatment = self.treatments.get(fullname)
-        if treatment is None:
+        filler = self.fillers.get(fullname)
+        if filler is None:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
         loader: Any = spec.loader
-        loader.exec_module = lambda module: treatment(module, lambda: execute(module))
+        loader.exec_module = lambda module: filler(module, lambda: execute(module))
         return spec
 
 
 @contextmanager
-def _treated(treatments: dict[str, Treatment]) -> Iterator[None]:
-    finder = _Finder(treatments)
+def _filled_by(fillers: dict[str, Filler]) -> Iterator[None]:
+    finder = _Finder(fillers)
     sys.meta_path.insert(0, finder)
     try:
         yield

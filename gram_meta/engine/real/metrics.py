@@ -1,15 +1,15 @@
-"""Break of Dassl's metrics: B15 (top-k accuracy for k > 1 takes a view that torch refuses)."""
+"""Fix of Dassl's metrics: B15 (top-k accuracy for k > 1 takes a view that torch refuses)."""
 
 from __future__ import annotations
 
 import importlib
 
 from gram_meta.engine.builtin.metrics.accuracy import compute_accuracy
-from gram_meta.engine.real.repair import Repair, rebind
+from gram_meta.engine.real.fix import Fix, rebind
 
 
-def repairs() -> list[Repair]:
-    return [Repair("B15", "top-k accuracy is computed for every k", _fails_above_one, _give_ours)]
+def fixes() -> list[Fix]:
+    return [Fix("B15", "top-k accuracy is computed for every k", _fails_above_one, _replace)]
 
 
 def _fails_above_one() -> bool:
@@ -22,5 +22,5 @@ def _fails_above_one() -> bool:
     return False
 
 
-def _give_ours() -> None:
+def _replace() -> None:
     rebind(importlib.import_module("dassl.metrics.accuracy").compute_accuracy, compute_accuracy)

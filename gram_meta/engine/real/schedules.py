@@ -1,4 +1,4 @@
-"""Breaks of Dassl's warm-up schedulers: B1 (do not build), B4 (a resumed run keeps its learning rate for ever)."""
+"""Fixes of Dassl's warm-up schedulers: B1 (do not build), B4 (a resumed run never changes its learning rate)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import importlib
 from typing import Any
 
 from gram_meta.engine.checkpoints import restore_schedule, schedule_state
-from gram_meta.engine.real.repair import Repair
+from gram_meta.engine.real.fix import Fix
 
 
-def repairs() -> list[Repair]:
+def fixes() -> list[Fix]:
     return [
-        Repair("B1", "schedulers with a warm-up build", _does_not_build, _build),
-        Repair("B4", "a resumed run goes on in its learning-rate schedule", _keeps_an_object, _keep_numbers),
+        Fix("B1", "schedulers with a warm-up build", _does_not_build, _build),
+        Fix("B4", "a resumed run goes on in its learning-rate schedule", _keeps_an_object, _keep_numbers),
     ]
 
 
@@ -21,7 +21,7 @@ def _module() -> Any:
 
 
 def _warmup() -> Any:
-    """One epoch of warm-up before a cosine, as every config of CoOp's has it."""
+    """Build one epoch of warm-up before a cosine, as in every config of CoOp."""
     import torch
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
@@ -30,7 +30,7 @@ def _warmup() -> Any:
 
 
 def _does_not_build() -> bool:
-    """torch's schedulers take no `verbose` any more; Dassl's hand it on."""
+    """Return whether torch refuses the `verbose` that Dassl's schedulers pass to it."""
     try:
         _warmup()
     except TypeError:
@@ -52,7 +52,7 @@ def _build() -> None:
 
 
 def _keeps_an_object() -> bool:
-    """The successor is saved as an object with an optimiser of its own, which it then drives after a resume."""
+    """Return whether the successor is saved as an object; after a resume it would drive its own copy of the optimiser."""
     return not isinstance(_warmup().state_dict().get("successor"), dict)
 
 

@@ -1,4 +1,4 @@
-"""Break of Dassl's augmentation policies: B5 (`np.int`, which NumPy dropped in 1.24)."""
+"""Fix of Dassl's augmentation policies: B5 (`np.int`, which NumPy dropped in 1.24)."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from gram_meta.engine.real.repair import Repair
+from gram_meta.engine.real.fix import Fix
 
-DROPPED = {"int": int, "float": float, "bool": bool, "object": object}  # the names, and what they meant
-
-
-def repairs() -> list[Repair]:
-    return [Repair("B5", "randaugment and the augmentation policies run", _np_int_is_gone, _give_np_int)]
+DROPPED = {"int": int, "float": float, "bool": bool, "object": object}  # removed alias -> its type
 
 
-def _np_int_is_gone() -> bool:
+def fixes() -> list[Fix]:
+    return [Fix("B5", "randaugment and the augmentation policies run", _lacks_np_int, _add_np_int)]
+
+
+def _lacks_np_int() -> bool:
     return any(not _runs(probe) for _, probe in _probes())
 
 
-def _give_np_int() -> None:
-    """The modules that ask for it see NumPy with the names it had; NumPy itself is left as it is."""
+def _add_np_int() -> None:
+    """Give the modules that use `np.int` a NumPy with the old names; NumPy itself is not changed."""
     for module, probe in _probes():
         if not _runs(probe):
             module.np = _OldNumpy(module.np)
 
 
 def _probes() -> list[tuple[Any, Callable[[], Any]]]:
-    """The two modules, and something that each cannot do without `np.int`."""
+    """Return the two modules, each with a call that needs `np.int`."""
     from PIL import Image
 
     randaugment: Any = importlib.import_module("dassl.data.transforms.randaugment")
@@ -46,7 +46,7 @@ def _runs(probe: Callable[[], Any]) -> bool:
 
 
 class _OldNumpy(ModuleType):
-    """NumPy, and in it the Python types that it once named."""
+    """NumPy with the aliases of Python types that it once had."""
 
     def __init__(self, numpy: ModuleType) -> None:
         super().__init__("numpy")

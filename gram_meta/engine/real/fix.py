@@ -1,4 +1,4 @@
-"""What a repair of the installed Dassl is, and how one is made known to modules that have imported the broken thing."""
+"""A fix of the installed Dassl, and how modules that have imported the broken object get the new one."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ logger = logging.getLogger("gram_meta.engine")
 
 
 @dataclass
-class Repair:
-    """One break of the published Dassl on current libraries.
+class Fix:
+    """The fix of one fault that the published Dassl shows on current libraries.
 
-    `found` tries whether the break is there, `mend` repairs it in this process: no file of Dassl's is changed, and a
-    Dassl without the break is left alone.
+    `found` tests whether the fault is there; `change` repairs it in this process. No file of Dassl is changed, and a
+    Dassl without the fault is left alone.
     """
 
     id: str  # "B1", ...: see docs/reference/dassl.md
     summary: str  # what works after it
     found: Callable[[], bool]
-    mend: Callable[[], None]
+    change: Callable[[], None]
     applied: bool = False
 
     def apply(self) -> None:
-        """Mend the break if it is there; say so, once, at debug level."""
+        """Repair the fault if it is there, and log that once at debug level."""
         try:
             found = self.found()
-        except Exception as error:  # a Dassl that has no such part, or another one
-            logger.debug("Dassl, %s: nothing to try (%s: %s)", self.id, type(error).__name__, error)
+        except Exception as error:  # this Dassl lacks the part, or has another one
+            logger.debug("Dassl, %s: not tested (%s: %s)", self.id, type(error).__name__, error)
             return
         if not found:
             return
         try:
-            self.mend()
+            self.change()
         except Exception as error:  # a fork of Dassl that is broken in another way
-            logger.warning("Dassl, %s could not be mended (%s: %s)", self.id, type(error).__name__, error)
+            logger.warning("Dassl, %s could not be repaired (%s: %s)", self.id, type(error).__name__, error)
             return
         self.applied = True
         logger.debug("Dassl repaired, %s: %s", self.id, self.summary)
