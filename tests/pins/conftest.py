@@ -180,7 +180,7 @@ def made(tmp_path_factory):
 
     from gram_meta import engine
 
-    if engine.room() != "builtin":
+    if engine.backend() != "builtin":
         pytest.skip("golden files are those of the built-in engine; the real Dassl has options of its own")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -104,7 +104,7 @@ def test_default_options(golden):
     from gram_meta.config import as_dict, get_meta_config
     from gram_meta.engine.options import extend_cfg
 
-    if engine.room() != "builtin":
+    if engine.backend() != "builtin":
         pytest.skip("golden files are those of the built-in engine")
     cfg = engine.get_cfg_default()
     extend_cfg(cfg)
