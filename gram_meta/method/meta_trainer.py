@@ -44,21 +44,28 @@ from gram_meta.processes import ALONE, ProcessGroup
 logger = logging.getLogger("gram")
 
 
-def pretrain(store: PathLike, hierarchy: PathLike, out: PathLike, config: CfgNode, **options: Any) -> Path:
+def pretrain(
+    store: PathLike,
+    hierarchy: PathLike,
+    out: PathLike,
+    config: CfgNode,
+    device: str | torch.device = "cpu",
+    resume: bool = False,
+    progress: bool = True,
+    group: ProcessGroup = ALONE,
+) -> Path:
     """Meta-train on a corpus and return the path of the best meta-checkpoint.
 
     Args:
-        store, hierarchy, out, config: as for `open_trainer`.
-        options: `resume`, to go on from the state in `out`: the final weights equal those of an uninterrupted run. The
-            others (`device`, `progress`, `group`) as for `open_trainer`.
+        store, hierarchy, out, config, device, progress, group: as for `open_trainer`.
+        resume: go on from the state in `out`; the final weights equal those of an uninterrupted run.
 
     Raises:
         GramError: as `open_trainer`; a folder that holds another run, or a loss that is not finite (the message names the
             step and the task).
         Stopped: after SIGTERM.
     """
-    resume = options.pop("resume", False)
-    return open_trainer(store, hierarchy, out, config, **options).run(resume)
+    return open_trainer(store, hierarchy, out, config, device, progress, group).run(resume)
 
 
 def open_trainer(
