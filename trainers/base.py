@@ -22,7 +22,7 @@ from gram_meta.backbone.clip import RUN_PRECISIONS, Backbone, load_backbone
 from gram_meta.engine import TrainerX, build_lr_scheduler, build_optimizer, compute_accuracy
 from gram_meta.engine.options import complete_cfg
 from gram_meta.errors import GramError
-from gram_meta.method.prompts import PromptedCLIP, context_from_words, logits, random_context
+from gram_meta.method.prompts import STATE_NAMES, PromptedCLIP, context_from_words, logits, random_context
 from gram_meta.random_state import kept_random_state, make_deterministic
 from gram_meta.runs import folder as run_folder
 from gram_meta.runs import saved
@@ -281,7 +281,7 @@ class PromptTrainer(Checkpointing, ClipTrainer):
         if cfg.MODEL.INIT_WEIGHTS:
             self.load_start(cfg.MODEL.INIT_WEIGHTS)
         shapes = {kind: tuple(p.shape) for kind, p in learner.prompts().items()}
-        beside = [name for name, _ in learner.named_parameters() if name not in ("ctx", "visual_ctx")]
+        beside = [name for name, _ in learner.named_parameters() if name not in STATE_NAMES.values()]
         learned = [f"a {kind} prompt of shape {shape}" for kind, shape in shapes.items()] + beside
         print(f"Learning {', '.join(learned)}")
         for sentence in memory.arrange(self.model, cfg.TRAINER.MEMORY, cfg.DATALOADER.TRAIN_X.BATCH_SIZE):
@@ -293,8 +293,7 @@ class PromptTrainer(Checkpointing, ClipTrainer):
         self._groups: dict[str, _Group] = {}
 
     def build_for_use(self, state_dict: Mapping[str, Tensor], where: str) -> None:
-        names = {"text": "ctx", "visual": "visual_ctx"}
-        prompts = {kind: state_dict[name] for kind, name in names.items() if name in state_dict}
+        prompts = {kind: state_dict[name] for kind, name in STATE_NAMES.items() if name in state_dict}
         if set(prompts) != set(self.tokens()):
             raise GramError(
                 f"{where}: expected the {' and '.join(self.tokens())} prompt that {type(self).__name__} learns, found "

@@ -139,12 +139,12 @@ def _read_evaluation(folder: Path, source: Path, epoch: int | None) -> Saved:
 
 def _read_meta_checkpoint(path: Path) -> Saved:
     from gram_meta.method.checkpoint import load_meta_checkpoint
+    from gram_meta.method.prompts import STATE_NAMES
 
     meta = load_meta_checkpoint(path)
-    names = {"text": "ctx", "visual": "visual_ctx"}
     return Saved(
         path,
-        state_dict={names[kind]: value for kind, value in meta.prompts.items()} | dict(meta.extras),
+        state_dict={STATE_NAMES[kind]: value for kind, value in meta.prompts.items()} | dict(meta.extras),
         backbone=meta.backbone_name,
         fingerprint=meta.backbone_fingerprint,
         template=meta.config.get("PROMPT", {}).get("TEMPLATE"),
