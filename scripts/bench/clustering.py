@@ -490,43 +490,44 @@ def rules(store: Path, opts: list[str]) -> list[dict[str, Any]]:
 
 
 def tables(folder: Path) -> None:
-    """Markdown of all rows in FOLDER/results.jsonl."""
-    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    runs = [row for row in rows if row["what"] != "rules"]
-    print(
-        "| pairs | what | wall clock | processor time | peak memory | of that its own | topics | noise | AMI | ARI | "
-        "noise: precision | recall | domains: AMI |\n|" + " --- |" * 2 + " ---: |" * 11
-    )
-    for row in runs:
-        name = " ".join([row["what"], *row["opts"]])
-        if row["rc"]:
-            print(
-                f"| {row['store']} | {name} | ended after {row['wall_s']:.0f} s (load {row['load']:.0f}) | | | | | | | | | | |"
-            )
-            continue
-        numbers = [
-            row.get(key, "")
-            for key in ("topics", "noise", "ami", "ari", "noise_precision", "noise_recall", "domain_ami")
-        ]
-        cells = [f"{x:.2f}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else x for x in numbers]
-        usage = [
-            f"{row['wall_s']:,.0f} s",
-            f"{row['cpu_s']:,.0f} s",
-            f"{row['peak_gb']:.2f} GB",
-            f"{row['own_gb']:.2f} GB",
-        ]
-        print("| " + " | ".join([row["store"], name, *usage, *cells]) + " |")
-    print(
-        "\n| store | rule | noise | AMI with un-sampled | the same, noise a topic | same verdict on noise | AMI with truth | ms per pair |"
-    )
-    print("| --- | --- |" + " ---: |" * 6)
-    for row in rows:
+    """Print all rows of FOLDER/results.jsonl as Markdown."""
+    from common import print_table  # it imports torch, which the measured processes must not
+
+    runs, rules = [], []
+    for line in (folder / "results.jsonl").read_text().splitlines():
+        row = json.loads(line)
         if row["what"] == "rules":
             other, truth = row["unsampled"], row.get("truth", {})
-            print(
-                f"| {row['store']}, sample {int(row['opts'][0]):,} | {row['rule']} | {100 * row['noise']:.1f} % | {other['ami']:.3f} | "
-                f"{other['ami_with_noise']:.3f} | {100 * other['noise_agreement']:.1f} % | {truth.get('ami', '')} | {row['ms_per_pair']} |"
-            )
+            store = f"{row['store']}, sample {int(row['opts'][0]):,}"
+            shares = [
+                f"{other['ami']:.3f}",
+                f"{other['ami_with_noise']:.3f}",
+                f"{100 * other['noise_agreement']:.1f} %",
+            ]
+            noise = f"{100 * row['noise']:.1f} %"
+            rules.append([store, row["rule"], noise, *shares, truth.get("ami", ""), row["ms_per_pair"]])
+            continue
+        cells = [row["store"], " ".join([row["what"], *row["opts"]])]
+        if row["rc"]:
+            runs.append([*cells, f"ended after {row['wall_s']:.0f} s (load {row['load']:.0f})", *[""] * 10])
+            continue
+        cells += [f"{row[key]:,.0f} s" for key in ("wall_s", "cpu_s")]
+        cells += [f"{row[key]:.2f} GB" for key in ("peak_gb", "own_gb")]
+        for key in ("topics", "noise", "ami", "ari", "noise_precision", "noise_recall", "domain_ami"):
+            x = row.get(key, "")
+            cells.append(f"{x:.2f}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else x)
+        runs.append(cells)
+    usage = ["wall clock", "processor time", "peak memory", "of that its own"]
+    quality = ["topics", "noise", "AMI", "ARI", "noise: precision", "recall", "domains: AMI"]
+    print_table(["pairs", "what", *usage, *quality], runs)
+    agreement = [
+        "AMI with un-sampled",
+        "the same, noise a topic",
+        "same verdict on noise",
+        "AMI with truth",
+        "ms per pair",
+    ]
+    print_table(["store", "rule", "noise", *agreement], rules)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Peak memory and time of one meta-training step by the ways of MEMORY, beside what `gram_meta.method.memory_plan` estimates.
+"""Measure peak memory and time of a meta-training step for each MEMORY setting, beside the estimate of `memory_plan`.
 
 python scripts/bench/meta_memory.py --backbone random-ViT-B/16 --prompts visual --ways 2 --shots 2 6 --threads 1 --clock cpu
 python scripts/bench/meta_memory.py --backbone random-ViT-B/32 --prompts joint --threads 1 --clock cpu --repeats 1
@@ -32,12 +32,12 @@ WAYS = {  # name: SECOND_ORDER, images at a time, checkpointing, first order
 
 
 def main() -> None:
-    options = common.parser(__doc__.splitlines()[0])
-    options.add_argument("--prompts", choices=("visual", "joint"), default="visual")
-    options.add_argument("--ways", type=int, default=2)
-    options.add_argument("--shots", type=int, nargs=2, default=(2, 6), help="support and query images per class")
-    options.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS))
-    args = options.parse_args()
+    parser = common.parser(__doc__.splitlines()[0])
+    parser.add_argument("--prompts", choices=("visual", "joint"), default="visual")
+    parser.add_argument("--ways", type=int, default=2)
+    parser.add_argument("--shots", type=int, nargs=2, default=(2, 6), help="support and query images per class")
+    parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS))
+    args = parser.parse_args()
     backbone = common.begin(args)
     text = 4 if args.prompts == "joint" else 0
     theta = initial_prompts(backbone, text, 4, "a photo of a")
@@ -66,7 +66,7 @@ def main() -> None:
     print(common.environment(args))
     print(f"{args.prompts} prompts, one task of {args.ways} classes, {args.shots[0]} + {args.shots[1]} images each\n")
     steps = {way: partial(step, way) for way in args.only}
-    for way in steps:  # the libraries' own buffers are nobody's
+    for way in steps:  # fills the libraries' own buffers, which no variant should pay for
         if way == "first order" or len(steps) == 1:
             step(way)
     seconds: dict[str, list[float]] = {way: [] for way in steps}
@@ -81,31 +81,19 @@ def main() -> None:
     rows = []
     for way in steps:
         graphs, images, checkpointing, first_order = WAYS[way]
-        config = load_meta_config(
-            [],
-            [
-                "TASKS.WAYS",
-                str(args.ways),
-                "TASKS.SUPPORT_SHOTS",
-                str(args.shots[0]),
-                "TASKS.QUERY_SHOTS",
-                str(args.shots[1]),
-                "PROMPT.TEXT_TOKENS",
-                str(text),
-                "PROMPT.VISUAL_TOKENS",
-                "4",
-                "MEMORY.SECOND_ORDER",
-                graphs,
-                "MEMORY.TASKS",
-                "1",
-                "MEMORY.IMAGES",
-                str(images),
-                "MEMORY.CHECKPOINTING",
-                str(checkpointing),
-                "INNER.FIRST_ORDER",
-                str(first_order),
-            ],
-        )
+        options = {
+            "TASKS.WAYS": args.ways,
+            "TASKS.SUPPORT_SHOTS": args.shots[0],
+            "TASKS.QUERY_SHOTS": args.shots[1],
+            "PROMPT.TEXT_TOKENS": text,
+            "PROMPT.VISUAL_TOKENS": 4,
+            "MEMORY.SECOND_ORDER": graphs,
+            "MEMORY.TASKS": 1,
+            "MEMORY.IMAGES": images,
+            "MEMORY.CHECKPOINTING": checkpointing,
+            "INNER.FIRST_ORDER": first_order,
+        }
+        config = load_meta_config([], [str(part) for pair in options.items() for part in pair])
         estimate = plan(MemoryConfig.from_config(config), backbone, 1, 1e15).estimate / 1e6
         apart = common.deviation(results[way][0], results[args.only[0]][0])
         rows.append(

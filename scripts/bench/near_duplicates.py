@@ -1,12 +1,13 @@
-"""How many made-up near-duplicates gram check-overlap finds, and how many other images it takes for such.
+"""Measure how many made-up near-duplicates `gram check-overlap` finds, and how many other images it reports wrongly.
 
     python scripts/bench/near_duplicates.py STORE [--images N] [--against FOLDER ...] [--half tune|report]
 
-N images of the store are taken, changed in each of the ways below, and looked for in the store as if they were test
-images: the share whose original is among the candidates (by CLIP's features, by pictures of 8 x 8 pixels), and the share whose
-original is then confirmed. Beside it the distance of imagehash's 64-bit pHash, where that is installed. False alarms: the
-same images unchanged, looked for in the store without themselves; or, with --against, images of folders that are known not to
-be in the store. `--half` parts images by a hash of their names: thresholds are set on one half and reported on the other.
+The script draws N images from the store, changes them in each way below and searches the store for the results as if
+they were test images. It prints the share whose original is among the candidates (by CLIP features, by thumbnails of
+8 x 8 pixels) and the share whose original is then confirmed; also the distance of imagehash's 64-bit pHash if that
+package is installed. False alarms: the same images unchanged, searched in the store without themselves; with --against,
+images of folders that are known not to be in the store. `--half` splits images by a hash of their names: set thresholds
+on one half and report on the other.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
 from gram_meta.backbone.clip import load_backbone
@@ -44,7 +46,7 @@ def cropped(image, share, random):
 
 
 def overlaid(image, random):
-    """A box of one colour and a line of text, a fortieth and more of the picture."""
+    """Draw a box of one colour (a fortieth of the picture) and a line of text."""
     image = image.copy()
     width, height = image.size
     x, y = int(random.integers(width - width // 5)), int(random.integers(height - height // 8))
@@ -77,13 +79,12 @@ CHANGES = {
 
 
 def in_half(name, half):
+    """Return whether an image belongs to this half by the hash of its name; every image does where half is None."""
     return half is None or (hashlib.sha256(name.encode()).digest()[0] % 2 == 0) == (half == "tune")
 
 
 def candidates(images, store, backbone, tiny, k):
-    """(T, 2 k) rows and cosines by CLIP and by thumbnails, each with those of the mirror images; the small copies."""
-    import torch
-
+    """Return (T, 2 k) rows and cosines by CLIP and by thumbnails (mirror images included), and the small copies."""
     transform = backbone.preprocess()
     small = np.stack([overlap.small_copy(image) for image in images])
     parts = []
@@ -120,10 +121,7 @@ def main() -> int:
     parser.add_argument(
         "--changes", nargs="*", default=list(CHANGES), metavar="NAME", help="some of them; none: false alarms alone"
     )
-    parser.add_argument("--save", metavar="NPZ", help="keep distances, to look at thresholds")
     args = parser.parse_args()
-    import torch
-
     torch.set_num_threads(args.threads)
     try:
         import imagehash
@@ -138,24 +136,26 @@ def main() -> int:
     ]
     rows = np.array(rows)
     settings = overlap.SearchSettings(cache=Path(f"{args.store}.pictures"))
-    tiny = np.concatenate(
-        [
-            overlap._read_corpus(
-                store, np.arange(s, min(s + overlap.CHUNK, len(places))), settings, overlap.thumbnails
-            )[0]
-            for s in range(0, len(places), overlap.CHUNK)
-        ]
-    )
+    chunks = np.split(np.arange(len(places)), range(overlap.CHUNK, len(places), overlap.CHUNK))
+    tiny = np.concatenate([overlap._read_corpus(store, chunk, settings, overlap.thumbnails)[0] for chunk in chunks])
     originals = [places.image(int(row)) for row in rows]
     small = np.stack([overlap.small_copy(image) for image in originals])
     kept = {}
     print(
         f"{len(rows)} of {len(places):,} images, half: {args.half}, {args.neighbours} neighbours, distance <= {overlap.DISTANCE}"
     )
-    print(
-        "| change | candidate by CLIP | cosine, lowest 5 % | by 8 x 8 pixels | cosine, lowest 5 % | distance, highest 5 % | found | pHash <= 8 |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    low = "cosine, lowest 5 %"
+    header = [
+        "change",
+        "candidate by CLIP",
+        low,
+        "by 8 x 8 pixels",
+        low,
+        "distance, highest 5 %",
+        "found",
+        "pHash <= 8",
+    ]
+    print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
     for name in args.changes:
         change = CHANGES[name]
         changed = [change(image, random) for image in originals]
@@ -165,16 +165,12 @@ def main() -> int:
             hit = found == rows[:, None]
             cosine = np.where(hit, cosines, -1).max(1)
             reached.append(hit.any(1))
-            cells += [
-                f"{100 * hit.any(1).mean():.1f}",
-                f"{np.quantile(cosine[hit.any(1)], 0.05):.2f}" if hit.any() else "",
-            ]
+            cells.append(f"{100 * hit.any(1).mean():.1f}")
+            cells.append(f"{np.quantile(cosine[hit.any(1)], 0.05):.2f}" if hit.any() else "")
         distance = overlap.distances(theirs, small)
         kept[name] = distance
-        cells += [
-            f"{np.quantile(distance, 0.95):.2f}",
-            f"{100 * (reached[0] & (distance <= overlap.DISTANCE)).mean():.1f}",
-        ]
+        cells.append(f"{np.quantile(distance, 0.95):.2f}")
+        cells.append(f"{100 * (reached[0] & (distance <= overlap.DISTANCE)).mean():.1f}")
         if imagehash:
             far = [imagehash.phash(a) - imagehash.phash(b) for a, b in zip(changed, originals, strict=True)]
             cells.append(f"{100 * np.mean(np.array(far) <= 8):.1f}")
@@ -203,22 +199,6 @@ def main() -> int:
             f"distance <= {limit}: false alarms {100 * (nearest <= limit).mean():.2f} % of images, "
             f"{100 * (distance <= limit).mean():.3f} % of pairs{confirmed}"
         )
-    if args.save:
-        order = np.argsort(distance)[:200]
-        np.savez(
-            args.save,
-            nearest=nearest,
-            pairs=pairs[order],
-            distance=distance[order],
-            rows=rows,
-            **{f"change {n}": d for n, d in kept.items()},
-        )
-        sheet = Image.new("RGB", (8 * 210, 5 * 106), "white")
-        for place, i in enumerate(order[:40]):
-            x, y = place % 8 * 210, place // 8 * 106
-            sheet.paste(others[pairs[i, 0]].resize((100, 100)), (x, y))
-            sheet.paste(places.image(int(pairs[i, 1])).resize((100, 100)), (x + 102, y))
-        sheet.save(f"{args.save}.png")
     return 0
 
 
