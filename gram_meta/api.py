@@ -17,18 +17,20 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from torch.optim import Optimizer
+from typing import TYPE_CHECKING, Any
 
 from gram_meta.clustering.hierarchy import Hierarchy, check_target
 from gram_meta.config import load_meta_config
 from gram_meta.corpus.store import PairStore
 from gram_meta.files import PathLike
-from gram_meta.method.apply import Prompts, Regulation
-from gram_meta.method.checkpoint import MetaCheckpoint, load_meta_checkpoint
-from gram_meta.method.evaluation import Adaptation, evaluate_adaptation
 from gram_meta.processes import device_for, process_group
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from gram_meta.method.apply import Prompts, Regulation
+    from gram_meta.method.checkpoint import MetaCheckpoint
+    from gram_meta.method.evaluation import Adaptation
 
 Configs = PathLike | Sequence[PathLike]
 Options = Mapping[str, Any] | Sequence[str]  # {"OUTER.STEPS": 5000}, or ["OUTER.STEPS", "5000"]
@@ -142,7 +144,7 @@ def cluster(
     hierarchy = cluster_pairs(opened, settings, excluded=excluded, scratch=folder, progress=progress)
     hierarchy.save(folder)
     Steps(folder).forget()
-    return Hierarchy.open(folder)
+    return hierarchy
 
 
 def pretrain(
@@ -168,6 +170,7 @@ def pretrain(
         GramError: inputs that do not belong together, too few topics, a folder that holds another run.
         Stopped: after SIGTERM; the state is saved.
     """
+    from gram_meta.method.checkpoint import load_meta_checkpoint
     from gram_meta.method.meta_trainer import pretrain as run
 
     settings = load_meta_config(_files(config), _pairs(opts))
@@ -207,6 +210,9 @@ def evaluate(
         steps: numbers of inner steps after which the query sets are scored.
         opts: settings that replace those of meta-training.
     """
+    from gram_meta.method.checkpoint import MetaCheckpoint, load_meta_checkpoint
+    from gram_meta.method.evaluation import evaluate_adaptation
+
     checkpoint = meta if isinstance(meta, MetaCheckpoint) else load_meta_checkpoint(meta)
     opened = _store(store), hierarchy if isinstance(hierarchy, Hierarchy) else Hierarchy.open(hierarchy)
     with process_group(device or "auto") as group:
@@ -225,6 +231,8 @@ def regulate(optimizer: Optimizer, prompts: Prompts, meta: MetaCheckpoint) -> Re
     Returns:
         The regulation; `summary()` says what it has done so far.
     """
+    from gram_meta.method.apply import Regulation
+
     regulation = Regulation(prompts, meta.regulator, gradient_norms=meta.gradient_norms)
     if meta.regulator is not None:
         meta.regulator.to(next(iter(regulation.prompts.values())).device)

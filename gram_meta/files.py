@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -45,6 +45,14 @@ def write_json(path: PathLike, value: Any) -> None:
     with atomic_write(path, "w") as file:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")
+
+
+def write_arrays(path: PathLike, arrays: Mapping[str, Any]) -> None:
+    """Write an .npz file of named arrays, atomically."""
+    import numpy as np
+
+    with atomic_write(path) as file:
+        np.savez(file, **arrays)
 
 
 def read_json(path: PathLike) -> Any:

@@ -277,9 +277,7 @@ def test_the_store_is_a_pair_store(corpus):
 
 def test_gram_cluster_takes_the_file(corpus, data, tmp_path):
     """--exclude leaves out the images that were found, each once."""
-    from gram_meta.commands.cluster import excluded_images
-
     _, rows = check(corpus, data, tmp_path / "overlap.tsv")
     store = PairStore.open(corpus / "store")
-    excluded = excluded_images(str(tmp_path / "overlap.tsv"), store)
+    excluded = store.rows_of_images(tmp_path / "overlap.tsv")
     assert {store.locations[int(row)] for row in excluded} == {row["image"] for row in rows}

@@ -1,4 +1,4 @@
-"""What a long clustering has found so far, kept beside its result so that an interrupted run can go on."""
+"""Intermediate results of a long clustering, kept beside its result so that an interrupted run can continue."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gram_meta.files import PathLike, atomic_write
+from gram_meta.files import PathLike, write_arrays
 
 log = logging.getLogger(__name__)
 
@@ -17,17 +17,17 @@ NAMES = ("sample", "assigned")
 
 
 class Steps:
-    """Arrays in hidden files of a folder, each with a key that says what it was made from.
+    """Arrays in hidden files of a folder, each with a key: a hash of what it was computed from.
 
     Args:
-        folder: None: nothing is kept.
+        folder: None: no array is kept.
     """
 
     def __init__(self, folder: PathLike | None) -> None:
         self.folder = None if folder is None else Path(folder)
 
     def once(self, name: str, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """What an earlier run with this key kept under `name`, else what `make` returns, which is then kept."""
+        """Return the array that an earlier run with this key kept under `name`; else compute it by `make` and keep it."""
         if self.folder is None:
             return make()
         path = self.path(name)
@@ -37,10 +37,9 @@ class Steps:
                     log.info("%s: found by an earlier run that was interrupted", name)
                     return kept["value"]
         except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
-            pass  # none, or damaged: made anew
+            pass  # missing or damaged
         value = make()
-        with atomic_write(path) as file:
-            np.savez(file, key=np.array(key), value=value)
+        write_arrays(path, {"key": np.array(key), "value": value})
         return value
 
     def path(self, name: str) -> Path:
@@ -48,7 +47,7 @@ class Steps:
         return self.folder / f".{name}.npz"
 
     def forget(self) -> None:
-        """Remove what was kept."""
+        """Remove the files."""
         if self.folder is not None:
             for name in NAMES:
                 self.path(name).unlink(missing_ok=True)

@@ -15,16 +15,16 @@ _WORD = re.compile(r"[^\W\d_]{2,}")
 
 @lru_cache(maxsize=1)
 def stop_words() -> frozenset[str]:
-    """English words that never name a topic: scikit-learn's list."""
+    """Return English words that never name a topic: scikit-learn's list."""
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
     return frozenset(ENGLISH_STOP_WORDS)
 
 
 def tokens(text: str) -> Iterator[str]:
-    """The words of a text, lower case: runs of two letters or more, in any script, without stop words.
+    """Yield the words of a text in lower case: runs of two or more letters of any script, without stop words.
 
-    Digits, underscores and punctuation separate words: "dog's" is "dog", as its "s" is one letter.
+    Digits, underscores and punctuation separate words: "dog's" gives "dog", as its "s" is one letter.
     """
     return (word for word in _WORD.findall(text.lower()) if word not in stop_words())
 
@@ -32,19 +32,18 @@ def tokens(text: str) -> Iterator[str]:
 def topic_words(
     captions: Iterable[str], topic: Iterable[int], topics: int, top: int = 10
 ) -> list[list[tuple[str, float]]]:
-    """The best words of each topic with their scores, best first (Eq. 3).
+    """Return the best words of each topic with their scores, best first (Eq. 3).
 
-    The captions of a topic are one document. With N_wl the number of times that word w occurs in topic l, N_l
-    the number of words in topic l, L the number of topics and L_w the number of topics that contain w, the
-    score of w in l is N_wl / N_l * log(L / (L_w + 1)). Equal scores: the word that occurs more often, then
-    the alphabet.
+    The captions of a topic are one document. The score of word w in topic l is N_wl / N_l * log(L / (L_w + 1)): w occurs
+    N_wl times among the N_l words of topic l, and L_w of the L topics contain w. Among equal scores, the word that occurs
+    more often comes first, then the alphabet decides.
 
     Args:
-        captions: n texts. topic: n topic numbers in 0 ... topics - 1; -1: of no topic, left out.
-        topics: L. top: how many words to return for each topic.
+        captions: n texts. topic: n topic numbers in 0 ... topics - 1; -1: in no topic.
+        topics: L. top: number of words for each topic.
 
     Raises:
-        GramError: fewer than three topics: then no score can be positive.
+        GramError: fewer than three topics, so that no score can be positive.
     """
     if topics < 3:
         raise GramError(
@@ -57,10 +56,11 @@ def topic_words(
         if number >= 0:
             counts[number].update(tokens(caption))
     containing = Counter(word for of_topic in counts for word in of_topic)  # L_w
-    return [_best(of_topic, containing, topics, top) for of_topic in counts]
-
-
-def _best(counts: Counter[str], containing: Counter[str], topics: int, top: int) -> list[tuple[str, float]]:
-    total = counts.total()  # N_l
-    scores = {word: n / total * math.log(topics / (containing[word] + 1)) for word, n in counts.items()}
-    return sorted(scores.items(), key=lambda item: (-item[1], -counts[item[0]], item[0]))[:top]
+    weight = {word: math.log(topics / (number + 1)) for word, number in containing.items()}
+    best = []
+    for of_topic in counts:
+        total = of_topic.total()  # N_l
+        scores = [(word, n / total * weight[word], n) for word, n in of_topic.items()]
+        scores.sort(key=lambda item: (-item[1], -item[2], item[0]))
+        best.append([(word, score) for word, score, _ in scores[:top]])
+    return best

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from gram_meta.corpus.sources import Source
 
 HELP = """Turn image-text pairs into a store of CLIP and Sentence-BERT features.
 
@@ -28,6 +24,10 @@ The format is detected from the contents of SOURCE and printed; --format NAME ov
 that cannot be used are skipped, and counted by reason in the store's manifest.json. The same command continues an
 interrupted run. Several processes, also on several machines, share the work:
 torchrun --nproc_per_node 8 -m gram_meta embed ... See docs/guide/corpus.md."""
+
+# of the command, and of `gram_meta.api.embed`
+OPTIONS = ("backbone", "precision", "sentence_model", "batch_size", "part_size", "workers", "device", "format")
+OPTIONS += ("image_column", "caption_column", "image_root", "image_name", "classnames", "split")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,72 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import os
+    from gram_meta.api import embed
 
-    from gram_meta.corpus.sources import open_source
-    from gram_meta.processes import device_for, process_group
-
-    # The threads of the tokenizer do not survive the forking of image workers.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with process_group(args.device) as group:
-        # Errors that cost little come first, and once.
-        source = group.first(
-            lambda: open_source(
-                args.source,
-                args.image_column,
-                args.caption_column,
-                args.image_root,
-                args.format,
-                args.classnames,
-                args.split,
-                args.image_name,
-            )
-        )
-        if group.first(lambda: _is_finished(args, source)):
-            return 0
-
-        from gram_meta.backbone.clip import load_backbone
-        from gram_meta.corpus.embedding.run import embed_pairs
-        from gram_meta.corpus.embedding.sentences import load_sentence_model
-
-        device = device_for(group, args.device)
-        embed_pairs(
-            source,
-            args.out,
-            load_backbone(args.backbone, device, args.precision),
-            load_sentence_model(args.sentence_model, device),
-            batch_size=args.batch_size,
-            part_size=args.part_size,
-            workers=args.workers,
-            progress=True,
-            group=group,
-        )
+    embed(args.source, args.out, **{name: getattr(args, name) for name in OPTIONS})
     return 0
-
-
-def _is_finished(args: argparse.Namespace, source: Source) -> bool:
-    """Return whether the same command has finished before; print a line if so.
-
-    Raises:
-        GramError: another run is writing to the store, or it has other settings.
-    """
-    import os
-    import sys
-
-    from gram_meta.corpus.embedding.lock import check_free
-    from gram_meta.corpus.embedding.run import is_finished
-
-    check_free(args.out)
-    settings = {
-        "source": source.identity(),
-        "clip": {"name": args.backbone, "precision": args.precision},
-        "sentence_model": {"name": args.sentence_model},
-        "batch_size": args.batch_size,
-        "part_size": args.part_size,
-    }
-    # A name stands for its weights, so a finished run is recognised before they are loaded; a file may change.
-    by_name = not os.path.exists(args.backbone) and not os.path.exists(args.sentence_model)
-    if not is_finished(args.out, settings) or not by_name:
-        return False
-    print(f"{args.out}: finished before, nothing to do", file=sys.stderr)
-    return True

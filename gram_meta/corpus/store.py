@@ -154,6 +154,30 @@ class PairStore:
         reader = ImageReader(Path(root or self.image_root), sizes)
         return Places(reader, self.locations, *(self.in_shards or ()))
 
+    def rows_of_images(self, path: PathLike) -> np.ndarray:
+        """Return the rows, ascending, of the images whose locations stand in the column `image` of a TSV.
+
+        Raises:
+            GramError: no such file or column, or a location that the store does not have.
+        """
+        try:
+            with open(path, encoding="utf-8-sig") as file:
+                rows = [line.rstrip("\r\n").split("\t") for line in file if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8"
+            raise GramError(f"{path}: expected a .tsv file of images to exclude, found none ({reason})") from None
+        if not rows or "image" not in rows[0]:
+            raise GramError(f"{path}: expected a column image, found {', '.join(rows[0]) if rows else 'an empty file'}")
+        column = rows[0].index("image")
+        wanted = {row[column] for row in rows[1:] if len(row) > column}
+        found = {location: row for row, location in enumerate(self.locations) if location in wanted}
+        if unknown := sorted(wanted - found.keys()):
+            more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+            raise GramError(
+                f"{path}: expected locations of images of {self.path}, found {', '.join(unknown[:3])}{more}"
+            )
+        return np.array(sorted(found.values()), np.int64)
+
     @property
     def clip_fingerprint(self) -> str:
         return self.manifest["settings"]["clip"]["fingerprint"]

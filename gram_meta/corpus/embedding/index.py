@@ -15,6 +15,7 @@ import shutil
 from bisect import bisect_right
 from collections import Counter
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -181,34 +182,27 @@ def _write_shard(shards: list[Shard], root: Path, folder: Path, part_size: int, 
     ids: dict[bytes, int] = {}  # digest of an image's location -> its id in this shard
     skipped: Counter[str] = Counter()
     files: set[str] = set()
-    bounds, sizes, rows = [0], [], 0
+    bounds, sizes = [0], []
     columns: tuple[list[Any], ...] = tuple([] for _ in SCHEMA)
     with atomic_write(_index_path(folder, number)) as file, pq.ParquetWriter(file, SCHEMA) as writer:
-
-        def close_part() -> None:
-            writer.write_table(pa.table(list(columns), schema=SCHEMA), row_group_size=len(columns[0]))
-            bounds.append(len(ids))
-            sizes.append(len(columns[0]))
-            for column in columns:
-                column.clear()
-
-        for row in shards[number].rows():
-            rows += 1
-            if row.skip:
+        for row in chain(shards[number].rows(), [None]):  # None: the end
+            if row is not None and row.skip:
                 skipped[row.skip] += 1
-                continue
-            digest = hashlib.blake2b(row.location.encode("utf-8", "surrogateescape"), digest_size=16).digest()
-            place = row.place if digest not in ids else (None, None, None, None)
-            image = ids.setdefault(digest, len(ids))
-            for column, value in zip(columns, (image, row.caption, *place), strict=True):
-                column.append(value)
-            files.add(row.shard)
-            if len(columns[0]) == part_size:
-                close_part()
-        if columns[0]:
-            close_part()
+            elif row is not None:
+                digest = hashlib.blake2b(row.location.encode("utf-8", "surrogateescape"), digest_size=16).digest()
+                place = row.place if digest not in ids else (None, None, None, None)
+                image = ids.setdefault(digest, len(ids))
+                for column, value in zip(columns, (image, row.caption, *place), strict=True):
+                    column.append(value)
+                files.add(row.shard)
+            if columns[0] and (row is None or len(columns[0]) == part_size):
+                writer.write_table(pa.table(list(columns), schema=SCHEMA), row_group_size=len(columns[0]))
+                bounds.append(len(ids))
+                sizes.append(len(columns[0]))
+                for column in columns:
+                    column.clear()
     counts = {
-        "rows": rows,
+        "rows": skipped.total() + sum(sizes),
         "images": len(ids),
         "skipped": skipped,
         "bounds": bounds,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 from gram_meta.corpus.embedding.index import Index
 from gram_meta.corpus.images import DIGEST_BYTES, NOT_FINITE, REASONS
@@ -23,7 +24,7 @@ from gram_meta.corpus.loading import run_ahead
 from gram_meta.corpus.places import ImageBatch, ImageFiles, ImageReader
 from gram_meta.corpus.sources.rows import Place
 from gram_meta.errors import GramError
-from gram_meta.files import atomic_write
+from gram_meta.files import write_arrays
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,35 +83,25 @@ def embed_parts(
     last: _Part | None = None
     writing: Future[None] | None = None
     with ThreadPoolExecutor(1) as pool:
-
-        def finish(part: _Part) -> None:
-            nonlocal writing
-            arrays = part.arrays()
-            if writing is not None:
-                writing.result()  # raises if that part could not be written
-            writing = pool.submit(_write, part_path(folder, part.number), arrays)
-            count(part.pairs_left)
-
-        for number in parts:
-            part = _Part(index, number, backbone, sentence_model, batch_size)
-            for batch in range(part.batches):
+        for number in [*parts, None]:  # None: only the captions of the last part are left
+            part = None if number is None else _Part(index, number, backbone, sentence_model, batch_size)
+            for batch in range(part.batches if part else 0):
+                assert part is not None
                 part.add_images(next(images))
                 count(part.share_of_pairs(batch))
                 if last is not None:
                     last.encode_captions((batch + 1) / part.batches)
             if last is not None:
-                finish(last)
-            part.finish_images()
+                arrays = last.arrays()
+                if writing is not None:
+                    writing.result()  # raises if that part could not be written
+                writing = pool.submit(write_arrays, part_path(folder, last.number), arrays)
+                count(last.pairs_left)
+            if part is not None:
+                part.finish_images()
             last = part
-        if last is not None:
-            finish(last)
     if writing is not None:
         writing.result()
-
-
-def _write(path: Path, arrays: dict[str, Any]) -> None:
-    with atomic_write(path) as file:
-        np.savez(file, **arrays)
 
 
 class _Part:
@@ -122,6 +113,7 @@ class _Part:
     def __init__(
         self, index: Index, number: int, backbone: Backbone, sentence_model: SentenceModel, batch_size: int
     ) -> None:
+        self.index = index
         self.number = number
         self.backbone = backbone
         self.sentence_model = sentence_model
@@ -130,9 +122,6 @@ class _Part:
         self.images = index.bounds[number + 1] - self.first  # that first appear in this part
         self.batches = -(-self.images // batch_size)
         self.pairs = self.pairs_left = index.sizes[number]
-        pairs = index.read(number, "image", "caption")
-        self.image = pairs["image"].to_numpy()
-        self.captions: list[str] = pairs["caption"].to_pylist()
         self.status: list[int] = []  # indices into REASONS
         self.digests: list[bytes] = []
         self.image_features: list[Tensor] = []
@@ -164,7 +153,10 @@ class _Part:
         return more
 
     def finish_images(self) -> None:
-        """Find the usable pairs, and plan the encoding of their captions: each once, in batches of about equal length."""
+        """Read the pairs, find the usable ones, and plan the encoding of their captions.
+
+        Each caption is encoded once, in batches of about equal length.
+        """
         import torch
 
         self.features = np.zeros((self.images, self.backbone.embed_dim), np.float16)
@@ -173,13 +165,14 @@ class _Part:
             self.features[status == 0] = torch.cat(self.image_features).cpu().numpy()
         status[~np.isfinite(self.features).all(axis=1)] = REASONS.index(NOT_FINITE)
         self.image_status = status
+        pairs = self.index.read(self.number, "image", "caption")
+        self.image = pairs["image"].to_numpy()
         # as far as this part knows: an image of an earlier part may be broken
         self.usable = np.ones(len(self.image), bool)
         own = self.image >= self.first
         self.usable[own] = status[self.image[own] - self.first] == 0
 
-        chosen = [caption for caption, use in zip(self.captions, self.usable, strict=True) if use]
-        self.captions = []
+        chosen = pairs["caption"].filter(pa.array(self.usable)).to_pylist()
         self.copies = Counter(chosen)
         texts = sorted(self.copies, key=len, reverse=True)
         row = {text: number for number, text in enumerate(texts)}
