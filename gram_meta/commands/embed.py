@@ -26,8 +26,10 @@ interrupted run. Several processes, also on several machines, share the work:
 torchrun --nproc_per_node 8 -m gram_meta embed ... See docs/guide/corpus.md."""
 
 # of the command, and of `gram_meta.api.embed`
-OPTIONS = ("backbone", "precision", "sentence_model", "batch_size", "part_size", "workers", "device", "format")
-OPTIONS += ("image_column", "caption_column", "image_root", "image_name", "classnames", "split")
+OPTIONS = (
+    *("backbone", "precision", "sentence_model", "batch_size", "part_size", "workers", "device", "format"),
+    *("image_column", "caption_column", "image_root", "image_name", "classnames", "split"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
