@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from gram_meta.datasets.few_shot import Entry, FewShot, Splits
+from gram_meta.datasets.few_shot import Entry, FewShot, Splits, as_entries
 from gram_meta.engine import DatasetBase, Datum
 from gram_meta.errors import GramError
 from gram_meta.files import read_json, sha256_file
@@ -27,39 +27,36 @@ PARTS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class Published:
-    """What is known of a published dataset: `gram check-data` compares with it.
+    """Facts about a published dataset, which `gram check-data` compares with.
 
     Attributes:
-        classes, train, val, test: numbers of classes and images; None: not known.
-        sources: what is needed -> where its authors, or CoOp, offer it.
-        note: what else one has to know to get it.
+        counts: numbers of classes, and of train, val and test images; None: unknown.
+        sources: file or folder -> the address at which its authors, or CoOp, offer it.
+        note: further advice on getting it.
     """
 
-    classes: int | None = None
-    train: int | None = None
-    val: int | None = None
-    test: int | None = None
+    counts: tuple[int | None, int | None, int | None, int | None] = (None, None, None, None)
     sources: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
 
 
 class SplitDataset(DatasetBase):
-    """Subclasses name `dataset_dir` (under DATASET.ROOT), `image_dir` and `split_file` (in `dataset_dir`).
+    """Base class: subclasses name `dataset_dir` (under DATASET.ROOT), `image_dir` and `split_file` (in `dataset_dir`).
 
-    A dataset without a split file overrides `read`, which then gets the dataset's folder. With no `few_shot_parts` a
-    dataset is for testing alone.
+    A dataset without a split file overrides `read`, which then gets the dataset's folder. A dataset without
+    `few_shot_parts` is only for testing.
 
     Attributes:
-        few_shot: {"path", "sha256"} of the few-shot subset; empty without one, path empty where it was not stored.
+        few_shot: {"path", "sha256"} of the few-shot subset; both are empty without one, path also if it was not stored.
     """
 
     dataset_dir = ""
     image_dir = "images"  # "": paths start from the dataset's folder
     split_file = ""
-    few_shot_dir = "split_fewshot"  # of its own where several datasets share a split file
+    few_shot_dir = "split_fewshot"  # another one if several datasets share a split file
     few_shot_parts: tuple[str, ...] = ("train", "val")
-    source = "lists"  # in words, what `read` reads where there is no split file
-    named_by = ""  # in words, what names an image that is not there, where that is neither of these
+    source = "lists"  # for messages: what `read` reads if there is no split file
+    named_by = ""  # for messages: the file that names the images, if it is neither of these
     published: ClassVar[Published] = Published()
 
     def __init__(self, cfg: Any) -> None:
@@ -79,19 +76,18 @@ class SplitDataset(DatasetBase):
 
     @classmethod
     def read(cls, path: Path) -> Splits:
-        """The splits that the split file describes, or the dataset's folder where there is no such file."""
-        if not path.is_file():
-            raise GramError(f"{path}: expected a split file in CoOp's format, found no such file{cls.where()}")
-        return read_split(path)
+        """Return the splits that the split file describes; `path` is the dataset's folder if it has no such file."""
+        url = cls.published.sources.get(cls.split_file)
+        return read_split(path, f"; CoOp offers it at {url} (gram check-data says what else is missing)" if url else "")
 
     @classmethod
     def look(cls, path: Path) -> Splits:
-        """What `read` would give, without writing anything."""
+        """Return what `read` returns, without writing a file."""
         return cls.read(path)
 
     @classmethod
     def fingerprint(cls, path: Path, splits: Splits) -> str:
-        """SHA-256 of what few-shot subsets are drawn from."""
+        """Return the SHA-256 of what few-shot subsets are drawn from."""
         if path.is_file():
             return sha256_file(path)
         drawn_from = [splits[part] for part in cls.few_shot_parts]
@@ -99,7 +95,7 @@ class SplitDataset(DatasetBase):
 
     @classmethod
     def files(cls, path: Path, splits: Splits) -> FewShot:
-        """Where this dataset's few-shot subsets are kept."""
+        """Return where this dataset's few-shot subsets are kept."""
         folder = path.parent if path.is_file() else path
         return FewShot(
             folder / cls.few_shot_dir,
@@ -110,34 +106,26 @@ class SplitDataset(DatasetBase):
         )
 
     def data(self, images: Path, splits: Splits) -> dict[str, list[Datum]]:
-        """Arguments of Dassl's DatasetBase."""
+        """Return the arguments of Dassl's DatasetBase."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Dassl warns before it fails
                 train, val, test = ([_datum(images, entry) for entry in splits[part]] for part in PARTS)
         except AssertionError:  # Datum looks for its image
-            _say_missing(splits, images, self.named_by or self.split_file or self.source)
+            _check_images(splits, images, self.named_by or self.split_file or self.source)
             raise
         return {"train_x": train, "val": val, "test": test}
 
-    @classmethod
-    def where(cls) -> str:
-        """Half a sentence on where the split file is to be had."""
-        url = cls.published.sources.get(cls.split_file)
-        return f"; CoOp offers it at {url} (gram check-data says what else is missing)" if url else ""
 
-
-def read_split(path: Path) -> Splits:
-    """Read and check a split file."""
+def read_split(path: Path, advice: str = "") -> Splits:
+    """Read and check a split file; `advice` ends the message if there is none."""
     if not path.is_file():
-        raise GramError(f"{path}: expected a split file in CoOp's format, found no such file")
+        raise GramError(f"{path}: expected a split file in CoOp's format, found no such file{advice}")
     raw = read_json(path)
     if not isinstance(raw, dict) or not {"train", "test"} <= set(raw):
         raise GramError(f'{path}: expected {{"train": ..., "val": ..., "test": ...}}, found other contents')
     try:
-        splits = {
-            part: [(str(image), int(label), str(name)) for image, label, name in raw.get(part, [])] for part in PARTS
-        }
+        splits = {part: as_entries(raw.get(part, [])) for part in PARTS}
     except (TypeError, ValueError):
         raise GramError(f"{path}: expected rows of [path, label, class name], found another row") from None
     check_splits(splits, path)
@@ -145,7 +133,7 @@ def read_split(path: Path) -> Splits:
 
 
 def check_splits(splits: Splits, path: Path) -> None:
-    """Raises `GramError` (naming `path`) unless labels run from 0, and each has training images and one name."""
+    """Raise `GramError` (naming `path`) unless labels run from 0, and each has training images and one name."""
     for part in ("train", "test"):
         if not splits[part]:
             raise GramError(f"{path}: expected images in {part!r}, found none")
@@ -153,8 +141,8 @@ def check_splits(splits: Splits, path: Path) -> None:
     if known != set(range(len(known))):
         raise GramError(f"{path}: expected training labels 0 to {len(known) - 1}, found {_some(known)}")
     for part in ("val", "test"):
-        if strange := {label for _, label, _ in splits[part]} - known:
-            raise GramError(f"{path}: {part!r} has labels without a training image ({_some(strange)})")
+        if unknown := {label for _, label, _ in splits[part]} - known:
+            raise GramError(f"{path}: {part!r} has labels without a training image ({_some(unknown)})")
     names: dict[int, str] = {}
     for entries in splits.values():
         for image, label, name in entries:
@@ -165,7 +153,7 @@ def check_splits(splits: Splits, path: Path) -> None:
 
 
 def subsample(splits: Splits, group: str) -> Splits:
-    """Keep the first half of the classes (base; the larger one), the second half (new), or all; labels from 0."""
+    """Keep the first half of the classes (base; the larger one), the second half (new), or all; renumber labels from 0."""
     if group not in SUBSAMPLES:
         raise GramError(f"DATASET.SUBSAMPLE_CLASSES is {group!r}; expected one of {', '.join(SUBSAMPLES)}")
     if group == "all":
@@ -183,7 +171,8 @@ def subsample(splits: Splits, group: str) -> Splits:
     }
 
 
-def _say_missing(splits: Splits, images: Path, source: str) -> None:
+def _check_images(splits: Splits, images: Path, source: str) -> None:
+    """Raise `GramError` if images are missing."""
     named = [entry[0] for entries in splits.values() for entry in entries]
     missing = [image for image in named if not (images / image).is_file()]
     if missing:

@@ -1,7 +1,7 @@
 """The benchmarks of CoOp that a split file describes; the others are in `fgvc_aircraft` and `imagenet`.
 
-Class names are those of the split files, as they stand there: CoOp's renamings (EuroSAT's "Annual Crop Land", Caltech's
-"face") were made when it wrote these files. Numbers of images are those of the published files.
+Class names are those of the split files, which contain CoOp's renamings (EuroSAT's "Annual Crop Land", Caltech's "face").
+Numbers of images are those of the published files.
 """
 
 from __future__ import annotations
@@ -20,10 +20,7 @@ class Caltech101(SplitDataset):
     image_dir = "101_ObjectCategories"
     split_file = "split_zhou_Caltech101.json"
     published = Published(
-        classes=100,
-        train=4128,
-        val=1649,
-        test=2465,
+        counts=(100, 4128, 1649, 2465),
         sources={
             "101_ObjectCategories": "http://www.vision.caltech.edu/Image_Datasets/Caltech101/101_ObjectCategories.tar.gz",
             split_file: f"{DRIVE}1hyarUivQE36mY6jSomru6Fjd-JzwcCzN/view",
@@ -39,10 +36,7 @@ class OxfordPets(SplitDataset):
     dataset_dir = "oxford_pets"
     split_file = "split_zhou_OxfordPets.json"
     published = Published(
-        classes=37,
-        train=2944,
-        val=736,
-        test=3669,
+        counts=(37, 2944, 736, 3669),
         sources={
             "images": "https://www.robots.ox.ac.uk/~vgg/data/pets/data/images.tar.gz",
             split_file: f"{DRIVE}1501r8Ber4nNKvmlFVQZ8SeUHTcdTTEqs/view",
@@ -58,10 +52,7 @@ class StanfordCars(SplitDataset):
     image_dir = ""
     split_file = "split_zhou_StanfordCars.json"
     published = Published(
-        classes=196,
-        train=6509,
-        val=1635,
-        test=8041,
+        counts=(196, 6509, 1635, 8041),
         sources={
             "cars_train": "http://ai.stanford.edu/~jkrause/car196/cars_train.tgz",
             "cars_test": "http://ai.stanford.edu/~jkrause/car196/cars_test.tgz",
@@ -81,10 +72,7 @@ class OxfordFlowers(SplitDataset):
     image_dir = "jpg"
     split_file = "split_zhou_OxfordFlowers.json"
     published = Published(
-        classes=102,
-        train=4093,
-        val=1633,
-        test=2463,
+        counts=(102, 4093, 1633, 2463),
         sources={
             "jpg": "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz",
             split_file: f"{DRIVE}1Pp0sRXzZFZq15zVOzKjKBu4A9i01nozT/view",
@@ -99,10 +87,7 @@ class Food101(SplitDataset):
     dataset_dir = "food-101"
     split_file = "split_zhou_Food101.json"
     published = Published(
-        classes=101,
-        train=50500,
-        val=20200,
-        test=30300,
+        counts=(101, 50500, 20200, 30300),
         sources={
             "images": "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/",
             split_file: f"{DRIVE}1QK0tGi096I0Ba6kggatX1ee6dJFIcEJl/view",
@@ -118,10 +103,7 @@ class SUN397(SplitDataset):
     image_dir = "SUN397"
     split_file = "split_zhou_SUN397.json"
     published = Published(
-        classes=397,
-        train=15880,
-        val=3970,
-        test=19850,
+        counts=(397, 15880, 3970, 19850),
         sources={
             "SUN397": "http://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz",
             split_file: f"{DRIVE}1y2RD81BYuiyvebdN-JymPfyWYcd8_MUq/view",
@@ -138,10 +120,7 @@ class DescribableTextures(SplitDataset):
     dataset_dir = "dtd"
     split_file = "split_zhou_DescribableTextures.json"
     published = Published(
-        classes=47,
-        train=2820,
-        val=1128,
-        test=1692,
+        counts=(47, 2820, 1128, 1692),
         sources={
             "images": "https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz",
             split_file: f"{DRIVE}1u3_QfB467jqHgNXC00UIzbLZRQCg2S7x/view",
@@ -157,10 +136,7 @@ class EuroSAT(SplitDataset):
     image_dir = "2750"
     split_file = "split_zhou_EuroSAT.json"
     published = Published(
-        classes=10,
-        train=13500,
-        val=5400,
-        test=8100,
+        counts=(10, 13500, 5400, 8100),
         sources={
             "2750": "http://madm.dfki.de/files/sentinel/EuroSAT.zip",
             split_file: f"{DRIVE}1Ip7yaCWFi0eaOFUGga0lUdVi_DDQth1o/view",
@@ -176,10 +152,7 @@ class UCF101(SplitDataset):
     image_dir = "UCF-101-midframes"
     split_file = "split_zhou_UCF101.json"
     published = Published(
-        classes=101,
-        train=7639,
-        val=1898,
-        test=3783,
+        counts=(101, 7639, 1898, 3783),
         sources={
             "UCF-101-midframes": f"{DRIVE}10Jqome3vtUA2keJkNanAiFpgbyC9Hc2O/view",
             split_file: f"{DRIVE}1I0S0q91hJfsV9Gf4xDIjgDq4AqBNJb1y/view",

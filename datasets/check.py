@@ -1,4 +1,4 @@
-"""What `gram check-data` finds under a folder of datasets: what is there, what is missing or wrong, where to get it."""
+"""The checks of `gram check-data`: which datasets are in a folder, what is missing or wrong, and where to get it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gram_meta.files import read_json
 
 FINE, MISSING, WRONG = "fine", "missing", "wrong"
 
-# Those of the paper, and the four shifted test sets: what is looked for unless datasets are named.
+# The paper's datasets and the four shifted test sets: `gram check-data` checks them if no datasets are named.
 PAPER = (
     "imagenet",
     "caltech101",
@@ -43,13 +43,13 @@ PAPER = (
 
 @dataclass
 class Finding:
-    """What was found of one dataset.
+    """The result of checking one dataset.
 
     Attributes:
-        name: of its config. folder: where it lies, or should. state: `FINE`, `MISSING` or `WRONG`.
-        classes, images: numbers found (images by part); None and empty where they could not be read.
-        expected: the published numbers, as far as known: {"classes": 100, "train": 4128, ...}.
-        problems: a sentence each. notes: what does no harm but is good to know. sources: what is needed -> where it is.
+        name: of its config. folder: its expected folder. state: `FINE`, `MISSING` or `WRONG`.
+        classes, images: numbers found (images by part); None and empty if they could not be read.
+        expected: the published numbers that are known: {"classes": 100, "train": 4128, ...}.
+        problems: a sentence each. notes: harmless facts. sources: file or folder -> its address.
     """
 
     name: str
@@ -64,17 +64,13 @@ class Finding:
 
 
 def known_datasets() -> list[str]:
-    """Names of the configs of all datasets that have a folder of their own: the paper's first."""
+    """Return the names of the configs of all datasets that have a folder of their own: the paper's first."""
     names = [config for config, name in _configs() if name != "ImageFolder"]
     return sorted(names, key=lambda name: (name not in PAPER, name))
 
 
 def find_datasets(root: Path, names: Sequence[str]) -> list[tuple[str, type[SplitDataset]]]:
-    """Datasets by the name of their config or class, or of a folder under `root` (an ImageFolder).
-
-    Raises:
-        GramError: neither.
-    """
+    """Find datasets by the name of their config or class, or of a folder under `root`; raise `GramError` if none has it."""
     classes = {cls.__name__: cls for cls in _subclasses(SplitDataset)}
     configs = {config: classes[name] for config, name in _configs() if name in classes and name != "ImageFolder"}
     by_name = {name.lower(): (config, cls) for config, cls in configs.items() for name in (config, cls.__name__)}
@@ -93,12 +89,12 @@ def find_datasets(root: Path, names: Sequence[str]) -> list[tuple[str, type[Spli
 
 
 def check(root: Path, name: str, dataset: type[SplitDataset], deep: bool = False, workers: int = 8) -> Finding:
-    """Look at one dataset. `deep` opens every image, in `workers` threads; else they are counted."""
+    """Check one dataset; `deep` opens every image, in `workers` threads, else images are only counted."""
     folder = root / dataset.dataset_dir
     published = dataset.published
     found = Finding(name, os.fspath(folder), sources=dict(published.sources))
-    numbers = {"classes": published.classes, **{part: getattr(published, part) for part in PARTS}}
-    found.expected = {what: number for what, number in numbers.items() if number is not None}
+    numbers = zip(("classes", *PARTS), published.counts, strict=True)
+    found.expected = {what: number for what, number in numbers if number is not None}
     if not folder.is_dir():
         found.state = MISSING
         found.problems.append(f"{folder}: no such folder")
@@ -112,30 +108,29 @@ def check(root: Path, name: str, dataset: type[SplitDataset], deep: bool = False
 
 def _check_folder(found: Finding, folder: Path, dataset: type[SplitDataset], workers: int) -> None:
     path, images = folder / dataset.split_file, folder / dataset.image_dir
-    said = io.StringIO()
+    printed = io.StringIO()
     try:
-        with redirect_stdout(said):
+        with redirect_stdout(printed):
             splits = dataset.look(path)
     except GramError as error:
         found.problems.append(str(error))
         if dataset.split_file and not images.is_dir():
             found.problems.append(f"{images}: expected the folder of images, found no such folder")
         return
-    found.notes += [line.removeprefix("Note: ") for line in said.getvalue().splitlines()]
+    found.notes += [line.removeprefix("Note: ") for line in printed.getvalue().splitlines()]
     found.classes = len({label for part in PARTS for _, label, _ in splits[part]})
     found.images = {part: len(splits[part]) for part in PARTS if splits[part]}
     for what, number in found.expected.items():
-        there = found.classes if what == "classes" else len(splits[what])
-        if there != number:
+        count = found.classes if what == "classes" else len(splits[what])
+        if count != number:
             kind = "classes" if what == "classes" else f"{what} images"
-            found.problems.append(f"{path}: expected {number} {kind}, found {there}")
+            found.problems.append(f"{path}: expected {number} {kind}, found {count}")
     named = [image for part in PARTS for image, _, _ in splits[part]]
     if not images.is_dir():
         found.problems.append(f"{images}: expected the folder of images, found no such folder")
         return
     if dataset.split_file or (path / "split.json").is_file():
-        missing = _missing(images, named)
-        if missing:
+        if missing := _missing(images, named):
             found.problems.append(f"{images}: {len(missing)} of {len(named)} images are missing, such as {missing[0]}")
             named = sorted(set(named) - set(missing))
     if workers:
@@ -149,7 +144,7 @@ def _check_folder(found: Finding, folder: Path, dataset: type[SplitDataset], wor
 
 
 def _missing(images: Path, named: Sequence[str]) -> list[str]:
-    """Images that are not there; each folder is listed once."""
+    """Return the missing images; each folder is listed once."""
     listed: dict[str, set[str]] = {}
     missing = []
     for image in named:
@@ -165,7 +160,7 @@ def _missing(images: Path, named: Sequence[str]) -> list[str]:
 
 
 def _broken(images: Path, named: Sequence[str], workers: int) -> list[str]:
-    """A sentence for each reason why images cannot be used."""
+    """Return a sentence for each reason why images cannot be used."""
     from concurrent.futures import ThreadPoolExecutor
 
     from tqdm import tqdm
@@ -218,6 +213,6 @@ def _subclasses(cls: type) -> Iterator[type]:
 
 
 def _configs() -> Iterator[tuple[str, str]]:
-    """(name of a dataset's config, name of its class)"""
+    """Yield the name of each dataset's config and of its class."""
     for path in sorted(find_config("caltech101", "datasets").parent.glob("*.yaml")):
         yield path.stem, yaml.safe_load(path.read_text(encoding="utf-8"))["DATASET"]["NAME"]

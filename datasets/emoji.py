@@ -1,7 +1,7 @@
 """Few-shot datasets over the emoji world that `gram demo` draws: ROOT/emoji_<name>/ and ROOT/emoji_<name>_shift/.
 
-EmojiTravel is a dataset of its own. EmojiTravelShift holds the same classes in styles that nobody has seen before:
-targets of a domain shift. EmojiTravelHalftone, EmojiTravelMosaic and EmojiTravelShadow are its pictures of one style.
+EmojiTravelShift has the classes of EmojiTravel in other styles, as the target of a domain shift. EmojiTravelHalftone,
+EmojiTravelMosaic and EmojiTravelShadow contain its pictures of one style.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from gram_meta.datasets.base import SplitDataset, Splits, read_split
 from gram_meta.engine import register_dataset
 from gram_meta.errors import GramError
 
-# one word per dataset: "animals" lies in emoji_animals and is called EmojiAnimals
+# "animals": the dataset EmojiAnimals, in the folder emoji_animals
 NAMES = ("animals", "food", "travel", "objects", "activities", "faces")
 SHIFT_STYLES = ("halftone", "mosaic", "shadow")
-TRUTH = "truth.tsv"  # beside the split file: what was drawn, a row per picture
+TRUTH = "truth.tsv"  # beside the split file, a row for each picture
 
 
 class StyleDataset(SplitDataset):
-    """The pictures of one style in a split file, by the column `style` of the truth.tsv beside it; all its classes."""
+    """The pictures of a split file whose style, in the column `style` of the truth.tsv beside it, is `style`."""
 
     style = ""
 
@@ -44,7 +44,7 @@ class StyleDataset(SplitDataset):
 
 
 def read_styles(path: Path) -> dict[str, str]:
-    """Picture -> style."""
+    """Return picture -> style from a truth.tsv."""
     if not path.is_file():
         raise GramError(f"{path}: expected the table of what was drawn, found no such file")
     with open(path, encoding="utf-8", newline="") as file:

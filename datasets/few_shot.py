@@ -1,8 +1,7 @@
 """Few-shot subsets: drawn as CoOp draws them, and kept in `split_fewshot/` so that every run has the same.
 
-`shot_<n>-seed_<s>.json` is what holds: relative paths, good on every machine. `shot_<n>-seed_<s>.pkl` beside it is
-for CoOp's own code: written with the present absolute paths, and renewed when they change. A pickle that CoOp has left
-there is taken over, as long as there is no JSON.
+Runs read `shot_<n>-seed_<s>.json`, which has relative paths. `shot_<n>-seed_<s>.pkl` beside it is for CoOp's own code: it
+is written with the present absolute paths, and renewed when they change. Without a JSON, CoOp's own pickle is read.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gram_meta.datasets.pickles import Record, absolute, read_pickle, relative_to, write_pickle
+from gram_meta.datasets.pickles import Record, read_pickle, relative_to, write_pickle
 from gram_meta.errors import GramError
 from gram_meta.files import read_json, sha256_file, write_json
 
@@ -28,12 +27,12 @@ MAX_VAL_SHOTS = 4  # CoOp's: validation never takes more than this many images o
 
 @dataclass(frozen=True)
 class FewShot:
-    """Where the subsets of one dataset are kept.
+    """The few-shot subsets of one dataset.
 
     Attributes:
-        folder: `split_fewshot`. images: where relative paths start from.
-        source: in words, what the subsets are drawn from. fingerprint: SHA-256 of it.
-        parts: "train" and "val", or "train" alone where validation images are not cut.
+        folder: `split_fewshot`. images: the folder that relative paths start from.
+        source: for messages, what the subsets are drawn from. fingerprint: its SHA-256.
+        parts: "train" and "val", or "train" alone if all validation images are used.
     """
 
     folder: Path
@@ -43,13 +42,13 @@ class FewShot:
     parts: tuple[str, ...] = ("train", "val")
 
     def subset(self, splits: Splits, shots: int, seed: int) -> tuple[Splits, dict[str, str]]:
-        """The same splits with `shots` training images per class (validation: at most 4), and which file says so.
+        """Return the splits with `shots` training images per class (validation: at most 4), and their file.
 
-        An existing file is used. Otherwise the subset is drawn and stored; where the folder cannot be written, or the
-        seed is not fixed, it stays in memory.
+        An existing file is used. Otherwise the subset is drawn and stored; it stays in memory if the folder cannot be
+        written or the seed is negative.
 
         Returns:
-            The splits, and {"path", "sha256"} of the JSON file; path is empty where it could not be written.
+            The splits, and {"path", "sha256"} of the JSON file; path is empty if it could not be written.
         """
         path = self.folder / f"shot_{shots}-seed_{seed}.json"
         pickled = path.with_suffix(".pkl")
@@ -59,7 +58,7 @@ class FewShot:
             drawn = self._stored(path)
         elif pickled.is_file():
             drawn = self._taken_over(pickled, splits, shots)
-        else:  # the stream of `random` right after Dassl has seeded it, without touching the global generator
+        else:  # as `random` would draw right after Dassl has seeded it; the global generator keeps its state
             drawn = self._draw(splits, shots, random.Random(seed))
         contents = {"format": 1, "shots": shots, "seed": seed, "split_sha256": self.fingerprint, **drawn}
         text = json.dumps(contents, indent=2, ensure_ascii=False) + "\n"  # as write_json writes it
@@ -79,10 +78,7 @@ class FewShot:
         stored = read_json(path)
         try:
             source = stored["split_sha256"]
-            drawn = {
-                part: [(str(image), int(label), str(name)) for image, label, name in stored[part]]
-                for part in self.parts
-            }
+            drawn = {part: as_entries(stored[part]) for part in self.parts}
         except (KeyError, TypeError, ValueError):
             raise GramError(
                 f"{path}: expected a few-shot subset, found other contents; remove it to draw anew"
@@ -94,7 +90,7 @@ class FewShot:
         return drawn
 
     def _taken_over(self, path: Path, splits: Splits, shots: int) -> Splits:
-        """What a pickle of CoOp's holds, at the present place of the images."""
+        """Return the subset in a pickle of CoOp's, with the present paths of its images."""
         print(f"Loading preprocessed few-shot data from {path}")
         records = read_pickle(path)
         drawn: Splits = {}
@@ -124,23 +120,17 @@ class FewShot:
         return known[end]
 
     def _note_names(self, path: Path, records: dict[str, list[Record]], drawn: Splits) -> None:
-        pairs = {
-            (there[2], here[2])
-            for part in drawn
-            for there, here in zip(records.get(part, []), drawn[part], strict=True)
-        }
-        other = sorted(pair for pair in pairs if pair[0] != pair[1])
-        if other:
-            there, here = other[0]
+        pairs = [pair for part in drawn for pair in zip(records.get(part, []), drawn[part], strict=True)]
+        if other := sorted({(old[2], entry[2]) for old, entry in pairs if old[2] != entry[2]}):
             print(
-                f"Note: {path} calls {len(other)} classes by other names ({there!r} for {here!r}, ...); those of the "
-                f"{self.source} hold"
+                f"Note: {path} calls {len(other)} classes by other names ({other[0][0]!r} for {other[0][1]!r}, ...); those "
+                f"of the {self.source} hold"
             )
 
     def _export(self, path: Path, drawn: Splits) -> None:
-        """Write the pickle for CoOp's own code, or renew its paths; one that holds another subset is left alone."""
+        """Write the pickle for CoOp's own code, or renew its paths; a pickle with another subset is not changed."""
         wanted = {
-            part: [(absolute(self.images, image), label, name) for image, label, name in entries]
+            part: [(os.path.join(self.images, image), label, name) for image, label, name in entries]
             for part, entries in drawn.items()
         }
         try:
@@ -163,6 +153,11 @@ class FewShot:
             print(f"Note: {path} cannot be written ({error.strerror})")
 
 
+def as_entries(rows: Any) -> list[Entry]:
+    """Convert rows of a JSON file; raise `TypeError` or `ValueError` for rows of another form."""
+    return [(str(image), int(label), str(name)) for image, label, name in rows]
+
+
 def _written(path: Path, contents: dict[str, Any]) -> bool:
     try:
         write_json(path, contents)
@@ -174,7 +169,7 @@ def _written(path: Path, contents: dict[str, Any]) -> bool:
 
 
 def _sample(entries: list[Entry], shots: int, draw: Any) -> list[Entry]:
-    """`shots` entries of each label, labels in the order of their first entry; a label with fewer gives all."""
+    """Draw `shots` entries of each label (all, if it has fewer), labels in the order of their first entry."""
     by_label: dict[int, list[Entry]] = defaultdict(list)
     for entry in entries:
         by_label[entry[1]].append(entry)
@@ -185,12 +180,8 @@ def _sample(entries: list[Entry], shots: int, draw: Any) -> list[Entry]:
 
 
 def _same_images(found: dict[str, list[Record]], drawn: Splits) -> bool:
-    """Whether a pickle holds these images in this order, wherever they lie."""
-    return set(found) == set(drawn) and all(
-        len(found[part]) == len(drawn[part])
-        and all(
-            there[1] == here[1] and relative_to(there[0], {here[0]}) is not None
-            for there, here in zip(found[part], drawn[part], strict=True)
-        )
-        for part in drawn
-    )
+    """Return whether a pickle has these images in this order, in any folder."""
+    if {part: len(records) for part, records in found.items()} != {part: len(rows) for part, rows in drawn.items()}:
+        return False
+    pairs = [pair for part in drawn for pair in zip(found[part], drawn[part], strict=True)]
+    return all(old[1] == entry[1] and relative_to(old[0], {entry[0]}) is not None for old, entry in pairs)

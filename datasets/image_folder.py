@@ -1,7 +1,8 @@
 """ImageFolder: your own images, a folder per class, under DATASET.ROOT/DATASET.FOLDER.
 
-Either `train/` and `test/` (and `val/`) with class folders each, or class folders alone: then half of each class's images
-are for training, a fifth for validation and the rest for testing, drawn with a fixed seed and kept in `split.json`.
+The folder has `train/` and `test/` (and `val/`) with class folders each, or class folders alone. In the second case half
+of each class's images are for training, a fifth for validation and the rest for testing; the split is drawn with a fixed
+seed and kept in `split.json`.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from gram_meta.engine import register_dataset
 from gram_meta.errors import GramError
 from gram_meta.files import write_json
 
-SPLIT = "split.json"  # in CoOp's format; one that you have made yourself is used as well
-SHARES = {"train": 0.5, "val": 0.2}  # of each class, as CoOp splits where the authors of a dataset have not
+SPLIT = "split.json"  # in CoOp's format; the user may also provide it
+SHARES = {"train": 0.5, "val": 0.2}  # of each class, as CoOp splits datasets whose authors have not
 SPLIT_SEED = 1
 
 
@@ -37,7 +38,7 @@ class ImageFolder(SplitDataset):
 
     image_dir = ""
     source = "class folders"
-    named_by = SPLIT  # what is in class folders is there
+    named_by = SPLIT  # images listed from class folders exist
 
     def __init__(self, cfg: Any) -> None:
         if not cfg.DATASET.FOLDER:
@@ -72,7 +73,7 @@ class ImageFolder(SplitDataset):
 
 
 def _is_split(path: Path) -> bool:
-    """Whether `train/` and `test/` or `val/` are folders of class folders, and not classes themselves."""
+    """Return whether `train/` and `test/` or `val/` are folders of class folders, and not classes themselves."""
     return _holds_classes(path / "train") and any(_holds_classes(path / part) for part in ("test", "val"))
 
 
@@ -81,13 +82,13 @@ def _holds_classes(path: Path) -> bool:
 
 
 def _class_root(path: Path) -> Path:
-    """`path`, or its one folder `train/` of class folders."""
+    """Return `path`, or its folder `train/` if that is its only folder and has class folders."""
     only_train = [folder.name for folder in subfolders(path)] in (["train"], ["split_fewshot", "train"])
     return path / "train" if only_train and _holds_classes(path / "train") else path
 
 
 def _read_parts(path: Path, names: Mapping[str, str] | None) -> Splits:
-    """Labels are the places of the class folders in train/; val/ is the test set where there is no test/."""
+    """Return the splits of train/, val/ and test/; labels number train/'s class folders; without test/, val/ is the test set."""
     labels = {folder.name: label for label, folder in enumerate(_class_folders(path / "train"))}
     listed: Splits = {"train": [], "val": [], "test": []}
     for part in listed:
@@ -101,7 +102,7 @@ def _read_parts(path: Path, names: Mapping[str, str] | None) -> Splits:
 def _listed(
     path: Path, base: Path, names: Mapping[str, str] | None, labels: Mapping[str, int] | None = None
 ) -> list[Entry]:
-    """Images in the class folders of `base`, with paths relative to `path`; folders without an image are left out."""
+    """Return the images in the class folders of `base`, with paths relative to `path`."""
     folders = _class_folders(base)
     if not folders:
         raise GramError(f"{base}: expected class folders with images, found none")
@@ -120,16 +121,13 @@ def _listed(
 
 
 def _class_folders(base: Path) -> list[Path]:
-    """Folders with an image in or below them; split_fewshot is ours."""
-    return [
-        folder
-        for folder in subfolders(base)
-        if folder.name != "split_fewshot" and next(images_below(folder), None) is not None
-    ]
+    """Return the folders with an image in or below them; split_fewshot holds subsets, not a class."""
+    folders = [folder for folder in subfolders(base) if folder.name != "split_fewshot"]
+    return [folder for folder in folders if next(images_below(folder), None) is not None]
 
 
 def _divide(entries: list[Entry]) -> Splits:
-    """The fixed rule: what a class's images become depends on their names alone."""
+    """Split the images of each class by a fixed rule that depends on their names alone."""
     by_label: dict[int, list[Entry]] = {}
     for entry in entries:
         by_label.setdefault(entry[1], []).append(entry)

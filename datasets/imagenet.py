@@ -1,7 +1,7 @@
-"""ImageNet, and the four sets that test what was learned on it under a shift.
+"""ImageNet, and the four shifted test sets of it.
 
-Each has class folders and a `classnames.txt` with lines "n01440764 tench". Labels are the places of the folders in the
-order of their names, and so is every listing: subsets do not depend on the file system.
+Each has class folders and a `classnames.txt` with lines "n01440764 tench". Labels number the folders in the order of
+their names; images are listed in that order too, so subsets do not depend on the file system.
 """
 
 from __future__ import annotations
@@ -24,15 +24,13 @@ NAMES_URL = f"{DRIVE}1-61f_ol79pViBFDG_IDlUQSwoLcn2XXF/view"
 
 @register_dataset
 class ImageNet(SplitDataset):
-    """Its validation set is the test set, as everywhere; it also stands in for validation and is never cut."""
+    """The validation set is the test set, as is usual; it also serves for validation, and all of it is used."""
 
     dataset_dir = "imagenet"
     few_shot_parts = ("train",)
     source = "class folders in images/train"
     published = Published(
-        classes=1000,
-        train=1281167,
-        test=50000,
+        counts=(1000, 1281167, None, 50000),
         sources={"images/train, images/val": "https://image-net.org/index.php", CLASSNAMES: NAMES_URL},
         note="images/val needs class folders too (n01440764, ...), as images/train has them",
     )
@@ -43,18 +41,18 @@ class ImageNet(SplitDataset):
         train, test = (_listed(images, part, names) for part in ("train", "val"))
         splits = {"train": train, "val": [], "test": test}
         for part, other in (("train", "val"), ("val", "train")):
-            here, there = ({folder.name for folder in subfolders(images / part)} for part in (part, other))
-            if missing := sorted(here - there):
+            classes, others = ({folder.name for folder in subfolders(images / part)} for part in (part, other))
+            if missing := sorted(classes - others):
                 raise GramError(
                     f"{images / other}: expected the class folders of {part}, found no {missing[0]} "
-                    f"({len(missing)} of {len(here)} are missing)"
+                    f"({len(missing)} of {len(classes)} are missing)"
                 )
         check_splits(splits, path)
         return splits
 
     @classmethod
     def fingerprint(cls, path: Path, splits: Splits) -> str:
-        """Of the classes alone: subsets stay good when images are added to a class."""
+        """Return the hash of the classes alone, so that subsets stay valid when images are added to a class."""
         classes = sorted({(label, name) for _, label, name in splits["train"]})
         return hashlib.sha256(json.dumps(classes).encode()).hexdigest()
 
@@ -64,7 +62,7 @@ class ImageNet(SplitDataset):
 
 
 class ShiftedImageNet(SplitDataset):
-    """A test set: its images are all there is, and also serve where Dassl wants training images to name classes."""
+    """A test set: its images also serve as the training images from which Dassl takes the class names."""
 
     few_shot_parts = ()
 
@@ -78,7 +76,7 @@ class ShiftedImageNet(SplitDataset):
 
     @classmethod
     def entries(cls, images: Path, names: Mapping[str, str]) -> list[Entry]:
-        """Labels count the folders that are there: 200 in ImageNet-A and -R, which are problems of 200 classes."""
+        """Return the images; labels number the existing folders: 200 in ImageNet-A and -R, which have 200 classes."""
         return _listed(images, "", names)
 
     def __init__(self, cfg: Any) -> None:
@@ -97,13 +95,12 @@ class ShiftedImageNet(SplitDataset):
 
 @register_dataset
 class ImageNetV2(ShiftedImageNet):
-    """New photographs; the folders 0 ... 999 are places in the order of classnames.txt."""
+    """New photographs; the folders 0 ... 999 are line numbers of classnames.txt."""
 
     dataset_dir = "imagenetv2"
     image_dir = "imagenetv2-matched-frequency-format-val"
     published = Published(
-        classes=1000,
-        test=10000,
+        counts=(1000, None, None, 10000),
         sources={
             image_dir: "https://s3-us-west-2.amazonaws.com/imagenetv2public/imagenetv2-matched-frequency.tar.gz",
             CLASSNAMES: "a copy of imagenet/classnames.txt",
@@ -128,8 +125,7 @@ class ImageNetSketch(ShiftedImageNet):
 
     dataset_dir = "imagenet-sketch"
     published = Published(
-        classes=1000,
-        test=50889,
+        counts=(1000, None, None, 50889),
         sources={
             "images": "https://github.com/HaohanWang/ImageNet-Sketch",
             CLASSNAMES: "a copy of imagenet/classnames.txt",
@@ -144,8 +140,7 @@ class ImageNetA(ShiftedImageNet):
     dataset_dir = "imagenet-adversarial"
     image_dir = "imagenet-a"
     published = Published(
-        classes=200,
-        test=7500,
+        counts=(200, None, None, 7500),
         sources={
             image_dir: "https://github.com/hendrycks/natural-adv-examples",
             CLASSNAMES: "a copy of imagenet/classnames.txt",
@@ -160,8 +155,7 @@ class ImageNetR(ShiftedImageNet):
     dataset_dir = "imagenet-rendition"
     image_dir = "imagenet-r"
     published = Published(
-        classes=200,
-        test=30000,
+        counts=(200, None, None, 30000),
         sources={image_dir: "https://github.com/hendrycks/imagenet-r", CLASSNAMES: "a copy of imagenet/classnames.txt"},
     )
 
@@ -175,7 +169,7 @@ def _names(folder: Path, dataset: type[SplitDataset]) -> dict[str, str]:
 
 
 def _listed(images: Path, part: str, names: Mapping[str, str]) -> list[Entry]:
-    """Images in class folders; labels are the folders' places."""
+    """Return the images in class folders; labels number the folders."""
     base = images / part
     if not base.is_dir():
         raise GramError(f"{base}: expected class folders like {next(iter(names))}, found no such folder")

@@ -1,12 +1,11 @@
-"""CoOp's few-shot pickles, read without running what is in them, and written for CoOp's own code to read.
+"""CoOp's few-shot pickles, read without running code from them, and written for CoOp's own code.
 
-Such a file holds {"train": [Datum, ...], "val": [Datum, ...]} with absolute paths, made by `dassl`. Unpickling in the
-ordinary way runs whatever the file says; here nothing but plain containers and such records can come out of it.
+Such a file holds {"train": [Datum, ...], "val": [Datum, ...]} with absolute paths. Ordinary unpickling can run any code;
+the reader here accepts only plain containers and these records.
 """
 
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ DATUM_MODULES = ("dassl.data.datasets.base_dataset", "dassl.data.datasets", "das
 
 
 class _Datum:
-    """What stands for Dassl's Datum while a file is read: a bag of attributes."""
+    """Stands for Dassl's Datum while a file is read."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -35,11 +34,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_pickle(path: Path) -> dict[str, list[Record]]:
-    """The records of a few-shot pickle, by part ("train", "val").
-
-    Raises:
-        GramError: anything else than lists of Datum in the file. No code of it is run.
-    """
+    """Return the records of a few-shot pickle by part ("train", "val"); raise `GramError` for any other content."""
     expected = f"{path}: expected CoOp's few-shot records (lists of dassl's Datum) and nothing else"
     if path.stat().st_size > MAX_BYTES:
         raise GramError(f"{expected}, found more than {MAX_BYTES >> 20} MB")
@@ -47,11 +42,12 @@ def read_pickle(path: Path) -> dict[str, list[Record]]:
         with open(path, "rb") as file:
             contents = _Unpickler(file).load()
     except Exception as error:  # noqa: BLE001 - a damaged pickle can raise nearly anything
-        raise GramError(f"{expected}; refused without running it: {_in_short(error)}") from None
+        found = " ".join(str(error).split())[:120] or type(error).__name__
+        raise GramError(f"{expected}; refused without running it: {found}") from None
     if not isinstance(contents, dict) or not isinstance(contents.get("train"), list):
         raise GramError(f'{expected}, found no list under "train"')
-    if strange := set(contents) - {"train", "val"}:
-        raise GramError(f"{expected}, found {', '.join(sorted(map(repr, strange)))[:100]} beside them")
+    if others := set(contents) - {"train", "val"}:
+        raise GramError(f"{expected}, found {', '.join(sorted(map(repr, others)))[:100]} beside them")
     return {part: [_record(item, expected) for item in items] for part, items in contents.items()}
 
 
@@ -79,17 +75,8 @@ def _record(item: Any, expected: str) -> Record:
     return record  # type: ignore[return-value]
 
 
-def _in_short(error: Exception) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__
-
-
 def relative_to(path: str, known: Any) -> str | None:
-    """The end of an absolute path that is among the `known` relative paths, the longest; None: no end of it is."""
+    """Return the longest end of an absolute path that is one of the `known` relative paths, or None."""
     parts = path.replace("\\", "/").split("/")
     ends = ("/".join(parts[first:]) for first in range(len(parts)))
     return next((end for end in ends if end in known), None)
-
-
-def absolute(images: Path, image: str) -> str:
-    """A relative path of an image as CoOp writes it."""
-    return os.path.join(images, image)

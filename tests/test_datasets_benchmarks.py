@@ -695,10 +695,9 @@ def small_numbers(monkeypatch):
         shifted = name in SHIFTED
         classes = len(SYNSETS) if name.startswith("ImageNet") else 5
         classes = 5 if name in ("ImageNetA", "ImageNetR") else classes
-        numbers = {"classes": classes, "test": 3 * classes}
-        numbers |= {} if shifted else {"train": 6 * classes}
-        numbers |= {"val": 5 * classes} if name not in SHIFTED and name != "ImageNet" else {}
-        new = Published(**numbers, sources=cls.published.sources, note=cls.published.note)
+        train = None if shifted else 6 * classes
+        val = 5 * classes if name not in SHIFTED and name != "ImageNet" else None
+        new = Published((classes, train, val, 3 * classes), cls.published.sources, cls.published.note)
         monkeypatch.setattr(cls, "published", new)
 
 
@@ -806,6 +805,6 @@ def test_published_numbers_and_configs():
     assert {cls.__name__ for cls in found.values()} == set(totals) == set(ALL)
     for cls in found.values():
         published = cls.published
-        assert sum(filter(None, (published.train, published.val, published.test))) == totals[cls.__name__]
+        assert sum(filter(None, published.counts[1:])) == totals[cls.__name__]
         assert cls.split_file in ("", f"split_zhou_{cls.__name__}.json") and issubclass(cls, SplitDataset)
         assert cls.split_file == "" or "drive.google.com" in published.sources[cls.split_file]
