@@ -1,4 +1,4 @@
-"""How well a hierarchy agrees with a known truth, where there is one."""
+"""The agreement of a hierarchy with a table of known facts."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ Report = dict[str, Any]
 
 
 def read_truth(path: PathLike) -> dict[str, list[str]]:
-    """Columns of a TSV, CSV or Parquet file of known facts, as strings.
+    """Read the columns, as strings, of a TSV, CSV or Parquet file of known facts.
 
-    It has a column `image` (as in the corpus), perhaps `caption` (then facts are of pairs, else of images),
-    and any of `concept`, `group`, `subgroup`, `style`, `hand` and `caption_is_wrong`.
+    It has a column `image` (locations in the corpus), any of `concept`, `group`, `subgroup`, `style`, `hand` and
+    `caption_is_wrong`, and optionally `caption`: with it the facts are about pairs, else about images.
 
     Raises:
-        GramError: no such file, no column `image`, or none that says anything.
+        GramError: no such file, no column `image`, or no column of facts.
     """
     path = Path(path)
     try:
@@ -74,16 +74,14 @@ def agreement(hierarchy: Hierarchy, store: PairStore, truth: Mapping[str, Sequen
     """Compare a hierarchy with a truth from `read_truth`.
 
     Returns:
-        `topics`: for each fact, the adjusted mutual information (1: the same partition, 0: chance) of topics
-        with it, over the pairs in topics (`all`) and over those of them whose captions are right
-        (`right captions`).
-        `domains`: for each fact, the mean over topics, weighted by images, of the adjusted mutual information
-        of domains with it inside a topic, over the topics in which the fact varies (`topics` says how many).
-        `noise`: share of the filtered pairs that HDBSCAN calls noise. `in_topics`: share of all pairs that
-        ended in a topic.
-        `filter`: how many captions were wrong and dropped; precision and recall of the filter on wrong
-        captions; the share of right captions that passed; the share of wrong captions among pairs in topics.
-        `matched`: pairs of the store that the truth knows.
+        topics: for each fact, its adjusted mutual information (1: the same partition, 0: chance) with the topics, over
+            the pairs in topics (`all`) and over those with right captions (`right captions`).
+        domains: for each fact, its adjusted mutual information with the domains inside a topic: the mean over the topics
+            in which the fact varies (their number is `topics`), weighted by images.
+        noise: share of noise among the pairs that passed the filter. in_topics: share of all pairs that are in topics.
+        filter: numbers of wrong and of dropped captions, precision and recall of the filter on wrong captions, the share
+            of right captions that passed, the share of wrong captions among pairs in topics.
+        matched: pairs of the store that the truth has.
     """
     row = _rows(store, truth)
     known = row >= 0
@@ -118,7 +116,7 @@ def agreement(hierarchy: Hierarchy, store: PairStore, truth: Mapping[str, Sequen
 
 
 def _rows(store: PairStore, truth: Mapping[str, Sequence[str]]) -> np.ndarray:
-    """For each pair of the store its row of the truth, or -1."""
+    """Return for each pair of the store its row of the truth, or -1."""
     images = [os.path.normpath(image) for image in truth["image"]]
     of_image = store.locations.take(store.image)
     if "caption" in truth:
@@ -131,15 +129,14 @@ def _rows(store: PairStore, truth: Mapping[str, Sequence[str]]) -> np.ndarray:
             raise GramError(
                 f"truth: expected a column caption beside {WRONG}, found none, and images with several rows"
             )
-    where = {key: number for number, key in reversed(list(enumerate(keys)))}  # the first row of several counts
-    return np.array([where.get(key, -1) for key in wanted], np.int64)
+    row = {key: number for number, key in reversed(list(enumerate(keys)))}  # of several rows, the first
+    return np.array([row.get(key, -1) for key in wanted], np.int64)
 
 
 def _is_wrong(truth: Mapping[str, Sequence[str]]) -> np.ndarray:
     values = [value.strip().lower() for value in truth[WRONG]]
-    strange = next((value for value in values if value not in _YES + _NO), None)
-    if strange is not None:
-        raise GramError(f"truth: expected 0 or 1 (false or true) in column {WRONG}, found {strange!r}")
+    if unknown := [value for value in values if value not in _YES + _NO]:
+        raise GramError(f"truth: expected 0 or 1 (false or true) in column {WRONG}, found {unknown[0]!r}")
     return np.array([value in _YES for value in values], bool)
 
 
@@ -159,7 +156,7 @@ def _domain_agreement(hierarchy: Hierarchy, member: np.ndarray, label: np.ndarra
         rows = np.flatnonzero((hierarchy.topic == number) & member)
         rows = rows[np.unique(hierarchy.image[rows], return_index=True)[1]]  # an image counts once
         if len(np.unique(label[rows])) < 2:
-            continue  # nothing to agree with
+            continue  # the fact does not vary
         total += len(rows) * _ami(label[rows], hierarchy.domain[rows])
         images += len(rows)
         topics += 1

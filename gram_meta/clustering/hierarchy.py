@@ -1,4 +1,4 @@
-"""The hierarchy that `gram cluster` leaves behind: pairs in topics, images in visual domains."""
+"""The hierarchy that `gram cluster` writes: pairs in topics, images in visual domains."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PAIRS = "hierarchy.parquet"
 TOPICS = "topics.json"
 FATES = "fates.npy"
 
-# What became of each pair of the store; `fates` holds indices into it: append only.
+# The fates of the store's pairs; files hold indices into FATE_NAMES: append only.
 KEPT, FILTERED, NOISE, NO_WORD, FEW_IMAGES, FEW_DOMAINS, EXCLUDED = range(7)
 FATE_NAMES = (
     "kept",
@@ -38,8 +38,9 @@ class Topic:
     """One topic.
 
     Attributes:
-        word, score: its class name and that word's score by Eq. 3 (1 in a labelled collection). words: the ten best, each [word, score].
-        size: pairs. images: distinct images. domains: images in each of its domains.
+        word, score: its class name, and the word's score by Eq. 3 (1 in a labelled collection).
+        words: the ten best, each [word, score].
+        size: number of pairs. images: number of distinct images. domains: number of images in each domain.
     """
 
     word: str
@@ -55,15 +56,13 @@ class Hierarchy:
     """Pairs organised into topics and visual domains.
 
     Attributes:
-        pair, image, topic, domain: (n,) int64, a row for each kept pair, sorted by `pair`: its row in the
-            store, its image's row there, its topic (0 ... L-1, sorted by size, largest first) and the domain
-            inside the topic (0 ... U_l-1, largest first). Pairs of one image in one topic share their domain;
-            in another topic the image may be in another domain.
+        pair, image, topic, domain: (n,) int64, of each kept pair, sorted by `pair`: its row and its image's row in the
+            store, its topic (0 ... L-1, largest first) and its domain inside the topic (0 ... U_l-1, largest first).
+            Pairs of one image in one topic share their domain; in another topic the image may be in another domain.
         topics: L topics.
         fates: (pairs of the store,) uint8, index into `FATE_NAMES`.
-        manifest: fingerprints of the store and its models, the CHC settings, and counts of pairs by what
-            became of them.
-        path: where it lies.
+        manifest: fingerprints of the store and its models, the CHC settings, and numbers of pairs by their fates.
+        path: its folder.
     """
 
     pair: np.ndarray
@@ -76,7 +75,7 @@ class Hierarchy:
     path: Path | None = field(default=None, compare=False)
 
     def save(self, path: PathLike) -> None:
-        """Write the folder `path`; `topics.json` comes last and makes it complete."""
+        """Write the folder `path`; `topics.json` is written last and marks it as complete."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -96,7 +95,7 @@ class Hierarchy:
         """Read a hierarchy.
 
         Raises:
-            GramError: none there, one of another format, or files that do not belong together.
+            GramError: no hierarchy, one of another format, or files that do not belong together.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -125,7 +124,7 @@ class Hierarchy:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of which pair is in which topic and domain, and of the topics' words."""
+        """The SHA-256 of the topic and domain of each pair, and of the topics' words."""
         digest = hashlib.sha256()
         for column in (self.pair, self.image, self.topic, self.domain):
             digest.update(np.ascontiguousarray(column, dtype=np.int64).data)
@@ -133,22 +132,21 @@ class Hierarchy:
         return digest.hexdigest()
 
     def check_store(self, store: PairStore) -> None:
-        """Raises `GramError` when this hierarchy was not made from `store`."""
-        for name, of_store in (
-            ("clip", store.clip_fingerprint),
-            ("sentence_model", store.sentence_fingerprint),
-            ("store", store.fingerprint),
+        """Raise `GramError` if this hierarchy was not made from `store`."""
+        for name, what, of_store in (
+            ("clip", "CLIP", store.clip_fingerprint),
+            ("sentence_model", "Sentence-BERT", store.sentence_fingerprint),
+            ("store", "contents", store.fingerprint),
         ):
             made_from = self.manifest["fingerprints"][name]
             if made_from != of_store:
-                what = {"clip": "CLIP", "sentence_model": "Sentence-BERT", "store": "contents"}[name]
                 raise GramError(
                     f"{self.path or 'hierarchy'}: was made from another store than {store.path}: expected "
                     f"{what} {made_from[:12]}, found {of_store[:12]}"
                 )
 
     def open_store(self, path: PathLike | None = None) -> PairStore:
-        """The store this hierarchy was made from, at `path` or where it was then; checked."""
+        """Open and check the store this hierarchy was made from, at `path` or (None) in its former folder."""
         from gram_meta.corpus.store import PairStore
 
         store = PairStore.open(path or self.manifest["store"])
@@ -157,7 +155,7 @@ class Hierarchy:
 
 
 def check_target(path: PathLike) -> Path:
-    """`path`, if a hierarchy may be written there: nothing, an empty folder, or an older hierarchy."""
+    """Return `path` if a hierarchy may be written there: it does not exist, is empty, or holds an older hierarchy."""
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise GramError(f"{path}: expected a folder for the hierarchy, found a file")

@@ -1,7 +1,7 @@
-"""Topics of many pairs from the topics of a sample of them: near-linear in the number of pairs, in bounded memory.
+"""Topics of many pairs from the topics of a sample of them, in nearly linear time and bounded memory.
 
-UMAP and HDBSCAN see a sample. Every other pair asks the sample pairs nearest to it in the space of sentence features,
-and a rule that was learned from the sample says whether their answer is good enough, or the pair noise.
+UMAP and HDBSCAN see a sample. For every other pair, the sample pairs with the nearest sentence features vote for a topic. A
+threshold that was learned from the sample decides whether the pair gets this topic or is noise.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import numpy as np
 
 log = logging.getLogger(__name__)
 
-NEIGHBOURS = 15  # sample pairs that a pair asks
-SHARPNESS = 10.0  # a neighbour whose cosine is 0.1 below the nearest one's has 1/e of its vote
-SHRINK = 30  # pairs that the sample's common threshold counts for beside a topic's own members
-SEARCH = 0.1  # pynndescent's epsilon: how far beyond the best found so far it looks
+NEIGHBOURS = 15  # sample pairs that vote for a pair's topic
+SHARPNESS = 10.0  # a neighbour whose cosine is 0.1 below the nearest one's has 1/e of its weight
+SHRINK = 30  # weight of the common threshold, in pairs, beside that of a topic's own members
+SEARCH = 0.1  # pynndescent's epsilon: how far it searches beyond the best found so far
 BATCH = 1 << 14  # pairs that are assigned at once
 
 
 def vote(label: np.ndarray, similarity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The topic that the neighbours of each pair choose, and the share of their votes that it has.
+    """Return the topic that the neighbours of each pair elect, and its share of their votes.
 
-    The vote of a neighbour with cosine s weighs exp(SHARPNESS (s - s_1)), s_1 that of the nearest one; neighbours that
-    are noise vote for no topic.
+    A neighbour with cosine s has the weight exp(SHARPNESS (s - s_1)), where s_1 is the cosine of the nearest one.
+    Neighbours that are noise vote for no topic.
 
     Args:
         label: (n, k) topics of the neighbours, the nearest first; -1 is noise.
@@ -47,22 +47,22 @@ def vote(label: np.ndarray, similarity: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def thresholds(topic: np.ndarray, share: np.ndarray, label: np.ndarray, topics: int) -> np.ndarray:
-    """The share of votes to require, for each topic, learned from pairs whose label is known.
+    """Learn, for each topic, the share of votes to require, from pairs whose label is known.
 
-    One threshold for all topics calls as many of these pairs noise as clustering does. A topic's own threshold gives
-    it as many pairs as clustering does; it counts for as much as the topic has members, the common one for SHRINK of
-    them, so that small topics do not follow chance.
+    With the common threshold, as many of these pairs are noise as by clustering. With a topic's own threshold, it has as
+    many pairs as by clustering. The result is the mean of both, weighted by SHRINK and by the topic's number of members,
+    which keeps small topics from following chance.
 
     Args:
-        topic, share: (n,) what the neighbours of each pair chose, the pair itself left out.
-        label: (n,) what clustering says of it; -1 is noise.
+        topic, share: (n,) from `vote`, where no pair is its own neighbour.
+        label: (n,) topics by clustering; -1 is noise.
 
     Returns:
         (topics,) in 0 ... 1.
     """
     common = float(np.quantile(share, (label < 0).mean())) if len(share) else 0.0
     members = np.bincount(label[label >= 0], minlength=topics)
-    order = np.lexsort((-share, topic))  # by topic, the surest first
+    order = np.lexsort((-share, topic))  # by topic, the largest share first
     start = np.searchsorted(topic[order], np.arange(topics + 1))
     result = np.full(topics, common)
     for number in np.flatnonzero(members):
@@ -74,7 +74,7 @@ def thresholds(topic: np.ndarray, share: np.ndarray, label: np.ndarray, topics: 
 
 
 def verdict(topic: np.ndarray, share: np.ndarray, threshold: np.ndarray) -> np.ndarray:
-    """(n,) topics: what the neighbours chose where its share reaches the topic's threshold, else -1."""
+    """Return (n,) topics: the elected one if its share reaches the topic's threshold, else -1."""
     if not len(threshold):
         return np.full(len(topic), -1)
     return np.where((topic >= 0) & (share >= threshold[topic]), topic, -1)
@@ -82,13 +82,12 @@ def verdict(topic: np.ndarray, share: np.ndarray, threshold: np.ndarray) -> np.n
 
 @dataclass
 class Rule:
-    """How a pair outside the sample gets a topic.
+    """The rule that assigns topics to pairs outside the sample.
 
     Attributes:
         label: (s,) topics of the sample's pairs; -1 is noise.
-        threshold: (topics,) share of its neighbours' votes that a pair needs.
-        held_out: what it says of sample pairs, each left out of its own neighbours and thresholds, against what
-            clustering says of them.
+        threshold: (topics,) share of votes that a pair needs.
+        held_out: comparison of the rule with clustering on sample pairs that did not influence it (`against`).
     """
 
     index: Any  # pynndescent.NNDescent over the sample's sentence features
@@ -102,22 +101,20 @@ class Rule:
 
         Args:
             features: (s, S) float32, L2-normalised. label: (s,) topics; -1 is noise.
-            alone: (s,) bool, pairs whose caption occurs once in the sample: only these stand for new captions, as
-                the others find themselves among their neighbours.
+            alone: (s,) bool, pairs whose caption occurs once in the sample. Only these resemble new captions: the
+                others have copies of themselves as neighbours.
             seed: of the approximate search, or -1.
         """
         topics = int(label.max(initial=-1)) + 1
         index = nearest_index(features, seed)
         rows = np.flatnonzero(alone)
-        parts = [
-            vote(label[near], similarity)
-            for part in batches(len(rows))
-            for near, similarity in [_others(index, features[rows[part]], rows[part])]
-        ]
-        topic = np.concatenate([part[0] for part in parts])
-        share = np.concatenate([part[1] for part in parts])
+        votes = []
+        for part in batches(len(rows)):
+            near, similarity = _others(index, features[rows[part]], rows[part])
+            votes.append(vote(label[near], similarity))
+        topic, share = map(np.concatenate, zip(*votes, strict=True))
         known = label[rows]
-        # Each half is judged by the thresholds of the other; what is used comes from both.
+        # Each half is judged by the thresholds of the other; the rule's own thresholds come from both.
         judged = np.empty_like(topic)
         half = np.random.default_rng(0).permutation(len(rows)) % 2 == 0
         for fit, rest in ((half, ~half), (~half, half)):
@@ -126,17 +123,17 @@ class Rule:
         return cls(index, label, thresholds(topic, share, known, topics), against(judged, known))
 
     def assign(self, features: np.ndarray) -> np.ndarray:
-        """Topics (n,) of pairs with sentence features (n, S), float32; -1 is noise."""
+        """Return the topics (n,) of pairs with sentence features (n, S), float32; -1 is noise."""
         near, distance = self.index.query(features, k=NEIGHBOURS, epsilon=SEARCH)
         return verdict(*vote(self.label[near], 1 - distance), self.threshold)
 
 
 def nearest_index(features: np.ndarray, seed: int) -> Any:
-    """An approximate index of cosine neighbours over (s, S) features; s is at least NEIGHBOURS + 2."""
+    """Return an approximate index of cosine neighbours over (s, S) features; s is at least NEIGHBOURS + 2."""
     import warnings
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # numba's remarks on threads
+        warnings.simplefilter("ignore")  # numba warns about threads
         import pynndescent
 
         index = pynndescent.NNDescent(
@@ -147,17 +144,21 @@ def nearest_index(features: np.ndarray, seed: int) -> Any:
 
 
 def _others(index: Any, features: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Neighbours (n, k) of the index's own `rows` and their cosines, without the row itself."""
+    """Return the neighbours (n, k) of the index's own `rows`, without the row itself, and their cosines."""
     near, distance = index.query(features, k=NEIGHBOURS + 1, epsilon=SEARCH)
     itself = near == rows[:, None]
-    itself[~itself.any(1), -1] = True  # the approximate search missed it: the farthest goes
+    itself[~itself.any(1), -1] = True  # the approximate search missed it: drop the farthest
     shape = (len(rows), NEIGHBOURS)
     return near[~itself].reshape(shape), 1 - distance[~itself].reshape(shape)
 
 
 def against(judged: np.ndarray, known: np.ndarray) -> dict[str, Any]:
-    """How far labels agree with known ones: shares of noise in both, of pairs that agree, and how many of those given a
-    topic have the right one (`precision`) and of those called noise are noise (`noise_precision`)."""
+    """Compare labels with known ones.
+
+    Returns:
+        The share of noise in both, and of equal labels; `precision`: the share of right labels among pairs with a topic;
+        `noise_precision`: the share of noise among pairs labelled as noise.
+    """
     topic, noise = judged >= 0, judged < 0
     return {
         "pairs": len(judged),
@@ -170,10 +171,10 @@ def against(judged: np.ndarray, known: np.ndarray) -> dict[str, Any]:
 
 
 def captions_by_number(captions: Iterable[str], wanted: np.ndarray) -> np.ndarray:
-    """For the rows marked in `wanted` (bool, one for each caption) a number (int64): equal for equal captions.
+    """Return a number (int64) for each row marked in `wanted` (bool, for each caption): equal for equal captions.
 
-    The number is that of the first wanted row with the caption, counted among the wanted ones. Captions are compared
-    by a 64-bit hash: with 3 million of them two different ones share it with a chance of 2e-7.
+    It is the number of the first wanted row with this caption, counted among the wanted rows. Captions are compared by a
+    64-bit hash: among 3 million, two different ones share it with a probability of 2e-7.
     """
     digests = (
         int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "little")
@@ -186,9 +187,10 @@ def captions_by_number(captions: Iterable[str], wanted: np.ndarray) -> np.ndarra
 
 
 def representatives(number: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """For each row the row that stands for its caption: one of the `chosen` rows where it has any, else the first.
+    """Return for each row the row that represents its caption: one of the `chosen` rows if it has any, else the first.
 
-    `number` is as `captions_by_number` returns it.
+    Args:
+        number: from `captions_by_number`.
     """
     of_number = np.arange(len(number))
     of_number[number[chosen]] = chosen
@@ -196,8 +198,10 @@ def representatives(number: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 
 
 def same_for_copies(number: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """Labels in which rows of one number agree: the most frequent label among them; of equals the largest, so that a
-    topic stands before noise."""
+    """Return labels that are equal for rows of one number: the most frequent label among them.
+
+    Among equally frequent ones it is the largest, so that a topic comes before noise.
+    """
     order = np.lexsort((label, number))
     n, of = number[order], label[order]
     run = np.flatnonzero(np.r_[True, (n[1:] != n[:-1]) | (of[1:] != of[:-1])])  # runs of equal number and label
@@ -209,7 +213,7 @@ def same_for_copies(number: np.ndarray, label: np.ndarray) -> np.ndarray:
 
 
 def draw(pairs: int, size: int, seed: int) -> np.ndarray:
-    """`size` of `pairs` rows at random, ascending."""
+    """Return `size` random ones of `pairs` rows, ascending."""
     random = np.random.default_rng([seed, 5] if seed >= 0 else None)
     return np.sort(random.permutation(pairs)[:size])
 

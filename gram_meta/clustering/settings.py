@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,19 @@ from gram_meta.config import as_dict
 from gram_meta.errors import GramError
 
 LEAST_SAMPLE = 100  # pairs: a smaller sample has too few neighbours
+_LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "FILTER.KEEP": (lambda share: 0 < share <= 1, "a share above 0 and at most 1"),
+    "TOPICS.REDUCTION": (lambda name: name in ("umap", "pca"), "umap or pca"),
+    "TOPICS.SELECTION": (lambda name: name in ("eom", "leaf"), "eom or leaf"),
+    "TOPICS.NEIGHBORS": (lambda number: number >= 2, "at least 2"),
+    "TOPICS.COMPONENTS": (lambda number: number >= 2, "at least 2"),
+    "TOPICS.MIN_CLUSTER_SIZE": (lambda number: number >= 2, "at least 2"),
+    "TOPICS.MIN_SAMPLES": (lambda number: number >= 1, "at least 1"),
+    "TOPICS.SAMPLE": (lambda n: n == 0 or n >= LEAST_SAMPLE, f"0 (all pairs) or at least {LEAST_SAMPLE}"),
+    "DOMAINS.SAMPLE": (lambda n: n == 0 or n >= 100, "0 (all images) or at least 100"),
+    "DOMAINS.K": (lambda number: number >= 2, "at least 2"),
+    "DOMAINS.STARTS": (lambda number: number >= 1, "at least 1"),
+}
 
 
 @dataclass(frozen=True)
@@ -94,29 +107,7 @@ def bar(total: int, name: str, shown: bool) -> Iterator[Any]:
 
 
 def _check(chc: CfgNode) -> None:
-    checks: list[tuple[str, Any, bool, str]] = [
-        ("FILTER.KEEP", chc.FILTER.KEEP, 0 < chc.FILTER.KEEP <= 1, "a share above 0 and at most 1"),
-        ("TOPICS.REDUCTION", chc.TOPICS.REDUCTION, chc.TOPICS.REDUCTION in ("umap", "pca"), "umap or pca"),
-        ("TOPICS.SELECTION", chc.TOPICS.SELECTION, chc.TOPICS.SELECTION in ("eom", "leaf"), "eom or leaf"),
-        ("TOPICS.NEIGHBORS", chc.TOPICS.NEIGHBORS, chc.TOPICS.NEIGHBORS >= 2, "at least 2"),
-        ("TOPICS.COMPONENTS", chc.TOPICS.COMPONENTS, chc.TOPICS.COMPONENTS >= 2, "at least 2"),
-        ("TOPICS.MIN_CLUSTER_SIZE", chc.TOPICS.MIN_CLUSTER_SIZE, chc.TOPICS.MIN_CLUSTER_SIZE >= 2, "at least 2"),
-        ("TOPICS.MIN_SAMPLES", chc.TOPICS.MIN_SAMPLES, chc.TOPICS.MIN_SAMPLES >= 1, "at least 1"),
-        (
-            "TOPICS.SAMPLE",
-            chc.TOPICS.SAMPLE,
-            chc.TOPICS.SAMPLE == 0 or chc.TOPICS.SAMPLE >= LEAST_SAMPLE,
-            f"0 (all pairs) or at least {LEAST_SAMPLE}",
-        ),
-        (
-            "DOMAINS.SAMPLE",
-            chc.DOMAINS.SAMPLE,
-            chc.DOMAINS.SAMPLE == 0 or chc.DOMAINS.SAMPLE >= 100,
-            "0 (all images) or at least 100",
-        ),
-        ("DOMAINS.K", chc.DOMAINS.K, chc.DOMAINS.K >= 2, "at least 2"),
-        ("DOMAINS.STARTS", chc.DOMAINS.STARTS, chc.DOMAINS.STARTS >= 1, "at least 1"),
-    ]
-    for key, value, is_fine, expected in checks:
-        if not is_fine:
+    for key, (is_fine, expected) in _LIMITS.items():
+        section, name = key.split(".")
+        if not is_fine(value := chc[section][name]):
             raise GramError(f"CHC.{key}: expected {expected}, found {value!r}")

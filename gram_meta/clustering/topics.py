@@ -97,9 +97,8 @@ def filtered(similarity: np.ndarray, keep: float, threshold: float) -> np.ndarra
 def topics_of(features: np.ndarray, settings: ChcSettings) -> np.ndarray:
     """Return the topic of each sentence: UMAP, then HDBSCAN.
 
-    HDBSCAN is the package `hdbscan`: the authors' own, with wheels for Python 3.10 to 3.13; scikit-learn's
-    version finds the same clusters but has neither the dual-tree minimum spanning tree, whose time grows
-    nearly linearly with the number of pairs, nor a way to assign new points.
+    The package `hdbscan` is used because its dual-tree minimum spanning tree takes nearly linear time; scikit-learn's
+    version finds the same clusters without it.
 
     Args:
         features: (n, S) float32, L2-normalised sentence features.

@@ -1,4 +1,4 @@
-"""`gram check-data`: which datasets are under a folder, what is missing or wrong, and where to get it."""
+"""`gram check-data`: list the datasets under a folder, what is missing or wrong, and where to get it."""
 
 from __future__ import annotations
 
@@ -8,22 +8,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gram_meta.datasets.check import Finding
 
-HELP = """Say which datasets are under ROOT (what --root is for training), what is missing or wrong, and where to get it.
+HELP = """List the datasets under ROOT (the --root of training), what is missing or wrong, and where to get it.
 
-Without --datasets: the paper's eleven and ImageNetV2, -Sketch, -A and -R. Files are listed and counted, and compared with
-the published numbers; --deep opens every image. Nothing is written. The exit status is 0 if everything asked for is
-fine, else 1."""
+Without --datasets, it checks the paper's eleven and ImageNetV2, -Sketch, -A and -R. It counts the files and compares them
+with the published numbers; --deep opens every image. It writes no file. The exit status is 0 if all datasets are fine,
+else 1."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("root", metavar="ROOT", help="folder that holds the datasets' folders")
-    add(
-        "--datasets",
-        nargs="+",
-        metavar="NAME",
-        help="names of their configs (caltech101), or of folders of class folders in ROOT",
-    )
+    names = "names of their configs (caltech101), or of folders of class folders in ROOT"
+    add("--datasets", nargs="+", metavar="NAME", help=names)
     add("--deep", action="store_true", help="open every image")
     add("--workers", type=int, default=8, metavar="N", help="threads for --deep (default: %(default)s)")
     add("--json", action="store_true", help="print JSON instead of text")
@@ -33,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     import os
     from pathlib import Path
 
-    import gram_meta.plugin  # noqa: F401, brings the datasets in
+    import gram_meta.plugin  # noqa: F401, registers the datasets
     from gram_meta.datasets.check import FINE, PAPER, check, find_datasets
     from gram_meta.errors import GramError
 
@@ -49,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def as_json(found: list[Finding]) -> str:
-    """Everything `as_text` shows, for machines."""
+    """Return the contents of `as_text` as JSON."""
     import json
     from dataclasses import asdict
 
@@ -57,7 +53,7 @@ def as_json(found: list[Finding]) -> str:
 
 
 def as_text(found: list[Finding]) -> str:
-    """A table, and below it what is not as it should be."""
+    """Return a table, and below it the problems and notes."""
     from collections import Counter
 
     from tabulate import tabulate

@@ -25,6 +25,19 @@ that cannot be used are skipped, and counted by reason in the store's manifest.j
 interrupted run. Several processes, also on several machines, share the work:
 torchrun --nproc_per_node 8 -m gram_meta embed ... See docs/guide/corpus.md."""
 
+# Where the pairs are in SOURCE.
+NAMES = {
+    "--image-column NAME": "column of image paths (default: image, path, filename, ...); with both columns given as numbers "
+    "from 1, the file has no header",
+    "--caption-column NAME": "column of captions (default: caption, text, title, ...); in tars the suffix of a text member, "
+    "or a key of the .json (default: .txt, then caption in .json)",
+    "--image-root FOLDER": "where image paths start from (default: the file's folder; for captions in JSON also folders "
+    "beside it, such as train2017)",
+    "--image-name RULE": "how CC3M's images are called, such as 'train/{row:08d}.jpg' or '{crc32}' (default: found out by "
+    "looking)",
+    "--split NAMES": "of Karpathy's JSON or Hugging Face's Parquet files: train, val, ..., several with commas, or all "
+    "(default: train, and COCO's restval, where there are splits)",
+}
 # of the command, and of `gram_meta.api.embed`
 OPTIONS = (
     *("backbone", "precision", "sentence_model", "batch_size", "part_size", "workers", "device", "format"),
@@ -39,48 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", metavar="SOURCE", help="folder, file or pattern: see above")
     add("-o", "--out", metavar="STORE", required=True, help="folder for the store")
-    add(
-        "--backbone",
-        metavar="NAME",
-        default="ViT-B/16",
-        help="CLIP: an OpenAI name, a .pt or .safetensors file, or gram-small (default: %(default)s)",
-    )
+    clip = "CLIP: an OpenAI name, a .pt or .safetensors file, or gram-small (default: %(default)s)"
+    add("--backbone", metavar="NAME", default="ViT-B/16", help=clip)
     add("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of CLIP (default: %(default)s)")
-    add(
-        "--sentence-model",
-        metavar="NAME|PATH",
-        default="all-MiniLM-L6-v2",
-        help="Sentence-BERT: a name, or a folder in sentence-transformers' format (default: %(default)s)",
-    )
-    add(
-        "--image-column",
-        metavar="NAME",
-        help="column of image paths (default: image, path, filename, ...); with both columns given as numbers "
-        "from 1, the file has no header",
-    )
-    add(
-        "--caption-column",
-        metavar="NAME",
-        help="column of captions (default: caption, text, title, ...); in tars the suffix of a text member, or a key of "
-        "the .json (default: .txt, then caption in .json)",
-    )
-    add(
-        "--image-root",
-        metavar="FOLDER",
-        help="where image paths start from (default: the file's folder; for captions in JSON also folders beside it, such "
-        "as train2017)",
-    )
-    add(
-        "--image-name",
-        metavar="RULE",
-        help="how CC3M's images are called, such as 'train/{row:08d}.jpg' or '{crc32}' (default: found out by looking)",
-    )
-    add(
-        "--split",
-        metavar="NAMES",
-        help="of Karpathy's JSON or Hugging Face's Parquet files: train, val, ..., several with commas, or all (default: "
-        "train, and COCO's restval, where there are splits)",
-    )
+    bert = "Sentence-BERT: a name, or a folder in sentence-transformers' format (default: %(default)s)"
+    add("--sentence-model", metavar="NAME|PATH", default="all-MiniLM-L6-v2", help=bert)
+    for flag, text in NAMES.items():
+        add(flag.split()[0], metavar=flag.split()[1], help=text)
     add(
         "--format",
         choices=formats,
@@ -95,20 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "without one the folders' names, with spaces for underscores)",
     )
     add("--batch-size", type=int, default=64, metavar="N", help="images in one pass (default: %(default)s)")
-    add(
-        "--part-size",
-        type=int,
-        default=2048,
-        metavar="N",
-        help="pairs per part: what an interruption can lose, and what is held in memory (default: %(default)s)",
-    )
-    add(
-        "--workers",
-        type=int,
-        default=0,
-        metavar="N",
-        help="processes that read images (default: %(default)s, none beside the main one)",
-    )
+    held = "pairs per part: what an interruption can lose, and what is held in memory (default: %(default)s)"
+    add("--part-size", type=int, default=2048, metavar="N", help=held)
+    beside = "processes that read images (default: %(default)s, none beside the main one)"
+    add("--workers", type=int, default=0, metavar="N", help=beside)
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: cuda where there is one)")
 
 

@@ -1,4 +1,4 @@
-"""`gram inspect`: look at a hierarchy."""
+"""`gram inspect`: show a hierarchy."""
 
 from __future__ import annotations
 
@@ -12,42 +12,29 @@ if TYPE_CHECKING:
 
 HELP = """Show a hierarchy: topics by size with words, scores and domains, and which pairs were dropped and why.
 
-With --truth, a .tsv, .csv or .parquet file with the column image (perhaps caption) and any of concept, group,
-subgroup, style, hand and caption_is_wrong, it also shows how well topics, domains and the filter agree with
-them.
+--truth FILE also shows how well topics, domains and the filter agree with known facts: a .tsv, .csv or .parquet file with
+the column image (optionally caption) and any of concept, group, subgroup, style, hand and caption_is_wrong.
 
-With --html, it writes one page for a browser instead: topics with images of every visual domain, a sampled task,
-dropped pairs. The page is one file below 10 MB: of many topics it shows only some, or fewer images."""
+--html PAGE.html writes a page for a browser instead: topics with images of every visual domain, a sampled task, dropped
+pairs. The page is one file below 10 MB: if there are many topics, it shows only some of them, or fewer images."""
 
 PAGE_TOPICS, TABLE_TOPICS = 50, 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("hierarchy", metavar="HIERARCHY", help="folder written by gram cluster")
-    parser.add_argument(
-        "--topics",
-        type=int,
-        metavar="N",
-        help=f"show the N largest (default: {TABLE_TOPICS}, with --html {PAGE_TOPICS}; 0: all)",
-    )
+    shown = f"show the N largest (default: {TABLE_TOPICS}, with --html {PAGE_TOPICS}; 0: all)"
+    parser.add_argument("--topics", type=int, metavar="N", help=shown)
     parser.add_argument("--truth", metavar="FILE", help="table of known facts to compare with")
-    parser.add_argument("--store", metavar="STORE", help="folder of the store now (default: where it was)")
+    parser.add_argument("--store", metavar="STORE", help="present folder of the store (default: its former one)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     page = parser.add_argument_group("the page")
     page.add_argument("--html", metavar="PAGE.html", help="write a page with images")
-    page.add_argument(
-        "--image-root", metavar="FOLDER", help="folder of the images now (default: where gram embed read them)"
-    )
+    page.add_argument("--image-root", metavar="FOLDER", help="present folder of the images (default: at gram embed)")
     page.add_argument(
         "--images", type=int, default=8, metavar="N", help="images of each visual domain (default: %(default)s)"
     )
-    page.add_argument(
-        "--seed",
-        type=int,
-        default=1,
-        metavar="S",
-        help="seed of the images, captions and the task (default: %(default)s)",
-    )
+    page.add_argument("--seed", type=int, default=1, metavar="S", help="seed of all draws (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,16 +49,17 @@ def run(args: argparse.Namespace) -> int:
 
         truth = read_truth(args.truth)
         report = agreement(hierarchy, hierarchy.open_store(args.store), truth)
+    topics = args.topics
+    if topics is None:
+        topics = PAGE_TOPICS if args.html else TABLE_TOPICS
     if args.html:
-        print(_page(args, hierarchy, report))
-    elif args.json:
-        print(as_json(hierarchy, _or(args.topics, TABLE_TOPICS), report))
+        print(_page(args, hierarchy, topics, report))
     else:
-        print(as_text(hierarchy, _or(args.topics, TABLE_TOPICS), report))
+        print((as_json if args.json else as_text)(hierarchy, topics, report))
     return 0
 
 
-def _page(args: argparse.Namespace, hierarchy: Hierarchy, report: dict[str, Any] | None) -> str:
+def _page(args: argparse.Namespace, hierarchy: Hierarchy, topics: int, report: dict[str, Any] | None) -> str:
     """Write the page; return a line with its size and contents."""
     from gram_meta.report.html.hierarchy import write_hierarchy_page
 
@@ -79,17 +67,13 @@ def _page(args: argparse.Namespace, hierarchy: Hierarchy, report: dict[str, Any]
         args.html,
         hierarchy,
         hierarchy.open_store(args.store),
-        _or(args.topics, PAGE_TOPICS),
+        topics,
         args.images,
         args.image_root,
         args.seed,
         _agreement(report) if report else "",
     )
     return f"{args.html}: {summary}"
-
-
-def _or(value: int | None, default: int) -> int:
-    return default if value is None else value
 
 
 def as_json(hierarchy: Hierarchy, topics: int, report: dict[str, Any] | None) -> str:
@@ -107,18 +91,10 @@ def as_text(hierarchy: Hierarchy, topics: int, report: dict[str, Any] | None) ->
     from tabulate import tabulate
 
     shown = hierarchy.topics[: topics or None]
-    rows = [
-        [
-            number,
-            topic.word,
-            f"{topic.score:.3f}",
-            topic.size,
-            topic.images,
-            " ".join(map(str, topic.domains)),
-            " ".join(word for word, _ in topic.words[1:7]),
-        ]
-        for number, topic in enumerate(shown)
-    ]
+    rows: list[list[Any]] = []
+    for number, topic in enumerate(shown):
+        domains, words = " ".join(map(str, topic.domains)), " ".join(word for word, _ in topic.words[1:7])
+        rows.append([number, topic.word, f"{topic.score:.3f}", topic.size, topic.images, domains, words])
     headers = ["topic", "word", "score", "pairs", "images", "images per domain", "next words"]
     parts = [tabulate(rows, headers, disable_numparse=True, colalign=("right", "left", *["right"] * 3, "left", "left"))]
     if len(shown) < len(hierarchy.topics):
@@ -150,14 +126,8 @@ def _agreement(report: dict[str, Any]) -> str:
     rows = []
     for name in dict.fromkeys([*report["topics"], *report["domains"]]):
         topics, domains = report["topics"].get(name), report["domains"].get(name)
-        rows.append(
-            [
-                name,
-                f"{topics['all']:.3f}" if topics else "",
-                f"{topics['right captions']:.3f}" if topics else "",
-                f"{domains['mean']:.3f} ({domains['topics']} topics)" if domains else "",
-            ]
-        )
+        of_topics = [f"{topics[which]:.3f}" if topics else "" for which in ("all", "right captions")]
+        rows.append([name, *of_topics, f"{domains['mean']:.3f} ({domains['topics']} topics)" if domains else ""])
     headers = ["adjusted mutual information with", "topics", "of right captions", "domains within topics"]
     lines = [tabulate(rows, headers, disable_numparse=True)]
     lines.append(
