@@ -170,13 +170,13 @@ def test_every_process_has_a_part_of_the_work(forked, shards, undisturbed, tmp_p
     """Which process made which part: the shares are runs of them."""
 
     def note(rank):
-        write = parts._write
+        write = parts.write_arrays
 
         def noted(path, arrays):
             write(path, arrays)
             print(f"part {int(path.stem)}")
 
-        parts._write = noted
+        parts.write_arrays = noted
 
     statuses, said = forked.run_job(2, embed(shards, tmp_path / "s", before=note), tmp_path / "said")
     made = [[int(number) for number in re.findall(r"part (\d+)", text)] for text in said]
