@@ -141,9 +141,8 @@ class PairStore:
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
             if isinstance(error, GramError):
                 raise
-            raise GramError(
-                f"{path}: expected a whole pair store, found {' '.join(str(error).split())[:200]}"
-            ) from None
+            found = " ".join(str(error).split())[:200]
+            raise GramError(f"{path}: expected a whole pair store, found {found}") from None
 
     def __len__(self) -> int:
         return len(self.similarity)
@@ -220,12 +219,8 @@ def store_fingerprint(settings: dict[str, Any], counts: dict[str, int], content:
 
     Features are left out on purpose: they differ in the last bit between machines, although the store is the same.
     """
-    facts = [
-        settings["clip"]["fingerprint"],
-        settings["sentence_model"]["fingerprint"],
-        counts["pairs"],
-        counts["images"],
-    ]
+    models = [settings[model]["fingerprint"] for model in ("clip", "sentence_model")]
+    facts = [*models, counts["pairs"], counts["images"]]
     return hashlib.sha256(json.dumps([*facts, *content]).encode()).hexdigest()
 
 
@@ -248,9 +243,8 @@ def _columns(path: Path, names: list[str], dictionary: list[str] | None = None) 
     try:
         return pq.read_table(path, columns=names, read_dictionary=dictionary)
     except (OSError, pa.ArrowException) as error:
-        raise GramError(
-            f"{path}: expected a whole file of a pair store, found {' '.join(str(error).split())[:200]}"
-        ) from None
+        found = " ".join(str(error).split())[:200]
+        raise GramError(f"{path}: expected a whole file of a pair store, found {found}") from None
 
 
 def _array(path: Path, rows: int) -> np.ndarray:

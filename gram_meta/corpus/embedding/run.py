@@ -73,16 +73,10 @@ def embed_pairs(
     settings = {
         "source": group.first(source.identity),
         "clip": {
-            "name": backbone.name,
-            "fingerprint": backbone.fingerprint,
-            "precision": backbone.precision,
+            **{name: getattr(backbone, name) for name in ("name", "fingerprint", "precision")},
             "width": backbone.embed_dim,
         },
-        "sentence_model": {
-            "name": sentence_model.name,
-            "fingerprint": sentence_model.fingerprint,
-            "width": sentence_model.width,
-        },
+        "sentence_model": {name: getattr(sentence_model, name) for name in ("name", "fingerprint", "width")},
         "batch_size": batch_size,
         "part_size": part_size,
     }
@@ -108,9 +102,8 @@ def embed_pairs(
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise GramError(f"{out}: no space left on the device; free some and run the same command again") from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise GramError(
-                f"{error.filename or out}: expected to be allowed to write there ({error.strerror})"
-            ) from None
+            where = error.filename or out
+            raise GramError(f"{where}: expected to be allowed to write there ({error.strerror})") from None
         raise
     return PairStore.open(out)
 

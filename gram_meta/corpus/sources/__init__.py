@@ -52,22 +52,18 @@ def open_source(
     split: str | None = None,
     image_name: str | None = None,
 ) -> Source:
-    """Find out what kind of source is at `path`, and describe it.
+    """Detect the format of the source at `path`, and describe the source.
 
     Args:
-        path: a folder of WebDataset shards (`.tar`), of Parquet files with images inside, or of images with a same-named
-            `.txt` beside them; one such shard; a table of image paths and captions (`.tsv`, `.csv`, `.parquet`, `.jsonl`);
-            captions of COCO, Karpathy or Flickr8k; a TSV of captions and URLs as CC3M's. A pattern can name several
-            shards: `{00000..00331}.tar`, `train-*.parquet`.
-        image_column, caption_column: their names in the file's header; for TSV and CSV also their numbers, counted from 1,
-            in a file without a header. None: the usual names (`tables.IMAGE_COLUMNS`, `tables.CAPTION_COLUMNS`). In tar
-            shards, `caption_column` is the `caption` of `webdataset.shard_rows`.
-        image_root: the folder that relative image paths start from; None: the folder of the file; for captions in JSON and
-            tokens, the folder beside the file that holds most of their images.
+        path: a folder, a file, or a pattern of several shards: `{00000..00331}.tar`, `train-*.parquet`.
+        image_column, caption_column: names in the header; None: the usual ones (`tables.IMAGE_COLUMNS` and
+            `CAPTION_COLUMNS`). In TSV and CSV, two numbers, counted from 1, mean that the file has no header. In tar
+            shards, `caption_column` is the `caption` of `webdataset._shard_rows`.
+        image_root: the folder that relative image paths start from; None: the folder of the file, or for captions in JSON
+            and tokens the folder beside the file that holds most of their images.
         format: the name of a format, or `auto` to detect it; class folders are never detected.
         classnames: for class folders, the file with their names.
-        split: for Karpathy's JSON, and Parquet files named train-00000-of-00005.parquet: the splits to read, separated by
-            commas, or `all`; None: train (and restval) if there is one, else all.
+        split: for Karpathy's JSON and Hugging Face's Parquet files: as in `splits.choose_split`.
         image_name: for CC3M, how image files are named (`conceptual.RULES`); None: detect it.
 
     Raises:

@@ -98,12 +98,10 @@ def _url_rows(path: Path) -> Iterator[UrlRow]:
         if header is None:
             file.seek(0)
         url = 1
-        row = -1
-        for number, line in enumerate(file):
+        for row, line in enumerate(file):
             fields = line.rstrip("\r\n").split("\t")
-            if number == 0:
+            if row == 0:
                 url = header if header is not None else int(not _is_url(fields[0]))
-            row += 1
             if fields == [""]:
                 continue  # a blank line is no row, but scripts count it
             if len(fields) != 2:

@@ -76,16 +76,11 @@ class Parquet:
 
 
 class Columns(NamedTuple):
-    """Which columns of a file hold images and captions.
-
-    Attributes:
-        image: number of the image column. inside: whether it holds images; else it holds paths.
-        captions: numbers of the caption columns; each value is one caption, or a list of them.
-    """
+    """The numbers of a file's columns of images and captions."""
 
     image: int
-    inside: bool
-    captions: list[int]
+    inside: bool  # whether the image column holds images; else it holds paths
+    captions: list[int]  # each value is one caption, or a list of them
 
 
 def _any_has_images(files: list[Path], image_column: str | None) -> bool:
@@ -115,14 +110,8 @@ def _warn_of_large_groups(path: Path, image_column: str | None) -> None:
     """Log a warning if the row groups of a file are so large that reading a single image is slow."""
     with open_parquet(path) as file:
         leaf = leaf_of(file.schema_arrow, find_image(path, file.schema_arrow, image_column))
-        largest = 0
-        for group in range(file.num_row_groups):
-            columns = file.metadata.row_group(group)
-            sizes = {
-                columns.column(number).path_in_schema: columns.column(number).total_uncompressed_size
-                for number in range(columns.num_columns)
-            }
-            largest = max(largest, sizes.get(leaf, 0))
+        chunks = [_chunk(file, group, leaf) for group in range(file.num_row_groups)]
+        largest = max((chunk.total_uncompressed_size for chunk in chunks if chunk), default=0)
     if largest > LARGE_GROUP:
         log.warning(
             "%s: row groups of up to %d MB; to read one image at random, a whole row group is read (meta-training with visual "
@@ -189,13 +178,16 @@ def _all_inside(path: Path, image_column: str | None) -> bool:
 
 def _nulls(file: pq.ParquetFile, group: int, leaf: str) -> bool:
     """Return whether a row group may have nulls in a column, by its statistics."""
+    chunk = _chunk(file, group, leaf)
+    counts = chunk and chunk.statistics
+    return not counts or not counts.has_null_count or counts.null_count > 0
+
+
+def _chunk(file: pq.ParquetFile, group: int, leaf: str) -> Any:
+    """Return the metadata of a column in a row group, or None."""
     row_group = file.metadata.row_group(group)
-    for number in range(row_group.num_columns):
-        column = row_group.column(number)
-        if column.path_in_schema == leaf:
-            counts = column.statistics
-            return counts is None or not counts.has_null_count or counts.null_count > 0
-    return True
+    columns = map(row_group.column, range(row_group.num_columns))
+    return next((column for column in columns if column.path_in_schema == leaf), None)
 
 
 # --- rows ---------------------------------------------------------------------------------------------------

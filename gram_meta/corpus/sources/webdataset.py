@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 from gram_meta.corpus.sources.format import Options, Peek, common_folder, is_tar, named_shards
 from gram_meta.corpus.sources.rows import (
@@ -64,7 +65,7 @@ class WebDataset:
             files = [Path(os.path.abspath(path))]  # also a tar that is not called .tar
         else:
             files = named_shards(path, is_tar, self.title)
-        _check_shard_file(files[0])
+        _open_shard(files[0]).close()
         root = common_folder(files, options.image_root)
         shown = Path(os.path.abspath(path))
         return Source(shown, self.name, root, caption_column=options.caption_column, files=tuple(files))
@@ -215,16 +216,14 @@ def _next_header(window: _Window, position: int, end: int) -> int:
 # --- samples ------------------------------------------------------------------------------------------------
 
 
+@dataclass(slots=True)
 class _Sample:
     """The members of a shard that have one key."""
 
-    __slots__ = ("image", "suffix", "text", "json")
-
-    def __init__(self) -> None:
-        self.image: Member | None = None
-        self.suffix = ""
-        self.text: bytes | None = None
-        self.json: Member | None = None
+    image: Member | None = None
+    suffix: str = ""
+    text: bytes | None = None
+    json: Member | None = None
 
 
 def _shard_rows(root: Path, name: str, caption: str | None = None) -> Iterator[Row]:
@@ -240,39 +239,28 @@ def _shard_rows(root: Path, name: str, caption: str | None = None) -> Iterator[R
     Raises:
         GramError: no such file, or a compressed one.
     """
-    path = root / name
-    try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-    except OSError as error:
-        raise GramError(f"{path}: expected a shard (a .tar file), found {error.strerror}") from None
-    try:
-        end = os.fstat(descriptor).st_size
-        window = _Window(descriptor)
-        _refuse_compressed(path, window.read(0, 6))
+    with _open_shard(root / name) as file:
+        end = os.fstat(file.fileno()).st_size
         if end == 0:
             yield Row("", "", DAMAGED)
-        yield from _sample_rows(window, end, name, caption)
-    finally:
-        os.close(descriptor)
+        yield from _sample_rows(_Window(file.fileno()), end, name, caption)
 
 
-def _check_shard_file(path: Path) -> None:
-    """Raise `GramError` if a shard cannot be opened, or is compressed."""
+def _open_shard(path: Path) -> BinaryIO:
+    """Open a shard; raise `GramError` if that fails, or if it is compressed."""
     try:
-        with open(path, "rb") as file:
-            start = file.read(6)
+        file = open(path, "rb", buffering=0)
+        start = os.pread(file.fileno(), 6, 0)
     except OSError as error:
         raise GramError(f"{path}: expected a shard (a .tar file), found {error.strerror}") from None
-    _refuse_compressed(path, start)
-
-
-def _refuse_compressed(path: Path, start: bytes) -> None:
     for magic, kind in COMPRESSED.items():
         if start.startswith(magic):
+            file.close()
             raise GramError(
                 f"{path}: expected an uncompressed .tar, found {kind}; single images cannot be read from a compressed tar: "
                 "uncompress it first"
             )
+    return cast(BinaryIO, file)
 
 
 def _sample_rows(window: _Window, end: int, shard: str, caption: str | None) -> Iterator[Row]:
@@ -286,9 +274,7 @@ def _sample_rows(window: _Window, end: int, shard: str, caption: str | None) -> 
         is_image, is_text = suffix in IMAGES, suffix == text_suffix
         if not key or not (is_image or is_text or suffix == "json"):
             continue
-        sample = samples.get(key)
-        if sample is None:
-            sample = samples[key] = _Sample()
+        sample = samples.setdefault(key, _Sample())
         if is_image and sample.image is None:
             sample.image, sample.suffix = member, suffix
         elif is_image and suffix == sample.suffix:  # `.jpg` and `.png` with one key are one sample
