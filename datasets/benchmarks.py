@@ -6,155 +6,112 @@ Numbers of images are those of the published files.
 
 from __future__ import annotations
 
+from typing import Any
+
 from gram_meta.datasets.base import Published, SplitDataset
 from gram_meta.engine import register_dataset
 
 DRIVE = "https://drive.google.com/file/d/"
 
 
-@register_dataset
-class Caltech101(SplitDataset):
-    """Objects; without the folders BACKGROUND_Google and Faces_easy."""
+def _benchmark(
+    name: str,
+    doc: str,
+    folders: tuple[str, str],
+    counts: tuple[int, int, int, int],
+    split_id: str,
+    sources: dict[str, str],
+    note: str = "",
+) -> Any:
+    """Register a dataset.
 
-    dataset_dir = "caltech-101"
-    image_dir = "101_ObjectCategories"
-    split_file = "split_zhou_Caltech101.json"
-    published = Published(
-        counts=(100, 4128, 1649, 2465),
-        sources={
-            "101_ObjectCategories": "http://www.vision.caltech.edu/Image_Datasets/Caltech101/101_ObjectCategories.tar.gz",
-            split_file: f"{DRIVE}1hyarUivQE36mY6jSomru6Fjd-JzwcCzN/view",
-        },
-        note="the first link is CoOp's, of 2022; the authors' present page is https://data.caltech.edu/records/mzrjq-6wc02",
-    )
-
-
-@register_dataset
-class OxfordPets(SplitDataset):
-    """Breeds of cats and dogs."""
-
-    dataset_dir = "oxford_pets"
-    split_file = "split_zhou_OxfordPets.json"
-    published = Published(
-        counts=(37, 2944, 736, 3669),
-        sources={
-            "images": "https://www.robots.ox.ac.uk/~vgg/data/pets/data/images.tar.gz",
-            split_file: f"{DRIVE}1501r8Ber4nNKvmlFVQZ8SeUHTcdTTEqs/view",
-        },
-    )
+    Args:
+        folders: `dataset_dir` and `image_dir`. counts: of `Published`. split_id: of the split file on Google Drive.
+    """
+    split_file = f"split_zhou_{name}.json"
+    published = Published(counts, {**sources, split_file: f"{DRIVE}{split_id}/view"}, note)
+    facts = {"dataset_dir": folders[0], "image_dir": folders[1], "split_file": split_file, "published": published}
+    return register_dataset(type(name, (SplitDataset,), {"__module__": __name__, "__doc__": doc, **facts}))
 
 
-@register_dataset
-class StanfordCars(SplitDataset):
-    """Makes, models and years of cars; paths start from the dataset's folder: cars_train/00001.jpg."""
-
-    dataset_dir = "stanford_cars"
-    image_dir = ""
-    split_file = "split_zhou_StanfordCars.json"
-    published = Published(
-        counts=(196, 6509, 1635, 8041),
-        sources={
-            "cars_train": "http://ai.stanford.edu/~jkrause/car196/cars_train.tgz",
-            "cars_test": "http://ai.stanford.edu/~jkrause/car196/cars_test.tgz",
-            split_file: f"{DRIVE}1ObCFbaAgVu0I-k_Au-gIUcefirdAuizT/view",
-        },
-        note="Stanford's links are dead (CoOp's issue 61, torchvision's issue 7545, whose thread names copies on Kaggle); "
-        "a copy has to have the files cars_train/00001.jpg to 08144.jpg and cars_test/00001.jpg to 08041.jpg; one sorted "
-        "into class folders does not fit the split file",
-    )
-
-
-@register_dataset
-class OxfordFlowers(SplitDataset):
-    """Flowers, 102 kinds."""
-
-    dataset_dir = "oxford_flowers"
-    image_dir = "jpg"
-    split_file = "split_zhou_OxfordFlowers.json"
-    published = Published(
-        counts=(102, 4093, 1633, 2463),
-        sources={
-            "jpg": "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz",
-            split_file: f"{DRIVE}1Pp0sRXzZFZq15zVOzKjKBu4A9i01nozT/view",
-        },
-    )
-
-
-@register_dataset
-class Food101(SplitDataset):
-    """Dishes."""
-
-    dataset_dir = "food-101"
-    split_file = "split_zhou_Food101.json"
-    published = Published(
-        counts=(101, 50500, 20200, 30300),
-        sources={
-            "images": "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/",
-            split_file: f"{DRIVE}1QK0tGi096I0Ba6kggatX1ee6dJFIcEJl/view",
-        },
-    )
-
-
-@register_dataset
-class SUN397(SplitDataset):
-    """Scenes."""
-
-    dataset_dir = "sun397"
-    image_dir = "SUN397"
-    split_file = "split_zhou_SUN397.json"
-    published = Published(
-        counts=(397, 15880, 3970, 19850),
-        sources={
-            "SUN397": "http://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz",
-            split_file: f"{DRIVE}1y2RD81BYuiyvebdN-JymPfyWYcd8_MUq/view",
-        },
-        note="Princeton's link is dead (CoOp's issue 90); the copy named there, kaggle.com/datasets/lash45/sun397-50-50, has "
-        "the folders train and test instead of SUN397/a/abbey/sun_*.jpg and does not fit the split file as it is",
-    )
-
-
-@register_dataset
-class DescribableTextures(SplitDataset):
-    """Textures (DTD)."""
-
-    dataset_dir = "dtd"
-    split_file = "split_zhou_DescribableTextures.json"
-    published = Published(
-        counts=(47, 2820, 1128, 1692),
-        sources={
-            "images": "https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz",
-            split_file: f"{DRIVE}1u3_QfB467jqHgNXC00UIzbLZRQCg2S7x/view",
-        },
-    )
-
-
-@register_dataset
-class EuroSAT(SplitDataset):
-    """Land seen from a satellite."""
-
-    dataset_dir = "eurosat"
-    image_dir = "2750"
-    split_file = "split_zhou_EuroSAT.json"
-    published = Published(
-        counts=(10, 13500, 5400, 8100),
-        sources={
-            "2750": "http://madm.dfki.de/files/sentinel/EuroSAT.zip",
-            split_file: f"{DRIVE}1Ip7yaCWFi0eaOFUGga0lUdVi_DDQth1o/view",
-        },
-    )
-
-
-@register_dataset
-class UCF101(SplitDataset):
-    """Actions; the middle frame of each video."""
-
-    dataset_dir = "ucf101"
-    image_dir = "UCF-101-midframes"
-    split_file = "split_zhou_UCF101.json"
-    published = Published(
-        counts=(101, 7639, 1898, 3783),
-        sources={
-            "UCF-101-midframes": f"{DRIVE}10Jqome3vtUA2keJkNanAiFpgbyC9Hc2O/view",
-            split_file: f"{DRIVE}1I0S0q91hJfsV9Gf4xDIjgDq4AqBNJb1y/view",
-        },
-    )
+Caltech101 = _benchmark(
+    "Caltech101",
+    "Objects; without the folders BACKGROUND_Google and Faces_easy.",
+    ("caltech-101", "101_ObjectCategories"),
+    (100, 4128, 1649, 2465),
+    "1hyarUivQE36mY6jSomru6Fjd-JzwcCzN",
+    {"101_ObjectCategories": "http://www.vision.caltech.edu/Image_Datasets/Caltech101/101_ObjectCategories.tar.gz"},
+    note="the first link is CoOp's, of 2022; the authors' present page is https://data.caltech.edu/records/mzrjq-6wc02",
+)
+OxfordPets = _benchmark(
+    "OxfordPets",
+    "Breeds of cats and dogs.",
+    ("oxford_pets", "images"),
+    (37, 2944, 736, 3669),
+    "1501r8Ber4nNKvmlFVQZ8SeUHTcdTTEqs",
+    {"images": "https://www.robots.ox.ac.uk/~vgg/data/pets/data/images.tar.gz"},
+)
+StanfordCars = _benchmark(
+    "StanfordCars",
+    "Makes, models and years of cars; paths start from the dataset's folder: cars_train/00001.jpg.",
+    ("stanford_cars", ""),
+    (196, 6509, 1635, 8041),
+    "1ObCFbaAgVu0I-k_Au-gIUcefirdAuizT",
+    {
+        "cars_train": "http://ai.stanford.edu/~jkrause/car196/cars_train.tgz",
+        "cars_test": "http://ai.stanford.edu/~jkrause/car196/cars_test.tgz",
+    },
+    note="Stanford's links are dead (CoOp's issue 61, torchvision's issue 7545, whose thread names copies on Kaggle); "
+    "a copy has to have the files cars_train/00001.jpg to 08144.jpg and cars_test/00001.jpg to 08041.jpg; one "
+    "sorted into class folders does not fit the split file",
+)
+OxfordFlowers = _benchmark(
+    "OxfordFlowers",
+    "Flowers, 102 kinds.",
+    ("oxford_flowers", "jpg"),
+    (102, 4093, 1633, 2463),
+    "1Pp0sRXzZFZq15zVOzKjKBu4A9i01nozT",
+    {"jpg": "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz"},
+)
+Food101 = _benchmark(
+    "Food101",
+    "Dishes.",
+    ("food-101", "images"),
+    (101, 50500, 20200, 30300),
+    "1QK0tGi096I0Ba6kggatX1ee6dJFIcEJl",
+    {"images": "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/"},
+)
+SUN397 = _benchmark(
+    "SUN397",
+    "Scenes.",
+    ("sun397", "SUN397"),
+    (397, 15880, 3970, 19850),
+    "1y2RD81BYuiyvebdN-JymPfyWYcd8_MUq",
+    {"SUN397": "http://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz"},
+    note="Princeton's link is dead (CoOp's issue 90); the copy named there, kaggle.com/datasets/lash45/sun397-50-50, "
+    "has the folders train and test instead of SUN397/a/abbey/sun_*.jpg and does not fit the split file as it is",
+)
+DescribableTextures = _benchmark(
+    "DescribableTextures",
+    "Textures (DTD).",
+    ("dtd", "images"),
+    (47, 2820, 1128, 1692),
+    "1u3_QfB467jqHgNXC00UIzbLZRQCg2S7x",
+    {"images": "https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz"},
+)
+EuroSAT = _benchmark(
+    "EuroSAT",
+    "Land seen from a satellite.",
+    ("eurosat", "2750"),
+    (10, 13500, 5400, 8100),
+    "1Ip7yaCWFi0eaOFUGga0lUdVi_DDQth1o",
+    {"2750": "http://madm.dfki.de/files/sentinel/EuroSAT.zip"},
+)
+UCF101 = _benchmark(
+    "UCF101",
+    "Actions; the middle frame of each video.",
+    ("ucf101", "UCF-101-midframes"),
+    (101, 7639, 1898, 3783),
+    "1I0S0q91hJfsV9Gf4xDIjgDq4AqBNJb1y",
+    {"UCF-101-midframes": "https://drive.google.com/file/d/10Jqome3vtUA2keJkNanAiFpgbyC9Hc2O/view"},
+)
