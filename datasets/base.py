@@ -153,7 +153,7 @@ def check_splits(splits: Splits, path: Path) -> None:
 
 
 def subsample(splits: Splits, group: str) -> Splits:
-    """Keep the first half of the classes (base; the larger one), the second half (new), or all; renumber labels from 0."""
+    """Keep the first half of the classes (base; the larger one), the second half (new), or all, labelled from 0."""
     if group not in SUBSAMPLES:
         raise GramError(f"DATASET.SUBSAMPLE_CLASSES is {group!r}; expected one of {', '.join(SUBSAMPLES)}")
     if group == "all":

@@ -1,7 +1,7 @@
 """The benchmarks of CoOp that a split file describes; the others are in `fgvc_aircraft` and `imagenet`.
 
-Class names are those of the split files, which contain CoOp's renamings (EuroSAT's "Annual Crop Land", Caltech's "face").
-Numbers of images are those of the published files.
+Class names are those of the split files, which contain CoOp's renamings (EuroSAT's "Annual Crop Land", Caltech's
+"face"). Numbers of images are those of the published files.
 """
 
 from __future__ import annotations

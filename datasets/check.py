@@ -70,7 +70,7 @@ def known_datasets() -> list[str]:
 
 
 def find_datasets(root: Path, names: Sequence[str]) -> list[tuple[str, type[SplitDataset]]]:
-    """Find datasets by the name of their config or class, or of a folder under `root`; raise `GramError` if none has it."""
+    """Find datasets by the names of their configs or classes, or of folders under `root`; raise `GramError` otherwise."""
     classes = {cls.__name__: cls for cls in _subclasses(SplitDataset)}
     configs = {config: classes[name] for config, name in _configs() if name in classes and name != "ImageFolder"}
     by_name = {name.lower(): (config, cls) for config, cls in configs.items() for name in (config, cls.__name__)}

@@ -1,7 +1,7 @@
 """Few-shot subsets: drawn as CoOp draws them, and kept in `split_fewshot/` so that every run has the same.
 
-Runs read `shot_<n>-seed_<s>.json`, which has relative paths. `shot_<n>-seed_<s>.pkl` beside it is for CoOp's own code: it
-is written with the present absolute paths, and renewed when they change. Without a JSON, CoOp's own pickle is read.
+Runs read `shot_<n>-seed_<s>.json`, which has relative paths. `shot_<n>-seed_<s>.pkl` beside it is for CoOp's own code:
+it is written with the present absolute paths, and renewed when they change. Without a JSON, CoOp's own pickle is read.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """ImageFolder: your own images, a folder per class, under DATASET.ROOT/DATASET.FOLDER.
 
-The folder has `train/` and `test/` (and `val/`) with class folders each, or class folders alone. In the second case half
-of each class's images are for training, a fifth for validation and the rest for testing; the split is drawn with a fixed
-seed and kept in `split.json`.
+The folder has `train/` and `test/` (and `val/`) with class folders each, or class folders alone. In the second case
+half of each class's images are for training, a fifth for validation and the rest for testing; the split is drawn with a
+fixed seed and kept in `split.json`.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _class_root(path: Path) -> Path:
 
 
 def _read_parts(path: Path, names: Mapping[str, str] | None) -> Splits:
-    """Return the splits of train/, val/ and test/; labels number train/'s class folders; without test/, val/ is the test set."""
+    """Return the splits of train/, val/ and test/ (without test/, val/ is it); labels number train/'s class folders."""
     labels = {folder.name: label for label, folder in enumerate(_class_folders(path / "train"))}
     listed: Splits = {"train": [], "val": [], "test": []}
     for part in listed:

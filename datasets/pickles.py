@@ -1,7 +1,7 @@
 """CoOp's few-shot pickles, read without running code from them, and written for CoOp's own code.
 
-Such a file holds {"train": [Datum, ...], "val": [Datum, ...]} with absolute paths. Ordinary unpickling can run any code;
-the reader here accepts only plain containers and these records.
+Such a file holds {"train": [Datum, ...], "val": [Datum, ...]} with absolute paths. Ordinary unpickling can run any
+code; the reader here accepts only plain containers and these records.
 """
 
 from __future__ import annotations

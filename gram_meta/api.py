@@ -7,8 +7,8 @@
     meta = gram.pretrain(store, hierarchy, "meta", config="coop_vit_b16", opts={"OUTER.STEPS": 5000})
     print(gram.evaluate(meta, store, hierarchy))
 
-`config` names YAML files: paths, or names of files in configs/gram_meta. `opts` overrides single keys. Under `torchrun`,
-`embed` and `pretrain` share their work among the processes, as the commands do.
+`config` names YAML files: paths, or names of files in configs/gram_meta. `opts` overrides single keys. Under
+`torchrun`, `embed` and `pretrain` share their work among the processes, as the commands do.
 """
 
 from __future__ import annotations

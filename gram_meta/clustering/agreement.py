@@ -76,11 +76,11 @@ def agreement(hierarchy: Hierarchy, store: PairStore, truth: Mapping[str, Sequen
     Returns:
         topics: for each fact, its adjusted mutual information (1: the same partition, 0: chance) with the topics, over
             the pairs in topics (`all`) and over those with right captions (`right captions`).
-        domains: for each fact, its adjusted mutual information with the domains inside a topic: the mean over the topics
-            in which the fact varies (their number is `topics`), weighted by images.
+        domains: for each fact, its adjusted mutual information with the domains inside a topic: the mean over the
+            topics in which the fact varies (their number is `topics`), weighted by images.
         noise: share of noise among the pairs that passed the filter. in_topics: share of all pairs that are in topics.
-        filter: numbers of wrong and of dropped captions, precision and recall of the filter on wrong captions, the share
-            of right captions that passed, the share of wrong captions among pairs in topics.
+        filter: numbers of wrong and of dropped captions, precision and recall of the filter on wrong captions, the
+            share of right captions that passed, the share of wrong captions among pairs in topics.
         matched: pairs of the store that the truth has.
     """
     row = _rows(store, truth)

@@ -53,12 +53,12 @@ def cluster_pairs(
         store: features of n pairs and m images.
         config: the settings that `ChcSettings` reads.
         excluded: rows of images to leave out; their pairs have the fate "excluded".
-        scratch: a folder in which a run over a sample keeps intermediate results, in hidden files: an interrupted run with
-            the same settings continues from them. `Steps(scratch).forget()` removes them.
+        scratch: a folder in which a run over a sample keeps intermediate results, in hidden files: an interrupted run
+            with the same settings continues from them. `Steps(scratch).forget()` removes them.
         progress: show a bar for the long steps.
 
-    Every domain of every topic in the result has at least `domain_minimum(settings, U)` distinct images, so that each can
-    be the support domain of a task and still provide its share of the query set.
+    Every domain of every topic in the result has at least `domain_minimum(settings, U)` distinct images, so that each
+    can be the support domain of a task and still provide its share of the query set.
 
     Raises:
         GramError: settings out of range; too few pairs; fewer than three topics; no topic that can fill a task.

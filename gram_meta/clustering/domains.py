@@ -19,8 +19,8 @@ GATHER = 1 << 19  # images whose features are in memory at once: 512 MB at 512 d
 def images_by_topic(store: PairStore, pairs_of: dict[int, np.ndarray], progress: bool) -> Iterator[tuple[int, Images]]:
     """Yield the distinct images of each topic, in the order of `pairs_of`.
 
-    The features of as many topics as fit into GATHER rows are read together, in ascending order, in one pass through the
-    file; those of a larger topic are read on access.
+    The features of as many topics as fit into GATHER rows are read together, in ascending order, in one pass through
+    the file; those of a larger topic are read on access.
     """
     with bar(sum(map(len, pairs_of.values())), "domains", progress) as shown:
         for numbers in _groups(pairs_of):
@@ -52,7 +52,7 @@ def _groups(pairs_of: dict[int, np.ndarray]) -> Iterator[list[int]]:
 
 @dataclass
 class Images:
-    """The distinct images of a topic: their rows `at` in `features`, and the number of each pair's image (`of_pair`)."""
+    """The distinct images of a topic: their rows `at` in `features`, and each pair's image (`of_pair`)."""
 
     features: np.ndarray
     at: np.ndarray

@@ -1,7 +1,7 @@
 """Topics of many pairs from the topics of a sample of them, in nearly linear time and bounded memory.
 
-UMAP and HDBSCAN see a sample. For every other pair, the sample pairs with the nearest sentence features vote for a topic. A
-threshold that was learned from the sample decides whether the pair gets this topic or is noise.
+UMAP and HDBSCAN see a sample. For every other pair, the sample pairs with the nearest sentence features vote for a
+topic. A threshold that was learned from the sample decides whether the pair gets this topic or is noise.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def vote(label: np.ndarray, similarity: np.ndarray) -> tuple[np.ndarray, np.ndar
 def thresholds(topic: np.ndarray, share: np.ndarray, label: np.ndarray, topics: int) -> np.ndarray:
     """Learn, for each topic, the share of votes to require, from pairs whose label is known.
 
-    With the common threshold, as many of these pairs are noise as by clustering. With a topic's own threshold, it has as
-    many pairs as by clustering. The result is the mean of both, weighted by SHRINK and by the topic's number of members,
-    which keeps small topics from following chance.
+    With the common threshold, as many of these pairs are noise as by clustering. With a topic's own threshold, it has
+    as many pairs as by clustering. The result is the mean of both, weighted by SHRINK and by the topic's number of
+    members, which keeps small topics from following chance.
 
     Args:
         topic, share: (n,) from `vote`, where no pair is its own neighbour.
@@ -156,8 +156,8 @@ def against(judged: np.ndarray, known: np.ndarray) -> dict[str, Any]:
     """Compare labels with known ones.
 
     Returns:
-        The share of noise in both, and of equal labels; `precision`: the share of right labels among pairs with a topic;
-        `noise_precision`: the share of noise among pairs labelled as noise.
+        The share of noise in both, and of equal labels; `precision`: the share of right labels among pairs with a
+        topic; `noise_precision`: the share of noise among pairs labelled as noise.
     """
     topic, noise = judged >= 0, judged < 0
     return {
@@ -173,8 +173,8 @@ def against(judged: np.ndarray, known: np.ndarray) -> dict[str, Any]:
 def captions_by_number(captions: Iterable[str], wanted: np.ndarray) -> np.ndarray:
     """Return a number (int64) for each row marked in `wanted` (bool, for each caption): equal for equal captions.
 
-    It is the number of the first wanted row with this caption, counted among the wanted rows. Captions are compared by a
-    64-bit hash: among 3 million, two different ones share it with a probability of 2e-7.
+    It is the number of the first wanted row with this caption, counted among the wanted rows. Captions are compared by
+    a 64-bit hash: among 3 million, two different ones share it with a probability of 2e-7.
     """
     digests = (
         int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "little")

@@ -27,7 +27,7 @@ class Steps:
         self.folder = None if folder is None else Path(folder)
 
     def once(self, name: str, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """Return the array that an earlier run with this key kept under `name`; else compute it by `make` and keep it."""
+        """Return the array that an earlier run with this key kept under `name`; else keep the result of `make`."""
         if self.folder is None:
             return make()
         path = self.path(name)

@@ -28,7 +28,7 @@ Words = list[list[tuple[str, float]]]  # for each topic, the best words with the
 
 
 def given_topics(store: PairStore, fates: np.ndarray) -> tuple[np.ndarray, np.ndarray, Words]:
-    """Return all pairs that are not excluded, the class of each, and the one word of each class: its name, with score 1.
+    """Return all pairs that are not excluded, the class of each, and the word of each class: its name, with score 1.
 
     In a store of class folders a class is a folder, so two classes may have the same name (ImageNet has two cranes); in
     any other store it is a caption.

@@ -34,9 +34,9 @@ def topic_words(
 ) -> list[list[tuple[str, float]]]:
     """Return the best words of each topic with their scores, best first (Eq. 3).
 
-    The captions of a topic are one document. The score of word w in topic l is N_wl / N_l * log(L / (L_w + 1)): w occurs
-    N_wl times among the N_l words of topic l, and L_w of the L topics contain w. Among equal scores, the word that occurs
-    more often comes first, then the alphabet decides.
+    The captions of a topic are one document. The score of word w in topic l is N_wl / N_l * log(L / (L_w + 1)): w
+    occurs N_wl times among the N_l words of topic l, and L_w of the L topics contain w. Among equal scores, the word
+    that occurs more often comes first, then the alphabet decides.
 
     Args:
         captions: n texts. topic: n topic numbers in 0 ... topics - 1; -1: in no topic.

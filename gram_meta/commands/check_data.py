@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 HELP = """List the datasets under ROOT (the --root of training), what is missing or wrong, and where to get it.
 
-Without --datasets, it checks the paper's eleven and ImageNetV2, -Sketch, -A and -R. It counts the files and compares them
-with the published numbers; --deep opens every image. It writes no file. The exit status is 0 if all datasets are fine,
-else 1."""
+Without --datasets, it checks the paper's eleven and ImageNetV2, -Sketch, -A and -R. It counts the files and compares
+them with the published numbers; --deep opens every image. It writes no file. The exit status is 0 if all datasets are
+fine, else 1."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -27,14 +27,14 @@ torchrun --nproc_per_node 8 -m gram_meta embed ... See docs/guide/corpus.md."""
 
 # Where the pairs are in SOURCE.
 NAMES = {
-    "--image-column NAME": "column of image paths (default: image, path, filename, ...); with both columns given as numbers "
-    "from 1, the file has no header",
-    "--caption-column NAME": "column of captions (default: caption, text, title, ...); in tars the suffix of a text member, "
-    "or a key of the .json (default: .txt, then caption in .json)",
-    "--image-root FOLDER": "where image paths start from (default: the file's folder; for captions in JSON also folders "
-    "beside it, such as train2017)",
-    "--image-name RULE": "how CC3M's images are called, such as 'train/{row:08d}.jpg' or '{crc32}' (default: found out by "
-    "looking)",
+    "--image-column NAME": "column of image paths (default: image, path, filename, ...); with both columns given as "
+    "numbers from 1, the file has no header",
+    "--caption-column NAME": "column of captions (default: caption, text, title, ...); in tars the suffix of a text "
+    "member, or a key of the .json (default: .txt, then caption in .json)",
+    "--image-root FOLDER": "where image paths start from (default: the file's folder; for captions in JSON also "
+    "folders beside it, such as train2017)",
+    "--image-name RULE": "how CC3M's images are called, such as 'train/{row:08d}.jpg' or '{crc32}' (default: found out "
+    "by looking)",
     "--split NAMES": "of Karpathy's JSON or Hugging Face's Parquet files: train, val, ..., several with commas, or all "
     "(default: train, and COCO's restval, where there are splits)",
 }

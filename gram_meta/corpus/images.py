@@ -34,8 +34,8 @@ class BadImage(Exception):
 def read_image(path: str | os.PathLike[str]) -> tuple[Image.Image, bytes]:
     """Return an image file as upright 8-bit RGB, and the digest of its content.
 
-    Applies the EXIF orientation, scales 16-bit and float grey to 8 bits, puts transparent images on white, and takes the
-    first frame of an animation.
+    Applies the EXIF orientation, scales 16-bit and float grey to 8 bits, puts transparent images on white, and takes
+    the first frame of an animation.
 
     Raises:
         BadImage: with its reason.

@@ -1,7 +1,8 @@
 """Shards that a process has open, to read single images from; their number is bounded.
 
 The caches belong to the process, so an `ImageReader` stays small and can be sent to worker processes. A forked process
-starts with empty caches; tars are read with `os.pread`, which uses no file position that threads or processes could share.
+starts with empty caches; tars are read with `os.pread`, which uses no file position that threads or processes could
+share.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Every shard of the source is read once, by one process: unusable rows are counted, images are numbered in the order of
 their first appearance, and the remaining pairs are cut into parts. A part is one row group of its shard's index, so a
-continued run finds the same parts, and any process can work on any part. Image ids are local to a shard; a shard's global
-offset is the sum of the earlier counts, so no process needs all names in memory.
+continued run finds the same parts, and any process can work on any part. Image ids are local to a shard; a shard's
+global offset is the sum of the earlier counts, so no process needs all names in memory.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ def write_index(
     """Read the shards of a source once and write their index, or continue where an earlier run was interrupted.
 
     `plan.json` marks the index as complete. The processes of `group` share the shards, and each process shares its own
-    among its workers; a source with a single shard is read by rank 0. Memory: one part, and about 200 bytes per distinct
-    image of a shard.
+    among its workers; a source with a single shard is read by rank 0. Memory: one part, and about 200 bytes per
+    distinct image of a shard.
 
     Args:
         root: the folder that the images' places are relative to. folder: where the index is written.

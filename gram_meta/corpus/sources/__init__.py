@@ -1,7 +1,7 @@
 """Sources of image-text pairs: shards, folders and files of many formats.
 
-A format reads its rows in a fixed order and never fails on a bad row: it yields the row with the reason why it cannot be
-used, so that the caller can count it.
+A format reads its rows in a fixed order and never fails on a bad row: it yields the row with the reason why it cannot
+be used, so that the caller can count it.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def open_source(
         image_column, caption_column: names in the header; None: the usual ones (`tables.IMAGE_COLUMNS` and
             `CAPTION_COLUMNS`). In TSV and CSV, two numbers, counted from 1, mean that the file has no header. In tar
             shards, `caption_column` is the `caption` of `webdataset._shard_rows`.
-        image_root: the folder that relative image paths start from; None: the folder of the file, or for captions in JSON
-            and tokens the folder beside the file that holds most of their images.
+        image_root: the folder that relative image paths start from; None: the folder of the file, or for captions in
+            JSON and tokens the folder beside the file that holds most of their images.
         format: the name of a format, or `auto` to detect it; class folders are never detected.
         classnames: for class folders, the file with their names.
         split: for Karpathy's JSON and Hugging Face's Parquet files: as in `splits.choose_split`.

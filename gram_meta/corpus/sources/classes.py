@@ -1,7 +1,7 @@
 """A labelled collection: a folder of class folders, such as ImageNet and WebVision.
 
-A class is a folder with images somewhere below it. Its name is that of the folder (with spaces for underscores), or comes
-from a list of lines "folder class name", such as ImageNet's `classnames.txt`.
+A class is a folder with images somewhere below it. Its name is that of the folder (with spaces for underscores), or
+comes from a list of lines "folder class name", such as ImageNet's `classnames.txt`.
 """
 
 from __future__ import annotations

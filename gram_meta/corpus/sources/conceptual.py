@@ -1,8 +1,8 @@
 """CC3M and similar corpora: a TSV of captions and URLs, and images that were downloaded from them.
 
-Train_GCC-training.tsv has `caption<TAB>url` and no header; the TSV of CC12M has the URL first. It does not tell how image
-files are named: the script that downloaded them decides. The usual scripts name files by the CRC-32 of the URL or by the
-row number; `find_rule` detects the rule from the files.
+Train_GCC-training.tsv has `caption<TAB>url` and no header; the TSV of CC12M has the URL first. The
+script that downloaded the images decides how their files are named, usually by the CRC-32 of the URL or by the row
+number; `find_rule` detects the rule from the files.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 TRIED = 400  # rows whose files are looked for
 LEAST = 20  # a rule is accepted if at least one row in LEAST has its file
 FOLDERS = ("", "training", "validation", "train", "val", "images", "images_train", "images_val")
-# Fields of `str.format`: crc32 of the URL; row, counted from 0, and row1, from 1; thousand = row % 1000; first4 = the first
-# four of the row's seven digits.
+# Fields of `str.format`: crc32 of the URL; row, counted from 0, and row1, from 1; thousand = row % 1000; first4 = the
+# first four of the row's seven digits.
 RULES = (
     "{crc32}",  # the script of ViLBERT and DownloadConceptualCaptions: training/3163485042, no suffix
     "{row}",

@@ -31,8 +31,8 @@ TRIED = 200  # images looked for in each folder
 def find_images(path: Path, given: Path | None, forms: Mapping[str, Sequence[str]]) -> tuple[Path, str]:
     """Return the folder that image names start from, and the form of names of which most were found there.
 
-    Looks up TRIED names of each form in the folders that usually hold such images: in `given`, or (None) beside the file
-    and one level above it. The folder that has most of them is chosen.
+    Looks up TRIED names of each form in the folders that usually hold such images: in `given`, or (None) beside the
+    file and one level above it. The folder that has most of them is chosen.
 
     Raises:
         GramError: no image was found anywhere.

@@ -27,8 +27,8 @@ class Place(NamedTuple):
     """Where one image lies.
 
     Attributes:
-        location: the image's name, unique in its corpus: a path relative to the image root, or absolute. For an image in a
-            shard: the shard's path, a slash, and the member's name or the row's number.
+        location: the image's name, unique in its corpus: a path relative to the image root, or absolute. For an image
+            in a shard: the shard's path, a slash, and the member's name or the row's number.
         shard: the tar or Parquet file that holds it, as a path like `location`; "" if the image is a file of its own.
         offset: in a tar, the byte at which the image begins; in a Parquet file, its row.
         size: in a tar, the number of bytes; in a Parquet file, the number of the image column.

@@ -22,8 +22,8 @@ class Source:
         classnames: for class folders, the file with their names. class_depth: how many levels below `path` they lie.
         files: the files in their order, if the source has several or is made of shards.
         split: the splits to read, separated by commas; None: all.
-        naming: for `cc3m`, how image files are named (`conceptual.RULES`); for `karpathy`, whether `filepath` is part of
-            the name.
+        naming: for `cc3m`, how image files are named (`conceptual.RULES`); for `karpathy`, whether `filepath` is part
+            of the name.
     """
 
     path: Path
@@ -40,8 +40,8 @@ class Source:
     def identity(self) -> dict[str, Any]:
         """Return what must stay the same for an interrupted run to be continued.
 
-        A file that names images is identified by its SHA-256; shards, which may be hundreds of gigabytes, by their names
-        and sizes.
+        A file that names images is identified by its SHA-256; shards, which may be hundreds of gigabytes, by their
+        names and sizes.
         """
         content = None if self.files or self.path.is_dir() else sha256_file(self.path)
         identity: dict[str, Any] = {

@@ -20,8 +20,8 @@ def choose_split(path: Path, found: Counter[str], given: str | None) -> str | No
 
     Args:
         found: split -> number of images; "" for images without a split.
-        given: as `--split`, `all` for every split; None: train (and restval, which the Karpathy split of COCO adds to it)
-            if there is one, else all.
+        given: as `--split`, `all` for every split; None: train (and restval, which the Karpathy split of COCO adds to
+            it) if there is one, else all.
     """
     named = {split: count for split, count in found.items() if split}
     if given == "all":

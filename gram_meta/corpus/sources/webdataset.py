@@ -1,8 +1,8 @@
 """WebDataset shards: tar files in which the members with the same key form a sample, as img2dataset writes them.
 
 The key of a member is its path up to the first dot of its base name; the rest is its suffix: `000000012.jpg`,
-`000000012.txt` and `000000012.json` are one sample. A shard is read in one pass over its headers, which give the place of
-each image; image data is skipped, and no member is ever unpickled or unpacked to disk.
+`000000012.txt` and `000000012.json` are one sample. A shard is read in one pass over its headers, which give the place
+of each image; image data is skipped, and no member is ever unpickled or unpacked to disk.
 """
 
 from __future__ import annotations
@@ -233,8 +233,8 @@ def _shard_rows(root: Path, name: str, caption: str | None = None) -> Iterator[R
     second image is counted as a duplicate. Images of different shards are different, whatever their keys are.
 
     Args:
-        caption: where captions are: the suffix of a text member, or a key of the JSON. None: `.txt`, and if that is missing
-            or empty, "caption" in `.json`. A text member is one caption; a list in the JSON is several.
+        caption: where captions are: the suffix of a text member, or a key of the JSON. None: `.txt`, and if that is
+            missing or empty, "caption" in `.json`. A text member is one caption; a list in the JSON is several.
 
     Raises:
         GramError: no such file, or a compressed one.
@@ -288,7 +288,7 @@ def _sample_rows(window: _Window, end: int, shard: str, caption: str | None) -> 
 
 
 def split_name(name: bytes) -> tuple[str, str]:
-    """Return key and suffix of a member's name, the suffix in lower case; ("", "") for hidden files, or without a suffix.
+    """Return key and suffix of a member's name, the suffix in lower case; ("", "") if it is hidden or has no suffix.
 
     No file is ever written under a key; still it cannot point outside the shard: no leading slash, no "..".
     """
