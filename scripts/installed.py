@@ -1,4 +1,4 @@
-"""Exit 0 when this repository is installed here, editable and with everything that EXTRA needs; else say what lacks.
+"""Exit 0 if this repository is installed, editable and with all requirements of EXTRA; else print what is missing.
 
 Usage: python scripts/installed.py EXTRA
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def declared() -> dict:
-    """The keyword arguments that setup.py gives to `setup`."""
+    """Return the keyword arguments that setup.py passes to `setup`."""
     import setuptools
 
     captured: dict = {}
@@ -27,7 +27,7 @@ def declared() -> dict:
 
 
 def missing(extra: str) -> str:
-    """What is not as setup.py asks, in words; empty when all is well."""
+    """Return a sentence on what differs from setup.py; empty if nothing does."""
     try:
         from packaging.requirements import Requirement
 
@@ -46,7 +46,7 @@ def missing(extra: str) -> str:
 
 
 def missing_project(wanted: dict) -> str:
-    """The same question for the project itself: this checkout, editable, every mapped package found."""
+    """Return the same for the project itself: this checkout, editable, every mapped package found."""
     try:
         project = metadata.distribution(wanted["name"])
     except metadata.PackageNotFoundError:

@@ -28,7 +28,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +37,8 @@ import torch
 
 from gram_meta.backbone.clip import RUN_PRECISIONS, Backbone, load_backbone
 from gram_meta.errors import GramError
-from gram_meta.files import atomic_write
 from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
 from gram_meta.method.prompts import META_NET, initial_meta_net, initial_prompts
-from gram_meta.method.regulator import GradientRegulator
 
 TITLES = {
     "step": "training step",
@@ -135,7 +132,7 @@ class Process:
         )
 
     def ask(self, what: str, **words: Any) -> dict[str, Any]:
-        """The answer of a contestant that has come this far."""
+        """Send an order; return the answer, or raise GramError if the contestant failed."""
         self.send(what, **words)
         answer = self.answer()
         if "error" in answer:
@@ -149,7 +146,7 @@ class Process:
             self.process.stdin.flush()
 
     def answer(self) -> dict[str, Any]:
-        """{"error": sentence} where the contestant could not."""
+        """Return the next answer, or {"error": sentence} if the contestant failed."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if line:
@@ -173,7 +170,7 @@ class Process:
 
 
 def mirrored(data: Path, folder: Path) -> Path:
-    """A root with links to what is in `data`: trainers write beside the images, and this root is not the user's."""
+    """Make a root with links to the contents of `data`, so that trainers write nothing into the user's folders."""
     if not data.is_dir():
         raise GramError(f"--data {data}: expected the folder that holds the datasets' folders, found no such folder")
     root = folder / "data"
@@ -187,7 +184,7 @@ def mirrored(data: Path, folder: Path) -> Path:
 
 
 def made_up(classes: int, batch: int, tests: int, folder: Path) -> Path:
-    """A root with Caltech101's layout: made-up names, and smooth noise of a photo's size as JPEG files."""
+    """Make a root with Caltech101's layout: made-up names, and smooth noise of a photo's size as JPEG files."""
     from PIL import Image
 
     root, random = folder / "data", np.random.default_rng(0)
@@ -211,20 +208,19 @@ def made_up(classes: int, batch: int, tests: int, folder: Path) -> Path:
 
 
 def save_weights(backbone: Backbone, folder: Path) -> Path:
-    """The same numbers for everybody: CoOp's way of loading goes through fp16, so they are rounded to it."""
+    """Save the weights for all contestants, rounded to fp16, through which CoOp loads them."""
     path = folder / "weights.pt"
     torch.save({key: value.half() for key, value in backbone.model.state_dict().items()}, path)
     return path
 
 
 def save_meta(backbone: Backbone, path: Path, text: int, visual: int, conditional: bool) -> Path:
-    """A meta-checkpoint that fits; it gives the regulator, while the prompts start where the others' do."""
-    widths = {"text": backbone.text_width, "visual": backbone.visual_width}
+    """Save a meta-checkpoint that fits; trainers take the regulator from it, while prompts start as in the others."""
     prompts = initial_prompts(backbone, text, visual)
     net = initial_meta_net(backbone) if conditional else {}
     meta = MetaCheckpoint(
         prompts=prompts,
-        regulator=GradientRegulator({kind: widths[kind] for kind in prompts}),
+        regulator=common.regulator_for(prompts),
         backbone_name=backbone.name,
         backbone_fingerprint=backbone.fingerprint,
         extras={f"{META_NET}{name}": value for name, value in net.items()},
@@ -248,7 +244,7 @@ class Bench:
         self.checkouts = {"coop": args.coop, "prometar": args.prometar}
         for name, path in self.checkouts.items():
             if path and not (path / "train.py").is_file():
-                raise GramError(f"--{name} {path}: expected a checkout with a train.py, found none there")
+                raise GramError(f"--{name} {path}: expected a checkout with a train.py, found none")
         if args.data:
             self.root = mirrored(args.data, folder)
         else:
@@ -256,7 +252,7 @@ class Bench:
             self.root = made_up(args.classes, batch, args.test_images or 100, folder)
 
     def entries(self, group: Group) -> Iterator[Entry]:
-        """Those whose code is here."""
+        """Yield the entries whose code is available; print those that are left out."""
         for entry in group.entries:
             if not entry.checkout or self.checkouts[entry.checkout]:
                 yield entry
@@ -264,7 +260,7 @@ class Bench:
                 print(f"{entry.name}: left out, as there is no --{entry.checkout}")
 
     def spec(self, group: Group, entry: Entry, precision: str, folder: Path) -> dict[str, Any]:
-        """All that a contestant's process has to know."""
+        """Return the specification of a contestant's process."""
         args = self.args
         configs = Path()
         if entry.owner == "theirs":
@@ -306,7 +302,7 @@ class Bench:
         }
 
     def environment(self) -> dict[str, str]:
-        """Of a contestant's process: its threads, and which Dassl."""
+        """Return a contestant's environment variables: its threads, and which Dassl it uses."""
         environment = {**os.environ, "GRAM_DASSL": "builtin", "PYTHONWARNINGS": "ignore"}
         environment |= {"OMP_NUM_THREADS": str(self.args.threads)}
         paths = [str(Path(__file__).resolve().parents[2])]  # this project, installed or not; behind a checkout's folder
@@ -318,7 +314,7 @@ class Bench:
         return environment
 
     def run(self, name: str, precision: str) -> dict[str, Any]:
-        """One group in one precision; what every contestant answered."""
+        """Run one group in one precision; return the answers of every contestant."""
         group = GROUPS[name]
         processes = []
         for index, entry in enumerate(self.entries(group)):
@@ -367,7 +363,7 @@ class Bench:
 
 
 def same_batches(built: Mapping[str, Mapping[str, Any]]) -> None:
-    """All contestants were given the same classes and pixels, or nothing is compared."""
+    """Raise GramError unless all contestants have the same classes and pixels."""
     names = list(built)
     for name in names[1:]:
         for key, what in (("classnames_sha256", "class names"), ("sha256", "batches")):
@@ -376,7 +372,7 @@ def same_batches(built: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def compare(entries: Sequence[Entry], checks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """How far a contestant's first numbers are from those of the same method in the checkout."""
+    """Return how far a contestant's first numbers are from those of the same method in the checkout."""
     if not entries or entries[0].owner != "theirs":
         return {}
     theirs, result = checks[entries[0].name], {}
@@ -396,7 +392,7 @@ def compare(entries: Sequence[Entry], checks: Mapping[str, Mapping[str, Any]]) -
 
 
 def apart(ours: Any, theirs: Any, name: str) -> float:
-    """Largest difference, relative to the largest entry."""
+    """Return the largest difference, relative to the largest entry."""
     return float(np.abs(ours[name] - theirs[name]).max() / np.abs(theirs[name]).max())
 
 
@@ -404,7 +400,7 @@ def apart(ours: Any, theirs: Any, name: str) -> float:
 
 
 def summary(table: Mapping[str, Any], steps: int, clock: str) -> dict[str, dict[str, Any]]:
-    """For every measure and contestant: median and range in ms (per step), and the first one's time over its own."""
+    """Return, for every measure and contestant, median and range in ms (per step), and the first one's time over its own."""
     result: dict[str, dict[str, Any]] = {}
     names = list(table["contestants"])
     measures = table["contestants"][names[0]].get("rounds", {}) if names else {}
@@ -426,8 +422,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
-def print_group(table: Mapping[str, Any], args: argparse.Namespace) -> None:
-    """Markdown."""
+def print_group(table: Mapping[str, Any]) -> None:
+    """Print the tables of a group as Markdown."""
     contestants = table["contestants"]
     print(f"\n### {table['group']}, {table['precision']}\n")
     for name, reason in table["left_out"].items():
@@ -464,12 +460,12 @@ def figure(value: Mapping[str, float], digits: int = 0) -> str:
 
 
 def facts(args: argparse.Namespace) -> dict[str, Any]:
-    """Versions, commits and the machine."""
+    """Return versions, commits and facts about the machine."""
     here = Path(__file__).resolve().parents[2]
     places = {"this project": here, "CoOp": args.coop, "ProMetaR": args.prometar, "Dassl": args.dassl}
     places["learn2learn"] = args.learn2learn
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": common.now(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "commits": {name: commit(place) for name, place in places.items() if place},
         "processor": common.cpu_model(),
@@ -533,8 +529,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """All groups in all precisions; the JSON file is written after each, so that an interruption loses nothing."""
-    settings = {key: "given" if isinstance(value, Path) else value for key, value in vars(args).items()}
-    report: dict[str, Any] = {"facts": facts(args), "settings": settings, "tables": []}
+    report: dict[str, Any] = {"facts": facts(args), "settings": common.settings(args), "tables": []}
     with tempfile.TemporaryDirectory(prefix="checkouts-") as folder:
         bench = Bench(args, Path(folder))
         print(f"{args.model} on {args.device}; {report['facts']['processor']}; torch {torch.__version__}")
@@ -542,13 +537,11 @@ def run(args: argparse.Namespace) -> None:
             for name in args.groups:
                 table = bench.run(name, precision)
                 table["summary"] = summary(table, args.steps, "wall" if args.device == "cuda" else "cpu")
-                print_group(table, args)
+                print_group(table)
                 sys.stdout.flush()
                 report["tables"].append(table)
                 report["facts"]["load_average_after"] = os.getloadavg()
-                if args.output:
-                    with atomic_write(args.output) as file:
-                        file.write(json.dumps(report, indent=1).encode())
+                common.write_report(args.output, report)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A CoOpGRAM step's memory and time against the number of classes: everything kept, chosen by itself, and forced.
+"""Measure a CoOpGRAM step's memory and time against the number of classes, with each setting of TRAINER.MEMORY.
 
 Every setting runs in a process of its own, from few classes to many. The text part: class sentences -> features -> logits against fixed image
 features -> loss -> gradient of the context -> regulator -> SGD. The whole step has the image tower in front. Class names are
@@ -34,7 +34,6 @@ from yacs.config import CfgNode
 
 from gram_meta.backbone.clip import Backbone
 from gram_meta.method.prompts import PromptedCLIP, initial_prompts, logits
-from gram_meta.method.regulator import GradientRegulator
 from gram_meta.trainers import memory
 
 COUNTS = (10, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
@@ -96,8 +95,7 @@ class Step:
         self.prompts = self.model.prompt_learner.prompts()
         self.settings = settings(setting)
         self.said = memory.arrange(self.model, self.settings, batch)
-        widths = {kind: prompt.shape[1] for kind, prompt in self.prompts.items()}
-        self.regulator = GradientRegulator(widths).to(backbone.device)
+        self.regulator = common.regulator_for(self.prompts).to(backbone.device)
         self.optimiser = torch.optim.SGD(self.prompts.values(), lr=0.002, momentum=0.9, weight_decay=5e-4)
         size = self.backbone.image_size
         self.images = torch.randn(batch, 3, size, size, device=self.backbone.device)
@@ -131,11 +129,8 @@ def measure(args: argparse.Namespace, backbone: Backbone, count: int, setting: s
     run: Callable[[], float] = step.text if part == TEXT else step.whole
     spent = common.stopwatch(args)
     peak, loss = common.with_peak(run, args.device)
-    seconds = [] if args.repeats else [spent()]
-    for _ in range(args.repeats):
-        spent = common.stopwatch(args)
-        run()
-        seconds.append(spent())
+    first = spent()
+    seconds = [common.timed(run, args) for _ in range(args.repeats)] or [first]
     return row(
         count,
         setting,
@@ -255,20 +250,14 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     rcParams["svg.hashsalt"] = "classes"  # the same bytes from the same numbers
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
-    looks = {
-        PLAIN: ("#D55E00", "-o"),
-        LAYERS: ("#009E73", "--^"),
-        CHUNKS: ("#595959", ":s"),
-        AUTOMATIC: ("#0072B2", "-D"),
-    }
-    for setting, (colour, look) in looks.items():
+    colours, looks = ("#D55E00", "#009E73", "#595959", "#0072B2"), ("-o", "--^", ":s", "-D")
+    for setting, colour, look in zip((PLAIN, LAYERS, CHUNKS, AUTOMATIC), colours, looks, strict=True):
         points = [row for row in rows if row["setting"] == setting and row["part"] == TEXT and "peak_mb" in row]
         points.sort(key=lambda row: row["classes"])
         x, y = [row["classes"] for row in points], [row["peak_mb"] for row in points]
         axes.plot(x, y, look, color=colour, markersize=4, linewidth=1.5, label=setting)
-    plain = sorted(
-        (row["classes"], row["estimate_mb"]) for row in rows if row["setting"] == PLAIN and row["part"] == TEXT
-    )
+    plain = [row for row in rows if row["setting"] == PLAIN and row["part"] == TEXT]
+    plain = sorted((row["classes"], row["estimate_mb"]) for row in plain)
     axes.plot(*zip(*plain, strict=True), color="#D55E00", linewidth=0.8, linestyle=":", label="plain, by arithmetic")
     axes.set(xscale="log", yscale="log", xlabel="classes", ylabel="peak memory of the text part (MB)")
     axes.grid(color="#e0e0e0", linewidth=0.6, which="both")

@@ -1,4 +1,4 @@
-"""`gram cluster` at 10^4 to 3.1 * 10^6 pairs of generated features with a known truth, beside other ways.
+"""Measure `gram cluster` and other ways on 10^4 to 3.1 * 10^6 pairs of generated features with known topics.
 
     python scripts/bench/clustering.py make 100000 FOLDER/100k        # a pair store with its truth, nothing to download
     python scripts/bench/clustering.py gram FOLDER/100k               # gram cluster in a process of its own, measured
@@ -131,12 +131,12 @@ class World:
             "similarity": random.normal(0.3, 0.03, rows).astype(np.float32),
         }
 
-    def caption(self, topic: int, sub: int, noise: bool, says: list[bool], filler: list[int]) -> list[str]:
+    def caption(self, topic: int, sub: int, noise: bool, shows: list[bool], filler: list[int]) -> list[str]:
         words = [self.filler[word] for word in filler]
         if noise:
             return words
         about = (self.topic_word[topic], self.sub_word[sub], self.family_word[self.family[topic]])
-        return [*words[:2], *(word for word, said in zip(about, says, strict=True) if said), *words[2:]]
+        return [*words[:2], *(word for word, shown in zip(about, shows, strict=True) if shown), *words[2:]]
 
 
 def made_up_words(random: np.random.Generator, count: int) -> list[str]:
@@ -207,7 +207,7 @@ def make(pairs: int, folder: Path, seed: int) -> None:
 
 
 def measured(command: list[str], limit: float) -> dict[str, Any]:
-    """Run a command in a process of its own: seconds, memory in GB, and when each of its lines was written."""
+    """Run a command in its own process; return seconds, memory in GB, and its lines with their times."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     lines: list[tuple[float, str]] = []
@@ -248,7 +248,7 @@ def measured(command: list[str], limit: float) -> dict[str, Any]:
 
 
 def judged(label: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Topics (-1: noise) against the true ones, of pairs that clustering saw."""
+    """Compare topics (-1: noise) with the true ones."""
     from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
 
     both, noise = (label >= 0) & (truth >= 0), label < 0
@@ -263,8 +263,8 @@ def judged(label: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 
 
 def alike(label: np.ndarray, other: np.ndarray) -> dict[str, float]:
-    """How far two clusterings agree: topics of pairs that are noise in neither, all labels with noise as one more, and
-    the share of pairs that both or neither call noise."""
+    """Return how far two clusterings agree: the AMI on pairs that are noise in neither, the AMI with noise as one more
+    topic, and the share of pairs on which they agree whether it is noise."""
     from sklearn.metrics import adjusted_mutual_info_score
 
     both = (label >= 0) & (other >= 0)
@@ -281,7 +281,7 @@ def truth_of(store: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def labels_of(hierarchy: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Topic of each pair of the store (-1: noise, or dropped later), its domain, and whether clustering saw it."""
+    """Return the topic of each pair (-1: noise, or dropped later), its domain, and whether it reached clustering."""
     from gram_meta.clustering.hierarchy import FILTERED, Hierarchy
 
     found = Hierarchy.open(hierarchy)
@@ -291,7 +291,7 @@ def labels_of(hierarchy: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def domain_agreement(topic: np.ndarray, domain: np.ndarray, truth: tuple[np.ndarray, np.ndarray]) -> float:
-    """Mean over topics, weighted by pairs, of the AMI of domains with the true ones of the topic's main true topic."""
+    """Return the mean over topics, weighted by pairs, of the AMI of domains with those of the topic's main true topic."""
     from sklearn.metrics import adjusted_mutual_info_score
 
     order = np.argsort(topic, kind="stable")
@@ -310,7 +310,7 @@ def domain_agreement(topic: np.ndarray, domain: np.ndarray, truth: tuple[np.ndar
 
 
 def gram(store: Path, opts: list[str], limit: float) -> dict[str, Any]:
-    """`gram cluster` on a store, measured and compared with the truth."""
+    """Run `gram cluster` on a store; measure it and compare it with the truth."""
     name = "-".join(["hierarchy", *(opt.rsplit(".", 1)[-1].lower() for opt in opts)])
     out = store / name
     command = [sys.executable, "-m", "gram_meta", "cluster", str(store), "-o", str(out), *opts]
@@ -328,7 +328,7 @@ def gram(store: Path, opts: list[str], limit: float) -> dict[str, Any]:
 
 
 def in_a_process(what: str, store: Path, opts: list[str], limit: float) -> dict[str, Any]:
-    """A row of `bertopic` or `topics`, measured in a process of its own, which writes its labels into a file."""
+    """Measure `bertopic` or `topics` in its own process, which writes its labels into a file; return the row."""
     with tempfile.TemporaryDirectory() as folder:
         labels = Path(folder) / "labels.npz"
         command = [sys.executable, __file__, f"_{what}", str(store), str(labels), *opts]
@@ -347,7 +347,7 @@ def in_a_process(what: str, store: Path, opts: list[str], limit: float) -> dict[
 
 
 def run_bertopic(store: Path, labels: Path, opts: list[str]) -> None:
-    """BERTopic as it comes, on given embeddings: all pairs of the store, no filter. `opts`: its min_topic_size."""
+    """Run BERTopic's defaults on the embeddings of all pairs, without a filter. `opts`: its min_topic_size."""
     from bertopic import BERTopic
 
     from gram_meta.corpus.store import PairStore
@@ -365,7 +365,7 @@ WAYS = ("umap+hdbscan", "umap+fast-hdbscan", "evoc")
 
 
 def run_topics(store: Path, labels: Path, opts: list[str]) -> None:
-    """One of WAYS on all pairs of a store, without a filter; `opts`: the way, perhaps how many pairs."""
+    """Find topics on all pairs of a store in one of WAYS, without a filter; `opts`: the way, and the number of pairs."""
     from gram_meta.clustering.settings import ChcSettings
     from gram_meta.clustering.topics import reducer, topics_of
     from gram_meta.config import load_meta_config
@@ -399,7 +399,7 @@ def run_topics(store: Path, labels: Path, opts: list[str]) -> None:
 
 
 def rules(store: Path, opts: list[str]) -> list[dict[str, Any]]:
-    """Ways to give pairs outside a sample a topic, against un-sampled clustering and the truth, where there is one.
+    """Compare ways to assign pairs outside a sample to topics with un-sampled clustering, and with the truth if known.
 
     `opts`: pairs of the sample; "transform" adds UMAP's own transform and HDBSCAN's approximate_predict.
     """
@@ -425,13 +425,8 @@ def rules(store: Path, opts: list[str]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
 
     def add(name: str, found: np.ndarray, seconds: float, of: np.ndarray = rest) -> None:
-        row = {
-            "what": "rules",
-            "store": store.name,
-            "opts": opts,
-            "rule": name,
-            "noise": round(float((found < 0).mean()), 4),
-        }
+        row = {"what": "rules", "store": store.name, "opts": opts, "rule": name}
+        row["noise"] = round(float((found < 0).mean()), 4)
         row["ms_per_pair"] = round(1000 * seconds / len(of), 3)
         row["unsampled"] = alike(found, unsampled[of])
         if truth is not None:

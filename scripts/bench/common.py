@@ -1,17 +1,18 @@
-"""What the benchmarks share: class names, timing in turns, peak memory, the plain way of encoding classes, tables."""
+"""Functions that the benchmarks share: options, timing in turns, peak memory, CoOp's class encoding, names, tables."""
 
 from __future__ import annotations
 
 import argparse
 import ctypes
 import gc
+import json
 import platform
 import random
 import statistics
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ import torch
 from torch import Tensor
 
 from gram_meta.backbone.clip import Backbone, load_backbone
+from gram_meta.files import atomic_write
+from gram_meta.method.prompts import ClassText, template_features
+from gram_meta.method.regulator import GradientRegulator
 
 Step = Callable[[], object]
 
@@ -26,7 +30,7 @@ Step = Callable[[], object]
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """Options that every benchmark takes."""
+    """Return a parser with the options that every benchmark takes."""
     options = argparse.ArgumentParser(description=description)
     options.add_argument("--backbone", default="random-ViT-B/16", help="as for load_backbone (%(default)s)")
     options.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (%(default)s)")
@@ -54,7 +58,7 @@ def begin(args: argparse.Namespace) -> Backbone:
 
 
 def environment(args: argparse.Namespace) -> str:
-    """One line about the machine and the software."""
+    """Return one line about the machine and the software."""
     if torch.device(args.device).type == "cuda":
         machine = torch.cuda.get_device_name(args.device)
     else:
@@ -77,7 +81,7 @@ def cpu_model() -> str:
 
 @dataclass
 class Measured:
-    """One variant: median seconds, peak memory in MB above what was there before, what the step returned, all seconds."""
+    """One variant: median seconds, peak memory in MB above the level before it, the step's result, seconds by round."""
 
     seconds: float
     peak_mb: float
@@ -85,40 +89,29 @@ class Measured:
     rounds: list[float]
 
 
-class Elsewhere(ABC):
-    """A step that runs in a process of its own, which measures it."""
+def measure(steps: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Measured]:
+    """Run every step once (warm-up, memory), then all in turns A, B, C, A, B, C, ..., so that noise hits all alike.
 
-    @abstractmethod
-    def seconds(self) -> float:
-        """Run it; by the clock of the run."""
-
-    @abstractmethod
-    def with_peak(self) -> tuple[float, Any]:
-        """Run it for the first time; as `with_peak` below."""
-
-
-def measure(steps: Mapping[str, Step | Elsewhere], args: argparse.Namespace) -> dict[str, Measured]:
-    """Run every step once to warm up and to see its memory, then in turns A, B, C, A, B, C, ..., so that noise hits all."""
-    product_rate(args, 64, 512)  # the libraries' own buffers, so that they are nobody's
-    first = {
-        name: step.with_peak() if isinstance(step, Elsewhere) else with_peak(step, args.device)
-        for name, step in steps.items()
-    }
+    A step is a function, or an object that runs in its own process and has the methods `seconds` and `with_peak`.
+    """
+    product_rate(args, 64, 512)  # fills the libraries' own buffers, which no variant should pay for
+    first = {n: s.with_peak() if hasattr(s, "with_peak") else with_peak(s, args.device) for n, s in steps.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(args.repeats):
         for name, step in steps.items():
-            seconds[name].append(step.seconds() if isinstance(step, Elsewhere) else timed(step, args))
+            seconds[name].append(step.seconds() if hasattr(step, "seconds") else timed(step, args))
     return {name: Measured(statistics.median(spent), *first[name], spent) for name, spent in seconds.items()}
 
 
 def timed(step: Step, args: argparse.Namespace) -> float:
+    """Run a step; return its seconds."""
     spent = stopwatch(args)
     step()
     return spent()
 
 
 def stopwatch(args: argparse.Namespace) -> Callable[[], float]:
-    """Starts now; call what it returns for the seconds since."""
+    """Start a clock; return a function that gives the seconds since."""
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
     synchronise(args.device)
     start = clock()
@@ -136,7 +129,7 @@ def synchronise(device: str) -> None:
 
 
 def product_rate(args: argparse.Namespace, rows: int, width: int) -> float:
-    """Measured FLOP/s, float32, of a tower's widest product: (rows, width) by (width, 4 width); median of 20."""
+    """Measure the FLOP/s, float32, of a tower's widest product: (rows, width) by (width, 4 width); median of 20."""
     x = torch.randn(rows, width, device=args.device)
     weight = torch.randn(4 * width, width, device=args.device)
     rates = []
@@ -148,7 +141,7 @@ def product_rate(args: argparse.Namespace, rows: int, width: int) -> float:
 
 
 def text_flops(backbone: Backbone, tokens: int) -> float:
-    """FLOP of the matrix products of one forward pass over so many text positions (attention's own left out).
+    """Return the FLOP of one forward pass's matrix products over so many text positions, without attention's own.
 
     12 d^2 weights a layer, a multiplication and an addition each. A backward pass to activations alone costs as much.
     """
@@ -159,7 +152,7 @@ def text_flops(backbone: Backbone, tokens: int) -> float:
 
 
 def with_peak(step: Step, device: str) -> tuple[float, Any]:
-    """MB that a step needs on top of what was there before, resident (CPU, Linux) or allocated (CUDA); its result."""
+    """Run a step; return its peak in MB above the level before, resident (CPU, Linux) or allocated (CUDA), and its result."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -167,7 +160,7 @@ def with_peak(step: Step, device: str) -> tuple[float, Any]:
         synchronise(device)
         return (torch.cuda.max_memory_allocated(device) - before) / 1e6, result
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # hand back to the system what earlier steps have freed
+    ctypes.CDLL(None).malloc_trim(0)  # return memory that earlier steps have freed to the system
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
     before = status_bytes("VmRSS")
     result = step()
@@ -250,7 +243,7 @@ boat house machine""".split()
 
 
 def class_names(count: int) -> list[str]:
-    """Made-up class names, always the same ones, in the manner and about the length of ImageNet's."""
+    """Return made-up class names, the same at every call, similar in form and length to ImageNet's."""
     draw = random.Random(0)
     forms: list[tuple[float, list[list[str]]]] = [
         (0.09, [_ANIMAL]),
@@ -270,12 +263,12 @@ def class_names(count: int) -> list[str]:
 
 
 def topic_words(count: int) -> list[str]:
-    """Single words, as cross-modal hierarchical clustering labels topics (Eq. 3)."""
+    """Return single words, as cross-modal hierarchical clustering labels topics (Eq. 3)."""
     return random.Random(1).sample(_ANIMAL + _THING, count)
 
 
 def length_facts(backbone: Backbone, names: Sequence[str]) -> str:
-    """How many CLIP tokens the names have."""
+    """Return a sentence on the number of CLIP tokens of the names."""
     counts = [int(end) - 1 for end in backbone.tokenize(names).argmax(dim=-1)]
     return f"{len(names)} names of {min(counts)} to {max(counts)} tokens, {statistics.mean(counts):.2f} on average"
 
@@ -284,12 +277,12 @@ def length_facts(backbone: Backbone, names: Sequence[str]) -> str:
 
 
 def deviation(ours: Tensor, theirs: Tensor) -> float:
-    """Largest difference, relative to the largest entry."""
+    """Return the largest difference, relative to the largest entry."""
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Markdown; the first column is text, the others are numbers."""
+    """Print Markdown; the first column is text, the others are numbers."""
     print(f"| {' | '.join(header)} |")
     print("|" + " --- |" + " ---: |" * (len(header) - 1))
     for row in rows:
@@ -298,10 +291,45 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None
 
 
 def print_comparison(measured: Mapping[str, Measured], names: Sequence[str]) -> None:
-    """Time and peak memory of these variants, and how many times faster than the first of them each is."""
+    """Print time and peak memory of these variants, and the speed-up of each over the first."""
     base = measured[names[0]].seconds
     rows = [
         [name, f"{1000 * one.seconds:.0f}", f"{base / one.seconds:.2f}", f"{one.peak_mb:.0f}"]
         for name, one in ((name, measured[name]) for name in names)
     ]
     print_table(["", "time (ms)", "speed-up", "peak memory (MB)"], rows)
+
+
+# --- a meta-training task ---------------------------------------------------------------------------------------------
+
+
+def class_side(backbone: Backbone, words: Sequence[str], topics: Tensor, text_tokens: int) -> Any:
+    """Return the classes of tasks (B, K): sentences around a text prompt, or fixed features without one."""
+    if text_tokens:
+        return ClassText(backbone, words, text_tokens).select(topics)
+    return template_features(backbone, words)[topics]
+
+
+def regulator_for(prompts: Mapping[str, Tensor]) -> GradientRegulator:
+    """Return a new regulator for these prompts."""
+    return GradientRegulator({kind: value.shape[-1] for kind, value in prompts.items()})
+
+
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of a run for its report, without paths of this machine."""
+    return {key: "given" if isinstance(value, Path) else value for key, value in vars(args).items()}
+
+
+def now() -> str:
+    """Return the time in UTC, as ISO 8601 to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def write_report(path: Path | None, report: Any) -> None:
+    """Write a report as JSON, atomically, if a path is given."""
+    if path:
+        with atomic_write(path) as file:
+            file.write(json.dumps(report, indent=1).encode())

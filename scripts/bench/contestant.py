@@ -1,8 +1,8 @@
 """One contestant of checkouts.py, in a process of its own: a trainer of a checkout as it is, or one of this project.
 
-Started by checkouts.py with a JSON file that says what to build; then it answers one JSON line for each on stdin. The
-trainer's own `forward_backward` and `test` do all the work. What stands in a checkout's way on the machine at hand is
-mended here, at run time, and each of these patches is named in the answer to `build`; no file is touched.
+checkouts.py starts it with a JSON file that names what to build; it answers each line on stdin with a line of JSON. The
+trainer's own `forward_backward` and `test` do all the work. If a checkout cannot run with this machine's torch, this
+script patches it at run time and lists each patch in the answer to `build`; no file of a checkout is changed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BATCHES = 4  # prepared training batches, taken in turns
 
 
 def local_weights(path: str) -> str:
-    """The checkout's `clip` reads the weights of this benchmark instead of downloading OpenAI's."""
+    """Make the checkout's `clip` read the weights of this benchmark instead of downloading OpenAI's."""
     from clip import clip
 
     clip._MODELS[path] = path
@@ -42,14 +42,14 @@ def local_weights(path: str) -> str:
 
 
 def no_cuda() -> str:
-    """`.cuda()` leaves tensors and modules where they are."""
+    """Make `.cuda()` leave tensors and modules on their device."""
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self
     return ".cuda() of tensors and modules is a no-op (on a CPU)"
 
 
 def no_half() -> str:
-    """`.half()` leaves tensors as they are."""
+    """Make `.half()` leave tensors unchanged."""
     torch.Tensor.half = lambda self, *args, **kwargs: self
     return (
         ".half() of tensors is a no-op: in float32 its prompts, its zero-shot image tower and its class features would "
@@ -58,7 +58,7 @@ def no_half() -> str:
 
 
 def part_of_learn2learn(folder: str) -> str:
-    """learn2learn's two files that ProMetaR uses, from its sources, without the compiled modules of the rest."""
+    """Make the two files of learn2learn that ProMetaR uses importable from its sources, without the compiled rest."""
     package = Path(folder, "learn2learn")
     for part in ("utils/__init__.py", "algorithms/base_learner.py"):
         if not (package / part).is_file():
@@ -114,14 +114,14 @@ class Contestant:
     # ------------------------------------------------------------------------------------------------------- build
 
     def _theirs(self) -> Any:
-        """The checkout's own trainer, through its own train.py's configuration."""
+        """Build the checkout's own trainer, through its own train.py's configuration."""
         spec = self.spec
         sys.path.insert(0, spec["checkout"])  # its clip, trainers and datasets, before any other of that name
         from gram_meta import engine
 
         engine.backend()  # `dassl` can be imported from here on
         if spec["trainer"] == "ProMetaR":
-            self._mend_prometar()
+            self._patch_prometar()
         self.patches.append(local_weights(spec["model"]))
         import train  # the checkout's
 
@@ -129,7 +129,7 @@ class Contestant:
         self._seed()
         return train.build_trainer(cfg)
 
-    def _mend_prometar(self) -> None:
+    def _patch_prometar(self) -> None:
         spec = self.spec
         if spec["learn2learn"]:
             self.patches.append(part_of_learn2learn(spec["learn2learn"]))
@@ -150,7 +150,7 @@ class Contestant:
         return build_trainer(cfg)
 
     def _flags(self, args: argparse.Namespace) -> argparse.Namespace:
-        """train.py's flags."""
+        """Set train.py's flags."""
         spec = self.spec
         for flag in ("resume", "head", "model_dir"):
             setattr(args, flag, "")
@@ -168,7 +168,7 @@ class Contestant:
         set_random_seed(1)
 
     def _prepare(self) -> None:
-        """Batches made once by the trainer's own loaders, from the same seed everywhere; `prepared` tells them apart."""
+        """Make batches once with the trainer's own loaders, from one seed for all contestants; `prepared` has their hashes."""
         trainer = self.trainer
         self._seed()
         self.batches = []
@@ -197,7 +197,7 @@ class Contestant:
         }
 
     def build(self) -> dict[str, Any]:
-        """What came out: the same work everywhere is checked by it."""
+        """Return the facts by which checkouts.py verifies that all contestants do the same work."""
         from gram_meta import engine
 
         learned = sum(p.numel() for p in self.trainer.model.parameters() if p.requires_grad)
@@ -212,7 +212,7 @@ class Contestant:
     # ----------------------------------------------------------------------------------------------------- measures
 
     def check(self) -> dict[str, Any]:
-        """Test logits at the start, then the first step's loss and gradients: what others are compared with.
+        """Return test logits at the start, then the first step's loss and gradients, for comparison between contestants.
 
         Warms up the step and the evaluator, too.
         """
@@ -233,42 +233,42 @@ class Contestant:
         return {"loss": loss, "arrays": str(path)}
 
     def step(self, count: int) -> dict[str, Any]:
-        """Training steps on prepared batches."""
+        """Run training steps on prepared batches."""
         return {"losses": [self._step(self.batches[self.steps % len(self.batches)]) for _ in range(count)]}
 
     def step_with_loader(self, count: int) -> dict[str, Any]:
-        """Training steps, each with decoding and augmenting its batch in this process."""
+        """Run training steps; decode and augment each batch in this process."""
         return {"losses": [self._step(self._next()) for _ in range(count)]}
 
     def test(self, count: int) -> dict[str, Any]:
-        """A full test pass over prepared batches; `count` is for steps alone."""
+        """Run a full test pass over prepared batches; `count` has no effect."""
         return self._test(self.tests)
 
     def test_with_loader(self, count: int) -> dict[str, Any]:
-        """A full test pass with decoding and resizing in this process."""
+        """Run a full test pass; decode and resize in this process."""
         return self._test(self.loader_of_tests)
 
     def tower(self, count: int) -> dict[str, Any]:
-        """The image tower alone: as many training batches as there are steps."""
+        """Run the image tower alone on `count` training batches."""
         for index in range(count):
             self._images(self.batches[index % len(self.batches)])
         return {}
 
     def tower_of_test(self, count: int) -> dict[str, Any]:
-        """The image tower alone over the test batches."""
+        """Run the image tower alone over the test batches."""
         with torch.no_grad():
             for batch in self.tests:
                 self._images(batch)
         return {}
 
     def loader(self, count: int) -> dict[str, Any]:
-        """Training batches decoded and augmented, and nothing done with them."""
+        """Decode and augment `count` training batches."""
         for _ in range(count):
             self._next()
         return {}
 
     def loader_of_test(self, count: int) -> dict[str, Any]:
-        """All test images decoded and resized."""
+        """Decode and resize all test images."""
         for _ in self.loader_of_tests:
             pass
         return {}
@@ -309,7 +309,7 @@ class Contestant:
     # -------------------------------------------------------------------------------------------------------- clocks
 
     def timed(self, measure: str, count: int) -> dict[str, Any]:
-        """Seconds of processor time (all threads) and of wall clock, and what the measure returns."""
+        """Run a measure; return its seconds of processor time (all threads) and wall clock, and its results."""
         common.synchronise(self.device)
         wall, cpu = time.perf_counter(), time.process_time()
         result = getattr(self, measure)(count)
@@ -317,7 +317,7 @@ class Contestant:
         return {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall, **result}
 
     def peak(self, measure: str, count: int) -> dict[str, Any]:
-        """MB on top of what was there before: of the process (CPU), or allocated on the GPU."""
+        """Return a measure's peak in MB above the level before: of the process (CPU), or allocated on the GPU."""
         megabytes, _ = common.with_peak(lambda: getattr(self, measure)(count), self.device)
         return {"peak_mb": megabytes}
 
@@ -326,8 +326,10 @@ class Contestant:
 
 
 def main() -> None:
-    """Answer on what was stdout; whatever the trainers print goes to log.txt in the contestant's folder."""
-    spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    """Answer on the original stdout; write what the trainers print to log.txt in the contestant's folder."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("spec", type=Path, help="JSON file, which checkouts.py writes")
+    spec = json.loads(parser.parse_args().spec.read_text(encoding="utf-8"))
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     log = os.open(Path(spec["folder"], "log.txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(log, 1)

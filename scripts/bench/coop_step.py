@@ -1,4 +1,4 @@
-"""A CoOp training step beside the official trainer's way of computing it: the text part alone, and the whole step.
+"""Measure a CoOp training step beside the official trainer's computation: the text part alone, and the whole step.
 
 The official way: all 77 positions of every class through clip's own modules, and clip's own image tower under gradient
 mode (its weights are frozen, so no graph comes of it). Both sides end in the gradient of the context; the SGD update of

@@ -1,4 +1,4 @@
-"""How fast `gram embed` is beside its towers alone and the decoding of images alone, on this machine, in turns.
+"""Measure `gram embed` beside its towers alone and image decoding alone, on this machine, in turns.
 
     python scripts/bench/embedding.py PAIRS.tsv                                  # ViT-B/16 shapes, random weights
     python scripts/bench/embedding.py PAIRS.tsv --backbone gram-small --images 1000 --workers 0 1 2 --threads 1
@@ -67,10 +67,6 @@ def main() -> None:
     args = options.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     backbone = common.begin(args)
-    if args.precision != "fp32":
-        from gram_meta.backbone.clip import load_backbone
-
-        backbone = load_backbone(args.backbone, args.device, args.precision)
     sentence_model = load_sentence_model(args.sentence_model, args.device)
     logging.disable(logging.INFO)
     with tempfile.TemporaryDirectory() as folder:
@@ -88,7 +84,7 @@ def main() -> None:
 
 
 def make_sources(args: Any, folder: Path) -> dict[str, Source]:
-    """A TSV of the first images of the source, and the same images and captions in tar shards."""
+    """Write a TSV of the first images of the source, and the same images and captions in tar shards."""
     captions: dict[Path, list[str]] = {}
     source = open_source(args.source)
     for row in all_rows(source):
@@ -124,7 +120,7 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 def measure(
     args: Any, sources: dict[str, Source], backbone: Backbone, sentence_model: Any, folder: Path
 ) -> list[dict[str, Any]]:
-    """Rounds of all steps in turns; each step's `Spent` by its name."""
+    """Run all steps in turns; return the `Spent` of each step by its name, for every round."""
     rows = {kind: [row for row in all_rows(source) if not row.skip] for kind, source in sources.items()}
     places = {kind: list(dict.fromkeys(row.place for row in of_kind)) for kind, of_kind in rows.items()}
     texts = [row.caption for row in rows["files"]]
@@ -139,15 +135,8 @@ def measure(
 
             def embed(source: Source = source, workers: int = workers) -> None:
                 shutil.rmtree(folder / "store", ignore_errors=True)
-                store = embed_pairs(
-                    source,
-                    folder / "store",
-                    backbone,
-                    sentence_model,
-                    batch_size=args.batch_size,
-                    part_size=args.part_size,
-                    workers=workers,
-                )
+                sizes = {"batch_size": args.batch_size, "part_size": args.part_size}
+                store = embed_pairs(source, folder / "store", backbone, sentence_model, **sizes, workers=workers)
                 assert len(store) == len(texts)
 
             steps[f"decoding {kind} {workers}"] = decode
@@ -241,23 +230,10 @@ def print_results(args: Any, pairs: int, rounds: list[dict[str, Spent]]) -> None
     for workers, kind in cases:
         ratios = [of_round(one, workers, kind, pairs) for one in rounds]
         middle = [statistics.median(column) for column in zip(*ratios, strict=True)]
-        table.append(
-            [f"{kind}, {workers} workers"]
-            + [f"{rate:.1f}" for rate in middle[:3]]
-            + [f"{ratio:.2f}" for ratio in middle[3:]]
-        )
-    common.print_table(
-        [
-            "",
-            "towers",
-            "decoding",
-            "gram embed (pairs/s)",
-            "of the smaller",
-            "of the shared bound",
-            "by processor time",
-        ],
-        table,
-    )
+        rates, shares = [f"{rate:.1f}" for rate in middle[:3]], [f"{ratio:.2f}" for ratio in middle[3:]]
+        table.append([f"{kind}, {workers} workers", *rates, *shares])
+    rates = ["towers", "decoding", "gram embed (pairs/s)"]
+    common.print_table(["", *rates, "of the smaller", "of the shared bound", "by processor time"], table)
 
 
 def of_round(one: dict[str, Spent], workers: int, kind: str, pairs: int) -> tuple[float, ...]:

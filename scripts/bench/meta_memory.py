@@ -17,8 +17,7 @@ from gram_meta.config import load_meta_config
 from gram_meta.method.bilevel import InnerLoop, lean_backward, meta_losses
 from gram_meta.method.episodes import TaskSet
 from gram_meta.method.memory_plan import MemoryConfig, plan
-from gram_meta.method.prompts import ClassText, initial_prompts, template_features
-from gram_meta.method.regulator import GradientRegulator
+from gram_meta.method.prompts import initial_prompts
 
 WAYS = {  # name: SECOND_ORDER, images at a time, checkpointing, first order
     "whole": ("whole", 0, False, False),
@@ -42,9 +41,9 @@ def main() -> None:
     text = 4 if args.prompts == "joint" else 0
     theta = initial_prompts(backbone, text, 4, "a photo of a")
     theta = {kind: value.requires_grad_() for kind, value in theta.items()}
-    regulator = GradientRegulator({kind: value.shape[1] for kind, value in theta.items()}).to(backbone.device)
+    regulator = common.regulator_for(theta).to(backbone.device)
     words, topics = common.topic_words(args.ways), torch.arange(args.ways)[None]
-    classes = ClassText(backbone, words, text).select(topics) if text else template_features(backbone, words)[topics]
+    classes = common.class_side(backbone, words, topics, text)
     size = backbone.image_size
     support, query = (
         TaskSet(backbone, classes, torch.randint(0, 256, (1, args.ways, shots, 3, size, size), dtype=torch.uint8))

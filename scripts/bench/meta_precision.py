@@ -1,4 +1,4 @@
-"""How far the meta-gradient under bf16 and fp16 towers is from float32, with and without a loss scale.
+"""Measure how far the meta-gradient under bf16 and fp16 towers is from float32, with and without a loss scale.
 
     python scripts/bench/meta_precision.py --backbone gram-small --prompts text visual
     python scripts/bench/meta_precision.py --backbone random-ViT-B/16 --prompts text
@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from common import print_table, topic_words
+from common import class_side, print_table, regulator_for, topic_words
 from torch import Tensor
 
 from gram_meta.backbone.clip import Backbone, load_backbone
@@ -28,8 +28,7 @@ from gram_meta.method.bilevel import (
     twice_differentiable,
 )
 from gram_meta.method.episodes import TaskSet
-from gram_meta.method.prompts import ClassText, initial_prompts, template_features
-from gram_meta.method.regulator import GradientRegulator
+from gram_meta.method.prompts import initial_prompts
 
 ALPHA = 0.01
 
@@ -44,13 +43,11 @@ class Setting:
         theta = initial_prompts(backbone, text, visual, "a photo of a")
         self.theta = {kind: value.requires_grad_() for kind, value in theta.items()}
         generator = torch.Generator().manual_seed(1)
-        self.regulator = GradientRegulator({kind: value.shape[1] for kind, value in theta.items()})
+        self.regulator = regulator_for(theta)
         with torch.no_grad():
             for parameter in self.regulator.parameters():
                 parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
-        classes = (
-            ClassText(backbone, words, text).select(topics) if text else template_features(backbone, words)[topics]
-        )
+        classes = class_side(backbone, words, topics, text)
 
         def side(count: int) -> TaskSet:
             if visual:
@@ -64,7 +61,7 @@ class Setting:
         self.parameters = [*self.theta.values(), *self.regulator.parameters()]
 
     def gradients(self, lean: bool, scale: float, terms: str) -> list[Tensor]:
-        """Of theta, then of phi as one vector; `terms`: both, or second (the direct term of theta is left out)."""
+        """Return the gradients of theta and of phi, each as one vector; `terms`: "both", or "second" without the direct term."""
         for parameter in self.parameters:
             parameter.grad = None
         inner = InnerLoop(ALPHA, scale=scale, regulate=self.regulator.regulate_known)
@@ -129,17 +126,10 @@ def main() -> None:
                 for exponent in args.scales if precision == "fp16" else (0,):
                     scale = 2.0**exponent
                     both, alone = (here.gradients(lean, scale, terms) for terms in ("both", "second"))
-                    rows.append(
-                        [
-                            f"{precision}, {'lean' if lean else 'whole'}"
-                            + (f", scale 2^{exponent}" if exponent else ""),
-                            error(both[0], true[0]),
-                            error(alone[0], second[0]),
-                            error(both[1], true[1]),
-                        ]
-                    )
-                    if precision != "fp16":
-                        continue
+                    name = f"{precision}, {'lean' if lean else 'whole'}"
+                    name += f", scale 2^{exponent}" if exponent else ""
+                    errors = error(both[0], true[0]), error(alone[0], second[0]), error(both[1], true[1])
+                    rows.append([name, *errors])
         print_table(["towers", "theta", "of it, second order", "phi"], rows)
 
 

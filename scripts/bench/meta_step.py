@@ -1,4 +1,4 @@
-"""A meta-training step of each family of prompts beside the same step written with learn2learn, and beside ProMetaR's.
+"""Measure a meta-training step for each family of prompts, beside learn2learn's way and beside ProMetaR's own step.
 
     python scripts/bench/meta_step.py                       # ViT-B/16 shapes, random weights, CPU, all three families
     python scripts/bench/meta_step.py --family visual joint --tasks 1 --ways 2 --support 2 --query 4 --threads 1 --clock cpu
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import statistics
 import sys
@@ -27,7 +26,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,7 +40,6 @@ from torch import Tensor, nn
 
 from gram_meta.backbone.clip import Backbone
 from gram_meta.config import get_meta_config
-from gram_meta.files import atomic_write
 from gram_meta.method.bilevel import (
     InnerLoop,
     for_each_task,
@@ -54,7 +51,6 @@ from gram_meta.method.bilevel import (
 from gram_meta.method.episodes import TaskSet
 from gram_meta.method.profiling import OPTIMISER, Profile
 from gram_meta.method.prompts import ClassText, initial_prompts, template_features
-from gram_meta.method.regulator import GradientRegulator
 
 CLONE, OURS = "clone and adapt (learn2learn's way)", "this project"
 LEAN, CHECKPOINTED = "this project, lean", "this project, checkpointing"
@@ -96,8 +92,7 @@ class Bench:
         prompts = initial_prompts(backbone, family.text, family.visual, family.words)
         high = torch.float64 if backbone.precision == "fp64" else torch.float32
         self.theta = nn.ParameterDict({kind: nn.Parameter(value.to(high)) for kind, value in prompts.items()})
-        widths = {kind: value.shape[-1] for kind, value in prompts.items()}
-        self.regulator = GradientRegulator(widths).to(backbone.device, high)
+        self.regulator = common.regulator_for(prompts).to(backbone.device, high)
         self.optimiser = torch.optim.Adam(self.parameters(), lr=0.0)
         self.text = ClassText(backbone, words, family.text) if family.text else None
         self.fixed = None if family.text else template_features(backbone, words)  # (L, D)
@@ -168,9 +163,8 @@ class Bench:
         variants[LEAN] = self.lean
         variants[CHECKPOINTED] = partial(self.checkpointed, self.ours)
         least = partial(self.one_after_another, self.lean) if self.batch > 1 else self.lean
-        variants[LEAST if self.batch > 1 else LEAST.removesuffix(", one task at a time")] = partial(
-            self.checkpointed, least
-        )
+        name = LEAST if self.batch > 1 else LEAST.removesuffix(", one task at a time")
+        variants[name] = partial(self.checkpointed, least)
         variants[CLONE_FIRST] = partial(theirs, first_order=True)
         variants[OURS_FIRST] = partial(self.ours, first_order=True)
         return variants
@@ -299,7 +293,7 @@ class WholeSentences:
         return self.backbone.encode_text(self.text.sentences(prompts[0])[None], self.text.ends)
 
 
-class ProMetaR(common.Elsewhere):
+class ProMetaR:
     """ProMetaR's own `forward_backward` in a process of its own, on a batch of made-up images of these classes."""
 
     def __init__(self, args: argparse.Namespace, folder: Path, images: int) -> None:
@@ -373,29 +367,26 @@ def main(argv: list[str] | None = None) -> None:
     with theirs(args) as prometar:
         for name in args.family:
             if prometar is not None and prometar.process.process.poll() is not None:
-                print("\nProMetaR: left out from here on, as its process has ended (for lack of memory, perhaps)")
+                print("\nProMetaR: left out from here on, because its process has ended (perhaps for lack of memory)")
                 prometar = None
             report["families"][name] = run(name, backbone, words, prometar, args)
             report["facts"]["load_average_after"] = os.getloadavg()
-            if args.output:
-                with atomic_write(args.output) as file:
-                    file.write(json.dumps(report, indent=1).encode())
+            common.write_report(args.output, report)
     print(f"load average before {report['facts']['load_average_before']}, after {os.getloadavg()}")
 
 
 def facts(args: argparse.Namespace) -> dict[str, Any]:
-    settings = {key: "given" if isinstance(value, Path) else value for key, value in vars(args).items()}
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": common.now(),
         "environment": common.environment(args),
-        "settings": settings,
+        "settings": common.settings(args),
         "load_average_before": os.getloadavg(),
     }
 
 
 @contextlib.contextmanager
 def theirs(args: argparse.Namespace) -> Iterator[ProMetaR | None]:
-    """ProMetaR's process, if its checkout is given."""
+    """Start ProMetaR's process if its checkout is given; close it at the end."""
     if not args.prometar:
         yield None
         return
@@ -410,13 +401,12 @@ def theirs(args: argparse.Namespace) -> Iterator[ProMetaR | None]:
 def run(
     name: str, backbone: Backbone, words: list[str], prometar: ProMetaR | None, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """One family: all its measures in turns, its tables, and the numbers for the report."""
+    """Measure one family in turns, print its tables and return the numbers for the report."""
     bench = Bench(backbone, FAMILIES[name], words, args)
     steps: dict[str, Any] = {each: First(partial(bench.step, each)) for each in bench.variants()}
     if args.variants:
-        steps = {
-            each: step for each, step in steps.items() if each in (CLONE, OURS) or any(p in each for p in args.variants)
-        }
+        kept = (CLONE, OURS, *(each for each in steps if any(part in each for part in args.variants)))
+        steps = {each: step for each, step in steps.items() if each in kept}
     if prometar is not None:
         steps[PROMETAR] = prometar
     print_tasks(name, bench, args)
@@ -465,25 +455,20 @@ def print_tasks(name: str, bench: Bench, args: argparse.Namespace) -> None:
 
 
 def print_steps(measured: Mapping[str, common.Measured], names: list[str]) -> None:
-    """Median time and range, how many times faster than clone and adapt (paired by round), peak memory."""
+    """Print median time and range, speed-up over clone and adapt (paired by round) and peak memory."""
     rows = []
     for name in names:
         one = measured[name]
         ratios = sorted(a / b for a, b in zip(measured[CLONE].rounds, one.rounds, strict=True))
         times = [1000 * value for value in (one.seconds, min(one.rounds), max(one.rounds))]
-        rows.append(
-            [
-                name,
-                f"{times[0]:.0f} ({times[1]:.0f} to {times[2]:.0f})",
-                f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
-                f"{one.peak_mb:.0f}",
-            ]
-        )
+        time_cell = f"{times[0]:.0f} ({times[1]:.0f} to {times[2]:.0f})"
+        ratio_cell = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        rows.append([name, time_cell, ratio_cell, f"{one.peak_mb:.0f}"])
     common.print_table(["", "time (ms)", "speed-up", "peak memory (MB)"], rows)
 
 
 def deviations(measured: Mapping[str, common.Measured], bench: Bench) -> dict[str, dict[str, float]]:
-    """How far each variant's loss and meta-gradients are from clone and adapt's, relative to the largest entry."""
+    """Return how far each variant's loss and meta-gradients are from clone and adapt's, relative to the largest entry."""
     loss, gradients = measured[CLONE].result
     count = len(bench.theta)
     rows = {}
@@ -507,14 +492,12 @@ def print_deviations(rows: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def ceiling_rows(bench: Bench, measured: Mapping[str, common.Measured], rate: float) -> dict[str, float]:
-    """Seconds that a step cannot fall below, by three reckonings."""
+    """Return the seconds that a step cannot fall below, computed in three ways."""
     flops = bench.flops()
     forwards = 4 * measured[FORWARD_SUPPORT].seconds + 2 * measured[FORWARD_QUERY].seconds
+    products = " + ".join(f"{value:.1f} GFLOP ({name})" for name, value in flops.items())
     return {
-        f"products: {' + '.join(f'{value:.1f} GFLOP ({name})' for name, value in flops.items())} at {rate:.0f} GFLOP/s": sum(
-            flops.values()
-        )
-        / rate,
+        f"products: {products} at {rate:.0f} GFLOP/s": sum(flops.values()) / rate,
         "bare forward passes: 4 of the support set, 2 of the query set": forwards,
         PASSES: measured[PASSES].seconds,
     }

@@ -1,4 +1,4 @@
-"""A test pass over many classes beside CoOp's way, which encodes all classes anew for every batch.
+"""Measure a test pass over many classes beside CoOp's way, which encodes all classes anew for every batch.
 
 Both sides run without gradients. Some batches are timed in full; a whole test set is put together from them by the
 arithmetic that is printed.
