@@ -79,7 +79,7 @@ class Group:
     batch: int
     entries: tuple[Entry, ...]
     conditional: bool = False
-    towers: bool = True  # whether the image tower can be told apart: not where it learns
+    towers: bool = True  # whether the image tower can be measured alone (not if it learns)
 
 
 WORDS = {"N_CTX": 4, "CTX_INIT": "a photo of a"}

@@ -94,7 +94,7 @@ class Step:
         self.model.requires_grad_(False).prompt_learner.requires_grad_(True)
         self.prompts = self.model.prompt_learner.prompts()
         self.settings = settings(setting)
-        self.said = memory.arrange(self.model, self.settings, batch)
+        self.summary = memory.arrange(self.model, self.settings, batch)
         self.regulator = common.regulator_for(self.prompts).to(backbone.device)
         self.optimiser = torch.optim.SGD(self.prompts.values(), lr=0.002, momentum=0.9, weight_decay=5e-4)
         size = self.backbone.image_size
@@ -143,7 +143,7 @@ def measure(args: argparse.Namespace, backbone: Backbone, count: int, setting: s
         layers=bool(step.backbone.checkpointing),
         length=text.ids.shape[1],
         tokens=int((text.ends + 1).sum()),
-        said=step.said,
+        said=step.summary,
         load=os.getloadavg()[0],
         environment=common.environment(args),
     )

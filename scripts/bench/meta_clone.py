@@ -100,11 +100,11 @@ def cloned(module: nn.Module) -> nn.Module:
 
 def adapt(model: PromptedModel, loss: Tensor, alpha: float, regulate: Regulate, first_order: bool) -> None:
     """One inner step of a cloned model, in place of its own parameters; differentiable."""
-    learnt = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    gradients = torch.autograd.grad(loss, list(learnt.values()), create_graph=not first_order)
-    kinds = {name.removesuffix("_prompt"): gradient[None] for name, gradient in zip(learnt, gradients, strict=True)}
+    learned = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    gradients = torch.autograd.grad(loss, list(learned.values()), create_graph=not first_order)
+    kinds = {name.removesuffix("_prompt"): gradient[None] for name, gradient in zip(learned, gradients, strict=True)}
     regulated = regulate(kinds)
-    for name, value in learnt.items():
+    for name, value in learned.items():
         model._parameters[name] = value - alpha * regulated[name.removesuffix("_prompt")][0]
 
 

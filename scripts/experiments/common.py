@@ -9,7 +9,7 @@ CONFIG = "gram_small_c4_ep10_batch32_ctxv1"
 
 
 def few_shot(root: str, dataset: str, trainer: str, out: Path, seed: int, opts: Sequence[str]) -> dict:
-    """results.json's contents; a finished run is not run again."""
+    """Train, unless the run is already finished; return the contents of its results.json."""
     from gram_meta.coop.launch import train
 
     return train(

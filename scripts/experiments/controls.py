@@ -1,4 +1,4 @@
-"""What comes from the start, what from the regulator, what from a smaller step: the controls, on one dataset.
+"""Run the controls on one dataset: what theta*, the regulator and a smaller step each contribute.
 
     python scripts/experiments/controls.py --checkpoint META/best.safetensors --root DATA --dataset emoji_animals \\
         --out output/controls --seeds 1 2 3 --jobs 2
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 from concurrent.futures import ProcessPoolExecutor
-from itertools import product
 from pathlib import Path
 
 from common import few_shot
@@ -34,14 +33,16 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # before the workers import torch
     with ProcessPoolExecutor(args.jobs) as pool:
-        regulated = {
-            name: list(pool.map(run, [args] * len(args.seeds), [name] * len(args.seeds), args.seeds, opts))
-            for name, opts in {
-                "theta*, R on": [[]] * len(args.seeds),
-                '"a photo of a", R on': [WORDS] * len(args.seeds),
-            }.items()
-        }
-        ratios = [r["regulator"]["text"]["mean_ratio"] for r in regulated["theta*, R on"]]
+
+        def run_all(variants: dict[str, list[str]]) -> dict[str, list[dict]]:
+            """Run every variant on every seed; return the results of each variant."""
+            started = {
+                n: [pool.submit(run, args, n, seed, opts) for seed in args.seeds] for n, opts in variants.items()
+            }
+            return {name: [future.result() for future in futures] for name, futures in started.items()}
+
+        results = run_all({"theta*, R on": [], '"a photo of a", R on': WORDS})
+        ratios = [r["regulator"]["text"]["mean_ratio"] for r in results["theta*, R on"]]
         scale = ["TRAINER.GRAM.STEP_SCALE", f"{sum(ratios) / len(ratios):.4f}"]
         raw = {
             "theta*, R off": RAW,
@@ -49,15 +50,7 @@ def main() -> None:
             '"a photo of a", R off (CoOp)': RAW + WORDS,
             f'"a photo of a", raw gradient x {scale[1]}': RAW + WORDS + scale,
         }
-        jobs = list(product(raw.items(), args.seeds))
-        done = list(
-            pool.map(
-                run, [args] * len(jobs), [n for (n, _), _ in jobs], [s for _, s in jobs], [o for (_, o), _ in jobs]
-            )
-        )
-    results = regulated
-    for ((name, _), _), result in zip(jobs, done, strict=True):
-        results.setdefault(name, []).append(result)
+        results |= run_all(raw)
     print("| start, gradient | " + " | ".join(f"step {s}" for s in STEPS) + " | H |\n|" + "---|" * (len(STEPS) + 2))
     for name, runs in results.items():
         points = [[mean(r["curve"][i][side] for r in runs) for side in ("base", "new")] for i in range(len(STEPS))]

@@ -4,8 +4,8 @@
         --grid scripts/experiments/emoji.yaml --out output/grid --seeds 1 2 3 --jobs 2
 
 The grid is a YAML file: a name for each variant, and KEY: VALUE settings of `gram_meta.config` that differ from `base`.
-Each variant is meta-trained, then CoOpGRAM is trained from it on the dataset; base and new accuracy stand beside CoOp's
-from the same seeds, and beside theta* without a step. Finished parts are not done again. Prints a Markdown table and
+The script meta-trains each variant, then trains CoOpGRAM from it on the dataset, and compares base and new accuracy with
+CoOp's from the same seeds and with theta* before the first step. It skips finished parts, prints a Markdown table and
 writes grid.json.
 """
 
@@ -42,9 +42,12 @@ def main() -> None:
     variants = {name: {**base, **(grid[name] or {})} for name in names}
     os.environ["OMP_NUM_THREADS"] = "1"  # before the workers import torch
     with ProcessPoolExecutor(args.jobs) as pool:
-        coop = pool.map(baseline, [args] * len(args.seeds), args.seeds)
+        coop = {
+            seed: pool.submit(few_shot, args, "CoOp", args.out / "coop" / f"seed{seed}", seed, [])
+            for seed in args.seeds
+        }
         rows = list(pool.map(run_variant, [args] * len(names), names, variants.values()))
-        before = {seed: scores for seed, scores in zip(args.seeds, coop, strict=True)}
+        before = {seed: future.result() for seed, future in coop.items()}
     table = [summary("CoOp", before, before, {})]
     table += [summary(name, row["scores"], before, row["held_out"]) for name, row in zip(names, rows, strict=True)]
     args.out.mkdir(parents=True, exist_ok=True)
@@ -75,10 +78,6 @@ def run_variant(args: argparse.Namespace, name: str, settings: dict[str, object]
     gram = ["TRAINER.GRAM.CHECKPOINT", str(best), "TRAINER.GRAM.REGULATE", regulate]
     scores = {seed: few_shot(args, "CoOpGRAM", folder / f"seed{seed}", seed, gram) for seed in args.seeds}
     return {"scores": scores, "held_out": checkpoint.provenance["held_out"] | {"step": checkpoint.provenance["step"]}}
-
-
-def baseline(args: argparse.Namespace, seed: int) -> dict:
-    return few_shot(args, "CoOp", args.out / "coop" / f"seed{seed}", seed, [])
 
 
 def few_shot(args: argparse.Namespace, trainer: str, out: Path, seed: int, opts: list[str]) -> dict:
