@@ -19,7 +19,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 from yacs.config import CfgNode
 
@@ -41,27 +41,25 @@ def extend_defaults(command_line: CommandLine | None = None) -> CommandLine:
     """Extend the tree that every `get_cfg_default()` copies, whoever has imported it; return the command line in use.
 
     Args:
-        command_line: the flags that copies of the tree follow; None: those of an earlier call, or else the process's.
+        command_line: the flags that copies of the tree follow; None: those of an earlier call, at first the process's own.
     """
-    tree = dassl_module("dassl.config.defaults")._C
-    if command_line is None:
-        command_line = getattr(tree, "command_line", None) or CommandLine.parse(sys.argv[1:])
-    object.__setattr__(tree, "command_line", command_line)  # yacs takes an assignment for a new option
+    Defaults.command_line = command_line or Defaults.command_line or CommandLine.parse(sys.argv[1:])
     if hooks.is_on("default-options"):
-        object.__setattr__(tree, "__class__", Defaults)
+        tree = dassl_module("dassl.config.defaults")._C
+        object.__setattr__(tree, "__class__", Defaults)  # yacs takes an assignment for a new option
         extend_cfg(tree)
-    return command_line
+    return Defaults.command_line
 
 
 class Defaults(CfgNode):
     """The root of such a tree; its nodes stay ordinary ones."""
 
-    command_line: CommandLine = CommandLine()
+    command_line: ClassVar[CommandLine | None] = None  # a class attribute, so that copies made earlier follow it too
 
     def clone(self) -> Any:
         tree = super().clone()
         if not tree.is_frozen() and "TRAINER" in tree:
-            follow_command_line(tree, self.command_line)
+            follow_command_line(tree, self.command_line or CommandLine())
         return tree
 
     @classmethod
@@ -71,7 +69,7 @@ class Defaults(CfgNode):
     def merge_from_file(self, cfg_filename: str) -> None:
         path = os.fspath(cfg_filename)
         if hooks.is_on("config-files"):
-            path = config_path(path, self.command_line)
+            path = config_path(path, self.command_line or CommandLine())
         self._complete()
         with self._clear_errors(path):
             super().merge_from_file(path)
