@@ -16,11 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Top row first, as in the layers contract of pyproject.toml. A package not named here is an error.
 LAYERS: list[dict[str, str]] = [
-    {"cli": "the command gram", "commands": "one file per command"},
-    {"api": "the Python API", "demo": "the emoji world", "bench": "many runs"},
-    {"tools": "predict, interpret, export, ..."},
+    {"commands": "one file per command"},
+    {"api": "the Python API", "demo": "the emoji world"},
+    {"bench": "many runs", "tools": "predict, interpret, export, ..."},
     {"trainers": "nine Dassl trainers", "report": "tables, figures, pages"},
-    {"plugin": "the import line", "coop": "hooks into a checkout"},
+    {"cli": "the command gram", "plugin": "the import line"},
+    {"coop": "hooks into a checkout"},
     {"runs": "what a run folder holds"},
     {"method": "the paper: prompts to meta-training"},
     {"clustering": "topics and domains (CHC)", "datasets": "fifteen datasets"},
@@ -28,7 +29,7 @@ LAYERS: list[dict[str, str]] = [
     {"engine": "the adapter to Dassl", "backbone": "CLIP and its towers"},
     {"ground": "errors, files, config, processes, ..."},
 ]
-GROUND = {"errors", "files", "config", "processes", "intervals", "random_state", "once"}
+GROUND = {"errors", "files", "config", "hooks", "processes", "intervals", "random_state"}
 SHIMS = {"_moved", "regulation", "checkpoint", "prompts", "predict", "__init__", "__main__"}
 WIDTH, HEIGHT, GAP_X, GAP_Y = 250, 54, 40, 46
 
