@@ -55,7 +55,6 @@ DEV = [
     *TEST,
     "ruff>=0.12",
     "mypy>=1.10",
-    "import-linter>=2.0",
     "build>=1.0",
     "nox",
     "pre-commit",
