@@ -132,7 +132,9 @@ def main():
 
     theta, regulator = (0.02 * torch.randn(4, 64)).requires_grad_(), Regulator(64)
     history = meta_train(theta, regulator, features, draw, steps=60, alpha=0.1, rates=(1e-2, 1e-3))
-    print(f"query loss after adaptation: {history[0]:.3f} at the first step, {sum(history[-10:]) / 10:.3f} over the last ten")
+    print(
+        f"query loss after adaptation: {history[0]:.3f} at the first step, {sum(history[-10:]) / 10:.3f} over the last ten"
+    )
 
     new = torch.arange(6, 10)
     features.embedded, features.ends = features.embedded[new], features.ends[new]

@@ -514,7 +514,11 @@ def test_a_flag_behind_the_options_is_told(flags, tmp_path):
 @pytest.mark.parametrize(
     ("before", "opts", "says"),
     [
-        (["--model-dir", "run"], [], "--model-dir names the run whose prompts are evaluated; expected --eval-only with it"),
+        (
+            ["--model-dir", "run"],
+            [],
+            "--model-dir names the run whose prompts are evaluated; expected --eval-only with it",
+        ),
         (["--eval-only", "--load-epoch", "0"], [], "--load-epoch 0: expected --model-dir with it, found none"),
         ([], ["OPTIM.MAX_EPOCH", 0], "OPTIM.MAX_EPOCH is 0; expected at least 1"),
         ([], ["DATALOADER.TRAIN_X.BATCH_SIZE", 0], "DATALOADER.TRAIN_X.BATCH_SIZE is 0; expected at least 1"),
