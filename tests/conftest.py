@@ -19,7 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def pytest_report_header():
-    """Which Dassl is asked for, and where checkouts to try it on are (tests/test_real_dassl.py)."""
+    """Which Dassl is asked for, and where checkouts to try it on are (tests/engine/test_real_dassl.py)."""
     return [f"{name}: {os.environ.get(name) or default}" for name, default in ROOMS.items()]
 
 
@@ -30,7 +30,7 @@ def forked():
 
     import torch
 
-    spec = importlib.util.spec_from_file_location("forked", ROOT / "tests" / "forked.py")
+    spec = importlib.util.spec_from_file_location("forked", ROOT / "tests" / "helpers" / "forked.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     before = torch.get_num_threads()

@@ -4,7 +4,7 @@ CLIP's own code is the `clip` package (OpenAI's, a checkout's `clip/` folder, or
 modules and the tokenizer. The forward passes are this project's (`towers`), because prompt learning needs what the
 original does not offer: texts cut at their last used position, a prompt shared by all classes of a task computed once, a
 batch of tasks with a prompt each, visual prompts, and a second derivative. Nothing in the `clip` package is edited or
-patched, and logits equal its own to rounding (tests/test_backbone.py).
+patched, and logits equal its own to rounding (tests/backbone/test_backbone.py).
 """
 
 from __future__ import annotations

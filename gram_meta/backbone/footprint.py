@@ -3,7 +3,7 @@
 Estimates do not ask how much memory happens to be free, so what is chosen from them is the same in every run. Two kinds
 of estimate say what backward passes need:
 
-- `text_bytes`, `image_bytes`: what a first-order forward pass keeps, tensor by tensor (within 20 %, tests/test_memory.py).
+- `text_bytes`, `image_bytes`: what a first-order forward pass keeps, tensor by tensor (within 20 %, tests/backbone/test_memory.py).
 - `pass_bytes`: the peak of a first- or second-order pass, from constants measured on a CPU (docs/guide/meta-training.md). In units of
   d numbers, for one position of one layer of width d: FIRST or SECOND; with activation checkpointing KEPT for every
   layer (three times that for second order), and one layer in full.

@@ -4,7 +4,7 @@ Meta-training differentiates the towers twice. Autograd can do that alone, but m
 keeps many of them. Here each derivative is a function of its own. The layer norm and the MLP's activation take fewer
 passes. Attention keeps only queries, keys and values, neither its weights nor their derivatives, so its forward pass may
 be a fused kernel although torch's fused kernels have no second derivative. Gradients go to the activations only; a third
-derivative raises an error. Checked against autograd and finite differences in float64 (tests/test_second_order.py).
+derivative raises an error. Checked against autograd and finite differences in float64 (tests/backbone/test_second_order.py).
 """
 
 from __future__ import annotations

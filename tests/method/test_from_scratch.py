@@ -19,7 +19,7 @@ from gram_meta.method.regulator import GradientRegulator
 from gram_meta.method.tasks import TaskConfig, TaskSampler, images_of, split_topics
 
 WORDS = ["cat", "sea lion", "house", "tree", "old boat", "lamp", "spoon", "cloud"]
-SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "gram_from_scratch.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "gram_from_scratch.py"
 SETTINGS = {
     "BACKBONE.NAME": "random-tiny", "BACKBONE.PRECISION": "fp64", "TASKS.WAYS": 3, "TASKS.HELD_OUT": 0.4,
     "TASKS.SUPPORT_SHOTS": 2, "TASKS.QUERY_SHOTS": 4, "INNER.STEPS": 2, "INNER.ALPHA": 0.05, "OUTER.STEPS": 6,

@@ -370,7 +370,7 @@ def test_gradients_that_would_slip_by_are_refused(regulator):
 
 
 def test_the_example_without_dassl(meta, tmp_path, capsys):
-    path = Path(__file__).resolve().parents[1] / "examples/without_dassl.py"
+    path = Path(__file__).resolve().parents[2] / "examples/without_dassl.py"
     spec = importlib.util.spec_from_file_location("without_dassl", path)
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)

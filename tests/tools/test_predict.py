@@ -635,7 +635,7 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(runs, zoo):
 
 
 def test_three_lines_of_python_as_documented(runs, image, capsys):
-    text = (Path(__file__).resolve().parent.parent / "docs" / "guide" / "predict.md").read_text()
+    text = (Path(__file__).resolve().parents[2] / "docs" / "guide" / "predict.md").read_text()
     code = text.split("```python\n")[1].split("```")[0]
     exec(code.replace("output/dtd/CoOpGRAM/seed1", str(runs("CoOpGRAM"))).replace("photo.jpg", image), {})
     assert image in capsys.readouterr().out

@@ -18,7 +18,7 @@ from gram_meta.cli import COMMANDS, main
 from gram_meta.config import get_meta_config, load_meta_config
 from gram_meta.errors import GramError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HEAVY = (
     "torch",
     "transformers",

@@ -12,7 +12,7 @@ import pytest
 from gram_meta.bench import matrix
 from gram_meta.coop import launch
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts" / "gram"
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts" / "gram"
 BASH = shutil.which("bash")
 pytestmark = pytest.mark.skipif(BASH is None, reason="no bash on PATH")
 

@@ -21,7 +21,7 @@ needs_drawings = pytest.mark.skipif(bool(_MISSING), reason=f"demo packages are n
 def the_recipe():
     """scripts/train_packaged_clip.py, as a module."""
     pytest.importorskip("torch")
-    path = Path(__file__).resolve().parents[1] / "scripts" / "train_packaged_clip.py"
+    path = Path(__file__).resolve().parents[2] / "scripts" / "train_packaged_clip.py"
     spec = importlib.util.spec_from_file_location("train_packaged_clip", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

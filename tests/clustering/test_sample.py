@@ -29,7 +29,7 @@ from gram_meta.errors import GramError
 
 def _shared():
     """The features with a known truth of test_clustering.py; a test file is no package."""
-    path = Path(__file__).with_name("test_clustering.py")
+    path = Path(__file__).with_name("test_chc.py")
     spec = importlib.util.spec_from_file_location("shared_by_clustering_tests", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PLACE = os.environ.get("GRAM_CHECKOUTS", "")
 NAMES = ("CoOp", "MaPLe", "PromptSRC", "ProMetaR")
 PARTS = ("train.py", "trainers", "datasets", "clip", "configs", "scripts", "parse_test_res.py", "meta_learning")

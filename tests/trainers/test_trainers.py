@@ -616,7 +616,7 @@ def test_gram_train_is_train_py(world, tmp_path, capsys):
         cli.main(["train", "--help"])
     text = capsys.readouterr().out
     assert "--dataset-config-file" in text
-    for folder in (Path(__file__).parents[1] / "configs" / "trainers").iterdir():
+    for folder in (Path(__file__).parents[2] / "configs" / "trainers").iterdir():
         assert folder.name in text
 
 

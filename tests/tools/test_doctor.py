@@ -16,7 +16,7 @@ from gram_meta.cli import main
 from gram_meta.tools import doctor
 from gram_meta.tools.doctor import FINE, NOTE, PROBLEM, Check, Environment, can_run, examine, satisfies
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(check, **asked):

@@ -14,7 +14,7 @@ from PIL import Image
 import gram_meta as gram
 from gram_meta.cli import main
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "reference" / "python.md"
 NAMES = [
     "GradientRegulator", "GramError", "Hierarchy", "MetaCheckpoint", "PairStore", "Prediction", "Predictor",

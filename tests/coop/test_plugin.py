@@ -21,7 +21,7 @@ from gram_meta.engine.builtin.utils.registry import Registry as BuiltinRegistry
 from gram_meta.engine.options import complete_cfg
 from gram_meta.errors import GramError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 # --------------------------------------------------------------------------------------------------- who wins a name
 
