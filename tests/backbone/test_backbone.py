@@ -317,6 +317,7 @@ def open_clip_config(**changes):
     return json.dumps(config)
 
 
+@pytest.mark.slow
 def test_hugging_face_names_in_a_folder_or_a_file(tmp_path, weights):
     from safetensors.torch import save_file
 
@@ -347,6 +348,7 @@ def test_weights_in_parts_load(tmp_path, backbone, weights):
     assert load_backbone(str(tmp_path)).fingerprint == backbone.fingerprint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["", "module.", "text.", "module.text."])
 def test_open_clips_names_with_and_without_prefixes(tmp_path, backbone, weights, prefix):
     def named(key):
@@ -466,6 +468,7 @@ def unlike(model):
     return model
 
 
+@pytest.mark.slow
 def test_features_equal_transformers_own(tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     tower = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2}

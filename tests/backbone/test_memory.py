@@ -255,6 +255,7 @@ def prompt_and_text(kind, backbone):
     return prompt.mul(0.1).requires_grad_(), text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 7, 30, 55])
 @pytest.mark.parametrize("kind", ["shared", "images", "placed", "each"])
 def test_chunks_give_equal_features_and_gradients(exact, kind, size):

@@ -43,6 +43,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_derivatives(name):
     shape, ours, plain = CASES[name]
@@ -68,6 +69,7 @@ def test_no_third_derivative():
         torch.autograd.grad(first.sin().sum(), x, create_graph=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-4), ("bf16", 0.1)])
 def test_image_tower_keeps_no_attention_weights(precision, bound):
     """Second derivatives of the whole tower, in 32 and 16 bits, against float64; and what a forward pass keeps."""

@@ -262,6 +262,7 @@ def bench(jobs, output, workers=1, lines=None):
     return status, "\n".join(lines)
 
 
+@pytest.mark.slow
 def test_a_failing_run_and_a_dying_worker_take_nothing_else_with_them(tmp_path):
     """Jobs that fail, that end their worker, that need these, and good ones, by two workers."""
     out = tmp_path / "out"
@@ -326,6 +327,7 @@ def test_a_system_without_file_locks_gets_one_sentence(tmp_path, monkeypatch):
             start()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_bench_leaves_no_process_and_goes_on(tmp_path, number):
     """The signal comes while a worker is at a long job that has a process of its own."""
@@ -414,6 +416,7 @@ def test_time_left():
 # --------------------------------------------------------------------------------------------------- with real trainings
 
 
+@pytest.mark.slow
 def test_states_of_real_runs(tmp_path, tiny_data, tiny_options, monkeypatch):
     """In this process: what `gram train` says of its folders is what a bench sees."""
     from gram_meta.coop import launch
@@ -441,6 +444,7 @@ def test_states_of_real_runs(tmp_path, tiny_data, tiny_options, monkeypatch):
         runner.look(matrix.plan(wrong), wrong)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, tiny_data, tiny_options, monkeypatch, capsys):
     """A bench by one worker, one of its datasets not there; then the commands that are left, as they can be typed."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

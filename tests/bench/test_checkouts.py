@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench"
 CHECKOUTS = os.environ.get("GRAM_CHECKOUTS", "")
 TINY = ("--model", "random-tiny", "--classes", "4", "--test-images", "6", "--rounds", "2", "--steps", "1")

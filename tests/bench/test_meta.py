@@ -12,6 +12,8 @@ import torch
 from gram_meta.backbone import load_backbone
 from gram_meta.backbone.second_order import twice_differentiable
 
+pytestmark = pytest.mark.slow
+
 BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench"
 CHECKOUTS = os.environ.get("GRAM_CHECKOUTS", "")
 SMALL = ("--tasks", "2", "--ways", "2", "--support", "1", "--query", "2")

@@ -14,6 +14,8 @@ from PIL import Image
 import gram_meta as gram
 from gram_meta.cli import main
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "reference" / "python.md"
 NAMES = [

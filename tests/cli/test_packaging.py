@@ -18,6 +18,8 @@ from gram_meta.cli import COMMANDS, main
 from gram_meta.config import get_meta_config, load_meta_config
 from gram_meta.errors import GramError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = (
     "torch",

@@ -25,6 +25,7 @@ def joined(work):
     return in_process
 
 
+@pytest.mark.slow
 def test_what_is_exchanged(forked, tmp_path):
     def work(job):
         assert (job.rank, job.size, job.is_first) == (int(os.environ["RANK"]), 3, job.rank == 0)
@@ -42,6 +43,7 @@ def test_what_is_exchanged(forked, tmp_path):
     assert forked.run_job(3, joined(work), tmp_path) == ([0, 0, 0], ["", "", ""])
 
 
+@pytest.mark.slow
 def test_waiting_calls_back(forked, tmp_path):
     def work(job):
         calls = []
@@ -53,6 +55,7 @@ def test_waiting_calls_back(forked, tmp_path):
     assert forked.run_job(2, joined(work), tmp_path)[0] == [0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", [0, 1])
 @pytest.mark.parametrize("doing", ["count", "wait", "first"])
 def test_one_sentence_ends_all(forked, tmp_path, failing, doing):
@@ -76,6 +79,7 @@ def test_one_sentence_ends_all(forked, tmp_path, failing, doing):
     assert [text for text in said if text] == ["sentence: the disk is full\n"]
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_others_at_their_next_exchange(forked, tmp_path):
     def work(job):
         job.wait()
@@ -89,6 +93,7 @@ def test_a_killed_process_ends_the_others_at_their_next_exchange(forked, tmp_pat
     assert "run the same command again" in said[0] and "Traceback" not in said[0]
 
 
+@pytest.mark.slow
 def test_only_the_first_process_tells(forked, tmp_path):
     def work(job):
         import logging

@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw
 from gram_meta.cli import main
 from gram_meta.files import read_json
 
+pytestmark = pytest.mark.slow
+
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "bar", "diamond", "corner")
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220)}
 TINY = ["MODEL.BACKBONE.NAME", "random-tiny", "INPUT.SIZE", "(32, 32)"]

@@ -204,6 +204,7 @@ def test_what_was_dropped_is_known(store, hierarchy):
     assert counts["filtered"] == 18
 
 
+@pytest.mark.slow
 def test_umap_gives_the_same_hierarchy_twice():
     """The paper's way, UMAP and all: the true topics, and the same bytes twice for a seed."""
     pytest.importorskip("umap", reason="umap-learn is not installed")
@@ -217,6 +218,7 @@ def test_umap_gives_the_same_hierarchy_twice():
     assert adjusted_mutual_info_score(store.truth.topic[once.pair], once.topic) > 0.9
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     seed=st.integers(0, 1000),
@@ -263,6 +265,7 @@ def test_an_image_with_many_captions_counts_once():
     assert [topic.images for topic in found.topics] == [8] * 6 and [topic.size for topic in found.topics] == [40] * 6
 
 
+@pytest.mark.slow
 def test_topics_that_cannot_fill_a_task_are_dropped_and_counted(caplog):
     store = make_store(noise=0, wrong=0)
     few = store.truth.topic == 5  # one of six topics is left with a single look

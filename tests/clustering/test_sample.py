@@ -26,6 +26,8 @@ from gram_meta.clustering.steps import Steps
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
 
+pytestmark = pytest.mark.slow
+
 
 def _shared():
     """The features with a known truth of test_clustering.py; a test file is no package."""

@@ -20,6 +20,8 @@ from gram_meta.method.prompts import initial_meta_net
 from gram_meta.method.regulator import GradientRegulator, RegulatorConfig
 from gram_meta.tools.export import TARGETS, export
 
+pytestmark = pytest.mark.slow
+
 D = 64  # of random-tiny's towers
 
 

@@ -21,6 +21,8 @@ from gram_meta.engine.builtin.utils.registry import Registry as BuiltinRegistry
 from gram_meta.engine.options import complete_cfg
 from gram_meta.errors import GramError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # --------------------------------------------------------------------------------------------------- who wins a name

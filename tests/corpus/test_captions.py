@@ -216,6 +216,7 @@ def crc(number):
     return str(zlib.crc32(URLS[number].encode()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rule"),
     [

@@ -165,6 +165,7 @@ def commands(collection, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_captions_are_class_names(commands):
     store = PairStore.open(commands / "store")
     assert len(store) == 123 and store.manifest["skipped"] == {"not an image": 1}
@@ -231,6 +232,7 @@ def test_without_the_key_a_labelled_store_says_so(commands, caplog):
     assert "CHC.LABELLED True makes its classes the topics" in caplog.text
 
 
+@pytest.mark.slow
 def test_captions_of_any_store_can_be_classes(collection, tmp_path, caplog, capsys):
     lines = ["image\tcaption"]
     for k in range(6):

@@ -31,6 +31,8 @@ from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
 from gram_meta.processes import ProcessGroup
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(embedding.__file__).parents[2]
 WORDS = ["red", "green", "blue", "dog", "cat", "bird", "on", "under", "beside", "house", "tree", "road"]
 OPTIONS = ["--backbone", "random-tiny", "--sentence-model", "hash:16", "--batch-size", "4", "--part-size", "5"]

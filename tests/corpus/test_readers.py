@@ -368,6 +368,7 @@ def test_weights_that_are_not_the_published_ones_are_refused(monkeypatch):
         sentences.load_sentence_model()
 
 
+@pytest.mark.slow
 def test_sentence_bert_beside_foreign_folders(tmp_path):
     """The real model, without a network, started where a checkout's `datasets/`, `trainers/` and `clip/` stand first on the
     path."""

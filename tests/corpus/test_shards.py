@@ -308,6 +308,7 @@ def test_few_files_are_open_at_a_time(tmp_path, monkeypatch):
         assert len(os.listdir("/proc/self/fd")) <= before + 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["fork", "spawn", "threads"])
 def test_processes_and_threads_read_from_the_same_shards(shards, tmp_path, way):
     import multiprocessing

@@ -192,6 +192,7 @@ class Dying:
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True])
 def test_interruptions_while_parts_are_made_change_nothing(
     store, corpus, backbone, sentence_model, tmp_path, monkeypatch, after
@@ -264,6 +265,7 @@ def start(corpus, out, workers=0):
     return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_a_second_one_is_refused(store, corpus, backbone, tmp_path, capsys):
     out = tmp_path / "s"
     process = start(corpus, out, workers=1)

@@ -14,6 +14,8 @@ from gram_meta.demo import run as demo
 from gram_meta.demo import world
 from gram_meta.errors import GramError
 
+pytestmark = pytest.mark.slow
+
 META = (
     "CHC.TOPICS.MIN_CLUSTER_SIZE 8 CHC.TOPICS.NEIGHBORS 8 CHC.DOMAINS.K 2 TASKS.WAYS 2 TASKS.SUPPORT_SHOTS 2 "
     "TASKS.QUERY_SHOTS 4 TASKS.HELD_OUT 0.4 OUTER.STEPS 4 OUTER.BATCH 2 EVAL.EVERY 2 EVAL.TASKS 4 CHECKPOINT.EVERY 2"

@@ -14,6 +14,8 @@ from gram_meta.demo import emoji, roles, styles, world
 from gram_meta.demo.captions import STATED, Captioner, plural
 from gram_meta.errors import GramError
 
+pytestmark = pytest.mark.slow
+
 _MISSING = emoji.missing_packages()
 needs_drawings = pytest.mark.skipif(bool(_MISSING), reason=f"demo packages are not installed: {', '.join(_MISSING)}")
 

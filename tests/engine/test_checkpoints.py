@@ -247,6 +247,7 @@ def test_every_way_of_a_pickle_to_call_something(program):
         read_checkpoint("evil")
 
 
+@pytest.mark.slow
 def test_the_payloads_here_do_run_where_nobody_looks(tmp_path):
     """The other tests would pass with a payload that does nothing."""
     path = save("evil", {"payload": Touch()})

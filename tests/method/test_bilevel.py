@@ -71,6 +71,7 @@ class Step:
         return gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("steps", [1, 2])
 def test_lean_is_exact(form, steps, backbone):
@@ -132,6 +133,7 @@ def test_one_graph_stands_at_a_time(backbone):
         del step.support.backbone.encode_images
 
 
+@pytest.mark.slow
 def test_scale_changes_nothing_but_rounding(backbone):
     step = Step("joint", backbone)
     plain, scaled = (task_gradients(step.support, for_two(step), scale=scale) for scale in (1.0, 256.0))
@@ -150,6 +152,7 @@ def _times(factor, losses, prompts):
     return factor * losses(prompts)
 
 
+@pytest.mark.slow
 def test_a_scale_keeps_the_second_order_of_small_gradients_under_fp16():
     """A support loss so small that half precision has no numbers for the gradients inside the tower."""
     found = {}

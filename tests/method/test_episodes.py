@@ -108,6 +108,7 @@ def plain_text(backbone, name, context):
     return F.normalize(model.ln_final(x[ids.argmax()]) @ model.text_projection, dim=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_losses_against_clips_own_towers(form, backbone, images):
     theta, support, _ = make(form, backbone, images)
@@ -120,6 +121,7 @@ def test_losses_against_clips_own_towers(form, backbone, images):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-10, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_meta_gradients_against_finite_differences(form, backbone, images):
     """Through the image tower and the meta-net, of theta, of what R does not know, and of phi."""
@@ -172,6 +174,7 @@ def trainer(pixel_corpus, out, *opts):
     return MetaTrainer(store, hierarchy, out, settings(*opts), progress=False)
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(pixel_corpus, tmp_path):
     finals = []
     for workers in ("0", "2"):
@@ -182,6 +185,7 @@ def test_workers_change_nothing(pixel_corpus, tmp_path):
         assert torch.equal(finals[0].prompts[kind], finals[1].prompts[kind])
 
 
+@pytest.mark.slow
 def test_images_in_a_shard_are_the_same_as_files(pixel_corpus, tmp_path):
     """Drawn at random from a tar, by two workers that were forked from a process that has read it before."""
     folder, runs = pixel_corpus[3], []
@@ -213,6 +217,7 @@ def test_a_process_decodes_its_own_tasks_alone(pixel_corpus, tmp_path):
     assert decoded[1].shape[:3] == (1, 2, 2)
 
 
+@pytest.mark.slow
 def test_a_run_says_how_long_the_towers_waited(pixel_corpus, tmp_path, caplog):
     with caplog.at_level("INFO", logger="gram"):
         trainer(pixel_corpus, tmp_path, *JOINT).run()
@@ -247,6 +252,7 @@ def test_workers_are_given_little(pixel_corpus, tmp_path):
     assert decoded[0][1].dtype == torch.uint8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [VISUAL, JOINT, ("PROMPT.CONDITIONAL", "True")], ids=FORMS)
 def test_a_run_learns_every_part_and_resumes_exactly(form, pixel_corpus, tmp_path):
     whole = trainer(pixel_corpus, tmp_path / "whole", *form)
@@ -274,6 +280,7 @@ def test_a_run_learns_every_part_and_resumes_exactly(form, pixel_corpus, tmp_pat
     assert logs[0] == logs[1] and "alignment" in json.loads(logs[0].splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_the_meta_net_is_kept_beside_the_prompts(pixel_corpus, tmp_path):
     trainer(pixel_corpus, tmp_path, "PROMPT.CONDITIONAL", "True").run()
     checkpoint = load_meta_checkpoint(tmp_path / "best.safetensors")
@@ -285,6 +292,7 @@ def test_the_meta_net_is_kept_beside_the_prompts(pixel_corpus, tmp_path):
         checkpoint.check(pixel_corpus[2], {"text": 2})
 
 
+@pytest.mark.slow
 def test_missing_and_broken_images_are_named(pixel_corpus, tmp_path):
     store, hierarchy, backbone, folder = pixel_corpus
     with pytest.raises(GramError, match=r"nowhere.0.png: expected an image .*LOADER.IMAGE_ROOT"):

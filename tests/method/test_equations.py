@@ -125,6 +125,7 @@ def test_regulator_refuses_what_it_does_not_know():
 # --- Eq. 7 to 10 ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("form", [{}, {"input": "normalised", "beta": "relative"}])
 def test_meta_gradient_of_theta_against_finite_differences(sides, theta, steps, form):
@@ -140,6 +141,7 @@ def test_meta_gradient_of_theta_against_finite_differences(sides, theta, steps, 
     assert (theta["text"].grad * direction).sum().item() == pytest.approx(slope(moved), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("name", ["weight_gamma", "bias_gamma", "weight_beta", "bias_beta"])
 def test_meta_gradient_of_phi_against_finite_differences(sides, theta, steps, name):
@@ -158,6 +160,7 @@ def test_meta_gradient_of_phi_against_finite_differences(sides, theta, steps, na
     assert (parameter.grad * direction).sum().item() == pytest.approx(slope(moved), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2])
 def test_identity_regulator_is_plain_maml(sides, theta, steps):
     """gamma = 1 and beta = 0 change nothing, to the last bit; against MAML written out for each task alone."""

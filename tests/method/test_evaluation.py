@@ -15,6 +15,8 @@ from gram_meta.method.evaluation import evaluate_adaptation
 from gram_meta.method.meta_trainer import MetaTrainer
 from gram_meta.method.tasks import TaskConfig, TaskSampler
 
+pytestmark = pytest.mark.slow
+
 OPTS = [
     *("BACKBONE.NAME", "random-tiny", "TASKS.WAYS", "2", "TASKS.HELD_OUT", "0.4", "TASKS.SUPPORT_SHOTS", "2"),
     *("TASKS.QUERY_SHOTS", "4", "OUTER.STEPS", "2", "EVAL.EVERY", "2", "EVAL.TASKS", "3", "OUTER.BATCH", "2"),

@@ -68,6 +68,7 @@ def close(found, expected):
     torch.testing.assert_close(found.float(), expected.float(), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_meta_training_ends_at_the_same_theta_and_phi(script, hierarchy, tmp_path):
     """Six steps of Algorithm 1 over the same tasks, two inner steps each, with Adam, clipping and the cosine."""
     config = load_meta_config([], [str(word) for pair in SETTINGS.items() for word in pair])
@@ -96,6 +97,7 @@ def test_meta_training_ends_at_the_same_theta_and_phi(script, hierarchy, tmp_pat
         close(regulator.get_parameter(name).detach(), value.detach())
 
 
+@pytest.mark.slow
 def test_a_few_shot_run_ends_at_the_same_prompt(script):
     backbone = backbone_in_float64()
     random = torch.Generator().manual_seed(4)

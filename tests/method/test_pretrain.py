@@ -82,6 +82,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.slow
 def test_it_learns_and_writes_what_it_should(store, tmp_path):
     best = trainer(store, tmp_path, "OUTER.STEPS", "60", "OUTER.COSINE", "False").run()
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -101,6 +102,7 @@ def test_it_learns_and_writes_what_it_should(store, tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_weights_twice_and_another_seed_others(store, tmp_path):
     runs = {}
     for name, opts in (("a", ()), ("b", ()), ("c", ("SEED", "2"))):
@@ -109,6 +111,7 @@ def test_a_seed_gives_the_same_weights_twice_and_another_seed_others(store, tmp_
     assert same(runs["a"], runs["b"]) and not same(runs["a"], runs["c"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [3, 6, 8])
 def test_a_resumed_run_ends_like_an_uninterrupted_one(store, tmp_path, stop, monkeypatch):
     trainer(store, tmp_path / "whole").run()
@@ -132,12 +135,14 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(store, tmp_path, stop, mon
     assert norms[0] == norms[1]
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_changes_nothing(store, tmp_path):
     best = trainer(store, tmp_path).run()
     before = best.read_bytes()
     assert trainer(store, tmp_path).run(resume=True).read_bytes() == before
 
 
+@pytest.mark.slow
 def test_another_runs_folder_is_refused(store, tmp_path):
     trainer(store, tmp_path).run()
     with pytest.raises(GramError, match="--resume goes on"):
@@ -147,6 +152,7 @@ def test_another_runs_folder_is_refused(store, tmp_path):
     trainer(store, tmp_path, "LOADER.WORKERS", "0").run(resume=True)  # how fast images come is another thing
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_under_a_version_with_more_settings(store, tmp_path):
     trainer(store, tmp_path).run()
     facts = read_json(tmp_path / "run.json")
@@ -157,6 +163,7 @@ def test_a_run_goes_on_under_a_version_with_more_settings(store, tmp_path):
         trainer(store, tmp_path, "OUTER.META", "False").run(resume=True)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_names_step_and_task(store, tmp_path, monkeypatch):
     run = trainer(store, tmp_path)
 
@@ -173,6 +180,7 @@ def test_a_loss_that_is_not_finite_names_step_and_task(store, tmp_path, monkeypa
     assert load_meta_checkpoint(tmp_path / "last.safetensors").provenance["step"] == 0
 
 
+@pytest.mark.slow
 def test_without_a_regulator_and_without_meta_learning(store, tmp_path):
     trainer(store, tmp_path / "maml", "REGULATOR.ENABLED", "False").run()
     assert load_meta_checkpoint(tmp_path / "maml" / "last.safetensors").regulator is None

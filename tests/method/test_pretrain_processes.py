@@ -26,6 +26,8 @@ from gram_meta.method.meta_run import Stopped
 from gram_meta.method.meta_trainer import MetaTrainer
 from gram_meta.processes import ProcessGroup
 
+pytestmark = pytest.mark.slow
+
 STEPS = 3
 FORMS = {
     "text": (),

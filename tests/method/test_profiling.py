@@ -92,6 +92,7 @@ def test_each_direction_is_booked_where_it_belongs():
     assert "encode_text" not in vars(towers)
 
 
+@pytest.mark.slow
 def test_numbers_stay_the_same_and_held_out_tasks_stay_out_of_the_step():
     backbone = load_backbone("random-tiny")
     text = ClassText(backbone, ["cat", "dog", "tree", "house"], 2).select(torch.tensor([[0, 1], [2, 3]]))

@@ -40,6 +40,7 @@ hierarchies = st.integers(4, 9).flatmap(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(hierarchies, st.integers(0, 1000), st.booleans())
 def test_tasks_keep_their_promises(hierarchy, number, shift):

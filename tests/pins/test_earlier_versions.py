@@ -12,6 +12,8 @@ import pytest
 
 from gram_meta import __version__
 
+pytestmark = pytest.mark.slow
+
 OLD = Path(__file__).parent / "version_0.1"
 TOLERANCE = 1e-3
 COOP = ("CoOp", "gram_small_c4_ep10_batch32_ctxv1", "2", ("DATASET.SUBSAMPLE_CLASSES", "base"))

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 def test_store(made, golden, keys):
     found = {"files": made.files("store"), "manifest.json": keys(made.json("store/manifest.json"))}

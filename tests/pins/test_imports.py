@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 IMPORT = re.compile(r"^ *from (gram_meta[\w.]*) import (\([^)]*\)|[\w ,]+)", re.MULTILINE)
 

@@ -4,6 +4,8 @@ import re
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 NUMBER = r"[\d.]+"
 AVERAGED = rf"{NUMBER} \({NUMBER}\)"
 

@@ -7,6 +7,10 @@ processor (ATEN_CPU_CAPABILITY) they differ by less than 1e-4 of their size, so 
 import json
 import re
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-3
 
 

@@ -118,6 +118,7 @@ def test_drawings(golden):
     golden.pictures("drawings.png", emoji.load_drawings(drawings_of_names()))
 
 
+@pytest.mark.slow
 def test_pictures(golden):
     """Pixels of each style and ground, from the drawings in golden/drawings.png: needs none of the drawings' packages."""
     found = styles.render(golden.read_pictures("drawings.png"), scenes_of_all_kinds())

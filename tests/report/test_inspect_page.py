@@ -114,6 +114,7 @@ def page(corpus, tmp_path_factory):
     return inspect(corpus, tmp_path_factory.mktemp("page") / "page.html")
 
 
+@pytest.mark.slow
 def test_it_holds_what_it_should(page):
     headings = [a["id"] for a in page.all("h2")]
     assert headings == [f"{key}-title" for key in ("pairs", "sizes", "topics", "task", "dropped", "settings")]
@@ -243,6 +244,7 @@ def test_bad_options_are_one_sentence(corpus, tmp_path, capsys, words, says):
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
 def test_a_browser_shows_it(corpus, tmp_path):
     """Its script runs, under its own policy; that of a caption does not."""

@@ -357,6 +357,7 @@ def test_folders_of_ones_own_images_are_told_apart(tmp_path):
     assert report.datasets == ("ImageFolder birds", "ImageFolder boats") and report.notes == []
 
 
+@pytest.mark.slow
 def test_a_moved_tree_still_finds_its_trainings(world, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(world.root, moved)
@@ -514,6 +515,7 @@ def test_latex_letters():
 # ----------------------------------------------------------------------------------------------------------- collections
 
 
+@pytest.mark.slow
 def test_a_collection_stands_for_the_folders(world, tmp_path, capsys):
     one_file = tmp_path / "all.json"
     assert main(["report", str(world.root), "--collect", str(one_file)]) == 0
@@ -572,6 +574,7 @@ def test_other_files_are_one_sentence(tmp_path, capsys, text, words):
 # ---------------------------------------------------------------------------------------------------------------- figures
 
 
+@pytest.mark.slow
 def test_figures_and_the_numbers_behind_them(world, tmp_path, capsys):
     assert main(["report", str(world.root), "--figures", str(tmp_path / "figures")]) == 0
     stems = ("figure_1a", "figure_1b_3a_10_epochs", "figure_1b_3a_50_epochs", "figure_3b")
@@ -657,6 +660,7 @@ class Page(HTMLParser):
             self.styles += data
 
 
+@pytest.mark.slow
 def test_the_page_needs_nothing_from_outside(world, tmp_path, capsys):
     path = tmp_path / "page.html"
     assert main(["report", str(world.root), "--html", str(path)]) == 0

@@ -3,6 +3,8 @@
 import importlib.util
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -13,12 +15,14 @@ def fill_results():
     return module
 
 
+@pytest.mark.slow
 def test_the_tables_are_those_of_the_committed_results():
     module, page = fill_results(), (ROOT / "docs/results/emoji-world.md").read_text(encoding="utf-8")
     assert len(module.PLACE.findall(page)) >= 4
     assert module.filled(page, ROOT / "docs/results/emoji.json") == page
 
 
+@pytest.mark.slow
 def test_a_changed_number_would_be_seen():
     module, page = fill_results(), (ROOT / "docs/results/emoji-world.md").read_text(encoding="utf-8")
     place = module.PLACE.search(page)

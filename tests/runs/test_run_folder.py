@@ -445,6 +445,7 @@ def test_resume_of_something_that_is_not_there_leaves_no_folder(flags, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_without_an_epoch_the_last_one_or_the_best_where_the_run_was_to_end_with_it(flags, tmp_path, capsys):
     options = ("OPTIM.MAX_EPOCH", 3, "TRAIN.CHECKPOINT_FREQ", 1)
     ours(flags("last", *options))
@@ -468,6 +469,7 @@ def test_without_an_epoch_the_last_one_or_the_best_where_the_run_was_to_end_with
     assert results["epoch"] == torch.load(path, weights_only=True)["epoch"]
 
 
+@pytest.mark.slow
 def test_mismatched_names_and_shapes_are_named(flags, tmp_path):
     ours(flags("run"))
     path = tmp_path / "run/prompt_learner/model.pth.tar-1"
@@ -545,6 +547,7 @@ def meta_checkpoint(backbone, trainer, path):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("plain", "gram"), PAIRS)
 def test_prompts_of_a_family_are_evaluated_by_each_other(flags, tmp_path, backbone, capsys, plain, gram):
     meta = meta_checkpoint(backbone, gram, tmp_path / "meta.safetensors")
@@ -658,6 +661,7 @@ def test_several_gpus_are_said_and_data_parallel_is_never_entered(flags, monkeyp
     assert len(lines) == 1 and lines[0].startswith(f"3 GPUs are here: {used} is used, never nn.DataParallel")
 
 
+@pytest.mark.slow
 def test_determinism_gives_equal_numbers_twice(flags, tmp_path, monkeypatch):
     """With two loader workers and random augmentation; also where a train.py has asked for cuDNN's benchmark."""
     options = ("TRAIN.DETERMINISTIC", True, "DATALOADER.NUM_WORKERS", 2, "OPTIM.MAX_EPOCH", 3)

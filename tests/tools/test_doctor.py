@@ -66,6 +66,7 @@ def shadowed(tmp_path, files, *arguments, **environment):
 # ------------------------------------------------------------------------------------------------------ a sound machine
 
 
+@pytest.mark.slow
 def test_here_it_can_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -84,6 +85,7 @@ def test_every_check_has_its_place():
 # ------------------------------------------------------------------------ whatever is broken ends in a line (processes)
 
 
+@pytest.mark.slow
 def test_without_torch_it_still_starts(tmp_path):
     text = "raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')"
     status, checks, _ = shadowed(tmp_path, {"torch/__init__.py": text}, "--root", ".", "--meta", "x", "--backbone", "y")
@@ -94,6 +96,7 @@ def test_without_torch_it_still_starts(tmp_path):
     assert checks["CoOpGRAM"][0].found == "not tried, because of the problems above"
 
 
+@pytest.mark.slow
 def test_a_torch_that_does_not_load_is_installed_anew(tmp_path):
     text = "raise OSError('libcudart.so.13: cannot open shared object file')"
     status, checks, _ = shadowed(tmp_path, {"torch/__init__.py": text})
@@ -102,6 +105,7 @@ def test_a_torch_that_does_not_load_is_installed_anew(tmp_path):
     assert "--force-reinstall" in checks["torch"][0].fix or "--reinstall" in checks["torch"][0].fix
 
 
+@pytest.mark.slow
 def test_an_old_numpy_and_a_new_setuptools(tmp_path):
     """As their metadata say it, and as they then behave: torch and clip-anytorch on them."""
     files = {
@@ -119,6 +123,7 @@ def test_an_old_numpy_and_a_new_setuptools(tmp_path):
     assert checks["CoOpGRAM"][0].state == NOTE  # not tried
 
 
+@pytest.mark.slow
 def test_without_packaging_no_version_is_compared(tmp_path):
     text = "raise ModuleNotFoundError(\"No module named 'packaging'\", name='packaging')"
     status, checks, _ = shadowed(tmp_path, {"packaging/__init__.py": text})
@@ -128,6 +133,7 @@ def test_without_packaging_no_version_is_compared(tmp_path):
         assert checks[name][0].fix.endswith(" install packaging") or " packaging" in checks[name][0].fix
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text, state, word",
     [
@@ -155,6 +161,7 @@ def test_a_dassl_that_was_asked_for_and_does_not_import(monkeypatch, wish, fix):
     assert check.state == PROBLEM and check.found.startswith("SyntaxError: ") and check.fix == fix
 
 
+@pytest.mark.slow
 def test_a_package_that_ends_the_process_when_imported(tmp_path):
     status, checks, _ = shadowed(tmp_path, {"yacs/__init__.py": "import sys; sys.exit(3)"})
     assert status == 1 and checks["yacs"][0].found == "does not import: SystemExit: 3"
@@ -234,6 +241,7 @@ def test_a_training_without_regulated_steps_is_a_problem(monkeypatch):
     assert examine(Environment())[0].state == PROBLEM
 
 
+@pytest.mark.slow
 def test_the_step_is_a_regulated_one(tmp_path):
     """The prompt has moved away from theta*, by what R made of its gradient."""
     from gram_meta.engine.checkpoints import read_checkpoint

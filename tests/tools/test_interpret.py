@@ -55,6 +55,7 @@ def words_of(found):
     return table
 
 
+@pytest.mark.slow
 def test_a_context_of_words_gives_these_words(tmp_path, backbone):
     context = moved(context_from_words(backbone, "a photo of a"))
     checkpoint(tmp_path, {"ctx": context, "token_prefix": torch.zeros(3, 1, 64)})
@@ -78,6 +79,7 @@ def test_distances_stay_exact_near_a_word(backbone):
     assert distances[0, 0] == 0 and distances[1, 0].item() == pytest.approx(1e-5, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_context_per_class_is_told_per_class(tmp_path, backbone):
     contexts = torch.stack([context_from_words(backbone, "a photo"), context_from_words(backbone, "two dogs")])
     path = checkpoint(tmp_path, {"ctx": moved(contexts)}, classnames=["cat", "dog"])
@@ -86,6 +88,7 @@ def test_a_context_per_class_is_told_per_class(tmp_path, backbone):
     assert {(word.class_index, word.classname) for word in found.words} == {(0, "cat"), (1, "dog")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", [("text",), ("text", "visual")])
 def test_meta_checkpoints_name_their_backbone(tmp_path, backbone, kinds):
     prompts = {"text": moved(context_from_words(backbone, "a photo of a")), "visual": torch.zeros(2, 64)}
@@ -110,6 +113,7 @@ def test_visual_prompts_have_no_words(tmp_path, backbone, capsys):
             interpret(checkpoint(tmp_path, {name: torch.zeros(2, 64)}), backbone="random-tiny")
 
 
+@pytest.mark.slow
 def test_conditional_and_whole_model_checkpoints(tmp_path, backbone):
     context = moved(context_from_words(backbone, "of a"))
     path = checkpoint(tmp_path / "1", {"ctx": context, "meta_net.linear1.weight": torch.zeros(4, 64)})
@@ -142,6 +146,7 @@ Collecting env info ...
 """
 
 
+@pytest.mark.slow
 def test_the_log_of_a_coop_checkout_names_the_backbone(tmp_path, backbone):
     run = tmp_path / "seed1"
     for epoch, words in ((5, "two dogs"), (50, "a photo")):
@@ -170,6 +175,7 @@ def test_the_log_of_a_coop_checkout_names_the_backbone(tmp_path, backbone):
     assert [word.word for word in interpret(tested, topk=1).words] == ["house", "boat"]  # of the run it evaluates
 
 
+@pytest.mark.slow
 def test_tokens_that_share_one_embedding_are_no_words(tmp_path):
     clip = load_backbone("gram-small")  # most of its vocabulary was never trained: those rows hold the mean
     table = clip.model.token_embedding.weight
@@ -182,6 +188,7 @@ def test_tokens_that_share_one_embedding_are_no_words(tmp_path):
     assert all(word.distance > 0 for word in found.words)
 
 
+@pytest.mark.slow
 def test_formats(tmp_path, backbone, capsys):
     path = checkpoint(tmp_path, {"ctx": moved(context_from_words(backbone, "a photo"))})
     command = ["interpret", str(path), "--backbone", "random-tiny", "--topk", "2"]
@@ -198,6 +205,7 @@ def test_formats(tmp_path, backbone, capsys):
     assert float(rows[0]["distance"]) == facts["words"][0]["distance"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_read_is_one_sentence(tmp_path, backbone):
     path = checkpoint(tmp_path, {"ctx": torch.zeros(2, 64)})
     with pytest.raises(GramError, match="expected a results.json or log.txt .* name it with --backbone"):

@@ -12,6 +12,8 @@ from gram_meta.cli import main
 from gram_meta.corpus.store import PairStore
 from gram_meta.tools import overlap
 
+pytestmark = pytest.mark.slow
+
 CLASSES = ("red", "green", "blue", "grey")
 
 

@@ -388,6 +388,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 def test_a_folder_is_its_images_sorted_and_broken_ones_are_told(zoo, runs, capsys):
     status = main(["predict", "--model-dir", str(runs("CoOp")), str(zoo), "--format", "csv", "--topk", "9"])
     said = capsys.readouterr()
@@ -405,6 +406,7 @@ def test_a_folder_is_its_images_sorted_and_broken_ones_are_told(zoo, runs, capsy
     assert "loop" not in said.out and "notes" not in said.err
 
 
+@pytest.mark.slow
 def test_images_are_seen_as_people_see_them(zoo, runs):
     predictor = Predictor.load(runs("CoOp"))
     plain, turned, deep, shallow = (
@@ -435,6 +437,7 @@ def test_pil_images_are_taken(zoo, runs):
     assert (rows[0].image, rows[2].image, rows[2].error) == (str(zoo / "turned.png"), "", "")
 
 
+@pytest.mark.slow
 def test_worker_processes_change_nothing(zoo, runs, tmp_path):
     many = [zoo / name for name in (*GOOD, *BAD)] * 3
     here, there = (Predictor.load(runs("CoOp"), batch_size=4, workers=n)(many) for n in (0, 2))
@@ -511,6 +514,7 @@ def test_default_batch_size_follows_device_and_model(monkeypatch, backbone):
 # ------------------------------------------------------------------------------------------------------- command line
 
 
+@pytest.mark.slow
 def test_formats(runs, zoo, tmp_path, capsys):
     run, images = str(runs("CoOp")), [str(zoo / "plain.png"), str(zoo / "deep.png")]
     expected = Predictor.load(run)(images)
@@ -619,6 +623,7 @@ def test_precision_is_the_runs_on_a_gpu_and_float32_on_a_cpu(runs, image):
     )
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough_ends_it_quietly(runs, zoo):
     code = "import sys; from gram_meta.cli import main; sys.exit(main(sys.argv[1:]))"
     images = [str(zoo / "plain.png")] * 4000

@@ -142,6 +142,7 @@ def openai_logits(clip, images, ctx, tokens, n_ctx):
     return clip.logit_scale.exp() * image @ text.t()
 
 
+@pytest.mark.slow
 def test_coop_follows_the_plain_calculation_over_50_steps(world):
     """Loss and context, against OpenAI's modules at 77 tokens and SGD, warm-up and cosine written out."""
     epochs, lr, momentum, decay = 17, 0.02, 0.9, 5e-4  # 17 epochs of 3 batches; ten times CoOp's rate
@@ -283,6 +284,7 @@ def test_path_lengths_and_variation_by_hand():
     assert regulation.summary()["text"]["gamma_variation"] > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("norms", "warns"), [((1e-3, 1e3), False), ((1e3, 1e4), True), ((1e-6, 1e-5), True)])
 def test_one_warning_when_gradients_are_far_from_those_of_meta_training(
     world, backbone, tmp_path, capsys, norms, warns
@@ -410,6 +412,7 @@ class Stop(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainer", ["CoOp", "CoOpGRAM"])
 def test_a_run_that_was_stopped_goes_on_to_the_same_end(world, backbone, tmp_path, monkeypatch, trainer):
     from gram_meta.trainers.base import PromptTrainer
