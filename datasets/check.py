@@ -206,6 +206,7 @@ def _check_few_shot(found: Finding, folder: Path, path: Path, splits: Splits, da
 
 
 def _subclasses(cls: type) -> Iterator[type]:
+    subclass: type
     for subclass in cls.__subclasses__():
         if subclass.__module__.startswith("gram_meta.datasets."):
             yield subclass

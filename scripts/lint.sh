@@ -7,7 +7,7 @@ usage() {
     cat <<'HELP'
 Usage: bash scripts/lint.sh [--python PATH]
 
-Runs ruff and mypy over the repository.
+Runs ruff over the repository and mypy over gram_meta, trainers and datasets.
 
 HELP
     environment_help

@@ -40,6 +40,7 @@ class ClipTrainer(TrainerX):
 
     backbone: Backbone
     classnames: list[str]
+    evaluator: Any
 
     def __init__(self, cfg: Any) -> None:
         self.record = RunRecord()

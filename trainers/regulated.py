@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -10,6 +10,11 @@ from gram_meta.config import get_meta_config
 from gram_meta.method.checkpoint import MetaCheckpoint
 from gram_meta.method.dassl import WithGRAM
 from gram_meta.trainers.checkpointing import NO_META
+
+if TYPE_CHECKING:
+    from gram_meta.trainers.base import PromptTrainer
+else:
+    PromptTrainer = object  # the class that follows the mixin
 
 # What a table of results needs to know of the meta-training
 SETTINGS = (
@@ -23,7 +28,7 @@ SETTINGS = (
 )
 
 
-class Regulated(WithGRAM):
+class Regulated(WithGRAM, PromptTrainer):
     """Mixin before a `PromptTrainer`: `class CoOpGRAM(Regulated, CoOp)`. Options: TRAINER.GRAM.*."""
 
     def gram_prompts(self) -> dict[str, nn.Parameter]:

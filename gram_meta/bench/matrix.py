@@ -15,6 +15,7 @@ import yaml
 from gram_meta.config import INCIDENTAL, find_config, load_meta_config, nearest
 from gram_meta.errors import GramError
 from gram_meta.files import read_json
+from gram_meta.runs.layout import META, RUN
 
 PROTOCOLS = ("base2new", "xd", "dg")
 BACKBONES = ("gram_small", "vit_b16", "vit_b32", "vit_l14")  # prefixes of config files
@@ -47,8 +48,6 @@ ELEVEN = (
     "ucf101",
 )
 DATASETS = {"base2new": ELEVEN, "xd": ELEVEN[1:], "dg": ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")}
-
-CHECKPOINT = "best.safetensors"  # as `gram pretrain` names it
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ class Job:
     @property
     def command(self) -> tuple[str, ...]:
         """`argv`; a meta-training that was begun goes on."""
-        if self.argv[0] == "pretrain" and (self.folder / "run.json").exists():
+        if self.argv[0] == "pretrain" and (self.folder / RUN).exists():
             return (self.argv[0], "--resume", *self.argv[1:])
         return self.argv
 
@@ -179,7 +178,7 @@ def read_entry(text: str, settings: Settings) -> Entry:
         if checkpoint:  # named by hand
             meta = ""
         elif meta:
-            checkpoint = str(settings.meta_dir / meta / CHECKPOINT)
+            checkpoint = str(settings.meta_dir / meta / META)
         else:
             raise GramError(
                 f"{path}: expected the name of a meta config as TRAINER.GRAM.META, found none; "
@@ -233,7 +232,7 @@ def meta_jobs(entries: Iterable[Entry], settings: Settings) -> Iterator[Job]:
             )
         else:
             raise GramError(
-                f"{folder / CHECKPOINT}: expected the meta-checkpoint for {entry.label}, found no such file; "
+                f"{folder / META}: expected the meta-checkpoint for {entry.label}, found no such file; "
                 f"make it with `{job.line}`, or give {' and '.join(flags)}"
             )
 
@@ -245,9 +244,9 @@ def meta_state(folder: Path, opts: Sequence[str] = ()) -> str:
         GramError: the folder was trained with other settings than its meta config, which has the folder's name, and
             `opts` say now.
     """
-    if not (folder / "run.json").is_file():
-        return "finished" if (folder / CHECKPOINT).is_file() else "new"
-    config = read_json(folder / "run.json").get("config", {})
+    if not (folder / RUN).is_file():
+        return "finished" if (folder / META).is_file() else "new"
+    config = read_json(folder / RUN).get("config", {})
     there = _flat(config)
     for key, value in _flat(_meta_config(folder.name, tuple(opts))).items():
         if key in there and there[key] != value and key.partition(".")[0] not in INCIDENTAL:
@@ -258,7 +257,7 @@ def meta_state(folder: Path, opts: Sequence[str] = ()) -> str:
     log = folder / "log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
     last = json.loads(lines[-1]).get("step") if lines and lines[-1].endswith("}") else None
-    whole = (folder / CHECKPOINT).is_file() and last == config.get("OUTER", {}).get("STEPS")
+    whole = (folder / META).is_file() and last == config.get("OUTER", {}).get("STEPS")
     return "finished" if whole else "unfinished"
 
 

@@ -33,6 +33,7 @@ from gram_meta import __version__
 from gram_meta.config import find_config
 from gram_meta.errors import GramError
 from gram_meta.files import atomic_write, read_json, sha256_file, write_json
+from gram_meta.runs.layout import META, RESULTS, RUN
 
 TRAINER_CONFIG = "gram_small_c4_ep10_batch32_ctxv1"
 ZERO_SHOT_CONFIG = "gram_small"
@@ -271,7 +272,7 @@ class Demo:
             name = folder.relative_to(self.out).as_posix()
             needs_meta = upon if variant.trainer.endswith("GRAM") else ""
             key = _key(self._portable(argv), self.recipe, _weights(self.settings.backbone), needs_meta)
-            if not (self.memory.finished(name, key) and (folder / "results.json").exists()):
+            if not (self.memory.finished(name, key) and (folder / RESULTS).exists()):
                 self._show_once(f"{variant.title} {subsample}", argv)
                 if not self.memory.begun(name, key):
                     shutil.rmtree(folder, ignore_errors=True)
@@ -279,7 +280,7 @@ class Demo:
                 _train(argv)
                 self.memory.finish(name, key)
                 fresh = True
-            accuracies.append(f"{subsample} {read_json(folder / 'results.json')['metrics']['accuracy']:.1f}")
+            accuracies.append(f"{subsample} {read_json(folder / RESULTS)['metrics']['accuracy']:.1f}")
         taken = time.monotonic() - begun
         self.clock.passed("run", taken if fresh else 0.0)
         if fresh:
@@ -302,7 +303,7 @@ class Demo:
             argv += ["--eval-only", "--model-dir", str(trained)]
         argv += ["DATASET.NUM_SHOTS", str(s.shots), "DATASET.SUBSAMPLE_CLASSES", subsample]
         if variant.trainer.endswith("GRAM"):
-            argv += ["TRAINER.GRAM.CHECKPOINT", f"{self.out}/meta/best.safetensors"]
+            argv += ["TRAINER.GRAM.CHECKPOINT", f"{self.out}/meta/{META}"]
         if s.full and not variant.start_only and subsample == "base":
             argv += ["TEST.AT_STEPS", f"({','.join(map(str, STEPS_WATCHED))})"]
         if s.backbone != "gram-small":
@@ -315,7 +316,7 @@ class Demo:
         for dataset in self.settings.datasets:
             for seed in self.settings.seeds:
                 _, folder = self._train_command(GRAM, dataset, seed, "base")
-                ratios.append(read_json(folder / "results.json")["regulator"]["text"]["mean_ratio"])
+                ratios.append(read_json(folder / RESULTS)["regulator"]["text"]["mean_ratio"])
         return sum(ratios) / len(ratios)
 
     def _registered(self) -> set[str]:
@@ -326,7 +327,7 @@ class Demo:
     def _gram(self, stage: Stage) -> str:
         """Run one command of `gram` if it is not finished; returns the key of its outcome."""
         key = _key(self._portable(stage.argv), stage.upon)
-        resumes = self.memory.begun(stage.name, key) and (stage.folder / "run.json").exists()
+        resumes = self.memory.begun(stage.name, key) and (stage.folder / RUN).exists()
         argv = [*stage.argv[:1], "--resume", *stage.argv[1:]] if stage.name == "pretrain" and resumes else stage.argv
         with self._stage(stage.name, stage.title, _line(stage.argv), key, stage.folder) as needed:
             if needed:

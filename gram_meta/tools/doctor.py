@@ -479,12 +479,14 @@ def check_meta(environment: Environment) -> Iterator[Check]:
     """Check the meta-checkpoints of --meta, or those in output/meta, where the documents put them."""
     if environment.has_problem("torch"):
         return
+    from gram_meta.runs.layout import META
+
     named = [Path(os.path.expanduser(path)) for path in environment.meta]
     usable = 0
     for path in named or [Path("output/meta")]:
-        files = sorted(path.rglob("best.safetensors")) if path.is_dir() else [path] if path.exists() else []
+        files = sorted(path.rglob(META)) if path.is_dir() else [path] if path.exists() else []
         if named and not files:
-            what = "no best.safetensors below it" if path.is_dir() else "nothing there"
+            what = f"no {META} below it" if path.is_dir() else "nothing there"
             yield Check("meta-checkpoint", NOTE, f"{path}: {what}", "gram pretrain --help shows how to make one")
         for file in files:
             check = _check_meta_file(file, environment)

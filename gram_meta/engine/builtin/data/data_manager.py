@@ -195,6 +195,6 @@ class DatasetWrapper(TorchDataset):
         return images[0] if len(images) == 1 else images
 
 
-def _restore_wrapper(cls: type) -> Any:
+def _restore_wrapper(cls: Any) -> Any:
     builtin.answer_as_dassl()
     return cls.__new__(cls)

@@ -104,7 +104,7 @@ class RandomClassSampler(Sampler):
 def build_sampler(
     sampler_type: str,
     cfg: CfgNode | None = None,
-    data_source: Sequence[Any] | None = None,
+    data_source: Any = None,
     batch_size: int = 32,
     n_domain: int = 0,
     n_ins: int = 16,

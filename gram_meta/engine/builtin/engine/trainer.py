@@ -294,7 +294,7 @@ class SimpleTrainer(TrainerBase):
         self.sched = build_lr_scheduler(self.optim, cfg.OPTIM)
         self.register_model("model", self.model, self.optim, self.sched)
 
-    def train(self) -> None:
+    def train(self) -> None:  # type: ignore[override]
         super().train(self.start_epoch, self.max_epoch)
 
     def before_train(self) -> None:

@@ -38,7 +38,7 @@ class Classification(EvaluatorBase):
 
     def __init__(self, cfg: CfgNode, lab2cname: dict[int, str] | None = None, **kwargs: Any) -> None:
         super().__init__(cfg)
-        self._lab2cname = lab2cname
+        self._lab2cname: Any = lab2cname
         self.reset()
         if cfg.TEST.PER_CLASS_RESULT and lab2cname is None:
             raise GramError("TEST.PER_CLASS_RESULT needs the names of the classes, and the evaluator got none")

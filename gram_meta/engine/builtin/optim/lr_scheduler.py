@@ -22,11 +22,11 @@ class WarmupScheduler(LRScheduler):
         self.warmup_epoch = warmup_epoch
         super().__init__(optimizer, last_epoch)
 
-    def warmup_lr(self, base_lr: float) -> float:
+    def warmup_lr(self, base_lr: Any) -> float:
         """The rate in epoch `self.last_epoch` (from 0) of the warm-up."""
         raise NotImplementedError
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[Any]:
         if self.last_epoch >= self.warmup_epoch:
             return self.successor.get_last_lr()
         return [self.warmup_lr(lr) for lr in self.base_lrs]
@@ -83,7 +83,7 @@ def build_lr_scheduler(optimizer: Optimizer, optim_cfg: CfgNode) -> LRScheduler:
             raise GramError(f"OPTIM.STEPSIZE is {c.STEPSIZE!r}; multi_step expects a list of epochs")
         scheduler = MultiStepLR(optimizer, milestones=list(c.STEPSIZE), gamma=c.GAMMA)
     elif c.LR_SCHEDULER == "cosine":
-        scheduler = CosineAnnealingLR(optimizer, float(c.MAX_EPOCH))
+        scheduler = CosineAnnealingLR(optimizer, float(c.MAX_EPOCH))  # type: ignore[arg-type]
     else:
         raise GramError(f"OPTIM.LR_SCHEDULER is {c.LR_SCHEDULER!r}; expected one of {', '.join(AVAI_SCHEDS)}")
     if c.WARMUP_EPOCH <= 0:

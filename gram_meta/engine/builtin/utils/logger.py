@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 from gram_meta.engine.builtin.utils.tools import mkdir_if_missing
 
@@ -17,7 +17,7 @@ class Logger:
 
     def __init__(self, fpath: str | None = None, mode: str = "w") -> None:
         self.console: TextIO = sys.stdout
-        self.file: TextIO | None = None
+        self.file: IO[str] | None = None
         if fpath is not None:
             mkdir_if_missing(os.path.dirname(fpath))
             self.file = open(fpath, mode, encoding="utf-8")  # noqa: SIM115, closed by close()

@@ -18,7 +18,10 @@ class AverageMeter:
         self.reset()
 
     def reset(self) -> None:
-        self.val = self.avg = self.sum = self.count = 0
+        self.val: float = 0
+        self.avg: float = 0
+        self.sum: float = 0
+        self.count = 0
 
     def update(self, val: Any, n: int = 1) -> None:
         self.val = val.item() if isinstance(val, torch.Tensor) else val

@@ -21,7 +21,7 @@ class Registry:
         self._name = name
         self._obj_map: dict[str, Any] = {}
 
-    def register(self, obj: Any = None, force: bool = False) -> Callable[[Any], Any] | None:
+    def register(self, obj: Any = None, force: bool = False) -> Any:
         if obj is None:
 
             def decorator(decorated: Any) -> Any:
