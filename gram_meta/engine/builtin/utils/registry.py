@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from gram_meta.engine.builtin.utils.tools import get_most_similar_str_to_a_from_b
