@@ -55,6 +55,7 @@ DEV = [
     *TEST,
     "ruff>=0.12",
     "mypy>=1.10",
+    "import-linter>=2.1",
     "build>=1.0",
     "nox",
     "pre-commit",

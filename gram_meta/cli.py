@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     typed = argv is None
     argv = list(sys.argv[1:] if argv is None else argv)
     if typed and argv[:1] == ["train"] and (script := checkout.train_py_for(argv[1:])):
-        return _said(argv[0], lambda: checkout.run(script, argv[1:]))
+        return _run(argv[0], lambda: checkout.run(script, argv[1:]))
     parser = argparse.ArgumentParser(
         prog="gram",
         description="Gradient-Regulated Meta-Prompt Learning (ICCV 2023) for CLIP prompt tuning.",
@@ -68,11 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    return _said(args.command, lambda: args.run(args))
+    return _run(args.command, lambda: args.run(args))
 
 
-def _said(command: str, run: Callable[[], int]) -> int:
-    """Run it; bad input and an interruption are one line on stderr and an exit status."""
+def _run(command: str, run: Callable[[], int]) -> int:
+    """Call `run`; report bad input and an interruption in one line on stderr, with an exit status."""
     try:
         return run()
     except GramError as error:

@@ -28,7 +28,7 @@ HOOKS = {
     "missing-packages": "a checkout's trainer that lacks a package is left out when another trainer is asked for",
     "answer-as-dassl": "the built-in engine can be imported as `dassl`",
     "dassl-fixes": "known faults of the installed Dassl are repaired in memory",
-    "dassl-log": "a refused run leaves no log behind, and a resumed run continues its log.txt",
+    "log-copy": "a resumed run under a foreign train.py also appends what it prints to log.txt",
     "hugging-face-datasets": "a checkout's datasets/ is hidden while sentence-transformers is imported",
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ruff and mypy, in the same environment as the tests.
+# ruff, mypy and import-linter, in the same environment as the tests.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -7,7 +7,7 @@ usage() {
     cat <<'HELP'
 Usage: bash scripts/lint.sh [--python PATH]
 
-Runs ruff over the repository and mypy over gram_meta, trainers and datasets.
+Runs ruff over the repository, mypy over gram_meta, trainers and datasets, and checks the layers contract (import-linter).
 
 HELP
     environment_help
@@ -18,3 +18,4 @@ prepare_environment dev
 cd "$ROOT"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m mypy
+"$BIN/lint-imports"

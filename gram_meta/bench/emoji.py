@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gram_meta.bench import matrix
-from gram_meta.bench.matrix import Job, Settings
+from gram_meta.bench.matrix import BenchRun, BenchSettings
 from gram_meta.config import load_meta_config
 from gram_meta.errors import GramError
 from gram_meta.files import read_json
@@ -33,14 +33,12 @@ CORPUS_SIZE = 36_000  # pairs: a few tens per concept, enough for topics as fine
 META_CONFIG = "coop_gram_small"  # its settings of CHC made the hierarchy that all meta configs of this CLIP share
 
 
-def settings(args: argparse.Namespace) -> Settings:
-    """The settings of `gram bench --emoji DIR`; whatever is given goes before what lies in DIR."""
-    from gram_meta.commands.bench import common_settings
-
+def settings(args: argparse.Namespace) -> BenchSettings:
+    """Return the settings of `gram bench --emoji DIR`; a store or hierarchy that is given replaces the one in DIR."""
     folder = Path(args.emoji)
     if args.root:
         raise GramError("--root and --emoji: expected one of them, found both; the root is DIR/world")
-    made = common_settings(
+    made = matrix.common_settings(
         args,
         backbone=args.backbone or "gram_small",
         root=str(folder / "world"),
@@ -57,23 +55,25 @@ def settings(args: argparse.Namespace) -> Settings:
     )
 
 
-def plan(settings: Settings, folder: Path) -> list[Job]:
-    """Every job, those that make the world first."""
-    jobs = matrix.plan(settings)
+def bench_runs(settings: BenchSettings, folder: Path) -> list[BenchRun]:
+    """Return every run, those that make the world first."""
+    jobs = matrix.bench_runs(settings)
     needed = {upon for job in jobs for upon in job.after}
     made = list(_corpus(settings, folder, needed))
     corpus = bool(made)
     return [_world(settings, corpus), *made, *jobs]
 
 
-def _world(settings: Settings, corpus: bool) -> Job:
-    """Pictures: the datasets that are asked for, and the corpus where a prompt is meta-learnt."""
+def _world(settings: BenchSettings, corpus: bool) -> BenchRun:
+    """Make pictures: the datasets that are asked for, and the corpus if a prompt is meta-trained."""
     root = Path(settings.root)
     names = {name for protocol in settings.protocols for name in settings.datasets[protocol]}
     if set(settings.protocols) - {"base2new"}:
         names.add(settings.source)
     parts = sorted({_part(name) for name in names})
-    made = root / "corpus" / "manifest.json"  # one of another size stays, as stores are made of it
+    made = (
+        root / "corpus" / "manifest.json"
+    )  # an existing corpus of another size is kept, because stores were made from it
     size = (read_json(made).get("size", CORPUS_SIZE) if made.is_file() else CORPUS_SIZE) if corpus else 0
     code = (
         f"from gram_meta.demo.world import write_world; "
@@ -82,26 +82,28 @@ def _world(settings: Settings, corpus: bool) -> Job:
     leaves = [root / f"emoji_{part}" / "manifest.json" for part in parts]
     if corpus:
         leaves.append(made)
-    return Job(("python", "-c", code), root, "the emoji world", ("world",), leaves=tuple(leaves))
+    return BenchRun(("python", "-c", code), root, "the emoji world", ("world",), leaves=tuple(leaves))
 
 
 def _part(dataset: str) -> str:
-    """What `write_world` calls the folder of a dataset: emoji_travel_mosaic lies among the shifted pictures of travel."""
+    """Return the name that `write_world` has for a dataset's folder: emoji_travel_mosaic is part of travel_shift."""
     words = dataset.removeprefix("emoji_").split("_")
     if not dataset.startswith("emoji_"):
         raise GramError(f"{dataset}: expected a dataset of the emoji world (emoji_food, ...), found another")
     return words[0] if len(words) == 1 else f"{words[0]}_shift"
 
 
-def _corpus(settings: Settings, folder: Path, needed: set[Path]) -> Iterator[Job]:
-    """Store and hierarchy, of the captioned corpus and of the labelled one, where a meta-training needs them."""
+def _corpus(settings: BenchSettings, folder: Path, needed: set[Path]) -> Iterator[BenchRun]:
+    """Make store and hierarchy of the captioned and of the labelled corpus, where a meta-training needs them."""
     root, backbone = Path(settings.root), _backbone(settings)
     pairs, labelled = root / "corpus" / "pairs.tsv", folder / "labelled"
     if Path(settings.store) in needed:
         yield from _organised(settings, str(pairs), (), settings.store, settings.hierarchy, META_CONFIG, backbone, root)
     if Path(settings.labelled_store) in needed:
         code = f"from gram_meta.bench.emoji import write_labelled; write_labelled({str(root)!r}, {str(labelled)!r})"
-        yield Job(("python", "-c", code), labelled, "the corpus as class folders", ("labelled",), (root,), (labelled,))
+        yield BenchRun(
+            ("python", "-c", code), labelled, "the corpus as class folders", ("labelled",), (root,), (labelled,)
+        )
         yield from _organised(
             settings,
             str(labelled),
@@ -115,7 +117,7 @@ def _corpus(settings: Settings, folder: Path, needed: set[Path]) -> Iterator[Job
 
 
 def _organised(
-    settings: Settings,
+    settings: BenchSettings,
     source: str,
     flags: tuple[str, ...],
     store: str,
@@ -123,19 +125,21 @@ def _organised(
     config: str,
     backbone: str,
     upon: Path,
-) -> Iterator[Job]:
+) -> Iterator[BenchRun]:
     embed = ("embed", source, "-o", store, "--backbone", backbone, *flags)
-    yield Job(embed, Path(store), f"features in {store}", ("embed",), (upon,))
+    yield BenchRun(embed, Path(store), f"features in {store}", ("embed",), (upon,))
     cluster = ("cluster", store, "-o", hierarchy, "--config-file", f"configs/gram_meta/{config}.yaml")
-    yield Job((*cluster, *settings.meta_opts), Path(hierarchy), f"topics in {hierarchy}", ("cluster",), (Path(store),))
+    yield BenchRun(
+        (*cluster, *settings.meta_opts), Path(hierarchy), f"topics in {hierarchy}", ("cluster",), (Path(store),)
+    )
 
 
-def _backbone(settings: Settings) -> str:
+def _backbone(settings: BenchSettings) -> str:
     return str(load_meta_config([META_CONFIG], settings.meta_opts).BACKBONE.NAME)
 
 
 def write_labelled(world: str | Path, folder: str | Path) -> Path:
-    """The corpus of the emoji world as a labelled collection: FOLDER/<concept>/<image>, links where the disk allows."""
+    """Write the corpus of the emoji world as class folders, FOLDER/<concept>/<image>; hard links where the disk allows."""
     images, folder = Path(world) / "corpus", Path(folder)
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)

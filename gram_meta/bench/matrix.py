@@ -1,7 +1,8 @@
-"""What a bench runs: the matrix of protocols, trainers, datasets and seeds as commands of `gram`, in CoOp's folders."""
+"""The runs of a bench: the matrix of protocols, trainers, datasets and seeds as commands of `gram`, in CoOp's folders."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from gram_meta.config import INCIDENTAL, find_config, load_meta_config, nearest
+from gram_meta.config import INCIDENTAL, find_config, flatten, load_meta_config, nearest
 from gram_meta.errors import GramError
 from gram_meta.files import read_json
 from gram_meta.runs.layout import META, RUN
@@ -20,7 +21,7 @@ from gram_meta.runs.layout import META, RUN
 PROTOCOLS = ("base2new", "xd", "dg")
 BACKBONES = ("gram_small", "vit_b16", "vit_b32", "vit_l14")  # prefixes of config files
 
-ZERO_SHOT = "ZeroshotCLIP"  # nothing is trained and nothing is drawn: one evaluation stands for all seeds
+ZERO_SHOT = "ZeroshotCLIP"  # trains nothing and draws nothing: one evaluation counts for all seeds
 CONFIGS = {
     ZERO_SHOT: "{bb}",
     "CoOp": "{bb}_c4_ep10_batch32_ctxv1",
@@ -51,8 +52,8 @@ DATASETS = {"base2new": ELEVEN, "xd": ELEVEN[1:], "dg": ("imagenetv2", "imagenet
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What to run. `datasets` are the trained ones in base2new and the targets in xd and dg, for each protocol."""
+class BenchSettings:
+    """The options of a bench. `datasets`: per protocol, those trained on in base2new, the targets in xd and dg."""
 
     protocols: tuple[str, ...]
     trainers: tuple[str, ...]  # TRAINER or TRAINER:CFG
@@ -84,7 +85,7 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """The config's name in folders."""
+        """Return the config's name in folders."""
         return Path(self.config).stem if self.config.endswith((".yaml", ".yml")) else self.config
 
     @property
@@ -97,37 +98,74 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Job:
-    """One command, the folder it fills, and the folders it is built upon."""
+class BenchRun:
+    """One command, the folder that it fills, and the folders that it needs."""
 
     argv: tuple[str, ...]  # of `gram`; or "python", "-c", code
     folder: Path
     title: str
-    pace: tuple[str, ...]  # jobs of the same pace take about as long; so do, less surely, those with its beginning
+    pace: tuple[str, ...]  # runs of equal pace take about equally long; runs with the same first parts less surely
     after: tuple[Path, ...] = ()
-    leaves: tuple[Path, ...] = ()  # of a command of Python: what is there when it is finished
+    leaves: tuple[Path, ...] = ()  # of a command of Python: the files that exist once it is finished
 
     @property
     def line(self) -> str:
-        """The command as it can be typed."""
+        """Return the command as a user types it."""
         return shlex.join(self.command if self.argv[0] == "python" else ("gram", *self.command))
 
     @property
     def command(self) -> tuple[str, ...]:
-        """`argv`; a meta-training that was begun goes on."""
+        """Return `argv`, with --resume for a meta-training that was begun."""
         if self.argv[0] == "pretrain" and (self.folder / RUN).exists():
             return (self.argv[0], "--resume", *self.argv[1:])
         return self.argv
 
 
+def common_settings(
+    args: argparse.Namespace,
+    *,
+    backbone: str,
+    root: str,
+    output: Path,
+    datasets: dict[str, tuple[str, ...]],
+    source: str,
+) -> BenchSettings:
+    """Return the settings of `gram bench` from its parsed options and the defaults of one kind of bench."""
+    protocols = tuple(dict.fromkeys(args.protocol))
+    if args.datasets:
+        if len(protocols) > 1:
+            raise GramError(f"--datasets: expected one protocol beside it, found {', '.join(protocols)}")
+        datasets = {protocols[0]: tuple(dict.fromkeys(args.datasets))}
+    if bad := [seed for seed in args.seeds if not seed.isdecimal()]:
+        raise GramError(f"--seeds: expected numbers from 0 on, found {bad[0]!r}")
+    return BenchSettings(
+        protocols=protocols,
+        trainers=tuple(args.trainers),
+        backbone=backbone,
+        root=root,
+        output=output,
+        datasets={protocol: datasets[protocol] for protocol in protocols},
+        source=source,
+        seeds=tuple(map(int, args.seeds)),
+        shots=args.shots,
+        meta_dir=Path(args.meta_dir or output / "meta"),
+        store=args.store,
+        hierarchy=args.hierarchy,
+        labelled_store=args.labelled_store,
+        labelled_hierarchy=args.labelled_hierarchy,
+        opts=tuple(args.opts),
+        meta_opts=tuple(args.meta_opts),
+    )
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def plan(settings: Settings) -> list[Job]:
-    """Every job in the order of running: meta-trainings, then seed by seed, so that whole seeds are finished first.
+def bench_runs(settings: BenchSettings) -> list[BenchRun]:
+    """Return every run in order: meta-trainings, then seed by seed, so that whole seeds are finished first.
 
     Raises:
-        GramError: unknown names, or a meta-checkpoint that is neither there nor can be made.
+        GramError: unknown names, or a meta-checkpoint that is missing and cannot be made.
     """
     check(settings)
     entries = [read_entry(text, settings) for text in dict.fromkeys(settings.trainers)]
@@ -139,14 +177,14 @@ def plan(settings: Settings) -> list[Job]:
                 if protocol == "base2new"
                 else _transfer(entries, settings, seed, settings.datasets[protocol])
             )
-    unique: dict[Path, Job] = {}
+    unique: dict[Path, BenchRun] = {}
     for job in jobs:
         unique.setdefault(job.folder, job)  # xd and dg share their training
     return list(unique.values())
 
 
-def check(settings: Settings) -> None:
-    """Everything that can be said before a config file is read."""
+def check(settings: BenchSettings) -> None:
+    """Refuse settings that are wrong before a config file is read."""
     if len(set(settings.seeds)) < len(settings.seeds) or min(settings.seeds, default=-1) < 0:
         raise GramError(f"--seeds: expected different numbers from 0 on, found {' '.join(map(str, settings.seeds))}")
     if settings.shots < 1:
@@ -161,8 +199,8 @@ def check(settings: Settings) -> None:
             raise GramError(f"--{one} and --{other} belong together: expected both or neither".replace("_", "-"))
 
 
-def read_entry(text: str, settings: Settings) -> Entry:
-    """TRAINER or TRAINER:CFG."""
+def read_entry(text: str, settings: BenchSettings) -> Entry:
+    """Parse TRAINER or TRAINER:CFG."""
     trainer, _, config = text.partition(":")
     plain = CONFIGS.get(trainer, "").format(bb=settings.backbone)
     if not plain and not config:
@@ -175,7 +213,7 @@ def read_entry(text: str, settings: Settings) -> Entry:
     if trainer.endswith("GRAM"):
         gram = _gram_options(path, settings.opts)
         meta, checkpoint = gram.get("META") or "", gram.get("CHECKPOINT") or ""
-        if checkpoint:  # named by hand
+        if checkpoint:  # named by the user
             meta = ""
         elif meta:
             checkpoint = str(settings.meta_dir / meta / META)
@@ -188,7 +226,7 @@ def read_entry(text: str, settings: Settings) -> Entry:
 
 
 def _gram_options(path: Path, opts: Sequence[str]) -> dict[str, str]:
-    """TRAINER.GRAM of a config file and of KEY VALUE pairs; the keys are checked when the runs are looked at."""
+    """Return TRAINER.GRAM of a config file and of KEY VALUE pairs; `runner.look` checks the keys."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -203,7 +241,7 @@ def _gram_options(path: Path, opts: Sequence[str]) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------------ meta-training
 
 
-def meta_jobs(entries: Iterable[Entry], settings: Settings) -> Iterator[Job]:
+def meta_jobs(entries: Iterable[Entry], settings: BenchSettings) -> Iterator[BenchRun]:
     """The meta-trainings that entries need; none where the checkpoint is there and nothing to make it from."""
     for name, entry in {entry.meta: entry for entry in entries if entry.meta}.items():
         config = _meta_config(name, settings.meta_opts)
@@ -212,7 +250,7 @@ def meta_jobs(entries: Iterable[Entry], settings: Settings) -> Iterator[Job]:
         flags = [f"--{kind}{what}".replace("_", "-") for what in ("store", "hierarchy")]
         given = (store or f"{kind}store".upper(), hierarchy or f"{kind}hierarchy".upper())
         folder = settings.meta_dir / name
-        job = Job(
+        job = BenchRun(
             argv=(
                 *("pretrain", "--store", given[0], "--hierarchy", given[1]),
                 *("--config", f"configs/gram_meta/{name}.yaml", "-o", str(folder), *settings.meta_opts),
@@ -238,20 +276,20 @@ def meta_jobs(entries: Iterable[Entry], settings: Settings) -> Iterator[Job]:
 
 
 def meta_state(folder: Path, opts: Sequence[str] = ()) -> str:
-    """`finished`, `unfinished` or `new`. A checkpoint without the files of its training (a copy) is finished.
+    """Return `finished`, `unfinished` or `new`. A checkpoint without the files of its training (a copy) is finished.
 
     Raises:
         GramError: the folder was trained with other settings than its meta config, which has the folder's name, and
-            `opts` say now.
+            `opts` give now.
     """
     if not (folder / RUN).is_file():
         return "finished" if (folder / META).is_file() else "new"
     config = read_json(folder / RUN).get("config", {})
-    there = _flat(config)
-    for key, value in _flat(_meta_config(folder.name, tuple(opts))).items():
-        if key in there and there[key] != value and key.partition(".")[0] not in INCIDENTAL:
+    stored = flatten(config)
+    for key, value in flatten(_meta_config(folder.name, tuple(opts))).items():
+        if key in stored and stored[key] != value and key.partition(".")[0] not in INCIDENTAL:
             raise GramError(
-                f"{folder}: holds a meta-training with {key} {there[key]!r}, expected {value!r}; "
+                f"{folder}: holds a meta-training with {key} {stored[key]!r}, expected {value!r}; "
                 "choose another --meta-dir or remove the folder"
             )
     log = folder / "log.jsonl"
@@ -266,20 +304,10 @@ def _meta_config(name: str, opts: tuple[str, ...]) -> Any:
     return load_meta_config([name] if name else [], opts)
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return flat
-
-
 # ----------------------------------------------------------------------------------------------------------- protocols
 
 
-def _base2new(entries: Sequence[Entry], settings: Settings, seed: int) -> Iterator[Job]:
+def _base2new(entries: Sequence[Entry], settings: BenchSettings, seed: int) -> Iterator[BenchRun]:
     """Train on the base classes of each dataset (its own test is on them), then test on the new ones."""
     for dataset in settings.datasets["base2new"]:
         for entry in _of_seed(entries, settings, seed):
@@ -291,7 +319,9 @@ def _base2new(entries: Sequence[Entry], settings: Settings, seed: int) -> Iterat
             yield _test(entry, settings, seed, dataset, tested, trained, (*shots, "new"), "new")
 
 
-def _transfer(entries: Sequence[Entry], settings: Settings, seed: int, targets: Sequence[str]) -> Iterator[Job]:
+def _transfer(
+    entries: Sequence[Entry], settings: BenchSettings, seed: int, targets: Sequence[str]
+) -> Iterator[BenchRun]:
     """Train on all classes of the source, then test on every target: cross-dataset, and domain generalisation."""
     entries = _of_seed(entries, settings, seed)
     of_source = {
@@ -308,13 +338,13 @@ def _transfer(entries: Sequence[Entry], settings: Settings, seed: int, targets: 
             yield _test(entry, settings, seed, target, tested, trained, (), "target")
 
 
-def _of_seed(entries: Sequence[Entry], settings: Settings, seed: int) -> list[Entry]:
+def _of_seed(entries: Sequence[Entry], settings: BenchSettings, seed: int) -> list[Entry]:
     return [entry for entry in entries if entry.trainer != ZERO_SHOT or seed == settings.seeds[0]]
 
 
 def _train(
-    entry: Entry, settings: Settings, seed: int, dataset: str, folder: Path, opts: Sequence[str], what: str
-) -> Job:
+    entry: Entry, settings: BenchSettings, seed: int, dataset: str, folder: Path, opts: Sequence[str], what: str
+) -> BenchRun:
     """Training, with its own test at the end; of a zero-shot trainer, a test."""
     flags = ("--eval-only",) if entry.trainer == ZERO_SHOT else ()
     return _job("train", entry, settings, seed, dataset, folder, flags, opts, what)
@@ -322,14 +352,14 @@ def _train(
 
 def _test(
     entry: Entry,
-    settings: Settings,
+    settings: BenchSettings,
     seed: int,
     dataset: str,
     folder: Path,
     trained: Path,
     opts: Sequence[str],
     what: str,
-) -> Job:
+) -> BenchRun:
     if entry.trainer == ZERO_SHOT:
         return _job("test", entry, settings, seed, dataset, folder, ("--eval-only",), opts, what)
     flags = ("--eval-only", "--model-dir", str(trained))
@@ -339,7 +369,7 @@ def _test(
 def _job(
     kind: str,
     entry: Entry,
-    settings: Settings,
+    settings: BenchSettings,
     seed: int,
     dataset: str,
     folder: Path,
@@ -347,9 +377,9 @@ def _job(
     opts: Sequence[str],
     what: str,
     after: tuple[Path, ...] = (),
-) -> Job:
+) -> BenchRun:
     gram = ("TRAINER.GRAM.CHECKPOINT", entry.checkpoint) if entry.meta else ()
-    return Job(
+    return BenchRun(
         argv=(
             *("train", "--root", settings.root, "--seed", str(seed), "--trainer", entry.trainer),
             *("--dataset-config-file", f"configs/datasets/{dataset}.yaml", "--config-file", entry.file),

@@ -1,4 +1,4 @@
-"""The loop of a bench: what is finished is skipped, what fails is reported, and the others go on."""
+"""The loop of a bench: finished runs are skipped, failures are reported, and the other runs go on."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ from pathlib import Path
 from typing import Any
 
 from gram_meta import __version__
-from gram_meta.bench.matrix import Job, Settings, meta_state
+from gram_meta.bench.matrix import BenchRun, BenchSettings, meta_state
 from gram_meta.bench.pool import Outcome, Pool, Task
+from gram_meta.bench.times import in_words
 from gram_meta.errors import GramError
 from gram_meta.files import read_json, write_json
 from gram_meta.runs import layout
 from gram_meta.runs.folder import open_folder
 
 MANIFEST = "bench.json"
-LOGS = "bench_logs"  # what failing runs printed
+LOGS = "bench_logs"  # the output of failed runs
 SHOWN = 10  # failed runs that are named again at the end
 PACKAGES = ("torch", "torchvision", "numpy", "clip-anytorch", "safetensors", "yacs")
 
 
 def show(
-    jobs: Sequence[Job],
-    settings: Settings,
+    jobs: Sequence[BenchRun],
+    settings: BenchSettings,
     environments: Sequence[Mapping[str, str]],
     say: Callable[[str], None] = print,
 ) -> None:
-    """All commands in order, as they can be typed; those that are finished as comments."""
+    """Print all commands in order, as a user types them; finished ones as comments."""
     with Pool(environments[:1]) as pool:
         states = pool.call(look, jobs, settings)
     for job in jobs:
@@ -47,12 +48,12 @@ def show(
 
 
 def run(
-    jobs: Sequence[Job],
-    settings: Settings,
+    jobs: Sequence[BenchRun],
+    settings: BenchSettings,
     environments: Sequence[Mapping[str, str]],
     say: Callable[[str], None] = print,
 ) -> int:
-    """Run what is not finished; the exit status: 0 all finished, 1 some failed, 130 interrupted.
+    """Run what is not finished; return the exit status: 0 all finished, 1 some failed, 130 interrupted.
 
     Raises:
         GramError: an option or a name that no run could be started with.
@@ -74,7 +75,7 @@ def run(
             return bench.conclude()
 
 
-# ------------------------------------------------------------------------------------------------------ what is there
+# ------------------------------------------------------------------------------------------------------ states of runs
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ class State:
     why: str = ""
 
 
-def look(jobs: Sequence[Job], settings: Settings) -> dict[Path, State]:
-    """How far every job is. A job upon something that is not finished is not finished itself.
+def look(jobs: Sequence[BenchRun], settings: BenchSettings) -> dict[Path, State]:
+    """Return the state of every run. A run that needs an unfinished one is not finished itself.
 
     Raises:
         GramError: an unknown option or name.
@@ -96,7 +97,7 @@ def look(jobs: Sequence[Job], settings: Settings) -> dict[Path, State]:
     return states
 
 
-def _state(job: Job, settings: Settings, waits: bool) -> State:
+def _state(job: BenchRun, settings: BenchSettings, waits: bool) -> State:
     if job.argv[0] == "train":
         return _run_state(job, waits)
     if job.argv[0] == "pretrain":
@@ -111,13 +112,13 @@ def _state(job: Job, settings: Settings, waits: bool) -> State:
     return State("finished" if finished else "new")
 
 
-def _run_state(job: Job, waits: bool) -> State:
-    """As `gram train` itself sees it: by the run that the folder says it holds."""
+def _run_state(job: BenchRun, waits: bool) -> State:
+    """Return the state of a training or test as `gram train` finds it: from the run that run.json names."""
     from gram_meta.coop import launch
 
     args = launch.build_parser().parse_args(job.argv[1:])
     cfg = launch.setup_cfg(args)
-    if waits:  # its identity holds the contents of files that are still to come
+    if waits:  # its identity depends on files that do not exist yet
         return State("unfinished" if (job.folder / layout.RUN).is_file() else "new")
     try:
         folder = open_folder(cfg, args)
@@ -130,15 +131,17 @@ def _run_state(job: Job, waits: bool) -> State:
 
 
 class Bench:
-    """What is to be done, what is being done, and what became of the rest."""
+    """The runs to do, those in progress, and the results of the others."""
 
-    def __init__(self, jobs: Sequence[Job], states: Mapping[Path, State], output: Path, clock: Clock, bar: Bar) -> None:
+    def __init__(
+        self, jobs: Sequence[BenchRun], states: Mapping[Path, State], output: Path, clock: Clock, bar: Bar
+    ) -> None:
         self.jobs = {job.folder: job for job in jobs}
         self.states, self.output, self.clock, self.bar = states, output, clock, bar
         self.before = [f for f, state in states.items() if state.name == "finished"]
         self.done: set[Path] = set(self.before)
         self.todo = [job for job in jobs if job.folder not in self.done]
-        self.running: dict[str, Job] = {}
+        self.running: dict[str, BenchRun] = {}
         self.failed: dict[Path, str] = {}
 
     def introduce(self) -> None:
@@ -157,11 +160,11 @@ class Bench:
             if self.running:
                 for outcome in pool.wait():
                     self._ended(self.running.pop(outcome.key), outcome)
-            else:  # what was left failed with what it needs
-                assert len(self.todo) < waiting, "jobs that wait for each other"
+            else:  # the remaining runs failed with those that they need
+                assert len(self.todo) < waiting, "runs that wait for each other"
 
-    def _next(self) -> Job | None:
-        """The first job whose foundations are laid; what stands on a failed one fails."""
+    def _next(self) -> BenchRun | None:
+        """Return the first run whose needs are finished; a run that needs a failed one fails."""
         for job in list(self.todo):
             state = self.states[job.folder]
             broken = next((folder for folder in job.after if folder in self.failed), None)
@@ -173,7 +176,7 @@ class Bench:
                 return job
         return None
 
-    def _ended(self, job: Job, outcome: Outcome) -> None:
+    def _ended(self, job: BenchRun, outcome: Outcome) -> None:
         if outcome.error:
             log = self._log(job)
             where = f" (log: {log})" if log.is_file() else ""
@@ -184,17 +187,17 @@ class Bench:
         accuracy = (outcome.result or {}).get("accuracy")
         result = "" if accuracy is None else f": {accuracy:.1f}"
         left = self.clock.left([j.pace for j in [*self.todo, *self.running.values()]])
-        rest = f"; about {span(left)} left" if left else ""
-        self._tell(f"{job.title}{result} ({outcome.seconds:.0f} s{rest})")
+        rest = f"; about {in_words(left)} left" if left else ""
+        self._report(f"{job.title}{result} ({outcome.seconds:.0f} s{rest})")
 
-    def _fail(self, job: Job, why: str, told: bool = True) -> None:
+    def _fail(self, job: BenchRun, why: str, report: bool = True) -> None:
         self.failed[job.folder] = why
-        if told:
-            self._tell(f"FAILED {job.title}: {why}")
+        if report:
+            self._report(f"FAILED {job.title}: {why}")
         else:
-            self.bar.update(1)  # the line of what it needs says enough
+            self.bar.update(1)  # the failed run has a line already
 
-    def _tell(self, line: str) -> None:
+    def _report(self, line: str) -> None:
         self.bar.update(1)
         count = len(self.done) + len(self.failed)
         width = len(str(len(self.jobs)))
@@ -213,14 +216,14 @@ class Bench:
             self.bar.say(f"tables: gram report {shlex.quote(str(self.output))}")
         return 1 if self.failed else 0
 
-    def _log(self, job: Job) -> Path:
+    def _log(self, job: BenchRun) -> Path:
         folder = os.path.relpath(job.folder, self.output) if job.folder.is_relative_to(self.output) else job.folder
         return self.output / LOGS / (re.sub(r"[^\w.+-]+", "-", str(folder)).strip("-") + ".log")
 
 
 @dataclass
 class Clock:
-    """Time left, from how long runs of the same kind took: here, and in this output folder before."""
+    """Estimates the time left from the durations of similar runs, now and earlier in this output folder."""
 
     workers: int
     took: dict[str, list[float]] = field(default_factory=dict)  # pace, and every beginning of it -> count, seconds
@@ -232,7 +235,7 @@ class Clock:
             entry[1] += seconds
 
     def expected(self, pace: Sequence[str]) -> float:
-        """Seconds for one run: the mean of the most similar ones; 0 where nothing is known."""
+        """Return seconds for one run: the mean of the most similar ones; 0 if no run was measured."""
         for end in range(len(pace), -1, -1):
             count, seconds = self.took.get("|".join(pace[:end]), (0, 0.0))
             if count:
@@ -240,26 +243,18 @@ class Clock:
         return 0.0
 
     def left(self, paces: Sequence[Sequence[str]]) -> float:
-        """Seconds for these runs, shared among the workers; never less than the longest of them."""
+        """Return seconds for these runs, shared among the workers; at least the longest of them."""
         times = [self.expected(pace) for pace in paces]
         return max(sum(times) / self.workers, max(times)) if times else 0.0
-
-
-def span(seconds: float) -> str:
-    """Seconds in words: "40 s", "7 min", "3 h 20 min"."""
-    if seconds < 90:
-        return f"{max(seconds, 1):.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 # ------------------------------------------------------------------------------------------------------------- manifest
 
 
 class Manifest:
-    """`bench.json`: every bench that was run into this folder, and how long runs took."""
+    """`bench.json`: every bench that ran into this folder, and the durations of runs."""
 
-    def __init__(self, output: Path, settings: Settings, jobs: Sequence[Job]) -> None:
+    def __init__(self, output: Path, settings: BenchSettings, jobs: Sequence[BenchRun]) -> None:
         self.path = output / MANIFEST
         self.value: dict[str, Any] = {"format": 1, "benches": [], "durations": {}}
         if self.path.is_file():
@@ -311,7 +306,7 @@ def _plain(value: Any) -> Any:
 
 
 class Bar:
-    """Lines, and below them a bar where stderr is a terminal."""
+    """Prints lines, with a progress bar below them where stderr is a terminal."""
 
     def __init__(self, total: int, say: Callable[[str], None]) -> None:
         self.bar: Any = None
@@ -324,7 +319,7 @@ class Bar:
     def say(self, line: str) -> None:
         if self.bar is None:
             self._say(line)
-            sys.stdout.flush()  # a log file is read while it grows
+            sys.stdout.flush()  # users read a log file while it grows
         else:
             with self.bar.external_write_mode():
                 self._say(line)
@@ -347,7 +342,7 @@ def _bar(total: int, say: Callable[[str], None]) -> Iterator[Bar]:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGTERM and a closed terminal end a bench as Ctrl-C does."""
+    """Treat SIGTERM and a closed terminal as Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

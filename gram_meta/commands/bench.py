@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from gram_meta.errors import GramError
 
 if TYPE_CHECKING:
-    from gram_meta.bench.matrix import Settings
+    from gram_meta.bench.matrix import BenchSettings
 
 HELP = """Run many trainers on many datasets and seeds over the paper's protocols, by several processes.
 
@@ -85,13 +85,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Plan, then show or run; the exit status."""
+    """List the runs, then print or start them; return the exit status."""
     from gram_meta.bench import emoji, matrix, pool, runner
     from gram_meta.commands.lists import give_back_options
 
     give_back_options(args, "trainers", "datasets", "seeds", "gpus")
     settings = read_settings(args)
-    jobs = emoji.plan(settings, Path(args.emoji)) if args.emoji else matrix.plan(settings)
+    jobs = emoji.bench_runs(settings, Path(args.emoji)) if args.emoji else matrix.bench_runs(settings)
     count = args.jobs if args.jobs is not None else min(pool.cores(), 4) if args.emoji else 1
     if count < 1:
         raise GramError(f"--jobs: expected a number from 1 on, found {count}")
@@ -104,51 +104,19 @@ def run(args: argparse.Namespace) -> int:
     return runner.run(jobs, settings, environments)
 
 
-def read_settings(args: argparse.Namespace) -> Settings:
-    """The settings of a bench; --emoji has defaults of its own."""
+def read_settings(args: argparse.Namespace) -> BenchSettings:
+    """Return the settings of a bench; --emoji has defaults of its own."""
     from gram_meta.bench import emoji, matrix
 
     if args.emoji:
         return emoji.settings(args)
     if not args.root:
         raise GramError("--root: expected the folder of the datasets, found nothing; or give --emoji DIR")
-    return common_settings(
+    return matrix.common_settings(
         args,
         backbone=args.backbone or "vit_b16",
         root=args.root,
         output=Path(args.output or "output"),
         datasets=matrix.DATASETS,
         source=args.source or matrix.SOURCE,
-    )
-
-
-def common_settings(
-    args: argparse.Namespace, *, backbone: str, root: str, output: Path, datasets: dict, source: str
-) -> Settings:
-    from gram_meta.bench.matrix import Settings
-
-    protocols = tuple(dict.fromkeys(args.protocol))
-    if args.datasets:
-        if len(protocols) > 1:
-            raise GramError(f"--datasets: expected one protocol beside it, found {', '.join(protocols)}")
-        datasets = {protocols[0]: tuple(dict.fromkeys(args.datasets))}
-    if bad := [seed for seed in args.seeds if not seed.isdecimal()]:
-        raise GramError(f"--seeds: expected numbers from 0 on, found {bad[0]!r}")
-    return Settings(
-        protocols=protocols,
-        trainers=tuple(args.trainers),
-        backbone=backbone,
-        root=root,
-        output=output,
-        datasets={protocol: datasets[protocol] for protocol in protocols},
-        source=source,
-        seeds=tuple(map(int, args.seeds)),
-        shots=args.shots,
-        meta_dir=Path(args.meta_dir or output / "meta"),
-        store=args.store,
-        hierarchy=args.hierarchy,
-        labelled_store=args.labelled_store,
-        labelled_hierarchy=args.labelled_hierarchy,
-        opts=tuple(args.opts),
-        meta_opts=tuple(args.meta_opts),
     )

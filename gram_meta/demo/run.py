@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from gram_meta import __version__
+from gram_meta.bench.times import in_words
 from gram_meta.config import find_config
 from gram_meta.errors import GramError
 from gram_meta.files import atomic_write, read_json, sha256_file, write_json
@@ -148,7 +149,7 @@ class Demo:
             self.say(
                 "  (gram demo --full: all datasets, more seeds, and the controls of the regulator and of the start)"
             )
-        self.say(f"  about {span(self.clock.left())} on 2 cores; every finished stage is kept in {self.out}")
+        self.say(f"  about {in_words(self.clock.left())} on 2 cores; every finished stage is kept in {self.out}")
 
     def world(self) -> str:
         """Write pictures, captions and datasets; returns the key of the corpus."""
@@ -284,7 +285,7 @@ class Demo:
         taken = time.monotonic() - begun
         self.clock.passed("run", taken if fresh else 0.0)
         if fresh:
-            after = f"({taken:.0f} s; about {span(self.clock.left())} left)"
+            after = f"({taken:.0f} s; about {in_words(self.clock.left())} left)"
             self.say(f"  {dataset}, seed {seed}, {variant.title}: {', '.join(accuracies)}  {after}")
 
     def _train_command(self, variant: Variant, dataset: str, seed: int, subsample: str) -> tuple[list[str], Path]:
@@ -392,7 +393,7 @@ class _Running:
         self.demo.clock.passed(self.name, taken if self.needed else 0.0)
         if self.needed:
             self.demo.memory.finish(self.name, self.key)
-            self.demo.say(f"  took {span(taken)}; about {span(self.demo.clock.left())} left")
+            self.demo.say(f"  took {in_words(taken)}; about {in_words(self.demo.clock.left())} left")
 
 
 class Memory:
@@ -505,14 +506,6 @@ def _line(argv: Sequence[str]) -> str:
 
 def _indent(text: str) -> str:
     return "\n".join(f"  {line}".rstrip() for line in text.rstrip().splitlines())
-
-
-def span(seconds: float) -> str:
-    """Seconds in words: "40 s", "7 min", "1 h 20 min"."""
-    if seconds < 90:
-        return f"{max(seconds, 1):.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def default_settings(

@@ -81,10 +81,9 @@ def _import_real() -> str:
 def _import_builtin() -> str:
     if _has_real() and "dassl" in sys.modules:
         raise GramError("GRAM_DASSL is 'builtin', but the real `dassl` has been imported already in this process")
-    if hooks.is_on("answer-as-dassl"):
-        from gram_meta.engine import builtin
+    from gram_meta.engine import builtin
 
-        builtin.answer_as_dassl()
+    builtin.answer_as_dassl()
     return "builtin"
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from gram_meta import hooks
 from gram_meta.config import as_dict, flatten
 from gram_meta.errors import GramError
 from gram_meta.files import read_json, sha256_file, write_json
@@ -195,7 +196,7 @@ class OutputFolder:
     def continued_log(self) -> Iterator[None]:
         """Append what is printed to log.txt, where Dassl's logger has begun a log.txt-<date> beside it."""
         log = self.path / layout.LOG
-        if not (self.adds and log.is_file() and any(self.path.glob(f"{layout.LOG}-*"))) or _reaches(log):
+        if not (self.adds and log.is_file() and any(self.path.glob(f"{layout.LOG}-*"))) or _reaches(log) or not hooks.is_on("log-copy"):
             yield
             return
         tee = Tee(sys.stdout, log, "a")

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from gram_meta.bench import emoji, matrix, pool, runner
-from gram_meta.bench.matrix import Job, Settings
+from gram_meta.bench import emoji, matrix, pool, runner, times
+from gram_meta.bench.matrix import BenchRun, BenchSettings
 from gram_meta.cli import main
 from gram_meta.errors import GramError
 
@@ -35,7 +35,7 @@ def settings(output, *trainers, **changes):
         shots=1,
         meta_dir=Path(output, "meta"),
     )
-    return Settings(**{**plain, **changes})
+    return BenchSettings(**{**plain, **changes})
 
 
 def names(jobs, output):
@@ -50,7 +50,7 @@ def option(job, key):
 
 
 def test_base2new_seed_by_seed_each_training_before_its_test():
-    jobs = matrix.plan(settings("out", "ZeroshotCLIP", "CoOp"))
+    jobs = matrix.bench_runs(settings("out", "ZeroshotCLIP", "CoOp"))
     tails = [
         f"{dataset}/shots_1/{trainer}/{config}/seed{seed}"
         for seed in (1, 2)
@@ -70,7 +70,7 @@ def test_base2new_seed_by_seed_each_training_before_its_test():
 
 
 def test_xd_and_dg_share_the_model_of_the_source():
-    jobs = matrix.plan(settings("out", "CoOp", protocols=("xd", "dg"), seeds=(7,), shots=4))
+    jobs = matrix.bench_runs(settings("out", "CoOp", protocols=("xd", "dg"), seeds=(7,), shots=4))
     source = f"emoji_travel/CoOp/{COOP}_4shots/seed7"
     targets = [f"evaluation/CoOp/{COOP}_4shots/{target}/seed7" for target in ("emoji_food", "emoji_objects")]
     assert names(jobs, "out") == [source, *targets]
@@ -89,9 +89,9 @@ def test_defaults_are_the_papers():
 
 
 def test_another_config_and_options_of_all_runs():
-    (job, *_) = matrix.plan(settings("out", "UniGRAM:gram_small_c1+1_ep10_batch32_ctxv1", "CoOp", **given("out")))
+    (job, *_) = matrix.bench_runs(settings("out", "UniGRAM:gram_small_c1+1_ep10_batch32_ctxv1", "CoOp", **given("out")))
     assert job.argv[0] == "pretrain" and job.folder == Path("out/meta/unigram_gram_small_c1+1")
-    jobs = matrix.plan(settings("out", f"CoOp:{COOP}", opts=("OPTIM.LR", "0.1")))
+    jobs = matrix.bench_runs(settings("out", f"CoOp:{COOP}", opts=("OPTIM.LR", "0.1")))
     assert jobs[0].title.startswith("CoOp, ") and jobs[0].argv[-2:] == ("OPTIM.LR", "0.1")
 
 
@@ -101,7 +101,7 @@ def given(output, what=("store", "hierarchy")):
 
 def test_meta_trainings_come_first_and_once():
     trainers = ("CoOp", "CoOpGRAM", "UniGRAM", "UniGRAM:gram_small_c2+2_ep10_batch32_ctxv1_no_regulator")
-    jobs = matrix.plan(settings("out", *trainers, **given("out"), meta_opts=("OUTER.STEPS", "5")))
+    jobs = matrix.bench_runs(settings("out", *trainers, **given("out"), meta_opts=("OUTER.STEPS", "5")))
     metas = ["coop_gram_small", "unigram_gram_small", "unigram_gram_small_no_regulator"]
     assert names(jobs, "out")[:3] == [f"meta/{name}" for name in metas]
     assert Counter(job.argv[0] for job in jobs) == {"pretrain": 3, "train": 2 * 2 * 2 * 4}
@@ -111,13 +111,13 @@ def test_meta_trainings_come_first_and_once():
             folder = Path(option(job, "TRAINER.GRAM.CHECKPOINT")).parent
             assert folder in job.after and folder.name in metas
     labelled = "UniGRAM:gram_small_c2+2_ep10_batch32_ctxv1_labelled"
-    (meta, *_) = matrix.plan(settings("out", labelled, **given("out", ("labelled_store", "labelled_hierarchy"))))
+    (meta, *_) = matrix.bench_runs(settings("out", labelled, **given("out", ("labelled_store", "labelled_hierarchy"))))
     assert option(meta, "--store") == "out/labelled_store"
 
 
 def test_a_missing_checkpoint_is_one_sentence(tmp_path):
     with pytest.raises(GramError) as error:
-        matrix.plan(settings(tmp_path, "CoOpGRAM"))
+        matrix.bench_runs(settings(tmp_path, "CoOpGRAM"))
     folder = tmp_path / "meta" / "coop_gram_small"
     assert str(error.value) == (
         f"{folder}/best.safetensors: expected the meta-checkpoint for CoOpGRAM, found no such file; make it with "
@@ -126,11 +126,11 @@ def test_a_missing_checkpoint_is_one_sentence(tmp_path):
     )
     folder.mkdir(parents=True)
     (folder / "best.safetensors").touch()  # a copy: nothing beside it
-    assert matrix.plan(settings(tmp_path, "CoOpGRAM"))
+    assert matrix.bench_runs(settings(tmp_path, "CoOpGRAM"))
     (folder / "run.json").write_text(json.dumps({"config": {"OUTER": {"STEPS": 300}}}))
     (folder / "log.jsonl").write_text('{"step": 0}\n{"step": 5}\n')
     with pytest.raises(GramError, match="not finished; go on with `gram pretrain --resume"):
-        matrix.plan(settings(tmp_path, "CoOpGRAM"))
+        matrix.bench_runs(settings(tmp_path, "CoOpGRAM"))
     (folder / "log.jsonl").write_text('{"step": 0}\n{"step": 300}\n')
     assert matrix.meta_state(folder) == "finished"
     with pytest.raises(GramError, match="holds a meta-training with OUTER.STEPS 300, expected 8; .*--meta-dir"):
@@ -140,7 +140,7 @@ def test_a_missing_checkpoint_is_one_sentence(tmp_path):
     with pytest.raises(GramError, match="holds a meta-training with TASKS.WAYS 3, expected 10"):
         matrix.meta_state(folder)  # the config file has changed since
     (folder / "run.json").write_text(json.dumps({"config": {"OUTER": {"STEPS": 300}}}))
-    jobs = matrix.plan(settings(tmp_path, "CoOpGRAM", opts=("TRAINER.GRAM.CHECKPOINT", "mine.safetensors")))
+    jobs = matrix.bench_runs(settings(tmp_path, "CoOpGRAM", opts=("TRAINER.GRAM.CHECKPOINT", "mine.safetensors")))
     assert {job.argv[0] for job in jobs} == {"train"}
 
 
@@ -200,7 +200,7 @@ def emoji_jobs(folder, *words):
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     chosen = emoji.settings(parser.parse_args(["--emoji", str(folder), *words]))
-    return chosen, emoji.plan(chosen, folder)
+    return chosen, emoji.bench_runs(chosen, folder)
 
 
 def test_the_emoji_world_is_made_first(tmp_path):
@@ -249,7 +249,7 @@ def test_the_corpus_as_class_folders(tmp_path):
 
 def python_job(folder, code, *after):
     """A job of plain Python, which is finished when `folder` is there."""
-    return Job(("python", "-c", code), folder, folder.name, ("python", folder.name), after, leaves=(folder,))
+    return BenchRun(("python", "-c", code), folder, folder.name, ("python", folder.name), after, leaves=(folder,))
 
 
 def making(folder):
@@ -336,11 +336,11 @@ def test_an_interrupted_bench_leaves_no_process_and_goes_on(tmp_path, number):
     program = tmp_path / "program.py"
     program.write_text(
         "import sys\nfrom pathlib import Path\nfrom gram_meta.bench import runner\n"
-        "from gram_meta.bench.matrix import Job, Settings\n"
+        "from gram_meta.bench.matrix import BenchRun, BenchSettings\n"
         "if __name__ == '__main__':\n"
-        f"    jobs = [Job(('python', '-c', c), Path(f), f, ('p',), leaves=(Path(f),)) for c, f in "
+        f"    jobs = [BenchRun(('python', '-c', c), Path(f), f, ('p',), leaves=(Path(f),)) for c, f in "
         f"{[(making(done), str(done)), (code, str(slow))]!r}]\n"
-        f"    s = Settings(('base2new',), (), 'gram_small', '.', Path({str(tmp_path / 'out')!r}), {{}})\n"
+        f"    s = BenchSettings(('base2new',), (), 'gram_small', '.', Path({str(tmp_path / 'out')!r}), {{}})\n"
         "    sys.exit(runner.run(jobs, s, [{}]))\n"
     )
     process = subprocess.Popen(
@@ -410,7 +410,7 @@ def test_time_left():
     assert clock.left([("train", "CoOp", "dtd")] * 4) == 20  # two workers
     assert clock.left([("train", "CoOp", "eurosat")]) == 20  # one run is one worker's
     assert clock.left([]) == 0
-    assert [runner.span(s) for s in (0.2, 89, 200, 9000)] == ["1 s", "89 s", "3 min", "2 h 30 min"]
+    assert [times.in_words(s) for s in (0.2, 89, 200, 9000)] == ["1 s", "89 s", "3 min", "2 h 30 min"]
 
 
 # --------------------------------------------------------------------------------------------------- with real trainings
@@ -422,7 +422,7 @@ def test_states_of_real_runs(tmp_path, tiny_data, tiny_options, monkeypatch):
     from gram_meta.coop import launch
 
     chosen = settings(tmp_path, "CoOp", root=str(tiny_data), seeds=(1,), opts=tiny_options)
-    jobs = matrix.plan(chosen)
+    jobs = matrix.bench_runs(chosen)
 
     def states(jobs=jobs, chosen=chosen):
         return [runner.look(jobs, chosen)[job.folder].name for job in jobs]
@@ -438,10 +438,10 @@ def test_states_of_real_runs(tmp_path, tiny_data, tiny_options, monkeypatch):
     assert states() == ["unfinished", "unfinished", "new", "new"]
     run.write_text(json.dumps(value))
     other = replace(chosen, opts=(*tiny_options, "OPTIM.LR", "0.5"))
-    assert states(matrix.plan(other), other) == ["refused", "unfinished", "new", "new"]
+    assert states(matrix.bench_runs(other), other) == ["refused", "unfinished", "new", "new"]
     wrong = replace(chosen, opts=("OPTIM.LRR", "0.5"))
     with pytest.raises(GramError, match="unknown key 'OPTIM.LRR'; did you mean 'OPTIM.LR'"):
-        runner.look(matrix.plan(wrong), wrong)
+        runner.look(matrix.bench_runs(wrong), wrong)
 
 
 @pytest.mark.slow

@@ -65,8 +65,8 @@ def test_scripts_run_what_a_bench_runs(place, monkeypatch, trainer, shots):
     variables = {"TRAINER": trainer, "SHOTS": shots}
 
     def jobs(*protocols, **datasets):
-        planned = matrix.plan(
-            matrix.Settings(
+        planned = matrix.bench_runs(
+            matrix.BenchSettings(
                 protocols,
                 (trainer,),
                 "vit_b16",

@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("resvg_py", reason="needs the extra `demo`")
 
+from gram_meta.bench.times import in_words
 from gram_meta.cli import main
 from gram_meta.demo import run as demo
 from gram_meta.demo import world
@@ -172,10 +173,10 @@ def test_clock():
     clock.passed("run", 100.0)
     assert clock.left() == pytest.approx(200.0)
     assert (
-        demo.span(40) == "40 s"
-        and demo.span(200) == "3 min"
-        and demo.span(4900) == "82 min"
-        and demo.span(9000) == "2 h 30 min"
+        in_words(40) == "40 s"
+        and in_words(200) == "3 min"
+        and in_words(4900) == "82 min"
+        and in_words(9000) == "2 h 30 min"
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from gram_meta import hooks
 from gram_meta.errors import GramError
 from gram_meta.files import sha256_file
 
@@ -131,11 +132,12 @@ def quiet_import() -> Iterator[Any]:
     It imports Hugging Face's `datasets`; Python started in a checkout would find the checkout's own folder `datasets/`
     instead. Such entries of the path are removed during the import.
     """
+    hide = hooks.is_on("hugging-face-datasets")
     path, hidden = list(sys.path), {}
     module = sys.modules.get("datasets")
-    if module is not None and not hasattr(module, "Dataset"):
+    if hide and module is not None and not hasattr(module, "Dataset"):
         hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "datasets"}
-    sys.path[:] = [entry for entry in sys.path if not _shadows_datasets(entry)]
+    sys.path[:] = [entry for entry in sys.path if not (hide and _shadows_datasets(entry))]
     try:
         import sentence_transformers
 

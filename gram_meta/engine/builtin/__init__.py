@@ -15,6 +15,8 @@ from __future__ import annotations
 import importlib
 import sys
 
+from gram_meta import hooks
+
 # in an order in which each can be imported; parents come before children
 MODULES = (
     "utils",
@@ -49,7 +51,9 @@ MODULES = (
 
 
 def answer_as_dassl() -> None:
-    """Make this package and its modules importable as `dassl`, `dassl.engine`, ...; does nothing the second time."""
+    """Make this package and its modules importable as `dassl`, `dassl.engine`, ... (hook `answer-as-dassl`)."""
+    if not hooks.is_on("answer-as-dassl"):
+        return
     sys.modules.setdefault("dassl", sys.modules[__name__])
     for name in MODULES:
         sys.modules.setdefault(f"dassl.{name}", importlib.import_module(f"{__name__}.{name}"))

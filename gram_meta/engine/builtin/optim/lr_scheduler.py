@@ -29,7 +29,7 @@ class WarmupScheduler(LRScheduler):
     def get_lr(self) -> list[Any]:
         if self.last_epoch >= self.warmup_epoch:
             return self.successor.get_last_lr()
-        return [self.warmup_lr(lr) for lr in self.base_lrs]
+        return [self.warmup_lr(float(lr)) for lr in self.base_lrs]
 
     def step(self, epoch: int | None = None) -> None:
         if self.last_epoch >= self.warmup_epoch:
