@@ -196,7 +196,11 @@ class OutputFolder:
     def continued_log(self) -> Iterator[None]:
         """Append what is printed to log.txt, where Dassl's logger has begun a log.txt-<date> beside it."""
         log = self.path / layout.LOG
-        if not (self.adds and log.is_file() and any(self.path.glob(f"{layout.LOG}-*"))) or _reaches(log) or not hooks.is_on("log-copy"):
+        if (
+            not (self.adds and log.is_file() and any(self.path.glob(f"{layout.LOG}-*")))
+            or _reaches(log)
+            or not hooks.is_on("log-copy")
+        ):
             yield
             return
         tee = Tee(sys.stdout, log, "a")
