@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MAPPED = {"trainers": "report", "datasets": "clustering"}  # folder -> the layer that it stands beside
 NO_LAYER = ("gram_meta", "gram_meta.api")  # the public API: imported by users alone
 REGISTERS_THEM = {"gram_meta.coop.register"}

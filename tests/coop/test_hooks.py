@@ -20,7 +20,7 @@ from gram_meta.engine.builtin.utils.registry import Registry
 from gram_meta.errors import GramError
 from gram_meta.runs.folder import OutputFolder
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ROW = re.compile(r"^\| `([\w-]+)` \| .* \| `([\w/.]+)` `(\w+)` \| .* \| `([\w/.]+)` `(\w+)` \|$", re.MULTILINE)
 
 
