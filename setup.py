@@ -77,6 +77,7 @@ setup(
     package_dir=MAPPED,
     package_data={
         "gram_meta": ["py.typed", "backbone/*.safetensors", "**/*.tsv", "**/*.json"],
+        "gram_meta.coop": ["HOOKS.md"],
         "gram_meta.report.html": ["*.html", "*.css", "*.js"],
         "gram_meta.configs": ["**/*.yaml"],
     },
