@@ -10,17 +10,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from yacs.config import CfgNode
 
 from gram_meta.backbone.clip import Backbone
 from gram_meta.corpus.images import BadImage
+from gram_meta.corpus.loading import run_ahead
 from gram_meta.corpus.places import Places
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
@@ -139,49 +140,42 @@ class Episodes:
         return cls(backbone, store, words, prompt, loader, config.OUTER.BATCH)
 
     def of(self, batches: Batches) -> Iterator[Episode]:
-        """Yield the episodes of these batches of tasks, in order; pixels are decoded ahead by LOADER.WORKERS processes."""
-        if not self.reads_pixels:
-            for index in range(len(batches)):
-                tasks = batches[index]
-                support, query = (self._features(tasks, side) for side in ("support", "query"))
-                yield self._episode(tasks, support, query)
-            return
-        for tasks, support, query, error in self._decoded(batches):
-            if error:
-                raise GramError(error)
-            yield self._episode(tasks, *(self._to_device(images) for images in (support, query)))
+        """Yield the episodes of these batches of tasks, in order; LOADER.WORKERS processes decode pixels ahead.
 
-    def _episode(self, tasks: Sequence[Task], support: Tensor, query: Tensor) -> Episode:
-        topics = torch.from_numpy(np.stack([task.topics for task in tasks])).to(self.backbone.device)  # (B, K)
+        Raises:
+            GramError: an image cannot be read any more, or a worker process died.
+        """
+        device, workers = self.backbone.device, 0
+        read: Callable[[int], tuple[Sequence[Task], Tensor, Tensor]] = partial(self._features, batches)
+        if self.reads_pixels:
+            read = partial(read_pixels, batches, self.places, self.backbone.preprocess(as_bytes=True))
+            workers = min(self.loader.workers, len(batches))
+        advice = f"expected enough memory for {workers} of them, try a smaller LOADER.WORKERS"
+        prefetch, on_gpu = self.loader.prefetch, device.type == "cuda"
+        for tasks, *images in run_ahead(read, range(len(batches)), workers, advice, prefetch, on_gpu):
+            topics = torch.from_numpy(np.stack([task.topics for task in tasks])).to(device)  # (B, K)
+            classes_of = partial(self._classes, topics)
+            classes = classes_of(slice(None))
+            support, query = (TaskSet(self.backbone, classes, side.to(device, non_blocking=True)) for side in images)
+            yield Episode(tasks, support, query, classes_of)
 
-        def classes_of(part: slice) -> ClassText | Tensor:
-            if self.text is not None:
-                return self.text.select(topics[part])
-            assert self.fixed is not None  # one of the two, by construction
-            return self.fixed[topics[part]]
+    def _classes(self, topics: Tensor, part: slice) -> ClassText | Tensor:
+        """Return the class prompts, or class features (b, K, D), of some of the tasks, whose topics are (B, K)."""
+        if self.text is not None:
+            return self.text.select(topics[part])
+        assert self.fixed is not None  # one of the two, by construction
+        return self.fixed[topics[part]]
 
-        classes = classes_of(slice(None))
-        sides = [TaskSet(self.backbone, classes, images) for images in (support, query)]
-        return Episode(tasks, sides[0], sides[1], classes_of)
-
-    def _features(self, tasks: Sequence[Task], side: str) -> Tensor:
-        """Stored features (B, K, n, D)."""
-        rows = np.stack([getattr(task, side) for task in tasks])  # (B, K, n)
-        flat = np.ascontiguousarray(self.store.image_features[rows.reshape(-1)])
-        features = torch.from_numpy(flat).to(self.backbone.device, self.backbone.logit_scale.dtype)
-        return features.unflatten(0, rows.shape)
-
-    # --- pixels -------------------------------------------------------------------------------------------------------
-
-    def _decoded(self, batches: Batches) -> DataLoader[Any]:
-        workers = min(self.loader.workers, len(batches))
-        return DataLoader(
-            _Decoded(batches, self.places, self.backbone.preprocess(as_bytes=True)),
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=self.loader.prefetch if workers else None,
-            pin_memory=self.backbone.device.type == "cuda",
-        )
+    def _features(self, batches: Batches, index: int) -> tuple[Sequence[Task], Tensor, Tensor]:
+        """Return the tasks of a batch with the stored features (B, K, n, D) of their support and query images."""
+        tasks = batches[index]
+        sides = []
+        for side in ("support", "query"):
+            rows = np.stack([getattr(task, side) for task in tasks])  # (B, K, n)
+            flat = np.ascontiguousarray(self.store.image_features[rows.reshape(-1)])
+            features = torch.from_numpy(flat).to(self.backbone.device, self.backbone.logit_scale.dtype)
+            sides.append(features.unflatten(0, rows.shape))
+        return tasks, sides[0], sides[1]
 
     def _check_images(self) -> None:
         try:
@@ -192,9 +186,32 @@ class Episodes:
                 "meta-trained on pixels, so the images must stay readable (LOADER.IMAGE_ROOT says where they are now)"
             ) from None
 
-    def _to_device(self, images: Tensor) -> Tensor:
-        """(B, K, n, 3, H, W) bytes, to be normalised where they are used."""
-        return images.to(self.backbone.device, non_blocking=True)
+
+def read_pixels(
+    batches: Batches, places: Places, transform: Callable[[Any], Tensor], index: int
+) -> tuple[Sequence[Task], Tensor, Tensor]:
+    """Return the tasks of a batch with their support and query images, as bytes (B, K, n, 3, H, W).
+
+    Worker processes run this function, so it takes no towers and no features.
+
+    Raises:
+        GramError: an image cannot be read any more.
+    """
+    tasks = batches[index]
+    sides = []
+    for side in ("support", "query"):
+        rows = np.stack([getattr(task, side) for task in tasks])  # (B, K, n)
+        images = []
+        for row in rows.reshape(-1).tolist():
+            try:
+                image = places.image(row)
+            except BadImage as reason:
+                raise GramError(
+                    f"{places.name(row)}: expected the image that `gram embed` read, found {reason}"
+                ) from None
+            images.append(transform(image))  # (3, H, W)
+        sides.append(torch.stack(images).unflatten(0, rows.shape))
+    return tasks, sides[0], sides[1]
 
 
 class TimedIterator:
@@ -220,40 +237,6 @@ class TimedIterator:
 
     def waiting_share(self) -> float:
         return self.waited / max(time.perf_counter() - self.begun, 1e-9)
-
-
-class _Decoded(Dataset[Any]):
-    """Batch number -> its tasks, support and query images as bytes (B, K, n, 3, H, W), and what went wrong, if anything."""
-
-    def __init__(self, batches: Batches, places: Places, transform: Callable[[Any], Tensor]) -> None:
-        self.batches, self.places, self.transform = batches, places, transform
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> tuple[Sequence[Task], Tensor, Tensor, str]:
-        if index >= len(self):
-            raise IndexError(index)  # ends an iteration without workers
-        tasks = self.batches[index]
-        try:
-            support, query = (
-                self._images(np.stack([getattr(task, side) for task in tasks])) for side in ("support", "query")
-            )
-        except GramError as error:  # as a value: a worker's exception would arrive as a traceback
-            return tasks, torch.empty(0), torch.empty(0), str(error)
-        return tasks, support, query, ""
-
-    def _images(self, rows: np.ndarray) -> Tensor:
-        return torch.stack([self._image(int(row)) for row in rows.reshape(-1)]).unflatten(0, rows.shape)
-
-    def _image(self, row: int) -> Tensor:
-        try:
-            image = self.places.image(row)
-        except BadImage as reason:
-            raise GramError(
-                f"{self.places.name(row)}: expected the image that `gram embed` read, found {reason}"
-            ) from None
-        return self.transform(image)  # (3, H, W)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -304,7 +287,13 @@ class TaskSet:
 
     def logits(self, prompts: Mapping[str, Tensor]) -> Tensor:
         """(B, K n, K) for prompts with a leading axis B: "text" (B, M, d), "visual" (B, M, d), the meta-net's weights."""
-        features = self._image_features(prompts.get("visual"))  # (B, K n, D)
+        features, visual = self.images, prompts.get("visual")
+        if features.dim() > 3:  # bytes
+            batch, count = features.shape[:2]
+            if visual is not None:
+                visual = visual.repeat_interleave(count, dim=0)  # (B K n, M, d)
+            pixels = self.backbone.normalise(features.flatten(0, 1))  # (B K n, 3, H, W)
+            features = self.backbone.encode_images(pixels, visual).unflatten(0, (batch, count))  # (B, K n, D)
         scale = self.backbone.logit_scale
         if isinstance(self.classes, Tensor):
             return logits(features, self.classes, scale)
@@ -324,16 +313,6 @@ class TaskSet:
     def accuracies_of(self, scores: Tensor) -> Tensor:
         """(B,), between 0 and 1, of logits (B, K n, K)."""
         return (scores.argmax(dim=2) == self.labels).float().mean(dim=1)
-
-    def _image_features(self, prompt: Tensor | None) -> Tensor:
-        """(B, K n, D), through the image tower where the images are pixels."""
-        if self.images.dim() == 3:
-            return self.images
-        batch, count = self.images.shape[:2]
-        images = self.backbone.normalise(self.images.flatten(0, 1))  # (B K n, 3, H, W)
-        if prompt is not None:
-            prompt = prompt.repeat_interleave(count, dim=0)  # (B K n, M, d)
-        return self.backbone.encode_images(images, prompt).unflatten(0, (batch, count))
 
 
 def initial_theta(backbone: Backbone, config: PromptConfig, seed: int) -> dict[str, Tensor]:

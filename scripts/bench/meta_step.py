@@ -217,7 +217,11 @@ class Bench:
 
     def _features(self, side: TaskSet, prompts: Mapping[str, Tensor]) -> list[Tensor]:
         """What the towers make of one side: images where they are pixels, class sentences where they have a prompt."""
-        features = [side._image_features(prompts["visual"])] if "visual" in prompts else []
+        features = []
+        if "visual" in prompts:
+            pixels = self.backbone.normalise(side.images.flatten(0, 1))
+            prompt = prompts["visual"].repeat_interleave(side.images.shape[1], dim=0)
+            features = [self.backbone.encode_images(pixels, prompt)]
         return features + ([side.classes.features(prompts["text"])] if "text" in prompts else [])
 
     @torch.no_grad()

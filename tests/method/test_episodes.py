@@ -4,6 +4,7 @@ import json
 import pickle
 import tarfile
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from gram_meta.corpus.places import ImageReader, Places
 from gram_meta.errors import GramError
 from gram_meta.method.bilevel import InnerLoop, for_each_task, meta_losses
 from gram_meta.method.checkpoint import load_meta_checkpoint
-from gram_meta.method.episodes import Episodes, TaskSet, TimedIterator
+from gram_meta.method.episodes import Episodes, TaskSet, TimedIterator, read_pixels
 from gram_meta.method.meta_trainer import MetaTrainer
 from gram_meta.method.prompts import META_NET, ClassText, initial_meta_net, template_features
 from gram_meta.method.regulator import GradientRegulator
@@ -174,6 +175,10 @@ def trainer(pixel_corpus, out, *opts):
     return MetaTrainer(store, hierarchy, out, settings(*opts), progress=False)
 
 
+def bytes_of(run):
+    return run.episodes.backbone.preprocess(as_bytes=True)
+
+
 @pytest.mark.slow
 def test_workers_change_nothing(pixel_corpus, tmp_path):
     finals = []
@@ -213,7 +218,7 @@ def test_a_process_decodes_its_own_tasks_alone(pixel_corpus, tmp_path):
     steps = StepTasks(run.train_tasks, 3, 0, 2, run.own)
     drawn = [run.train_tasks.draw(number) for number in (2, 5)]
     assert [task.words for tasks in map(steps.__getitem__, range(2)) for task in tasks] == [t.words for t in drawn]
-    (decoded, _) = run.episodes._decoded(steps)
+    decoded, _ = (read_pixels(steps, run.episodes.places, bytes_of(run), number) for number in range(len(steps)))
     assert decoded[1].shape[:3] == (1, 2, 2)
 
 
@@ -246,10 +251,12 @@ def test_workers_are_given_little(pixel_corpus, tmp_path):
     run = trainer(pixel_corpus, tmp_path, *JOINT)
     run.episodes.backbone.to_find_in_a_pickle = lambda: None  # which pickle refuses
     try:
-        decoded = pickle.loads(pickle.dumps(run.episodes._decoded([run.held_tasks[:2]]).dataset))
+        read = pickle.loads(
+            pickle.dumps(partial(read_pixels, [run.held_tasks[:2]], run.episodes.places, bytes_of(run)))
+        )
     finally:
         del run.episodes.backbone.to_find_in_a_pickle
-    assert decoded[0][1].dtype == torch.uint8
+    assert read(0)[1].dtype == torch.uint8
 
 
 @pytest.mark.slow
