@@ -257,7 +257,7 @@ class MetaTrainer:
         """Return the next step's tasks; None if SIGTERM has ended the processes that read them."""
         try:
             return next(coming)
-        except RuntimeError:
+        except (GramError, RuntimeError):
             if not self.sigterm.received:
                 raise
             return None
