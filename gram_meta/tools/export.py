@@ -18,7 +18,7 @@ from gram_meta.config import nearest
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike, atomic_write
 from gram_meta.method.checkpoint import MetaCheckpoint, load_meta_checkpoint
-from gram_meta.method.prompts import META_NET
+from gram_meta.method.prompts import KINDS, META_NET, STATE_NAMES
 
 FORMAT = 1
 
@@ -38,7 +38,7 @@ class Target:
     meta_net: bool = False
 
 
-_TEXT, _VISUAL = {"text": "ctx"}, {"visual": "visual_ctx"}
+_TEXT, _VISUAL = ({kind: STATE_NAMES[kind]} for kind in KINDS)
 _FAMILY = {"text": "prompt_learner.ctx", "visual": "image_encoder.VPT"}  # the whole model is loaded there
 
 
@@ -51,7 +51,7 @@ def _of_the_family(node: str, text: bool = True) -> Target:
 _COOP = Target(_TEXT, {"text": "TRAINER.COOP.N_CTX"})
 _COCOOP = Target(_TEXT, {"text": "TRAINER.COCOOP.N_CTX"}, meta_net=True)
 _VPT = Target(_VISUAL, {"visual": "TRAINER.VPT.N_CTX_VISION"})
-_JOINT = Target({**_TEXT, **_VISUAL}, {"text": "TRAINER.JOINT.N_CTX_TEXT", "visual": "TRAINER.JOINT.N_CTX_VISION"})
+_JOINT = Target(STATE_NAMES, {"text": "TRAINER.JOINT.N_CTX_TEXT", "visual": "TRAINER.JOINT.N_CTX_VISION"})
 
 # CoOp's own CoOp and CoCoOp and ours have the same names; MaPLe's VPT is another trainer than ours of that name
 TARGETS = {

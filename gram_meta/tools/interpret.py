@@ -13,11 +13,12 @@ from torch import Tensor
 from gram_meta.backbone.clip import Backbone, clip_module, load_backbone
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike
+from gram_meta.method.prompts import STATE_NAMES
 from gram_meta.runs.reader import Saved, read_saved
 
 # What learners call their context: CoOp's, CoCoOp's and ours save it alone, MaPLe's family the whole model
-_CONTEXT = ("ctx", "prompt_learner.ctx")
-_VISUAL = ("visual_ctx", "image_encoder.VPT")
+_CONTEXT = (STATE_NAMES["text"], "prompt_learner.ctx")
+_VISUAL = (STATE_NAMES["visual"], "image_encoder.VPT")
 
 
 @dataclass(frozen=True)
