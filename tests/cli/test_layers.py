@@ -7,6 +7,8 @@ mapped into the package on installation, nor circles of modules inside a package
 import ast
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -114,3 +116,10 @@ def test_the_contract_of_import_linter_holds(monkeypatch):
 
     monkeypatch.chdir(ROOT)
     assert cli.lint_imports(cache_dir=None) == 0
+
+
+def test_the_picture_is_drawn_from_the_imports_of_today():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/draw_architecture.py"), "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
