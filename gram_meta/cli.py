@@ -26,7 +26,7 @@ COMMANDS = {
     "predict": "classes of your own images, with the prompts of a run",
     "interpret": "the words nearest to learned context tokens",
     "export": "a meta-checkpoint's prompt as a checkpoint that CoOp's trainers start from",
-    "doctor": "what this environment has and lacks, and the command that mends it",
+    "doctor": "what this environment has and lacks, and the command that fixes it",
     "demo": "the whole path on the emoji world, ending in a table",
 }
 

@@ -134,10 +134,10 @@ class Regulation:
             kind, width = _kind(name), parameter.shape[-1]
             if kind not in regulator.widths:
                 known = " and ".join(regulator.widths)
-                raise GramError(f"regulator: was learnt for {known} prompts, but is to regulate {kind!r}")
+                raise GramError(f"regulator: was learned for {known} prompts, but is to regulate {kind!r}")
             if width != regulator.widths[kind]:
                 raise GramError(
-                    f"regulator: was learnt for {kind} prompts of width {regulator.widths[kind]}, but the {name} "
+                    f"regulator: was learned for {kind} prompts of width {regulator.widths[kind]}, but the {name} "
                     f"prompt has width {width}"
                 )
 
@@ -153,7 +153,7 @@ class Regulation:
                 return
 
     def _warn(self, name: str) -> None:
-        """Once per run: the gradients are of another size than those R^phi was learnt on."""
+        """Once per run: the gradients are of another size than those R^phi was learned on."""
         known, norms = self.gradient_norms.get(_kind(name)), self.counts[name].norms
         if self._warned or self.regulator is None or not known:
             return
@@ -164,7 +164,7 @@ class Regulation:
         print(
             f"Warning: the {name} gradient's norm is {median:.3g} here (median of {len(norms)} steps), but was "
             f"{known['q05']:.3g} to {known['q95']:.3g} in meta-training (5 to 95 %): the regulator is used far from "
-            "where it was learnt"
+            "where it was learned"
         )
 
     def summary(self) -> dict[str, Any]:
@@ -200,7 +200,7 @@ class Regulation:
 
 
 def start_from(checkpoint: MetaCheckpoint, prompts: Prompts, extras: Mapping[str, Tensor] | None = None) -> None:
-    """Write theta* into prompts, and into parameters that were meta-learnt with them. Data changes, parameters stay.
+    """Write theta* into prompts, and into parameters that were meta-learned with them. Data changes, parameters stay.
 
     Of a deep prompt the first layer takes theta*; the others keep their own start, as theta* has one layer.
 

@@ -32,7 +32,7 @@ class MetaCheckpoint:
         config: all settings of the meta-training.
         provenance: where the tasks came from (store and hierarchy fingerprints, topics, step, held-out scores).
         gradient_norms: by kind, quantiles of the raw support gradient's norm in meta-training.
-        extras: meta-learnt parameters that R^phi does not know, by name (CoCoOp's meta-net); mostly empty.
+        extras: meta-learned parameters that R^phi does not know, by name (CoCoOp's meta-net); mostly empty.
         sha256: of the file it was loaded from; "" before it is saved.
     """
 

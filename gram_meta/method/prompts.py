@@ -75,7 +75,7 @@ class ClassText:
             indices (B, K): (B, K, L) and (B, K).
         start: (1, d) embedding of the start token.
         tokens: M.
-        chunk: class sentences of which activations are kept at a time while the prompt is learnt: those of the others
+        chunk: class sentences of which activations are kept at a time while the prompt is learned: those of the others
             are computed again in the backward pass. 0: all of them, nothing twice. Tasks (`select` with (B, K)) are
             always encoded at once. Without gradients at most `SENTENCES` are encoded at a time.
         placed: whether a sentence's M slots are positions of its own, not shared by all of them.
@@ -120,8 +120,8 @@ class ClassText:
         Returns:
             (N, D), or (..., N, D).
         """
-        learnt = torch.is_grad_enabled() and prompt.requires_grad
-        most = self.chunk if learnt else SENTENCES  # at a time
+        learns = torch.is_grad_enabled() and prompt.requires_grad
+        most = self.chunk if learns else SENTENCES  # at a time
         images = self._images(prompt)
         if not most or images * len(self.ids) <= most or self.ids.dim() > 2:
             return self._features(prompt)
@@ -339,7 +339,7 @@ class ConditionalCLIP(PromptedCLIP):
     """CoCoOp's classifier: the text prompt is shifted for each image by a meta-net of the image's feature.
 
     Args:
-        net: start of the meta-net (see `initial_meta_net`); it is learnt as `prompt_learner.meta_net`.
+        net: start of the meta-net (see `initial_meta_net`); it is learned as `prompt_learner.meta_net`.
     """
 
     def __init__(

@@ -331,7 +331,7 @@ def test_sixteen_bits_are_regulated_in_float32_and_named_once(regulator, dtype, 
 @pytest.mark.parametrize(
     ("prompts", "says"),
     [
-        ({"visual": (3, WIDTH)}, "learnt for text prompts, but is to regulate 'visual'"),
+        ({"visual": (3, WIDTH)}, "learned for text prompts, but is to regulate 'visual'"),
         ({"text": (3, 512)}, "prompts of width 64, but the text prompt has width 512"),
         ({"text": (WIDTH,)}, "the text prompt: expected a learned parameter of shape"),
         ({}, "expected parameters by kind, each of them once, found none or one twice"),
