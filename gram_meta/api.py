@@ -171,21 +171,13 @@ def pretrain(
         Stopped: after SIGTERM; the state is saved.
     """
     from gram_meta.method.checkpoint import load_meta_checkpoint
-    from gram_meta.method.meta_trainer import pretrain as run
+    from gram_meta.method.meta_trainer import open_trainer
 
     settings = load_meta_config(_files(config), _pairs(opts))
     with process_group(device or "auto") as group:
         used = device_for(group, device)
-        best = run(
-            _folder(store),
-            _folder(hierarchy),
-            out,
-            settings,
-            resume=resume,
-            device=used,
-            progress=progress,
-            group=group,
-        )
+        trainer = open_trainer(_folder(store), _folder(hierarchy), out, settings, used, progress, group)
+        best = trainer.run(resume)
     return load_meta_checkpoint(best)
 
 

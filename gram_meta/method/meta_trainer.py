@@ -44,30 +44,6 @@ from gram_meta.processes import ALONE, ProcessGroup
 logger = logging.getLogger("gram")
 
 
-def pretrain(
-    store: PathLike,
-    hierarchy: PathLike,
-    out: PathLike,
-    config: CfgNode,
-    device: str | torch.device = "cpu",
-    resume: bool = False,
-    progress: bool = True,
-    group: ProcessGroup = ALONE,
-) -> Path:
-    """Meta-train on a corpus and return the path of the best meta-checkpoint.
-
-    Args:
-        store, hierarchy, out, config, device, progress, group: as for `open_trainer`.
-        resume: go on from the state in `out`; the final weights equal those of an uninterrupted run.
-
-    Raises:
-        GramError: as `open_trainer`; a folder that holds another run, or a loss that is not finite (the message names the
-            step and the task).
-        Stopped: after SIGTERM.
-    """
-    return open_trainer(store, hierarchy, out, config, device, progress, group).run(resume)
-
-
 def open_trainer(
     store: PathLike,
     hierarchy: PathLike,
