@@ -10,7 +10,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from gram_meta.errors import GramError
+from gram_meta.errors import GramError, in_one_line
 from gram_meta.files import atomic_write
 
 Record = tuple[str, int, str]  # absolute path of the image, label, class name
@@ -42,8 +42,7 @@ def read_pickle(path: Path) -> dict[str, list[Record]]:
         with open(path, "rb") as file:
             contents = _Unpickler(file).load()
     except Exception as error:  # noqa: BLE001 - a damaged pickle can raise nearly anything
-        found = " ".join(str(error).split())[:120] or type(error).__name__
-        raise GramError(f"{expected}; refused without running it: {found}") from None
+        raise GramError(f"{expected}; refused without running it: {in_one_line(error, 120)}") from None
     if not isinstance(contents, dict) or not isinstance(contents.get("train"), list):
         raise GramError(f'{expected}, found no list under "train"')
     if others := set(contents) - {"train", "val"}:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from yacs.config import CfgNode as CN
 
-from gram_meta.errors import GramError
+from gram_meta.errors import GramError, in_one_line
 
 # Where images come from and how fast, and how much goes through the towers at a time: a run with other values of these
 # is the same run.
@@ -181,7 +181,7 @@ def merge_file(config: CN, path: str | Path) -> None:
     except OSError as error:
         raise GramError(f"{path}: expected a YAML file, found none ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise GramError(f"{path}: expected YAML, found {' '.join(str(error).split())}") from None
+        raise GramError(f"{path}: expected YAML, found {in_one_line(error)}") from None
     if not isinstance(values, dict):
         raise GramError(f"{path}: expected keys and values, found {type(values).__name__}")
     _merge(config, list(_leaves(values)), str(path))

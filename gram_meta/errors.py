@@ -1,4 +1,4 @@
-"""The error that this package raises for bad input."""
+"""The error that this package raises for bad input, and other errors' messages as a part of its own."""
 
 
 class GramError(ValueError):
@@ -7,3 +7,8 @@ class GramError(ValueError):
     The message is one sentence that names the file or key, what was expected and what was found. The command line
     prints it without a traceback and exits with status 2.
     """
+
+
+def in_one_line(error: BaseException, most: int = 200) -> str:
+    """Return at most `most` characters of an error's message, on one line; its class where it has no message."""
+    return " ".join(str(error).split())[:most] or type(error).__name__

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from gram_meta.errors import GramError
+from gram_meta.errors import GramError, in_one_line
 
 if TYPE_CHECKING:
     import torch
@@ -239,8 +239,8 @@ def _has_failed() -> bool:
 
 def _first_sentence(error: RuntimeError) -> str:
     """Return the first sentence of an error of gloo or the store, without the place in its source."""
-    text = " ".join(str(error).split())
-    return text.partition("] ")[2].partition(". ")[0] if text.startswith("[/") else text.partition(". ")[0][:200]
+    text = in_one_line(error)
+    return (text.partition("] ")[2] if text.startswith("[/") else text).partition(". ")[0]
 
 
 def _on_cpu() -> Any:

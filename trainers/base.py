@@ -22,6 +22,7 @@ from gram_meta.backbone.clip import RUN_PRECISIONS, Backbone, load_backbone
 from gram_meta.engine import TrainerX, build_lr_scheduler, build_optimizer, compute_accuracy
 from gram_meta.engine.options import complete_cfg
 from gram_meta.errors import GramError
+from gram_meta.method.checkpoint import check_fit
 from gram_meta.method.prompts import STATE_NAMES, PromptedCLIP, context_from_words, logits, random_context
 from gram_meta.random_state import kept_random_state, make_deterministic
 from gram_meta.runs import folder as run_folder
@@ -295,18 +296,10 @@ class PromptTrainer(Checkpointing, ClipTrainer):
 
     def build_for_use(self, state_dict: Mapping[str, Tensor], where: str) -> None:
         prompts = {kind: state_dict[name] for kind, name in STATE_NAMES.items() if name in state_dict}
-        if set(prompts) != set(self.tokens()):
-            raise GramError(
-                f"{where}: expected the {' and '.join(self.tokens())} prompt that {type(self).__name__} learns, found "
-                f"{', '.join(state_dict) or 'nothing'}"
-            )
-        width = self.backbone.text_width, self.backbone.visual_width
-        for kind, expected in zip(("text", "visual"), width, strict=True):
-            if kind in prompts and prompts[kind].shape[-1] != expected:
-                raise GramError(
-                    f"{where}: holds a {kind} prompt of width {prompts[kind].shape[-1]}, but {self.backbone.name} has "
-                    f"{expected}; expected the backbone of training (MODEL.BACKBONE.NAME)"
-                )
+        held = {STATE_NAMES[kind]: value.shape for kind, value in prompts.items()}
+        width = {"text": self.backbone.text_width, "visual": self.backbone.visual_width}
+        expected = {STATE_NAMES[kind]: (*held.get(STATE_NAMES[kind], ())[:-1], width[kind]) for kind in self.tokens()}
+        check_fit(where, expected, held, f"; {self.backbone.name} may not be the backbone of training")
         self.model = self.build_classifier(self.classnames, prompts)
         self.model.requires_grad_(False).eval()
         saved.load(self.model.prompt_learner, state_dict, Path(where))

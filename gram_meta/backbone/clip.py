@@ -25,6 +25,7 @@ from gram_meta.backbone.recompute import recomputed
 from gram_meta.backbone.towers import Packing, image_features, text_features
 from gram_meta.backbone.weights import PIXEL_MEAN, PIXEL_STD, build_clip, empty_clip, read_clip
 from gram_meta.errors import GramError
+from gram_meta.files import PathLike
 
 PACKAGED = "gram-small"  # the small CLIP in this package
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -108,6 +109,14 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> Backbone:
         """Stay in evaluation mode: the towers are frozen, and so are a ResNet's batch statistics."""
         return super().train(False)
+
+    def check_weights(self, where: PathLike, name: str, digest: str) -> None:
+        """Raise a `GramError` if the file `where` was made with another CLIP than this: `name`, of fingerprint `digest`."""
+        if digest != self.fingerprint:
+            raise GramError(
+                f"{where}: expected the backbone it was made with, {name or 'another CLIP'} ({digest[:12]}), found "
+                f"{self.name} ({self.fingerprint[:12]})"
+            )
 
     # --- text ---------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from gram_meta.config import INCIDENTAL, find_config, flatten, load_meta_config, nearest
-from gram_meta.errors import GramError
+from gram_meta.errors import GramError, in_one_line
 from gram_meta.files import read_json
 from gram_meta.runs.layout import META, RUN
 
@@ -230,7 +230,7 @@ def _gram_options(path: Path, opts: Sequence[str]) -> dict[str, str]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise GramError(f"{path}: expected YAML, found {' '.join(str(error).split())}") from None
+        raise GramError(f"{path}: expected YAML, found {in_one_line(error)}") from None
     gram = dict((tree.get("TRAINER") or {}).get("GRAM") or {})
     for key, value in zip(opts[::2], opts[1::2], strict=False):
         if key.startswith("TRAINER.GRAM."):

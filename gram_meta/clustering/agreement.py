@@ -12,7 +12,7 @@ import numpy as np
 
 from gram_meta.clustering.hierarchy import EXCLUDED, FILTERED, NOISE, Hierarchy
 from gram_meta.corpus.store import PairStore
-from gram_meta.errors import GramError
+from gram_meta.errors import GramError, in_one_line
 from gram_meta.files import PathLike
 
 OF_TOPICS = ("concept", "group", "subgroup", "style", "hand")
@@ -53,7 +53,7 @@ def _parquet_columns(path: Path) -> dict[str, list[str]]:
     try:
         table = pq.read_table(path)
     except pa.ArrowException as error:
-        raise GramError(f"{path}: expected a Parquet file, found {' '.join(str(error).split())[:200]}") from None
+        raise GramError(f"{path}: expected a Parquet file, found {in_one_line(error)}") from None
     values = {name: table[name].to_pylist() for name in table.column_names}
     return {name: ["" if v is None else str(v) for v in column] for name, column in values.items()}
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gram_meta.errors import GramError
+from gram_meta.errors import GramError, in_one_line
 from gram_meta.files import PathLike, atomic_write, read_json, write_json
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class Hierarchy:
             columns = [table[name].to_numpy() for name in ("pair", "image", "topic", "domain")]
             fates = np.load(path / FATES, allow_pickle=False)
         except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
-            raise GramError(f"{path}: expected a whole hierarchy, found {' '.join(str(error).split())[:200]}") from None
+            raise GramError(f"{path}: expected a whole hierarchy, found {in_one_line(error)}") from None
         if int((fates == KEPT).sum()) != len(columns[0]) or sum(topic.size for topic in topics) != len(columns[0]):
             raise GramError(f"{path}: expected files of one hierarchy, found {PAIRS}, {FATES} and {TOPICS} that differ")
         pair, image, topic, domain = columns

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
-from gram_meta.errors import GramError
+from gram_meta.errors import GramError, in_one_line
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -28,14 +28,14 @@ def run_ahead(
 
     Args:
         make: can be pickled; its errors (`GramError`, `OSError`) are raised here.
-        workers: number of processes; 0: each result is computed here when it is asked for.
+        workers: number of processes; 0: each result is computed in this process when it is asked for.
         advice: the end of the message if a worker process dies.
         prefetch: results that each worker has ready. pin_memory: put tensors into pinned memory, for a GPU.
 
     Raises:
         GramError: a worker process died.
     """
-    if not workers:
+    if not workers and not pin_memory:
         return map(make, items)
     from torch.utils.data import DataLoader
 
@@ -45,7 +45,7 @@ def run_ahead(
         sampler=items,
         num_workers=workers,
         collate_fn=_unchanged,
-        prefetch_factor=prefetch,
+        prefetch_factor=prefetch if workers else None,
         pin_memory=pin_memory,
     )
     return _results(loader, advice)
@@ -86,9 +86,8 @@ def iterate_loader(loader: Iterable[T], advice: str) -> Iterator[T]:
     except (RuntimeError, ConnectionError, EOFError) as error:
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         error.__traceback__ = None  # it holds the loader, which now may end its other processes
-        raise GramError(f"reading images: a worker process died ({first}); {advice}") from None
+        raise GramError(f"reading images: a worker process died ({in_one_line(error)}); {advice}") from None
 
 
 def _without_signal(loader: Iterable[T]) -> Iterator[T]:

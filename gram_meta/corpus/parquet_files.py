@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gram_meta.errors import GramError
+from gram_meta.errors import GramError, in_one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -27,8 +27,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        found = " ".join(str(error).split())[:200]
-        raise GramError(f"{path}: expected a Parquet file, found {found}") from None
+        raise GramError(f"{path}: expected a Parquet file, found {in_one_line(error)}") from None
 
 
 def _is_binary(kind: pa.DataType) -> bool:

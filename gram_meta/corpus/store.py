@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 import numpy as np
 
 from gram_meta.corpus.places import ImageReader, Places
-from gram_meta.errors import GramError
+from gram_meta.errors import GramError, in_one_line
 from gram_meta.files import PathLike, read_json
 
 if TYPE_CHECKING:
@@ -141,8 +141,7 @@ class PairStore:
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
             if isinstance(error, GramError):
                 raise
-            found = " ".join(str(error).split())[:200]
-            raise GramError(f"{path}: expected a whole pair store, found {found}") from None
+            raise GramError(f"{path}: expected a whole pair store, found {in_one_line(error)}") from None
 
     def __len__(self) -> int:
         return len(self.similarity)
@@ -187,12 +186,7 @@ class PairStore:
 
     def check_backbone(self, backbone: Backbone) -> None:
         """Raise `GramError` if the features come from another CLIP than `backbone`."""
-        if backbone.fingerprint != self.clip_fingerprint:
-            clip = self.manifest["settings"]["clip"]
-            raise GramError(
-                f"{self.path}: its features are of the CLIP {clip['name']} ({clip['fingerprint'][:12]}), "
-                f"expected {backbone.name} ({backbone.fingerprint[:12]})"
-            )
+        backbone.check_weights(self.path, self.manifest["settings"]["clip"]["name"], self.clip_fingerprint)
 
 
 class InShards(NamedTuple):
@@ -243,8 +237,7 @@ def _columns(path: Path, names: list[str], dictionary: list[str] | None = None) 
     try:
         return pq.read_table(path, columns=names, read_dictionary=dictionary)
     except (OSError, pa.ArrowException) as error:
-        found = " ".join(str(error).split())[:200]
-        raise GramError(f"{path}: expected a whole file of a pair store, found {found}") from None
+        raise GramError(f"{path}: expected a whole file of a pair store, found {in_one_line(error)}") from None
 
 
 def _array(path: Path, rows: int) -> np.ndarray:

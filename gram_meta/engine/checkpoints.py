@@ -21,7 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from gram_meta.errors import GramError
+from gram_meta.errors import GramError, in_one_line
 from gram_meta.files import PathLike
 
 
@@ -148,8 +148,8 @@ def _load(path: Path, map_location: Any) -> Any:
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return f"{path}: expected a checkpoint of tensors and plain values, found something that is not ({reason})"
+    found = in_one_line(error)
+    return f"{path}: expected a checkpoint of tensors and plain values, found something that is not ({found})"
 
 
 def _refuse_other_archives(path: Path) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gram_meta.errors import GramError
-from gram_meta.method.checkpoint import MetaCheckpoint
+from gram_meta.method.checkpoint import MetaCheckpoint, check_fit
 from gram_meta.method.regulator import GradientRegulator
 
 # By kind ("text", "visual"): one parameter (M, d), one of all layers (layers, M, d), or a parameter for each layer
@@ -212,28 +212,14 @@ def start_from(checkpoint: MetaCheckpoint, prompts: Prompts, extras: Mapping[str
     Raises:
         GramError: kinds, token counts, widths or extras that differ from the checkpoint's; nothing is written then.
     """
-    where, named = checkpoint.path or "meta-checkpoint", _named(prompts)
-    targets: list[tuple[Tensor, Tensor]] = []
-    if set(prompts) != set(checkpoint.prompts):
-        kinds = " and ".join(sorted(checkpoint.prompts)), " and ".join(sorted(prompts))
-        raise GramError(f"{where}: holds {kinds[0]} prompts, but the trainer learns {kinds[1]} prompts")
-    for kind, value in checkpoint.prompts.items():
-        first = _first_layer(named[kind])
-        if first.shape != value.shape:
-            raise GramError(f"{where}: holds a {kind} prompt of {_size(value)}, but the trainer's has {_size(first)}")
-        targets.append((first, value))
-    given = dict(extras or {})
-    if set(given) != set(checkpoint.extras):
-        names = [", ".join(sorted(group)) or "nothing" for group in (checkpoint.extras, given)]
-        raise GramError(f"{where}: holds {names[0]} beside its prompts, but the trainer learns {names[1]}")
-    for name, value in checkpoint.extras.items():
-        if given[name].shape != value.shape:
-            shapes = tuple(value.shape), tuple(given[name].shape)
-            raise GramError(f"{where}: holds {name} of shape {shapes[0]}, but the trainer's has {shapes[1]}")
-        targets.append((given[name], value))
+    named, given = _named(prompts), dict(extras or {})
+    first = {kind: named[kind] if named[kind].dim() == 2 else named[kind][0] for kind in prompts}  # (M, d) by kind
+    learned = {f"a {kind} prompt": tuple(value.shape) for kind, value in first.items()}
+    learned |= {name: tuple(value.shape) for name, value in given.items()}
+    check_fit(checkpoint.path or "meta-checkpoint", learned, checkpoint.shapes)
     with torch.no_grad():
-        for parameter, value in targets:
-            parameter.copy_(value)
+        for name, value in {**checkpoint.prompts, **checkpoint.extras}.items():
+            {**first, **given}[name].copy_(value)
 
 
 def _named(prompts: Prompts) -> dict[str, Tensor]:
@@ -258,14 +244,6 @@ def _named(prompts: Prompts) -> dict[str, Tensor]:
 
 def _kind(name: str) -> str:
     return name.partition(".")[0]
-
-
-def _first_layer(parameter: Tensor) -> Tensor:
-    return parameter if parameter.dim() == 2 else parameter[0]
-
-
-def _size(prompt: Tensor) -> str:
-    return f"{prompt.shape[0]} tokens of width {prompt.shape[1]}"
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,29 +52,41 @@ class MetaCheckpoint:
         """M by kind."""
         return {kind: value.shape[0] for kind, value in self.prompts.items()}
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of prompts and extras, by the names that `check_fit` prints."""
+        prompts = {f"a {kind} prompt": tuple(value.shape) for kind, value in self.prompts.items()}
+        return prompts | {name: tuple(value.shape) for name, value in self.extras.items()}
+
     def check(self, backbone: Backbone, tokens: Mapping[str, int], extras: Collection[str] = ()) -> None:
-        """Refuse a use with another backbone, other prompts, token counts or extras, in one sentence."""
-        where = self.path or "meta-checkpoint"
-        if backbone.fingerprint != self.backbone_fingerprint:
-            raise GramError(
-                f"{where}: expected the backbone it was made with, {self.backbone_name} "
-                f"({self.backbone_fingerprint[:12]}), found {backbone.name} ({backbone.fingerprint[:12]})"
-            )
-        if set(tokens) != set(self.prompts):
-            raise GramError(
-                f"{where}: holds {_kinds(self.prompts)} prompts, but the trainer learns {_kinds(tokens)} prompts"
-            )
-        for kind, count in tokens.items():
-            if count != self.tokens[kind]:
-                raise GramError(
-                    f"{where}: holds {self.tokens[kind]} {kind} tokens, but the trainer is set to {count}; "
-                    "GRAM defines no other number than the one meta-trained"
-                )
-        if set(extras) != set(self.extras):
-            raise GramError(
-                f"{where}: was meta-trained with {_named(self.extras)} beside its prompts, but the trainer learns "
-                f"{_named(extras)} beside them (PROMPT.CONDITIONAL of the meta-training)"
-            )
+        """Raise a `GramError` for a trainer with another backbone, other prompts, token counts or extras."""
+        where, held = self.path or "meta-checkpoint", self.shapes
+        backbone.check_weights(where, self.backbone_name, self.backbone_fingerprint)
+        expected = {
+            f"a {kind} prompt": (count, *held.get(f"a {kind} prompt", ())[1:]) for kind, count in tokens.items()
+        }
+        number = "; GRAM defines no other number of tokens than that of the meta-training"
+        check_fit(where, expected | {name: held.get(name, ()) for name in extras}, held, number)
+
+
+Shapes = Mapping[str, Sequence[int]]  # by the tensors' names
+
+
+def check_fit(where: PathLike, expected: Shapes, found: Shapes, hint: str = "") -> None:
+    """Raise a `GramError` unless a file holds tensors of exactly the names and shapes that a trainer learns.
+
+    Args:
+        where: the file, as messages call it.
+        expected, found: what the trainer learns, and what the file holds.
+        hint: end of the message about a shape.
+    """
+    if set(expected) != set(found):
+        names = [", ".join(group) or "nothing" for group in (expected, found)]
+        raise GramError(f"{where}: expected {names[0]}, which the trainer learns, found {names[1]}")
+    for name, shape in expected.items():
+        if tuple(shape) != tuple(found[name]):
+            shapes = tuple(shape), tuple(found[name])
+            raise GramError(f"{where}: expected {name} of shape {shapes[0]}, found {shapes[1]}{hint}")
 
 
 def save_meta_checkpoint(path: PathLike, checkpoint: MetaCheckpoint) -> None:
@@ -154,11 +166,3 @@ def _regulator(description: dict[str, Any] | None, tensors: Mapping[str, Tensor]
 
 def _group(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
-
-def _named(names: Collection[str]) -> str:
-    return ", ".join(sorted(names)) or "nothing"
-
-
-def _kinds(kinds: Mapping[str, Any]) -> str:
-    return " and ".join(sorted(kinds))

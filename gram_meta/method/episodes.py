@@ -145,14 +145,13 @@ class Episodes:
         Raises:
             GramError: an image cannot be read any more, or a worker process died.
         """
-        device, workers = self.backbone.device, 0
+        device, workers, pin = self.backbone.device, 0, False
         read: Callable[[int], tuple[Sequence[Task], Tensor, Tensor]] = partial(self._features, batches)
         if self.reads_pixels:
             read = partial(read_pixels, batches, self.places, self.backbone.preprocess(as_bytes=True))
-            workers = min(self.loader.workers, len(batches))
+            workers, pin = min(self.loader.workers, len(batches)), device.type == "cuda"
         advice = f"expected enough memory for {workers} of them, try a smaller LOADER.WORKERS"
-        prefetch, on_gpu = self.loader.prefetch, device.type == "cuda"
-        for tasks, *images in run_ahead(read, range(len(batches)), workers, advice, prefetch, on_gpu):
+        for tasks, *images in run_ahead(read, range(len(batches)), workers, advice, self.loader.prefetch, pin):
             topics = torch.from_numpy(np.stack([task.topics for task in tasks])).to(device)  # (B, K)
             classes_of = partial(self._classes, topics)
             classes = classes_of(slice(None))

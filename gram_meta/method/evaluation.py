@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -235,15 +235,15 @@ def evaluate_adaptation(
         _start_name(config.PROMPT.WORDS): {name: value.detach() for name, value in initial.items()},
     }
     regulator = None if checkpoint.regulator is None else checkpoint.regulator.to(backbone.device)
-    forms = _forms(regulator)
+    inner = replace(InnerLoop.from_config(config), steps=max(steps))
+    forms = {form: replace(inner, regulate=regulate) for form, regulate in _forms(regulator).items()}
     seen: dict[tuple[str, str, int], list[tuple[Tensor, Tensor]]] = {}
     alignment: dict[str, list[Tensor]] = {}
     with tqdm(total=tasks, unit=" tasks", desc="adapting", disable=not progress) as bar:
         for episode in episodes.of(_batches(drawn, episodes.at_a_time)):
             for start, theta in starts.items():
-                for form, regulate in forms.items():
+                for form, inner in forms.items():
                     prompts: Gradients = for_each_task(theta, len(episode.tasks))
-                    inner = InnerLoop(config.INNER.ALPHA, max(steps), regulate=regulate)
                     path = inner_path([episode.support], prompts, inner)
                     for number in range(max(steps) + 1):
                         if number in steps:
@@ -254,7 +254,7 @@ def evaluate_adaptation(
                         if (step := next(path, None)) is None:
                             break
                         if number == 0 and start == "theta*":
-                            ahead = task_gradients(episode.query, step.prompts)
+                            ahead = task_gradients(episode.query, step.prompts, scale=inner.scale)
                             pair = ({kind: g[kind] for kind in checkpoint.prompts} for g in (step.regulated, ahead))
                             alignment.setdefault(form, []).append(inner_products(*pair))
                         prompts = step.after

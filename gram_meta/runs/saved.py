@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gram_meta.engine.builtin.utils import save_checkpoint
 from gram_meta.engine.checkpoints import read_checkpoint
 from gram_meta.errors import GramError
+from gram_meta.method.checkpoint import check_fit
 from gram_meta.runs.layout import LEARNER, LISTED, list_runs
 
 
@@ -78,16 +79,8 @@ def fit(learner: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> dict[s
     """
     named = {key.removeprefix("module."): value for key, value in tensors.items()}  # of a DataParallel
     given = {key: value for key, value in named.items() if key not in ("token_prefix", "token_suffix")}
-    own = learner.state_dict()
-    if set(given) != set(own):
-        raise GramError(
-            f"{path}: expected {', '.join(own)}, as this trainer learns it, found {', '.join(given) or 'nothing'}"
-        )
-    for key, value in given.items():
-        if value.shape != own[key].shape:
-            raise GramError(
-                f"{path}: holds {key} of shape {tuple(value.shape)}, but the trainer is set to {tuple(own[key].shape)}"
-            )
+    shapes = [{key: value.shape for key, value in state.items()} for state in (learner.state_dict(), given)]
+    check_fit(path, *shapes)
     return given
 
 

@@ -69,11 +69,8 @@ def interpret(path: PathLike, topk: int = 5, backbone: str = "", epoch: int | No
             "name it with --backbone"
         )
     clip = load_backbone(name)
-    if saved.fingerprint and saved.fingerprint != clip.fingerprint:
-        raise GramError(
-            f"{saved.path}: was learned with {saved.backbone or 'another CLIP'} ({saved.fingerprint[:12]}), found "
-            f"{name} ({clip.fingerprint[:12]})"
-        )
+    if saved.fingerprint:
+        clip.check_weights(saved.path, saved.backbone, saved.fingerprint)
     if context.shape[-1] != clip.text_width:
         raise GramError(
             f"{saved.path}: holds context tokens of width {context.shape[-1]}, but {name} has word embeddings of "

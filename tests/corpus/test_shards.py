@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from gram_meta.corpus.images import BROKEN, EMPTY, BadImage
+from gram_meta.corpus.loading import run_ahead
 from gram_meta.corpus.places import ImageReader
 from gram_meta.corpus.sources import all_rows, open_source, rows, shards_of
 from gram_meta.errors import GramError
@@ -571,3 +572,21 @@ def test_faults_are_counted_by_reason_in_the_manifest(tmp_path, container):
     assert list(store.captions) == [f"caption {number}" for number in range(5)]
     sizes = [store.places().image(row).size for row in range(5)]
     assert sizes == [(30, 20), (30, 20), (30, 20), (20, 30), (30, 20)]  # the turned one is upright
+
+
+def test_images_are_pinned_with_and_without_workers(monkeypatch):
+    """torch does not pin where there is no GPU, so this looks at what the loader is asked for."""
+    from torch.utils import data
+
+    asked = []
+    loader = data.DataLoader
+
+    def recorded(*args, **options):
+        asked.append((options["num_workers"], options["pin_memory"]))
+        return loader(*args, **{**options, "pin_memory": False})
+
+    monkeypatch.setattr(data, "DataLoader", recorded)
+    for workers in (0, 1):
+        assert list(run_ahead(abs, range(-3, 0), workers, "", pin_memory=True)) == [3, 2, 1]
+    assert asked == [(0, True), (1, True)]
+    assert list(run_ahead(abs, range(-3, 0), 0, "")) == [3, 2, 1] and len(asked) == 2

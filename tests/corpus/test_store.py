@@ -405,7 +405,7 @@ def test_damaged_stores_are_one_sentence(store, tmp_path):
 
 def test_another_clip_is_refused(store, backbone):
     store.check_backbone(backbone)
-    with pytest.raises(GramError, match="features are of the CLIP random-tiny .* expected random-tiny-RN"):
+    with pytest.raises(GramError, match="the backbone it was made with, random-tiny .* found random-tiny-RN"):
         store.check_backbone(load_backbone("random-tiny-RN"))
 
 

@@ -73,9 +73,9 @@ def test_wrong_uses_are_refused(backbone, saved):
     checkpoint = load_meta_checkpoint(saved)
     with pytest.raises(GramError, match=r"made with, random-tiny .*, found random-tiny-RN"):
         checkpoint.check(load_backbone("random-tiny-RN"), {"text": 4, "visual": 2})
-    with pytest.raises(GramError, match="holds text and visual prompts, but the trainer learns text prompts"):
+    with pytest.raises(GramError, match="expected a text prompt, which the trainer learns, found a text.*, a visual"):
         checkpoint.check(backbone, {"text": 4})
-    with pytest.raises(GramError, match="holds 4 text tokens, but the trainer is set to 16"):
+    with pytest.raises(GramError, match=r"expected a text prompt of shape \(16, 64\), found \(4, 64\); GRAM defines"):
         checkpoint.check(backbone, {"text": 16, "visual": 2})
 
 

@@ -9,6 +9,7 @@ import torch
 from gram_meta.cli import main
 from gram_meta.config import load_meta_config, stored_config
 from gram_meta.errors import GramError
+from gram_meta.method import evaluation
 from gram_meta.method.checkpoint import load_meta_checkpoint
 from gram_meta.method.episodes import Episodes
 from gram_meta.method.evaluation import evaluate_adaptation
@@ -96,3 +97,14 @@ def test_bad_input_is_one_sentence(runs, pixel_corpus, tmp_path, capsys):
     assert "expected a meta-checkpoint" in capsys.readouterr().err
     assert main([*command, "--steps", "0", "few"]) == 2
     assert "--steps: expected numbers from 0 on, found 'few'" in capsys.readouterr().err
+
+
+def test_under_fp16_losses_are_scaled_as_in_meta_training(runs, pixel_corpus, monkeypatch):
+    scales = []
+    path = evaluation.inner_path
+    monkeypatch.setattr(evaluation, "inner_path", lambda s, p, inner: scales.append(inner.scale) or path(s, p, inner))
+    measure(runs["raw"], pixel_corpus, tasks=1, steps=(1,), opts=["BACKBONE.PRECISION", "fp16"])
+    assert set(scales) == {256.0}
+    scales.clear()
+    measure(runs["raw"], pixel_corpus, tasks=1, steps=(1,))
+    assert set(scales) == {1.0}

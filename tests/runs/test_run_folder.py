@@ -434,7 +434,7 @@ def test_resume_of_something_that_is_not_there_leaves_no_folder(flags, tmp_path)
         GramError, match=r"holds what CoOp has learned; VPT \(--trainer\) expects its own to go on from"
     ):
         ours([*resume, *flags("out", trainer="VPT")])
-    with pytest.raises(GramError, match=r"holds ctx of shape \(4, 64\), but the trainer is set to \(6, 64\)"):
+    with pytest.raises(GramError, match=r"expected ctx of shape \(6, 64\), found \(4, 64\)"):
         ours([*resume, *flags("out", "TRAINER.COOP.CTX_INIT", "''", "TRAINER.COOP.N_CTX", 6)])
     path = tmp_path / "run/prompt_learner/model.pth.tar-1"
     state = torch.load(path, weights_only=True)
@@ -483,10 +483,10 @@ def test_mismatched_names_and_shapes_are_named(flags, tmp_path):
         return str(error.value)
 
     context = state["state_dict"]["ctx"]
-    assert "expected ctx, as this trainer learns it, found ctxx" in refused(state_dict={"ctxx": context})
+    assert "expected ctx, which the trainer learns, found ctxx" in refused(state_dict={"ctxx": context})
     assert "found ctx, visual_ctx" in refused(state_dict={"ctx": context, "visual_ctx": context})
     assert "found nothing" in refused(state_dict={})
-    assert "ctx of shape (4, 32), but the trainer is set to (4, 64)" in refused(state_dict={"ctx": context[:, :32]})
+    assert "expected ctx of shape (4, 64), found (4, 32)" in refused(state_dict={"ctx": context[:, :32]})
     assert "expected tensors by name as state_dict, found a int" in refused(state_dict=5)
     other = {"name": "ViT-B/16", "fingerprint": "0" * 64}
     assert "was learned for the backbone ViT-B/16, found random-tiny" in refused(backbone=other)

@@ -232,13 +232,17 @@ def test_theta_goes_into_the_first_layer(meta):
 @pytest.mark.parametrize(
     ("prompts", "extras", "says"),
     [
-        ({"visual": (3, WIDTH)}, {}, "holds text prompts, but the trainer learns visual prompts"),
-        ({"text": (3, WIDTH), "visual": (3, 8)}, {}, "but the trainer learns text and visual prompts"),
-        ({"text": (4, WIDTH)}, {}, "a text prompt of 3 tokens of width 64, but the trainer's has 4 tokens of"),
-        ({"text": (3, 512)}, {}, "3 tokens of width 64, but the trainer's has 3 tokens of width 512"),
-        ({"text": (2, 4, WIDTH)}, {}, "but the trainer's has 4 tokens"),
+        ({"visual": (3, WIDTH)}, {}, "expected a visual prompt, which the trainer learns, found a text prompt"),
+        (
+            {"text": (3, WIDTH), "visual": (3, 8)},
+            {},
+            "expected a text prompt, a visual prompt, .*, found a text prompt",
+        ),
+        ({"text": (4, WIDTH)}, {}, r"expected a text prompt of shape \(4, 64\), found \(3, 64\)"),
+        ({"text": (3, 512)}, {}, r"expected a text prompt of shape \(3, 512\), found \(3, 64\)"),
+        ({"text": (2, 4, WIDTH)}, {}, r"expected a text prompt of shape \(4, 64\), found \(3, 64\)"),
         ({"text": (WIDTH,)}, {}, "expected a learned parameter of shape .M, d. or .layers, M, d., found shape .64,."),
-        ({"text": (3, WIDTH)}, {"net": (2,)}, "holds nothing beside its prompts, but the trainer learns net"),
+        ({"text": (3, WIDTH)}, {"net": (2,)}, "expected a text prompt, net, .*, found a text prompt$"),
     ],
 )
 def test_a_start_that_does_not_fit_is_one_sentence_and_changes_nothing(meta, prompts, extras, says):
@@ -254,7 +258,7 @@ def test_extras_start_too_and_their_shapes_count(meta):
     net, ctx = prompt(2, 3), prompt(3, WIDTH)
     start_from(both, {"text": ctx}, {"net.weight": net})
     assert net.equal(torch.ones(2, 3)) and ctx.equal(meta.prompts["text"])
-    with pytest.raises(GramError, match=r"net.weight of shape \(2, 3\), but the trainer's has \(3, 3\)"):
+    with pytest.raises(GramError, match=r"expected net.weight of shape \(3, 3\), found \(2, 3\)"):
         start_from(both, {"text": ctx}, {"net.weight": prompt(3, 3)})
 
 

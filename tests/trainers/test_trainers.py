@@ -333,7 +333,7 @@ def test_starts(world, backbone, tmp_path):
     [
         (["TRAINER.COOP.CSC", True], "TRAINER.COOP.CSC"),
         (["TRAINER.COOP.CLASS_TOKEN_POSITION", "front"], "CLASS_TOKEN_POSITION: GRAM defines 'end' alone"),
-        (["TRAINER.COOP.CTX_INIT", "''", "TRAINER.COOP.N_CTX", 8], "4 text tokens, but the trainer is set to 8"),
+        (["TRAINER.COOP.CTX_INIT", "''", "TRAINER.COOP.N_CTX", 8], "of shape .8, 64., found .4, 64."),
         (["TRAINER.GRAM.CHECKPOINT", "''"], "TRAINER.GRAM.CHECKPOINT is empty"),
         (["TRAINER.GRAM.CHECKPOINT", "no.safetensors"], "no.safetensors"),
         (["TRAINER.GRAM.STEP_SCALE", 0.5], "STEP_SCALE"),
@@ -539,7 +539,7 @@ def test_loading_says_what_is_there(world, tmp_path):
         trainer.load_model(str(out), epoch=7)
     with pytest.raises(GramError, match=r"found no such folder, but runs with checkpoints below .*: out$"):
         trainer.load_model(str(tmp_path / "none"))
-    with pytest.raises(GramError, match=r"ctx of shape \(4, 64\), but the trainer is set to \(6, 64\)"):
+    with pytest.raises(GramError, match=r"expected ctx of shape \(6, 64\), found \(4, 64\)"):
         build(world, "CoOp", "TRAINER.COOP.CTX_INIT", "''", "TRAINER.COOP.N_CTX", 6).load_model(str(out))
     state = torch.load(out / "prompt_learner/model.pth.tar-3", weights_only=True)
     state["state_dict"] = {"token_prefix": torch.zeros(9, 1, 64), **state["state_dict"], "token_suffix": torch.zeros(9)}
@@ -547,7 +547,7 @@ def test_loading_says_what_is_there(world, tmp_path):
     trainer.load_model(str(out), epoch=8)
     state["state_dict"]["ctxx"] = state["state_dict"].pop("ctx")
     torch.save(state, out / "prompt_learner/model.pth.tar-9")
-    with pytest.raises(GramError, match="expected ctx, as this trainer learns it, found ctxx"):
+    with pytest.raises(GramError, match="expected ctx, which the trainer learns, found ctxx"):
         trainer.load_model(str(out), epoch=9)
     with pytest.raises(GramError, match="--resume"):
         launch.train(["--resume", str(tmp_path / "none"), *flags(world, tmp_path / "r", "CoOp")], quiet=True)

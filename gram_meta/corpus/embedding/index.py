@@ -27,7 +27,7 @@ from gram_meta.corpus.embedding.progress import SharedBar
 from gram_meta.corpus.loading import run_ahead
 from gram_meta.corpus.open_shards import check_shard
 from gram_meta.corpus.sources.rows import Place, Shard
-from gram_meta.errors import GramError
+from gram_meta.errors import GramError, in_one_line
 from gram_meta.files import atomic_write, read_json, write_json
 from gram_meta.processes import ALONE, ProcessGroup
 
@@ -97,9 +97,9 @@ class Index:
             row_group = part - self.first_parts[shard]
             table = self._open[1].read_row_group(row_group, columns=list(columns), use_threads=False)
         except (OSError, pa.ArrowException) as error:
-            first = " ".join(str(error).split())[:200]
             raise GramError(
-                f"{path}: expected the index of a shard, found {first}; delete {self.folder} and run the same command again"
+                f"{path}: expected the index of a shard, found {in_one_line(error)}; delete {self.folder} and run the "
+                "same command again"
             ) from None
         if "image" in columns:
             offset = self.bounds[self.first_parts[shard]]
