@@ -26,9 +26,6 @@ from gram_meta.runs.folder import open_folder
 __all__ = ["add_flags", "build_parser", "find_config", "main", "run", "setup_cfg", "train"]
 
 
-# ------------------------------------------------------------------------------------------------------ command line
-
-
 def build_parser(prog: str = "train.py") -> argparse.ArgumentParser:
     """Return a parser with CoOp's flags."""
     parser = argparse.ArgumentParser(prog=prog, description="Train or evaluate a trainer on a dataset.")
@@ -72,9 +69,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-# ------------------------------------------------------------------------------------------------------ configuration
-
-
 def setup_cfg(args: argparse.Namespace) -> Any:
     """Merge defaults, dataset file, trainer file, flags and KEY VALUE pairs in this order; return the frozen tree."""
     from gram_meta import engine
@@ -114,9 +108,6 @@ def reset_cfg(cfg: Any, args: argparse.Namespace) -> None:
             node[key] = value
     if args.seed >= 0:  # CoOp asks `if args.seed`, which loses seed 0
         cfg.SEED = args.seed
-
-
-# --------------------------------------------------------------------------------------------------------------- run
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

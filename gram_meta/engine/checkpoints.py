@@ -1,9 +1,9 @@
-"""Reading checkpoints, whoever wrote them, without running code from the file.
+"""Reading checkpoints of any origin without running code from the file.
 
-A checkpoint of Dassl's holds more than tensors: its warm-up schedulers are saved with the scheduler that follows them
-as an object, the optimiser inside. Such a file needs an unpickler, and an unpickler runs what the file says. The one
-here calls a short list of functions that build tensors and containers; every other class or function in the file
-becomes a `Record`: its name, its arguments and its attributes, which can be read and do nothing.
+Dassl's checkpoints hold more than tensors: a warm-up scheduler is saved with its successor as an object, and the
+optimiser inside that. Such a file needs an unpickler, and Python's runs any code that the file names. The one here calls
+only a short list of functions that build tensors and containers. Every other class or function in the file becomes a
+`Record` with its name, arguments and attributes, which can be read and do nothing.
 
     state = read_checkpoint("output/prompt_learner/model.pth.tar-50")
     state["state_dict"]["ctx"]
@@ -29,7 +29,7 @@ class Record:
     """An object of a checkpoint that was not built: `of` names its class or function, `state` holds its attributes."""
 
     of = ""
-    args: tuple[Any, ...]  # it was to be called with
+    args: tuple[Any, ...]  # of the call that would have built it
     state: Any
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Record:
@@ -45,7 +45,7 @@ class Record:
         self.state = state
 
     def _ignore(self, *values: Any) -> None:
-        """What an unpickler adds to lists, sets and dicts is dropped."""
+        """Drop what an unpickler adds to lists, sets and dicts."""
 
     append = extend = add = update = __setitem__ = _ignore
 
@@ -54,15 +54,14 @@ class Record:
 
 
 def read_checkpoint(path: PathLike, map_location: Any = "cpu") -> dict[str, Any]:
-    """The contents of a checkpoint: ours, CoOp's or Dassl's, old or new.
+    """Return the contents of a checkpoint of this project, CoOp or Dassl, of any version.
 
     Args:
         path: a file that `torch.save` wrote.
-        map_location: where the tensors go, as in `torch.load`.
+        map_location: device of the tensors, as in `torch.load`.
 
     Returns:
-        A dict; what is neither a tensor nor a plain value in it is a `Record`. "state_dict", where there is one, holds
-        tensors alone.
+        A dict of tensors, plain values and `Record`s. Its "state_dict", if there is one, holds tensors only.
 
     Raises:
         GramError: no such file, or something else than a checkpoint.
@@ -72,32 +71,27 @@ def read_checkpoint(path: PathLike, map_location: Any = "cpu") -> dict[str, Any]
         raise GramError(f"{path}: expected a checkpoint, found no such file")
     _refuse_other_archives(path)
     state = _load(path, map_location)
-    if isinstance(state, Record):
-        raise GramError(
-            f"{path}: expected a checkpoint (a dict of tensors and plain values), found {state.of} as an object; "
-            "objects are not built from files"
-        )
     if not isinstance(state, dict):
-        raise GramError(f"{path}: expected a checkpoint (a dict of tensors and plain values), found {_article(state)}")
+        found = (
+            f"{state.of} as an object; objects are not built from files" if isinstance(state, Record) else _kind(state)
+        )
+        raise GramError(f"{path}: expected a checkpoint (a dict of tensors and plain values), found {found}")
     _check_tensors(path, state)
     return state
 
 
-# ---------------------------------------------------------------------------------------------- learning-rate schedules
-
-
 def schedule_state(scheduler: Any) -> dict[str, Any]:
-    """What a learning-rate scheduler has to keep: its plain values, those of its `successor` (a warm-up's) nested."""
+    """Return the plain values of a learning-rate scheduler, with those of its `successor` (after a warm-up) nested."""
     state = schedule_numbers(scheduler)
     successor = getattr(scheduler, "successor", None)
     return state if successor is None else {**state, "successor": schedule_state(successor)}
 
 
 def restore_schedule(scheduler: Any, saved: Any) -> None:
-    """Take a schedule back from `schedule_state`, or from what Dassl saved.
+    """Restore a schedule from `schedule_state`, or from what Dassl saved.
 
-    Dassl saves a warm-up's successor as an object, with a copy of the optimiser inside. Its numbers are taken; the
-    successor goes on driving the optimiser that the scheduler was built for. Restore the optimiser too: a schedule
+    Dassl saves a warm-up's successor as an object, with a copy of the optimiser inside. Only its numbers are taken; the
+    successor still drives the optimiser that the scheduler was built for. Restore the optimiser too: a schedule
     multiplies the rates it finds there.
     """
     numbers = schedule_numbers(saved)
@@ -105,28 +99,18 @@ def restore_schedule(scheduler: Any, saved: Any) -> None:
     vars(scheduler).update({key: value for key, value in numbers.items() if key in own})
     successor = getattr(scheduler, "successor", None)
     if successor is not None:
-        restore_schedule(successor, _part(saved, "successor"))
+        restore_schedule(successor, _attributes(saved).get("successor"))
 
 
 def schedule_numbers(state: Any) -> dict[str, Any]:
-    """The plain values of a scheduler: of its state dict, of the object, or of the `Record` of one."""
-    attributes = _attributes(state)
-    return {key: value for key, value in attributes.items() if isinstance(key, str) and _is_plain(value)}
+    """Return the plain values of a scheduler: of its state dict, of the object, or of the `Record` of one."""
+    return {key: value for key, value in _attributes(state).items() if isinstance(key, str) and _is_plain(value)}
 
 
 def _attributes(state: Any) -> Mapping[Any, Any]:
     if isinstance(state, Record):
         state = state.state
-    if isinstance(state, Mapping):
-        return state
-    return getattr(state, "__dict__", {})
-
-
-def _part(state: Any, name: str) -> Any:
-    return _attributes(state).get(name)
-
-
-# ------------------------------------------------------------------------------------------------------------ loading
+    return state if isinstance(state, Mapping) else getattr(state, "__dict__", {})
 
 
 def _load(path: Path, map_location: Any) -> Any:
@@ -135,25 +119,26 @@ def _load(path: Path, map_location: Any) -> Any:
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
     except (pickle.UnpicklingError, UnicodeDecodeError):
-        pass  # something else than tensors and plain values is in it, or it is no pickle at all
+        pass  # it holds more than tensors and plain values, or it is no pickle at all
     except Exception as error:
-        raise GramError(_unreadable(path, error)) from error
+        raise _unreadable(path, error) from error
+    options = {"weights_only": False, "pickle_module": _RESTRICTED, "encoding": "latin1"}  # latin1: Python 2's pickles
     try:
-        # the second reading, with classes left out; latin1 reads what Python 2 wrote, and changes nothing else
-        return torch.load(
-            path, map_location=map_location, weights_only=False, pickle_module=_RESTRICTED, encoding="latin1"
-        )
-    except Exception as error:  # whatever a damaged or forged file makes the unpickler stumble over
-        raise GramError(_unreadable(path, error)) from error
+        return torch.load(path, map_location=map_location, **options)
+    except Exception as error:  # a damaged or forged file may raise anything
+        raise _unreadable(path, error) from error
 
 
-def _unreadable(path: Path, error: Exception) -> str:
-    found = in_one_line(error)
-    return f"{path}: expected a checkpoint of tensors and plain values, found something that is not ({found})"
+def _unreadable(path: Path, error: Exception) -> GramError:
+    return _other(path, f"something that is not ({in_one_line(error)})")
+
+
+def _other(path: Path, found: str) -> GramError:
+    return GramError(f"{path}: expected a checkpoint of tensors and plain values, found {found}")
 
 
 def _refuse_other_archives(path: Path) -> None:
-    """`torch.load` also takes TorchScript, which is code, and archives of 2016, which it would unpack."""
+    """Raise for two kinds of files that `torch.load` takes too: TorchScript, which is code, and tar archives of 2016."""
     with open(path, "rb") as file:
         start = file.read(4)
     if start == b"PK\x03\x04":
@@ -161,27 +146,25 @@ def _refuse_other_archives(path: Path) -> None:
 
         try:
             names = torch._C.PyTorchFileReader(os.fspath(path)).get_all_records()
-        except Exception as error:  # a damaged archive; of several kinds, a name that is no text among them
-            raise GramError(_unreadable(path, error)) from error
+        except Exception as error:  # a damaged archive raises errors of several classes
+            raise _unreadable(path, error) from error
         if "constants.pkl" in names:
-            raise GramError(f"{path}: expected a checkpoint of tensors and plain values, found TorchScript code")
+            raise _other(path, "TorchScript code")
     elif tarfile.is_tarfile(path):
-        raise GramError(f"{path}: expected a checkpoint of tensors and plain values, found a tar archive")
+        raise _other(path, "a tar archive")
 
 
 def _check_tensors(path: Path, state: dict[str, Any]) -> None:
-    """A state dict with objects in it would fail much later, and less clearly."""
+    """Raise if the state dict holds something else than tensors, which would fail later and less clearly."""
     tensors = state.get("state_dict")
-    if not isinstance(tensors, Mapping):
-        if tensors is None:
-            return
-        raise GramError(f"{path}: expected tensors by name as state_dict, found {_article(tensors)}")
-    for name, value in tensors.items():
+    if tensors is not None and not isinstance(tensors, Mapping):
+        raise GramError(f"{path}: expected tensors by name as state_dict, found {_kind(tensors)}")
+    for name, value in (tensors or {}).items():
         if isinstance(value, Record):
             raise GramError(f"{path}: expected a tensor as {name} in state_dict, found {value.of} as an object")
 
 
-def _article(value: Any) -> str:
+def _kind(value: Any) -> str:
     return value.of if isinstance(value, Record) else f"a {type(value).__name__}"
 
 
@@ -193,11 +176,8 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-# ------------------------------------------------------------------------------------------- the restricted unpickler
-
-
 class _Safe:
-    """One function that a checkpoint may call. Not the function itself: a file could set attributes on that."""
+    """Wraps a function that a checkpoint may call, so that the file cannot set attributes of the function."""
 
     __slots__ = ("_function",)
 
@@ -214,7 +194,7 @@ class _Safe:
 
 
 def _safe_functions() -> dict[str, Callable[..., Any]]:
-    """What may be called: rebuilding tensors, containers of plain values, NumPy's numbers."""
+    """Return the functions that a checkpoint may call: they build tensors, containers of plain values, NumPy's numbers."""
     import torch
 
     table: dict[str, Callable[..., Any]] = {
@@ -228,7 +208,7 @@ def _safe_functions() -> dict[str, Callable[..., Any]]:
         "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
         "numpy.core.multiarray.scalar": _numpy_number,
         "numpy._core.multiarray.scalar": _numpy_number,
-        "_codecs.encode": _encode,
+        "_codecs.encode": lambda text, encoding="latin1": text.encode("latin1"),  # protocol 2 writes bytes like this
     }
     for module in ("builtins", "__builtin__"):  # today's name, and Python 2's
         table |= {f"{module}.{kind.__name__}": kind for kind in (set, frozenset, complex)}
@@ -236,17 +216,12 @@ def _safe_functions() -> dict[str, Callable[..., Any]]:
 
 
 def _numpy_number(dtype: Any, data: Any = None) -> Any:
-    """A NumPy number, such as a validation accuracy, as Python's."""
+    """Return a NumPy number, such as a validation accuracy, as Python's."""
     kinds = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "u1": "B", "b1": "?"}
     kind = dtype.args[0] if isinstance(dtype, Record) and dtype.args else None
     if kind not in kinds or not isinstance(data, bytes):
         return Record(dtype, data)
     return struct.unpack(f"<{kinds[kind]}", data)[0]
-
-
-def _encode(text: str, encoding: str = "latin1") -> bytes:
-    """How protocol 2 of pickle writes bytes."""
-    return text.encode("latin1")
 
 
 class _Unpickler(pickle.Unpickler):

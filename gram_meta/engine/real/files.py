@@ -7,11 +7,10 @@ import importlib
 import io
 import os
 import tempfile
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from gram_meta.engine.checkpoints import read_checkpoint
+from gram_meta.engine.builtin.utils.torchtools import load_checkpoint
 from gram_meta.engine.real.fix import Fix, rebind
 
 
@@ -24,8 +23,6 @@ def fixes() -> list[Fix]:
         Fix("B12", "closing the log file leaves the console open", _closes_console, _close_file_alone),
     ]
 
-
-# ------------------------------------------------------------------------------------------------------- checkpoints
 
 _executed: list[str] = []
 
@@ -64,20 +61,6 @@ def _load_safely() -> None:
     rebind(importlib.import_module("dassl.utils.torchtools").load_checkpoint, load_checkpoint)
 
 
-def load_checkpoint(fpath: str) -> dict[str, Any]:
-    """Read a checkpoint as Dassl's `load_checkpoint` does, with `gram_meta.engine.checkpoints`."""
-    import torch
-
-    if fpath is None:
-        raise ValueError("File path is None")
-    if not Path(fpath).exists():
-        raise FileNotFoundError(f'File is not found at "{fpath}"')
-    return read_checkpoint(fpath, map_location=None if torch.cuda.is_available() else "cpu")
-
-
-# ------------------------------------------------------------------------------------------------- confusion matrices
-
-
 def _matrix_is_numpy() -> bool:
     """Return whether `torch.load` refuses the confusion matrix that the evaluator writes."""
     import torch
@@ -105,9 +88,6 @@ def _matrix_of_tensors() -> None:
         return torch.from_numpy(compute(*args, **kwargs))
 
     module.confusion_matrix = confusion_matrix
-
-
-# -------------------------------------------------------------------------------------------------------------- logger
 
 
 def _logger() -> Any:

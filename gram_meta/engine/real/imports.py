@@ -87,9 +87,6 @@ def _pip(module: str) -> str:
     return f"python -m pip install {PIP_NAMES.get(package, package)}"
 
 
-# ----------------------------------------------------------------------------------------------------------- B6: wilds
-
-
 def _fill_wilds(module: ModuleType, fill: Callable[[], None]) -> None:
     """Import the datasets of WILDS; where that fails, register placeholders that say why when one is asked for."""
     global _without_wilds
@@ -144,9 +141,6 @@ def _fix_workers(restore: Callable[[str, str], Any]) -> None:
     importlib.import_module("dassl.data.data_manager").DatasetWrapper.__reduce__ = reduce
 
 
-# ----------------------------------------------------------------------------------------------------- B8: TensorBoard
-
-
 class SummaryWriter:
     """Replaces TensorBoard's writer where that is not installed: prints so once, and writes nothing."""
 
@@ -177,9 +171,6 @@ def _fill_trainer(module: ModuleType, fill: Callable[[], None]) -> None:
         _without_tensorboard = True
     else:
         fill()
-
-
-# ------------------------------------------------------------------------------------------------------ the import hook
 
 
 class _Finder(MetaPathFinder):

@@ -8,12 +8,12 @@ __all__ = ["clean_cfg", "get_cfg_default"]
 
 
 def get_cfg_default() -> CfgNode:
-    """A fresh copy of the defaults, to be extended and merged into."""
+    """Return a fresh copy of the defaults, to be extended and merged into."""
     return cfg_default.clone()
 
 
 def clean_cfg(cfg: CfgNode, trainer: str) -> None:
-    """Drop the options of other trainers than `trainer`, so that a printed config shows what matters."""
+    """Remove the options of other trainers than `trainer`, so that a printed config is short."""
     for key in list(cfg.TRAINER):
         if key not in ("NAME", trainer.upper()):
             cfg.TRAINER.pop(key)

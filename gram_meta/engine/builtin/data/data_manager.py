@@ -32,7 +32,7 @@ def build_data_loader(
     is_train: bool = True,
     dataset_wrapper: type | None = None,
 ) -> DataLoader:
-    """A loader over a list of `Datum`. A training loader drops the last short batch when there is a full one."""
+    """Return a loader over a list of `Datum`. A training loader drops the last short batch if there is a full one."""
     if not data_source:
         raise GramError(f"{cfg.DATASET.NAME}: a {'training' if is_train else 'test'} split has no images")
     sampler = build_sampler(
@@ -61,7 +61,7 @@ class DataManager:
         custom_tfm_test: Callable | None = None,
         dataset_wrapper: type | None = None,
     ) -> None:
-        dataset = build_dataset(cfg)
+        dataset, loaders = build_dataset(cfg), cfg.DATALOADER
         if custom_tfm_train is None:
             custom_tfm_train = build_transform(cfg, is_train=True)
         else:
@@ -72,30 +72,14 @@ class DataManager:
             print("* Using custom transform for testing")
 
         def train_loader(source: Sequence[Any], node: CfgNode) -> DataLoader:
-            return build_data_loader(
-                cfg,
-                node.SAMPLER,
-                source,
-                node.BATCH_SIZE,
-                node.N_DOMAIN,
-                node.N_INS,
-                tfm=custom_tfm_train,
-                is_train=True,
-                dataset_wrapper=dataset_wrapper,
-            )
+            draws = node.SAMPLER, source, node.BATCH_SIZE, node.N_DOMAIN, node.N_INS
+            return build_data_loader(cfg, *draws, custom_tfm_train, True, dataset_wrapper)
 
         def test_loader(source: Sequence[Any]) -> DataLoader:
-            return build_data_loader(
-                cfg,
-                cfg.DATALOADER.TEST.SAMPLER,
-                source,
-                cfg.DATALOADER.TEST.BATCH_SIZE,
-                tfm=custom_tfm_test,
-                is_train=False,
-                dataset_wrapper=dataset_wrapper,
-            )
+            draws = loaders.TEST.SAMPLER, source, loaders.TEST.BATCH_SIZE
+            options = {"tfm": custom_tfm_test, "is_train": False, "dataset_wrapper": dataset_wrapper}
+            return build_data_loader(cfg, *draws, **options)
 
-        loaders = cfg.DATALOADER
         self.train_loader_x = train_loader(dataset.train_x, loaders.TRAIN_X)
         self.train_loader_u = None
         if dataset.train_u:
@@ -105,39 +89,21 @@ class DataManager:
         self.test_loader = test_loader(dataset.test)
 
         self.dataset = dataset
-        self._num_classes = dataset.num_classes
-        self._num_source_domains = len(cfg.DATASET.SOURCE_DOMAINS)
-        self._lab2cname = dataset.lab2cname
+        self.num_classes, self.lab2cname = dataset.num_classes, dataset.lab2cname
+        self.num_source_domains = len(cfg.DATASET.SOURCE_DOMAINS)
         if cfg.VERBOSE:
             self.show_dataset_summary(cfg)
 
-    @property
-    def num_classes(self) -> int:
-        return self._num_classes
-
-    @property
-    def num_source_domains(self) -> int:
-        return self._num_source_domains
-
-    @property
-    def lab2cname(self) -> dict[int, str]:
-        return self._lab2cname
-
     def show_dataset_summary(self, cfg: CfgNode) -> None:
-        """Print a table of what there is."""
+        """Print a table of the dataset's parts and their sizes."""
         rows = [("Dataset", cfg.DATASET.NAME)]
         if cfg.DATASET.SOURCE_DOMAINS:
             rows.append(("Source", str(cfg.DATASET.SOURCE_DOMAINS)))
         if cfg.DATASET.TARGET_DOMAINS:
             rows.append(("Target", str(cfg.DATASET.TARGET_DOMAINS)))
         rows.append(("# classes", f"{self.num_classes:,}"))
-        for name, items in (
-            ("train_x", self.dataset.train_x),
-            ("train_u", self.dataset.train_u),
-            ("val", self.dataset.val),
-            ("test", self.dataset.test),
-        ):
-            if items:
+        for name in ("train_x", "train_u", "val", "test"):
+            if items := getattr(self.dataset, name):
                 rows.append((f"# {name}", f"{len(items):,}"))
         left, right = (max(len(row[i]) for row in rows) for i in (0, 1))
         rule = f"{'-' * left}  {'-' * right}"
@@ -152,10 +118,7 @@ class DatasetWrapper(TorchDataset):
     """
 
     def __init__(self, cfg: CfgNode, data_source: Sequence[Any], transform: Any = None, is_train: bool = False) -> None:
-        self.cfg = cfg
-        self.data_source = data_source
-        self.transform = transform
-        self.is_train = is_train
+        self.cfg, self.data_source, self.transform, self.is_train = cfg, data_source, transform, is_train
         self.k_tfm = cfg.DATALOADER.K_TRANSFORMS if is_train else 1
         self.return_img0 = cfg.DATALOADER.RETURN_IMG0
         if self.k_tfm > 1 and transform is None:

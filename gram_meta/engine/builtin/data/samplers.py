@@ -1,4 +1,4 @@
-"""In which order a loader goes through its images."""
+"""Orders in which a loader goes through its images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = ("RandomSampler", "SequentialSampler", "RandomDomainSampler", "SeqDomain
 
 
 class RandomDomainSampler(Sampler):
-    """Batches of `n_domain` random domains with equally many images each; ends when a drawn domain runs short."""
+    """Draw batches of `n_domain` random domains with equally many images each, until a drawn domain runs short."""
 
     def __init__(self, data_source: Sequence[Any], batch_size: int, n_domain: int) -> None:
         self.domain_dict = defaultdict(list)
@@ -45,7 +45,7 @@ class RandomDomainSampler(Sampler):
         return iter(order)
 
     def next_domains(self) -> list[Any]:
-        """The domains of a batch."""
+        """Return the domains of a batch."""
         return random.sample(self.domains, self.n_domain)
 
     def __len__(self) -> int:
@@ -53,7 +53,7 @@ class RandomDomainSampler(Sampler):
 
 
 class SeqDomainSampler(RandomDomainSampler):
-    """The same with all domains in every batch, in their order."""
+    """Draw batches of all domains, in their order, with equally many images each."""
 
     def __init__(self, data_source: Sequence[Any], batch_size: int) -> None:
         super().__init__(data_source, batch_size, n_domain=0)
@@ -63,7 +63,7 @@ class SeqDomainSampler(RandomDomainSampler):
 
 
 class RandomClassSampler(Sampler):
-    """Batches of random classes with `n_ins` images each."""
+    """Draw batches of random classes with `n_ins` images each."""
 
     def __init__(self, data_source: Sequence[Any], batch_size: int, n_ins: int) -> None:
         if batch_size < n_ins:
@@ -90,7 +90,7 @@ class RandomClassSampler(Sampler):
         return iter(order)
 
     def _groups(self, indices: list[int]) -> list[list[int]]:
-        """The images of a class in random groups of `n_ins`; a class with fewer repeats some of them."""
+        """Return the images of a class in random groups of `n_ins`; a class with fewer repeats some of them."""
         indices = list(indices)
         if len(indices) < self.n_ins:
             indices = np.random.choice(indices, size=self.n_ins, replace=True).tolist()
@@ -109,7 +109,7 @@ def build_sampler(
     n_domain: int = 0,
     n_ins: int = 16,
 ) -> Sampler:
-    """The sampler of that name over `data_source`."""
+    """Return the sampler of that name over `data_source`."""
     if sampler_type == "RandomSampler":
         return RandomSampler(data_source)
     if sampler_type == "SequentialSampler":

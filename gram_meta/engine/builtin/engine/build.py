@@ -4,14 +4,11 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from gram_meta.engine.builtin.utils import Registry, check_availability
+from gram_meta.engine.builtin.utils.registry import Registry, build
 
 TRAINER_REGISTRY = Registry("TRAINER")
 
 
 def build_trainer(cfg: CfgNode) -> Any:
-    """The trainer that TRAINER.NAME names."""
-    check_availability(cfg.TRAINER.NAME, TRAINER_REGISTRY.registered_names())
-    if cfg.VERBOSE:
-        print(f"Loading trainer: {cfg.TRAINER.NAME}")
-    return TRAINER_REGISTRY.get(cfg.TRAINER.NAME)(cfg)
+    """Build the trainer that TRAINER.NAME names."""
+    return build(TRAINER_REGISTRY, "Loading trainer", cfg.TRAINER.NAME, cfg.VERBOSE, cfg)

@@ -79,19 +79,15 @@ class TrainerBase:
         self._scheds: OrderedDict[str, Any] = OrderedDict()
         self._writer: Any = None
 
-    # ------------------------------------------------------------------------------------------------ models
-
     def register_model(self, name: str = "model", model: Any = None, optim: Any = None, sched: Any = None) -> None:
         """Make a model known by `name`: to checkpoints, train/eval mode and the learning-rate schedule."""
         if "_models" not in self.__dict__:
             raise AttributeError("Cannot assign model before super().__init__() call")
         assert name not in self._models, f"two models are named {name!r}"
-        self._models[name] = model
-        self._optims[name] = optim
-        self._scheds[name] = sched
+        self._models[name], self._optims[name], self._scheds[name] = model, optim, sched
 
     def get_model_names(self, names: Any = None) -> list[str]:
-        """`names` as a list, checked; all names for None."""
+        """Return `names` as a list, checked; all names for None."""
         known = list(self._models)
         if names is None:
             return known
@@ -101,13 +97,11 @@ class TrainerBase:
         return names
 
     def set_model_mode(self, mode: str = "train", names: Any = None) -> None:
-        """ "train", or "test" / "eval"."""
+        """Set training mode ("train") or evaluation mode ("test", "eval")."""
         if mode not in ("train", "test", "eval"):
             raise KeyError(mode)
         for name in self.get_model_names(names):
             self._models[name].train(mode == "train")
-
-    # ------------------------------------------------------------------------------------------- checkpoints
 
     def save_model(
         self, epoch: int, directory: str, is_best: bool = False, val_result: Any = None, model_name: str = ""
@@ -125,7 +119,7 @@ class TrainerBase:
             save_checkpoint(state, os.path.join(directory, name), is_best=is_best, model_name=model_name)
 
     def resume_model_if_exist(self, directory: str) -> int:
-        """Load the last checkpoint of every model under `directory`; the epoch to start with (0 without any)."""
+        """Load the last checkpoint of every model under `directory`; return the epoch to start with (0: none found)."""
         names = self.get_model_names()
         there = [os.path.exists(os.path.join(directory, name, "checkpoint")) for name in names]
         if not names or not all(there):
@@ -155,10 +149,8 @@ class TrainerBase:
             print(f"Load {path} to {name} (epoch={checkpoint['epoch']}, val_result={result})")
             self._models[name].load_state_dict(checkpoint["state_dict"])
 
-    # ----------------------------------------------------------------------------------------------- the loop
-
     def train(self, start_epoch: int, max_epoch: int) -> None:
-        """All epochs from `start_epoch` (from 0) up to `max_epoch`."""
+        """Train all epochs from `start_epoch` (from 0) up to `max_epoch`."""
         self.start_epoch = start_epoch
         self.max_epoch = max_epoch
         self.before_train()  # may move start_epoch, when a run is resumed
@@ -199,8 +191,6 @@ class TrainerBase:
     def model_inference(self, input: Any) -> Any:
         raise NotImplementedError
 
-    # ------------------------------------------------------------------------------------------- optimisation
-
     def model_zero_grad(self, names: Any = None) -> None:
         for name in self.get_model_names(names):
             if self._optims[name] is not None:
@@ -228,8 +218,6 @@ class TrainerBase:
     def detect_anomaly(self, loss: torch.Tensor) -> None:
         if not torch.isfinite(loss).all():
             raise FloatingPointError("Loss is infinite or NaN!")
-
-    # -------------------------------------------------------------------------------------------- TensorBoard
 
     def init_writer(self, log_dir: str) -> None:
         if self._writer is not None:
@@ -268,18 +256,14 @@ class SimpleTrainer(TrainerBase):
         self.best_result = -float("inf")
 
     def check_cfg(self, cfg: CfgNode) -> None:
-        """Refuse a config that this trainer cannot follow."""
+        """Raise an error for a config that this trainer cannot follow."""
 
     def build_data_loader(self) -> None:
-        manager = DataManager(self.cfg)
-        self.train_loader_x = manager.train_loader_x
-        self.train_loader_u = manager.train_loader_u  # may be None
-        self.val_loader = manager.val_loader  # may be None
-        self.test_loader = manager.test_loader
-        self.num_classes = manager.num_classes
-        self.num_source_domains = manager.num_source_domains
-        self.lab2cname = manager.lab2cname
-        self.dm = manager
+        self.dm = dm = DataManager(self.cfg)
+        self.train_loader_x, self.train_loader_u = dm.train_loader_x, dm.train_loader_u  # the second may be None
+        self.val_loader, self.test_loader = dm.val_loader, dm.test_loader  # the first may be None
+        self.num_classes, self.num_source_domains = dm.num_classes, dm.num_source_domains
+        self.lab2cname = dm.lab2cname
 
     def build_model(self) -> None:
         """Build and register the model, its optimiser and its scheduler; trainers have their own."""
@@ -329,7 +313,7 @@ class SimpleTrainer(TrainerBase):
 
     @torch.no_grad()
     def test(self, split: str | None = None) -> float:
-        """Evaluate on `split` (TEST.SPLIT without one); prints the evaluator's lines, returns its first result."""
+        """Evaluate on `split` (default: TEST.SPLIT), print the evaluator's lines, and return its first result."""
         self.set_model_mode("eval")
         self.evaluator.reset()
         split = self.cfg.TEST.SPLIT if split is None else split
@@ -337,7 +321,7 @@ class SimpleTrainer(TrainerBase):
         if split != "val" or loader is None:
             split, loader = "test", self.test_loader
         print(f"Evaluate on the *{split}* set")
-        for batch in tqdm(loader, disable=None):  # no bar where nobody looks
+        for batch in tqdm(loader, disable=None):  # no bar where stderr is no terminal
             input, label = self.parse_batch_test(batch)
             self.evaluator.process(self.model_inference(input), label)
         results = self.evaluator.evaluate()

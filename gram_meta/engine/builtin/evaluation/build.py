@@ -4,14 +4,11 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from gram_meta.engine.builtin.utils import Registry, check_availability
+from gram_meta.engine.builtin.utils.registry import Registry, build
 
 EVALUATOR_REGISTRY = Registry("EVALUATOR")
 
 
 def build_evaluator(cfg: CfgNode, **kwargs: Any) -> Any:
-    """The evaluator that TEST.EVALUATOR names."""
-    check_availability(cfg.TEST.EVALUATOR, EVALUATOR_REGISTRY.registered_names())
-    if cfg.VERBOSE:
-        print(f"Loading evaluator: {cfg.TEST.EVALUATOR}")
-    return EVALUATOR_REGISTRY.get(cfg.TEST.EVALUATOR)(cfg, **kwargs)
+    """Build the evaluator that TEST.EVALUATOR names."""
+    return build(EVALUATOR_REGISTRY, "Loading evaluator", cfg.TEST.EVALUATOR, cfg.VERBOSE, cfg, **kwargs)

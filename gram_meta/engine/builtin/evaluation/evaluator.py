@@ -17,7 +17,7 @@ __all__ = ["Classification", "EvaluatorBase"]
 
 
 class EvaluatorBase:
-    """reset(), then process() per batch, then evaluate()."""
+    """Called as reset(), then process() for each batch, then evaluate()."""
 
     def __init__(self, cfg: CfgNode) -> None:
         self.cfg = cfg
@@ -34,7 +34,7 @@ class EvaluatorBase:
 
 @EVALUATOR_REGISTRY.register()
 class Classification(EvaluatorBase):
-    """Single-label classification; all results in percent."""
+    """Scores single-label classification; all results are percentages."""
 
     def __init__(self, cfg: CfgNode, lab2cname: dict[int, str] | None = None, **kwargs: Any) -> None:
         super().__init__(cfg)
@@ -50,7 +50,7 @@ class Classification(EvaluatorBase):
         self._y_pred: list[int] = []
 
     def process(self, mo: torch.Tensor, gt: torch.Tensor) -> None:
-        """`mo` (B, N): scores; `gt` (B,): labels."""
+        """Count a batch of scores `mo` (B, N) with labels `gt` (B,)."""
         predicted = mo.max(1)[1]
         self._correct += int((predicted == gt).sum())
         self._total += gt.shape[0]
@@ -64,14 +64,8 @@ class Classification(EvaluatorBase):
         results = OrderedDict(
             accuracy=accuracy, error_rate=100.0 - accuracy, macro_f1=100.0 * _macro_f1(true, predicted)
         )
-        print(
-            "=> result\n"
-            f"* total: {self._total:,}\n"
-            f"* correct: {self._correct:,}\n"
-            f"* accuracy: {accuracy:.1f}%\n"
-            f"* error: {results['error_rate']:.1f}%\n"
-            f"* macro_f1: {results['macro_f1']:.1f}%"
-        )
+        print(f"=> result\n* total: {self._total:,}\n* correct: {self._correct:,}\n* accuracy: {accuracy:.1f}%")
+        print(f"* error: {results['error_rate']:.1f}%\n* macro_f1: {results['macro_f1']:.1f}%")
         if self.cfg.TEST.PER_CLASS_RESULT:
             results["perclass_accuracy"] = self._print_classes(true, predicted)
         if self.cfg.TEST.COMPUTE_CMAT:
@@ -95,7 +89,7 @@ class Classification(EvaluatorBase):
         return mean
 
     def _save_confusion(self, true: np.ndarray, predicted: np.ndarray) -> None:
-        """Rows: true classes; columns: predicted ones; rows sum to 1 (a class that never occurs: zeros)."""
+        """Write the matrix of true classes (rows) and predicted ones; rows sum to 1, or are zero for an absent class."""
         labels = np.unique(np.concatenate([true, predicted]))
         counts = np.zeros((len(labels), len(labels)))
         np.add.at(counts, (np.searchsorted(labels, true), np.searchsorted(labels, predicted)), 1)
@@ -106,7 +100,7 @@ class Classification(EvaluatorBase):
 
 
 def _macro_f1(true: np.ndarray, predicted: np.ndarray) -> float:
-    """Mean over the classes in `true` of 2 TP / (2 TP + FP + FN)."""
+    """Return the mean over the classes in `true` of 2 TP / (2 TP + FP + FN)."""
     scores = []
     for label in np.unique(true):
         is_true, is_predicted = true == label, predicted == label

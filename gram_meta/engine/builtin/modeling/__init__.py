@@ -1,10 +1,8 @@
 """Registries for networks. CoOp-style trainers bring CLIP themselves, so the built-in engine has none in them."""
 
-from __future__ import annotations
-
 from typing import Any
 
-from gram_meta.engine.builtin.utils import Registry, check_availability
+from gram_meta.engine.builtin.utils.registry import Registry, build
 
 BACKBONE_REGISTRY = Registry("BACKBONE")
 HEAD_REGISTRY = Registry("HEAD")
@@ -14,22 +12,15 @@ __all__ = ["BACKBONE_REGISTRY", "HEAD_REGISTRY", "NETWORK_REGISTRY", "build_back
 
 
 def build_backbone(name: str, verbose: bool = True, **kwargs: Any) -> Any:
-    """A registered backbone; it tells its width in `out_features`."""
-    return _build(BACKBONE_REGISTRY, "Backbone", name, verbose, kwargs)
+    """Build a registered backbone; its attribute `out_features` is its width."""
+    return build(BACKBONE_REGISTRY, "Backbone", name, verbose, **kwargs)
 
 
 def build_head(name: str, verbose: bool = True, **kwargs: Any) -> Any:
-    """A registered head; it tells its width in `out_features`."""
-    return _build(HEAD_REGISTRY, "Head", name, verbose, kwargs)
+    """Build a registered head; its attribute `out_features` is its width."""
+    return build(HEAD_REGISTRY, "Head", name, verbose, **kwargs)
 
 
 def build_network(name: str, verbose: bool = True, **kwargs: Any) -> Any:
-    """A registered network."""
-    return _build(NETWORK_REGISTRY, "Network", name, verbose, kwargs)
-
-
-def _build(registry: Registry, what: str, name: str, verbose: bool, kwargs: dict[str, Any]) -> Any:
-    check_availability(name, registry.registered_names())
-    if verbose:
-        print(f"{what}: {name}")
-    return registry.get(name)(**kwargs)
+    """Build a registered network."""
+    return build(NETWORK_REGISTRY, "Network", name, verbose, **kwargs)

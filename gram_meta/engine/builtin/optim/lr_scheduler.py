@@ -15,7 +15,7 @@ AVAI_SCHEDS = ["single_step", "multi_step", "cosine"]
 
 
 class WarmupScheduler(LRScheduler):
-    """`warmup_epoch` epochs at rates of its own (`warmup_lr`), then the successor's schedule from its beginning."""
+    """Runs `warmup_epoch` epochs at rates of its own (`warmup_lr`), then the successor's schedule from its beginning."""
 
     def __init__(self, optimizer: Optimizer, successor: LRScheduler, warmup_epoch: int, last_epoch: int = -1) -> None:
         self.successor = successor
@@ -23,7 +23,7 @@ class WarmupScheduler(LRScheduler):
         super().__init__(optimizer, last_epoch)
 
     def warmup_lr(self, base_lr: Any) -> float:
-        """The rate in epoch `self.last_epoch` (from 0) of the warm-up."""
+        """Return the rate in epoch `self.last_epoch` (from 0) of the warm-up."""
         raise NotImplementedError
 
     def get_lr(self) -> list[Any]:
@@ -39,16 +39,16 @@ class WarmupScheduler(LRScheduler):
             super().step() if epoch is None else super().step(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values only; the successor's state is nested, as it belongs to the same optimiser."""
+        """Return plain values only; the successor's state is nested, as it belongs to the same optimiser."""
         return schedule_state(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From `state_dict()`, or from what Dassl saved: the successor as an object."""
+        """Restore from `state_dict()`, or from what Dassl saved: the successor as an object."""
         restore_schedule(self, state_dict)
 
 
 class ConstantWarmupScheduler(WarmupScheduler):
-    """One rate through the whole warm-up."""
+    """Keeps one rate through the whole warm-up."""
 
     def __init__(
         self, optimizer: Optimizer, successor: LRScheduler, warmup_epoch: int, cons_lr: float, last_epoch: int = -1
@@ -61,7 +61,7 @@ class ConstantWarmupScheduler(WarmupScheduler):
 
 
 class LinearWarmupScheduler(WarmupScheduler):
-    """`min_lr` in the first epoch, then e / warmup_epoch of the full rate in epoch e."""
+    """Takes `min_lr` in the first epoch, then e / warmup_epoch of the full rate in epoch e."""
 
     def __init__(
         self, optimizer: Optimizer, successor: LRScheduler, warmup_epoch: int, min_lr: float, last_epoch: int = -1
@@ -74,7 +74,7 @@ class LinearWarmupScheduler(WarmupScheduler):
 
 
 def build_lr_scheduler(optimizer: Optimizer, optim_cfg: CfgNode) -> LRScheduler:
-    """The schedule that OPTIM.LR_SCHEDULER names, after the warm-up that OPTIM.WARMUP_* describes."""
+    """Build the schedule that OPTIM.LR_SCHEDULER names, after the warm-up that OPTIM.WARMUP_* describes."""
     c = optim_cfg
     if c.LR_SCHEDULER == "single_step":
         scheduler: LRScheduler = StepLR(optimizer, step_size=_step_size(c), gamma=c.GAMMA)

@@ -18,7 +18,7 @@ AVAI_OPTIMS = ["adam", "amsgrad", "sgd", "rmsprop", "radam", "adamw"]
 def build_optimizer(
     model: nn.Module | Iterable[Any], optim_cfg: CfgNode, param_groups: Any = None
 ) -> torch.optim.Optimizer:
-    """The optimiser that OPTIM.NAME names, over `param_groups`, else over `model` (a module or its parameters)."""
+    """Build the optimiser that OPTIM.NAME names, over `param_groups`, else over `model` (a module or its parameters)."""
     c = optim_cfg
     if c.NAME not in AVAI_OPTIMS:
         raise GramError(f"OPTIM.NAME is {c.NAME!r}; expected one of {', '.join(AVAI_OPTIMS)}")
@@ -46,7 +46,7 @@ def _parameters(model: nn.Module | Iterable[Any]) -> Iterable[Any]:
 
 
 def _staged(model: Any, c: CfgNode) -> list[dict[str, Any]]:
-    """Two groups: the layers of OPTIM.NEW_LAYERS at the full rate, all others at BASE_LR_MULT of it."""
+    """Return two groups: the layers of OPTIM.NEW_LAYERS at the full rate, all others at BASE_LR_MULT of it."""
     if not isinstance(model, nn.Module):
         raise TypeError("OPTIM.STAGED_LR needs an nn.Module")
     model = model.module if isinstance(model, nn.DataParallel) else model

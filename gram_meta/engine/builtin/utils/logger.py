@@ -1,4 +1,4 @@
-"""Everything that is printed also goes to a file."""
+"""A copy of what is printed, in a file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Logger", "setup_logger"]
 
 
 class Logger:
-    """Stands in for `sys.stdout`: writes to the console and to a file. `close` closes the file alone."""
+    """Replaces `sys.stdout`: writes to the console and to a file. `close` closes the file alone."""
 
     def __init__(self, fpath: str | None = None, mode: str = "w") -> None:
         self.console: TextIO = sys.stdout
@@ -53,9 +53,9 @@ class Logger:
 
 
 def setup_logger(output: str | None = None) -> None:
-    """Copy what is printed to `output`, a .txt or .log file, or else a folder that gets a log.txt.
+    """Copy what is printed to `output`: a .txt or .log file, or else a folder, in which it writes log.txt.
 
-    An existing file is kept: the new one then ends in the date.
+    An existing file is kept; the name of the new one then ends in the date.
     """
     if output is None:
         return

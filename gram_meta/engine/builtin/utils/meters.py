@@ -11,7 +11,7 @@ __all__ = ["AverageMeter", "MetricMeter"]
 
 
 class AverageMeter:
-    """The latest value (`val`) and the mean so far (`avg`; with `ema`, a moving average that keeps 0.9)."""
+    """Keeps the latest value (`val`) and the mean so far (`avg`; with `ema`, a moving average that keeps 0.9)."""
 
     def __init__(self, ema: bool = False) -> None:
         self.ema = ema
@@ -31,7 +31,7 @@ class AverageMeter:
 
 
 class MetricMeter:
-    """An `AverageMeter` per name; its text is `name val (avg)` for each."""
+    """Keeps an `AverageMeter` for each name; its text is `name val (avg)` for each."""
 
     def __init__(self, delimiter: str = " ") -> None:
         self.meters: dict[str, AverageMeter] = defaultdict(AverageMeter)

@@ -1,4 +1,4 @@
-"""Files, seeds, names, and what this environment is."""
+"""Files, seeds, names, and a description of this environment."""
 
 from __future__ import annotations
 
@@ -19,28 +19,19 @@ from PIL import Image
 from gram_meta.errors import GramError
 
 __all__ = [
-    "check_availability",
-    "check_isfile",
-    "collect_env_info",
-    "get_most_similar_str_to_a_from_b",
-    "listdir_nohidden",
-    "mkdir_if_missing",
-    "read_image",
-    "read_json",
-    "set_random_seed",
-    "tolist_if_not",
-    "write_json",
+    *("check_availability", "check_isfile", "collect_env_info", "get_most_similar_str_to_a_from_b", "listdir_nohidden"),
+    *("mkdir_if_missing", "read_image", "read_json", "set_random_seed", "tolist_if_not", "write_json"),
 ]
 
 
 def mkdir_if_missing(dirname: str) -> None:
-    """Make a folder and its parents; an existing one is left as it is."""
+    """Make a folder and its parents where they are missing."""
     if dirname:
         os.makedirs(dirname, exist_ok=True)
 
 
 def check_isfile(fpath: str) -> bool:
-    """Whether `fpath` is a file; warns where it is not."""
+    """Return whether `fpath` is a file; warn where it is not."""
     there = os.path.isfile(fpath)
     if not there:
         warnings.warn(f'No file found at "{fpath}"', stacklevel=2)
@@ -48,13 +39,13 @@ def check_isfile(fpath: str) -> bool:
 
 
 def read_json(fpath: str) -> Any:
-    """The contents of a JSON file."""
+    """Return the contents of a JSON file."""
     with open(fpath, encoding="utf-8") as file:
         return json.load(file)
 
 
 def write_json(obj: Any, fpath: str) -> None:
-    """Write JSON, making the folder where it is missing. (Object first, path second, as in Dassl.)"""
+    """Write JSON, and make its folder where it is missing. (Object first, path second, as in Dassl.)"""
     mkdir_if_missing(os.path.dirname(fpath))
     with open(fpath, "w", encoding="utf-8") as file:
         json.dump(obj, file, indent=4, separators=(",", ": "))
@@ -69,13 +60,13 @@ def set_random_seed(seed: int) -> None:
 
 
 def read_image(path: str) -> Image.Image:
-    """An image file as RGB."""
+    """Return an image file as RGB."""
     with Image.open(path) as image:
         return image.convert("RGB")
 
 
 def collect_env_info() -> str:
-    """Versions and devices, a line each."""
+    """Return versions and devices, a line each."""
     import torchvision
 
     lines = [
@@ -90,18 +81,18 @@ def collect_env_info() -> str:
 
 
 def listdir_nohidden(path: str, sort: bool = False) -> list[str]:
-    """Names in a folder that do not begin with a dot, in the file system's order unless `sort`."""
+    """Return the names in a folder that do not begin with a dot, in the file system's order unless `sort`."""
     names = [name for name in os.listdir(path) if not name.startswith(".")]
     return sorted(names) if sort else names
 
 
 def get_most_similar_str_to_a_from_b(a: str, b: Sequence[str]) -> str | None:
-    """The string in `b` that resembles `a` most; None for an empty `b`."""
+    """Return the string in `b` that resembles `a` most; None for an empty `b`."""
     return max(b, key=lambda candidate: SequenceMatcher(None, a, candidate).ratio(), default=None)
 
 
 def check_availability(requested: str, available: Sequence[str]) -> None:
-    """Refuse a name that is not in `available`, naming the nearest one."""
+    """Raise a `GramError` that names the nearest known name if `requested` is not in `available`."""
     if requested in available:
         return
     nearest = get_most_similar_str_to_a_from_b(requested, available)
@@ -111,5 +102,5 @@ def check_availability(requested: str, available: Sequence[str]) -> None:
 
 
 def tolist_if_not(x: Any) -> list:
-    """`x` if it is a list, else a list with `x` in it."""
+    """Return `x` if it is a list, else a list with `x` in it."""
     return x if isinstance(x, list) else [x]

@@ -1,4 +1,4 @@
-"""Checkpoints: tensors and plain values only, loaded as such."""
+"""Checkpoints of tensors and plain values, and the parameters of models."""
 
 from __future__ import annotations
 
@@ -15,13 +15,8 @@ from gram_meta.engine.checkpoints import read_checkpoint
 from gram_meta.files import atomic_write
 
 __all__ = [
-    "count_num_param",
-    "load_checkpoint",
-    "load_pretrained_weights",
-    "open_all_layers",
-    "open_specified_layers",
-    "resume_from_checkpoint",
-    "save_checkpoint",
+    *("count_num_param", "load_checkpoint", "load_pretrained_weights", "open_all_layers", "open_specified_layers"),
+    *("resume_from_checkpoint", "save_checkpoint"),
 ]
 
 
@@ -37,7 +32,7 @@ def save_checkpoint(
     With `is_best` a copy goes to `model-best.pth.tar`. `state` needs "state_dict" and "epoch" (counted from 1).
     """
     if remove_module_from_keys:
-        state["state_dict"] = {_without_module(key): value for key, value in state["state_dict"].items()}
+        state["state_dict"] = {key.removeprefix("module."): value for key, value in state["state_dict"].items()}
     name = model_name or f"model.pth.tar-{state['epoch']}"
     path = os.path.join(save_dir, name)
     with atomic_write(path) as file:
@@ -52,7 +47,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(fpath: str) -> dict[str, Any]:
-    """Read a checkpoint; see `gram_meta.engine.checkpoints`: nothing in it is executed."""
+    """Read a checkpoint without running code from it; see `gram_meta.engine.checkpoints`."""
     if fpath is None:
         raise ValueError("File path is None")
     if not os.path.exists(fpath):
@@ -61,7 +56,7 @@ def load_checkpoint(fpath: str) -> dict[str, Any]:
 
 
 def resume_from_checkpoint(fdir: str, model: nn.Module, optimizer: Any = None, scheduler: Any = None) -> int:
-    """Load the checkpoint that `<fdir>/checkpoint` names into model, optimiser and scheduler; its epoch."""
+    """Load the checkpoint that `<fdir>/checkpoint` names into model, optimiser and scheduler; return its epoch."""
     with open(os.path.join(fdir, "checkpoint"), encoding="utf-8") as file:
         path = os.path.join(fdir, file.readline().strip())
     print(f'Loading checkpoint from "{path}"')
@@ -79,12 +74,12 @@ def resume_from_checkpoint(fdir: str, model: nn.Module, optimizer: Any = None, s
 
 
 def load_pretrained_weights(model: nn.Module, weight_path: str) -> None:
-    """Copy into `model` the tensors of a checkpoint that agree in name and size; say which did not."""
+    """Copy into `model` the tensors of a checkpoint that agree in name and size; print the names of the others."""
     checkpoint = load_checkpoint(weight_path)
     own = model.state_dict()
     matched, discarded = {}, []
     for key, value in checkpoint.get("state_dict", checkpoint).items():
-        key = _without_module(key)
+        key = key.removeprefix("module.")
         if key in own and own[key].size() == value.size():
             matched[key] = value
         else:
@@ -116,13 +111,9 @@ def open_specified_layers(model: nn.Module, open_layers: str | list[str]) -> Non
 
 
 def count_num_param(model: nn.Module | None = None, params: Iterable[Any] | None = None) -> int:
-    """Number of values in a model's parameters, or in a list of parameters (or of groups of one)."""
+    """Return the number of values in a model's parameters, or in a list of parameters (or of groups of one)."""
     if model is not None:
         return sum(p.numel() for p in model.parameters())
     if params is not None:
         return sum(p["params"].numel() if isinstance(p, dict) else p.numel() for p in params)
     raise ValueError("model and params must provide at least one.")
-
-
-def _without_module(key: str) -> str:
-    return key.removeprefix("module.")

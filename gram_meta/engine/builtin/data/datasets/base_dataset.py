@@ -2,44 +2,34 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import random
 import tarfile
 import zipfile
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 from gram_meta.engine.builtin.utils import check_isfile, mkdir_if_missing
 
 __all__ = ["DatasetBase", "Datum"]
 
 
+def _attribute(name: str) -> Any:
+    """Return a read-only property of the attribute `name`."""
+    return property(operator.attrgetter(name))
+
+
 class Datum:
-    """One image: where it is, its label (from 0), its domain's number and its class's name."""
+    """One image: its path, its label (from 0), the number of its domain and the name of its class."""
+
+    impath, label, domain, classname = map(_attribute, ("_impath", "_label", "_domain", "_classname"))
 
     def __init__(self, impath: str = "", label: int = 0, domain: int = 0, classname: str = "") -> None:
         assert isinstance(impath, str), f"impath must be a string, got {type(impath).__name__}"
         assert check_isfile(impath), f'no image at "{impath}"'
-        self._impath = impath
-        self._label = label
-        self._domain = domain
-        self._classname = classname
-
-    @property
-    def impath(self) -> str:
-        return self._impath
-
-    @property
-    def label(self) -> int:
-        return self._label
-
-    @property
-    def domain(self) -> int:
-        return self._domain
-
-    @property
-    def classname(self) -> str:
-        return self._classname
+        self._impath, self._label, self._domain, self._classname = impath, label, domain, classname
 
     def __repr__(self) -> str:
         return f"Datum({self._impath!r}, label={self._label}, classname={self._classname!r})"
@@ -53,6 +43,9 @@ class DatasetBase:
 
     dataset_dir = ""  # folder of the dataset under DATASET.ROOT
     domains: Sequence[str] = []  # names of all domains, where there are any
+
+    train_x, train_u, val, test = map(_attribute, ("_train_x", "_train_u", "_val", "_test"))
+    lab2cname, classnames, num_classes = map(_attribute, ("_lab2cname", "_classnames", "_num_classes"))
 
     def __init__(
         self,
@@ -68,42 +61,14 @@ class DatasetBase:
         self._num_classes = self.get_num_classes(train_x or [])
         self._lab2cname, self._classnames = self.get_lab2cname(train_x or [])
 
-    @property
-    def train_x(self) -> list[Datum] | None:
-        return self._train_x
-
-    @property
-    def train_u(self) -> list[Datum] | None:
-        return self._train_u
-
-    @property
-    def val(self) -> list[Datum] | None:
-        return self._val
-
-    @property
-    def test(self) -> list[Datum] | None:
-        return self._test
-
-    @property
-    def lab2cname(self) -> dict[int, str]:
-        return self._lab2cname
-
-    @property
-    def classnames(self) -> list[str]:
-        return self._classnames
-
-    @property
-    def num_classes(self) -> int:
-        return self._num_classes
-
     @staticmethod
     def get_num_classes(data_source: Sequence[Datum]) -> int:
-        """Highest label + 1."""
+        """Return the highest label + 1."""
         return max(item.label for item in data_source) + 1
 
     @staticmethod
     def get_lab2cname(data_source: Sequence[Datum]) -> tuple[dict[int, str], list[str]]:
-        """(label -> class name, class names in the order of their labels)."""
+        """Return the class names by label, and in the order of their labels."""
         mapping = {item.label: item.classname for item in data_source}
         return mapping, [mapping[label] for label in sorted(mapping)]
 
@@ -141,9 +106,10 @@ class DatasetBase:
     def generate_fewshot_dataset(
         self, *data_sources: list[Datum], num_shots: int = -1, repeat: bool = False
     ) -> list[Datum] | list[list[Datum]] | tuple[list[Datum], ...]:
-        """`num_shots` images of each class, drawn with `random.sample`, per source; one source gives one list.
+        """Draw `num_shots` images of each class with `random.sample`, for each source; one source gives one list.
 
-        A class with fewer images gives all of them (with `repeat`: draws with replacement). Below 1 shot, everything.
+        A class with fewer images gives all of them (with `repeat`, draws with replacement). Below 1 shot, all images
+        are returned.
         """
         if num_shots < 1:
             return data_sources[0] if len(data_sources) == 1 else data_sources
@@ -160,15 +126,16 @@ class DatasetBase:
         return output[0] if len(output) == 1 else output
 
     def split_dataset_by_label(self, data_source: Sequence[Datum]) -> dict[int, list[Datum]]:
-        """Label -> its images, labels in the order of their first image."""
-        output = defaultdict(list)
-        for item in data_source:
-            output[item.label].append(item)
-        return output
+        """Return the images of each label, labels in the order of their first image."""
+        return _grouped(data_source, "label")
 
     def split_dataset_by_domain(self, data_source: Sequence[Datum]) -> dict[int, list[Datum]]:
-        """Domain -> its images, domains in the order of their first image."""
-        output = defaultdict(list)
-        for item in data_source:
-            output[item.domain].append(item)
-        return output
+        """Return the images of each domain, domains in the order of their first image."""
+        return _grouped(data_source, "domain")
+
+
+def _grouped(items: Sequence[Datum], key: str) -> dict[int, list[Datum]]:
+    output = defaultdict(list)
+    for item in items:
+        output[getattr(item, key)].append(item)
+    return output

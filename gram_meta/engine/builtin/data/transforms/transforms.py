@@ -1,4 +1,4 @@
-"""Training and test transforms from INPUT.*: which ones, in which order, and what the log says of them."""
+"""Training and test transforms from INPUT.*: which ones, in which order, and their lines in the log."""
 
 from __future__ import annotations
 
@@ -34,34 +34,19 @@ INTERPOLATION_MODES = {
     "nearest": InterpolationMode.NEAREST,
 }
 
+# center_crop is part of every test transform; naming it changes nothing
 AVAI_CHOICES = [
-    "random_flip",
-    "random_resized_crop",
-    "normalize",
-    "instance_norm",
-    "random_crop",
-    "random_translation",
-    "center_crop",  # part of every test transform; naming it changes nothing
-    "cutout",
-    "gaussian_noise",
-    "colorjitter",
-    "randomgrayscale",
-    "gaussian_blur",
+    *("random_flip", "random_resized_crop", "normalize", "instance_norm", "random_crop", "random_translation"),
+    *("center_crop", "cutout", "gaussian_noise", "colorjitter", "randomgrayscale", "gaussian_blur"),
 ]
-
 # Dassl has these too; no CoOp-style configuration uses them
 NOT_BUILT_IN = [
-    "imagenet_policy",
-    "cifar10_policy",
-    "svhn_policy",
-    "randaugment",
-    "randaugment_fixmatch",
-    "randaugment2",
+    *("imagenet_policy", "cifar10_policy", "svhn_policy", "randaugment", "randaugment_fixmatch", "randaugment2")
 ]
 
 
 class Random2DTranslation:
-    """With probability p: enlarge by 1/8 and crop (height, width) at a random place; else resize to it."""
+    """Enlarge by 1/8 and crop (height, width) at a random place, with probability p; else resize to that size."""
 
     def __init__(
         self, height: int, width: int, p: float = 0.5, interpolation: InterpolationMode = InterpolationMode.BILINEAR
@@ -79,7 +64,7 @@ class Random2DTranslation:
 
 
 class InstanceNormalization:
-    """Zero mean and unit deviation per channel of each image."""
+    """Normalise each channel of each image to mean 0 and deviation 1."""
 
     def __init__(self, eps: float = 1e-8) -> None:
         self.eps = eps
@@ -107,7 +92,7 @@ class Cutout:
 
 
 class GaussianNoise:
-    """With probability p: add noise of this mean and deviation."""
+    """Add noise of this mean and deviation, with probability p."""
 
     def __init__(self, mean: float = 0.0, std: float = 0.15, p: float = 0.5) -> None:
         self.mean, self.std, self.p = mean, std, p
@@ -119,7 +104,7 @@ class GaussianNoise:
 
 
 def build_transform(cfg: CfgNode, is_train: bool = True, choices: Sequence[str] | None = None) -> Callable | None:
-    """The transform that INPUT.* describes; `choices` replaces INPUT.TRANSFORMS. None for INPUT.NO_TRANSFORM."""
+    """Return the transform that INPUT.* describes; `choices` replaces INPUT.TRANSFORMS. None for INPUT.NO_TRANSFORM."""
     if cfg.INPUT.NO_TRANSFORM:
         print("Note: no transform is applied!")
         return None
@@ -139,11 +124,12 @@ def build_transform(cfg: CfgNode, is_train: bool = True, choices: Sequence[str] 
     return Compose([transform for _, transform in steps])
 
 
-Steps = list[tuple[str, Callable]]  # (what the log says, the transform)
+Steps = list[tuple[str, Callable]]  # (its line in the log, the transform)
+TO_TENSOR = ("to torch tensor of range [0, 1]", ToTensor())
 
 
 def _train_steps(cfg: CfgNode, choices: Sequence[str]) -> Steps:
-    """The order is part of the contract: from equal seeds it gives the same crops as Dassl's."""
+    """Return the steps in Dassl's order, so that equal seeds give the same crops."""
     given, size = cfg.INPUT, cfg.INPUT.SIZE
     mode = INTERPOLATION_MODES[given.INTERPOLATION]
     steps: Steps = []
@@ -168,7 +154,7 @@ def _train_steps(cfg: CfgNode, choices: Sequence[str]) -> Steps:
     if "gaussian_blur" in choices:
         blur = RandomApply([GaussianBlur(given.GB_K)], p=given.GB_P)
         steps.append((f"gaussian blur (kernel={given.GB_K})", blur))
-    steps.append(_to_tensor())
+    steps.append(TO_TENSOR)
     if "cutout" in choices:
         text = f"cutout (n_holes={given.CUTOUT_N}, length={given.CUTOUT_LEN})"
         steps.append((text, Cutout(given.CUTOUT_N, given.CUTOUT_LEN)))
@@ -177,9 +163,7 @@ def _train_steps(cfg: CfgNode, choices: Sequence[str]) -> Steps:
     if "gaussian_noise" in choices:
         text = f"gaussian noise (mean={given.GN_MEAN}, std={given.GN_STD})"
         steps.append((text, GaussianNoise(given.GN_MEAN, given.GN_STD)))
-    if "instance_norm" in choices:
-        steps.append(("instance normalization", InstanceNormalization()))
-    return steps
+    return steps + _instance_norm(choices)
 
 
 def _test_steps(cfg: CfgNode, choices: Sequence[str]) -> Steps:
@@ -188,17 +172,15 @@ def _test_steps(cfg: CfgNode, choices: Sequence[str]) -> Steps:
     steps: Steps = [
         (f"resize the smaller edge to {max(size)}", resize),
         (f"{size[0]}x{size[1]} center crop", CenterCrop(size)),
-        _to_tensor(),
+        TO_TENSOR,
     ]
     if "normalize" in choices:
         steps.append(_normalize(cfg))
-    if "instance_norm" in choices:
-        steps.append(("instance normalization", InstanceNormalization()))
-    return steps
+    return steps + _instance_norm(choices)
 
 
-def _to_tensor() -> tuple[str, Callable]:
-    return "to torch tensor of range [0, 1]", ToTensor()
+def _instance_norm(choices: Sequence[str]) -> Steps:
+    return [("instance normalization", InstanceNormalization())] if "instance_norm" in choices else []
 
 
 def _normalize(cfg: CfgNode) -> tuple[str, Callable]:
