@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from gram_meta.clustering.hierarchy import Hierarchy, check_target
 from gram_meta.config import load_meta_config
 from gram_meta.corpus.store import PairStore
+from gram_meta.errors import GramError
 from gram_meta.files import PathLike
 from gram_meta.processes import device_for, process_group
 
@@ -174,6 +175,10 @@ def pretrain(
     from gram_meta.method.meta_trainer import open_trainer
 
     settings = load_meta_config(_files(config), _pairs(opts))
+    if settings.SEEDS:
+        raise GramError(
+            f"SEEDS: expected one run here, of SEED, found {settings.SEEDS}; `gram pretrain` trains several"
+        )
     with process_group(device or "auto") as group:
         used = device_for(group, device)
         trainer = open_trainer(_folder(store), _folder(hierarchy), out, settings, used, progress, group)

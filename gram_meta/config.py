@@ -33,6 +33,7 @@ def get_meta_config() -> CN:
     """The default settings, not frozen."""
     c = CN()
     c.SEED = 1
+    c.SEEDS = ()  # meta-trainings of several seeds at once, in OUT/seed1, OUT/seed2, ...; (): one, of SEED
 
     c.BACKBONE = CN()
     c.BACKBONE.NAME = "ViT-B/16"

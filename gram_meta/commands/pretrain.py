@@ -11,6 +11,7 @@ TRAINER.GRAM.CHECKPOINT); last.safetensors; log.jsonl, the held-out scores; Tens
 
   gram pretrain --store STORE --hierarchy HIERARCHY --config configs/gram_meta/coop_vit_b16.yaml -o OUT
   gram pretrain --store STORE --hierarchy HIERARCHY -o OUT BACKBONE.NAME ViT-B/32 OUTER.STEPS 5000
+  gram pretrain --store STORE --hierarchy HIERARCHY -o OUT SEEDS "(1, 2, 3)"        # OUT/seed1, OUT/seed2, OUT/seed3
   torchrun --nproc_per_node 8 -m gram_meta pretrain --store ...     # the tasks of each step shared among 8 processes
 
 SIGTERM (Slurm sends it before a job's time is up) ends it after the step under way, with the state saved and exit status
@@ -44,18 +45,24 @@ def run(args: argparse.Namespace) -> int:
     from gram_meta.method.meta_run import Stopped
     from gram_meta.method.meta_trainer import open_trainer
     from gram_meta.method.profiling import profile_steps
+    from gram_meta.method.together import open_trainers
     from gram_meta.processes import device_for, process_group
 
     config = load_meta_config(args.config, args.opts)
     with process_group(args.device or "auto") as group:
-        device = device_for(group, args.device)
-        trainer = open_trainer(args.store, args.hierarchy, args.output, config, device, group=group)
+        inputs = args.store, args.hierarchy, args.output, config, device_for(group, args.device)
         try:
-            done = profile_steps(trainer, args.profile) if args.profile else trainer.run(args.resume)
+            if args.profile:
+                done = [profile_steps(open_trainer(*inputs, group=group), args.profile)]
+            elif config.SEEDS:
+                done = open_trainers(*inputs, group=group).run(args.resume)
+            else:
+                done = [open_trainer(*inputs, group=group).run(args.resume)]
         except Stopped as stopped:
             if group.is_first:
                 print(f"gram pretrain: {stopped}", file=sys.stderr)
             return 143
         if group.is_first:
-            print(f"{'profile' if args.profile else 'meta-checkpoint'}: {done}")
+            for path in done:
+                print(f"{'profile' if args.profile else 'meta-checkpoint'}: {path}")
     return 0

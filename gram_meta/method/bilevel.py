@@ -152,7 +152,11 @@ def meta_losses(support: Losses, query: Losses, theta: Prompts, tasks: int, inne
         tasks: how many tasks the losses are of.
         inner: settings of the adaptation.
     """
-    prompts: Prompts = for_each_task(theta, tasks)
+    return adapted_losses(support, query, for_each_task(theta, tasks), inner)
+
+
+def adapted_losses(support: Losses, query: Losses, prompts: Prompts, inner: InnerLoop) -> MetaLosses:
+    """Return the same from each task's own initialisation, (tasks, M, d) by kind."""
     norms = []
     for step in inner_path([support], prompts, inner, keep_graph=True):
         norms.append(_norms(step.raw))

@@ -22,7 +22,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from gram_meta import __version__
-from gram_meta.backbone.clip import load_backbone
+from gram_meta.backbone.clip import Backbone, load_backbone
 from gram_meta.clustering.hierarchy import Hierarchy
 from gram_meta.config import as_dict
 from gram_meta.corpus.store import PairStore
@@ -84,6 +84,7 @@ class MetaTrainer:
         device: str | torch.device = "cpu",
         progress: bool = True,
         group: ProcessGroup = ALONE,
+        backbone: Backbone | None = None,
     ) -> None:
         self.config, self.progress, self.group = config, progress, group
         self.outer = OuterLoop.from_config(config)
@@ -91,7 +92,7 @@ class MetaTrainer:
             raise GramError(
                 f"OUTER.BATCH: expected at least one task a step for each of {group.size} processes, found {self.outer.batch}"
             )
-        self.backbone = load_backbone(config.BACKBONE.NAME, device, config.BACKBONE.PRECISION)
+        self.backbone = backbone or load_backbone(config.BACKBONE.NAME, device, config.BACKBONE.PRECISION)
         self.backbone.checkpointing = config.MEMORY.CHECKPOINTING
         store.check_backbone(self.backbone)
         hierarchy.check_store(store)
@@ -119,6 +120,7 @@ class MetaTrainer:
         # Records
         self.norms: list[Tensor] = []  # of the raw support gradients, (inner steps * B, kinds) for each step
         self.best: dict[str, float] = {}
+        self.saved = 0  # the step of the last saved state
         self.facts = {
             "version": __version__,
             "store": store.fingerprint,
@@ -132,31 +134,49 @@ class MetaTrainer:
 
     def run(self, resume: bool = False) -> Path:
         """Train to the last step and return the path of the best checkpoint."""
-        steps, every = self.outer.steps, self.config.EVAL.EVERY
-        first = saved = self._restore() if resume else self._begin()
+        steps = self.outer.steps
+        first = self.begin(resume)
         if self.episodes.reads_pixels or self.plan.lean:
             logger.info(f"meta-training: {self.plan} (MEMORY)")
         with self.sigterm, self.folder.log(first, steps, self.outer.batch, self.progress) as log:
             if first == 0:
-                self._evaluate(0, log)
+                self.evaluate(0, log)
             episodes = TimedIterator(self.episodes_of(first, steps))
             coming = iter(episodes)
             for step in range(first + 1, steps + 1):
                 loss, stop = self.step(step, self._next(coming))
                 if loss is None:  # a reader of images received the signal too
-                    self._stop(step - 1, saved)
-                log.step(step, loss)
-                if step % every == 0 or step == steps:
-                    self._evaluate(step, log)
-                if step % self.config.CHECKPOINT.EVERY == 0 or step == steps:
-                    self.folder.save_state(self._state(step))
-                    saved = step
+                    self._stop(step - 1)
+                self.record(step, loss, log)
                 if stop and step < steps:
-                    self._stop(step, saved)
+                    self._stop(step)
         if self.episodes.reads_pixels and first < steps:
             share = 100 * episodes.waiting_share()
             logger.info(f"the towers waited {share:.1f} % of the time for images (LOADER.WORKERS)")
         return self.folder.out / BEST
+
+    def begin(self, resume: bool) -> int:
+        """Begin a new run, or restore the one in the folder; return the last finished step."""
+        if resume:
+            self.saved = self._restore()
+        else:
+            self.folder.begin()
+        return self.saved
+
+    def record(self, step: int, loss: float, log: MetaLog) -> None:
+        """Log a step; evaluate, and save the state, where it is time to."""
+        last = step == self.outer.steps
+        log.step(step, loss)
+        if last or step % self.config.EVAL.EVERY == 0:
+            self.evaluate(step, log)
+        if last or step % self.config.CHECKPOINT.EVERY == 0:
+            self.save(step)
+
+    def save(self, step: int) -> None:
+        """Save the state after a step for --resume."""
+        if step > self.saved:
+            self.folder.save_state(self._state(step))
+            self.saved = step
 
     def episodes_of(self, first: int, last: int) -> Iterator[Episode]:
         """Yield this process's tasks of the steps after `first` up to `last`."""
@@ -186,12 +206,16 @@ class MetaTrainer:
                 result, (given_up, stop) = exchange(self.group, parameters, result, shape, self.own, (given_up, stop))
         if given_up:
             return None, True
-        self._check_finite(result.losses, parameters, step)
+        return self.finish_step(step, result), stop
+
+    def finish_step(self, step: int, result: BatchResult) -> float:
+        """Check the gradients in `.grad`, move theta and phi along them, and return the mean query loss."""
+        self._check_finite(result.losses, parameters_of(self.optimiser), step)
         if len(result.norms):
             self.norms.append(result.norms.flatten(0, 1).cpu())
         with self.region(OPTIMISER):
             self.outer.update(self.optimiser, step)
-        return result.losses.mean().item(), stop
+        return result.losses.mean().item()
 
     def scores(self) -> dict[str, float]:
         """Evaluate the held-out tasks."""
@@ -202,7 +226,7 @@ class MetaTrainer:
             self.episodes, self.held_tasks, self.theta, self.regulator, self.inner, tasks, images, self.group
         )
 
-    def _evaluate(self, step: int, log: MetaLog) -> None:
+    def evaluate(self, step: int, log: MetaLog) -> None:
         """Evaluate the held-out tasks, log the scores, and keep theta and phi if they are the best so far."""
         scores = self.scores()
         log.held_out(step, scores)
@@ -238,15 +262,10 @@ class MetaTrainer:
                 raise
             return None
 
-    def _stop(self, step: int, saved: int) -> NoReturn:
-        if step > saved:
-            self.folder.save_state(self._state(step))
+    def _stop(self, step: int) -> NoReturn:
+        self.save(step)
         out = self.folder.out
         raise Stopped(f"{out}: stopped by SIGTERM after step {step} of {self.outer.steps}; --resume goes on")
-
-    def _begin(self) -> int:
-        self.folder.begin()
-        return 0
 
     def _state(self, step: int) -> dict[str, Any]:
         return {

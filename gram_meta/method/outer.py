@@ -87,6 +87,13 @@ class BatchResult(NamedTuple):
     norms: Tensor
 
     @classmethod
+    def of(cls, seen: MetaLosses, kinds: Sequence[str]) -> BatchResult:
+        """Return the losses, detached, and the norms of these kinds as one tensor."""
+        losses = seen.losses.detach()
+        norms = [torch.stack([of_step[kind] for kind in kinds], dim=1) for of_step in seen.norms]  # (b, kinds) each
+        return cls(losses, torch.stack(norms) if norms else losses.new_zeros(0, len(losses), len(kinds)))
+
+    @classmethod
     def zeros(cls, tasks: int, kinds: int, device: torch.device) -> BatchResult:
         return cls(torch.zeros(tasks, device=device), torch.zeros(0, tasks, kinds, device=device))
 
@@ -137,11 +144,8 @@ def add_meta_gradients(
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad /= inner.scale
-    losses = torch.cat([each.losses for each in done])
-    if not outer.meta:
-        return BatchResult(losses, losses.new_zeros(0, len(losses), len(kinds)))
-    norms = [torch.stack([torch.stack([n[kind] for kind in kinds], dim=1) for n in each.norms]) for each in done]
-    return BatchResult(losses, torch.cat(norms, dim=1))
+    results = [BatchResult.of(each, kinds) for each in done]
+    return BatchResult(*(torch.cat(values, dim=dim) for dim, values in enumerate(zip(*results, strict=True))))
 
 
 def exchange(

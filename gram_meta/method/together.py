@@ -1,0 +1,154 @@
+"""Meta-trainings of several seeds side by side (SEEDS): their tasks go through the towers as one batch.
+
+Each seed is a meta-training of its own, in a folder of its own, and equals the run with that SEED to rounding: it has its
+own tasks, held-out topics, theta, phi, optimiser, log and checkpoints. Only the passes through the frozen towers are
+shared. On a GPU, where launches cost the time, a step of several seeds costs little more than a step of one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from yacs.config import CfgNode
+
+from gram_meta.backbone.clip import load_backbone
+from gram_meta.clustering.hierarchy import Hierarchy
+from gram_meta.corpus.store import PairStore
+from gram_meta.files import PathLike
+from gram_meta.method.bilevel import Prompts, Regulate, adapted_losses, for_each_task
+from gram_meta.method.memory_plan import MemoryConfig, plan
+from gram_meta.method.meta_run import BEST, Stopped
+from gram_meta.method.meta_trainer import MetaTrainer
+from gram_meta.method.outer import BatchResult
+from gram_meta.method.tasks import StepTasks
+from gram_meta.processes import ALONE, ProcessGroup
+
+logger = logging.getLogger("gram")
+
+
+def open_trainers(
+    store: PathLike,
+    hierarchy: PathLike,
+    out: PathLike,
+    config: CfgNode,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+    group: ProcessGroup = ALONE,
+) -> SeedsTrainer:
+    """Open a store and a hierarchy, and return what trains one run for each of SEEDS, in OUT/seed1, OUT/seed2, ...
+
+    The arguments are those of `meta_trainer.open_trainer`.
+    """
+
+    def make() -> SeedsTrainer:
+        opened = PairStore.open(store), Hierarchy.open(hierarchy)
+        return SeedsTrainer(*opened, Path(out), config, device, progress and group.is_first, group)
+
+    return group.make_on_all_ranks(make)
+
+
+class SeedsTrainer:
+    """The meta-trainers of several seeds, which take each step together; arguments as for `MetaTrainer`."""
+
+    def __init__(
+        self,
+        store: PairStore,
+        hierarchy: Hierarchy,
+        out: Path,
+        config: CfgNode,
+        device: str | torch.device = "cpu",
+        progress: bool = True,
+        group: ProcessGroup = ALONE,
+    ) -> None:
+        self.out = out
+        backbone = load_backbone(config.BACKBONE.NAME, device, config.BACKBONE.PRECISION)
+        self.trainers: list[MetaTrainer] = []
+        for seed in config.SEEDS:
+            bar = progress and not self.trainers  # one bar shows the progress of all
+            settings = config.clone()
+            settings.defrost()
+            settings.SEED, settings.SEEDS = seed, ()
+            settings.freeze()
+            trainer = MetaTrainer(store, hierarchy, out / f"seed{seed}", settings, device, bar, group, backbone)
+            self.trainers.append(trainer)
+
+    def run(self, resume: bool = False) -> list[Path]:
+        """Train all seeds to the last step and return the paths of their best checkpoints.
+
+        Prompts that need pixels, runs on several processes, prompt pre-training and batches that do not fit in memory at
+        once are trained one seed after the other.
+        """
+        if not self._fits_together():
+            logger.info("meta-training: one seed after the other")
+            return [trainer.run(resume) for trainer in self.trainers]
+        lead = self.trainers[0]
+        firsts = [trainer.begin(resume) for trainer in self.trainers]
+        with lead.sigterm, ExitStack() as stack:
+            logs = []
+            for trainer, first in zip(self.trainers, firsts, strict=True):
+                log = trainer.folder.log(first, trainer.outer.steps, trainer.outer.batch, trainer.progress)
+                logs.append(stack.enter_context(log))
+                if first == 0:
+                    trainer.evaluate(0, logs[-1])
+            for step in range(min(firsts) + 1, lead.outer.steps + 1):
+                behind = [index for index, first in enumerate(firsts) if first < step]  # after a kill between two saves
+                losses = self.step(step, [self.trainers[index] for index in behind])
+                for index, loss in zip(behind, losses, strict=True):
+                    self.trainers[index].record(step, loss, logs[index])
+                if lead.sigterm.received and step < lead.outer.steps:
+                    self._stop(step)
+        return [trainer.folder.out / BEST for trainer in self.trainers]
+
+    def step(self, step: int, trainers: Sequence[MetaTrainer]) -> list[float]:
+        """Move theta and phi of these trainers once; return the mean query loss of each after adaptation."""
+        lead = trainers[0]
+        batch = lead.outer.batch
+        tasks = [
+            task for trainer in trainers for task in StepTasks(trainer.train_tasks, batch, step - 1, step, lead.own)[0]
+        ]
+        episode = next(lead.episodes.of([tasks]))
+        prompts: dict[str, Tensor] = {  # (V B, M, d): a row for each task of each seed
+            kind: torch.cat([for_each_task(trainer.theta, batch)[kind] for trainer in trainers]) for kind in lead.theta
+        }
+        for trainer in trainers:
+            trainer.optimiser.zero_grad(set_to_none=True)
+        inner = replace(lead.inner, regulate=_by_seed(trainers, batch) if lead.regulator is not None else None)
+        seen = adapted_losses(episode.support, episode.query, prompts, inner)
+        (seen.losses.sum() / batch).backward()  # seeds share no parameter: each has the gradient of its own mean
+        losses, norms = BatchResult.of(seen, lead.kinds)
+        results = zip(losses.split(batch), norms.split(batch, dim=1), strict=True)
+        return [trainer.finish_step(step, BatchResult(*own)) for trainer, own in zip(trainers, results, strict=True)]
+
+    def _fits_together(self) -> bool:
+        """Return whether one graph holds a step of all seeds."""
+        lead, memory = self.trainers[0], MemoryConfig.from_config(self.trainers[0].config)
+        tasks = len(self.trainers) * lead.outer.batch
+        whole = plan(memory, lead.backbone, tasks, memory.bytes_on(lead.backbone.device))
+        alone = lead.group.size == 1 and not lead.episodes.reads_pixels
+        return alone and lead.outer.meta and not whole.lean and whole.tasks >= tasks
+
+    def _stop(self, step: int) -> None:
+        for trainer in self.trainers:
+            trainer.save(step)
+        raise Stopped(f"{self.out}: stopped by SIGTERM after step {step} of all seeds; --resume goes on")
+
+
+def _by_seed(trainers: Sequence[MetaTrainer], batch: int) -> Regulate:
+    """Return the function that passes each seed's gradients, `batch` rows of (V B, M, d), through its own R^phi."""
+
+    def regulate(raw: Prompts) -> Prompts:
+        rows = {kind: value.split(batch) for kind, value in raw.items()}
+        parts = [
+            trainer.regulator.regulate_known({kind: value[index] for kind, value in rows.items()})
+            for index, trainer in enumerate(trainers)
+            if trainer.regulator is not None
+        ]
+        return {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
+
+    return regulate

@@ -1,0 +1,102 @@
+"""Meta-trainings of several seeds at once: each equals the run of its own seed."""
+
+import json
+
+import pytest
+import torch
+from helpers.meta_training import Store, make_hierarchy, settings, trainer
+
+from gram_meta.backbone.clip import load_backbone
+from gram_meta.errors import GramError
+from gram_meta.method.checkpoint import load_meta_checkpoint
+from gram_meta.method.meta_run import Stopped
+from gram_meta.method.together import SeedsTrainer
+
+EXACT = ("BACKBONE.PRECISION", "fp64")  # what is left is the rounding of a checkpoint, which holds float32
+
+
+@pytest.fixture(scope="module")
+def store():
+    return Store(load_backbone("random-tiny"))
+
+
+def together(store, out, *opts):
+    return SeedsTrainer(store, make_hierarchy(), out, settings("SEEDS", "(1, 2, 5)", *opts), progress=False)
+
+
+def scores(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def assert_equal(one, other):
+    """Scores over training, weights and provenance of two run folders."""
+    for name in ("best.safetensors", "last.safetensors"):
+        a, b = load_meta_checkpoint(one / name), load_meta_checkpoint(other / name)
+        assert a.config == b.config and a.provenance["held_out_topics"] == b.provenance["held_out_topics"]
+        assert a.provenance["step"] == b.provenance["step"]
+        torch.testing.assert_close({**a.prompts, **a.extras}, {**b.prompts, **b.extras}, rtol=1e-5, atol=1e-7)
+        if a.regulator is not None:
+            torch.testing.assert_close(a.regulator.state_dict(), b.regulator.state_dict(), rtol=1e-5, atol=1e-7)
+    assert a.gradient_norms.get("text", {}) == pytest.approx(b.gradient_norms.get("text", {}), rel=1e-5)
+    for a, b in zip(scores(one), scores(other), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "opts",
+    [(), ("INNER.STEPS", "2"), ("REGULATOR.ENABLED", "False"), ("PROMPT.CONDITIONAL", "True"), ("OUTER.META", "False")],
+    ids=["one step", "two steps", "no regulator", "conditional", "prompt pre-training"],
+)
+def test_each_seed_equals_the_run_of_that_seed(store, tmp_path, opts):
+    paths = together(store, tmp_path / "all", *EXACT, *opts).run()
+    assert paths == [tmp_path / "all" / f"seed{seed}" / "best.safetensors" for seed in (1, 2, 5)]
+    for seed, path in zip((1, 2, 5), paths, strict=True):
+        trainer(store, tmp_path / f"{seed}", *EXACT, *opts, "SEED", str(seed)).run()
+        assert_equal(path.parent, tmp_path / f"{seed}")
+
+
+@pytest.mark.slow
+def test_a_kill_between_the_saves_of_two_seeds_is_made_up_for(store, tmp_path):
+    together(store, tmp_path / "whole", *EXACT).run()
+    killed = together(store, tmp_path / "killed", *EXACT)
+    last, save = killed.trainers[-1], killed.trainers[-1].save
+
+    def fails_at_the_second_save(step):
+        if step == 8:
+            raise KeyboardInterrupt
+        save(step)
+
+    last.save = fails_at_the_second_save
+    with pytest.raises(KeyboardInterrupt):
+        killed.run()
+    resumed = together(store, tmp_path / "killed", *EXACT)
+    resumed.run(resume=True)
+    for seed in (1, 2, 5):
+        assert_equal(tmp_path / "killed" / f"seed{seed}", tmp_path / "whole" / f"seed{seed}")
+
+
+@pytest.mark.slow
+def test_sigterm_ends_all_seeds_after_the_same_step(store, tmp_path):
+    together(store, tmp_path / "whole", *EXACT).run()
+    stopped = together(store, tmp_path / "stopped", *EXACT)
+    step = stopped.step
+
+    def signalled(number, trainers):
+        losses = step(number, trainers)
+        stopped.trainers[0].sigterm.received = number == 6
+        return losses
+
+    stopped.step = signalled
+    with pytest.raises(Stopped, match="after step 6 of all seeds"):
+        stopped.run()
+    together(store, tmp_path / "stopped", *EXACT).run(resume=True)
+    for seed in (1, 2, 5):
+        assert_equal(tmp_path / "stopped" / f"seed{seed}", tmp_path / "whole" / f"seed{seed}")
+
+
+def test_the_python_function_refuses_several_seeds(tmp_path):
+    import gram_meta as gram
+
+    with pytest.raises(GramError, match="SEEDS: expected one run here"):
+        gram.pretrain("store", "hierarchy", tmp_path, opts={"SEEDS": (1, 2)})
