@@ -1,10 +1,15 @@
-"""Read and write whole files: JSON, hashes, and atomic writes (a temporary file that is renamed)."""
+"""Read and write whole files: JSON, hashes, atomic writes (a temporary file that is renamed), and folders with an owner.
+
+This package removes no folder that it has not marked as its own: `claim_folder` writes the mark, `remove_claimed` asks
+for it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -16,6 +21,8 @@ from typing import IO, Any
 from gram_meta.errors import GramError
 
 PathLike = str | os.PathLike[str]
+
+MARK = ".gram-owner"  # the file in a folder that names what made it
 
 
 @contextmanager
@@ -37,6 +44,58 @@ def atomic_write(path: PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
         os.replace(beside, path)
     except BaseException:
         Path(beside).unlink(missing_ok=True)
+        raise
+
+
+def check_claimed(folder: PathLike, owner: str) -> None:
+    """Check that a folder does not exist, is empty, or carries the mark of `owner`.
+
+    Raises:
+        GramError: there is something else.
+    """
+    folder = Path(folder)
+    mark = folder / MARK
+    if mark.is_file() and mark.read_text(encoding="utf-8", errors="replace") == owner:
+        return
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise GramError(f"{folder}: expected nothing there, or what this run made, found other files; move them away")
+
+
+def claim_folder(folder: PathLike, owner: str) -> None:
+    """Make a folder and mark it as made by `owner`; errors as of `check_claimed`."""
+    check_claimed(folder, owner)
+    with atomic_write(Path(folder) / MARK, "w") as file:
+        file.write(owner)
+
+
+def remove_claimed(folder: PathLike, owner: str) -> None:
+    """Remove a folder that `owner` made; errors as of `check_claimed`."""
+    check_claimed(folder, owner)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def atomic_folder(folder: PathLike, owner: str) -> Iterator[Path]:
+    """Yield a new folder beside `folder` to fill; rename it to `folder` when the block ends without an error.
+
+    Args:
+        folder: does not exist yet, is empty, or is of the same owner.
+        owner: text that names what is made, in the mark; what the same owner made before is replaced.
+
+    Raises:
+        GramError: there are other files in `folder`, or in the unfinished folder beside it.
+    """
+    folder = Path(folder)
+    check_claimed(folder, owner)
+    beside = folder.with_name(f".{folder.name}.part")
+    remove_claimed(beside, owner)
+    claim_folder(beside, owner)
+    try:
+        yield beside
+        remove_claimed(folder, owner)
+        beside.rename(folder)
+    except BaseException:
+        remove_claimed(beside, owner)
         raise
 
 

@@ -21,7 +21,7 @@ from gram_meta.bench import matrix
 from gram_meta.bench.matrix import BenchRun, BenchSettings
 from gram_meta.config import load_meta_config
 from gram_meta.errors import GramError
-from gram_meta.files import read_json
+from gram_meta.files import MARK, atomic_folder, check_claimed, read_json, sha256_file
 
 SOURCE = "emoji_travel"
 DATASETS = {
@@ -61,7 +61,10 @@ def bench_runs(settings: BenchSettings, folder: Path) -> list[BenchRun]:
     needed = {upon for job in jobs for upon in job.after}
     made = list(_corpus(settings, folder, needed))
     corpus = bool(made)
-    return [_world(settings, corpus), *made, *jobs]
+    worlds = [_world(settings, corpus), *made]
+    for leaf in (leaf for job in worlds for leaf in job.leaves if not leaf.exists()):
+        check_claimed(leaf.parent, "")
+    return [*worlds, *jobs]
 
 
 def _world(settings: BenchSettings, corpus: bool) -> BenchRun:
@@ -102,7 +105,7 @@ def _corpus(settings: BenchSettings, folder: Path, needed: set[Path]) -> Iterato
     if Path(settings.labelled_store) in needed:
         code = f"from gram_meta.bench.emoji import write_labelled; write_labelled({str(root)!r}, {str(labelled)!r})"
         yield BenchRun(
-            ("python", "-c", code), labelled, "the corpus as class folders", ("labelled",), (root,), (labelled,)
+            ("python", "-c", code), labelled, "the corpus as class folders", ("labelled",), (root,), (labelled / MARK,)
         )
         yield from _organised(
             settings,
@@ -141,9 +144,11 @@ def _backbone(settings: BenchSettings) -> str:
 def write_labelled(world: str | Path, folder: str | Path) -> Path:
     """Write the corpus of the emoji world as class folders, FOLDER/<concept>/<image>; hard links where the disk allows."""
     images, folder = Path(world) / "corpus", Path(folder)
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    with open(images / "truth.tsv", encoding="utf-8", newline="") as file:
+    owner = f"class folders of {sha256_file(images / 'truth.tsv')}"
+    if (folder / MARK).is_file():
+        check_claimed(folder, owner)
+        return folder
+    with atomic_folder(folder, owner) as part, open(images / "truth.tsv", encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
             image = images / row["image"]
             place = part / row["concept"].replace("/", "-").replace(" ", "_") / image.name
@@ -152,6 +157,4 @@ def write_labelled(world: str | Path, folder: str | Path) -> Path:
                 os.link(image, place)
             except OSError:
                 shutil.copy2(image, place)
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
     return folder

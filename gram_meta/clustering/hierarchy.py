@@ -160,6 +160,7 @@ def check_target(path: PathLike) -> Path:
     if path.exists() and not path.is_dir():
         raise GramError(f"{path}: expected a folder for the hierarchy, found a file")
     visible = path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir())
-    if visible and not any((path / name).exists() for name in (TOPICS, PAIRS)):
+    topics = (path / TOPICS).read_bytes()[:100] if (path / TOPICS).is_file() else b""
+    if visible and not (b'"kind": "hierarchy"' in topics or (path / PAIRS).exists()):
         raise GramError(f"{path}: expected an empty folder or a hierarchy, found other files")
     return path

@@ -10,6 +10,9 @@ interrupted stage goes on where it was. Nothing here knows a result.
     OUT/meta/         the meta-checkpoint                          (gram pretrain)
     OUT/runs/         trainers, in CoOp's folders                  (gram train)
     OUT/table.md, table.json, topics.txt, commands.sh, demo.json   (demo.json: what is finished)
+
+demo.json names this demo by an id, and every folder that the demo makes carries it. The demo starts in an empty OUT or in
+its own, and removes no folder without its id.
 """
 
 from __future__ import annotations
@@ -19,10 +22,10 @@ import io
 import json
 import os
 import shlex
-import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -33,7 +36,15 @@ from gram_meta import __version__
 from gram_meta.bench.times import in_words
 from gram_meta.config import find_config
 from gram_meta.errors import GramError
-from gram_meta.files import atomic_write, read_json, sha256_file, write_json
+from gram_meta.files import (
+    atomic_write,
+    check_claimed,
+    claim_folder,
+    read_json,
+    remove_claimed,
+    sha256_file,
+    write_json,
+)
 from gram_meta.runs.layout import META, RESULTS, RUN
 
 TRAINER_CONFIG = "gram_small_c4_ep10_batch32_ctxv1"
@@ -95,11 +106,24 @@ OFF = ("TRAINER.GRAM.REGULATE", "False")
 WORDS = ("TRAINER.GRAM.INIT", "False")
 
 
+def _controls(ratio: float) -> list[Variant]:
+    """Return the trainings that tell the regulator from a smaller step (by `ratio`), and the start from a better one."""
+    scaled = (*OFF, "TRAINER.GRAM.STEP_SCALE", f"{ratio:.3g}")
+    return [
+        Variant("CoOpGRAM", "_raw", OFF),
+        Variant("CoOpGRAM", "_scaled", scaled),
+        Variant("CoOpGRAM", "_words", WORDS),
+        Variant("CoOpGRAM", "_words_scaled", (*WORDS, *scaled)),
+        Variant("CoOp", "_random_start", ("TRAINER.COOP.CTX_INIT", "")),
+    ]
+
+
 def run_demo(settings: Settings, say: Callable[[str], None] = print) -> Path:
     """Run what is not finished, print a table, and return the path of table.md.
 
     Raises:
-        GramError: a package, the packaged weights or a dataset that is not there; a stage that failed.
+        GramError: a package, the packaged weights or a dataset that is not there; files in OUT that the demo has not made; a
+            stage that failed.
     """
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "20")  # seconds; a log file needs no moving bars
@@ -125,6 +149,7 @@ class Demo:
         self.clock = Clock(self._expected())
 
     def __enter__(self) -> Demo:
+        self.memory.check(self._folders())
         self.out.mkdir(parents=True, exist_ok=True)
         return self
 
@@ -165,6 +190,7 @@ class Demo:
         key = _key("world", RECIPE, s.corpus_size, datasets)
         with self._stage("world", title, f"python -c {shlex.quote(code)}", key) as needed:
             if needed:
+                claim_folder(folder, self.memory.run)
                 write_world(folder, datasets, s.corpus_size)
         self.recipe = RECIPE
         return _key("corpus", RECIPE, s.corpus_size)  # other datasets do not change the corpus
@@ -218,15 +244,7 @@ class Demo:
         if self.settings.full:
             ratio = self._mean_ratio()
             self.say(f"controls: the regulator's mean |R(g)|/|g| was {ratio:.3g}; raw gradients are scaled by that")
-            scaled = (*OFF, "TRAINER.GRAM.STEP_SCALE", f"{ratio:.3g}")
-            controls = [
-                Variant("CoOpGRAM", "_raw", OFF),
-                Variant("CoOpGRAM", "_scaled", scaled),
-                Variant("CoOpGRAM", "_words", WORDS),
-                Variant("CoOpGRAM", "_words_scaled", (*WORDS, *scaled)),
-                Variant("CoOp", "_random_start", ("TRAINER.COOP.CTX_INIT", "")),
-            ]
-            self._run_all(controls, upon)
+            self._run_all(_controls(ratio), upon)
 
     def table(self) -> Path:
         """The table of all runs, printed and written."""
@@ -275,9 +293,7 @@ class Demo:
             key = _key(self._portable(argv), self.recipe, _weights(self.settings.backbone), needs_meta)
             if not (self.memory.finished(name, key) and (folder / RESULTS).exists()):
                 self._show_once(f"{variant.title} {subsample}", argv)
-                if not self.memory.begun(name, key):
-                    shutil.rmtree(folder, ignore_errors=True)
-                    self.memory.begin(name, key)
+                self.memory.begin(name, key, folder)
                 _train(argv)
                 self.memory.finish(name, key)
                 fresh = True
@@ -354,6 +370,15 @@ class Demo:
     def _meta_hash(self) -> str:
         return sha256_file(find_config(self._meta_config(), "gram_meta"))
 
+    def _folders(self) -> Iterator[Path]:
+        """Yield every folder that this demo fills."""
+        yield from (self.out / name for name in ("world", "store", "hierarchy", "meta"))
+        for variant in (ZERO_SHOT, NO_STEP, COOP, GRAM, *(_controls(1.0) if self.settings.full else ())):
+            for dataset in self.settings.datasets:
+                for seed in self.settings.seeds:
+                    for subsample in ("base", "new"):
+                        yield self._train_command(variant, dataset, seed, subsample)[1]
+
     def _expected(self) -> list[str]:
         """The kinds of everything there is to do, in order."""
         s = self.settings
@@ -380,10 +405,7 @@ class _Running:
         self.demo.say(f"{self.title}{'' if self.needed else ': finished before'}")
         if self.needed:
             self.demo.say(f"  $ {self.command}")
-            if not memory.begun(self.name, self.key):
-                if self.folder is not None:
-                    shutil.rmtree(self.folder, ignore_errors=True)  # of a demo with other settings
-                memory.begin(self.name, self.key)
+            memory.begin(self.name, self.key, self.folder)
         return self.needed
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
@@ -397,18 +419,28 @@ class _Running:
 
 
 class Memory:
-    """What is begun and what is finished, in one small file. A key says of which settings."""
+    """What is begun and what is finished, in one small file. A key says of which settings; `run` is the demo's own id."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.run = path, uuid.uuid4().hex
         self.stages: dict[str, dict[str, Any]] = {}
         if path.exists():
             value = read_json(path)
-            if not isinstance(value, dict) or value.get("format") != 1:
+            if not isinstance(value, dict) or value.get("format") != 2:
                 raise GramError(
                     f"{path}: expected the memory of a demo of this version, found another; choose another --out"
                 )
-            self.stages = value["stages"]
+            self.run, self.stages = value["run"], value["stages"]
+
+    def check(self, folders: Iterator[Path]) -> None:
+        """Refuse an output folder with files that this demo has not made."""
+        out = self.path.parent
+        if out.exists() and not self.path.exists():
+            visible = [each.name for each in out.iterdir() if each.name[0] != "."] if out.is_dir() else [out.name]
+            if visible:
+                raise GramError(f"--out {out}: expected an empty folder or that of a demo, found {min(visible)}")
+        for folder in folders:
+            check_claimed(folder, self.run)
 
     def begun(self, name: str, key: str) -> bool:
         return self.stages.get(name, {}).get("key") == key
@@ -416,15 +448,21 @@ class Memory:
     def finished(self, name: str, key: str) -> bool:
         return self.begun(name, key) and bool(self.stages[name]["finished"])
 
-    def begin(self, name: str, key: str) -> None:
-        self._write(name, key, False)
+    def begin(self, name: str, key: str, folder: Path | None = None) -> None:
+        """Begin a stage or go on with it; what an earlier one with another key left in its folder is removed."""
+        if not self.begun(name, key):
+            if folder is not None:
+                remove_claimed(folder, self.run)
+            self._write(name, key, False)
+        if folder is not None:
+            claim_folder(folder, self.run)
 
     def finish(self, name: str, key: str) -> None:
         self._write(name, key, True)
 
     def _write(self, name: str, key: str, finished: bool) -> None:
         self.stages[name] = {"key": key, "finished": finished}
-        write_json(self.path, {"format": 1, "stages": self.stages})
+        write_json(self.path, {"format": 2, "run": self.run, "stages": self.stages})
 
 
 @dataclass

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ from gram_meta.demo.roles import (
 )
 from gram_meta.demo.styles import GROUNDS, NUMBERS, POSES, SIZES, STYLES, Look, Scenes, even, render, sample_scenes
 from gram_meta.errors import GramError
-from gram_meta.files import atomic_write, write_json
+from gram_meta.files import atomic_folder, atomic_write, check_claimed, read_json, write_json
 
 # Version of everything that decides a pixel, a caption or a split. Manifests and the demo's keys contain it: a change of it
 # makes every world anew. tests/pins/test_world.py fixes what it stands for; where that changes, give it a new value (any
@@ -117,7 +116,7 @@ def write_world(
         {"corpus": path of pairs.tsv, "truth": path of truth.tsv, "<dataset>": its folder, ...}.
 
     Raises:
-        GramError: an unknown dataset or a missing package.
+        GramError: an unknown dataset, a missing package, or a folder that holds something else.
     """
     known = {**SPECS, **SHIFTS}
     names = list(SPECS if datasets is None else datasets)
@@ -145,7 +144,7 @@ def write_corpus(folder: Path, size: int = CORPUS_SIZE, progress: bool = True) -
     drawings, scenes, wrong, captions = corpus_entries(size)
     pixels = render(load_drawings(drawings, progress=progress), scenes)
     names = [f"images/{i:06d}.png" for i in range(size)]
-    with _beside(folder) as part:
+    with atomic_folder(folder, _owner(facts)) as part:
         _save_pictures(part, names, pixels, progress, "meta-corpus")
         _write_tsv(part / "pairs.tsv", ["image", "caption"], zip(names, captions, strict=True))
         _write_tsv(part / "truth.tsv", TRUTH_COLUMNS, _truth(names, scenes, drawings, wrong))
@@ -161,7 +160,7 @@ def write_dataset(folder: Path, spec: DatasetSpec, progress: bool = True) -> Pat
     require_packages()
     drawings, entries = dataset_entries(spec)
     pixels = render(load_drawings(drawings, progress=False), entries.scenes)
-    with _beside(folder) as part:
+    with atomic_folder(folder, _owner(facts)) as part:
         names = [f"images/{name}" for name in entries.names]
         _save_pictures(part, names, pixels, progress, spec.folder)
         split: dict[str, list] = {key: [] for key in ("train", "val", "test")}
@@ -289,27 +288,16 @@ def _truth(names: list[str], scenes: Scenes, drawings: list[tuple[Concept, str]]
 
 
 def _is_whole(folder: Path, facts: dict) -> bool:
+    """Return whether the folder holds this part; raise where it holds anything else."""
     manifest = folder / "manifest.json"
-    return manifest.is_file() and json.loads(manifest.read_text(encoding="utf-8")) == facts
+    if manifest.is_file() and read_json(manifest) == facts:
+        return True
+    check_claimed(folder, _owner(facts))
+    return False
 
 
-class _beside:
-    """A folder that replaces `folder` when the block has ended without an error."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.part = folder, folder.with_name(f".{folder.name}.part")
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self.part, ignore_errors=True)
-        self.part.mkdir(parents=True)
-        return self.part
-
-    def __exit__(self, kind, value, trace) -> None:
-        if kind is None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.part.rename(self.folder)
-        else:
-            shutil.rmtree(self.part, ignore_errors=True)
+def _owner(facts: dict) -> str:
+    return f"emoji world, {facts['part']}"
 
 
 def _save_pictures(folder: Path, names: list[str], pixels: np.ndarray, progress: bool, what: str) -> None:

@@ -18,6 +18,7 @@ from gram_meta.bench import emoji, matrix, pool, runner, times
 from gram_meta.bench.matrix import BenchRun, BenchSettings
 from gram_meta.cli import main
 from gram_meta.errors import GramError
+from gram_meta.files import MARK
 
 COOP = "gram_small_c4_ep10_batch32_ctxv1"
 
@@ -242,6 +243,19 @@ def test_the_corpus_as_class_folders(tmp_path):
         found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
         assert found == ["A-B/1.png", "red_apple/0.png", "red_apple/2.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["labelled", "world"]
+    (folder / MARK).unlink()
+    with pytest.raises(GramError, match="labelled: expected nothing there, or what this run made, found other files"):
+        emoji.write_labelled(tmp_path / "world", folder)
+    assert len(list(folder.rglob("*.png"))) == 3
+
+
+@pytest.mark.parametrize("folder", ["world/corpus", "world/emoji_food", "labelled"])
+def test_an_emoji_bench_refuses_other_files(folder, tmp_path):
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder / "thesis.txt").write_text("two years")
+    with pytest.raises(GramError, match=f"{folder}: expected nothing there, or what this run made, found other files"):
+        emoji_jobs(tmp_path, "--trainers", "UniGRAM:gram_small_c2+2_ep10_batch32_ctxv1_labelled", "CoOpGRAM")
+    assert (tmp_path / folder / "thesis.txt").read_text() == "two years"
 
 
 # ----------------------------------------------------------------------------------------- the loop, without training

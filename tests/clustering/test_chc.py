@@ -352,6 +352,11 @@ def test_damaged_hierarchies_are_one_sentence(hierarchy, tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(GramError, match="found other files"):
         hierarchy.save(tmp_path)
+    (tmp_path / "topics.json").write_text('{"topics": ["cats"]}')  # of another program
+    with pytest.raises(GramError, match="found other files"):
+        hierarchy.save(tmp_path)
+    assert (tmp_path / "topics.json").read_text() == '{"topics": ["cats"]}'
+    (tmp_path / "topics.json").unlink()
     for name, change, words in [
         ("hierarchy.parquet", lambda p: p.write_bytes(b""), "expected a whole hierarchy"),
         ("fates.npy", lambda p: p.unlink(), "expected a whole hierarchy"),

@@ -368,6 +368,14 @@ def test_other_folders_are_left_alone(corpus, backbone, sentence_model, tmp_path
         with pytest.raises(GramError, match=words):
             embed_pairs(corpus, out, backbone, sentence_model)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / ".lock").touch()  # of another program
+    with pytest.raises(GramError, match="found other files"):
+        embed_pairs(corpus, tmp_path, backbone, sentence_model)
+    (tmp_path / "manifest.json").write_text("{}")
+    (tmp_path / ".draft.part").touch()
+    with pytest.raises(GramError, match="expected the manifest of a pair store|expected a pair store"):
+        embed_pairs(corpus, tmp_path, backbone, sentence_model)
+    assert {".draft.part", "thesis.tex"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_nothing_usable_is_one_sentence_with_an_example(backbone, sentence_model, tmp_path):

@@ -14,6 +14,7 @@ from gram_meta.cli import main
 from gram_meta.demo import run as demo
 from gram_meta.demo import world
 from gram_meta.errors import GramError
+from gram_meta.files import MARK
 
 pytestmark = pytest.mark.slow
 
@@ -157,6 +158,54 @@ def test_bad_input_is_one_sentence(arguments, words, tmp_path, capsys):
     assert main(["demo", "--out", str(tmp_path / "out"), *arguments]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def owned(out, name):
+    """Put a file of the user's own into a folder of the demo."""
+    path = out / name / "thesis.txt"
+    path.parent.mkdir(parents=True)
+    path.write_text("two years")
+    return path
+
+
+RUN_FOLDER = f"runs/base2new/test_new/food/shots_16/CoOp/{demo.TRAINER_CONFIG}/seed2"
+
+
+@pytest.mark.parametrize("folder", ["store", "hierarchy", "meta", "world", RUN_FOLDER, "."])
+def test_a_folder_with_other_files_is_refused_and_kept(folder, tmp_path, capsys):
+    path = owned(tmp_path / "out", folder)
+    assert main(["demo", "--out", str(tmp_path / "out"), "--datasets", "food"]) == 2
+    assert "expected an empty folder or that of a demo, found" in capsys.readouterr().err
+    assert [each for each in tmp_path.rglob("*") if each.is_file()] == [path]
+
+
+@pytest.mark.parametrize("folder", ["world", "store", "hierarchy", "meta", RUN_FOLDER])
+def test_a_folder_in_place_of_the_demos_own_is_refused_before_anything_starts(folder, tmp_path, capsys):
+    """demo.json knows every folder as begun with other settings; one of them is the user's, or another demo's."""
+    out = tmp_path / "out"
+    demo.Memory(out / "demo.json").begin("world", "key")
+    before = (out / "demo.json").read_bytes()
+    for mark in (False, True):
+        path = owned(out, folder)
+        if mark:
+            (path.parent / MARK).write_text("the id of another demo")
+        assert main(["demo", "--out", str(out), "--datasets", "food"]) == 2
+        assert f"{out / folder}: expected nothing there, or what this run made" in capsys.readouterr().err
+        assert path.read_text() == "two years" and (out / "demo.json").read_bytes() == before
+        assert [each.name for each in out.iterdir() if each.is_file()] == ["demo.json"]
+        shutil.rmtree(path.parent)
+
+
+def test_what_the_demo_made_with_other_settings_is_removed(tmp_path):
+    memory = demo.Memory(tmp_path / "demo.json")
+    memory.begin("embed", "one", tmp_path / "store")
+    (tmp_path / "store" / "old").touch()
+    memory = demo.Memory(tmp_path / "demo.json")  # of the next start
+    memory.begin("embed", "one", tmp_path / "store")
+    assert (tmp_path / "store" / "old").exists()
+    memory.begin("embed", "two", tmp_path / "store")
+    assert [path.name for path in (tmp_path / "store").iterdir()] == [MARK]
+    assert (tmp_path / "store" / MARK).read_text() == memory.run
 
 
 def test_missing_packages_are_named(monkeypatch, tmp_path):

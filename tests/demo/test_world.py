@@ -336,3 +336,13 @@ def test_save_and_load_round_trip(tmp_path):
         packaged_clip.load_packaged_state_dict(tmp_path / "other.safetensors")
     with pytest.raises(GramError, match="found nothing there"):
         packaged_clip.load_packaged_state_dict(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("folder", ["corpus", "emoji_animals", ".emoji_animals.part"])
+def test_other_files_are_refused_and_kept(folder, tmp_path):
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "thesis.txt").write_text("two years")
+    size = 10 if folder == "corpus" else 0
+    with pytest.raises(GramError, match=f"{folder}: expected nothing there, or what this run made, found other files"):
+        world.write_world(tmp_path, datasets=["animals"], corpus_size=size, progress=False)
+    assert [path.name for path in tmp_path.rglob("*")] == [folder, "thesis.txt"]

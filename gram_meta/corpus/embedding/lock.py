@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from gram_meta.corpus.store import MANIFEST
 from gram_meta.errors import GramError
-from gram_meta.files import PathLike, file_locks
+from gram_meta.files import MARK, PathLike, file_locks
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +59,8 @@ def locked(out: Path) -> Iterator[None]:
 def _check_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise GramError(f"{out}: expected a folder for the store, found a file")
-    is_store = (out / LOCK).exists() or (out / MANIFEST).exists()
-    if out.is_dir() and not is_store and any(out.iterdir()):
+    of_a_store = (LOCK, MARK, f".{MANIFEST}.")  # before the manifest is written
+    if out.is_dir() and not (out / MANIFEST).exists() and not all(p.name.startswith(of_a_store) for p in out.iterdir()):
         raise GramError(f"{out}: expected an empty folder or a pair store, found other files")
 
 

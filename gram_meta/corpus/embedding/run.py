@@ -110,13 +110,14 @@ def embed_pairs(
 
 def _begin(out: Path, settings: dict[str, Any]) -> bool:
     """Write the manifest of a new store, or compare it with that of an earlier run; return whether that has finished."""
+    finished = is_finished(out, settings)
     for leftover in [*out.glob(".*.part"), *(out / layout.PARTS).rglob(".*.part")]:  # of a run that was killed
         leftover.unlink()
     if not (out / layout.MANIFEST).exists():
         manifest = {"kind": "pair store", "format": layout.FORMAT, "finished": False, "settings": settings}
         write_json(out / layout.MANIFEST, manifest)
         return False
-    if not is_finished(out, settings):
+    if not finished:
         return False
     shutil.rmtree(out / layout.PARTS, ignore_errors=True)  # the run was killed between writing the manifest and this
     return True
