@@ -1,8 +1,9 @@
 """Evaluation of adaptation on held-out tasks: during meta-training (`evaluate`), and by `gram eval-meta`.
 
 `evaluate_adaptation` adapts to the same tasks from theta* and from the initialisation of meta-training, with the regulated
-gradient, with the raw one, and with the raw one scaled to the regulated one's length: the difference between the first
-and the last is direction.
+gradient and with the controls that tell what R^phi does: the raw gradient; the raw gradient scaled to the regulated one's
+length (what it lacks is direction); R^phi with gamma and beta replaced by their means over tasks (what it lacks is
+dependence on the gradient); and raw gradients from theta* moved by the mean beta (a better initialisation would do as well).
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ from gram_meta.method.tasks import Task, TaskConfig, TaskSampler
 from gram_meta.processes import ALONE, ProcessGroup
 
 Gradients = Mapping[str, Tensor]
+
+MEAN, MOVED = "R's mean", "theta* moved by the mean beta"  # controls in the table of `gram eval-meta`
 
 
 def evaluate(
@@ -226,7 +229,8 @@ def evaluate_adaptation(
         raise GramError(f"--tasks, --steps: expected at least one task and steps of 0 or more, found {tasks}, {steps}")
     held = checkpoint.provenance.get("held_out_topics") or []
     same = bool(held) and checkpoint.provenance.get("hierarchy") == hierarchy.fingerprint
-    drawn = TaskSampler(hierarchy, TaskConfig.from_config(config), seed, held if same else None).draw_batch(0, tasks)
+    sampler = TaskSampler(hierarchy, TaskConfig.from_config(config), seed, held if same else None)
+    drawn = sampler.draw_batch(0, tasks)
     episodes = Episodes.from_config(backbone, store, [topic.word for topic in hierarchy.topics], config)
     initial = initial_theta(backbone, PromptConfig.from_config(config), config.SEED)
     learned = {**checkpoint.prompts, **checkpoint.extras}
@@ -236,34 +240,37 @@ def evaluate_adaptation(
     }
     regulator = None if checkpoint.regulator is None else checkpoint.regulator.to(backbone.device)
     inner = replace(InnerLoop.from_config(config), steps=max(steps))
-    forms = {form: replace(inner, regulate=regulate) for form, regulate in _forms(regulator).items()}
+    regulates = _forms(regulator)
+    if regulator is not None:
+        others = sampler.draw_batch(tasks, tasks)
+        gates = _mean_gates(regulator, starts["theta*"], episodes, others, inner)
+        regulates[MEAN] = lambda raw: {kind: gamma * raw[kind] + beta for kind, (gamma, beta) in gates.items()}
+        length = config.INNER.ALPHA * config.INNER.STEPS
+        starts[MOVED] = starts["theta*"] | {k: starts["theta*"][k] - length * beta for k, (_, beta) in gates.items()}
+    forms = {form: replace(inner, regulate=regulate) for form, regulate in regulates.items()}
+    rows = [(start, form) for start in starts for form in forms if start != MOVED or form == "R off"]
     seen: dict[tuple[str, str, int], list[tuple[Tensor, Tensor]]] = {}
     alignment: dict[str, list[Tensor]] = {}
     with tqdm(total=tasks, unit=" tasks", desc="adapting", disable=not progress) as bar:
         for episode in episodes.of(_batches(drawn, episodes.at_a_time)):
-            for start, theta in starts.items():
-                for form, inner in forms.items():
-                    prompts: Gradients = for_each_task(theta, len(episode.tasks))
-                    path = inner_path([episode.support], prompts, inner)
-                    for number in range(max(steps) + 1):
-                        if number in steps:
-                            with torch.no_grad():
-                                scores = episode.query.logits(prompts)
-                                values = episode.query.losses_of(scores), episode.query.accuracies_of(scores)
-                            seen.setdefault((start, form, number), []).append(values)
-                        if (step := next(path, None)) is None:
-                            break
-                        if number == 0 and start == "theta*":
-                            ahead = task_gradients(episode.query, step.prompts, scale=inner.scale)
-                            pair = ({kind: g[kind] for kind in checkpoint.prompts} for g in (step.regulated, ahead))
-                            alignment.setdefault(form, []).append(inner_products(*pair))
-                        prompts = step.after
+            for start, form in rows:
+                prompts: Gradients = for_each_task(starts[start], len(episode.tasks))
+                path = inner_path([episode.support], prompts, forms[form])
+                for number in range(max(steps) + 1):
+                    if number in steps:
+                        with torch.no_grad():
+                            scores = episode.query.logits(prompts)
+                            values = episode.query.losses_of(scores), episode.query.accuracies_of(scores)
+                        seen.setdefault((start, form, number), []).append(values)
+                    if (step := next(path, None)) is None:
+                        break
+                    if number == 0 and start == "theta*":
+                        ahead = task_gradients(episode.query, step.prompts, scale=inner.scale)
+                        pair = ({kind: g[kind] for kind in checkpoint.prompts} for g in (step.regulated, ahead))
+                        alignment.setdefault(form, []).append(inner_products(*pair))
+                    prompts = step.after
             bar.update(len(episode.tasks))
-    lines = [
-        Line(start, form, [_cell(step, seen[start, form, step]) for step in sorted(set(steps))])
-        for start in starts
-        for form in forms
-    ]
+    lines = [Line(*row, [_cell(step, seen[(*row, step)]) for step in sorted(set(steps))]) for row in rows]
     return Adaptation(
         topics=f"{len(held)} topics held out of meta-training" if same else "all topics of another hierarchy",
         tasks=tasks,
@@ -286,6 +293,22 @@ def _forms(regulator: GradientRegulator | None) -> dict[str, Callable[[Gradients
         }
 
     return {"R on": regulator.regulate_known, "R off": None, "R off, same length": stretched}
+
+
+def _mean_gates(
+    regulator: GradientRegulator, theta: Gradients, episodes: Episodes, tasks: Sequence[Task], inner: InnerLoop
+) -> dict[str, tuple[Tensor, ...]]:
+    """Return gamma and beta of each kind for the support gradients at theta, (M, d) each, averaged over tasks."""
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {kind: [] for kind in regulator.widths}
+    for episode in episodes.of(_batches(tasks, episodes.at_a_time)):
+        raw = next(inner_path([episode.support], for_each_task(theta, len(episode.tasks)), inner)).raw
+        for kind, pieces in seen.items():
+            part = regulator.parts(kind, raw[kind])
+            pieces.append((part.gamma.detach(), part.beta.detach()))
+    return {
+        kind: tuple(torch.cat(values).mean(dim=0) for values in zip(*pieces, strict=True))
+        for kind, pieces in seen.items()
+    }
 
 
 def _start_name(words: str) -> str:

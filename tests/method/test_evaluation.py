@@ -70,6 +70,43 @@ def test_against_adapting_each_task_alone(runs, pixel_corpus):
     assert "held out" in result.topics
 
 
+def test_the_controls_of_a_constant_regulator_and_of_a_moved_start(runs, pixel_corpus):
+    store, hierarchy, backbone, _ = pixel_corpus
+    checkpoint = runs["joint"]
+    config = stored_config(checkpoint.config)
+    sampler = TaskSampler(hierarchy, TaskConfig(2, 2, 4), 1000, checkpoint.provenance["held_out_topics"])
+    episodes = Episodes.from_config(backbone, store, [topic.word for topic in hierarchy.topics], config)
+
+    def gradients(episode, prompts):
+        leaves = {kind: value.detach().clone().requires_grad_() for kind, value in prompts.items()}
+        return dict(zip(leaves, torch.autograd.grad(episode.support(leaves).sum(), list(leaves.values())), strict=True))
+
+    start = {kind: value[None] for kind, value in checkpoint.prompts.items()}
+    gates = {kind: [] for kind in start}
+    for episode in episodes.of([[task] for task in sampler.draw_batch(5, 5)]):  # other tasks than those that are scored
+        for kind, g in gradients(episode, start).items():
+            gates[kind].append(checkpoint.regulator.parts(kind, g))
+    gamma = {kind: torch.stack([part.gamma.detach() for part in parts]).mean(0) for kind, parts in gates.items()}
+    beta = {kind: torch.stack([part.beta.detach() for part in parts]).mean(0) for kind, parts in gates.items()}
+    moved = {kind: value - config.INNER.ALPHA * config.INNER.STEPS * beta[kind] for kind, value in start.items()}
+    mean_losses, moved_losses = [], []
+    for episode in episodes.of([[task] for task in sampler.draw_batch(0, 5)]):
+        g, there = gradients(episode, start), gradients(episode, moved)
+        after = {
+            kind: value - config.INNER.ALPHA * (gamma[kind] * g[kind] + beta[kind]) for kind, value in start.items()
+        }
+        mean_losses.append(episode.query(after).item())
+        moved_losses.append(
+            episode.query({kind: value - config.INNER.ALPHA * there[kind] for kind, value in moved.items()}).item()
+        )
+    lines = {
+        (line.start, line.gradient): line.cells[-1] for line in measure(checkpoint, pixel_corpus, steps=(0, 1)).lines
+    }
+    assert lines["theta*", "R's mean"].loss == pytest.approx(np.mean(mean_losses), rel=1e-5)
+    assert lines["theta* moved by the mean beta", "R off"].loss == pytest.approx(np.mean(moved_losses), rel=1e-5)
+    assert len(lines) == 9 and lines["theta*", "R's mean"].loss != lines["theta*", "R on"].loss
+
+
 def test_tables_say_what_there_is(runs, pixel_corpus):
     result = measure(runs["raw"], pixel_corpus, steps=(1, 0))
     assert [(line.start, line.gradient) for line in result.lines] == [("theta*", "raw"), ('"a photo"', "raw")]
