@@ -166,9 +166,9 @@ def build(runs: Sequence[Run], plan: Plan) -> Report:
     reference = _reference({run.label for run in runs}, plan.reference)
     rows = []
     for name, members in groups:
-        series = {label: _series(values, label, members, plan.columns, seeds) for label in plan.labels}
+        series = {label: series_of(values, label, members, plan.columns, seeds) for label in plan.labels}
         for label in plan.labels:
-            cells = {column: _cell(series[label], column, len(seeds), label in fixed) for column in plan.columns}
+            cells = {column: cell_of(series[label], column, len(seeds), label in fixed) for column in plan.columns}
             differences = {}
             if reference and label != reference:
                 differences = {
@@ -274,7 +274,7 @@ def _spread_fixed(
     return {label for label, _, _ in seen} - drawn
 
 
-def _series(
+def series_of(
     values: Values, label: str, datasets: Sequence[str], columns: Sequence[str], seeds: Sequence[int]
 ) -> dict[str, dict[int, float]]:
     """Return, per column, seed -> value averaged over datasets, for the seeds that every dataset has."""
@@ -289,7 +289,10 @@ def _series(
     return series
 
 
-def _cell(series: dict[str, dict[int, float]], column: str, expected: int, fixed: bool) -> Estimate | None:
+def cell_of(
+    series: Mapping[str, Mapping[int, float]], column: str, expected: int, fixed: bool = False
+) -> Estimate | None:
+    """Return the mean and interval of one column over seeds; None without a seed."""
     if column == "H":
         return harmonic_estimate(series["base"], series["new"], expected, fixed)
     return estimate(list(series[column].values()), expected, fixed)
