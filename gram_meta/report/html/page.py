@@ -46,70 +46,46 @@ def page(
         evidence: where `runs` come from; its meta-trainings are listed.
         digits: decimals in the tables.
     """
-    tables = [_table(report, anchor, digits) for report, anchor in zip(reports, _anchors(reports), strict=True)]
+    runs = sorted(runs, key=lambda run: (run.label, run.dataset, run.subsample, run.seed))
+    numbers = [report.number for report in reports]
+    anchors = [f"table-{n}" if n and numbers.index(n) == i else f"other-{i}" for i, n in enumerate(numbers)]
+    titles = [report.title or "Runs" for report in reports]
     return render(
         "page.html",
         title="Gradient-Regulated Meta-Prompt Learning: report",
         style="page.css",
         sections=SECTIONS,
         contents={
-            "tables": [(table["anchor"], table["title"]) for table in tables],
+            "tables": list(zip(anchors, titles, strict=True)),
             "figures": [(drawing.stem, drawing.title) for drawing in drawings],
         },
-        summary=_summary(runs),
         missing_runs=sum(len(report.missing) for report in reports),
-        tables=tables,
+        tables=[
+            {"anchor": anchor, "title": title, "remarks": remarks(report), **_table(grid_of(report, digits))}
+            for anchor, title, report in zip(anchors, titles, reports, strict=True)
+        ],
         drawings=drawings,
         not_drawn=not_drawn,
-        missing=[(_title(it), lines) for it in reports if (lines := missing_lines(it.missing))],
+        missing=[(title, missing_lines(it.missing)) for title, it in zip(titles, reports, strict=True) if it.missing],
         metas=_metas(runs, evidence),
-        runs=[_run(run) for run in sorted(runs, key=lambda run: (run.label, run.dataset, run.subsample, run.seed))],
-        configs=_configs(runs),
-        splits=_splits(runs),
-        versions=[
-            (key, len(group), group[0].result["versions"].items())
-            for key, group in _grouped(runs, lambda run: _hash(run.result.get("versions"))).items()
-        ],
+        runs=runs,
+        seconds=sum(sum((run.result.get("seconds") or {}).values()) for run in runs),
+        config_hash=_config_hash,
+        meta_hash=_meta_hash,
+        versions_hash=_versions_hash,
+        configs=[(key, group, _yaml(_own_config(group[0]))) for key, group in _grouped(runs, _config_hash).items()],
+        splits=[group[0] for group in _grouped(runs, lambda run: run.few_shot).values()],
+        versions=_grouped(runs, _versions_hash),
     )
-
-
-def _summary(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    seconds = sum(sum((run.result.get("seconds") or {}).values()) for run in runs)
-    return [
-        ("runs", f"{len(runs)}, {seconds / 3600:.2f} hours of training and testing"),
-        ("backbones", ", ".join(sorted({run.backbone for run in runs}))),
-        ("trainers", ", ".join(sorted({run.trainer for run in runs}))),
-        ("datasets", ", ".join(sorted({run.dataset for run in runs}))),
-        ("seeds", ", ".join(map(str, sorted({run.seed for run in runs})))),
-    ]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Tables
 
 
-def _title(report: Report) -> str:
-    return report.title or "Runs"
-
-
-def _anchors(reports: Sequence[Report]) -> list[str]:
-    anchors: list[str] = []
-    for i, report in enumerate(reports):
-        anchor = f"table-{report.number}" if report.number else f"other-{i}"
-        anchors.append(anchor if anchor not in anchors else f"{anchor}-{i}")
-    return anchors
-
-
-def _table(report: Report, anchor: str, digits: int) -> dict[str, Any]:
-    grid = grid_of(report, digits)
-    return {
-        "anchor": anchor,
-        "title": _title(report),
-        "headers": grid.headers,
-        "names": name_columns(grid.headers),
-        "rows": [_table_row(grid, i) for i in range(len(grid.rows))],
-        "remarks": remarks(report),
-    }
+def _table(grid: Grid) -> dict[str, Any]:
+    rows = [_table_row(grid, i) for i in range(len(grid.rows))]
+    return {"headers": grid.headers, "names": name_columns(grid.headers), "rows": rows}
 
 
 def _table_row(grid: Grid, place: int) -> dict[str, Any]:
@@ -129,31 +105,18 @@ def _table_row(grid: Grid, place: int) -> dict[str, Any]:
 
 
 def _number(text: str) -> dict[str, str]:
-    """A cell with a typographer's minus; "(2 of 3 seeds)" goes below the number, where it does not widen the column."""
+    """Return a cell with a true minus sign, and "2 of 3 seeds" as a line below the number."""
     value, _, seeds = text.partition(" (")
     value = "\N{MINUS SIGN}" + value[1:] if value.startswith("-") else value
     return {"text": value, "below": seeds.removesuffix(")")}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What runs were made with
-
-
-def _grouped(runs: Sequence[Run], key_of: Callable[[Run], str]) -> dict[str, list[Run]]:
-    """Runs by key, in order; runs with the key "" are left out."""
-    groups: dict[str, list[Run]] = defaultdict(list)
-    for run in runs:
-        if key := key_of(run):
-            groups[key].append(run)
-    return groups
-
-
-def _meta_hash(run: Run) -> str:
-    return (run.result.get("meta_checkpoint") or {}).get("sha256", "")
+# Meta-checkpoints
 
 
 def _metas(runs: Sequence[Run], evidence: Evidence) -> list[dict[str, Any]]:
-    """Every meta-checkpoint that a run used or that left a log."""
+    """Return every meta-checkpoint that a run used or that left a log."""
     used = _grouped(runs, _meta_hash)
     logged = {meta.sha256 or meta.path: meta for meta in evidence.metas}
     return [_meta(key, used.get(key, []), logged.get(key)) for key in dict.fromkeys([*used, *logged])]
@@ -201,26 +164,17 @@ def _best_step(meta: MetaTraining | None) -> list[str]:
     ]
 
 
-def _run(run: Run) -> dict[str, Any]:
-    """Return a line of the table of all runs."""
-    result, seconds = run.result, run.result.get("seconds") or {}
-    return {
-        "label": run.label,
-        "words": [run.dataset, run.subsample, "" if run.untrained else run.source],
-        "numbers": ["" if run.untrained else run.shots, run.seed, result.get("epoch", ""), f"{run.value:.2f}"],
-        "links": [
-            ("config", _config_hash(run)),
-            ("meta", _meta_hash(run)),
-            ("split", run.few_shot),
-            ("versions", _hash(result.get("versions"))),
-        ],
-        "times": [f"{seconds[part]:.1f}" if seconds.get(part) else "" for part in ("train", "test")],
-        "folder": run.path.parent,
-    }
+# ----------------------------------------------------------------------------------------------------------------------
+# Hashes, by which runs are grouped and linked
 
 
-def _hash(block: Any) -> str:
-    return block_hash(block) if block else ""
+def _meta_hash(run: Run) -> str:
+    return (run.result.get("meta_checkpoint") or {}).get("sha256", "")
+
+
+def _versions_hash(run: Run) -> str:
+    versions = run.result.get("versions")
+    return block_hash(versions) if versions else ""
 
 
 def _own_config(run: Run) -> dict[str, Any]:
@@ -228,23 +182,16 @@ def _own_config(run: Run) -> dict[str, Any]:
 
 
 def _config_hash(run: Run) -> str:
-    """Hash of a run's config without what differs from run to run (seed, dataset, shots, folders)."""
+    """Return the hash of a run's config without what differs from run to run (seed, dataset, shots, folders)."""
     return block_hash(_own_config(run))
 
 
-def _configs(runs: Sequence[Run]) -> list[tuple[str, str, int, str]]:
-    """(hash, labels, number of runs, YAML) of each config."""
-    groups = _grouped(runs, _config_hash)
-    return [
-        (key, ", ".join(dict.fromkeys(run.label for run in group)), len(group), _yaml(_own_config(group[0])))
-        for key, group in groups.items()
-    ]
-
-
-def _splits(runs: Sequence[Run]) -> list[Run]:
-    """Return a run of each few-shot split."""
-    first = [group[0] for group in _grouped(runs, lambda run: run.few_shot).values()]
-    return sorted(first, key=lambda run: (run.source, run.shots, run.seed))
+def _grouped(runs: Sequence[Run], key_of: Callable[[Run], str]) -> dict[str, list[Run]]:
+    """Return runs by key, in order, without the runs whose key is ""."""
+    groups: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[key_of(run)].append(run)
+    return {key: group for key, group in groups.items() if key}
 
 
 def _yaml(tree: Any) -> str:
