@@ -11,8 +11,9 @@ import hashlib
 import io
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -104,11 +105,8 @@ def write_hierarchy_page(
     if topics < 0 or images < 1:
         raise GramError(f"--topics and --images: expected at least 0 and 1, found {topics} and {images}")
     view = _View(hierarchy, store, store.places(image_root), seed)
-    task, dropped = _draw_task(view), _draw_dropped(view)
-    fixed = sum(len(pairs) for _fate, pairs in dropped)
-    if isinstance(task, Task):
-        fixed += (task.support.shape[1] + task.query.shape[1]) * min(len(task.words), TASK_CLASSES)
-    shown, images = _fitting(hierarchy, topics or len(hierarchy.topics), images, fixed, limit)
+    task, dropped = _task(view), _dropped(view)
+    shown, images = _fitting(hierarchy, topics or len(hierarchy.topics), images, view.asked, limit)
     sections = {
         "pairs": "What became of the pairs",
         "sizes": "Sizes",
@@ -125,18 +123,19 @@ def write_hierarchy_page(
         script_hash=_sha256(read("hierarchy.js")),
         sections=sections,
         contents={},
-        tiles=_tiles(view),
+        counts=store.manifest["counts"],
+        in_topics=_percent(len(hierarchy.pair), store.manifest["counts"]["pairs"]),
         agreement=agreement,
         images=images,
         seed=seed,
         topics=[_topic(view, number, images) for number in range(shown)],
-        listed=hierarchy.topics[:LISTED],
-        all_topics=len(hierarchy.topics),
+        most_listed=LISTED,
+        every_topic=hierarchy.topics,
         labelled=hierarchy.manifest.get("labelled", False),
         same_word=view.same_word,
         repeated=sum(len(numbers) for numbers in view.same_word.values() if len(numbers) > 1),
-        task=_task(view, task),
-        dropped=[_dropped(view, name, pairs) for name, pairs in dropped],
+        task=task,
+        dropped=dropped,
         sizes=_sizes(hierarchy),
         similarity=_similarity(hierarchy, store),
         **_pairs(hierarchy, store),
@@ -229,19 +228,7 @@ def thumbnail(image: Image.Image) -> tuple[int, int, str]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Head, counts and sizes
-
-
-def _tiles(view: _View) -> list[tuple[str, str]]:
-    topics, counts = view.hierarchy.topics, view.store.manifest["counts"]
-    return [
-        ("pairs", f"{counts['pairs']:,}"),
-        ("images", f"{counts['images']:,}"),
-        ("topics", f"{len(topics):,}"),
-        ("different words", f"{len(view.same_word):,}"),
-        ("visual domains", f"{sum(len(topic.domains) for topic in topics):,}"),
-        ("of pairs in topics", _percent(len(view.hierarchy.pair), counts["pairs"])),
-    ]
+# Remarks, counts and sizes
 
 
 def _remarks(view: _View) -> list[str]:
@@ -269,24 +256,18 @@ def _reasons(unreadable: Counter[str]) -> str:
 def _pairs(hierarchy: Hierarchy, store: PairStore) -> dict[str, Any]:
     pairs = dict(hierarchy.manifest["pairs"])
     total, read_rows = pairs.pop("in"), store.manifest["counts"]["rows"]
-    fates = [
-        {
-            "name": name,
-            "count": count,
-            "share": _percent(count, total),
-            "why": WHY.get(name, ""),
-            # the colour of a fate is the same in every drawing
-            "css": f"fate-{FATE_NAMES.index(name) % 7 if name in FATE_NAMES else 6}",
-        }
-        for name, count in pairs.items()
-        if count
-    ]
     skipped = sorted(store.manifest.get("skipped", {}).items(), key=lambda it: -it[1])
     return {
-        "fates": fates,
+        "fates": [_fate(name) | {"count": n, "share": _percent(n, total)} for name, n in pairs.items() if n],
         "rows": read_rows,
         "skipped": [(reason, count, _percent(count, read_rows)) for reason, count in skipped],
     }
+
+
+def _fate(name: str) -> dict[str, Any]:
+    """Return a fate's name, its reason, and its colour, which is the same everywhere."""
+    number = FATE_NAMES.index(name) if name in FATE_NAMES else 6
+    return {"name": name, "why": WHY.get(name, ""), "css": f"fate-{number}"}
 
 
 def _sizes(hierarchy: Hierarchy) -> dict[str, Any] | None:
@@ -298,97 +279,47 @@ def _sizes(hierarchy: Hierarchy) -> dict[str, Any] | None:
     edges = np.unique(np.geomspace(sizes.min(), sizes.max() + 1, 15).astype(int))
     if len(edges) < 2:
         edges = np.array([sizes.min(), sizes.max() + 1])
-    bins = list(zip(edges[:-1], edges[1:], strict=True))
-    chart = _chart(
-        title="Topics by size",
-        x_title="pairs in the topic",
-        y_title="topics",
-        labels=[f"{a:,}" if b - a == 1 else f"{a:,} to {b - 1:,}" for a, b in bins],
-        ticks=[f"{edge:,}" for edge in edges[:-1]],
-        series=[("topics", "fate-0", np.histogram(sizes, edges)[0])],
-    )
+    labels = [f"{a:,}" if b - a == 1 else f"{a:,} to {b - 1:,}" for a, b in pairwise(edges)]
     return {
-        "chart": chart,
+        "chart": _chart(labels, [f"{edge:,}" for edge in edges[:-1]], {"topics": np.histogram(sizes, edges)[0]}),
         "text": f"Largest {sizes.max():,} pairs, median {int(np.median(sizes)):,}, smallest {sizes.min():,}. "
         f"The ten largest hold {_percent(largest, int(sizes.sum()))} of the pairs in topics.",
     }
 
 
 def _similarity(hierarchy: Hierarchy, store: PairStore) -> dict[str, Any]:
-    """Return the chart of pairs by the similarity of image and caption, and the key to its colours."""
+    """Return the chart of pairs by the similarity of image and caption."""
     similarity, fates = np.asarray(store.similarity), hierarchy.fates
     low, high = np.quantile(similarity, [0.001, 0.999])
     edges = np.linspace(low, max(high, low + 1e-3), 25)
     inside = similarity.clip(edges[0], edges[-1])
-    groups = [
-        ("kept", "fate-0", fates == KEPT),
-        ("filtered", "fate-1", fates == FILTERED),
-        ("dropped later", "fate-2", (fates != KEPT) & (fates != FILTERED)),
-    ]
-    series = [(name, css, np.histogram(inside[mask], edges)[0]) for name, css, mask in groups if mask.any()]
-    chart = _chart(
-        title="Pairs by image-text similarity",
-        x_title="cosine of image and caption by CLIP",
-        y_title="pairs",
-        labels=[f"{a:.3f} to {b:.3f}" for a, b in zip(edges[:-1], edges[1:], strict=True)],
-        ticks=[f"{edge:.2f}" if i % 4 == 0 else "" for i, edge in enumerate(edges[:-1])],
-        series=series,
-    )
-    return {"chart": chart, "key": [(name, css) for name, css, _counts in series]}
+    groups = {
+        "kept": fates == KEPT,
+        "filtered": fates == FILTERED,
+        "dropped later": (fates != KEPT) & (fates != FILTERED),
+    }
+    series = {name: np.histogram(inside[mask], edges)[0] for name, mask in groups.items()}
+    return _chart([f"{a:.3f} to {b:.3f}" for a, b in pairwise(edges)], [f"{edge:.2f}" for edge in edges[:-1]], series)
 
 
-def _chart(
-    title: str,
-    x_title: str,
-    y_title: str,
-    labels: Sequence[str],
-    ticks: Sequence[str],
-    series: Sequence[tuple[str, str, np.ndarray]],
-) -> dict[str, Any]:
-    """Return stacked bars in SVG coordinates.
+def _chart(labels: Sequence[str], ticks: Sequence[str], series: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Return stacked bars: of each, its parts' colour, height in percent of the largest bar, and text.
 
     Args:
-        labels: what each bar counts, in words. ticks: the text below each bar; "" for none.
-        series: (name, CSS class, counts of each bar), from the bottom up.
+        labels: what each bar counts, in words. ticks: the text below each bar, of which about eight are shown.
+        series: name -> counts of each bar, from the bottom up.
     """
-    width, height, left, top = 560, 230, 52, 12
-    floor = height - 40
-    total = np.sum([counts for _name, _css, counts in series], axis=0)
-    most = max(int(total.max(initial=1)), 1)
-    step, scale = (width - left - 6) / max(len(total), 1), (floor - top) / most
-
-    def rounded(pixels: float) -> float:
-        return round(float(pixels), 1)
-
-    lines = [(floor - share * most * scale, f"{share * most:,.0f}") for share in (0, 0.5, 1)]
-    bars: list[dict[str, Any]] = []
-    below = np.zeros(len(total))
-    for name, css, counts in series:
-        for i in np.flatnonzero(counts).tolist():
-            bars.append(
-                {
-                    "css": css,
-                    "x": rounded(left + i * step + 1),
-                    "y": rounded(floor - (below[i] + counts[i]) * scale),
-                    "height": rounded(max(counts[i] * scale, 0.8)),
-                    "text": f"{labels[i]}: {counts[i]:,} {name}",
-                }
-            )
-        below += counts
-    every = max(1, -(-sum(map(bool, ticks)) // 8))
-    return {
-        "title": title,
-        "x_title": x_title,
-        "y_title": y_title,
-        "width": width,
-        "height": height,
-        "left": left,
-        "floor": floor,
-        "bar_width": rounded(max(step - 2, 1)),
-        "bars": bars,
-        "lines": [{"y": rounded(y), "text_y": rounded(y + 4), "text": text} for y, text in lines],
-        "ticks": [(rounded(left + i * step + 1), tick) for i, tick in enumerate(ticks) if tick and i % every == 0],
-    }
+    most = max(int(np.sum(list(series.values()), axis=0).max()), 1)
+    every = -(-len(ticks) // 8)
+    bars = []
+    for i, label in enumerate(labels):
+        parts = [
+            (css, f"{100 * counts[i] / most:.1f}", f"{label}: {counts[i]:,} {name}")
+            for css, (name, counts) in enumerate(series.items())
+            if counts[i]
+        ]
+        bars.append({"tick": "" if i % every else ticks[i], "parts": parts})
+    return {"bars": bars, "most": most, "key": [name for name, counts in series.items() if counts.any()]}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -405,7 +336,7 @@ def _topic(view: _View, number: int, images: int) -> dict[str, Any]:
         "others": [it for it in view.same_word[topic.word.lower()] if it != number],
         "find": _short(" ".join([*words, *captions]).lower(), 900),
         "domains": [
-            {"size": size, "images": _domain(view, rows[view.hierarchy.domain[rows] == u], images, random)}
+            (size, _domain(view, rows[view.hierarchy.domain[rows] == u], images, random))
             for u, size in enumerate(topic.domains)
         ],
         "captions": [
@@ -430,25 +361,20 @@ def _task_settings(hierarchy: Hierarchy) -> dict[str, Any]:
     return {**as_dict(get_meta_config().TASKS), **hierarchy.manifest.get("config", {}).get("TASKS", {})}
 
 
-def _draw_task(view: _View) -> Task | str:
+def _task(view: _View) -> dict[str, Any]:
     """Return a task drawn with the hierarchy's own settings, or the reason why none can be drawn."""
-    config = TaskConfig.from_config({"TASKS": _task_settings(view.hierarchy)})
+    settings = _task_settings(view.hierarchy)
     try:
-        return TaskSampler(view.hierarchy, config, abs(view.seed)).draw(0)
+        task = TaskSampler(view.hierarchy, TaskConfig.from_config({"TASKS": settings}), abs(view.seed)).draw(0)
     except GramError as error:
-        return str(error)
-
-
-def _task(view: _View, task: Task | str) -> dict[str, Any]:
-    if isinstance(task, str):
-        return {"problem": task}
+        return {"problem": str(error)}
     ways, support = task.support.shape
     return {
         "problem": "",
         "ways": ways,
         "support": support,
         "query": task.query.shape[1],
-        "shift": _task_settings(view.hierarchy)["DOMAIN_SHIFT"],
+        "shift": settings["DOMAIN_SHIFT"],
         "classes": [_task_class(view, task, k) for k in range(min(ways, TASK_CLASSES))],
     }
 
@@ -468,21 +394,18 @@ def _task_class(view: _View, task: Task, k: int) -> dict[str, Any]:
     return {"word": task.words[k], "topic": topic, "sides": sides}
 
 
-def _draw_dropped(view: _View) -> list[tuple[str, np.ndarray]]:
-    """Return (fate, rows of the store) of some pairs of each fate but "kept"."""
-    by_fate = [(fate, np.flatnonzero(view.hierarchy.fates == fate)) for fate in range(len(FATE_NAMES)) if fate != KEPT]
-    return [
-        (FATE_NAMES[fate], view.random(1, fate).choice(pairs, min(DROPPED, len(pairs)), replace=False))
-        for fate, pairs in by_fate
-        if len(pairs)
-    ]
-
-
-def _dropped(view: _View, name: str, pairs: np.ndarray) -> dict[str, Any]:
-    captions = (_short(caption, 140) for caption in view.store.captions.take(pairs))
-    similarity = (f"{view.store.similarity[pair]:.2f}" for pair in pairs)
-    images = view.images(view.store.image[pairs], pairs)
-    return {"name": name, "why": WHY.get(name, ""), "pairs": zip(images, captions, similarity, strict=True)}
+def _dropped(view: _View) -> list[dict[str, Any]]:
+    """Return some pairs of each fate but "kept": thumbnail, caption and similarity."""
+    shown = []
+    for fate, name in enumerate(FATE_NAMES):
+        pairs = np.flatnonzero(view.hierarchy.fates == fate)
+        if fate != KEPT and len(pairs):
+            pairs = view.random(1, fate).choice(pairs, min(DROPPED, len(pairs)), replace=False)
+            captions = [_short(caption, 140) for caption in view.store.captions.take(pairs)]
+            similarity = [f"{view.store.similarity[pair]:.2f}" for pair in pairs]
+            images = view.images(view.store.image[pairs], pairs)
+            shown.append(_fate(name) | {"pairs": list(zip(images, captions, similarity, strict=True))})
+    return shown
 
 
 # ----------------------------------------------------------------------------------------------------------------------
