@@ -15,32 +15,22 @@ runs that cannot share a table, and lists the runs that are missing.
     html      the pages of `gram report --html` and `gram inspect --html`
 """
 
-from gram_meta.intervals import Estimate, half_width, harmonic
 from gram_meta.report.curves import build_curve
-from gram_meta.report.evidence import Evidence, MetaTraining, gather, write_collection
+from gram_meta.report.evidence import Evidence, gather, write_collection
 from gram_meta.report.numbered import NUMBERS, all_tables, paper_tables
-from gram_meta.report.runs import METRICS, Run, read_runs, runs_of
-from gram_meta.report.tables import AVERAGE, Missing, Report, Row, build_reports
-from gram_meta.report.text import FORMATS, render, render_all, render_curve
+from gram_meta.report.runs import Run, read_runs, runs_of
+from gram_meta.report.tables import Report, build_reports
+from gram_meta.report.text import render, render_all, render_curve
 
 __all__ = [
-    "AVERAGE",
-    "FORMATS",
-    "METRICS",
     "NUMBERS",
-    "Estimate",
     "Evidence",
-    "MetaTraining",
-    "Missing",
     "Report",
-    "Row",
     "Run",
     "all_tables",
     "build_curve",
     "build_reports",
     "gather",
-    "half_width",
-    "harmonic",
     "paper_tables",
     "read_runs",
     "render",

@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -163,9 +164,8 @@ def read_result(path: Path) -> dict[str, Any]:
     lacking = [key for key in needed if key not in result]
     if lacking:
         raise GramError(f"{path}: expected the keys of a result, found no {', '.join(lacking)}")
-    result["trainer"] = (
-        result.get("learned_by") or result["trainer"]
-    )  # another trainer of the family may have evaluated the prompts
+    # Another trainer of the family may have evaluated the prompts.
+    result["trainer"] = result.get("learned_by") or result["trainer"]
     return result
 
 
@@ -220,13 +220,8 @@ def _read_meta(folder: Path) -> MetaTraining | None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Collections
 
-_SHARED = (
-    "config",
-    "versions",
-    "meta_checkpoint",
-    "few_shot",
-    "backbone_fingerprint",
-)  # blocks that many runs have in common
+# Blocks that many runs have in common.
+_SHARED = ("config", "versions", "meta_checkpoint", "few_shot", "backbone_fingerprint")
 # Config values that a run's result repeats: taken out of the shared config, and restored from the result.
 _OWN = {
     "SEED": "seed",
@@ -239,18 +234,17 @@ _OWN = {
 
 def write_collection(evidence: Evidence, path: str | Path) -> None:
     """Write `evidence` as one JSON file, a line per run, with relative paths, so that it can be published."""
-    root = _common_root(evidence)
+    folders = [str(folder if folder.is_dir() else folder.parent) for folder in evidence.folders]
+    short = partial(_short, Path(os.path.commonpath(folders)) if folders else None)
+    trained = {where: evidence.trained_path(where) for where in evidence.results}
+    runs = [_pack(where, result, trained[where], short) for where, result in evidence.results.items()]
+    runs += [_pack(where, result, None, short) | {"beside": True} for where, result in evidence.beside.items()]
     shared: dict[str, Any] = {}
-
-    def share(block: Any) -> str:
-        key = block_hash(block)
-        shared[key] = block
-        return key
-
-    short = _shortener(root)
-    models = {where: trained for where in evidence.results if (trained := evidence.trained_path(where))}
-    runs = [_pack(where, it, models.get(where), short, share) for where, it in evidence.results.items()]
-    runs += [_pack(where, it, None, short, share) | {"beside": True} for where, it in evidence.beside.items()]
+    for run in runs:
+        for name in _SHARED:
+            if block := run.get(name):
+                run[name] = block_hash(block)
+                shared[run[name]] = block
     metas = [
         {"path": short(meta.path, 2), "sha256": meta.sha256, "facts": meta.facts, "log": _columns(meta.log)}
         for meta in evidence.metas
@@ -258,13 +252,9 @@ def write_collection(evidence: Evidence, path: str | Path) -> None:
     with atomic_write(path, "w") as file:
         file.write(f'{{"format": "{COLLECTION}", "version": {FORMAT},\n')
         for name, block in (("shared", shared), ("metas", metas), ("runs", runs)):
-            lines = (
-                [f"{json.dumps(key)}: {_compact(value)}" for key, value in block.items()]
-                if isinstance(block, dict)
-                else [_compact(value) for value in block]
-            )
-            brackets = "{}" if isinstance(block, dict) else "[]"
-            file.write(f'"{name}": {brackets[0]}\n' + ",\n".join(lines) + f"\n{brackets[1]}")
+            opening, closing = "{}" if isinstance(block, dict) else "[]"
+            lines = [f"{json.dumps(it)}: {_compact(block[it])}" if opening == "{" else _compact(it) for it in block]
+            file.write(f'"{name}": {opening}\n' + ",\n".join(lines) + f"\n{closing}")
             file.write(",\n" if name != "runs" else "\n}\n")
 
 
@@ -288,10 +278,8 @@ def _add_collection(evidence: Evidence, path: Path) -> None:
         raise GramError(f"{path}: expected a whole collection, found a broken one ({error!r})") from None
 
 
-def _pack(
-    path: Path, result: Mapping[str, Any], trained: Path | None, short: Callable[..., str], share: Callable[[Any], str]
-) -> dict[str, Any]:
-    """Return a result with its shared blocks replaced by their hashes."""
+def _pack(path: Path, result: Mapping[str, Any], trained: Path | None, short: Callable[..., str]) -> dict[str, Any]:
+    """Return a result with short paths, and a config without the values that the result repeats."""
     packed = dict(result)
     packed["path"] = short(str(path), 8)
     if result.get("model_dir"):
@@ -309,9 +297,6 @@ def _pack(
         block = packed.get(key)
         if isinstance(block, dict) and block.get("path"):
             packed[key] = {**block, "path": short(block["path"], parts)}
-    for key in _SHARED:
-        if packed.get(key):
-            packed[key] = share(packed[key])
     if packed.get("curve"):
         packed["curve"] = _columns(packed["curve"])
     return packed
@@ -337,22 +322,14 @@ def _unpack(packed: Mapping[str, Any], shared: Mapping[str, Any]) -> tuple[Path,
     return where, result
 
 
-def _common_root(evidence: Evidence) -> Path | None:
-    folders = [str(folder if folder.is_dir() else folder.parent) for folder in evidence.folders]
-    return Path(os.path.commonpath(folders)) if folders else None
-
-
-def _shortener(root: Path | None) -> Callable[..., str]:
-    def short(text: str, parts: int) -> str:
-        """Return a path relative to the common folder; of another absolute path, its last `parts`."""
-        path = Path(text)
-        if not path.is_absolute():
-            return text
-        if root is not None and path.is_relative_to(root):
-            return path.relative_to(root).as_posix()
-        return "/".join(path.parts[1:][-parts:])
-
-    return short
+def _short(root: Path | None, text: str, parts: int) -> str:
+    """Return a path relative to the common folder `root`; of another absolute path, its last `parts`."""
+    path = Path(text)
+    if not path.is_absolute():
+        return text
+    if root is not None and path.is_relative_to(root):
+        return path.relative_to(root).as_posix()
+    return "/".join(path.parts[1:][-parts:])
 
 
 def block_hash(block: Any) -> str:

@@ -99,26 +99,28 @@ def base_to_new_runs(runs: Sequence[Run], shots: int = _WANTED) -> list[Run]:
 
 
 def _once(runs: Sequence[Run], shots: int) -> list[Run]:
-    """Keep one of several equal runs without training, which do not depend on the shots: the one with these shots."""
-    kept: dict[tuple, Run] = {}
-    trained = [run for run in runs if not run.untrained]
-    doubled = []
+    """Keep one of several equal runs without training, which do not depend on the shots: the one with these shots.
+
+    Two with the same number of shots are both kept, and `build` raises for them.
+    """
+
+    def key(run: Run) -> tuple:
+        return run.label, run.dataset, run.subsample, run.seed
+
+    kept: dict[tuple, int] = {}
     for run in sorted((run for run in runs if run.untrained), key=lambda run: run.shots != shots):
-        key = (run.label, run.dataset, run.subsample, run.seed)
-        before = kept.setdefault(key, run)
-        if before is not run and before.shots == run.shots:
-            doubled.append(run)  # `build` raises for it
-    return [*trained, *kept.values(), *doubled]
+        kept.setdefault(key(run), run.shots)
+    return [run for run in runs if not run.untrained or run.shots == kept[key(run)]]
 
 
 def _table_1(runs: Sequence[Run], reference: str, explicit: bool) -> list[Report]:
     mine = [run for run in base_to_new_runs(runs) if run.plain]
     if not _worth_showing(mine, runs):
         return []
-    datasets = _in_order({run.dataset for run in mine}, paper.datasets())
+    datasets = _in_order({run.dataset for run in mine}, paper.DATASETS)
     plan = Plan(
         BASE_NEW,
-        labels=_rows(mine, paper.trainers(), explicit),
+        labels=_rows(mine, paper.TRAINERS, explicit),
         datasets=datasets,
         average_over=datasets if len(datasets) > 1 else (),
         reference=reference,
@@ -126,14 +128,13 @@ def _table_1(runs: Sequence[Run], reference: str, explicit: bool) -> list[Report
         title=_title(f"Table 1: {TITLES[1]}", mine),
         number=1,
     )
-    return [_with_absent(build(mine, plan), mine, paper.datasets())]
+    return [_with_absent(build(mine, plan), mine, paper.DATASETS)]
 
 
 def _worth_showing(mine: Sequence[Run], runs: Sequence[Run]) -> bool:
     """Return whether Table 1 has a trained run; zero-shot alone is shown only if no base-to-new run was trained."""
-    if any(not run.untrained for run in mine):
-        return True
-    return bool(mine) and not any(run.subsample in ("base", "new") and not run.untrained for run in runs)
+    trained = [run for run in runs if run.subsample in ("base", "new") and not run.untrained]
+    return bool(mine) and (not trained or any(not run.untrained for run in mine))
 
 
 def _averages(number: int, runs: Sequence[Run], explicit: bool) -> list[Report]:
@@ -148,7 +149,7 @@ def _averages(number: int, runs: Sequence[Run], explicit: bool) -> list[Report]:
         return []
     left_out = {run.dataset for run in mine} - own if own else set()
     mine = [run for run in mine if run.dataset not in left_out]
-    datasets = _in_order({run.dataset for run in mine}, paper.datasets())
+    datasets = _in_order({run.dataset for run in mine}, paper.DATASETS)
     there = {run.label for run in mine}
     plan = Plan(
         BASE_NEW,
@@ -161,9 +162,9 @@ def _averages(number: int, runs: Sequence[Run], explicit: bool) -> list[Report]:
         number=number,
         averages_only=True,
     )
-    report = _with_absent(build(mine, plan), mine, paper.datasets())
+    report = _with_absent(build(mine, plan), mine, paper.DATASETS)
     if left_out:
-        named = ", ".join(_in_order(left_out, paper.datasets()))
+        named = ", ".join(_in_order(left_out, paper.DATASETS))
         report.notes.append(f"without {named}, where no row but the full UniGRAM or JointPrompt has runs")
     return [report]
 
@@ -187,7 +188,7 @@ def _tokens_row(run: Run) -> str:
 
 
 def _average_number(number: int, label: str, members: Sequence[str]) -> dict[str, float]:
-    if set(members) != set(paper.datasets()):
+    if set(members) != set(paper.DATASETS):
         return {}
     return paper.ablation(int(label[0])) if number == 6 else paper.tokens(int(label.split()[0]))
 
@@ -237,7 +238,7 @@ def _transfer_table(
     title = f"Table {number}: {TITLES[number]}" if number else f"{kind} generalisation, {shots} shots"
     plan = Plan(
         ALL,
-        labels=_rows(mine, list(printed["rows"]) if explicit else paper.trainers(), explicit),
+        labels=_rows(mine, list(printed["rows"]) if explicit else paper.TRAINERS, explicit),
         datasets=[source, *targets],
         average_over=targets,
         average_last=True,
@@ -337,7 +338,7 @@ def _beside(runs: Sequence[Run], lookup: PaperNumbers) -> PaperNumbers:
 def _as_in_the_paper(run: Run) -> bool:
     """Return whether backbone, schedule and metric are the paper's; the table decides on datasets and shots."""
     measured = (run.backbone, run.metric, run.split)
-    return measured == (paper.backbone(), "accuracy", "test") and (run.untrained or run.epochs == EPOCHS)
+    return measured == (paper.BACKBONE, "accuracy", "test") and (run.untrained or run.epochs == EPOCHS)
 
 
 def _title(text: str, runs: Sequence[Run]) -> str:
@@ -348,6 +349,6 @@ def _with_absent(report: Report, runs: Sequence[Run], datasets: Sequence[str]) -
     """Add a note that lists the paper's datasets without any run, if other datasets of the paper have runs."""
     there = set(report.datasets) & set(datasets)
     absent = [paper.name(name) for name in datasets if name not in there]
-    if there and absent and {run.backbone for run in runs} == {paper.backbone()}:
+    if there and absent and {run.backbone for run in runs} == {paper.BACKBONE}:
         report.notes.append(f"of the paper's {len(datasets)} datasets, no run on {', '.join(absent)}")
     return report

@@ -8,43 +8,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from functools import cache
 from importlib import resources
 from typing import Any
 
 COLUMNS = ("base", "new", "H")
 
 
-@cache
-def numbers() -> Mapping[str, Any]:
-    """Return all of `paper.json`."""
-    text = resources.files("gram_meta.report").joinpath("paper.json").read_text(encoding="utf-8")
-    return json.loads(text)
+_PAPER = json.loads(resources.files("gram_meta.report").joinpath("paper.json").read_text(encoding="utf-8"))
+BACKBONE: str = _PAPER["backbone"]  # the only one
+TRAINERS: Mapping[str, str] = _PAPER["trainers"]  # registered name -> the paper's, in the order of its rows
+DATASETS: tuple[str, ...] = tuple(_PAPER["tables"]["1"]["datasets"])  # the eleven of Table 1, in its order
 
 
 def table(number: int) -> Mapping[str, Any]:
     """Return one table of `paper.json`."""
-    return numbers()["tables"][str(number)]
-
-
-def backbone() -> str:
-    """Return the name of the paper's only backbone."""
-    return numbers()["backbone"]
-
-
-def trainers() -> Mapping[str, str]:
-    """Return registered name -> the paper's name, in the order of the paper's rows."""
-    return numbers()["trainers"]
-
-
-def datasets() -> tuple[str, ...]:
-    """Return the eleven datasets of Table 1, in its order."""
-    return tuple(table(1)["datasets"])
+    return _PAPER["tables"][str(number)]
 
 
 def name(dataset: str) -> str:
     """Return the paper's name of a dataset or a trainer; a name that the paper does not have is returned unchanged."""
-    return numbers()["names"].get(dataset) or trainers().get(dataset, dataset)
+    return _PAPER["names"].get(dataset) or TRAINERS.get(dataset, dataset)
 
 
 def base_to_new(members: Collection[str], trainer: str) -> dict[str, float]:

@@ -12,37 +12,16 @@ from gram_meta.config import flatten
 from gram_meta.errors import GramError
 from gram_meta.report.evidence import Evidence, dataset_of, gather
 
-METRICS = ("accuracy", "error_rate", "macro_f1")
-
 # Settings of the place and manner of a run, which do not change what it measures.
-_PLACE = (
-    "OUTPUT_DIR",
-    "RESUME",
-    "SEED",
-    "USE_CUDA",
-    "VERBOSE",
-    "ENV_INFO",
-    "DATASET.ROOT",
-    "DATASET.NAME",
-    "DATASET.FOLDER",
-    "DATASET.SUBSAMPLE_CLASSES",
-    "DATASET.SOURCE_DOMAINS",
-    "DATASET.TARGET_DOMAINS",
-    "DATALOADER.NUM_WORKERS",
-    "DATALOADER.TEST",
-    "TEST.EVALUATOR",
-    "TEST.PER_CLASS_RESULT",
-    "TEST.COMPUTE_CMAT",
-    "TEST.NO_TEST",
-    "TEST.SPLIT",
-    "TEST.PER_EPOCH",
-    "TEST.AT_STEPS",
-    "TRAIN.PRINT_FREQ",
-    "TRAIN.CHECKPOINT_FREQ",
-    "TRAINER.GRAM.META",
-    "TRAINER.MEMORY",  # rounding
-    "TRAINER.GRAM.CHECKPOINT",  # compared by its hash instead
-)
+_PLACE = tuple(
+    """
+    OUTPUT_DIR RESUME SEED USE_CUDA VERBOSE ENV_INFO
+    DATASET.ROOT DATASET.NAME DATASET.FOLDER DATASET.SUBSAMPLE_CLASSES DATASET.SOURCE_DOMAINS DATASET.TARGET_DOMAINS
+    DATALOADER.NUM_WORKERS DATALOADER.TEST
+    TEST.EVALUATOR TEST.PER_CLASS_RESULT TEST.COMPUTE_CMAT TEST.NO_TEST TEST.SPLIT TEST.PER_EPOCH TEST.AT_STEPS
+    TRAIN.PRINT_FREQ TRAIN.CHECKPOINT_FREQ TRAINER.GRAM.META TRAINER.MEMORY
+    """.split()
+) + ("TRAINER.GRAM.CHECKPOINT",)  # the meta-checkpoint is compared by its hash instead
 # Settings of training, which a run that never trains does not have.
 _TRAINING = ("OPTIM", "TRAIN", "DATALOADER", "DATASET.NUM_SHOTS", "INPUT.TRANSFORMS", "INPUT.RRCROP_SCALE")
 
@@ -264,15 +243,17 @@ def _compared(key: str, untrained: bool) -> bool:
 def _label_epochs(runs: Sequence[Run]) -> list[Run]:
     """Add the number of epochs to the labels of trainings that are longer than others of the same label."""
     seen: dict[tuple[str, str, str], set[int]] = defaultdict(set)
+    every: dict[str, set[int]] = defaultdict(set)
     for run in runs:
         if not run.untrained:
             seen[run.label, run.source, run.subsample].add(run.epochs)
+            every[run.label].add(run.epochs)
     mixed = {label for (label, _, _), epochs in seen.items() if len(epochs) > 1}
-    every = {label: {e for (name, _, _), es in seen.items() if name == label for e in es} for label in mixed}
-    usual = {label: EPOCHS if EPOCHS in epochs else min(epochs) for label, epochs in every.items()}
-    return [
-        replace(run, label=f"{run.label}, {run.epochs} epochs")
-        if not run.untrained and run.epochs != usual.get(run.label, run.epochs)
-        else run
-        for run in runs
-    ]
+    usual = {label: EPOCHS if EPOCHS in every[label] else min(every[label]) for label in mixed}
+
+    def relabel(run: Run) -> Run:
+        if run.untrained or run.epochs == usual.get(run.label, run.epochs):
+            return run
+        return replace(run, label=f"{run.label}, {run.epochs} epochs")
+
+    return list(map(relabel, runs))

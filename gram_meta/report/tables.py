@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from gram_meta.errors import GramError
 from gram_meta.intervals import Estimate, estimate, harmonic, harmonic_estimate, mean, paired_difference
@@ -245,17 +244,15 @@ def _refuse_conflicts(runs: Sequence[Run]) -> None:
                 f"(--by {key} keeps them apart)"
             )
     for key in ("backbone", "shots"):
-        for dataset in sorted({run.dataset for run in runs}):
-            holders: dict[Any, Run] = {}
-            for run in runs:
-                if run.dataset == dataset and key in run.settings and f"{key} " not in run.label:
-                    holders.setdefault(run.settings[key], run)
-            if len(holders) > 1:
-                (one, first_run), (two, second_run) = list(holders.items())[:2]
-                raise GramError(
-                    f"{dataset}: expected one {key} in a table, found {one!r} in {first_run.path} and {two!r} in "
-                    f"{second_run.path} (--by {key} keeps them apart)"
-                )
+        holders: dict[str, Run] = {}
+        for run in runs:
+            if key in run.settings and f"{key} " not in run.label:
+                other = holders.setdefault(run.dataset, run)
+                if other.settings[key] != run.settings[key]:
+                    raise GramError(
+                        f"{run.dataset}: expected one {key} in a table, found {other.settings[key]!r} in {other.path} "
+                        f"and {run.settings[key]!r} in {run.path} (--by {key} keeps them apart)"
+                    )
 
 
 def _spread_fixed(

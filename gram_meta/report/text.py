@@ -12,11 +12,9 @@ from typing import Any
 from gram_meta.intervals import Estimate
 from gram_meta.report.tables import AVERAGE, Missing, Report, Row
 
-FORMATS = ("table", "markdown", "csv", "latex", "json")
-
 
 def render(report: Report, form: str = "table", digits: int = 1) -> str:
-    """Return the report as text in one of `FORMATS`. JSON and CSV are unrounded."""
+    """Return the report as "table", "markdown", "latex", "csv" or "json"; the last two are unrounded."""
     if form == "json":
         return json.dumps(asdict(report), indent=2, ensure_ascii=False)
     if form == "csv":
@@ -38,7 +36,7 @@ def render_all(reports: Sequence[Report], form: str = "table", digits: int = 1) 
 
 
 def render_curve(headers: Sequence[str], rows: Sequence[Sequence[Any]], form: str = "table", digits: int = 1) -> str:
-    """Return a curve as text in one of `FORMATS`."""
+    """Return a curve in one of the formats of `render`."""
     if form == "json":
         return json.dumps([dict(zip(headers, row, strict=True)) for row in rows], indent=2, ensure_ascii=False)
     if form == "csv":

@@ -8,7 +8,8 @@ import pytest
 
 from gram_meta.cli import main
 from gram_meta.errors import GramError
-from gram_meta.report import build_curve, build_reports, half_width, harmonic, read_runs, render
+from gram_meta.intervals import half_width, harmonic
+from gram_meta.report import build_curve, build_reports, read_runs, render
 
 T2 = 4.302652729911275  # Student's t, two degrees of freedom, 97.5 %: from a printed table (4.3027), more digits
 BASE = {"CoOp": (70.0, 72.0, 74.0), "CoOpGRAM": (71.0, 74.0, 75.0)}

@@ -9,7 +9,7 @@ from gram_meta.report import paper
 ROUNDING = 0.005 + 1e-9  # of a number printed with two decimals
 OFF = 0.02 + 1e-9  # two of them are off by more, to two decimals: UNIGRAM's New average, and its H on DTD
 TABLE_1 = paper.table(1)
-TRAINERS = list(paper.trainers())
+TRAINERS = list(paper.TRAINERS)
 
 
 def harmonic(base, new):
@@ -64,7 +64,7 @@ def test_transfer_tables_agree_on_the_source():
         for trainer, row in paper.table(other)["rows"].items():
             assert row["source"] == rows[trainer]["source"]
     assert paper.table(2)["targets"] == paper.table(4)["targets"]
-    assert paper.table(3)["targets"] == paper.table(5)["targets"] == list(paper.datasets()[1:])
+    assert paper.table(3)["targets"] == paper.table(5)["targets"] == list(paper.DATASETS[1:])
 
 
 @pytest.mark.parametrize("number", [6, 7])
@@ -72,7 +72,7 @@ def test_ablations(number):
     for row in paper.table(number)["rows"]:
         base, new, h = row["values"]
         assert h == pytest.approx(harmonic(base, new), abs=ROUNDING)
-    assert paper.ablation(0) == paper.tokens(4) == paper.base_to_new(paper.datasets(), "UniGRAM")
+    assert paper.ablation(0) == paper.tokens(4) == paper.base_to_new(paper.DATASETS, "UniGRAM")
     assert [row["row"] for row in paper.table(6)["rows"]] == [0, 1, 2, 3, 4, 5]
     assert [row["tokens"] for row in paper.table(7)["rows"]] == [2, 4, 6, 8]
 
@@ -97,8 +97,8 @@ def test_numbers_quoted_in_the_text():
 
 def test_lookup_is_strict():
     assert paper.base_to_new(("EmojiFood",), "CoOp") == {}
-    assert paper.base_to_new(paper.datasets()[:-1], "CoOp") == {}
-    assert paper.base_to_new(paper.datasets(), "JointPrompt") == {}
+    assert paper.base_to_new(paper.DATASETS[:-1], "CoOp") == {}
+    assert paper.base_to_new(paper.DATASETS, "JointPrompt") == {}
     assert paper.base_to_new(("DescribableTextures",), "CoOp")["new"] == 55.67
     targets = paper.table(2)["targets"]
     assert paper.transfer(2, "ImageNet", targets, "CoOp")["average"] == 60.03

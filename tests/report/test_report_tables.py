@@ -212,7 +212,7 @@ def test_table_1_against_numpy(world, trainer):
 
 def test_table_1_has_the_papers_rows_in_its_order(world):
     report, rows = table(world, 1)
-    assert report.labels == [*paper.trainers(), "JointPrompt"]
+    assert report.labels == [*paper.TRAINERS, "JointPrompt"]
     assert rows["average", "CoCoOp"].cells == {"base": None, "new": None, "H": None}
     assert not any(row.paper for row in report.rows)  # gram-small
     (first, *_) = all_tables(read_runs([world.root]))
@@ -431,8 +431,8 @@ def test_datasets_can_be_chosen(world, capsys):
 def eleven(tmp_path_factory):
     tree = Tree(tmp_path_factory.mktemp("eleven"), "ViT-B/16")
     for trainer in ("CoOp", "UniGRAM"):
-        tree.base_to_new(trainer, paper.datasets(), (1,), meta=meta("unigram") if trainer == "UniGRAM" else None)
-    tree.base_to_new("UniGRAM", paper.datasets(), (1,), cfg="a1", meta=meta("1", **ABLATIONS["1"]), name="1")
+        tree.base_to_new(trainer, paper.DATASETS, (1,), meta=meta("unigram") if trainer == "UniGRAM" else None)
+    tree.base_to_new("UniGRAM", paper.DATASETS, (1,), cfg="a1", meta=meta("1", **ABLATIONS["1"]), name="1")
     tree.transfer("CoOp", "ImageNet", [*paper.table(2)["targets"], "Caltech101"], 16, (1,))
     tree.transfer("CoOp", "ImageNet", paper.table(2)["targets"][:2], 4, (1,))
     return tree
@@ -475,7 +475,7 @@ def test_no_papers_number_beside_another_metric(eleven):
 
 def test_an_average_over_other_datasets_has_no_papers_number(tmp_path):
     tree = Tree(tmp_path, "ViT-B/16")
-    tree.base_to_new("CoOp", [*paper.datasets(), "EmojiFood"], (1,))
+    tree.base_to_new("CoOp", [*paper.DATASETS, "EmojiFood"], (1,))
     _, rows = table(tree, 1)
     assert rows["average", "CoOp"].paper == {} and rows["EuroSAT", "CoOp"].paper["base"] == 74.79
 
