@@ -85,9 +85,7 @@ def need_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise GramError(
-            "figures: expected matplotlib, found none; pip install 'gram-meta[figures]' brings it"
-        ) from None
+        raise GramError("figures: expected matplotlib, found none; run pip install 'gram-meta[figures]'") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -97,7 +95,7 @@ def need_matplotlib() -> None:
 def start_of(run: Run) -> str | None:
     """Return a run's line in Figure 1(a); None for a run that differs from CoOp in more than its initialisation."""
     if run.label == "CoOpGRAM":
-        return "CoOp + GRAM (meta-learnt)"
+        return "CoOp + GRAM (meta-learned)"
     if run.trainer != "CoOp" or run.start is None:
         return None
     forms = ("CoOp", "CoOp, random start", f'CoOp, start "{run.start}"')

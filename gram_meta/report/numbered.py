@@ -103,14 +103,10 @@ def _once(runs: Sequence[Run], shots: int) -> list[Run]:
 
     Two with the same number of shots are both kept, and `build` raises for them.
     """
-
-    def key(run: Run) -> tuple:
-        return run.label, run.dataset, run.subsample, run.seed
-
     kept: dict[tuple, int] = {}
     for run in sorted((run for run in runs if run.untrained), key=lambda run: run.shots != shots):
-        kept.setdefault(key(run), run.shots)
-    return [run for run in runs if not run.untrained or run.shots == kept[key(run)]]
+        kept.setdefault(run.key, run.shots)
+    return [run for run in runs if not run.untrained or run.shots == kept[run.key]]
 
 
 def _table_1(runs: Sequence[Run], reference: str, explicit: bool) -> list[Report]:

@@ -12,8 +12,6 @@ from importlib import resources
 from typing import Any
 
 COLUMNS = ("base", "new", "H")
-
-
 _PAPER = json.loads(resources.files("gram_meta.report").joinpath("paper.json").read_text(encoding="utf-8"))
 BACKBONE: str = _PAPER["backbone"]  # the only one
 TRAINERS: Mapping[str, str] = _PAPER["trainers"]  # registered name -> the paper's, in the order of its rows

@@ -66,6 +66,11 @@ class Run:
     result: Mapping[str, Any] = field(default_factory=dict, repr=False)  # all of results.json
 
     @property
+    def key(self) -> tuple[str, str, str, int]:
+        """Label, dataset, classes and seed: a table has one run of each."""
+        return self.label, self.dataset, self.subsample, self.seed
+
+    @property
     def transferred(self) -> bool:
         """Whether the model was trained on another dataset."""
         return self.source != self.dataset

@@ -157,7 +157,7 @@ def build(runs: Sequence[Run], plan: Plan) -> Report:
     _refuse_duplicates(runs)
     _refuse_conflicts(runs)
     seeds = tuple(sorted({run.seed for run in runs if not run.untrained} or {run.seed for run in runs}))
-    values = {(run.label, run.dataset, run.subsample, run.seed): run.value for run in runs}
+    values = {run.key: run.value for run in runs}
     fixed = _spread_fixed(runs, values, seeds)
     groups: list[tuple[str, tuple[str, ...]]] = [(name, (name,)) for name in plan.datasets]
     if plan.average_over:
@@ -212,18 +212,14 @@ def _missing(plan: Plan, values: Values, seeds: Sequence[int]) -> list[Missing]:
 def _refuse_duplicates(runs: Sequence[Run]) -> None:
     seen: dict[tuple, Run] = {}
     for run in runs:
-        key = (run.label, run.dataset, run.subsample, run.seed)
-        if key in seen:
+        other = seen.setdefault(run.key, run)
+        if other is not run:
+            apart = _first_difference(other, run)
+            hint = f" (they differ in {apart}: --by {apart} keeps them apart)" if apart else ""
             raise GramError(
                 f"expected one run of {run.label} on {run.dataset} ({run.subsample} classes, seed {run.seed}), "
-                f"found {seen[key].path} and {run.path}{_hint(seen[key], run)}"
+                f"found {other.path} and {run.path}{hint}"
             )
-        seen[key] = run
-
-
-def _hint(one: Run, other: Run) -> str:
-    apart = _first_difference(one, other)
-    return f" (they differ in {apart}: --by {apart} keeps them apart)" if apart else ""
 
 
 def _first_difference(one: Run, other: Run) -> str:

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from jinja2 import UndefinedError
 from PIL import Image
 
 from gram_meta.cli import main
@@ -221,11 +222,11 @@ def test_a_task_that_cannot_be_drawn_is_a_sentence(corpus, tmp_path):
     assert "No task can be drawn" in Page((tmp_path / "page.html").read_text(encoding="utf-8")).text
 
 
-def test_a_failure_leaves_the_older_page(corpus, tmp_path, monkeypatch):
+def test_a_failure_leaves_the_older_page(corpus, tmp_path):
     (tmp_path / "page.html").write_text("older")
-    monkeypatch.setattr(hierarchy_page, "_settings", lambda *_: 1 / 0)
     hierarchy = Hierarchy.open(corpus / "hierarchy")
-    with pytest.raises(ZeroDivisionError):
+    del hierarchy.manifest["topics_found"]
+    with pytest.raises(UndefinedError, match="topics_found"):
         hierarchy_page.write_hierarchy_page(tmp_path / "page.html", hierarchy, hierarchy.open_store())
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
     assert (tmp_path / "page.html").read_text() == "older"

@@ -589,7 +589,7 @@ def test_figures_and_the_numbers_behind_them(world, tmp_path, capsys):
     new = np.mean([world.of("random", d, "new") for d in PAIRS], axis=0)
     assert float(starts["random", "new"]["mean"]) == pytest.approx(new.mean())
     assert float(starts["random", "new"]["half_width"]) == pytest.approx(half_width(new))
-    assert {start for start, _ in starts} == {"random", "“a photo of a”", "CoOp + GRAM (meta-learnt)"}
+    assert {start for start, _ in starts} == {"random", "“a photo of a”", "CoOp + GRAM (meta-learned)"}
     epochs = {(row["trainer"], row["epoch"], row["column"]): row for row in rows["figure_1b_3a_10_epochs"]}
     assert float(epochs["CoOpGRAM", "10", "base"]["mean"]) == pytest.approx(75.0)
     assert float(epochs["CoOp", "10", "new"]["mean"]) == pytest.approx(55.0)

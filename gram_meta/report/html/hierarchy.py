@@ -40,22 +40,6 @@ DROPPED = 8  # pairs shown of each way to be dropped
 LISTED = 2_000  # topics in the table of all
 LONGEST = 300  # characters of a caption, as shown
 TASK_CLASSES = 16  # of the task, as shown
-UNSUITED = {
-    "gram-small": (
-        "gram-small, which was trained on emoji drawings and has never seen a photograph. On photographs its "
-        "image-text similarity does not tell whether a caption fits, so a filter by it drops pairs at random, and its "
-        "visual domains follow colour and layout, not content. It suits the emoji world alone."
-    ),
-    "random-": "a CLIP with random weights: its similarities mean nothing, and its domains follow colours by accident.",
-}
-WHY = {
-    "filtered": "image and caption are among the least similar by CLIP",
-    "noise": "its caption is in no dense region of sentences, so in no topic",
-    "excluded": "listed in the file of --exclude, such as one that gram check-overlap wrote",
-    "topic without a word": "no word tells its topic from the others (Eq. 3)",
-    "topic with too few images": "its topic cannot fill a support and a query set",
-    "topic without two domains": "its topic's images are all of one visual domain",
-}
 
 
 @dataclass(frozen=True)
@@ -69,12 +53,12 @@ class Summary:
     unreadable: Counter[str]
 
     def __str__(self) -> str:
-        gone = sum(self.unreadable.values())
-        return (
-            f"{self.size / 1e6:.1f} MB, {self.topics} topics with up to {self.images_per_domain} images per domain, "
-            f"{self.images} images"
-            + (f", {gone} of which could not be read ({_reasons(self.unreadable)})" if gone else "")
-        )
+        text = f"{self.size / 1e6:.1f} MB, {self.topics} topics with up to {self.images_per_domain} images per domain, "
+        text += f"{self.images} images"
+        if not self.unreadable:
+            return text
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in self.unreadable.most_common())
+        return f"{text}, {self.unreadable.total()} of which could not be read ({reasons})"
 
 
 def write_hierarchy_page(
@@ -123,24 +107,26 @@ def write_hierarchy_page(
         script_hash=_sha256(read("hierarchy.js")),
         sections=sections,
         contents={},
-        counts=store.manifest["counts"],
-        in_topics=_percent(len(hierarchy.pair), store.manifest["counts"]["pairs"]),
+        hierarchy=hierarchy,
+        manifest=hierarchy.manifest,
+        stored=store.manifest,
+        colours={name: f"fate-{number}" for number, name in enumerate(FATE_NAMES)},
+        config=yaml.safe_dump(hierarchy.manifest.get("config", {}), sort_keys=False, allow_unicode=True),
+        percent=_percent,
         agreement=agreement,
         images=images,
         seed=seed,
         topics=[_topic(view, number, images) for number in range(shown)],
         most_listed=LISTED,
-        every_topic=hierarchy.topics,
-        labelled=hierarchy.manifest.get("labelled", False),
         same_word=view.same_word,
         repeated=sum(len(numbers) for numbers in view.same_word.values() if len(numbers) > 1),
         task=task,
         dropped=dropped,
         sizes=_sizes(hierarchy),
         similarity=_similarity(hierarchy, store),
-        **_pairs(hierarchy, store),
-        **_settings(hierarchy, store),
-        remarks=_remarks(view),  # last: the images have been read by now
+        asked=view.asked,
+        unreadable=view.unreadable.most_common(),
+        root=view.places.reader.root,
     )
     with atomic_write(path, "w") as file:
         file.write(text)
@@ -228,46 +214,7 @@ def thumbnail(image: Image.Image) -> tuple[int, int, str]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Remarks, counts and sizes
-
-
-def _remarks(view: _View) -> list[str]:
-    """Return what a reader has to know first: an unsuited CLIP, unreadable images, labelled topics."""
-    clip = str(view.store.manifest["settings"]["clip"]["name"])
-    lines = [
-        f"Filter and visual domains come from {text}" for start, text in UNSUITED.items() if clip.startswith(start)
-    ]
-    if gone := sum(view.unreadable.values()):
-        lines.append(
-            f"{gone} of the {view.asked} images of this page could not be read ({_reasons(view.unreadable)}). gram "
-            f"inspect looked for them in {view.places.reader.root}; if they have moved, name it with --image-root."
-        )
-    if view.hierarchy.manifest.get("labelled"):
-        lines.append(
-            "A labelled collection: topics are its classes, their words are the classes' names, without a score."
-        )
-    return lines
-
-
-def _reasons(unreadable: Counter[str]) -> str:
-    return ", ".join(f"{reason}: {count}" for reason, count in unreadable.most_common())
-
-
-def _pairs(hierarchy: Hierarchy, store: PairStore) -> dict[str, Any]:
-    pairs = dict(hierarchy.manifest["pairs"])
-    total, read_rows = pairs.pop("in"), store.manifest["counts"]["rows"]
-    skipped = sorted(store.manifest.get("skipped", {}).items(), key=lambda it: -it[1])
-    return {
-        "fates": [_fate(name) | {"count": n, "share": _percent(n, total)} for name, n in pairs.items() if n],
-        "rows": read_rows,
-        "skipped": [(reason, count, _percent(count, read_rows)) for reason, count in skipped],
-    }
-
-
-def _fate(name: str) -> dict[str, Any]:
-    """Return a fate's name, its reason, and its colour, which is the same everywhere."""
-    number = FATE_NAMES.index(name) if name in FATE_NAMES else 6
-    return {"name": name, "why": WHY.get(name, ""), "css": f"fate-{number}"}
+# Charts
 
 
 def _sizes(hierarchy: Hierarchy) -> dict[str, Any] | None:
@@ -394,7 +341,7 @@ def _task_class(view: _View, task: Task, k: int) -> dict[str, Any]:
     return {"word": task.words[k], "topic": topic, "sides": sides}
 
 
-def _dropped(view: _View) -> list[dict[str, Any]]:
+def _dropped(view: _View) -> list[tuple[str, list[tuple[dict[str, Any], str, str]]]]:
     """Return some pairs of each fate but "kept": thumbnail, caption and similarity."""
     shown = []
     for fate, name in enumerate(FATE_NAMES):
@@ -404,30 +351,12 @@ def _dropped(view: _View) -> list[dict[str, Any]]:
             captions = [_short(caption, 140) for caption in view.store.captions.take(pairs)]
             similarity = [f"{view.store.similarity[pair]:.2f}" for pair in pairs]
             images = view.images(view.store.image[pairs], pairs)
-            shown.append(_fate(name) | {"pairs": list(zip(images, captions, similarity, strict=True))})
+            shown.append((name, list(zip(images, captions, similarity, strict=True))))
     return shown
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Settings, and words
-
-
-def _settings(hierarchy: Hierarchy, store: PairStore) -> dict[str, Any]:
-    manifest, settings = hierarchy.manifest, store.manifest["settings"]
-    clip, sentences = settings["clip"], settings["sentence_model"]
-    facts = [
-        ("source", settings["source"].get("path", "")),
-        ("store", manifest.get("store", "")),
-        ("hierarchy", hierarchy.path or ""),
-        ("CLIP", f"{clip['name']}, {clip.get('precision', '')}, {clip['fingerprint']}"),
-        ("Sentence-BERT", f"{sentences['name']}, {sentences['fingerprint']}"),
-        ("store's fingerprint", manifest.get("fingerprints", {}).get("store", "")),
-        ("hierarchy's fingerprint", hierarchy.fingerprint),
-        ("topics found", f"{manifest['topics_found']:,}, of which {len(hierarchy.topics):,} kept"),
-        ("reproducible", "yes" if manifest.get("reproducible") else "no (CHC.SEED is -1)"),
-    ]
-    config = yaml.safe_dump(manifest.get("config", {}), sort_keys=False, allow_unicode=True)
-    return {"settings": facts, "config": config}
+# Words
 
 
 def _percent(count: int, total: int) -> str:
