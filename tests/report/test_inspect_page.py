@@ -225,8 +225,8 @@ def test_a_task_that_cannot_be_drawn_is_a_sentence(corpus, tmp_path):
 def test_a_failure_leaves_the_older_page(corpus, tmp_path):
     (tmp_path / "page.html").write_text("older")
     hierarchy = Hierarchy.open(corpus / "hierarchy")
-    del hierarchy.manifest["topics_found"]
-    with pytest.raises(UndefinedError, match="topics_found"):
+    del hierarchy.manifest["pairs"]
+    with pytest.raises(UndefinedError, match="pairs"):
         hierarchy_page.write_hierarchy_page(tmp_path / "page.html", hierarchy, hierarchy.open_store())
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
     assert (tmp_path / "page.html").read_text() == "older"
