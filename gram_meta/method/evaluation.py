@@ -270,7 +270,7 @@ def evaluate_adaptation(
                         alignment.setdefault(form, []).append(inner_products(*pair))
                     prompts = step.after
             bar.update(len(episode.tasks))
-    lines = [Line(*row, [_cell(step, seen[(*row, step)]) for step in sorted(set(steps))]) for row in rows]
+    lines = [Line(*row, [_cell(step, seen[row + (step,)]) for step in sorted(set(steps))]) for row in rows]
     return Adaptation(
         topics=f"{len(held)} topics held out of meta-training" if same else "all topics of another hierarchy",
         tasks=tasks,

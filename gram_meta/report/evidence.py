@@ -251,11 +251,10 @@ def write_collection(evidence: Evidence, path: str | Path) -> None:
     ]
     with atomic_write(path, "w") as file:
         file.write(f'{{"format": "{COLLECTION}", "version": {FORMAT},\n')
-        for name, block in (("shared", shared), ("metas", metas), ("runs", runs)):
-            opening, closing = "{}" if isinstance(block, dict) else "[]"
-            lines = [f"{json.dumps(it)}: {_compact(block[it])}" if opening == "{" else _compact(it) for it in block]
-            file.write(f'"{name}": {opening}\n' + ",\n".join(lines) + f"\n{closing}")
-            file.write(",\n" if name != "runs" else "\n}\n")
+        blocks = ",\n".join(f"{json.dumps(key)}: {_compact(block)}" for key, block in shared.items())
+        file.write(f'"shared": {{\n{blocks}\n}},\n')
+        for name, rows, end in (("metas", metas, ",\n"), ("runs", runs, "\n}\n")):
+            file.write(f'"{name}": [\n' + ",\n".join(map(_compact, rows)) + f"\n]{end}")
 
 
 def _add_collection(evidence: Evidence, path: Path) -> None:
