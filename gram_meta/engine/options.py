@@ -61,6 +61,11 @@ def extend_cfg(cfg: CN) -> None:
     )
     _add(
         cfg,
+        "DATALOADER",
+        COOP_DECODING=False,  # True: no EXIF turn, 16-bit grey clipped to white, transparency dropped, as in CoOp and Dassl
+    )
+    _add(
+        cfg,
         "TEST",
         PER_EPOCH=False,  # accuracy on base and on new classes before training and after every epoch
         AT_STEPS=(),  # the same after these numbers of steps; 0: before training

@@ -298,7 +298,7 @@ def test_broken_images_say_why(tmp_path, monkeypatch):
     for gone in ("gone.jpg", "empty.jpg/gone.jpg", "x" * 300):
         with pytest.raises(BadImage, match=images.MISSING):
             read_image(tmp_path / gone)
-    monkeypatch.setattr(images, "MAX_PIXELS", 64 * 64 - 1)
+    monkeypatch.setattr("gram_meta.images.MAX_PIXELS", 64 * 64 - 1)
     with pytest.raises(BadImage, match=images.BOMB):
         decode_image(png)
 

@@ -28,6 +28,12 @@ BREAKS = {
         def load_checkpoint(fpath):
             return torch.load(fpath)
     """,
+    "dassl/utils/tools.py": """
+        from PIL import Image
+
+        def read_image(path):
+            return Image.open(path).convert("RGB")
+    """,
     "dassl/utils/logger.py": """
         import sys
 
@@ -129,16 +135,20 @@ BREAKS = {
 
 WHOLE = {
     "dassl/__init__.py": "",
-    "dassl/utils/__init__.py": "from .torchtools import *\nfrom .logger import *",
+    "dassl/utils/__init__.py": "from .torchtools import *\nfrom .logger import *\nfrom .tools import read_image",
     "dassl/optim/__init__.py": "",
     "dassl/metrics/__init__.py": "from .accuracy import compute_accuracy",
     "dassl/data/__init__.py": "from .data_manager import DatasetWrapper",
     "dassl/data/data_manager.py": """
+        from dassl.utils import read_image
         from .datasets import DATASET_REGISTRY
 
         class DatasetWrapper:
-            def __init__(self, data_source):
-                self.data_source = data_source
+            def __init__(self, data_source, cfg=None):
+                self.data_source, self.cfg = data_source, cfg
+
+            def __getitem__(self, idx):
+                return read_image(self.data_source[idx])
     """,
     "dassl/data/datasets/__init__.py": "from .build import DATASET_REGISTRY\nfrom .dg import *",
     "dassl/data/datasets/build.py": """
@@ -177,6 +187,7 @@ WHOLE = {
 
 # The same modules without the faults: nothing is left to repair.
 REPAIRED = {
+    "dassl/utils/tools.py": ('Image.open(path).convert("RGB")', "__import__('gram_meta.images').images.read_rgb(path)"),
     "dassl/utils/torchtools.py": ("torch.load(fpath)", "__import__('reader').read_checkpoint(fpath)"),
     "dassl/utils/logger.py": ("self.console.close()", "pass"),
     "dassl/data/datasets/dg/wilds/wilds_base.py": ("logging.disable(logging.WARNING)", "pass"),
@@ -253,12 +264,18 @@ import dassl.metrics
 facts["top"] = [v.item() for v in dassl.metrics.compute_accuracy(torch.eye(4), torch.arange(4).flip(0), topk=(1, 4))]
 facts["numpy"] = hasattr(numpy, "int")
 facts["mute"] = logging.root.manager.disable
+from PIL import Image
+Image.new("I;16", (1, 1), 3000).save("deep.png")
+facts["pixels"] = [dassl.utils.read_image("deep.png").getpixel((0, 0)), *map(pixel, (False, True))]
 facts["wrapper"] = pickle.dumps(wrapped()).hex()
 """
 
 MINIATURE = """
 def transformed(): return [randaugment.SolarizeAdd([[1.5]]).tolist(), autoaugment.ImageNetPolicy().ranges.tolist()[:2]]
 def wrapped(): return dassl.data.DatasetWrapper([1, 2])
+def pixel(as_coop):
+    cfg = SimpleNamespace(DATALOADER={"COOP_DECODING": as_coop})
+    return dassl.data.DatasetWrapper(["deep.png"], cfg)[0].getpixel((0, 0))
 """
 
 PUBLISHED = """
@@ -267,6 +284,11 @@ def transformed():
     image = Image.new("RGB", (3, 2))
     return [randaugment.SolarizeAdd(image).size, autoaugment.ImageNetPolicy()(image).size]
 def wrapped(): return dassl.data.DatasetWrapper(engine.get_cfg_default(), [1, 2])
+def pixel(as_coop):
+    cfg = engine.get_cfg_default()
+    cfg.DATALOADER.COOP_DECODING = as_coop
+    item = SimpleNamespace(impath="deep.png", label=0, domain=0)
+    return dassl.data.DatasetWrapper(cfg, [item])[0]["img"].getpixel((0, 0))
 """
 
 ASK = """
@@ -276,7 +298,7 @@ print("FACTS" + json.dumps(facts))
 """
 
 ADAPTER = "from gram_meta import engine\nassert engine.backend() == 'real'\n"
-IDS = {"B1", "B2/B3", "B4", "B5", "B6", "B7", "B8", "B11", "B12", "B15"}
+IDS = {"B1", "B2/B3", "B4", "B5", "B6", "B7", "B8", "B11", "B12", "B15", "B16"}
 
 
 def write(folder, files):
@@ -355,6 +377,10 @@ def test_matrices_transforms_and_the_console(broken):
     assert facts["top"] == [0.0, 100.0]
     assert facts["numpy"] is False, "NumPy itself was changed"
     assert facts["log"] == [False, "one"]
+
+
+def test_images_are_read_as_everywhere_unless_coops_reading_is_asked_for(broken):
+    assert broken[1]["pixels"] == [[12] * 3, [12] * 3, [255] * 3]  # 3000 / 65535 * 255
 
 
 def test_neither_wilds_nor_tensorboard_is_needed_nor_pretended(broken):
@@ -502,6 +528,7 @@ def test_the_published_dassl_is_repaired(published):
     assert facts["matrix"] == [[1.0, 0.0], [0.0, 1.0]]
     assert facts["log"] == [False, "one"] and facts["mute"] == 0
     assert facts["transformed"] == [[3, 2], [3, 2]] and facts["numpy"] is False
+    assert facts["pixels"] == [[12] * 3, [12] * 3, [255] * 3]
 
 
 @needs_dassl

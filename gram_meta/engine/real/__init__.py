@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from gram_meta.engine.real import files, imports, metrics, schedules, transforms
+from gram_meta.engine.real import files, images, imports, metrics, schedules, transforms
 from gram_meta.engine.real.fix import Fix
 
 __all__ = ["Fix", "import_as_it_is", "import_fixed"]
@@ -26,7 +26,7 @@ def import_fixed(restore: Callable[[str, str], Any]) -> list[Fix]:
         GramError: Dassl does not import; the message names the missing package.
     """
     found = imports.import_dassl(restore)
-    for part in (schedules, files, transforms, metrics):
+    for part in (schedules, files, transforms, metrics, images):
         found += part.fixes()
     for fix in found:
         fix.apply()

@@ -17,6 +17,7 @@ from gram_meta.engine.builtin.data.samplers import build_sampler
 from gram_meta.engine.builtin.data.transforms import INTERPOLATION_MODES, build_transform
 from gram_meta.engine.builtin.utils import read_image
 from gram_meta.errors import GramError
+from gram_meta.images import coop_decoding
 
 __all__ = ["DataManager", "DatasetWrapper", "build_data_loader"]
 
@@ -141,7 +142,8 @@ class DatasetWrapper(TorchDataset):
     def __getitem__(self, idx: int) -> dict[str, Any]:
         item = self.data_source[idx]
         output = {"label": item.label, "domain": item.domain, "impath": item.impath, "index": idx}
-        image = read_image(item.impath)
+        with coop_decoding(self.cfg.DATALOADER.get("COOP_DECODING", False)):
+            image = read_image(item.impath)
         if self.transform is None:
             output["img"] = image
         elif isinstance(self.transform, list | tuple):

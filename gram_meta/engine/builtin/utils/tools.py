@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import PIL
 import torch
-from PIL import Image
 
 from gram_meta.errors import GramError
+from gram_meta.images import read_rgb as read_image
 
 __all__ = [
     *("check_availability", "check_isfile", "collect_env_info", "get_most_similar_str_to_a_from_b", "listdir_nohidden"),
@@ -57,12 +57,6 @@ def set_random_seed(seed: int) -> None:
     np.random.seed(seed)
     torch.manual_seed(seed)
     torch.cuda.manual_seed_all(seed)
-
-
-def read_image(path: str) -> Image.Image:
-    """Return an image file as RGB."""
-    with Image.open(path) as image:
-        return image.convert("RGB")
 
 
 def collect_env_info() -> str:

@@ -1,0 +1,196 @@
+"""The one reader of image files: every kind and condition, decoded to upright 8-bit RGB.
+
+Training, evaluation, `gram embed`, `gram predict` and `gram check-data` read images with it.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from gram_meta.errors import GramError
+
+MAX_PIXELS = 89_478_485  # Pillow's own limit for a decompression bomb, a quarter of a gigabyte as RGB
+MAX_BYTES = 512 << 20
+MAX_ASPECT = 10  # of longer strips the middle is taken: resized by their short side they would be enormous
+
+MISSING = "missing file"
+EMPTY = "empty file"
+NOT_IMAGE = "not an image"
+BROKEN = "broken image"
+BOMB = "too many pixels"
+
+
+class BadImage(Exception):
+    """An image that cannot be used; the message is one of the reasons above."""
+
+
+class UnreadableImage(GramError):
+    """An image file of a dataset that cannot be used; a loader's worker may have raised it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(
+            message.strip().rpartition("UnreadableImage: ")[2]
+        )  # torch puts the worker's traceback before it
+
+
+_as_coop = ContextVar("as_coop", default=False)
+
+
+@contextmanager
+def coop_decoding(is_on: bool) -> Iterator[None]:
+    """Let `read_rgb` decode as CoOp and Dassl do (DATALOADER.COOP_DECODING): no EXIF turn, deep grey clipped to white."""
+    token = _as_coop.set(is_on)
+    try:
+        yield
+    finally:
+        _as_coop.reset(token)
+
+
+def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
+    """Return an image file of a dataset as RGB; raise `UnreadableImage`, which names it."""
+    try:
+        return decode_image(file_content(Path(path)), _as_coop.get())
+    except BadImage as error:
+        raise UnreadableImage(f"{path}: expected an image, found: {error}") from None
+
+
+def find_problems(paths: Iterable[Path], header_only: bool = False, workers: int = 8) -> Iterator[tuple[str, bool]]:
+    """Yield for each image file why it cannot be used ("" if it can), and whether CoOp's code would see other pixels.
+
+    Args:
+        header_only: do not decode, which finds files that are missing, empty or no images; the second value is False.
+        workers: threads.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(workers) as pool:
+        yield from pool.map(_check_header if header_only else _check_whole, paths)
+
+
+def _check_header(path: Path) -> tuple[str, bool]:
+    try:
+        _check_size(path)
+        _open(path).close()
+    except BadImage as error:
+        return str(error), False
+    return "", False
+
+
+def _check_whole(path: Path) -> tuple[str, bool]:
+    try:
+        content = file_content(path)
+        return "", decode_image(content).tobytes() != decode_image(content, as_coop=True).tobytes()
+    except BadImage as error:
+        return str(error), False
+
+
+def file_content(path: Path) -> bytes:
+    """Return the bytes of an image file.
+
+    Raises:
+        BadImage: no such file, an empty one, or one that is too large to be a photograph.
+    """
+    _check_size(path)
+    try:
+        return path.read_bytes()
+    except OSError:
+        raise BadImage(MISSING) from None
+
+
+def _check_size(path: Path) -> None:
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):  # nothing there, or a name that is too long
+        raise BadImage(MISSING) from None
+    if not stat.S_ISREG(found.st_mode):  # a folder; or a pipe, which would be read for ever
+        raise BadImage(MISSING)
+    if not found.st_size:
+        raise BadImage(EMPTY)
+    if found.st_size > MAX_BYTES:
+        raise BadImage(BOMB)
+
+
+def decode_image(content: bytes, as_coop: bool = False) -> Image.Image:
+    """Return the content of an image file as upright 8-bit RGB.
+
+    Applies the EXIF orientation, scales 16-bit and float grey to 8 bits, puts transparent images on white, and takes
+    the first frame of an animation.
+
+    Args:
+        as_coop: none of these, as CoOp and Dassl read images; the pixels of ordinary 8-bit images are the same.
+
+    Raises:
+        BadImage: with its reason.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of damaged metadata and of large images
+        image = _open(io.BytesIO(content))
+        try:
+            image.load()
+            return image.convert("RGB") if as_coop else as_rgb(image)
+        except Exception:  # noqa: BLE001 - truncated or damaged pixels: each decoder of Pillow raises its own errors
+            raise BadImage(BROKEN) from None
+
+
+def _open(source: Any) -> Image.Image:
+    """Read the header of an image file (a path or a stream)."""
+    try:
+        image = Image.open(source)
+    except Image.DecompressionBombError:
+        raise BadImage(BOMB) from None
+    except Image.UnidentifiedImageError:
+        raise BadImage(NOT_IMAGE) from None
+    except Exception:  # noqa: BLE001 - damaged headers, likewise
+        raise BadImage(BROKEN) from None
+    if image.width * image.height > MAX_PIXELS:
+        raise BadImage(BOMB)
+    return image
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Return an opened image as upright 8-bit RGB, as `decode_image` describes it."""
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # noqa: BLE001 - damaged EXIF: the pixels may still be good
+        pass
+    if image.mode != "RGB":
+        image = _to_rgb(image)
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        image = _cut_strip(image)
+    return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _deep_grey(np.asarray(image))
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _deep_grey(values: np.ndarray) -> Image.Image:
+    """Return grey of more than 8 bits as RGB; Pillow's own conversion clips it to white."""
+    values = np.nan_to_num(values.astype(np.float32))
+    top = float(values.max(initial=0.0))
+    full = 1.0 if top <= 1 else 255.0 if top <= 255 else 65535.0 if top <= 65535 else top
+    return Image.fromarray((values.clip(0, full) * (255.0 / full)).round().astype(np.uint8)).convert("RGB")
+
+
+def _cut_strip(image: Image.Image) -> Image.Image:
+    width, height = image.size
+    w, h = min(width, MAX_ASPECT * height), min(height, MAX_ASPECT * width)
+    left, top = (width - w) // 2, (height - h) // 2
+    return image.crop((left, top, left + w, top + h))
