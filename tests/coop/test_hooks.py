@@ -176,7 +176,7 @@ def test_dassl_fixes(tmp_path):
     (tmp_path / "dassl" / "engine.py").touch()
     code = "from gram_meta import engine; print(engine.backend(), len(engine.fixes()))"
     assert python(code, tmp_path, GRAM_DASSL="real", GRAM_HOOKS="-dassl-fixes") == "real 0"
-    assert python(code, tmp_path, GRAM_DASSL="real", GRAM_HOOKS="") == "real 10"
+    assert python(code, tmp_path, GRAM_DASSL="real", GRAM_HOOKS="") == "real 11"
 
 
 @pytest.mark.parametrize("on", [True, False])

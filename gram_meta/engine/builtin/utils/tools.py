@@ -16,7 +16,7 @@ import PIL
 import torch
 
 from gram_meta.errors import GramError
-from gram_meta.images import read_rgb as read_image
+from gram_meta.images import read_rgb as read_image  # noqa: F401, Dassl has it here
 
 __all__ = [
     *("check_availability", "check_isfile", "collect_env_info", "get_most_similar_str_to_a_from_b", "listdir_nohidden"),
