@@ -78,6 +78,7 @@ def get_meta_config() -> CN:
     c.PROMPT.WORDS = "a photo of a"  # start of the text prompt; "": random
     c.PROMPT.TEMPLATE = "a photo of a {}."  # class text where there is no text prompt
     c.PROMPT.CONDITIONAL = False  # True: a meta-net shifts the text prompt for each image, as in CoCoOp
+    c.PROMPT.VISUAL_SIZE = 0.0  # root mean square that every visual token is held at; 0: free (it grows)
 
     # Images are read only where the features of a store do not do: visual prompts
     c.LOADER = CN()

@@ -36,7 +36,7 @@ from gram_meta.method.memory_plan import MemoryConfig, plan
 from gram_meta.method.meta_run import BEST, LAST, MetaLog, MetaRun, Sigterm, Stopped
 from gram_meta.method.outer import BatchResult, OuterLoop, add_meta_gradients, exchange, parameters_of
 from gram_meta.method.profiling import EXCHANGE, OPTIMISER
-from gram_meta.method.prompts import KINDS, PromptConfig
+from gram_meta.method.prompts import KINDS, PromptConfig, hold_size
 from gram_meta.method.regulator import GradientRegulator, RegulatorConfig
 from gram_meta.method.tasks import StepTasks, TaskConfig, TaskSampler, images_of, split_topics
 from gram_meta.processes import ALONE, ProcessGroup
@@ -111,7 +111,10 @@ class MetaTrainer:
         self.plan = plan(memory, self.backbone, len(self.own), memory.bytes_on(self.backbone.device))
 
         # Theta and phi
-        self.theta = initial_theta(self.backbone, PromptConfig.from_config(config), seed)
+        prompt = PromptConfig.from_config(config)
+        self.visual_size = prompt.visual_size
+        self.theta = initial_theta(self.backbone, prompt, seed)
+        self._hold_size()
         self.kinds = sorted(set(self.theta) & set(KINDS))  # the prompts; R^phi does not regulate the rest
         self.regulator = self._initial_regulator()
         self.inner = InnerLoop.from_config(config, self.regulator.regulate_known if self.regulator else None)
@@ -215,7 +218,12 @@ class MetaTrainer:
             self.norms.append(result.norms.flatten(0, 1).cpu())
         with self.region(OPTIMISER):
             self.outer.update(self.optimiser, step)
+            self._hold_size()
         return result.losses.mean().item()
+
+    def _hold_size(self) -> None:
+        if self.visual_size and "visual" in self.theta:
+            hold_size(self.theta["visual"], self.visual_size)
 
     def scores(self) -> dict[str, float]:
         """Evaluate the held-out tasks."""

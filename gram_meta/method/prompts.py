@@ -40,6 +40,7 @@ class PromptConfig:
         words: initialisation of the text prompt; "": random.
         template: class prompt where there is no text prompt.
         conditional: whether a meta-net shifts the text prompt for each image, as in CoCoOp.
+        visual_size: root mean square that each visual token is held at (`hold_size`); 0: free.
 
     Raises:
         GramError: no prompt tokens at all, or a meta-net without a text prompt.
@@ -50,6 +51,7 @@ class PromptConfig:
     words: str = "a photo of a"
     template: str = TEMPLATE
     conditional: bool = False
+    visual_size: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.text_tokens and not self.visual_tokens:
@@ -61,7 +63,8 @@ class PromptConfig:
     def from_config(cls, config: CfgNode) -> PromptConfig:
         """Read the PROMPT node."""
         node = config.PROMPT
-        return cls(node.TEXT_TOKENS, node.VISUAL_TOKENS, node.WORDS, node.TEMPLATE, node.CONDITIONAL)
+        tokens = node.TEXT_TOKENS, node.VISUAL_TOKENS
+        return cls(*tokens, node.WORDS, node.TEMPLATE, node.CONDITIONAL, node.VISUAL_SIZE)
 
 
 class ClassText:
@@ -224,6 +227,17 @@ def initial_prompts(
             raise GramError(f"visual prompts: expected a ViT image tower, found the ResNet {backbone.name}")
         prompts["visual"] = random_context(backbone.visual_width, visual_tokens, generator).to(backbone.device)
     return prompts
+
+
+@torch.no_grad()
+def hold_size(prompt: Tensor, size: float) -> None:
+    """Scale each visual token of (M, d), in place, to root mean square `size`.
+
+    The first layer norm (`ln_pre`) takes the size out of every visual token, so features stay the same up to its epsilon.
+    Gradients do not: they shrink as 1 / size, and a step turns the token by 1 / size^2. Meta-training lets a free token
+    grow, because growth costs no loss; a few-shot run then hardly moves it at the usual learning rate.
+    """
+    prompt *= size / prompt.square().mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-12)
 
 
 def initial_meta_net(backbone: Backbone, seed: int = 0) -> dict[str, Tensor]:

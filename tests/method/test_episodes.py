@@ -21,7 +21,7 @@ from gram_meta.method.bilevel import InnerLoop, for_each_task, meta_losses
 from gram_meta.method.checkpoint import load_meta_checkpoint
 from gram_meta.method.episodes import Episodes, TaskSet, TimedIterator, read_pixels
 from gram_meta.method.meta_trainer import MetaTrainer
-from gram_meta.method.prompts import META_NET, ClassText, initial_meta_net, template_features
+from gram_meta.method.prompts import META_NET, ClassText, hold_size, initial_meta_net, template_features
 from gram_meta.method.regulator import GradientRegulator
 from gram_meta.method.tasks import StepTasks
 from gram_meta.processes import ProcessGroup
@@ -188,6 +188,30 @@ def test_workers_change_nothing(pixel_corpus, tmp_path):
         finals.append(load_meta_checkpoint(out / "last.safetensors"))
     for kind in ("text", "visual"):
         assert torch.equal(finals[0].prompts[kind], finals[1].prompts[kind])
+
+
+@pytest.mark.slow
+def test_visual_tokens_are_held_at_one_size_which_the_image_tower_cannot_see(pixel_corpus, tmp_path):
+    backbone = pixel_corpus[2]
+    free, held = (
+        load_meta_checkpoint(trainer(pixel_corpus, tmp_path / size, *VISUAL, "PROMPT.VISUAL_SIZE", size).run())
+        for size in ("0.", "0.05")
+    )
+    sizes = [c.prompts["visual"].square().mean(dim=-1).sqrt() for c in (free, held)]
+    assert sizes[0].std() > 0 and torch.allclose(sizes[1], torch.full((2,), 0.05))
+    large = 2.0 * torch.randn(2, backbone.visual_width, generator=torch.Generator().manual_seed(0))
+    small = large.clone()
+    hold_size(small, 0.5)
+    assert torch.allclose(small / small.norm(dim=-1, keepdim=True), large / large.norm(dim=-1, keepdim=True))
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    features = [backbone.encode_images(images, prompt) for prompt in (large, small)]
+    torch.testing.assert_close(*features, rtol=0, atol=1e-4)  # the layer norm's epsilon
+    turned = []
+    for prompt in (large, small):  # a step at one learning rate turns a token by 1 / size^2
+        leaf = prompt.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(backbone.encode_images(images, leaf)[:, 0].sum(), leaf)
+        turned.append((gradient.norm() / leaf.norm()).item())
+    assert turned[1] / turned[0] == pytest.approx((large.norm() / small.norm()).item() ** 2, rel=0.02)
 
 
 @pytest.mark.slow
