@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gram_meta.backbone.recompute import recomputed
-from gram_meta.backbone.towers import Packing, image_features, text_features
+from gram_meta.backbone.towers import Packing, Rectangle, image_features, text_features
 from gram_meta.backbone.weights import PIXEL_MEAN, PIXEL_STD, build_clip, empty_clip, read_clip
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike
@@ -76,6 +76,8 @@ class Backbone(nn.Module):
         logit_scale: 1 / tau of Eq. 1, float32 scalar.
         checkpointing: which towers recompute each layer's activations in the backward pass instead of keeping them:
             False (the default), True (both), "text" or "images". Values and gradients of every order stay the same.
+        packs_texts: whether the text tower computes no padding (`Packing`), which is fast on a CPU, or one rectangle
+            (`Rectangle`), which takes few launches on a GPU. By default the device decides. Results are equal.
     """
 
     logit_scale: Tensor
@@ -93,6 +95,7 @@ class Backbone(nn.Module):
         self.context_length = int(model.positional_embedding.shape[0])
         self.precision = precision
         self.checkpointing: bool | str = False
+        self.packs_texts = torch.device(device).type == "cpu"
         self.register_buffer("logit_scale", model.logit_scale.detach().exp().to(_feature_dtype(precision)))
         self.model = _cast(model, PRECISIONS[precision]).requires_grad_(False)
         self.to(device).eval()
@@ -137,13 +140,13 @@ class Backbone(nn.Module):
         return self.model.token_embedding(tokens.to(self.device)).to(self.dtype)
 
     def encode_text(
-        self, own: Tensor, ends: Tensor, shared: Tensor | None = None, packing: Packing | None = None
+        self, own: Tensor, ends: Tensor, shared: Tensor | None = None, packing: Packing | Rectangle | None = None
     ) -> Tensor:
         """Return L2-normalised features of texts given as token embeddings.
 
         The tower is causal. Positions after the end token change nothing, so `own` may be cut there. Tokens before the
-        first one that differs between texts are the same for all of them, so they are computed once. Texts are packed:
-        only attention pads shorter ones. The last layer runs for the end tokens only.
+        first one that differs between texts are the same for all of them. `packs_texts` chooses the layout. The last layer
+        runs for the end tokens only.
 
         Args:
             own: (..., N, L, d) the texts' own tokens; leading axes are free (a batch of tasks).
@@ -170,9 +173,10 @@ class Backbone(nn.Module):
         features = text_features(self.model, own, shared, packing, self._run("text"))  # (G N, D)
         return self._normalised(features).reshape(*lead, n, self.embed_dim)
 
-    def packing(self, ends: Tensor, length: int, before: int) -> Packing:
-        """Return how `encode_text` packs texts with end positions `ends` (..., N); it depends on nothing else."""
-        return Packing(ends.to(self.device).reshape(-1, ends.shape[-1]), length, before)
+    def packing(self, ends: Tensor, length: int, before: int) -> Packing | Rectangle:
+        """Return how `encode_text` lays out texts with end positions `ends` (..., N); it depends on nothing else."""
+        layout = Packing if self.packs_texts else Rectangle
+        return layout(ends.to(self.device).reshape(-1, ends.shape[-1]), length, before)
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:

@@ -1,6 +1,6 @@
 """CLIP's two transformer towers as functions of the modules' parameters, and how texts are packed for the text tower.
 
-`image_features` and `text_features` take a `run` callable for the layers: it calls a layer, and either keeps its
+The text tower has two layouts with equal results (`Packing`, `Rectangle`). `image_features` and `text_features` take a `run` callable for the layers: it calls a layer, and either keeps its
 activations for the backward pass or lets them be recomputed (`gram_meta.backbone.recompute`). Shapes: B images, G groups
 (tasks) of N texts, L positions, P shared positions, T packed tokens, width d.
 """
@@ -38,21 +38,37 @@ def image_features(tower: Any, images: Tensor, prompt: Tensor | None, run: Run) 
     x = _layer_norm(tower.ln_pre, x)
     *blocks, final = tower.transformer.resblocks
     for block in blocks:
-        x = run(partial(_image_block, block), x)
+        x = run(partial(_block, block), x)
     x = _layer_norm(tower.ln_post, run(partial(_final_image_block, final), x))  # (B, d)
     return x @ tower.proj.to(x.dtype)
 
 
-def text_features(model: Any, tokens: Tensor, shared: Tensor | None, packing: Packing, run: Run) -> Tensor:
+def text_features(model: Any, tokens: Tensor, shared: Tensor | None, layout: Packing | Rectangle, run: Run) -> Tensor:
     """Return the features (G N, D) of texts with own tokens (G, N, L, d) behind shared ones (G, P, d) or None."""
+    encode = _packed_texts if isinstance(layout, Packing) else _dense_texts
+    last = _layer_norm(model.ln_final, encode(model.transformer.resblocks, tokens, shared, layout, run))  # (G N, d)
+    return last @ model.text_projection.to(last.dtype)
+
+
+def _packed_texts(layers: Any, tokens: Tensor, shared: Tensor | None, packing: Packing, run: Run) -> Tensor:
+    """Return what the text tower's layers make of the end tokens, (G N, d)."""
     tokens = packing.pack(tokens)  # (T, d)
-    *blocks, final = model.transformer.resblocks
+    *blocks, final = layers
     for block in blocks:
         tokens, *rest = run(partial(_text_block, block, packing), tokens, *_present(shared))
         shared = rest[0] if rest else None
-    last = run(partial(_final_text_block, final, packing), tokens, *_present(shared))  # (G N, d)
-    last = _layer_norm(model.ln_final, last)
-    return last @ model.text_projection.to(last.dtype)
+    return run(partial(_final_text_block, final, packing), tokens, *_present(shared))
+
+
+def _dense_texts(layers: Any, tokens: Tensor, shared: Tensor | None, layout: Rectangle, run: Run) -> Tensor:
+    """Return the same, with every text as a row of its own that holds the shared tokens too."""
+    if shared is not None:
+        tokens = torch.cat([shared[:, None].expand(-1, tokens.shape[1], -1, -1), tokens], dim=2)
+    x = tokens.flatten(0, 1)  # (G N, P + L, d)
+    *blocks, final = layers
+    for block in blocks:
+        x = run(partial(_block, block, causal=True), x)
+    return run(partial(_final_dense_block, final, layout), x)
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------
@@ -97,16 +113,16 @@ def _mlp(mlp: Any, x: Tensor) -> Tensor:
     return activate_and_project(hidden, mlp.c_proj.weight, mlp.c_proj.bias).view_as(x)
 
 
-def _image_block(block: Any, x: Tensor) -> Tensor:
-    """Apply one layer of the image tower: (B, L, d) -> (B, L, d)."""
+def _block(block: Any, x: Tensor, causal: bool = False) -> Tensor:
+    """Apply one layer of a tower: (B, L, d) -> (B, L, d)."""
     attn = block.attn
     qkv = _projected(attn, _layer_norm(block.ln_1, x))  # (B, L, 3 d)
-    if second_order_enabled() and not torch.is_autocast_enabled(qkv.device.type):
+    if second_order_enabled() and not causal and not torch.is_autocast_enabled(qkv.device.type):
         seen = self_attention(qkv, attn.num_heads)  # (B, L, d)
         x = x + F.linear(seen, attn.out_proj.weight, attn.out_proj.bias)
     else:
         query, key, value = _split_heads(attn, qkv)
-        x = x + _merge_heads(attn, F.scaled_dot_product_attention(query, key, value))
+        x = x + _merge_heads(attn, F.scaled_dot_product_attention(query, key, value, is_causal=causal))
     return x + _mlp(block.mlp, _layer_norm(block.ln_2, x))
 
 
@@ -121,6 +137,8 @@ def _final_image_block(block: Any, x: Tensor) -> Tensor:
 
 class Packing:
     """Texts of different lengths as one list of tokens; only attention works on the padded rectangle (G, N, L).
+
+    No padding is computed and shared tokens are computed once: the least arithmetic, for CPUs.
 
     Args:
         ends: (G, N) index of each text's end token.
@@ -147,6 +165,19 @@ class Packing:
         """Turn (T, d) into (G, N, L, d), zero where there is no token."""
         empty = x.new_zeros(self.shape.numel(), x.shape[-1])
         return empty.index_copy(0, self.rows, x).unflatten(0, self.shape)
+
+
+class Rectangle:
+    """Texts of different lengths as one padded rectangle (G N, P + L): more arithmetic, but far fewer operations, for GPUs.
+
+    The tower is causal, so padding behind an end token changes nothing. The arguments are those of `Packing`.
+    """
+
+    def __init__(self, ends: Tensor, length: int, before: int) -> None:
+        places = torch.arange(before + length, device=ends.device)
+        ends = before + ends.flatten()  # (G N,)
+        self.ends = ends + torch.arange(len(ends), device=ends.device) * len(places)  # rows of the flat rectangle
+        self.visible_to_end = (places <= ends[:, None])[:, None, None]  # (G N, 1, 1, P + L)
 
 
 def _text_block(block: Any, packing: Packing, tokens: Tensor, shared: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -182,6 +213,17 @@ def _final_text_block(block: Any, packing: Packing, tokens: Tensor, shared: Tens
         query, key.flatten(0, 1), value.flatten(0, 1), attn_mask=packing.visible_to_end
     )  # (G N, h, 1, d / h)
     last = tokens.index_select(0, packing.ends) + _merge_heads(attn, seen).squeeze(1)
+    return last + _mlp(block.mlp, _layer_norm(block.ln_2, last))
+
+
+def _final_dense_block(block: Any, layout: Rectangle, x: Tensor) -> Tensor:
+    """Apply the text tower's last layer for the end tokens only: (G N, P + L, d) -> (G N, d)."""
+    attn = block.attn
+    normed = _layer_norm(block.ln_1, x)
+    (query,) = _heads(attn, normed.flatten(0, 1).index_select(0, layout.ends)[:, None], "q")  # (G N, h, 1, d / h)
+    key, value = _heads(attn, normed, "kv")
+    seen = F.scaled_dot_product_attention(query, key, value, attn_mask=layout.visible_to_end)
+    last = x.flatten(0, 1).index_select(0, layout.ends) + _merge_heads(attn, seen).squeeze(1)
     return last + _mlp(block.mlp, _layer_norm(block.ln_2, last))
 
 

@@ -18,7 +18,7 @@ from yacs.config import CfgNode
 
 from gram_meta.backbone.clip import Backbone, end_positions
 from gram_meta.backbone.recompute import recomputed
-from gram_meta.backbone.towers import Packing
+from gram_meta.backbone.towers import Packing, Rectangle
 from gram_meta.errors import GramError
 
 STATE_NAMES = {"text": "ctx", "visual": "visual_ctx"}  # kind of prompt -> its name in a prompt learner's state dict
@@ -97,7 +97,7 @@ class ClassText:
         self.ids = ids[:, 1 + tokens : int(ends.max()) + 1].to(backbone.device)
         self.ends = (ends - 1 - tokens).to(backbone.device)
         self.chunk = 0
-        self._packings: dict[Any, Packing] = {}  # by the leading axes of the prompt
+        self._packings: dict[Any, Packing | Rectangle] = {}  # by the leading axes of the prompt
         self._parts: dict[int, Parts] = {}  # by their size
 
     @property
@@ -150,7 +150,7 @@ class ClassText:
         ends = self.ends.view(*tasks, *between, -1).expand(*lead, -1)  # (..., N)
         return self.backbone.encode_text(own, ends, shared, self._packing(ends, own.shape[-2], shared.shape[-2]))
 
-    def _packing(self, ends: Tensor, length: int, before: int) -> Packing:
+    def _packing(self, ends: Tensor, length: int, before: int) -> Packing | Rectangle:
         """Kept, as it depends on the sentences alone, and finding it makes a GPU wait."""
         key = ends.shape[:-1], before
         if key not in self._packings:
