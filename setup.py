@@ -33,6 +33,7 @@ INSTALL = [
     "umap-learn>=0.5.6",
     "hdbscan>=0.8.38",
     "tensorboard>=2.14",
+    "filelock>=4.0",
     "tqdm>=4.60",
     "tabulate>=0.9",
     "jinja2>=3.0",

@@ -19,11 +19,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gram_meta.clustering.hierarchy import Hierarchy, check_target
+from gram_meta.clustering.hierarchy import Hierarchy, check_same, check_target
 from gram_meta.config import load_meta_config
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike
+from gram_meta.locks import only_writer
 from gram_meta.processes import device_for, process_group
 
 if TYPE_CHECKING:
@@ -69,8 +70,7 @@ def embed(
     Raises:
         GramError: a source that cannot be read, or a folder that holds another store.
     """
-    from gram_meta.corpus.embedding.lock import check_free
-    from gram_meta.corpus.embedding.run import embed_pairs, is_finished
+    from gram_meta.corpus.embedding.run import check_folder, embed_pairs, is_finished
     from gram_meta.corpus.sources import Source, open_source
 
     # The tokenizer's threads do not survive the forking of image workers.
@@ -79,7 +79,7 @@ def embed(
     def unfinished() -> Source | None:
         """Open the source; return None if the store is finished. Cheap errors come before CLIP is loaded."""
         opened = open_source(source, **source_options)
-        check_free(out)
+        check_folder(out)
         settings = {
             "source": opened.identity(),
             "clip": {"name": backbone, "precision": precision},
@@ -101,17 +101,18 @@ def embed(
             from gram_meta.corpus.embedding.sentences import load_sentence_model
 
             used = device_for(group, device)
-            embed_pairs(
-                opened,
-                out,
-                load_backbone(backbone, used, precision),
-                load_sentence_model(sentence_model, used),
-                batch_size=batch_size,
-                part_size=part_size,
-                workers=workers,
-                progress=progress,
-                group=group,
-            )
+            with only_writer(out, group.is_first):
+                embed_pairs(
+                    opened,
+                    out,
+                    load_backbone(backbone, used, precision),
+                    load_sentence_model(sentence_model, used),
+                    batch_size=batch_size,
+                    part_size=part_size,
+                    workers=workers,
+                    progress=progress,
+                    group=group,
+                )
     return PairStore.open(out)
 
 
@@ -122,6 +123,7 @@ def cluster(
     config: Configs = (),
     opts: Options = (),
     exclude: PathLike | None = None,
+    force: bool = False,
     progress: bool = True,
 ) -> Hierarchy:
     """Organise a store into topics and visual domains (CHC, Sec. 3.2), and save the hierarchy.
@@ -131,20 +133,25 @@ def cluster(
         out: folder of the hierarchy. An interrupted run over a sample continues there.
         config, opts: settings; the keys under CHC and the shots of TASKS are read.
         exclude: a .tsv file with a column `image`: locations of images to leave out.
+        force: replace a hierarchy that was made from another store or with other settings.
 
     Raises:
         GramError: unknown settings, a folder that holds something else, too few pairs or topics.
     """
     from gram_meta.clustering.chc import cluster_pairs
+    from gram_meta.clustering.settings import ChcSettings
     from gram_meta.clustering.steps import Steps
 
     settings = load_meta_config(_files(config), _pairs(opts))
-    folder = check_target(out)  # before the work, not after it
     opened = _store(store)
     excluded = opened.rows_of_images(exclude) if exclude else None
-    hierarchy = cluster_pairs(opened, settings, excluded=excluded, scratch=folder, progress=progress)
-    hierarchy.save(folder)
-    Steps(folder).forget()
+    with only_writer(out):
+        folder = check_target(out)  # before the work, not after it
+        if not force:
+            check_same(folder, opened, ChcSettings.from_config(settings), excluded)
+        hierarchy = cluster_pairs(opened, settings, excluded=excluded, scratch=folder, progress=progress)
+        hierarchy.save(folder)
+        Steps(folder).forget()
     return hierarchy
 
 

@@ -10,12 +10,10 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import IO, Any
 
 from gram_meta.errors import GramError
@@ -135,19 +133,6 @@ def sha256_file(path: PathLike) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def file_locks() -> ModuleType:
-    """Return Python's module `fcntl`, which locks files.
-
-    Raises:
-        GramError: this system has no such module (Windows).
-    """
-    try:
-        import fcntl
-    except ImportError:
-        raise GramError(f"file locks need Linux or macOS, found {sys.platform}; on Windows, use WSL") from None
-    return fcntl
 
 
 def _umask() -> int:

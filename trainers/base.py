@@ -22,6 +22,7 @@ from gram_meta.backbone.clip import RUN_PRECISIONS, Backbone, load_backbone
 from gram_meta.engine import TrainerX, build_lr_scheduler, build_optimizer, compute_accuracy
 from gram_meta.engine.options import complete_cfg
 from gram_meta.errors import GramError
+from gram_meta.locks import only_writer
 from gram_meta.method.checkpoint import check_fit
 from gram_meta.method.prompts import STATE_NAMES, PromptedCLIP, context_from_words, logits, random_context
 from gram_meta.random_state import kept_random_state, make_deterministic
@@ -106,13 +107,14 @@ class ClipTrainer(TrainerX):
     def train(self) -> None:
         """Train and test, unless this run is finished in the output folder already."""
         self.check_training()
-        folder = run_folder.begin(self.cfg, RunMode(), self.foreign)
-        if folder is None:
-            return
-        self.claimed = RunMode()
-        with folder.continued_log():
-            super().train()
-        folder.finish()
+        with only_writer(self.cfg.OUTPUT_DIR):
+            folder = run_folder.begin(self.cfg, RunMode(), self.foreign)
+            if folder is None:
+                return
+            self.claimed = RunMode()
+            with folder.continued_log():
+                super().train()
+            folder.finish()
 
     def resume_model_if_exist(self, directory: str) -> int:
         """Nothing is learned, so there is nothing to go on from."""
@@ -138,14 +140,15 @@ class ClipTrainer(TrainerX):
             return super().test(split)
         if self.claimed == RunMode():
             return self._test_and_record()
-        folder = run_folder.begin(self.cfg, self.mode, self.foreign, again=self.claimed is not None)
-        if folder is None:
-            return run_folder.stored_accuracy(self.cfg)
-        self.claimed = self.mode
-        with folder.continued_log():
-            accuracy = self._test_and_record()
-        folder.finish()
-        return accuracy
+        with only_writer(self.cfg.OUTPUT_DIR):
+            folder = run_folder.begin(self.cfg, self.mode, self.foreign, again=self.claimed is not None)
+            if folder is None:
+                return run_folder.stored_accuracy(self.cfg)
+            self.claimed = self.mode
+            with folder.continued_log():
+                accuracy = self._test_and_record()
+            folder.finish()
+            return accuracy
 
     def _test_and_record(self) -> float:
         started = time.time()

@@ -23,8 +23,6 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from gram_meta.files import file_locks
-
 GRACE = 10.0  # seconds that a stopped worker has to leave whole files behind
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
@@ -81,7 +79,6 @@ class Pool:
     """
 
     def __init__(self, environments: Sequence[Mapping[str, str]]) -> None:
-        file_locks()  # every worker needs them; without them the command ends here with one sentence
         self.idle: list[_Worker] = []
         self.busy: list[_Worker] = []
         self.unused = list(environments)
@@ -261,13 +258,7 @@ def _follow_parent() -> None:
 
 def _run(task: Task) -> Outcome:
     Path(task.log).parent.mkdir(parents=True, exist_ok=True)
-    with open(task.log, "a+", encoding="utf-8") as log:
-        fcntl = file_locks()
-        try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return Outcome(task.key, 0.0, error="another bench is at this run")
-        log.truncate(0)
+    with open(task.log, "w", encoding="utf-8") as log:
         failed = False
         try:
             with _printing_to(log.fileno()):

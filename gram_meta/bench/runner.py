@@ -23,6 +23,7 @@ from gram_meta.bench.pool import Outcome, Pool, Task
 from gram_meta.bench.times import in_words
 from gram_meta.errors import GramError
 from gram_meta.files import read_json, write_json
+from gram_meta.locks import only_writer
 from gram_meta.runs import layout
 from gram_meta.runs.folder import open_folder
 
@@ -58,7 +59,7 @@ def run(
     Raises:
         GramError: an option or a name that no run could be started with.
     """
-    with _interruptible(), Pool(environments) as pool:
+    with _interruptible(), only_writer(settings.output), Pool(environments) as pool:
         states = pool.call(look, jobs, settings)
         manifest = Manifest(settings.output, settings, jobs)
         with _bar(len(jobs), say) as bar:

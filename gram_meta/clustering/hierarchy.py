@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gram_meta.config import flatten
 from gram_meta.errors import GramError, in_one_line
 from gram_meta.files import PathLike, atomic_write, read_json, write_json
 
 if TYPE_CHECKING:
+    from gram_meta.clustering.settings import ChcSettings
     from gram_meta.corpus.store import PairStore
 
 FORMAT = 1
@@ -164,3 +166,28 @@ def check_target(path: PathLike) -> Path:
     if visible and not (b'"kind": "hierarchy"' in topics or (path / PAIRS).exists()):
         raise GramError(f"{path}: expected an empty folder or a hierarchy, found other files")
     return path
+
+
+def check_same(path: Path, store: PairStore, settings: ChcSettings, excluded: np.ndarray | None) -> None:
+    """Raise `GramError` if `path` holds a hierarchy of another store or with other settings.
+
+    Meta-checkpoints refer to a hierarchy by its fingerprint, so it is not replaced unasked.
+
+    Args:
+        excluded: rows of images that are left out now.
+    """
+    if not (path / TOPICS).is_file():
+        return
+    before = Hierarchy.open(path)
+    left_out = np.isin(store.image, [] if excluded is None else excluded)
+    same = np.array_equal(before.fates == EXCLUDED, left_out)
+    old = {"the store": before.manifest["fingerprints"]["store"][:12], **flatten(before.manifest["config"])}
+    new = {"the store": store.fingerprint[:12], **flatten(settings.recorded)}
+    read = (name for name in new if not name.startswith("TASKS.") or name.endswith("_SHOTS"))
+    other = next((name for name in read if old.get(name, new[name]) != new[name]), "" if same else "--exclude")
+    if other:
+        values = f" {old[other]!r}, expected the same, found {new[other]!r}" if other in new else " of other images"
+        raise GramError(
+            f"{path}: holds a hierarchy made with {other}{values}; meta-checkpoints may refer to it: choose another "
+            "folder, or replace it with --force"
+        )

@@ -26,11 +26,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a .tsv file with a column image: locations of images to leave out, as gram check-overlap writes it",
     )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace a hierarchy that was made from another store or with other settings",
+    )
     parser.add_argument("opts", metavar="KEY VALUE", nargs="*", help="single settings")
 
 
 def run(args: argparse.Namespace) -> int:
     from gram_meta.api import cluster
 
-    cluster(args.store, args.out, config=args.config_file, opts=args.opts, exclude=args.exclude)
+    cluster(args.store, args.out, config=args.config_file, opts=args.opts, exclude=args.exclude, force=args.force)
     return 0

@@ -21,6 +21,7 @@ from typing import Any
 
 from gram_meta.config import find_config, merge_file, merge_opts, nearest
 from gram_meta.errors import GramError
+from gram_meta.locks import only_writer
 from gram_meta.runs.folder import open_folder
 
 __all__ = ["add_flags", "build_parser", "find_config", "main", "run", "setup_cfg", "train"]
@@ -121,6 +122,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         _check_names(trainer=args.trainer)  # before its config file is looked for
     cfg = setup_cfg(args)
     _check_names(trainer=cfg.TRAINER.NAME, dataset=cfg.DATASET.NAME)
+    if args.no_train or open_folder(cfg, args).finished:
+        return _run(cfg, args)
+    with only_writer(cfg.OUTPUT_DIR):
+        return _run(cfg, args)
+
+
+def _run(cfg: Any, args: argparse.Namespace) -> dict[str, Any]:
     folder = open_folder(cfg, args)
     if folder.finished:
         print(folder.already())

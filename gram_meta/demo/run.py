@@ -45,6 +45,7 @@ from gram_meta.files import (
     sha256_file,
     write_json,
 )
+from gram_meta.locks import only_writer
 from gram_meta.runs.layout import META, RESULTS, RUN
 
 TRAINER_CONFIG = "gram_small_c4_ep10_batch32_ctxv1"
@@ -128,7 +129,7 @@ def run_demo(settings: Settings, say: Callable[[str], None] = print) -> Path:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "20")  # seconds; a log file needs no moving bars
     _check(settings)
-    with Demo(settings, say) as demo:
+    with only_writer(settings.out), Demo(settings, say) as demo:
         demo.introduce()
         world = demo.world()
         store = demo.embed(world)
@@ -150,7 +151,6 @@ class Demo:
 
     def __enter__(self) -> Demo:
         self.memory.check(self._folders())
-        self.out.mkdir(parents=True, exist_ok=True)
         return self
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:

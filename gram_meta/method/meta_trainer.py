@@ -28,6 +28,7 @@ from gram_meta.config import as_dict
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike
+from gram_meta.locks import only_writer
 from gram_meta.method.bilevel import InnerLoop
 from gram_meta.method.checkpoint import MetaCheckpoint
 from gram_meta.method.episodes import Episode, Episodes, TimedIterator, initial_theta
@@ -137,6 +138,10 @@ class MetaTrainer:
 
     def run(self, resume: bool = False) -> Path:
         """Train to the last step and return the path of the best checkpoint."""
+        with only_writer(self.folder.out, self.group.is_first):
+            return self._run(resume)
+
+    def _run(self, resume: bool) -> Path:
         steps = self.outer.steps
         first = self.begin(resume)
         if self.episodes.reads_pixels or self.plan.lean:

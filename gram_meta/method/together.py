@@ -21,6 +21,7 @@ from gram_meta.backbone.clip import load_backbone
 from gram_meta.clustering.hierarchy import Hierarchy
 from gram_meta.corpus.store import PairStore
 from gram_meta.files import PathLike
+from gram_meta.locks import only_writer
 from gram_meta.method.bilevel import Prompts, Regulate, adapted_losses, for_each_task
 from gram_meta.method.memory_plan import MemoryConfig, plan
 from gram_meta.method.meta_run import BEST, Stopped
@@ -84,6 +85,12 @@ class SeedsTrainer:
         Prompts that need pixels, runs on several processes, prompt pre-training and batches that do not fit in memory at
         once are trained one seed after the other.
         """
+        with ExitStack() as locks:
+            for trainer in self.trainers:
+                locks.enter_context(only_writer(trainer.folder.out, trainer.group.is_first))
+            return self._run(resume)
+
+    def _run(self, resume: bool) -> list[Path]:
         if not self._fits_together():
             logger.info("meta-training: one seed after the other")
             return [trainer.run(resume) for trainer in self.trainers]

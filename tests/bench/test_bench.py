@@ -322,25 +322,6 @@ def test_workers_stay_and_see_their_environment_from_the_start():
         os.kill(first, 0)
 
 
-def test_one_run_is_not_run_twice_at_a_time(tmp_path):
-    import fcntl
-
-    with open(tmp_path / "log", "w") as log:
-        fcntl.flock(log, fcntl.LOCK_EX)
-        outcome = pool._run(pool.Task("key", ("python", "-c", ""), str(tmp_path / "log")))
-    assert outcome.error == "another bench is at this run"
-
-
-def test_a_system_without_file_locks_gets_one_sentence(tmp_path, monkeypatch):
-    """Windows has no module fcntl; `gram bench` and `gram embed` end before they start anything."""
-    from gram_meta.corpus.embedding.lock import check_free
-
-    monkeypatch.setitem(sys.modules, "fcntl", None)
-    for start in (lambda: pool.Pool([{}]), lambda: check_free(tmp_path / "store")):
-        with pytest.raises(GramError, match="^file locks need Linux or macOS, found "):
-            start()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_bench_leaves_no_process_and_goes_on(tmp_path, number):

@@ -384,6 +384,27 @@ def test_another_store_is_refused(store, hierarchy, name, words):
         hierarchy.check_store(SimpleNamespace(**{**store.__dict__, name: "f" * 64}))
 
 
+@pytest.mark.parametrize(
+    ("opts", "excluded", "words"),
+    [
+        (["CHC.FILTER.THRESHOLD", "0.3"], None, "made with CHC.FILTER.THRESHOLD 0.2, expected the same, found 0.3"),
+        (["TASKS.SUPPORT_SHOTS", "3"], None, "made with TASKS.SUPPORT_SHOTS 2, expected the same, found 3"),
+        ([], [0, 1], "made with --exclude of other images"),
+    ],
+)
+def test_a_hierarchy_is_not_replaced_by_another_unasked(store, hierarchy, tmp_path, opts, excluded, words):
+    """Meta-checkpoints refer to it. Settings of TASKS that `gram cluster` does not read make no other hierarchy."""
+    hierarchy.save(tmp_path / "h")
+    same = ChcSettings.from_config(make_config("TASKS.WAYS", "7"))
+    h.check_same(tmp_path / "h", store, same, None)
+    h.check_same(tmp_path / "new", store, same, None)
+    with pytest.raises(GramError, match=f"^{tmp_path / 'h'}: holds a hierarchy {words}; .* --force"):
+        h.check_same(tmp_path / "h", store, ChcSettings.from_config(make_config(*opts)), excluded)
+    other = SimpleNamespace(**{**store.__dict__, "fingerprint": "f" * 64})
+    with pytest.raises(GramError, match="made with the store 'aaaaaaaaaaaa', expected the same, found 'ffffffffffff'"):
+        h.check_same(tmp_path / "h", other, same, None)
+
+
 # --- agreement with a truth ---------------------------------------------------------------------------------
 
 

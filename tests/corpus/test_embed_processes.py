@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gram_meta import files
+from gram_meta import files, locks
 from gram_meta.backbone.clip import load_backbone
 from gram_meta.cli import main
 from gram_meta.corpus.embedding import parts
@@ -450,8 +450,9 @@ def test_sigterm_anywhere(forked, shards, undisturbed, tmp_path):
     assert {"plan.json", "000000.npz", "000011.npz"} <= seen
 
 
-def test_a_second_run_is_refused_quickly(forked, shards, undisturbed, tmp_path):
+def test_a_second_run_is_refused_quickly(forked, shards, undisturbed, tmp_path, monkeypatch):
     """By all of its processes and in one sentence, while the first job is at work; that one is not disturbed."""
+    monkeypatch.setattr(locks, "WAIT", 0.1)
     out = tmp_path / "s"
     job = forked.Job(2, embed(shards, out, before=lambda rank: slowly(0.05)), tmp_path / "said")
     wait_until(lambda: parts_of(out) >= 1, job.said())
@@ -460,7 +461,7 @@ def test_a_second_run_is_refused_quickly(forked, shards, undisturbed, tmp_path):
         statuses, said = forked.run_job(size, embed(shards, out), tmp_path / "second")
         assert statuses == [2] * size
         (sentence,) = sentences(said)
-        assert "another run is at work on this store" in sentence and "Traceback" not in "".join(said)
+        assert "another run is writing to this folder" in sentence and "Traceback" not in "".join(said)
     assert time.monotonic() < start + 20
     assert job.wait() == [0, 0]
     assert contents(out) == undisturbed

@@ -17,11 +17,11 @@ import pytest
 import torch
 from PIL import Image
 
+from gram_meta import locks
 from gram_meta.backbone.clip import load_backbone
 from gram_meta.cli import main
 from gram_meta.corpus import images
 from gram_meta.corpus.embedding import run as embedding
-from gram_meta.corpus.embedding.lock import locked
 from gram_meta.corpus.embedding.parts import fit_texts
 from gram_meta.corpus.embedding.run import embed_pairs
 from gram_meta.corpus.embedding.sentences import load_sentence_model
@@ -131,7 +131,6 @@ def test_everything_skipped_is_counted(store):
     assert counts["images"] == 32 and counts["pairs"] == len(store)
     assert counts["pairs"] + sum(skipped.values()) == counts["rows"]
     assert sorted(path.name for path in store.path.iterdir()) == [
-        ".lock",
         "captions.parquet",
         "image_features.npy",
         "images.parquet",
@@ -266,7 +265,8 @@ def start(corpus, out, workers=0):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_a_second_one_is_refused(store, corpus, backbone, tmp_path, capsys):
+def test_a_killed_run_goes_on_and_a_second_one_is_refused(store, corpus, backbone, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(locks, "WAIT", 0.05)
     out = tmp_path / "s"
     process = start(corpus, out, workers=1)
     try:
@@ -275,7 +275,7 @@ def test_a_killed_run_goes_on_and_a_second_one_is_refused(store, corpus, backbon
             assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
             time.sleep(0.005)
         assert main(command(corpus, out)) == 2
-        assert "another run is at work on this store" in capsys.readouterr().err
+        assert "another run is writing to this folder" in capsys.readouterr().err
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -429,13 +429,6 @@ def test_fingerprints_tell_contents_apart(store, corpus, backbone, sentence_mode
     Image.new("RGB", (9, 9)).save(root / "00.png")
     other = embed_pairs(open_source(corpus, image_root=root), tmp_path / "other", backbone, sentence_model)
     assert list(other.captions) == list(store.captions) and other.fingerprint != store.fingerprint
-
-
-def test_the_lock_goes_with_its_holder(tmp_path):
-    with locked(tmp_path / "s"), pytest.raises(GramError, match="another run"), locked(tmp_path / "s"):
-        pass
-    with locked(tmp_path / "s"):
-        pass
 
 
 def test_the_manifest_is_plain_json_without_times(store):

@@ -12,20 +12,19 @@ import errno
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gram_meta.corpus import store as layout
 from gram_meta.corpus.embedding.index import PLAN, Index, write_index
 from gram_meta.corpus.embedding.joining import join_parts
-from gram_meta.corpus.embedding.lock import locked
 from gram_meta.corpus.embedding.parts import embed_parts, part_path
 from gram_meta.corpus.embedding.progress import SharedBar
 from gram_meta.corpus.sources import Source, open_source, shards_of
 from gram_meta.corpus.store import PairStore, read_manifest
 from gram_meta.errors import GramError
-from gram_meta.files import PathLike, write_json
+from gram_meta.files import MARK, PathLike, write_json
+from gram_meta.locks import LOCK, only_writer
 from gram_meta.processes import ALONE, ProcessGroup
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ def embed_pairs(
         "part_size": part_size,
     }
     try:
-        with locked(out) if group.is_first else nullcontext():
+        with only_writer(out, group.is_first):
             if group.first(lambda: _begin(out, settings)):
                 log.info("%s: finished before, nothing to do", out)
                 return PairStore.open(out)
@@ -108,8 +107,20 @@ def embed_pairs(
     return PairStore.open(out)
 
 
+def check_folder(out: PathLike) -> None:
+    """Raise `GramError` if `out` is neither a store nor a folder for a new one."""
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise GramError(f"{out}: expected a folder for the store, found a file")
+    of_a_store = (LOCK, MARK, f".{layout.MANIFEST}.")  # before the manifest is written
+    new = not (out / layout.MANIFEST).exists()
+    if out.is_dir() and new and not all(path.name.startswith(of_a_store) for path in out.iterdir()):
+        raise GramError(f"{out}: expected an empty folder or a pair store, found other files")
+
+
 def _begin(out: Path, settings: dict[str, Any]) -> bool:
     """Write the manifest of a new store, or compare it with that of an earlier run; return whether that has finished."""
+    check_folder(out)
     finished = is_finished(out, settings)
     for leftover in [*out.glob(".*.part"), *(out / layout.PARTS).rglob(".*.part")]:  # of a run that was killed
         leftover.unlink()
