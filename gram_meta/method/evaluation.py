@@ -22,7 +22,7 @@ from gram_meta.clustering.hierarchy import Hierarchy
 from gram_meta.config import stored_config
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
-from gram_meta.intervals import half_width
+from gram_meta.intervals import half_width, mean
 from gram_meta.method.bilevel import (
     InnerLoop,
     as_leaves,
@@ -41,6 +41,10 @@ from gram_meta.method.tasks import Task, TaskConfig, TaskSampler
 from gram_meta.processes import ALONE, ProcessGroup
 
 Gradients = Mapping[str, Tensor]
+Scores = dict[tuple[str, str, int], list[tuple[Tensor, Tensor]]]  # (start, gradient, steps): losses, accuracies by task
+
+SOLVED = 0.95  # accuracy before any step from which on tasks teach little
+HOPELESS = 1.2  # times chance, below which tasks teach little
 
 MEAN, MOVED = "R's mean", "theta* moved by the mean beta"  # controls in the table of `gram eval-meta`
 
@@ -164,6 +168,7 @@ class Adaptation:
     Attributes:
         topics: which topics the tasks are from, in words.
         alignment: by gradient, the normalised inner product at theta* with the query gradient (Fig. 3b), over tasks.
+        verdict: whether the meta-checkpoint helps on these tasks, and what is wrong with the tasks, in sentences.
     """
 
     topics: str
@@ -172,6 +177,7 @@ class Adaptation:
     alpha: float
     lines: list[Line]
     alignment: dict[str, float]
+    verdict: list[str]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dicts and lists, fit for JSON."""
@@ -194,7 +200,7 @@ class Adaptation:
         )
         aligned = ", ".join(f"{name} {value:.3f}" for name, value in self.alignment.items())
         more = [f"Inner product with the query gradient at theta* (Fig. 3b): {aligned}."] if aligned else []
-        return "\n".join([tabulate(rows, headers, disable_numparse=True), "", caption, *more])
+        return "\n".join([tabulate(rows, headers, disable_numparse=True), "", caption, *more, "", *self.verdict])
 
 
 def evaluate_adaptation(
@@ -249,7 +255,8 @@ def evaluate_adaptation(
         starts[MOVED] = starts["theta*"] | {k: starts["theta*"][k] - length * beta for k, (_, beta) in gates.items()}
     forms = {form: replace(inner, regulate=regulate) for form, regulate in regulates.items()}
     rows = [(start, form) for start in starts for form in forms if start != MOVED or form == "R off"]
-    seen: dict[tuple[str, str, int], list[tuple[Tensor, Tensor]]] = {}
+    plain = "raw" if regulator is None else "R off"
+    seen: Scores = {}
     alignment: dict[str, list[Tensor]] = {}
     with tqdm(total=tasks, unit=" tasks", desc="adapting", disable=not progress) as bar:
         for episode in episodes.of(_batches(drawn, episodes.at_a_time)):
@@ -278,7 +285,41 @@ def evaluate_adaptation(
         alpha=config.INNER.ALPHA,
         lines=lines,
         alignment={form: torch.cat(values).mean().item() for form, values in alignment.items()},
+        verdict=_verdict(seen, rows[0], (_start_name(config.PROMPT.WORDS), plain), max(steps), config.TASKS.WAYS),
     )
+
+
+def _verdict(seen: Scores, learned: tuple[str, str], plain: tuple[str, str], steps: int, ways: int) -> list[str]:
+    """Return sentences: whether the learned start and gradient beat the plain ones, and whether the tasks can tell."""
+    (ours, accuracy), (theirs, _) = (_values(seen[(*row, steps)]) for row in (learned, plain))
+    gains = [b - a for a, b in zip(ours, theirs, strict=True)]
+    gain, half = mean(gains), half_width(gains) or math.inf
+    does = "helps" if gain > half else "does harm" if gain < -half else "makes no clear difference"
+    sentences = [
+        f"The meta-checkpoint {does} on these tasks: {' with '.join(learned)} against {' with '.join(plain)} lowers the query "
+        f"loss after {steps} steps by {_text(gain, half, 3)}."
+    ]
+    if -half <= gain <= half:
+        sentences.append(
+            "More tasks (--tasks) give a narrower interval; more meta-training (OUTER.STEPS) may give a gain."
+        )
+    if 0 in [step for *_, step in seen] and mean(_values(seen[(*plain, 0)])[1]) > SOLVED:
+        sentences.append(
+            f"Before any step {plain[0]} has more than {100 * SOLVED:.0f} % of them right: such tasks teach little. Raise "
+            "TASKS.WAYS, or make finer topics (CHC.TOPICS.SELECTION leaf, a smaller CHC.TOPICS.MIN_CLUSTER_SIZE)."
+        )
+    if mean(accuracy) < HOPELESS / ways:
+        sentences.append(
+            f"The accuracy of {100 * mean(accuracy):.0f} % is near chance ({100 / ways:.0f} %): such tasks teach little. Topics "
+            "or their words may not fit the images: look at `gram inspect`, and lower CHC.FILTER.KEEP."
+        )
+    return sentences
+
+
+def _values(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[float], list[float]]:
+    """Return the loss and the accuracy of each task."""
+    losses, accuracies = (torch.cat(values).double().tolist() for values in zip(*parts, strict=True))
+    return losses, accuracies
 
 
 def _forms(regulator: GradientRegulator | None) -> dict[str, Callable[[Gradients], Gradients] | None]:
@@ -316,7 +357,7 @@ def _start_name(words: str) -> str:
 
 
 def _cell(steps: int, parts: Sequence[tuple[Tensor, Tensor]]) -> Cell:
-    losses, accuracies = (torch.cat(values).double().tolist() for values in zip(*parts, strict=True))
+    losses, accuracies = _values(parts)
     accuracies = [100 * value for value in accuracies]
     return Cell(
         steps,

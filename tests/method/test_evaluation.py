@@ -113,7 +113,33 @@ def test_tables_say_what_there_is(runs, pixel_corpus):
     assert [cell.steps for cell in result.lines[0].cells] == [0, 1]
     assert json.loads(json.dumps(result.as_dict()))["tasks"] == 5
     text = str(result)
+    assert 'these tasks: theta* with raw against "a photo" with raw lowers the query loss after 1 steps by' in text
     assert "acc. 1" in text and "loss 0" in text and "5 2-way tasks from" in text
+
+
+@pytest.mark.parametrize(
+    ("losses", "before", "after", "found"),
+    [
+        ([0.5, 0.6, 0.4], 0.6, 0.9, ["helps on these tasks", "by 0.500 ± 0.248"]),
+        ([1.5, 1.6, 1.4], 0.6, 0.9, ["does harm on these tasks", "by -0.500"]),
+        ([0.5, 1.6, 1.0], 0.6, 0.9, ["makes no clear difference", "More tasks (--tasks)"]),
+        ([0.5, 0.6, 0.4], 0.96, 1.0, ["has more than 95 % of them right: such tasks teach little. Raise TASKS.WAYS"]),
+        ([0.5, 0.6, 0.4], 0.25, 0.27, ["The accuracy of 27 % is near chance (25 %)"]),
+    ],
+)
+def test_the_verdict_on_tasks_that_help_harm_are_solved_or_hopeless(losses, before, after, found):
+    learned, plain = ("theta*", "R on"), ('"a photo of a"', "R off")
+    scores = {
+        (*learned, 5): [
+            (torch.tensor(losses[:2]), torch.full((2,), after)),
+            (torch.tensor(losses[2:]), torch.tensor([after])),
+        ],
+        (*plain, 0): [(torch.tensor([2.0, 2.0, 2.0]), torch.full((3,), before))],
+        (*plain, 5): [(torch.tensor([1.0, 1.0, 1.0]), torch.full((3,), after))],
+    }
+    sentences = evaluation._verdict(scores, learned, plain, 5, 4)
+    assert all(part in " ".join(sentences) for part in found)
+    assert ("teach little" in " ".join(sentences)) == ("teach little" in " ".join(found) or "chance" in found[0])
 
 
 def test_another_hierarchy_gives_all_its_topics(runs, pixel_corpus, monkeypatch):
