@@ -219,6 +219,38 @@ def test_duplicate_keys_are_counted_and_the_first_is_taken(tmp_path):
     assert ImageReader(tmp_path).content(next(row for row in found if not row.skip).place) == picture(1)
 
 
+@pytest.mark.parametrize(
+    "names, expected, counted",
+    [
+        # keys with dots, beside their beginning
+        (["22.png", "22.txt", "22.05.png", "22.05.txt"], {"22.png": "22.txt", "22.05.png": "22.05.txt"}, {}),
+        (["1-s2.0-S09.b.png", "1-s2.0-S09.b.json"], {"1-s2.0-S09.b.png": "1-s2.0-S09.b.json"}, {}),
+        (["a.b/x.1.JPG", "a.b/x.1.TXT", "a.b/x.2.jpg"], {"a.b/x.1.jpg": "a.b/x.1.TXT"}, {rows.NO_CAPTION_FILE: 1}),
+        # one key is the beginning of the other
+        (["a.left.jpg", "a.right.jpg", "a.txt"], {"a.left.jpg": "a.txt"}, {rows.EXTRA_IMAGE: 1}),
+        (["a.jpg", "a.txt", "a.mask.png"], {"a.jpg": "a.txt"}, {rows.EXTRA_IMAGE: 1}),
+        (["a.jpg", "a.caption.txt"], {"a.jpg": "a.caption.txt"}, {}),
+        (["a.b.c.jpg", "a.txt", "a.b.txt"], {"a.b.c.jpg": "a.b.txt"}, {rows.NO_MEMBER: 1}),
+        # of two samples, each lost a member
+        (["22.05.png", "22.07.txt"], {}, {rows.NO_CAPTION_FILE: 1, rows.NO_MEMBER: 1}),
+        (["22.05.json", "22.png", "22.txt", "22.cls"], {"22.png": "22.txt"}, {rows.NO_MEMBER: 1}),
+    ],
+)
+def test_keys_with_dots_are_paired_or_counted(tmp_path, names, expected, counted):
+    """The caption of each picture is the name of the member that holds it."""
+    texts = {name: json.dumps({"caption": name}) if name.endswith("json") else name for name in names}
+    write_tar(tmp_path / "a.tar", [(name, text.encode()) for name, text in texts.items()])
+    found = rows_of(tmp_path / "a.tar")
+    assert good(found) == [(f"a.tar/{image}", text) for image, text in expected.items()]
+    assert skips(found) == counted
+
+
+def test_a_suffix_with_dots_names_the_captions(tmp_path):
+    members = [("a.jpg", b""), ("a.txt", b"no"), ("a.en.txt", b"a dog"), ("b.1.jpg", b""), ("b.1.en.txt", b"a cat")]
+    found = rows_of(write_tar(tmp_path / "a.tar", members), caption_column="en.txt")
+    assert good(found) == [("a.tar/a.jpg", "a dog"), ("a.tar/b.1.jpg", "a cat")] and not skips(found)
+
+
 def test_captions_come_from_txt_then_json_or_where_one_says(tmp_path):
     members = [
         *sample("1", "of the txt\nin two lines", caption="of the json", alt="alternative"),
@@ -260,7 +292,7 @@ def test_names_of_members_lead_nowhere_else(tmp_path):
     with open(tmp_path / "a.tar", "rb") as file:
         content = file.read()
     (tmp_path / "b.tar").write_bytes(content.replace(b"./a/./3.", b"./a/\xff/3."))  # its checksum no longer fits
-    expected = ["etc/1.jpg", "%2E%2E/%2E%2E/2.jpg", "a/3.jpg", "a/%2E%2E/4.jpg"]
+    expected = ["etc/1.jpg", "%2E%2E/%2E%2E/2.jpg", "a/3.jpg", "a/%2E%2E/4.jpg", "a.b/5.x.jpg"]
     found = good(rows_of(tmp_path / "a.tar"))
     assert [location for location, _ in found] == [f"a.tar/{name}" for name in expected]
     assert skips(rows_of(tmp_path / "b.tar")) == {rows.DAMAGED: 1}  # one place

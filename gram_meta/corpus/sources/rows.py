@@ -20,6 +20,7 @@ COLUMN_COUNT = "wrong column count"
 UNREADABLE = "unreadable row"
 NO_MEMBER = "no image in the sample"
 DUPLICATE = "duplicate key"
+EXTRA_IMAGE = "another image of the sample"
 DAMAGED = "damaged shard"
 
 

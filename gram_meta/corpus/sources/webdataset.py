@@ -1,8 +1,8 @@
 """WebDataset shards: tar files in which the members with the same key form a sample, as img2dataset writes them.
 
-The key of a member is its path up to the first dot of its base name; the rest is its suffix: `000000012.jpg`,
-`000000012.txt` and `000000012.json` are one sample. A shard is read in one pass over its headers, which give the place
-of each image; image data is skipped, and no member is ever unpickled or unpacked to disk.
+`000000012.jpg`, `000000012.txt` and `000000012.json` are one sample: their key is the path without the suffix. Keys may
+have dots, as in `22.05.png`, `22.05.txt`. A shard is read in one pass over its headers, which give the place of each
+image; image data is skipped, and no member is ever unpickled or unpacked to disk.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from gram_meta.corpus.sources.rows import (
     DAMAGED,
     DUPLICATE,
     EMPTY_CAPTION,
+    EXTRA_IMAGE,
     IMAGE_SUFFIXES,
     LONG_CAPTION,
     MAX_CAPTION,
@@ -224,6 +225,12 @@ class _Sample:
     suffix: str = ""
     text: bytes | None = None
     json: Member | None = None
+    is_extra: bool = False  # it is part of a sample that has another image
+    is_given: bool = False  # its captions are those of an image with another key
+
+    @property
+    def has_caption(self) -> bool:
+        return self.text is not None or self.json is not None
 
 
 def _shard_rows(root: Path, name: str, caption: str | None = None) -> Iterator[Row]:
@@ -270,7 +277,7 @@ def _sample_rows(window: _Window, end: int, shard: str, caption: str | None) -> 
         if member is None:
             yield Row("", "", DAMAGED)
             continue
-        key, suffix = split_name(member.name)
+        key, suffix = split_name(member.name, text_suffix)
         is_image, is_text = suffix in IMAGES, suffix == text_suffix
         if not key or not (is_image or is_text or suffix == "json"):
             continue
@@ -283,35 +290,68 @@ def _sample_rows(window: _Window, end: int, shard: str, caption: str | None) -> 
             sample.text = window.read(member.offset, min(member.size, MAX_TEXT))  # it is in the window now
         elif suffix == "json" and sample.json is None:
             sample.json = member
+    _pair_up(samples)
     for key, sample in samples.items():
         yield from _rows_of(window, end, shard, key, sample, caption)
 
 
-def split_name(name: bytes) -> tuple[str, str]:
+def split_name(name: bytes, text_suffix: str = "txt") -> tuple[str, str]:
     """Return key and suffix of a member's name, the suffix in lower case; ("", "") if it is hidden or has no suffix.
 
-    No file is ever written under a key; still it cannot point outside the shard: no leading slash, no "..".
+    The suffix begins at the last dot, or is `text_suffix`, which may have dots. No file is ever written under a key;
+    still it cannot point outside the shard: no leading slash, no "..".
     """
     folder, _, base = name.decode("utf-8", "surrogateescape").rpartition("/")
-    stem, _, suffix = base.partition(".")
-    if not stem or not suffix:
+    size = len(text_suffix) if base.lower().endswith(f".{text_suffix}") else len(base) - base.rfind(".") - 1
+    stem, suffix = base[: -size - 1], base[-size:].lower()
+    if not size or not stem or base.startswith("."):
         return "", ""
     parts = ["%2E%2E" if part == ".." else part for part in folder.split("/") if part not in ("", ".")]
-    return "/".join([*parts, stem]), suffix.lower()
+    return "/".join([*parts, stem]), suffix
+
+
+def _pair_up(samples: dict[str, _Sample]) -> None:
+    """Pair images without a caption and captions without an image, if one key is the beginning of the other's.
+
+    Of several keys the longest is taken: `a.left.jpg` belongs to `a.txt`, `a.jpg` to `a.en.txt`. A caption has one
+    image: the mask `a.mask.png` beside `a.jpg` and `a.txt` is an extra image, which is counted, but not used.
+    """
+    for key, sample in samples.items():
+        if sample.image is not None and not sample.has_caption:
+            shorter = (samples[name] for name in _beginnings(key) if name in samples and samples[name].has_caption)
+            if other := next(shorter, None):
+                sample.is_extra = other.image is not None or other.is_given
+                if not sample.is_extra:
+                    sample.text, sample.json, other.is_given = other.text, other.json, True
+    for key, sample in samples.items():
+        if sample.image is None and not sample.is_given:
+            other = next((samples[name] for name in _beginnings(key) if name in samples), None)
+            if other and other.image is not None and not other.has_caption:
+                other.text, other.json, sample.is_given = sample.text, sample.json, True
+
+
+def _beginnings(key: str) -> Iterator[str]:
+    """Yield the key without its last dotted part, without the last two, and so on."""
+    start = key.rfind("/") + 2
+    while (dot := key.rfind(".", start)) > 0:
+        key = key[:dot]
+        yield key
 
 
 def _rows_of(window: _Window, end: int, shard: str, key: str, sample: _Sample, caption: str | None) -> Iterator[Row]:
     image = sample.image
     if image is None:
-        yield Row("", "", NO_MEMBER)
-        return
-    location = f"{shard}/{key}.{sample.suffix}"
-    if image.offset + image.size > end:  # cut off where the shard ends
+        if not sample.is_given:
+            yield Row("", "", NO_MEMBER)
+    elif sample.is_extra:
+        yield Row("", "", EXTRA_IMAGE)
+    elif image.offset + image.size > end:  # cut off where the shard ends
         yield Row("", "", DAMAGED)
-        return
-    for text, skip in _captions(window, sample, caption):
-        row = Row(location, "", skip) if skip else checked(location, text)
-        yield row._replace(shard=shard, offset=image.offset, size=image.size)
+    else:
+        for text, skip in _captions(window, sample, caption):
+            location = f"{shard}/{key}.{sample.suffix}"
+            row = Row(location, "", skip) if skip else checked(location, text)
+            yield row._replace(shard=shard, offset=image.offset, size=image.size)
 
 
 def _captions(window: _Window, sample: _Sample, caption: str | None) -> list[tuple[str, str]]:
