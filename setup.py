@@ -28,6 +28,7 @@ INSTALL = [
     "scikit-learn>=1.6",
     "pillow>=10",
     "pyarrow>=14",
+    "regex",  # scripts and marks in topic words; transformers needs it too
     "safetensors>=0.4.3",
     "sentence-transformers>=3.0",
     "umap-learn>=0.5.6",

@@ -57,6 +57,8 @@ def get_meta_config() -> CN:
     c.CHC.TOPICS.MIN_SAMPLES = 5  # HDBSCAN
     c.CHC.TOPICS.SELECTION = "eom"  # HDBSCAN: eom, its own default, or leaf: more and smaller topics
     c.CHC.TOPICS.SAMPLE = 100_000  # pairs that UMAP and HDBSCAN see; of more pairs, the others are assigned; 0: all
+    c.CHC.WORDS = CN()
+    c.CHC.WORDS.TOKENIZER = "words"  # what cuts captions into words: words, characters, or a function to import
     c.CHC.DOMAINS = CN()
     c.CHC.DOMAINS.K = 3  # U of Sec. 3.2: k-means clusters in each topic; fewer where one would be too small for a task
     c.CHC.DOMAINS.STARTS = 10  # k-means runs, of which the best is taken

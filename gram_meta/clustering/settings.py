@@ -9,6 +9,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
+from gram_meta.clustering.words import Tokenizer, tokenizer
 from gram_meta.config import as_dict
 from gram_meta.errors import GramError
 
@@ -34,7 +35,7 @@ class ChcSettings:
 
     Attributes:
         reduction, neighbors, components: of UMAP, or PCA. min_cluster_size, min_samples, selection: of HDBSCAN.
-        sample: pairs that topics are found on; 0: all. domains, starts: clusters and runs of k-means in each topic.
+        sample: pairs that topics are found on; 0: all. split: cuts captions into words. domains, starts: clusters and runs of k-means in each topic.
         domain_sample: images of a topic that k-means sees; 0: all.
         recorded: the nodes `CHC` and `TASKS` as the manifest of a hierarchy records them.
     """
@@ -50,6 +51,7 @@ class ChcSettings:
     min_samples: int
     selection: str
     sample: int
+    split: Tokenizer
     domains: int
     starts: int
     domain_sample: int
@@ -78,6 +80,7 @@ class ChcSettings:
             min_samples=topics.MIN_SAMPLES,
             selection=topics.SELECTION,
             sample=topics.SAMPLE,
+            split=tokenizer(chc.WORDS.TOKENIZER),
             domains=domains.K,
             starts=domains.STARTS,
             domain_sample=domains.SAMPLE,

@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from gram_meta.clustering import sample
+from gram_meta.clustering import sample, words
 from gram_meta.clustering.hierarchy import FILTERED, KEPT, NOISE
 from gram_meta.clustering.settings import ChcSettings, bar
 from gram_meta.clustering.steps import Steps
-from gram_meta.clustering.words import topic_words
 from gram_meta.corpus.sources.classes import class_of, same_names
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
@@ -43,11 +42,11 @@ def given_topics(store: PairStore, fates: np.ndarray) -> tuple[np.ndarray, np.nd
     number: dict[str, int] = {}
     label = np.fromiter((number.setdefault(name, len(number)) for name in classes), np.int64, len(kept))
     _, first = np.unique(label, return_index=True)
-    words: Words = [[(name, 1.0)] for name in store.captions.take(kept[first])]
-    log.info("labelled collection: %d classes are the topics, no filter, nothing is noise", len(words))
-    if same := same_names(dict(zip(number, (best[0][0] for best in words), strict=True))):
+    names = store.captions.take(kept[first])
+    log.info("labelled collection: %d classes are the topics, no filter, nothing is noise", len(names))
+    if same := same_names(dict(zip(number, names, strict=True))):
         log.warning("%s: no task holds two of one name", same)
-    return kept, label, words
+    return kept, label, [[(name, 1.0)] for name in names]
 
 
 def find_topics(
@@ -79,8 +78,18 @@ def find_topics(
     # The L of Eq. 3 counts all topics found, also those that are dropped later.
     of_caption = np.full(len(store), -1)
     of_caption[kept] = label
-    words = topic_words(store.captions, of_caption.tolist(), found)
-    return facts, kept[label >= 0], label[label >= 0], words
+    if (
+        settings.split is words.words
+        and (share := words.unspaced_share(store.captions[:: len(store) // 1000 + 1])) > 0.5
+    ):
+        log.warning(
+            "%s: %.0f %% of the letters are of scripts without spaces between words (Chinese, Japanese, Thai, ...), so "
+            "topic words are whole phrases; expected CHC.WORDS.TOKENIZER characters, or a function such as jieba.lcut",
+            store.path,
+            100 * share,
+        )
+    best = words.topic_words(store.captions, of_caption.tolist(), found, split=settings.split)
+    return facts, kept[label >= 0], label[label >= 0], best
 
 
 def filtered(similarity: np.ndarray, keep: float, threshold: float) -> np.ndarray:

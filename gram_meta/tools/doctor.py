@@ -45,6 +45,7 @@ NOT_FOR_TRAINING = {
     "sentence-transformers": "gram embed",
     "umap-learn": "gram cluster",
     "hdbscan": "gram cluster",
+    "regex": "gram cluster",
 }
 # Requirements that other checks import, or that training imports only where they are installed
 NOT_IMPORTED = ("torch", "torchvision", "clip-anytorch", "setuptools", "tensorboard", *NOT_FOR_TRAINING)

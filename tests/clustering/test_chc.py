@@ -3,6 +3,7 @@ truth."""
 
 import json
 import math
+import unicodedata
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +20,7 @@ from gram_meta.clustering.domains import domain_minimum, domains_of
 from gram_meta.clustering.hierarchy import Hierarchy
 from gram_meta.clustering.settings import ChcSettings
 from gram_meta.clustering.topics import filtered
-from gram_meta.clustering.words import tokens, topic_words
+from gram_meta.clustering.words import characters, tokenizer, tokens, topic_words
 from gram_meta.config import get_meta_config, load_meta_config
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
@@ -67,6 +68,65 @@ def test_fewer_than_three_topics_say_why(topics):
 def test_tokens():
     text = "The dog's BIG ball, 3 cats_and 2nd Straße; a x-ray! don't 猫猫 été"
     assert list(tokens(text)) == ["dog", "big", "ball", "cats", "nd", "straße", "ray", "don", "猫猫", "été"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("एक काला कुत्ता में", ["एक", "काला", "कुत्ता", "में"]),  # Hindi: marks are vowels
+        ("ஒரு நாய்", ["ஒரு", "நாய்"]),  # Tamil
+        ("একটি কুকুর", ["একটি", "কুকুর"]),  # Bengali
+        ("หมา สีดำ", ["หมา", "สีดำ"]),  # Thai, with spaces
+        ("כֶּלֶב רָץ", ["כֶּלֶב", "רָץ"]),  # Hebrew with vowels
+        ("كَلْبٌ وَ", ["كَلْبٌ"]),  # Arabic with vowels; the second word has one letter
+        ("می‌خواهم", ["می\u200cخواهم"]),  # Persian, with a joiner
+        ("ශ්‍රී", ["ශ්\u200dරී"]),  # Sinhala, likewise
+        ("une FORÊT à x̂", ["une", "forêt"]),  # of two words, the accent is no letter
+    ],
+)
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_marks_belong_to_words(text, expected, form):
+    expected = [unicodedata.normalize("NFC", word) for word in expected]
+    assert list(tokens(unicodedata.normalize(form, text))) == expected
+
+
+CHINESE = [["一只小狗在草地上跑", "小狗在睡觉", "白色的小狗"], ["红色的自行车", "自行车在路上", "一辆自行车"]]
+CHINESE += [["一只猫在睡觉", "猫在沙发上", "白色的猫"]]
+
+
+def test_words_of_scripts_without_spaces(monkeypatch):
+    """The words are those that a reader of Chinese would choose: little dog, bicycle, cat."""
+    captions, topic = sum(CHINESE, []), [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    best = topic_words(captions, topic, 3, split=tokenizer("characters"))
+    assert [of_topic[0][0] for of_topic in best] == ["小狗", "自行车", "猫"]
+    assert all(
+        len(word) <= 4 and not any(word in other for other, _ in best[1][:at]) for at, (word, _) in enumerate(best[1])
+    )
+    assert list(characters("iphone手机 a dog")) == ["iphone", "手", "手机", "机", "dog"]
+    import gram_meta.clustering.words as module
+
+    monkeypatch.setattr(module, "cut", lambda text: iter(text.split("的")), raising=False)
+    assert list(tokens("白色的 猫, 的…", tokenizer("gram_meta.clustering.words.cut"))) == ["白色", "猫,"]
+
+
+@pytest.mark.parametrize("name", ["jieba", "no.such.function", "json.dumps", "math.sqrt", ""])
+def test_a_tokenizer_that_is_none_is_one_sentence(name):
+    with pytest.raises(GramError, match="CHC.WORDS.TOKENIZER: expected words, characters, or a function"):
+        ChcSettings.from_config(make_config("CHC.WORDS.TOKENIZER", name))
+
+
+def test_captions_without_spaces_are_reported(caplog):
+    store = make_store()
+    names = ["小狗", "白猫", "汽车", "大树", "帆船", "房子", "什么"]
+    store.captions = Column(f"{names[topic]}{row}在这里" for row, topic in enumerate(store.truth.topic))
+    cluster_pairs(store, make_config())
+    assert "100 % of the letters are of scripts without spaces" in caplog.text
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        found = cluster_pairs(store, make_config("CHC.WORDS.TOKENIZER", "characters"))
+        assert sorted(topic.word for topic in found.topics) == sorted(names[:6])
+        cluster_pairs(make_store(), make_config())
+    assert not caplog.records
 
 
 @settings(max_examples=100, deadline=None)
