@@ -1,7 +1,7 @@
-"""Topics of many pairs from the topics of a sample of them, in nearly linear time and bounded memory.
+"""Topics of many captions from the topics of a sample of them, in nearly linear time and bounded memory.
 
-UMAP and HDBSCAN see a sample. For every other pair, the sample pairs with the nearest sentence features vote for a
-topic. A threshold that was learned from the sample decides whether the pair gets this topic or is noise.
+UMAP and HDBSCAN see a sample. For every other caption, those of the sample with the nearest sentence features vote for a
+topic. A threshold that was learned from the sample decides whether the caption gets this topic or is noise.
 """
 
 from __future__ import annotations
@@ -96,31 +96,27 @@ class Rule:
     held_out: dict[str, Any]
 
     @classmethod
-    def learn(cls, features: np.ndarray, label: np.ndarray, alone: np.ndarray, seed: int) -> Rule:
+    def learn(cls, features: np.ndarray, label: np.ndarray, seed: int) -> Rule:
         """Learn the thresholds from a clustered sample.
 
         Args:
-            features: (s, S) float32, L2-normalised. label: (s,) topics; -1 is noise.
-            alone: (s,) bool, pairs whose caption occurs once in the sample. Only these resemble new captions: the
-                others have copies of themselves as neighbours.
+            features: (s, S) float32, L2-normalised, of different captions. label: (s,) topics; -1 is noise.
             seed: of the approximate search, or -1.
         """
         topics = int(label.max(initial=-1)) + 1
         index = nearest_index(features, seed)
-        rows = np.flatnonzero(alone)
-        votes = []
+        rows, votes = np.arange(len(label)), []
         for part in batches(len(rows)):
-            near, similarity = _others(index, features[rows[part]], rows[part])
+            near, similarity = _others(index, features[part], rows[part])
             votes.append(vote(label[near], similarity))
         topic, share = map(np.concatenate, zip(*votes, strict=True))
-        known = label[rows]
         # Each half is judged by the thresholds of the other; the rule's own thresholds come from both.
         judged = np.empty_like(topic)
         half = np.random.default_rng(0).permutation(len(rows)) % 2 == 0
         for fit, rest in ((half, ~half), (~half, half)):
-            threshold = thresholds(topic[fit], share[fit], known[fit], topics)
+            threshold = thresholds(topic[fit], share[fit], label[fit], topics)
             judged[rest] = verdict(topic[rest], share[rest], threshold)
-        return cls(index, label, thresholds(topic, share, known, topics), against(judged, known))
+        return cls(index, label, thresholds(topic, share, label, topics), against(judged, label))
 
     def assign(self, features: np.ndarray) -> np.ndarray:
         """Return the topics (n,) of pairs with sentence features (n, S), float32; -1 is noise."""
@@ -186,30 +182,21 @@ def captions_by_number(captions: Iterable[str], wanted: np.ndarray) -> np.ndarra
     return first[number]
 
 
-def representatives(number: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Return for each row the row that represents its caption: one of the `chosen` rows if it has any, else the first.
+def spread(points: np.ndarray, copies: np.ndarray, seed: int) -> np.ndarray:
+    """Return each point, followed by its copies at random places not farther away than the nearest other point.
 
     Args:
-        number: from `captions_by_number`.
+        points: (n, C). copies: (n,) how often each point is returned.
     """
-    of_number = np.arange(len(number))
-    of_number[number[chosen]] = chosen
-    return of_number[number]
+    from sklearn.neighbors import NearestNeighbors
 
-
-def same_for_copies(number: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """Return labels that are equal for rows of one number: the most frequent label among them.
-
-    Among equally frequent ones it is the largest, so that a topic comes before noise.
-    """
-    order = np.lexsort((label, number))
-    n, of = number[order], label[order]
-    run = np.flatnonzero(np.r_[True, (n[1:] != n[:-1]) | (of[1:] != of[:-1])])  # runs of equal number and label
-    length = np.diff(np.r_[run, len(n)])
-    best = np.lexsort((of[run], length, n[run]))  # of each number the longest run comes last
-    last = np.flatnonzero(np.r_[n[run][best][1:] != n[run][best][:-1], True])
-    names, winners = n[run][best][last], of[run][best][last]
-    return winners[np.searchsorted(names, number)]
+    radius = NearestNeighbors(n_neighbors=2).fit(points).kneighbors(points)[0][:, 1]
+    random = np.random.default_rng([seed, 6] if seed >= 0 else None)
+    which, width = np.repeat(np.arange(len(points)), copies), points.shape[1]
+    away = random.standard_normal((len(which), width))
+    away *= (radius[which] * random.uniform(size=len(which)) ** (1 / width) / np.linalg.norm(away, axis=1))[:, None]
+    away[np.cumsum(copies) - copies] = 0
+    return points[which] + away
 
 
 def draw(pairs: int, size: int, seed: int) -> np.ndarray:

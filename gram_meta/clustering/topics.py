@@ -9,6 +9,7 @@ import math
 import sys
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -67,11 +68,21 @@ def find_topics(
     kept = np.flatnonzero(fates == KEPT)
     log.info("filter: %d of %d pairs dropped (lowest CLIP similarity)", len(dropped), len(candidates))
 
+    # A caption is one point, however often it is repeated, so all of its pairs get the same topic.
+    number = sample.captions_by_number(store.captions, fates == KEPT)
+    first, caption, copies = np.unique(number, return_inverse=True, return_counts=True)
+    if len(first) < len(kept):
+        log.info("captions: %d different ones in %d pairs", len(first), len(kept))
     facts: dict[str, Any] = {}
-    if 0 < settings.sample < len(kept):
-        label, facts["sample"] = _sampled_topics(store, kept, settings, steps, progress)
+    rows, size = kept[first], settings.min_cluster_size  # the first pair of each caption
+    to_cluster = caption[copies[caption] < size]  # captions of pairs; the other captions are topics by themselves
+    if 0 < settings.sample < len(to_cluster):
+        label, facts["sample"] = _sampled_topics(store, rows, to_cluster, settings, steps, progress)
+        label = large_enough(label, copies, size)
+        facts["sample"]["noise_of_all"] = float((label[caption] < 0).mean())
     else:
-        label = topics_of(np.asarray(store.sentence_features[kept], np.float32), settings)  # (kept,), -1: noise
+        label = topics_of(np.asarray(store.sentence_features[rows], np.float32), settings, copies)
+    label = label[caption]  # (kept,), -1: noise
     fates[kept[label < 0]] = NOISE
     found = int(label.max(initial=-1)) + 1
     log.info("topics: %d found, %d pairs are noise and dropped", found, int((fates == NOISE).sum()))
@@ -103,36 +114,66 @@ def filtered(similarity: np.ndarray, keep: float, threshold: float) -> np.ndarra
     return order[math.ceil(round(len(order) * keep, 6)) :]
 
 
-def topics_of(features: np.ndarray, settings: ChcSettings) -> np.ndarray:
-    """Return the topic of each sentence: UMAP, then HDBSCAN.
+def topics_of(features: np.ndarray, settings: ChcSettings, copies: np.ndarray | None = None) -> np.ndarray:
+    """Return the topic of each caption: UMAP, then HDBSCAN.
+
+    A caption with MIN_CLUSTER_SIZE copies is a topic of its own: its copies are a cluster of infinite density.
 
     The package `hdbscan` is used because its dual-tree minimum spanning tree takes nearly linear time; scikit-learn's
     version finds the same clusters without it.
 
     Args:
-        features: (n, S) float32, L2-normalised sentence features.
+        features: (n, S) float32, L2-normalised sentence features of different captions.
+        copies: (n,) pairs that have each caption; None: one.
 
     Returns:
         (n,) int64; -1 is noise.
     """
-    n = len(features)
-    least = max(settings.min_cluster_size, settings.components + 3, 4)
-    if n < least:
-        raise GramError(f"clustering: expected at least {least} pairs after the filter, found {n}")
+    copies = np.ones(len(features), np.int64) if copies is None else copies
+    size = settings.min_cluster_size
+    rows = np.flatnonzero(copies < size)
+    label = np.full(len(features), -1)
+    least = max(size, settings.components + 3, 4)
+    if copies[rows].sum() >= least and len(rows) > settings.components + 2:
+        label[rows] = _clusters(features if len(rows) == len(features) else features[rows], settings, copies[rows])
+    elif len(rows) == len(features):
+        raise GramError(f"clustering: expected at least {least} pairs after the filter, found {copies.sum()}")
+    return large_enough(label, copies, size)
+
+
+def _clusters(features: np.ndarray, settings: ChcSettings, copies: np.ndarray) -> np.ndarray:
+    """Reduce each caption once, and cluster it as many times as it has copies.
+
+    The copies lie around their caption, as far as the nearest other one: at equal points density would be infinite.
+    """
+    if copies.max() > 1:
+        fewer = max(min(settings.neighbors, 5), round(settings.neighbors / copies.mean()))
+        settings = replace(settings, neighbors=fewer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numba and UMAP warn about threads and spectral initialisation
-        reduced = reducer(settings, n).fit_transform(features)
-    import hdbscan
+        points = reducer(settings, len(features)).fit_transform(features).astype(np.float64)
+        first = np.cumsum(copies) - copies
+        if copies.max() > 1:
+            points = sample.spread(points, copies, settings.seed)
+        import hdbscan
 
-    clusterer = hdbscan.HDBSCAN(
-        min_cluster_size=settings.min_cluster_size,
-        min_samples=settings.min_samples,
-        cluster_selection_method=settings.selection,
-        core_dist_n_jobs=1 if settings.is_reproducible else -1,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return clusterer.fit_predict(reduced.astype(np.float64)).astype(np.int64)
+        clusterer = hdbscan.HDBSCAN(
+            min_cluster_size=settings.min_cluster_size,
+            min_samples=settings.min_samples,
+            cluster_selection_method=settings.selection,
+            core_dist_n_jobs=1 if settings.is_reproducible else -1,
+        )
+        return clusterer.fit_predict(points)[first]
+
+
+def large_enough(label: np.ndarray, copies: np.ndarray, size: int) -> np.ndarray:
+    """Make topics of fewer than `size` pairs noise, and each caption among the noise with `size` copies a topic."""
+    pairs = np.bincount(label[label >= 0], copies[label >= 0])
+    number = np.where(pairs >= size, np.cumsum(pairs >= size) - 1, -1)  # old topic -> new one
+    label = np.append(number, -1)[label].astype(np.int64)
+    own = np.flatnonzero((label < 0) & (copies >= size))
+    label[own] = label.max(initial=-1) + 1 + np.arange(len(own))
+    return label
 
 
 def reducer(settings: ChcSettings, pairs: int) -> Any:
@@ -159,34 +200,27 @@ def reducer(settings: ChcSettings, pairs: int) -> Any:
 
 
 def _sampled_topics(
-    store: PairStore, kept: np.ndarray, settings: ChcSettings, steps: Steps, progress: bool
+    store: PairStore, rows: np.ndarray, pairs: np.ndarray, settings: ChcSettings, steps: Steps, progress: bool
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Return the topics (kept,) of many pairs, -1 is noise, and what the manifest records about how they were found.
+    """Return the topics of many captions, -1 is noise, and what the manifest records about how they were found.
 
-    Identical captions get the same topic: if the caption is in the sample, the most frequent topic of its copies there,
-    else the topic that the rule assigns to its first copy.
+    Args:
+        rows: (n,) of the captions in the store. pairs: the caption of each pair, 0 ... n - 1.
     """
     size = settings.sample
-    chosen = sample.draw(len(kept), size, settings.seed)
-    log.info("sample: topics are found on %d of %d pairs", size, len(kept))
-    read = [np.asarray(store.sentence_features[kept[chosen[part]]], np.float32) for part in sample.batches(size)]
+    chosen, copies = np.unique(pairs[sample.draw(len(pairs), size, settings.seed)], return_counts=True)
+    log.info("sample: topics are found on %d of %d pairs", size, len(pairs))
+    read = [np.asarray(store.sentence_features[rows[chosen[p]]], np.float32) for p in sample.batches(len(chosen))]
     features = np.concatenate(read)
     del read
-    key = _key(store, kept, settings)
-    found = steps.once("sample", key, lambda: topics_of(features, settings))
-    log.info("sample: %d topics, %.1f %% noise", found.max(initial=-1) + 1, 100 * (found < 0).mean())
+    key = _key(store, rows[pairs], settings)
+    found = steps.once("sample", key, lambda: topics_of(features, settings, copies))
+    noise = float(np.average(found < 0, weights=copies))
+    log.info("sample: %d topics, %.1f %% noise", found.max(initial=-1) + 1, 100 * noise)
 
-    in_order = np.zeros(len(store), bool)
-    in_order[kept] = True
-    number = sample.captions_by_number(store.captions, in_order)
-    label = np.full(len(kept), -1)
-    label[chosen] = sample.same_for_copies(number[chosen], found)
-
-    stands = sample.representatives(number, chosen)
-    ask = np.setdiff1d(np.flatnonzero(stands == np.arange(len(kept))), chosen)
-    alone = np.bincount(number[chosen], minlength=len(kept))[number[chosen]] == 1
-    log.info("sample: learning the rule, then %d different captions are assigned", len(ask))
-    rule = sample.Rule.learn(features, found, alone, settings.seed)
+    ask = np.setdiff1d(pairs, chosen)
+    log.info("sample: learning the rule, then %d captions are assigned", len(ask))
+    rule = sample.Rule.learn(features, found, settings.seed)
     held_out = rule.held_out
     log.info(
         "rule: on %d held-out sample pairs it agrees with clustering on %.1f %%, precision %.1f %%, noise %.1f %% "
@@ -199,18 +233,19 @@ def _sampled_topics(
         result = np.empty(len(ask), np.int64)
         with bar(len(ask), "assigning", progress) as shown:
             for part in sample.batches(len(ask)):
-                rows = np.asarray(store.sentence_features[kept[ask[part]]], np.float32)
-                result[part] = rule.assign(rows)
-                shown.update(len(rows))
+                features = np.asarray(store.sentence_features[rows[ask[part]]], np.float32)
+                result[part] = rule.assign(features)
+                shown.update(len(features))
         return result
 
+    label = np.full(len(rows), -1)
+    label[chosen] = found
     label[ask] = steps.once("assigned", key, assigned)
-    label = label[stands]
     facts = {
         "pairs": size,
-        "of": len(kept),
+        "of": len(pairs),
         "topics": int(found.max(initial=-1)) + 1,
-        "noise": float((found < 0).mean()),
+        "noise": noise,
         "rule": {
             "neighbours": sample.NEIGHBOURS,
             "sharpness": sample.SHARPNESS,
@@ -218,14 +253,13 @@ def _sampled_topics(
         },
         "held_out": held_out,
         "assigned": {"captions": len(ask), "noise": float((label[ask] < 0).mean()) if len(ask) else 0.0},
-        "noise_of_all": float((label < 0).mean()),
     }
     return label, facts
 
 
-def _key(store: PairStore, kept: np.ndarray, settings: ChcSettings) -> str:
+def _key(store: PairStore, rows: np.ndarray, settings: ChcSettings) -> str:
     """Return a hash of everything that the topics of a sample depend on."""
-    digest = hashlib.sha256(np.ascontiguousarray(kept).data)
+    digest = hashlib.sha256(np.ascontiguousarray(rows).data)
     relevant = {"SEED": settings.seed, "TOPICS": settings.recorded["CHC"]["TOPICS"]}
     digest.update(json.dumps([store.fingerprint, relevant], sort_keys=True).encode())
     return digest.hexdigest()

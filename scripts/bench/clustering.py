@@ -436,8 +436,7 @@ def rules(store: Path, opts: list[str]) -> list[dict[str, Any]]:
 
     add("(un-sampled clustering itself)", unsampled[rest], 0)
     add("(clustering of the sample, on the sample)", label, 0, chosen)
-    alone = np.ones(len(label), bool)
-    rule = sample.Rule.learn(inside, label, alone, settings.seed)
+    rule = sample.Rule.learn(inside, label, settings.seed)
     rule.assign(outside[:100])  # compiled
     start = time.process_time()
     ours = rule.assign(outside)

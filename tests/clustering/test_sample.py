@@ -10,9 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 from sklearn.metrics import adjusted_mutual_info_score as ami
 
 from gram_meta.cli import main
@@ -69,25 +66,10 @@ def test_thresholds_by_hand(monkeypatch):
     assert found.tolist() == [0, 0, 0, -1, -1, 1, 1, 1, -1, -1]
 
 
-@settings(max_examples=50, deadline=None)
-@given(hnp.arrays(np.int64, 30, elements=st.integers(0, 5)), hnp.arrays(np.int64, 30, elements=st.integers(-1, 3)))
-def test_copies_agree_on_the_most_frequent_label(number, label):
-    result = sample.same_for_copies(number, label)
-    for one in np.unique(number):
-        labels, counts = np.unique(label[number == one], return_counts=True)
-        assert set(result[number == one]) == {labels[counts == counts.max()].max()}
-
-
 def test_captions_are_numbered_by_their_first_wanted_row():
     captions = ["a", "b", "a", "c", "b", "a"]
     wanted = np.array([False, True, True, True, True, True])
     assert sample.captions_by_number(captions, wanted).tolist() == [0, 1, 2, 0, 1]
-
-
-def test_the_sample_stands_for_its_captions():
-    number = np.array([0, 1, 0, 3, 1, 0])  # captions a b a c b a
-    assert sample.representatives(number, np.array([4, 5])).tolist() == [5, 4, 5, 3, 4, 5]
-    assert sample.representatives(number, np.array([0])).tolist() == [0, 1, 0, 3, 1, 0]
 
 
 def test_a_held_out_pair_is_not_its_own_neighbour():
@@ -388,3 +370,66 @@ def test_ctrl_c_leaves_nothing_half_written(on_disk, tmp_path):
     assert main(command(on_disk, tmp_path / "h")) == 0
     assert main(command(on_disk, tmp_path / "undisturbed")) == 0
     assert contents(tmp_path / "h") == contents(tmp_path / "undisturbed")
+
+
+# --- repeated captions ----------------------------------------------------------------------------------------------
+
+
+def repeated_store(often=300, some=6):
+    """Six concepts of 60 captions each; two captions of their own, `often` times each; two concepts of 8 captions, each
+    `some` times."""
+    random = np.random.default_rng(0)
+    concepts = unit(random.standard_normal((10, 64)))
+    groups = [(c, 60, 1) for c in range(6)] + [(6, 1, often), (7, 1, often), (8, 8, some), (9, 8, some)]
+    names = ["dog", "cat", "car", "tree", "boat", "house", "lamp", "shoe", "bird", "fish"]
+    captions, features, topic = [], [], []
+    for concept, texts, copies in groups:
+        for text in range(texts):
+            captions += [f"a {names[concept]} {text}"] * copies
+            features += [unit(concepts[concept] + 0.05 * random.standard_normal(64))] * copies
+            topic += [concept] * copies
+    order = random.permutation(len(topic))
+    store = make_store(per_domain=len(topic) // 18 + 1, noise=0, wrong=0)
+    n = len(topic)
+    store.captions = shared.Column(captions[row] for row in order)
+    store.sentence_features = np.float16(np.array(features)[order] * random.uniform(0.999, 1.001, (n, 1)))
+    store.image, store.similarity = np.arange(n), np.full(n, 0.3, np.float32)
+    store.truth.topic = np.array(topic)[order]
+    return store
+
+
+@pytest.mark.parametrize("opts", [["CHC.TOPICS.REDUCTION", "umap"], ["CHC.TOPICS.SAMPLE", "400"]])
+def test_repeated_captions_are_one_point(opts):
+    store = repeated_store()
+    settings = ChcSettings.from_config(
+        make_config("CHC.TOPICS.MIN_CLUSTER_SIZE", "30", "CHC.FILTER.KEEP", "1.0", *opts)
+    )
+    fates = np.zeros(len(store), np.uint8)
+    _, kept, label, words = topics.find_topics(store, settings, fates, Steps(None), False)
+    assert len(kept) >= len(store) - 5, "hardly anything is noise"
+    assert ami(store.truth.topic[kept], label) > 0.98
+    assert {word[0][0] for word in words} == {*"dog cat car tree boat house lamp shoe bird fish".split()}
+    found: dict[str, set] = {}
+    for row, number in zip(kept, label, strict=True):
+        found.setdefault(store.captions[row], set()).add(number)
+    assert all(len(numbers) == 1 for numbers in found.values()), "all pairs of one caption have one topic"
+
+
+def test_copies_lie_around_their_point():
+    points = np.array([[0.0, 0], [3, 4], [10, 10], [0, 1]])
+    found = sample.spread(points, np.array([3, 1, 1, 1000]), 1)
+    assert np.array_equal(found[[0, 3, 4, 5]], points)
+    far = np.linalg.norm(found[5:] - points[3], axis=1)
+    assert np.linalg.norm(found[:3], axis=1).max() <= 1 and 0.9 < far.max() <= 1
+    assert (far < 0.5).mean() == pytest.approx(0.25, abs=0.05), "uniform over the disc"
+
+
+def test_settings_that_count_pairs():
+    features = unit(np.random.default_rng(0).standard_normal((9, 16))).astype(np.float32)
+    settings = ChcSettings.from_config(make_config("CHC.TOPICS.MIN_CLUSTER_SIZE", "30"))
+    copies = np.array([30, 500, 1, 1, 1, 1, 1, 1, 1])
+    assert topics.topics_of(features, settings, copies).tolist() == [0, 1] + [-1] * 7
+    assert topics.topics_of(features, settings, np.full(9, 30)).tolist() == list(range(9))
+    label = np.array([0, 0, 1, 1, 2, -1, -1])
+    copies = np.array([5, 6, 2, 2, 10, 9, 10])
+    assert topics.large_enough(label, copies, 10).tolist() == [0, 0, -1, -1, 1, -1, 2]
