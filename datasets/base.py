@@ -20,9 +20,12 @@ from gram_meta.datasets.few_shot import Entry, FewShot, Splits, as_entries
 from gram_meta.engine import DatasetBase, Datum
 from gram_meta.errors import GramError
 from gram_meta.files import read_json, sha256_file
+from gram_meta.images import find_problems, list_problems
 
 SUBSAMPLES = ("all", "base", "new")
 PARTS = ("train", "val", "test")
+DECODED = 1000  # before training, a test set of at most so many images is decoded
+HEADERS = 100_000  # and of a larger one, at most so many headers are read
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,10 @@ class SplitDataset(DatasetBase):
         if not folder.is_dir():
             raise GramError(f"{folder}: expected the folder of {name} under DATASET.ROOT, found no such folder")
         path = folder / self.split_file
+        self.folder = folder
         splits = self.read(path)
+        if not cfg.DATASET.OUTSIDE_ROOT and (problem := outside(splits)):
+            raise GramError(f"{path}: {problem}")
         self.few_shot = {"path": "", "sha256": ""}
         if shots >= 1 and self.few_shot_parts:
             splits, self.few_shot = self.files(path, splits).subset(splits, shots, cfg.SEED)
@@ -112,9 +118,54 @@ class SplitDataset(DatasetBase):
                 warnings.simplefilter("ignore")  # Dassl warns before it fails
                 train, val, test = ([_datum(images, entry) for entry in splits[part]] for part in PARTS)
         except AssertionError:  # Datum looks for its image
-            _check_images(splits, images, self.named_by or self.split_file or self.source)
-            raise
+            named = [entry[0] for part in PARTS for entry in splits[part]]
+            missing = [image for image in named if not (images / image).is_file()]
+            if not missing:
+                raise
+            raise GramError(
+                f"{images / missing[0]}: {self._source()} names this image, found no such file ({len(missing)} of "
+                f"{len(named)} images are missing); {self._remedy()}"
+            ) from None
         return {"train_x": train, "val": val, "test": test}
+
+    def check_images(self, as_coop: bool) -> None:
+        """Look for broken images before training: decode few-shot images and a small test set, of others read headers.
+
+        Args:
+            as_coop: images are decoded as CoOp does; otherwise a note says how many CoOp would read differently.
+
+        Raises:
+            GramError: names the images that cannot be used, and what to do.
+        """
+        drawn, test = [*(self.train_x or []), *(self.val or [])], list(self.test or [])
+        if not self.few_shot["sha256"]:
+            drawn, test = [], [*drawn, *test]
+        others = {item.impath for item in test}
+        whole = dict.fromkeys(item.impath for item in drawn)
+        if len(others) <= DECODED:
+            whole |= dict.fromkeys(others)
+        header = sorted(others - set(whole))[:HEADERS]
+        found = [*find_problems(map(Path, whole)), *find_problems(map(Path, header), header_only=True)]
+        bad = list_problems([*whole, *header], [why for why, _ in found], self.folder / self.image_dir)
+        if bad:
+            raise GramError(f"{bad}; {self._remedy()}")
+        if (differing := sum(differs for _, differs in found)) and not as_coop:
+            print(
+                f"Note: CoOp would read {differing} of {len(whole)} images differently (EXIF turn, more than 8 bits, "
+                "transparency, long strip); DATALOADER.COOP_DECODING True reads them as CoOp does"
+            )
+
+    def _source(self) -> str:
+        """Return what names the images."""
+        made = self.named_by if (self.folder / self.named_by).is_file() else ""
+        return made or self.split_file or self.source
+
+    def _remedy(self) -> str:
+        """Return what to do about images that are missing or broken."""
+        made = [name for name in (self.named_by, self.few_shot_dir) if name and (self.folder / name).exists()]
+        if self.split_file or not made:
+            return "restore them"
+        return f"restore them, or remove them and {' and '.join(made)} in {self.folder}, which are then made anew"
 
 
 def read_split(path: Path, advice: str = "") -> Splits:
@@ -126,8 +177,8 @@ def read_split(path: Path, advice: str = "") -> Splits:
         raise GramError(f'{path}: expected {{"train": ..., "val": ..., "test": ...}}, found other contents')
     try:
         splits = {part: as_entries(raw.get(part, [])) for part in PARTS}
-    except (TypeError, ValueError):
-        raise GramError(f"{path}: expected rows of [path, label, class name], found another row") from None
+    except (TypeError, ValueError) as error:
+        raise GramError(f"{path}: expected rows of [path, label, class name], found {error}") from None
     check_splits(splits, path)
     return splits
 
@@ -146,10 +197,24 @@ def check_splits(splits: Splits, path: Path) -> None:
     names: dict[int, str] = {}
     for entries in splits.values():
         for image, label, name in entries:
+            if not name.replace("_", " ").strip():
+                raise GramError(f"{path}: expected a class name for label {label}, found {name!r} ({image})")
             if names.setdefault(label, name) != name:
                 raise GramError(
                     f"{path}: expected one class name for label {label}, found {names[label]!r} and {name!r} ({image})"
                 )
+
+
+def outside(splits: Splits) -> str:
+    """Return which images lie outside the folder by their paths, "" if none; links in the folder may lead anywhere."""
+    named = [image for entries in splits.values() for image, _, _ in entries]
+    found = [image for image in named if image.startswith("/") or ".." in image.split("/")]
+    return (
+        f"expected paths of images in this folder, found {found[0]} ({len(found)} of {len(named)} lead outside, which only "
+        "DATASET.OUTSIDE_ROOT True allows)"
+        if found
+        else ""
+    )
 
 
 def subsample(splits: Splits, group: str) -> Splits:
@@ -169,17 +234,6 @@ def subsample(splits: Splits, group: str) -> Splits:
         part: [(image, relabelled[label], name) for image, label, name in entries if label in relabelled]
         for part, entries in splits.items()
     }
-
-
-def _check_images(splits: Splits, images: Path, source: str) -> None:
-    """Raise `GramError` if images are missing."""
-    named = [entry[0] for entries in splits.values() for entry in entries]
-    missing = [image for image in named if not (images / image).is_file()]
-    if missing:
-        raise GramError(
-            f"{images / missing[0]}: {source} names this image, found no such file "
-            f"({len(missing)} of {len(named)} images are missing)"
-        ) from None
 
 
 def _datum(images: Path, entry: Entry) -> Datum:

@@ -12,12 +12,13 @@ from pathlib import Path
 import yaml
 
 from gram_meta.config import did_you_mean, find_config
-from gram_meta.datasets.base import PARTS, SplitDataset
+from gram_meta.datasets.base import PARTS, SplitDataset, outside
 from gram_meta.datasets.few_shot import Splits
-from gram_meta.datasets.image_folder import ImageFolder
+from gram_meta.datasets.image_folder import ImageFolder, unwrap
 from gram_meta.datasets.pickles import read_pickle
 from gram_meta.errors import GramError
 from gram_meta.files import read_json
+from gram_meta.images import find_problems
 
 FINE, MISSING, WRONG = "fine", "missing", "wrong"
 
@@ -79,7 +80,8 @@ def find_datasets(root: Path, names: Sequence[str]) -> list[tuple[str, type[Spli
         if name.lower() in by_name:
             found.append(by_name[name.lower()])
         elif (root / name).is_dir():
-            found.append((name, type("ImageFolder", (ImageFolder,), {"dataset_dir": name})))
+            folder = os.path.relpath(unwrap(root / name), root)
+            found.append((name, type("ImageFolder", (ImageFolder,), {"dataset_dir": folder})))
         else:
             raise GramError(
                 f"--datasets {name}: expected the name of a dataset or of a folder in {root}, found neither"
@@ -129,10 +131,11 @@ def _check_folder(found: Finding, folder: Path, dataset: type[SplitDataset], wor
     if not images.is_dir():
         found.problems.append(f"{images}: expected the folder of images, found no such folder")
         return
-    if dataset.split_file or (path / "split.json").is_file():
-        if missing := _missing(images, named):
-            found.problems.append(f"{images}: {len(missing)} of {len(named)} images are missing, such as {missing[0]}")
-            named = sorted(set(named) - set(missing))
+    if problem := outside(splits):
+        found.problems.append(f"{path}: {problem}")
+    if missing := _missing(images, named):
+        found.problems.append(f"{images}: {len(missing)} of {len(named)} images are missing, such as {missing[0]}")
+        named = sorted(set(named) - set(missing))
     if workers:
         found.problems += _broken(images, named, workers)
     _check_few_shot(found, folder, path, splits, dataset)
@@ -151,7 +154,8 @@ def _missing(images: Path, named: Sequence[str]) -> list[str]:
         folder, _, name = image.rpartition("/")
         if folder not in listed:
             try:
-                listed[folder] = set(os.listdir(images / folder))
+                with os.scandir(images / folder) as entries:
+                    listed[folder] = {entry.name for entry in entries if entry.is_file()}
             except OSError:
                 listed[folder] = set()
         if name not in listed[folder]:
@@ -160,28 +164,16 @@ def _missing(images: Path, named: Sequence[str]) -> list[str]:
 
 
 def _broken(images: Path, named: Sequence[str], workers: int) -> list[str]:
-    """Return a sentence for each reason why images cannot be used."""
-    from concurrent.futures import ThreadPoolExecutor
-
+    """Return a sentence for each reason why images cannot be used, with all these images."""
     from tqdm import tqdm
 
-    from gram_meta.corpus.images import BadImage, read_image
-
-    def reason(image: str) -> str:
-        try:
-            read_image(images / image)
-        except BadImage as error:
-            return str(error)
-        return ""
-
     bad: dict[str, list[str]] = {}
-    with ThreadPoolExecutor(workers) as pool:
-        results = pool.map(reason, named, chunksize=64)
-        bar = tqdm(results, total=len(named), unit="image", desc=images.name, disable=None, leave=False)
-        for image, why in zip(named, bar, strict=True):
-            if why:
-                bad.setdefault(why, []).append(image)
-    return [f"{images}: {why}: {len(found)}, such as {found[0]}" for why, found in sorted(bad.items())]
+    results = find_problems((images / image for image in named), workers=workers)
+    bar = tqdm(results, total=len(named), unit="image", desc=images.name, disable=None, leave=False)
+    for image, (why, _) in zip(named, bar, strict=True):
+        if why:
+            bad.setdefault(why, []).append(image)
+    return [f"{images}: {why}: {len(found)}: {', '.join(found)}" for why, found in sorted(bad.items())]
 
 
 def _check_few_shot(found: Finding, folder: Path, path: Path, splits: Splits, dataset: type[SplitDataset]) -> None:

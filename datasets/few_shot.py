@@ -55,9 +55,11 @@ class FewShot:
         if seed < 0:
             drawn = self._draw(splits, shots, random)
         elif path.is_file():
-            drawn = self._stored(path)
+            drawn = self._stored(path, splits)
+            self._check_classes(path, drawn, splits, shots)
         elif pickled.is_file():
-            drawn = self._taken_over(pickled, splits, shots)
+            drawn = self._taken_over(pickled, splits)
+            self._check_classes(pickled, drawn, splits, shots)
         else:  # as `random` would draw right after Dassl has seeded it; the global generator keeps its state
             drawn = self._draw(splits, shots, random.Random(seed))
         contents = {"format": 1, "shots": shots, "seed": seed, "split_sha256": self.fingerprint, **drawn}
@@ -73,7 +75,7 @@ class FewShot:
         wanted = {"train": shots, "val": min(shots, MAX_VAL_SHOTS)}
         return {part: _sample(splits[part], wanted[part], draw) for part in self.parts}
 
-    def _stored(self, path: Path) -> Splits:
+    def _stored(self, path: Path, splits: Splits) -> Splits:
         print(f"Loading preprocessed few-shot data from {path}")
         stored = read_json(path)
         try:
@@ -87,9 +89,30 @@ class FewShot:
             raise GramError(
                 f"{path}: was drawn from something else than the {self.source} there now; remove it to draw anew"
             )
+        for part in self.parts:
+            known = set(splits[part])
+            if unknown := [entry for entry in drawn[part] if entry not in known]:
+                raise self._not_there(path, part, unknown[0][0])
         return drawn
 
-    def _taken_over(self, path: Path, splits: Splits, shots: int) -> Splits:
+    def _not_there(self, path: Path, part: str, image: str) -> GramError:
+        return GramError(
+            f"{path}: names {image}, which is no {part} image of the {self.source} there now; remove it to draw anew"
+        )
+
+    def _check_classes(self, path: Path, drawn: Splits, splits: Splits, shots: int) -> None:
+        """Raise `GramError` unless a subset has at least one training image of each class, and at most `shots`."""
+        counts = {part: Counter(label for _, label, _ in drawn[part]) for part in drawn}
+        classes = {label for _, label, _ in splits["train"]}
+        if missing := classes - set(counts["train"]):
+            raise GramError(
+                f"{path}: expected training images of all {len(classes)} classes, found none of {len(missing)} of them; "
+                "remove it to draw anew"
+            )
+        if (most := max(n for counter in counts.values() for n in counter.values())) > shots:
+            raise GramError(f"{path}: expected at most {shots} images of a class, found {most}; remove it to draw anew")
+
+    def _taken_over(self, path: Path, splits: Splits) -> Splits:
         """Return the subset in a pickle of CoOp's, with the present paths of its images."""
         print(f"Loading preprocessed few-shot data from {path}")
         records = read_pickle(path)
@@ -99,9 +122,6 @@ class FewShot:
                 raise GramError(f"{path}: expected images under {part!r}, found none; remove it to draw anew")
             known = {entry[0]: entry for entry in splits[part]}
             drawn[part] = [self._known(path, part, record, known) for record in records.get(part, [])]
-            most = max(Counter(label for _, label, _ in drawn[part]).values(), default=0)
-            if most > shots:
-                raise GramError(f"{path}: expected at most {shots} images of a class, found {most}")
         self._note_names(path, records, drawn)
         return drawn
 
@@ -109,9 +129,7 @@ class FewShot:
         image, label, _ = record
         end = relative_to(image, known)
         if end is None:
-            raise GramError(
-                f"{path}: names {image}, which is no {part} image of the {self.source} there now; remove it to draw anew"
-            )
+            raise self._not_there(path, part, image)
         if known[end][1] != label:
             raise GramError(
                 f"{path}: gives {end} the label {label}, expected {known[end][1]} as in the {self.source} there now; "
@@ -154,8 +172,16 @@ class FewShot:
 
 
 def as_entries(rows: Any) -> list[Entry]:
-    """Convert rows of a JSON file; raise `TypeError` or `ValueError` for rows of another form."""
-    return [(str(image), int(label), str(name)) for image, label, name in rows]
+    """Convert rows of a JSON file; raise `TypeError` or `ValueError`, which names what was found, for another form."""
+    if not isinstance(rows, list):
+        raise TypeError(f"{str(rows)[:60]!r} for a list of rows")
+    entries = []
+    for row in rows:
+        if not isinstance(row, list) or tuple(map(type, row)) != (str, int, str):
+            raise TypeError(f"another row: {str(row)[:60]}")
+        f"{row[0]}{row[2]}".encode()  # a ValueError for half of a surrogate pair, which no file can hold
+        entries.append((row[0], row[1], row[2]))
+    return entries
 
 
 def _written(path: Path, contents: dict[str, Any]) -> bool:

@@ -1,13 +1,15 @@
 """ImageFolder: your own images, a folder per class, under DATASET.ROOT/DATASET.FOLDER.
 
-The folder has `train/` and `test/` (and `val/`) with class folders each, or class folders alone. In the second case
-half of each class's images are for training, a fifth for validation and the rest for testing; the split is drawn with a
-fixed seed and kept in `split.json`.
+The folder has folders of splits (`train`, `Test`, `valid`, ...) with class folders each, or class folders alone. In the
+second case half of each class's images are for training, a fifth for validation and the rest for testing; the split is
+drawn with a fixed seed and kept in `split.json`.
 """
 
 from __future__ import annotations
 
+import os
 import random
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from gram_meta.corpus.sources.classes import (
     same_names,
     subfolders,
 )
-from gram_meta.datasets.base import SplitDataset, check_splits, read_split
+from gram_meta.datasets.base import PARTS, SplitDataset, check_splits, read_split
 from gram_meta.datasets.few_shot import Entry, Splits
 from gram_meta.engine import register_dataset
 from gram_meta.errors import GramError
@@ -30,6 +32,11 @@ from gram_meta.files import write_json
 SPLIT = "split.json"  # in CoOp's format; the user may also provide it
 SHARES = {"train": 0.5, "val": 0.2}  # of each class, as CoOp splits datasets whose authors have not
 SPLIT_SEED = 1
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
 
 
 @register_dataset
@@ -45,56 +52,108 @@ class ImageFolder(SplitDataset):
             raise GramError(
                 "DATASET.FOLDER is ''; expected the folder with your class folders, as it is called under DATASET.ROOT"
             )
-        self.dataset_dir = cfg.DATASET.FOLDER
+        root = os.path.expanduser(cfg.DATASET.ROOT)
+        self.dataset_dir = os.path.relpath(unwrap(Path(root, cfg.DATASET.FOLDER)), root)
         super().__init__(cfg)
 
     @classmethod
     def read(cls, path: Path) -> Splits:
-        is_new = not (path / SPLIT).is_file() and not _is_split(path)
-        splits = cls.look(path)
-        if is_new:
+        splits, is_drawn = _look(path)
+        if is_drawn:
             _store(path / SPLIT, splits)
         return splits
 
     @classmethod
     def look(cls, path: Path) -> Splits:
-        names = read_classnames(path / CLASSNAMES) if (path / CLASSNAMES).is_file() else None
-        if (path / SPLIT).is_file():
-            splits = read_split(path / SPLIT)
-            _note_new(path, splits)
-        elif _is_split(path):
-            splits = _read_parts(path, names)
-        else:
-            splits = _divide(_listed(path, _class_root(path), names))
-        check_splits(splits, path)
-        if same := same_names({str(label): name for _, label, name in splits["train"]}):
-            print(f"Note: {path}: {same}; no text tells them apart")
-        return splits
+        return _look(path)[0]
 
 
-def _is_split(path: Path) -> bool:
-    """Return whether `train/` and `test/` or `val/` are folders of class folders, and not classes themselves."""
-    return _holds_classes(path / "train") and any(_holds_classes(path / part) for part in ("test", "val"))
+def unwrap(path: Path) -> Path:
+    """Return the folder that holds the classes or the splits: `path`, or a folder that stands alone in it."""
+    while path.is_dir() and not any((path / name).is_file() for name in (SPLIT, CLASSNAMES)):
+        folders = _class_folders(path)
+        if len(folders) != 1 or folders[0].name.lower() in SPLIT_NAMES or not _holds_classes(folders[0]):
+            break
+        path = folders[0]
+    return path
+
+
+def _look(path: Path) -> tuple[Splits, bool]:
+    """Return the splits, and whether they were drawn here; print what was understood."""
+    names = read_classnames(path / CLASSNAMES) if (path / CLASSNAMES).is_file() else None
+    if (path / SPLIT).is_file():
+        splits, how = read_split(path / SPLIT), SPLIT
+        _note_new(path, splits)
+    elif set(folders := _split_folders(path)) > {"train"}:
+        splits = _read_parts(path, folders, names)
+        how = "folders " + ", ".join(folders[part].name for part in PARTS if part in folders)
+    else:
+        splits, how = _divide(_listed(path, unwrap(folders.get("train", path)), names)), ""
+    check_splits(splits, path)
+    classes = {str(label): name for _, label, name in sorted(splits["train"], key=lambda entry: entry[1])}
+    if set(map(str.lower, classes.values())) <= set(SPLIT_NAMES):
+        raise GramError(
+            f"{path / SPLIT}: expected classes, found the names of splits ({', '.join(classes.values())}); remove it to "
+            "split anew"
+        )
+    first = ", ".join(list(classes.values())[:5]) + (", ..." if len(classes) > 5 else "")
+    counts = ", ".join(f"{part} {len(splits[part])}" for part in splits if splits[part])
+    print(f"{path}: {len(classes)} classes ({first}); images: {counts} ({how or 'split by a fixed rule'})")
+    if same := same_names(classes):
+        print(f"Note: {path}: {same}; no text tells them apart")
+    return splits, not how
+
+
+def _split_folders(path: Path) -> dict[str, Path]:
+    """Return the folders of the splits in `path`; {}: its folders are classes, perhaps one of them called "train".
+
+    Words around a split's name are accepted (seg_train, test-images), if all folders have such names.
+
+    Raises:
+        GramError: folders that may be splits or classes, two of one split, or none of training images.
+    """
+    folders = _class_folders(path)
+    named = {folder: _split_of(folder.name) for folder in folders}
+    meant = [folder for folder in folders if named[folder]]
+    exact = [folder for folder in meant if folder.name.lower() in SPLIT_NAMES]
+    splits = {named[folder]: folder for folder in meant}
+    if not exact and not set(splits) > {"train"}:
+        return {}  # bullet_train, crash_test
+    if not any(map(_holds_classes, meant)) and (not exact or len(exact) == 1 < len(folders)):
+        return {}  # a class among others, such as train beside bus
+    if others := [folder.name for folder in folders if not named[folder]]:
+        raise GramError(
+            f"{path}: expected class folders, or folders of splits such as train and test alone, found {meant[0].name} "
+            f"beside {others[0]}; move one of them away, or describe the split in {SPLIT}"
+        )
+    if len(splits) < len(meant) or "train" not in splits:
+        raise GramError(
+            f"{path}: expected one folder each of training, validation and test images, found "
+            f"{', '.join(folder.name for folder in meant)}"
+        )
+    return splits
+
+
+def _split_of(name: str) -> str:
+    """Return the split that a folder's name means, "" if none."""
+    found = {SPLIT_NAMES[word] for word in re.split(r"[\W_]+", name.lower()) if word in SPLIT_NAMES}
+    return found.pop() if len(found) == 1 else ""
 
 
 def _holds_classes(path: Path) -> bool:
-    return path.is_dir() and bool(subfolders(path)) and not images_in(path)
+    return bool(_class_folders(path)) and not images_in(path)
 
 
-def _class_root(path: Path) -> Path:
-    """Return `path`, or its folder `train/` if that is its only folder and has class folders."""
-    only_train = [folder.name for folder in subfolders(path)] in (["train"], ["split_fewshot", "train"])
-    return path / "train" if only_train and _holds_classes(path / "train") else path
-
-
-def _read_parts(path: Path, names: Mapping[str, str] | None) -> Splits:
-    """Return the splits of train/, val/ and test/ (without test/, val/ is it); labels number train/'s class folders."""
-    labels = {folder.name: label for label, folder in enumerate(_class_folders(path / "train"))}
+def _read_parts(path: Path, folders: Mapping[str, Path], names: Mapping[str, str] | None) -> Splits:
+    """Return the splits in their folders (without a test set, validation is it); labels number train's class folders."""
     listed: Splits = {"train": [], "val": [], "test": []}
-    for part in listed:
-        if (path / part).is_dir():
-            listed[part] = _listed(path, path / part, names, labels)
-    if not (path / "test").is_dir():
+    labels: dict[str, int] = {}
+    for part in filter(folders.get, listed):
+        inside = {folder.name for folder in _class_folders(folders[part])}
+        base = folders[part] if inside & set(labels) else unwrap(folders[part])
+        labels = labels or {folder.name: label for label, folder in enumerate(_class_folders(base))}
+        listed[part] = _listed(path, base, names, labels)
+    if "test" not in folders:
         listed["val"], listed["test"] = [], listed["val"]
     return listed
 
@@ -114,7 +173,8 @@ def _listed(
             raise GramError(f"{folder}: expected a class that has training images, found another")
         name = class_name(folder.name, names)
         if not name:
-            raise GramError(f"{folder}: expected a class folder that {CLASSNAMES} names, found another")
+            wanted = "whose name has more than spaces and underscores" if names is None else f"that {CLASSNAMES} names"
+            raise GramError(f"{folder}: expected a class folder {wanted}, found another")
         label = labels[folder.name]
         entries += [(image.relative_to(path).as_posix(), label, name) for image in images_below(folder)]
     return entries

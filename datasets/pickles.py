@@ -43,8 +43,11 @@ def read_pickle(path: Path) -> dict[str, list[Record]]:
             contents = _Unpickler(file).load()
     except Exception as error:  # noqa: BLE001 - a damaged pickle can raise nearly anything
         raise GramError(f"{expected}; refused without running it: {in_one_line(error, 120)}") from None
-    if not isinstance(contents, dict) or not isinstance(contents.get("train"), list):
+    if not isinstance(contents, dict) or "train" not in contents:
         raise GramError(f'{expected}, found no list under "train"')
+    for part, items in contents.items():
+        if not isinstance(items, list):
+            raise GramError(f"{expected}, found no list under {str(part)[:60]!r}")
     if others := set(contents) - {"train", "val"}:
         raise GramError(f"{expected}, found {', '.join(sorted(map(repr, others)))[:100]} beside them")
     return {part: [_record(item, expected) for item in items] for part, items in contents.items()}

@@ -122,7 +122,7 @@ def read_json(path: PathLike) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise GramError(f"{path}: expected a JSON file, found nothing there") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise GramError(f"{path}: expected JSON, found something else ({error})") from None
 
 

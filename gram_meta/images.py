@@ -9,11 +9,11 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -22,6 +22,7 @@ from gram_meta.errors import GramError
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit for a decompression bomb, a quarter of a gigabyte as RGB
 MAX_BYTES = 512 << 20
+SHOWN = 20  # bad images that a message names
 MAX_ASPECT = 10  # of longer strips the middle is taken: resized by their short side they would be enormous
 
 MISSING = "missing file"
@@ -29,6 +30,9 @@ EMPTY = "empty file"
 NOT_IMAGE = "not an image"
 BROKEN = "broken image"
 BOMB = "too many pixels"
+
+
+T = TypeVar("T")
 
 
 class BadImage(Exception):
@@ -75,7 +79,15 @@ def find_problems(paths: Iterable[Path], header_only: bool = False, workers: int
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(workers) as pool:
-        yield from pool.map(_check_header if header_only else _check_whole, paths)
+        yield from pool.map(_check_header if header_only else _check_pixels, paths)
+
+
+def list_problems(paths: Sequence[str], problems: Iterable[str], base: Path) -> str:
+    """Return which images cannot be used and why, with paths relative to `base`; "" if all can."""
+    bad = [f"{os.path.relpath(path, base)} ({why})" for path, why in zip(paths, problems, strict=True) if why]
+    more = f", and {len(bad) - SHOWN} more (gram check-data --deep lists all)" if len(bad) > SHOWN else ""
+    listed = ", ".join(bad[:SHOWN]) + more
+    return f"{base}: {len(bad)} of {len(paths)} images cannot be used: {listed}" if bad else ""
 
 
 def _check_header(path: Path) -> tuple[str, bool]:
@@ -87,10 +99,10 @@ def _check_header(path: Path) -> tuple[str, bool]:
     return "", False
 
 
-def _check_whole(path: Path) -> tuple[str, bool]:
+def _check_pixels(path: Path) -> tuple[str, bool]:
     try:
         content = file_content(path)
-        return "", decode_image(content).tobytes() != decode_image(content, as_coop=True).tobytes()
+        return "", _decode(content, lambda image: as_rgb(image).tobytes() != _plain_rgb(image).tobytes())
     except BadImage as error:
         return str(error), False
 
@@ -133,12 +145,16 @@ def decode_image(content: bytes, as_coop: bool = False) -> Image.Image:
     Raises:
         BadImage: with its reason.
     """
+    return _decode(content, _plain_rgb if as_coop else as_rgb)
+
+
+def _decode(content: bytes, convert: Callable[[Image.Image], T]) -> T:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of damaged metadata and of large images
         image = _open(io.BytesIO(content))
         try:
             image.load()
-            return image.convert("RGB") if as_coop else as_rgb(image)
+            return convert(image)
         except Exception:  # noqa: BLE001 - truncated or damaged pixels: each decoder of Pillow raises its own errors
             raise BadImage(BROKEN) from None
 
@@ -169,6 +185,10 @@ def as_rgb(image: Image.Image) -> Image.Image:
     if max(image.size) > MAX_ASPECT * min(image.size):
         image = _cut_strip(image)
     return image
+
+
+def _plain_rgb(image: Image.Image) -> Image.Image:
+    return image.convert("RGB")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -22,6 +22,7 @@ from gram_meta.backbone.clip import RUN_PRECISIONS, Backbone, load_backbone
 from gram_meta.engine import TrainerX, build_lr_scheduler, build_optimizer, compute_accuracy
 from gram_meta.engine.options import complete_cfg
 from gram_meta.errors import GramError
+from gram_meta.images import UnreadableImage, find_problems, list_problems
 from gram_meta.locks import only_writer
 from gram_meta.method.checkpoint import check_fit
 from gram_meta.method.prompts import STATE_NAMES, PromptedCLIP, context_from_words, logits, random_context
@@ -48,6 +49,7 @@ class ClipTrainer(TrainerX):
         self.record = RunRecord()
         self.mode = RunMode(eval_only=True)  # what load_model was called for
         self.claimed: RunMode | None = None  # what the output folder was claimed for
+        self.images_checked = False
         complete_cfg(cfg)  # a checkout's train.py may have replaced a node that it shares with us
         run_folder.check_options(cfg)
         self.foreign = run_folder.foreign_run(Path(cfg.OUTPUT_DIR))
@@ -100,6 +102,9 @@ class ClipTrainer(TrainerX):
             )
         if self.cfg.RESUME:
             self.check_resume(self.cfg.RESUME)
+        if not self.images_checked and hasattr(self.dm.dataset, "check_images"):
+            self.dm.dataset.check_images(self.cfg.DATALOADER.get("COOP_DECODING", False))
+            self.images_checked = True
 
     def check_resume(self, directory: str) -> None:
         raise GramError(f"--resume {directory}: {type(self).__name__} learns nothing that could go on")
@@ -152,10 +157,27 @@ class ClipTrainer(TrainerX):
 
     def _test_and_record(self) -> float:
         started = time.time()
-        accuracy = super().test()
+        try:
+            accuracy = super().test()
+        except UnreadableImage as error:
+            raise GramError(self._untested(error)) from None
         self.record.seconds["test"] = time.time() - started
         write_results(self)
         return accuracy
+
+    def _untested(self, error: UnreadableImage) -> str:
+        """Return which test images cannot be used, and how to test without training again."""
+        paths = [item.impath for item in self.test_loader.dataset.data_source]
+        base = Path(os.path.commonpath([os.path.dirname(path) for path in paths]))
+        bad = list_problems(paths, (why for why, _ in find_problems(map(Path, paths))), base) or str(error)
+        again = "restore or replace the images, then run the same command again"
+        if self.claimed != RunMode():
+            return f"{bad}; {again}"
+        out = self.cfg.OUTPUT_DIR
+        return (
+            f"{bad}; what was trained is kept in {out}: {again}, or test with --eval-only --model-dir {out} and another "
+            "--output-dir"
+        )
 
     def facts(self) -> dict[str, Any]:
         """What a trainer adds to results.json."""

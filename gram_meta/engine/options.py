@@ -57,6 +57,7 @@ def extend_cfg(cfg: CN) -> None:
         cfg,
         "DATASET",
         SUBSAMPLE_CLASSES="all",  # all, base or new
+        OUTSIDE_ROOT=False,  # True: split files may name images outside the dataset's folder (absolute paths and ..)
         FOLDER="",  # of the dataset ImageFolder: a folder of class folders under DATASET.ROOT
     )
     _add(

@@ -228,7 +228,9 @@ def plant_shifted(root, name):
 
 
 def cfg(root, shots=-1, seed=1, group="all", folder=""):
-    dataset = SimpleNamespace(ROOT=str(root), NUM_SHOTS=shots, SUBSAMPLE_CLASSES=group, FOLDER=folder)
+    dataset = SimpleNamespace(
+        ROOT=str(root), NUM_SHOTS=shots, SUBSAMPLE_CLASSES=group, FOLDER=folder, OUTSIDE_ROOT=False
+    )
     return SimpleNamespace(DATASET=dataset, SEED=seed)
 
 
@@ -548,6 +550,9 @@ def test_odd_pickles_are_one_sentence(tmp_path):
     for contents, says in (
         ([], 'found no list under "train"'),
         ({"train": [], "test": []}, "found 'test' beside them"),
+        ({"train": 5}, "found no list under 'train'"),
+        ({"train": [], "val": 5}, "found no list under 'val'"),
+        ({"train": [], "val": []}, "expected training images of all 5 classes, found none of 5 of them"),
         ({"train": ["a.jpg"], "val": []}, "without an image, a label or a class name"),
     ):
         path.write_bytes(pickle.dumps(contents))
@@ -770,8 +775,8 @@ def test_deep_opens_images_of_any_folder(tmp_path, capsys):
     assert not (tmp_path / "animals/split.json").exists()  # nothing is written
     status, found = checked(tmp_path, "--datasets", "animals", "--deep", capsys=capsys)
     assert status == 1 and found["animals"]["problems"] == [
-        f"{tmp_path / 'animals'}: empty file: 1, such as dog/puppies/small.png",
-        f"{tmp_path / 'animals'}: not an image: 1, such as dog/0.jpg",
+        f"{tmp_path / 'animals'}: empty file: 1: dog/puppies/small.png",
+        f"{tmp_path / 'animals'}: not an image: 1: dog/0.jpg",
     ]
 
 

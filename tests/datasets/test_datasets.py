@@ -37,7 +37,7 @@ def root(tmp_path):
 
 
 def cfg(root, shots=-1, seed=1, group="all"):
-    dataset = SimpleNamespace(ROOT=str(root), NUM_SHOTS=shots, SUBSAMPLE_CLASSES=group)
+    dataset = SimpleNamespace(ROOT=str(root), NUM_SHOTS=shots, SUBSAMPLE_CLASSES=group, OUTSIDE_ROOT=False)
     return SimpleNamespace(DATASET=dataset, SEED=seed)
 
 
@@ -144,6 +144,30 @@ def test_few_shot_of_another_split_is_refused(root):
         load(root, shots=2)
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda stored: {**stored, "train": []}, "expected training images of all 5 classes, found none of 5 of them"),
+        (lambda stored: {**stored, "train": stored["train"][:-2]}, "all 5 classes, found none of 1 of them"),
+        (
+            lambda stored: {**stored, "train": stored["train"] + stored["train"][:1]},
+            "at most 2 images of a class, found 3",
+        ),
+        (lambda stored: {**stored, "train": [["x.png", 0, "ant"]]}, "names x.png, which is no train image"),
+        (lambda stored: {**stored, "val": stored["train"]}, "which is no val image"),
+        (lambda stored: {**stored, "train": 5}, "expected a few-shot subset"),
+        (lambda stored: [], "expected a few-shot subset"),
+    ],
+)
+def test_few_shot_files_of_wrong_contents_are_refused(root, change, says):
+    load(root, shots=2)
+    path = root / "emoji_animals/split_fewshot/shot_2-seed_1.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(GramError, match=says) as error:
+        load(root, shots=2)
+    assert str(path) in str(error.value) and "remove it to draw anew" in str(error.value)
+
+
 def test_base_and_new_classes(root):
     """The larger half is base; labels start at 0 again; the few-shot file is shared by both."""
     everything = load(root, shots=2)
@@ -187,6 +211,18 @@ def test_missing_things_are_named(root, tmp_path):
         ('{"train": [["a", 0, "a"]], "test": [["a", 1, "b"]]}', "'test' has labels without a training image"),
         ('{"train": [["a", 0, "a"]], "test": [["b", 0, "b"]]}', "one class name for label 0, found 'a' and 'b'"),
         ("{", "expected JSON"),
+        ("[" * 100_000, "expected JSON"),
+        ('{"train": ' + "9" * 5000 + "}", "expected JSON"),
+        ('{"train": null, "test": []}', "found 'None' for a list of rows"),
+        ('{"train": {"abc": 1}, "test": []}', "for a list of rows"),
+        ('{"train": ["abc"], "test": []}', "found another row: abc"),
+        ('{"train": [["a", "0", "a"]], "test": []}', "found another row"),
+        ('{"train": [["a", 0.5, "a"]], "test": []}', "found another row"),
+        ('{"train": [["a", true, "a"]], "test": []}', "found another row"),
+        ('{"train": [[null, 0, "a"]], "test": []}', "found another row"),
+        ('{"train": [["a", 0, {"b": 1}]], "test": []}', "found another row"),
+        (r'{"train": [["a\ud800", 0, "a"]], "test": []}', "surrogates not allowed"),
+        ('{"train": [["a", 0, "_ _"]], "test": [["a", 0, "_ _"]]}', "expected a class name for label 0, found '_ _'"),
     ],
 )
 def test_broken_split_files(tmp_path, contents, says):

@@ -1,13 +1,18 @@
 """Images of datasets: one reader for training, embed, predict and check-data, and what happens to broken files."""
 
+import json
 import os
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import gram_meta.plugin  # noqa: F401, fills the registries
 from gram_meta import engine
+from gram_meta.cli import main
+from gram_meta.coop import launch
 from gram_meta.corpus.images import read_image
 from gram_meta.engine.builtin.utils.tools import read_image as read_for_training
 from gram_meta.engine.options import extend_cfg
@@ -106,3 +111,151 @@ def test_a_pipe_among_images_is_no_image(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     with pytest.raises(GramError, match=r"pipe.jpg: expected an image, found: missing file"):
         read_for_training(tmp_path / "pipe.jpg")
+
+
+# --- broken images of a dataset -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(tiny_data, tmp_path):
+    shutil.copytree(tiny_data, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def cut(path):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def train(root, out, options, *more):
+    flags = ["--root", root, "--seed", 1, "--trainer", "CoOp", "--output-dir", out, *more]
+    opts = [
+        "DATASET.NAME",
+        "EmojiFood",
+        "DATASET.NUM_SHOTS",
+        2,
+        "DATALOADER.NUM_WORKERS",
+        0,
+        "TRAINER.COOP.PREC",
+        "fp32",
+    ]
+    return launch.train([str(word) for word in (*flags, *opts, *options)], quiet=True)
+
+
+def test_all_broken_images_are_named_before_training(data, tmp_path, tiny_options):
+    images = data / "emoji_food/images"
+    for name in ("red_train_0.png", "blue_val_0.png", "grey_test_1.png"):
+        cut(images / name)
+    (images / "red_test_0.png").write_bytes(b"<html>404</html>")
+    with pytest.raises(GramError) as error:
+        train(data, tmp_path / "out", tiny_options)
+    text = str(error.value)
+    assert text.startswith(f"{images}: 4 of 20 images cannot be used: ") and text.endswith("; restore them")
+    for name in ("red_train_0.png", "blue_val_0.png", "grey_test_1.png"):
+        assert f"{name} (broken image)" in text
+    assert "red_test_0.png (not an image)" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_test_image_that_turns_out_broken_costs_no_training(data, tmp_path, tiny_options, monkeypatch):
+    monkeypatch.setattr("gram_meta.datasets.base.DECODED", 0)  # as of a large test set, whose headers alone are read
+    images, out = data / "emoji_food/images", tmp_path / "out"
+    whole = {name: (images / name).read_bytes() for name in ("blue_test_0.png", "grey_test_1.png")}
+    for name in whole:
+        cut(images / name)
+    with pytest.raises(GramError) as error:
+        train(data, out, tiny_options)
+    text = str(error.value)
+    assert text.startswith(f"{images}: 2 of 8 images cannot be used: blue_test_0.png (broken image), grey_test_1.png")
+    assert f"what was trained is kept in {out}: restore or replace the images, then run the same command again" in text
+    trained = (out / "prompt_learner/model.pth.tar-1").read_bytes()
+    for name, content in whole.items():
+        (images / name).write_bytes(content)
+    tested = train(data, tmp_path / "tested", tiny_options, "--eval-only", "--model-dir", out)
+    resumed = train(data, out, tiny_options)
+    assert tested["metrics"]["total"] == resumed["metrics"]["total"] == 8
+    assert tested["metrics"]["accuracy"] == resumed["metrics"]["accuracy"]
+    assert (out / "prompt_learner/model.pth.tar-1").read_bytes() == trained
+
+
+def test_without_few_shot_a_broken_image_is_named_by_training(data, tmp_path, tiny_options, monkeypatch):
+    monkeypatch.setattr("gram_meta.datasets.base.DECODED", 0)
+    cut(data / "emoji_food/images/red_train_0.png")
+    with pytest.raises(GramError, match=r"red_train_0.png: expected an image, found: broken image"):
+        train(data, tmp_path / "out", ("DATASET.NUM_SHOTS", -1, *tiny_options))
+
+
+def own_folder(root):
+    for label, name in enumerate(("apple", "banana")):
+        (root / "mine" / name).mkdir(parents=True)
+        for number in range(10):
+            Image.new("RGB", (32, 32), (90 * label, 10 * number, 0)).save(root / "mine" / name / f"{number}.png")
+    return root / "mine"
+
+
+def test_after_removing_a_broken_image_the_way_on_is_named(tmp_path, tiny_options):
+    folder, options = own_folder(tmp_path), ("DATASET.NAME", "ImageFolder", "DATASET.FOLDER", "mine", *tiny_options)
+    train(tmp_path, tmp_path / "first", options)
+    split = json.loads((folder / "split.json").read_text())
+    for path in (folder / split["train"][0][0], folder / split["test"][0][0]):
+        cut(path)
+    way = f"restore them, or remove them and split.json and split_fewshot in {folder}, which are then made anew"
+    (folder / "split_fewshot/shot_2-seed_1.json").unlink()
+    (folder / "split_fewshot/shot_2-seed_1.pkl").unlink()
+    with pytest.raises(GramError) as error:
+        train(tmp_path, tmp_path / "out", ("DATASET.NUM_SHOTS", 5, *options))
+    assert "2 of 20 images cannot be used" in str(error.value) and str(error.value).endswith(way)
+    for path in (split["train"][0][0], split["test"][0][0]):
+        (folder / path).unlink()
+    with pytest.raises(GramError, match=r"split.json names this image, found no such file \(2 of ") as error:
+        train(tmp_path, tmp_path / "out", options)
+    assert str(error.value).endswith(way)
+    (folder / "split.json").unlink()
+    shutil.rmtree(folder / "split_fewshot")
+    assert train(tmp_path, tmp_path / "out", options)["metrics"]["total"] == 5
+
+
+def test_what_coop_would_read_differently_is_counted_once(tmp_path, tiny_options, capsys):
+    folder = own_folder(tmp_path)
+    deep(np.uint16, 3000, 40000).resize((32, 32)).save(folder / "apple/0.png")
+    options = ("DATASET.NAME", "ImageFolder", "DATASET.FOLDER", "mine", *tiny_options)
+    for as_coop, expected in ((False, 1), (True, 0)):
+        out = tmp_path / str(as_coop)
+        train(tmp_path, out, ("DATASET.NUM_SHOTS", 9, *options, "DATALOADER.COOP_DECODING", as_coop))
+        text = (out / "log.txt").read_text()
+        assert text.count("CoOp would read 1 of 20 images differently (EXIF turn, more than 8 bits") == expected
+
+
+def test_pipes_and_dangling_links_among_images_do_not_hang(tmp_path, tiny_options):
+    folder = own_folder(tmp_path)
+    os.mkfifo(folder / "apple/pipe.png")
+    (folder / "apple/link.png").symlink_to("nowhere.png")
+    assert main(["check-data", str(tmp_path), "--datasets", "mine", "--deep"]) == 1
+    with pytest.raises(GramError, match=r"(pipe|link).png: .* names this image, found no such file \(2 of 15"):
+        train(tmp_path, tmp_path / "out", ("DATASET.NAME", "ImageFolder", "DATASET.FOLDER", "mine", *tiny_options))
+
+
+def test_links_to_folders_and_images_are_followed(tmp_path, tiny_options):
+    own_folder(tmp_path / "elsewhere")
+    (tmp_path / "mine").symlink_to(tmp_path / "elsewhere/mine")
+    image = tmp_path / "mine/apple/0.png"
+    image.rename(tmp_path / "kept.png")
+    image.symlink_to(tmp_path / "kept.png")
+    options = ("DATASET.NAME", "ImageFolder", "DATASET.FOLDER", "mine", *tiny_options)
+    assert train(tmp_path, tmp_path / "out", options)["metrics"]["total"] == 6
+
+
+@pytest.mark.parametrize("outer", ["/etc/passwd.png", "../secret.png", "apple/../../secret.png"])
+def test_paths_outside_the_folder_are_refused_unless_allowed(tmp_path, tiny_options, outer):
+    folder = own_folder(tmp_path)
+    Image.new("RGB", (32, 32)).save(tmp_path / "secret.png")
+    outer = outer.replace("/etc/passwd.png", str(tmp_path / "secret.png"))
+    rows = [[f"{name}/{n}.png", label, name] for label, name in enumerate(("apple", "banana")) for n in range(3)]
+    split = {"train": rows, "test": [*rows, [outer, 0, "apple"]]}
+    (folder / "split.json").write_text(json.dumps(split))
+    options = ("DATASET.NAME", "ImageFolder", "DATASET.FOLDER", "mine", *tiny_options)
+    with pytest.raises(GramError, match=r"found .*secret.png \(1 of 13 lead outside, which only DATASET.OUTSIDE_ROOT"):
+        train(tmp_path, tmp_path / "out", options)
+    assert main(["check-data", str(tmp_path), "--datasets", "mine"]) == 1
+    result = train(tmp_path, tmp_path / "out", ("DATASET.OUTSIDE_ROOT", True, *options))
+    assert result["metrics"]["total"] == 7

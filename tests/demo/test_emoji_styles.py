@@ -39,7 +39,7 @@ def root(tmp_path):
 
 
 def load(root, name, shots=-1, group="all"):
-    dataset = SimpleNamespace(ROOT=str(root), NUM_SHOTS=shots, SUBSAMPLE_CLASSES=group)
+    dataset = SimpleNamespace(ROOT=str(root), NUM_SHOTS=shots, SUBSAMPLE_CLASSES=group, OUTSIDE_ROOT=False)
     return DATASET_REGISTRY.get(name)(SimpleNamespace(DATASET=dataset, SEED=1))
 
 
