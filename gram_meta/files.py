@@ -11,8 +11,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -133,6 +133,48 @@ def sha256_file(path: PathLike) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def sha256_once(path: PathLike, anew: bool = False) -> str:
+    """Return a file's SHA-256, from a cache unless the file's size or modification time has changed, or `anew` is set.
+
+    The cache is one small file per path in ~/.cache/gram-meta (or $XDG_CACHE_HOME); it is not needed.
+    """
+    path = Path(path).resolve()
+    found = path.stat()
+    state = f"{found.st_size} {found.st_mtime_ns} {found.st_ino}"
+    note = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "gram-meta", "sha256")
+    note /= hashlib.sha256(os.fsencode(path)).hexdigest()
+    with suppress(OSError, ValueError):
+        before, digest = note.read_text().split("\n")
+        if before == state and len(digest) == 64 and not anew:
+            return digest
+    digest = sha256_file(path)
+    with suppress(OSError):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(f"{state}\n{digest}")
+    return digest
+
+
+def checksums(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return for each of these files in a folder its size in bytes and its SHA-256."""
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_once(folder / name)} for name in names}
+
+
+def check_unchanged(folder: Path, expected: Mapping[str, Mapping[str, Any]], anew: bool = False) -> None:
+    """Compare files in a folder with their `checksums`; `anew`: read them also if size and time are unchanged.
+
+    Raises:
+        GramError: a file has changed.
+    """
+    for name, facts in expected.items():
+        size = (folder / name).stat().st_size
+        if size != facts["bytes"]:
+            raise GramError(f"{folder / name}: expected {facts['bytes']} bytes, found {size}: it has changed")
+        if (digest := sha256_once(folder / name, anew)) != facts["sha256"]:
+            raise GramError(
+                f"{folder / name}: expected SHA-256 {facts['sha256'][:12]}, found {digest[:12]}: it has changed"
+            )
 
 
 def _umask() -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from gram_meta.clustering.hierarchy import EXCLUDED, FILTERED, NOISE, Hierarchy
+from gram_meta.corpus.sources.format import open_text
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError, in_one_line
 from gram_meta.files import PathLike
@@ -59,7 +60,7 @@ def _parquet_columns(path: Path) -> dict[str, list[str]]:
 
 
 def _text_columns(path: Path) -> dict[str, list[str]]:
-    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+    with open_text(path) as file:
         if path.suffix.lower() == ".csv":
             rows = [row for row in csv.reader(file) if row]
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import numpy as np
 
 from gram_meta.config import flatten
 from gram_meta.errors import GramError, in_one_line
-from gram_meta.files import PathLike, atomic_write, read_json, write_json
+from gram_meta.files import PathLike, atomic_write, check_unchanged, checksums, read_json, write_json
 
 if TYPE_CHECKING:
     from gram_meta.clustering.settings import ChcSettings
@@ -89,15 +90,20 @@ class Hierarchy:
         with atomic_write(path / FATES) as file:
             np.save(file, self.fates, allow_pickle=False)
         topics = [asdict(topic) for topic in self.topics]
-        write_json(path / TOPICS, {"kind": "hierarchy", "format": FORMAT, **self.manifest, "topics": topics})
+        content = {**self.manifest, "files": checksums(path, (PAIRS, FATES)), "topics": topics}
+        sums = {"sha256": _sha256(content)}
+        write_json(path / TOPICS, {"kind": "hierarchy", "format": FORMAT, **content, **sums})
         self.path = path
 
     @classmethod
-    def open(cls, path: PathLike) -> Hierarchy:
+    def open(cls, path: PathLike, verify: bool = False) -> Hierarchy:
         """Read a hierarchy.
 
+        Args:
+            verify: compare the files' checksums even if their sizes and modification times are known.
+
         Raises:
-            GramError: no hierarchy, one of another format, or files that do not belong together.
+            GramError: no hierarchy, one of another format, files that have changed or do not belong together.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -112,17 +118,38 @@ class Hierarchy:
             raise GramError(f"{path / TOPICS}: expected the topics of a hierarchy, found something else")
         if (found := manifest.pop("format", None)) != FORMAT:
             raise GramError(f"{path}: expected a hierarchy of format {FORMAT}, found format {found}")
+        digest = manifest.pop("sha256", None)  # earlier versions wrote no checksums
+        if digest and digest != (found := _sha256(manifest)):
+            raise GramError(f"{path / TOPICS}: expected SHA-256 {digest[:12]}, found {found[:12]}: it has changed")
         try:
             topics = [Topic(**topic) for topic in manifest.pop("topics")]
             table = pq.read_table(path / PAIRS)
             columns = [table[name].to_numpy() for name in ("pair", "image", "topic", "domain")]
             fates = np.load(path / FATES, allow_pickle=False)
+            files = manifest.pop("files", {})
+            hierarchy = cls(*columns, topics, fates, manifest, path)
+            is_consistent = hierarchy._is_consistent()
         except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
             raise GramError(f"{path}: expected a whole hierarchy, found {in_one_line(error)}") from None
-        if int((fates == KEPT).sum()) != len(columns[0]) or sum(topic.size for topic in topics) != len(columns[0]):
+        if not is_consistent:
             raise GramError(f"{path}: expected files of one hierarchy, found {PAIRS}, {FATES} and {TOPICS} that differ")
-        pair, image, topic, domain = columns
-        return cls(pair, image, topic, domain, topics, fates, manifest, path)
+        check_unchanged(path, files, verify)
+        return hierarchy
+
+    def _is_consistent(self) -> bool:
+        """Return whether pairs, fates, and the numbers of topics, domains and pairs agree."""
+        counts = np.bincount(self.fates, minlength=len(FATE_NAMES)).tolist() if self.fates.ndim == 1 else []
+        expected = {"in": len(self.fates), **dict(zip(FATE_NAMES, counts, strict=False))}
+        if expected != self.manifest["pairs"] or not np.array_equal(np.flatnonzero(self.fates == KEPT), self.pair):
+            return False
+        if not len(self.pair) or min(map(np.min, (self.image, self.topic, self.domain))) < 0:
+            return not len(self.pair)
+        if self.topic.max() >= len(self.topics):
+            return False
+        if np.bincount(self.topic, minlength=len(self.topics)).tolist() != [topic.size for topic in self.topics]:
+            return False
+        domains = np.array([len(topic.domains) for topic in self.topics])
+        return bool((self.domain < domains[self.topic]).all())
 
     @property
     def fingerprint(self) -> str:
@@ -146,14 +173,20 @@ class Hierarchy:
                     f"{self.path or 'hierarchy'}: was made from another store than {store.path}: expected "
                     f"{what} {made_from[:12]}, found {of_store[:12]}"
                 )
+        if len(self.fates) != len(store) or not np.array_equal(np.asarray(store.image)[self.pair], self.image):
+            raise GramError(f"{self.path or 'hierarchy'}: expected pairs and images of {store.path}, found other rows")
 
-    def open_store(self, path: PathLike | None = None) -> PairStore:
+    def open_store(self, path: PathLike | None = None, verify: bool = False) -> PairStore:
         """Open and check the store this hierarchy was made from, at `path` or (None) in its former folder."""
         from gram_meta.corpus.store import PairStore
 
-        store = PairStore.open(path or self.manifest["store"])
+        store = PairStore.open(path or self.manifest["store"], verify)
         self.check_store(store)
         return store
+
+
+def _sha256(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def check_target(path: PathLike) -> Path:

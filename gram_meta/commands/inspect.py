@@ -28,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--truth", metavar="FILE", help="table of known facts to compare with")
     parser.add_argument("--store", metavar="STORE", help="present folder of the store (default: its former one)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument(
+        "--verify", action="store_true", help="read all files of hierarchy and store, check their SHA-256"
+    )
     page = parser.add_argument_group("the page")
     page.add_argument("--html", metavar="PAGE.html", help="write a page with images")
     page.add_argument("--image-root", metavar="FOLDER", help="present folder of the images (default: at gram embed)")
@@ -40,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from gram_meta.clustering.hierarchy import Hierarchy
 
-    hierarchy = Hierarchy.open(args.hierarchy)
+    hierarchy = Hierarchy.open(args.hierarchy, args.verify)
+    store = hierarchy.open_store(args.store, args.verify) if args.truth or args.html or args.verify else None
     if args.html and args.json:
         raise GramError("--html and --json: expected one of them, found both")
     report = None
@@ -48,25 +52,27 @@ def run(args: argparse.Namespace) -> int:
         from gram_meta.clustering.agreement import agreement, read_truth
 
         truth = read_truth(args.truth)
-        report = agreement(hierarchy, hierarchy.open_store(args.store), truth)
+        report = agreement(hierarchy, store, truth)
     topics = args.topics
     if topics is None:
         topics = PAGE_TOPICS if args.html else TABLE_TOPICS
     if args.html:
-        print(_page(args, hierarchy, topics, report))
+        print(_page(args, hierarchy, store, topics, report))
     else:
         print((as_json if args.json else as_text)(hierarchy, topics, report))
     return 0
 
 
-def _page(args: argparse.Namespace, hierarchy: Hierarchy, topics: int, report: dict[str, Any] | None) -> str:
+def _page(
+    args: argparse.Namespace, hierarchy: Hierarchy, store: Any, topics: int, report: dict[str, Any] | None
+) -> str:
     """Write the page; return a line with its size and contents."""
     from gram_meta.report.html.hierarchy import write_hierarchy_page
 
     summary = write_hierarchy_page(
         args.html,
         hierarchy,
-        hierarchy.open_store(args.store),
+        store,
         topics,
         args.images,
         args.image_root,

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 import numpy as np
 
 from gram_meta.corpus.places import ImageReader, Places
+from gram_meta.corpus.sources.format import open_text
 from gram_meta.errors import GramError, in_one_line
-from gram_meta.files import PathLike, read_json
+from gram_meta.files import PathLike, check_unchanged, read_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -27,6 +28,7 @@ IMAGES = "images.parquet"  # location, digest; of images in shards also shard, o
 IMAGE_FEATURES = "image_features.npy"
 SENTENCE_FEATURES = "sentence_features.npy"
 SIMILARITY = "similarity.npy"
+FILES = (CAPTIONS, IMAGES, IMAGE_FEATURES, SENTENCE_FEATURES, SIMILARITY)
 PARTS = "parts"  # exists while the store is unfinished
 
 
@@ -77,7 +79,7 @@ class PairStore:
         fingerprint: SHA-256 of the content: fingerprints of both models, captions, locations and image contents.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, path: Path, manifest: dict[str, Any], verify: bool = False) -> None:
         self.path = path
         self.manifest = manifest
         self.fingerprint: str = manifest["fingerprint"]
@@ -85,9 +87,16 @@ class PairStore:
         pairs, _ = _rows_and_columns(path / CAPTIONS, ("image", "caption"))
         images, columns = _rows_and_columns(path / IMAGES, ("location",))
         self.has_shards = "shard" in columns
-        self.image_features = _array(path / IMAGE_FEATURES, images)
-        self.sentence_features = _array(path / SENTENCE_FEATURES, pairs)
-        self.similarity = _array(path / SIMILARITY, pairs)
+        settings = manifest["settings"]
+        self.image_features = _array(path / IMAGE_FEATURES, np.float16, images, settings["clip"]["width"])
+        self.sentence_features = _array(
+            path / SENTENCE_FEATURES, np.float16, pairs, settings["sentence_model"]["width"]
+        )
+        self.similarity = _array(path / SIMILARITY, np.float32, pairs)
+        for what, found in (("pairs", pairs), ("images", images)):
+            if found != manifest["counts"][what]:
+                raise GramError(f"{path / MANIFEST}: expected {found} {what} as in the store, found other counts")
+        check_unchanged(path, manifest.get("files", {}), verify)  # earlier versions wrote no checksums
 
     @cached_property
     def captions(self) -> Strings:
@@ -95,7 +104,13 @@ class PairStore:
 
     @cached_property
     def image(self) -> np.ndarray:
-        return _columns(self.path / CAPTIONS, ["image"])["image"].to_numpy()
+        image = _columns(self.path / CAPTIONS, ["image"])["image"].to_numpy()
+        if len(image) and not 0 <= image.min() <= image.max() < len(self.image_features):
+            raise GramError(
+                f"{self.path / CAPTIONS}: expected rows of {len(self.image_features)} images, found {image.min()} to "
+                f"{image.max()}"
+            )
+        return image
 
     @cached_property
     def locations(self) -> Strings:
@@ -118,11 +133,16 @@ class PairStore:
         return InShards(names, shard_of, table["offset"].to_numpy(), table["size"].to_numpy())
 
     @classmethod
-    def open(cls, path: PathLike) -> PairStore:
+    def open(cls, path: PathLike, verify: bool = False) -> PairStore:
         """Open a finished store.
 
+        Args:
+            verify: read all files and compare their checksums. Otherwise only files whose size or modification time
+                is new are read.
+
         Raises:
-            GramError: no store there, an unfinished one, one of another format, or a file that is missing or damaged.
+            GramError: no store there, an unfinished one, one of another format, or a file that is missing, damaged or
+                changed.
         """
         path = Path(path)
         if not (path / MANIFEST).is_file():
@@ -137,7 +157,7 @@ class PairStore:
         import pyarrow as pa
 
         try:
-            return cls(path, manifest)
+            return cls(path, manifest, verify)
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
             if isinstance(error, GramError):
                 raise
@@ -159,11 +179,12 @@ class PairStore:
             GramError: no such file or column, or a location that the store does not have.
         """
         try:
-            with open(path, encoding="utf-8-sig") as file:
+            with open_text(path) as file:
                 rows = [line.rstrip("\r\n").split("\t") for line in file if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not UTF-8"
-            raise GramError(f"{path}: expected a .tsv file of images to exclude, found none ({reason})") from None
+        except OSError as error:
+            raise GramError(
+                f"{path}: expected a .tsv file of images to exclude, found none ({error.strerror})"
+            ) from None
         if not rows or "image" not in rows[0]:
             raise GramError(f"{path}: expected a column image, found {', '.join(rows[0]) if rows else 'an empty file'}")
         column = rows[0].index("image")
@@ -240,8 +261,10 @@ def _columns(path: Path, names: list[str], dictionary: list[str] | None = None) 
         raise GramError(f"{path}: expected a whole file of a pair store, found {in_one_line(error)}") from None
 
 
-def _array(path: Path, rows: int) -> np.ndarray:
+def _array(path: Path, kind: type, *shape: int) -> np.ndarray:
     array = np.load(path, mmap_mode="r", allow_pickle=False)
-    if len(array) != rows:
-        raise GramError(f"{path}: expected {rows} rows, found {len(array)}")
+    if len(array) != shape[0]:
+        raise GramError(f"{path}: expected {shape[0]} rows, found {len(array)}")
+    if array.shape != shape or array.dtype != kind:
+        raise GramError(f"{path}: expected {np.dtype(kind)} {shape}, found {array.dtype} {array.shape}")
     return array

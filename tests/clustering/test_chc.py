@@ -4,9 +4,12 @@ truth."""
 import json
 import math
 import unicodedata
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -428,6 +431,50 @@ def test_damaged_hierarchies_are_one_sentence(hierarchy, tmp_path):
         change(tmp_path / "h" / name)
         with pytest.raises(GramError, match=words):
             Hierarchy.open(tmp_path / "h")
+
+
+def test_changed_hierarchies_are_one_sentence(hierarchy, tmp_path):
+    """Each change leaves files that can be read and that agree with each other in size."""
+
+    def column(name, change):
+        def rewrite(path):
+            table = pq.read_table(path / "hierarchy.parquet").to_pydict()
+            pq.write_table(pa.table(table | {name: change(np.array(table[name]))}), path / "hierarchy.parquet")
+
+        return rewrite
+
+    def topics(change):
+        def rewrite(path):
+            content = json.loads((path / "topics.json").read_text())
+            change(content)
+            (path / "topics.json").write_text(json.dumps(content))
+
+        return rewrite
+
+    belong = "expected files of one hierarchy"
+    for change, words in [
+        (column("image", lambda a: a[::-1]), "hierarchy.parquet: expected .*: it has changed"),
+        (column("pair", lambda a: a + 1), belong),
+        (column("image", lambda a: a - a.max()), belong),
+        (column("topic", lambda a: a + 1), belong),
+        (column("domain", lambda a: a + 3), belong),
+        (topics(lambda content: content["topics"][0].update(word="bear")), "topics.json: expected SHA-256"),
+        (topics(lambda content: content.update(sha256="")), None),
+        (topics(lambda content: (content.update(sha256=""), content["pairs"].update(noise=-1))), belong),
+    ]:
+        hierarchy.save(tmp_path / "h")
+        change(tmp_path / "h")
+        if words is None:
+            Hierarchy.open(tmp_path / "h")  # of an earlier version
+            continue
+        with pytest.raises(GramError, match=words):
+            Hierarchy.open(tmp_path / "h")
+
+
+def test_rows_of_another_store_are_one_sentence(store, hierarchy):
+    changed = replace(hierarchy, image=np.roll(hierarchy.image, 1))
+    with pytest.raises(GramError, match="expected pairs and images of .*, found other rows"):
+        changed.check_store(store)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 broken."""
 
 import io
+import json
 import os
 import pickle
 import subprocess
@@ -22,6 +23,7 @@ from gram_meta.corpus.embedding import sentences
 from gram_meta.corpus.images import BadImage, decode_image, read_image
 from gram_meta.corpus.places import ImageFiles, ImageReader, Place
 from gram_meta.corpus.sources import all_rows, open_source, rows
+from gram_meta.corpus.sources.classes import read_classnames
 from gram_meta.corpus.sources.rows import Row
 from gram_meta.errors import GramError
 
@@ -398,3 +400,69 @@ def test_rows_know_their_reasons():
     assert rows.checked("a.jpg", "a dog") == Row("a.jpg", "a dog")
     assert rows.checked(None, "a dog").skip == rows.NO_IMAGE
     assert rows.checked("a.jpg", None).skip == rows.EMPTY_CAPTION
+
+
+# --- odd files ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("suffix", [".tsv", ".csv", ".jsonl", ".json", ".txt"])
+def test_texts_with_a_byte_order_mark(tmp_path, encoding, suffix):
+    row = {"image": "été.png", "caption": "a dog – 犬"}
+    separator = "," if suffix == ".csv" else "\t"
+    table = "".join(f"{separator.join(line)}\n" for line in (row, row.values()))
+    text = {".json": json.dumps([row]), ".jsonl": json.dumps(row, ensure_ascii=False) + "\n"}.get(suffix, table)
+    mark = "\ufeff" if encoding == "utf-16-be" else ""  # Python writes the other marks
+    (tmp_path / f"pairs{suffix}").write_bytes((mark + text).encode(encoding))
+    (tmp_path / "été.png").write_bytes(encoded(Image.new("RGB", (4, 4))))
+    assert good(rows_of(tmp_path / f"pairs{suffix}")) == [("été.png", "a dog – 犬")]
+
+
+def test_a_list_of_classes_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "names.txt").write_bytes("n01 été\nn02 犬\n".encode("utf-16"))
+    assert read_classnames(tmp_path / "names.txt") == {"n01": "été", "n02": "犬"}
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000, '[{"image":"a.png","split":' + "[" * 100_000])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_json_with_many_levels_is_one_sentence_or_counted(tmp_path, content, suffix):
+    (tmp_path / f"deep{suffix}").write_text(content)
+    with pytest.raises(GramError, match="expected JSON|expected its images"):
+        rows_of(tmp_path / f"deep{suffix}")
+    half = json.dumps({"image": "a.png", "caption": "x", "split": "S"}).replace('"S"', "[" * 900 + "]" * 900)
+    (tmp_path / "a.png").write_bytes(b"")
+    (tmp_path / "half.jsonl").write_text(half)
+    assert good(rows_of(tmp_path / "half.jsonl")) == [("a.png", "x")]
+
+
+def test_names_of_spaces_and_underscores(tmp_path):
+    for name in ("___.png", "   .png", " a .png", "b.png"):
+        (tmp_path / name).write_bytes(encoded(Image.new("RGB", (4, 4))))
+        (tmp_path / name).with_suffix(".txt").write_text("a dog")
+    found = rows_of(tmp_path)
+    assert sorted(location for location, _ in good(found)) == ["   .png", " a .png", "___.png", "b.png"]
+    assert all(ImageReader(tmp_path).content(row.place) for row in found)
+    for name in ("___", "  ", " cat_", "dog"):
+        (tmp_path / "classes" / name).mkdir(parents=True)
+        (tmp_path / "classes" / name / "1.png").write_bytes(b"")
+    found = rows_of(tmp_path / "classes", format="classes")
+    assert good(found) == [(" cat_/1.png", "cat"), ("dog/1.png", "dog")]
+    assert skips(found) == {"class folder named by spaces or underscores": 2}
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    """A pipe would be read forever, a device without end."""
+    os.mkfifo(tmp_path / "pipe.png")
+    os.mkfifo(tmp_path / "text.txt")
+    (tmp_path / "device.png").symlink_to("/dev/zero")
+    for name in ("pipe", "device", "text", "good"):
+        if name != "text":
+            (tmp_path / f"{name}.txt").write_text("a dog")
+        if name in ("good", "text"):
+            (tmp_path / f"{name}.png").write_bytes(encoded(Image.new("RGB", (4, 4))))
+    found = rows_of(tmp_path)
+    assert len(good(found)) == 3 and skips(found) == {rows.NO_CAPTION_FILE: 1}
+    for row in found:
+        if not row.skip and row.location != "good.png":
+            with pytest.raises(BadImage, match="missing file"):
+                ImageReader(tmp_path).content(row.place)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gram_meta import locks
+from gram_meta import files, locks
 from gram_meta.backbone.clip import load_backbone
 from gram_meta.cli import main
 from gram_meta.corpus import images
@@ -29,6 +29,7 @@ from gram_meta.corpus.places import ImageReader
 from gram_meta.corpus.sources import all_rows, open_source
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
+from gram_meta.files import write_json
 
 WORDS = ["red", "green", "blue", "dog", "cat", "bird", "on", "under", "beside", "house", "tree", "road"]
 ROOT = Path(embedding.__file__).parents[2]
@@ -409,6 +410,68 @@ def test_damaged_stores_are_one_sentence(store, tmp_path):
         change(tmp_path / "s" / name)
         with pytest.raises(GramError, match=words):
             PairStore.open(tmp_path / "s")
+
+
+def rewritten(name, change):
+    """Return a function that changes an array or a column in a file of the same size, and keeps its time."""
+
+    def rewrite(path):
+        file, before = path / name, (path / name).stat()
+        if name.endswith(".npy"):
+            np.save(file, change(np.load(file)))
+        else:
+            table = pq.read_table(file)
+            pq.write_table(table.set_column(0, "image", pa.array(change(table["image"].to_numpy().copy()))), file)
+        return before
+
+    return rewrite
+
+
+def facts(manifest, **changes):
+    return lambda path: write_json(path / "manifest.json", manifest | changes)
+
+
+def test_changed_stores_are_one_sentence(store, tmp_path):
+    """Each change leaves a store whose files can be read: only numbers or checksums tell."""
+    manifest = json.loads((store.path / "manifest.json").read_text())
+    old = {key: value for key, value in manifest.items() if key != "files"}
+    mixed = rewritten("image_features.npy", lambda a: a[::-1])
+    images, pairs = manifest["counts"]["images"], manifest["counts"]["pairs"]
+    for change, words in [
+        (mixed, r"image_features.npy: expected SHA-256 \w{12}, found \w{12}: it has changed"),
+        (rewritten("similarity.npy", lambda a: a + 1), "similarity.npy: expected SHA-256"),
+        (rewritten("sentence_features.npy", lambda a: a.astype(np.float32)), "expected float16 .* found float32"),
+        (rewritten("image_features.npy", lambda a: a[:, :-1]), rf"expected float16 \({images}, \d+\), found float16"),
+        (rewritten("captions.parquet", lambda a: a + images), "captions.parquet: expected .* it has changed"),
+        (facts(manifest, counts=manifest["counts"] | {"pairs": pairs + 1}), f"manifest.json: expected {pairs} pairs"),
+        (facts(old, counts=manifest["counts"] | {"images": 1}), f"manifest.json: expected {images} images"),
+    ]:
+        shutil.rmtree(tmp_path / "s", ignore_errors=True)
+        shutil.copytree(store.path, tmp_path / "s")
+        change(tmp_path / "s")
+        with pytest.raises(GramError, match=words):
+            PairStore.open(tmp_path / "s")
+    # A store of an earlier version has no checksums; rows out of range are found when they are read.
+    shutil.copytree(store.path, tmp_path / "old")
+    facts(old)(tmp_path / "old")
+    mixed(tmp_path / "old")
+    assert len(PairStore.open(tmp_path / "old")) == pairs
+    rewritten("captions.parquet", lambda a: a - 1)(tmp_path / "old")
+    with pytest.raises(GramError, match=f"captions.parquet: expected rows of {images} images, found -1 to"):
+        PairStore.open(tmp_path / "old").image  # noqa: B018
+
+
+def test_files_are_read_again_only_if_they_look_changed(store, tmp_path, monkeypatch):
+    shutil.copytree(store.path, tmp_path / "s")
+    PairStore.open(tmp_path / "s")
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "sha256_file", lambda path: pytest.fail("it was read before"))
+        PairStore.open(tmp_path / "s")
+    before = rewritten("similarity.npy", lambda a: a[::-1])(tmp_path / "s")
+    os.utime(tmp_path / "s" / "similarity.npy", ns=(before.st_atime_ns, before.st_mtime_ns))
+    PairStore.open(tmp_path / "s")  # size and time are as before
+    with pytest.raises(GramError, match="similarity.npy: expected SHA-256"):
+        PairStore.open(tmp_path / "s", verify=True)
 
 
 def test_another_clip_is_refused(store, backbone):

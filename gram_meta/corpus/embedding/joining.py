@@ -20,7 +20,7 @@ from gram_meta.corpus.embedding.parts import cosine, load_part, part_path
 from gram_meta.corpus.images import NOT_FINITE, REASONS
 from gram_meta.corpus.store import store_fingerprint
 from gram_meta.errors import GramError
-from gram_meta.files import atomic_write, write_json
+from gram_meta.files import atomic_write, checksums, write_json
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ def join_parts(index: Index, out: Path, settings: dict[str, Any]) -> None:
         "skipped": dict(sorted(skipped.items())),
         "skipped_images": dict(sorted(broken.items())),
         "shortened_for_clip": shortened,
+        "files": checksums(out, layout.FILES),
     }
     write_json(out / layout.MANIFEST, manifest)
     log.info("%s: %d pairs of %d images", out, pairs, images_ok)

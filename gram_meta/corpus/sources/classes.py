@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from gram_meta.corpus.sources.format import Options, Peek
-from gram_meta.corpus.sources.rows import IMAGE_SUFFIXES, Row, Shard, checked
+from gram_meta.corpus.sources.format import Options, Peek, open_text
+from gram_meta.corpus.sources.rows import IMAGE_SUFFIXES, Row, Shard, checked, is_broken
 from gram_meta.corpus.sources.source import Source
 from gram_meta.errors import GramError
 
@@ -26,6 +26,7 @@ MAX_DEPTH = 4  # levels below the collection that are searched for the folders o
 
 NO_CLASS = "not in a class folder"
 NOT_LISTED = "class folder without a name in the list"
+NO_NAME = "class folder named by spaces or underscores"
 
 
 class ClassFolders:
@@ -87,7 +88,7 @@ def _class_rows(source: Source) -> Iterator[Row]:
         for image in images:
             location = image.relative_to(source.path).as_posix()
             if not name:
-                yield Row(location, "", NOT_LISTED)
+                yield Row(location, "", NOT_LISTED if names else NO_NAME)
                 continue
             found = True
             yield checked(location, name)
@@ -139,11 +140,12 @@ def read_lines(path: Path, expected: str) -> list[tuple[int, str]]:
         GramError: no such file (the message names what was `expected`), or not UTF-8.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        with open_text(path) as file:
+            lines = file.read().splitlines()
     except OSError:
         raise GramError(f"{path}: expected {expected}, found no such file") from None
-    except UnicodeDecodeError as error:
-        raise GramError(f"{path}: expected UTF-8 text, found something else ({error})") from None
+    if any(map(is_broken, lines)):
+        raise GramError(f"{path}: expected UTF-8 text, found something else")
     return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
 
 

@@ -179,7 +179,7 @@ def _from_first_row(path: Path, root: Path, rule: str) -> str:
         return rule
     zero = rule.replace("{row1", "{row")
     one = zero.replace("{row", "{row1")
-    with open(path, "rb") as file:
+    with open_text(path) as file:
         rows = sum(1 for _ in file) - (_header(first_lines(path, 1)[0]) is not None)
     if _exists(root, zero, UrlRow(0)):
         return zero

@@ -39,8 +39,11 @@ def _folder_rows(root: Path) -> Iterator[Row]:
     for image in images_below(root, with_hidden=True):
         location = image.relative_to(root).as_posix()
         try:
-            content = image.with_suffix(".txt").read_bytes()
+            text = image.with_suffix(".txt")
+            content = text.read_bytes() if text.is_file() else None  # not from a pipe
         except OSError:
+            content = None
+        if content is None:
             yield Row(location, "", NO_CAPTION_FILE)
             continue
         found = True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -155,7 +156,15 @@ def is_tar(path: Path) -> bool:
 
 
 def open_text(path: Path) -> TextIO:
-    """Open a text file so that broken UTF-8 is read without an error, and can be counted in the row that has it."""
+    """Open a file of UTF-8 or, if it begins with such a mark, UTF-16 or UTF-32.
+
+    Broken UTF-8 is read without an error, and can be counted in the row that has it.
+    """
+    with open(path, "rb") as file:
+        start = file.read(4)
+    for encoding, marks in (("utf-32", (BOM_UTF32_LE, BOM_UTF32_BE)), ("utf-16", (BOM_UTF16_LE, BOM_UTF16_BE))):
+        if start.startswith(marks):
+            return open(path, encoding=encoding, errors="replace", newline="")
     return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gram_meta.corpus.sources.format import Options, Peek, existing_file, load_json
+from gram_meta.corpus.sources.format import Options, Peek, existing_file, load_json, open_text
 from gram_meta.corpus.sources.image_root import find_images
 from gram_meta.corpus.sources.rows import EMPTY_CAPTION, NO_IMAGE, UNREADABLE, Row, Shard, checked
 from gram_meta.corpus.sources.source import Source
@@ -135,7 +135,7 @@ class Karpathy(_Captions):
                 continue
             sentences = image.get("sentences")
             texts = [item.get("raw") if isinstance(item, dict) else item for item in sentences or NOTHING]
-            folder, split = (str(image.get(key) or "") for key in ("filepath", "split"))
+            folder, split = (_text(image.get(key)) for key in ("filepath", "split"))
             yield CaptionedImage(image.get("filename"), folder, split, texts)
 
 
@@ -162,7 +162,7 @@ class Records(_Captions):
                 caption = keys[find_column(path, keys, options.caption_column, CAPTION_COLUMNS, "caption")]
             texts = item.get(caption)
             captions = texts if isinstance(texts, list) else [texts]
-            yield CaptionedImage(item.get(image), "", str(item.get("split") or ""), captions)
+            yield CaptionedImage(item.get(image), "", _text(item.get("split")), captions)
 
 
 def describe(content: Any) -> str:
@@ -173,13 +173,17 @@ def describe(content: Any) -> str:
 
 
 def _json_lines(path: Path) -> Iterator[Any]:
-    with open(path, "rb") as file:
+    with open_text(path) as file:
         for line in file:
             if line.strip():
                 try:
                     yield json.loads(line)
                 except (ValueError, RecursionError):
                     yield None
+
+
+def _text(value: Any) -> str:
+    return str(value) if value and isinstance(value, str | int | float) else ""
 
 
 def _has_list(content: Any, key: str) -> bool:

@@ -74,9 +74,9 @@ class Shard(NamedTuple):
 
 def checked(location: str | None, caption: str | None) -> Row:
     """Return a row with a normalised location and single spaces in its caption, or with the reason to skip it."""
-    location = (location or "").strip()
+    location = location or ""
     caption = " ".join((caption or "").split())
-    if not location or "\0" in location:
+    if not location.strip() or "\0" in location:
         return Row(location, caption, NO_IMAGE)
     if not caption:
         return Row(location, caption, EMPTY_CAPTION)

@@ -103,7 +103,7 @@ def _table_rows(source: Source) -> Iterator[Row]:
             if len(record) != width or max(columns) >= width:
                 yield Row("", "", COLUMN_COUNT)
                 continue
-            yield checked(record[columns[0]], record[columns[1]])
+            yield checked(record[columns[0]].strip(), record[columns[1]])
 
 
 def _separator(source: Source, file: TextIO) -> str:
@@ -155,7 +155,7 @@ def find_column(path: Path, header: Sequence[str], given: str | None, usual: Seq
 
 def _token_rows(path: Path) -> Iterator[Row]:
     for line in _token_lines(path):
-        yield checked(*line) if line else Row("", "", COLUMN_COUNT)
+        yield checked(line[0].strip(), line[1]) if line else Row("", "", COLUMN_COUNT)
 
 
 def _token_lines(path: Path) -> Iterator[tuple[str, str] | None]:
