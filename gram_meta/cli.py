@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from gram_meta import __version__
 from gram_meta.coop import checkout
 from gram_meta.errors import GramError
+from gram_meta.files import expand_home
 
 COMMANDS = {
     "embed": "turn image-text pairs into a store of features",
@@ -39,7 +40,7 @@ EPILOG = """the path:  gram embed SOURCE -o STORE  ->  gram cluster STORE -o HIE
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (0 fine, 1 failed, 2 bad input, 130 interrupted)."""
     typed = argv is None
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = expand_home(list(sys.argv[1:] if argv is None else argv))
     if typed and argv[:1] == ["train"] and (script := checkout.train_py_for(argv[1:])):
         return _run(argv[0], lambda: checkout.run(script, argv[1:]))
     parser = argparse.ArgumentParser(

@@ -15,6 +15,7 @@ import yaml
 from yacs.config import CfgNode as CN
 
 from gram_meta.errors import GramError, in_one_line
+from gram_meta.files import PathLike, expand_home
 
 # Where images come from and how fast, and how much goes through the towers at a time: a run with other values of these
 # is the same run.
@@ -156,15 +157,21 @@ def stored_config(values: Mapping[str, Any], opts: Sequence[str] = ()) -> CN:
     return config
 
 
-def find_config(name: str, folder: str) -> Path:
-    """A YAML file: as a path, or by the same path or its bare name among the package's configs."""
+def find_config(name: str, folder: str, project: PathLike = ".") -> Path:
+    """Return a YAML file: as a path, or by that path or its bare name in configs/ of `project`, then of the package.
+
+    Raises:
+        GramError: there is none; the nearest name in the package is named.
+    """
     if Path(name).is_file():
         return Path(name)
     packaged = _packaged_configs()
     relative = name.removeprefix("./").removeprefix("configs/").removesuffix(".yaml").removesuffix(".yml")
-    for candidate in (relative, f"{folder}/{relative}"):
-        if (packaged / f"{candidate}.yaml").is_file():
-            return packaged / f"{candidate}.yaml"
+    for configs in (Path(project, "configs"), packaged):
+        for candidate in (relative, f"{folder}/{relative}"):
+            for path in (configs / f"{candidate}.yaml", configs / f"{candidate}.yml"):
+                if path.is_file():
+                    return path
     known = [p.relative_to(packaged).with_suffix("").as_posix() for p in packaged.rglob("*.yaml")]
     wanted = relative if "/" in relative else f"{folder}/{relative}"
     raise GramError(f"{name}: expected a YAML file, here or in the package, found none{did_you_mean(wanted, known)}")
@@ -193,10 +200,26 @@ def merge_file(config: CN, path: str | Path) -> None:
 
 def merge_opts(config: CN, opts: Sequence[str]) -> None:
     """Merge `KEY VALUE KEY VALUE ...` into `config`; same errors as `merge_file`."""
+    refuse_flags(opts)
     if len(opts) % 2:
         raise GramError(f"options: expected KEY VALUE pairs, found {opts[-1]!r} without a value")
     pairs = [(key, CN._decode_cfg_value(value)) for key, value in zip(opts[::2], opts[1::2], strict=True)]
     _merge(config, pairs, "options")
+
+
+def refuse_flags(opts: Sequence[str]) -> None:
+    """Refuse flags among KEY VALUE pairs: argparse puts all that stands behind the first KEY there."""
+    late = next((word for word in opts if word.startswith("--")), None)
+    if late is not None:
+        raise GramError(f"{late} stands behind KEY VALUE pairs; expected flags before them")
+
+
+def check_known(key: str, what: str, name: str, known: Iterable[str]) -> None:
+    """Refuse an unknown name of a trainer or dataset (`what`), and name the nearest known one, or all."""
+    if name not in known:
+        guess = nearest(name, known)
+        hint = f"did you mean {guess!r}?" if guess else f"known: {', '.join(sorted(known))}"
+        raise GramError(f"{key} is {name!r}, which is no known {what}; {hint}")
 
 
 def current_key(key: str) -> str:
@@ -216,6 +239,15 @@ def rename_old_keys(tree: dict[str, Any]) -> None:
             node = node.get(each) if isinstance(node, dict) else None
         if isinstance(node, dict) and name in node:
             node[current_key(old).rpartition(".")[2]] = node.pop(name)
+
+
+def expand_homes(tree: dict[str, Any]) -> None:
+    """Put the home folder for the `~` of paths in a tree of nested dicts, in place."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            expand_homes(value)
+        else:
+            tree[key] = expand_home(value)
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
@@ -250,7 +282,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _merge(config: CN, pairs: list[tuple[str, Any]], source: str) -> None:
     known = [key for key, _ in _leaves(config)]
     for key, value in pairs:
-        key = current_key(key)
+        key, value = current_key(key), expand_home(value)
         if key not in known:
             raise GramError(f"{source}: unknown key {key!r}{did_you_mean(key, known)}")
         if isinstance(value, int) and isinstance(_get(config, key), float):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +21,19 @@ from gram_meta.errors import GramError
 
 PathLike = str | os.PathLike[str]
 
+_OPTION = re.compile(
+    r"(--[\w-]+=|-\w)?(~.*)", re.DOTALL
+)  # what argparse takes for an option with its value, and a value
+
 MARK = ".gram-owner"  # the file in a folder that names what made it
+
+
+def expand_home(value: Any) -> Any:
+    """Return a path, `--option=PATH` or a list of them with the home folder for `~`; any other value as it is."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(expand_home, value))
+    match = _OPTION.fullmatch(value) if isinstance(value, str) else None
+    return f"{match[1] or ''}{os.path.expanduser(match[2])}" if match else value
 
 
 @contextmanager

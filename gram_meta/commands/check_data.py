@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from gram_meta.datasets.check import FINE, PAPER, check, find_datasets
     from gram_meta.errors import GramError
 
-    root = Path(os.path.abspath(os.path.expanduser(args.root)))
+    root = Path(os.path.abspath(args.root))
     if not root.is_dir():
         raise GramError(f"{root}: expected the folder that holds the datasets' folders, found no such folder")
     if args.workers < 1:

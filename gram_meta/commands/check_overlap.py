@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     from gram_meta.tools.overlap import PIXEL_THRESHOLD, SearchSettings, find_overlap, write_matches
 
     _check(args)
-    root = Path(os.path.abspath(os.path.expanduser(args.root)))
+    root = Path(os.path.abspath(args.root))
     if not root.is_dir():
         raise GramError(f"{root}: expected the folder that holds the datasets' folders, found no such folder")
     store = PairStore.open(args.store)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gram_meta import hooks
+from gram_meta.files import expand_home
 
 OWN_FOLDERS = ("clip", "datasets", "trainers")  # of a checkout; installed packages have these names too
 
@@ -43,6 +44,7 @@ def run(script: Path, flags: Sequence[str]) -> int:
     from gram_meta.coop.command_line import CommandLine
     from gram_meta.coop.register import install  # imports Dassl and torch; `gram --help` does without
 
+    flags = expand_home(list(flags))
     sys.argv = [str(script), *flags]
     if hooks.is_on("checkout-folders"):
         folder = str(script.resolve().parent)

@@ -19,16 +19,26 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 from yacs.config import CfgNode
 
 from gram_meta import hooks
-from gram_meta.config import current_key, did_you_mean, find_config, rename_old_keys
+from gram_meta.config import (
+    check_known,
+    current_key,
+    did_you_mean,
+    expand_homes,
+    find_config,
+    refuse_flags,
+    rename_old_keys,
+)
 from gram_meta.coop.command_line import CommandLine
 from gram_meta.engine import dassl_module
 from gram_meta.engine.options import extend_cfg
 from gram_meta.errors import GramError
+from gram_meta.files import expand_home
 
 CHECKPOINT_VARIABLE = "GRAM_CHECKPOINT"
 
@@ -76,11 +86,14 @@ class Defaults(CfgNode):
 
     def merge_from_other_cfg(self, cfg_other: Any) -> None:
         rename_old_keys(cfg_other)
+        expand_homes(cfg_other)
         super().merge_from_other_cfg(cfg_other)
 
     def merge_from_list(self, cfg_list: Sequence[Any]) -> None:
         self._complete()
-        words = [word if i % 2 else current_key(word) for i, word in enumerate(cfg_list)]
+        if hooks.is_on("config-errors"):
+            refuse_flags([word for word in cfg_list if isinstance(word, str)])
+        words = [expand_home(word) if i % 2 else current_key(word) for i, word in enumerate(cfg_list)]
         with self._clear_errors("options"):
             super().merge_from_list(words)
 
@@ -109,25 +122,33 @@ def _sentence(error: Exception, tree: Any) -> str:
 
 
 def config_path(name: str, command_line: CommandLine) -> str:
-    """Return the YAML file `name`, or the package's config file of the same path or bare name if that does not exist.
+    """Return the YAML file `name`, or, if it does not exist, the one of that path or bare name in configs/.
+
+    The checkout's configs/ comes before the package's. The file that is taken is printed.
 
     Raises:
-        GramError: no such file, nor one in the package; the nearest name in the package is named.
+        GramError: no such file; an unknown `--trainer`, or else the nearest name in the package, is named.
     """
-    if os.path.exists(name):
+    from gram_meta.engine import TRAINER_REGISTRY
+
+    if os.path.exists(name) and not os.path.isdir(name):
         return name
+    project = Path("." if Path("configs").is_dir() else os.path.dirname(sys.argv[0]))
     folders = ["/".join(filter(None, ("trainers", command_line.trainer))), "datasets"]
     if name == command_line.dataset_config_file:
         folders.reverse()
     problems = []
     for folder in folders:
         try:
-            found = os.fspath(find_config(name, folder))
+            found = find_config(name, folder, project)
         except GramError as problem:
             problems.append(problem)
         else:
-            print(f"Note: no file {name} here; taken from the package: {found}")
-            return found
+            place = "this checkout" if found.is_relative_to(project) else "the package"
+            print(f"Note: no file {name} here; taken from {place}: {found}")
+            return os.fspath(found)
+    if command_line.trainer and folders[0] != "datasets":
+        check_known("--trainer", "trainer", command_line.trainer, TRAINER_REGISTRY.registered_names())
     raise problems[0]
 
 
@@ -137,7 +158,7 @@ def follow_command_line(tree: Any, command_line: CommandLine) -> None:
         tree.SEED = 0
     checkpoint = os.environ.get(CHECKPOINT_VARIABLE, "") if hooks.is_on("checkpoint-variable") else ""
     if checkpoint and not tree.TRAINER.GRAM.CHECKPOINT and _has_gram(command_line.trainer):
-        tree.TRAINER.GRAM.CHECKPOINT = checkpoint
+        tree.TRAINER.GRAM.CHECKPOINT = expand_home(checkpoint)
 
 
 def _has_gram(trainer: str) -> bool:

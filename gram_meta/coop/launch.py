@@ -19,8 +19,9 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from typing import Any
 
-from gram_meta.config import find_config, merge_file, merge_opts, nearest
+from gram_meta.config import check_known, find_config, merge_file, merge_opts
 from gram_meta.errors import GramError
+from gram_meta.files import expand_home
 from gram_meta.locks import only_writer
 from gram_meta.runs.folder import open_folder
 
@@ -63,7 +64,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `train.py` and return the exit status; bad input is one line on stderr and status 2."""
     try:
-        run(build_parser().parse_args(argv))
+        run(build_parser().parse_args(expand_home(list(sys.argv[1:] if argv is None else argv))))
     except GramError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
@@ -82,11 +83,7 @@ def setup_cfg(args: argparse.Namespace) -> Any:
     if args.config_file:
         merge_file(cfg, find_config(args.config_file, f"trainers/{args.trainer}" if args.trainer else "trainers"))
     reset_cfg(cfg, args)
-    opts = args.opts or []
-    late = next((word for word in opts if word.startswith("--")), None)
-    if late is not None:  # argparse takes it for an option's name
-        raise GramError(f"{late} stands behind KEY VALUE pairs; expected flags before them")
-    merge_opts(cfg, opts)
+    merge_opts(cfg, args.opts or [])
     cfg.freeze()
     return cfg
 
@@ -161,7 +158,7 @@ def train(argv: Sequence[str], quiet: bool = False) -> dict[str, Any]:
 
     train(["--trainer", "CoOp", "--root", "data", ...])["metrics"]["accuracy"]
     """
-    args = build_parser().parse_args(list(argv))
+    args = build_parser().parse_args(expand_home(list(argv)))
     if not quiet:
         return run(args)
     with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
@@ -207,8 +204,4 @@ def _check_names(**names: str) -> None:
     registries = {"trainer": ("--trainer", TRAINER_REGISTRY), "dataset": ("DATASET.NAME", DATASET_REGISTRY)}
     for what, name in names.items():
         key, registry = registries[what]
-        known = registry.registered_names()
-        if name not in known:
-            guess = nearest(name, known)
-            hint = f"did you mean {guess!r}?" if guess else f"known: {', '.join(sorted(known))}"
-            raise GramError(f"{key} is {name!r}, which is no known {what}; {hint}")
+        check_known(key, what, name, registry.registered_names())

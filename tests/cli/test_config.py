@@ -1,9 +1,13 @@
 """Settings: defaults, files, overrides, and what is said about mistakes."""
 
+import importlib
+
 import pytest
 
+from gram_meta import cli
 from gram_meta.config import as_dict, did_you_mean, load_meta_config
 from gram_meta.errors import GramError
+from gram_meta.files import expand_home
 
 
 def test_files_then_options_override_defaults(tmp_path):
@@ -40,6 +44,62 @@ def test_mistakes_in_options(tmp_path):
         load_meta_config([], ["INNER.ALFA", "1"])
     with pytest.raises(GramError, match="none.yaml: expected a YAML file"):
         load_meta_config([tmp_path / "none.yaml"])
+
+
+def test_paths_of_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    (tmp_path / "a.yaml").write_text("LOADER: {IMAGE_ROOT: ~/images}\n")
+    config = load_meta_config([tmp_path / "a.yaml"], ["BACKBONE.NAME", "~/clip.pt"])
+    assert (config.LOADER.IMAGE_ROOT, config.BACKBONE.NAME) == ("/home/ada/images", "/home/ada/clip.pt")
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("~/x", "/home/ada/x"),
+        ("~", "/home/ada"),
+        ("--out=~/x", "--out=/home/ada/x"),
+        ("--backbone=~/a b.pt", "--backbone=/home/ada/a b.pt"),
+        ("-o~/x", "-o/home/ada/x"),
+        ("a~/x", "a~/x"),
+        ("/data/~/x", "/data/~/x"),
+        ("--without=A~B", "--without=A~B"),
+    ],
+)
+def test_words_of_a_command_line(monkeypatch, word, expected):
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert expand_home(["KEY", word, 3]) == ["KEY", expected, 3]
+
+
+COMMANDS = {
+    "embed": ["~/in", "--out=~/o", "--backbone=~/c.pt", "--image-root", "~/i"],
+    "cluster": ["~/s", "--out=~/o", "--exclude", "~/e.tsv"],
+    "inspect": ["~/h", "--html=~/p.html"],
+    "check-overlap": ["~/s", "--root=~/d", "--cache=~/c", "-o~/t.tsv"],
+    "pretrain": ["--store=~/s", "--hierarchy", "~/h", "-o", "~/o", "--config=~/c.yaml", "BACKBONE.NAME", "~/c.pt"],
+    "eval-meta": ["~/m", "--store=~/s", "--hierarchy=~/h"],
+    "check-data": ["~/d"],
+    "train": ["--root=~/d", "--output-dir", "~/o", "--model-dir=~/m", "TRAINER.GRAM.CHECKPOINT", "~/m"],
+    "bench": ["--trainers", "CoOp", "--root=~/d", "--meta-dir=~/m", "--emoji=~/e"],
+    "report": ["~/a", "~/b", "--html=~/p.html", "--collect", "~/c.json"],
+    "predict": ["--model-dir=~/r", "~/a.jpg", "--out=~/p.csv", "--backbone=~/c.pt"],
+    "interpret": ["~/r", "--backbone=~/c.pt"],
+    "export": ["~/m", "--output=~/o"],
+    "doctor": ["--root=~/d", "--meta", "~/m", "~/n", "--backbone=~/c.pt", "--output-dir=~/o"],
+    "demo": ["--out=~/o"],
+}
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_takes_paths_of_the_home_folder(command, monkeypatch):
+    """What `run` gets has no `~` left, and as many home folders as were typed."""
+    monkeypatch.setenv("HOME", "/home/ada")
+    got = []
+    module = importlib.import_module(f"gram_meta.commands.{command.replace('-', '_')}")
+    monkeypatch.setattr(module, "run", lambda args: got.append(str(vars(args))) or 0)
+    assert cli.main([command, *COMMANDS[command]]) == 0
+    assert "~" not in got[0]
+    assert got[0].count("/home/ada/") == sum("~" in word for word in COMMANDS[command])
 
 
 def test_nearest_says_nothing_when_nothing_is_near():

@@ -245,6 +245,56 @@ def test_a_file_of_the_checkout_wins(cfg, tmp_path, monkeypatch, capsys):
     assert cfg.DATASET.NAME == "Mine" and capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("suffix", ["yaml", "yml"])
+@pytest.mark.parametrize("started_in", ["the checkout", "another folder"])
+def test_a_bare_name_is_a_file_of_the_checkout_first(typed, tmp_path, monkeypatch, capsys, suffix, started_in):
+    checkout, name = tmp_path / "CoOp", "vit_b16_c4_ep10_batch32_ctxv1"
+    for path, text in ((f"trainers/CoOpGRAM/{name}", "OPTIM: {LR: 7.0}"), ("datasets/dtd", "DATASET: {NAME: Mine}")):
+        (checkout / "configs" / path).parent.mkdir(parents=True)
+        (checkout / "configs" / f"{path}.{suffix}").write_text(text)
+    (checkout / "dtd").mkdir()  # a folder is no config file
+    monkeypatch.chdir(checkout if started_in == "the checkout" else tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(checkout / "train.py")])
+    typed("--trainer", "CoOpGRAM", "--dataset-config-file", "dtd", "--config-file", name)
+    cfg = train_pys_tree()
+    cfg.merge_from_file("dtd")
+    cfg.merge_from_file(name)
+    assert cfg.DATASET.NAME == "Mine" and cfg.OPTIM.LR == 7
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2 and all("taken from this checkout: " in line for line in printed)
+    assert printed[0].endswith(f"configs/datasets/dtd.{suffix}")
+
+
+@pytest.mark.parametrize("name", ["vit_b16_c4_ep10_batch32_ctxv1", "configs/trainers/CoOpGRM/any.yaml"])
+def test_a_trainers_typo_is_not_blamed_on_the_config(typed, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    typed("--trainer", "CoOpGRM", "--config-file", name)
+    with pytest.raises(GramError) as error:
+        train_pys_tree().merge_from_file(name)
+    assert str(error.value) == "--trainer is 'CoOpGRM', which is no known trainer; did you mean 'CoOpGRAM'?"
+
+
+@pytest.mark.parametrize("late", [["--seed", "1"], ["--eval-only"], ["--output-dir=out"]])
+def test_flags_behind_pairs_are_one_sentence(cfg, late):
+    with pytest.raises(GramError) as error:
+        cfg.merge_from_list(["DATASET.NUM_SHOTS", "4", *late])
+    assert str(error.value) == f"{late[0]} stands behind KEY VALUE pairs; expected flags before them"
+
+
+def test_paths_of_the_home_folder(typed, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setenv(CHECKPOINT_VARIABLE, "~/meta/best.safetensors")
+    typed("--trainer", "CoOpGRAM")
+    cfg = get_cfg_default()
+    (tmp_path / "my.yaml").write_text("DATASET: {ROOT: ~/data}\nMODEL:\n  BACKBONE: {NAME: ~/clip.pt}\n")
+    cfg.merge_from_file(str(tmp_path / "my.yaml"))
+    cfg.merge_from_list(["OUTPUT_DIR", "~/out", "INPUT.TRANSFORMS", "('normalize', '~')"])
+    assert (cfg.DATASET.ROOT, cfg.MODEL.BACKBONE.NAME, cfg.OUTPUT_DIR) == (
+        *("/home/ada/data", "/home/ada/clip.pt", "/home/ada/out"),
+    )
+    assert cfg.TRAINER.GRAM.CHECKPOINT == "/home/ada/meta/best.safetensors"
+
+
 def test_a_file_that_is_nowhere_names_the_nearest(typed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("configs/datasets/dtdd.yaml", "dtdd"):
@@ -510,6 +560,14 @@ def test_bad_input_in_a_checkout_is_one_line(tmp_path, tiny_data):
     assert run.stderr == (
         "train.py: options: unknown key 'TRAINER.GRAM.REGULATED'; did you mean 'TRAINER.GRAM.REGULATE'?\n"
     )
+
+
+def test_a_late_flag_in_a_checkout(tmp_path, tiny_data):
+    folder = write_checkout(tmp_path / "checkout")
+    run = in_checkout(folder, "-m", "gram_meta", "train", *flags(tiny_data, "out"), "--seed", "1")
+    assert run.returncode == 2
+    assert run.stderr.endswith("gram train: --seed stands behind KEY VALUE pairs; expected flags before them\n")
+    assert not (folder / "out").exists()
 
 
 PROBE = """
