@@ -19,6 +19,7 @@ from gram_meta.datasets.pickles import read_pickle
 from gram_meta.errors import GramError
 from gram_meta.files import read_json
 from gram_meta.images import find_problems
+from gram_meta.progress import progress_bar
 
 FINE, MISSING, WRONG = "fine", "missing", "wrong"
 
@@ -165,11 +166,9 @@ def _missing(images: Path, named: Sequence[str]) -> list[str]:
 
 def _broken(images: Path, named: Sequence[str], workers: int) -> list[str]:
     """Return a sentence for each reason why images cannot be used, with all these images."""
-    from tqdm import tqdm
-
     bad: dict[str, list[str]] = {}
     results = find_problems((images / image for image in named), workers=workers)
-    bar = tqdm(results, total=len(named), unit="image", desc=images.name, disable=None, leave=False)
+    bar = progress_bar(results, total=len(named), unit="image", desc=images.name, leave=False)
     for image, (why, _) in zip(named, bar, strict=True):
         if why:
             bad.setdefault(why, []).append(image)

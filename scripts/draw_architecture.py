@@ -29,7 +29,7 @@ LAYERS: list[dict[str, str]] = [
     {"engine": "the adapter to Dassl", "backbone": "CLIP and its towers"},
     {"ground": "errors, files, config, processes, ..."},
 ]
-GROUND = {"errors", "files", "images", "locks", "config", "hooks", "processes", "intervals", "random_state"}
+GROUND = {"errors", "files", "images", "locks", "config", "hooks", "processes", "progress", "intervals", "random_state"}
 SHIMS = {"_moved", "regulation", "checkpoint", "prompts", "predict", "__init__", "__main__"}
 WIDTH, HEIGHT, GAP_X, GAP_Y = 250, 54, 40, 46
 

@@ -24,6 +24,7 @@ from gram_meta.bench.times import in_words
 from gram_meta.errors import GramError
 from gram_meta.files import read_json, write_json
 from gram_meta.locks import only_writer
+from gram_meta.progress import progress_bar
 from gram_meta.runs import layout
 from gram_meta.runs.folder import open_folder
 
@@ -310,12 +311,10 @@ class Bar:
     """Prints lines, with a progress bar below them where stderr is a terminal."""
 
     def __init__(self, total: int, say: Callable[[str], None]) -> None:
-        self.bar: Any = None
         self._say = say
+        self.bar: Any = None
         if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=total, unit=" runs", desc="bench", smoothing=0, dynamic_ncols=True)
+            self.bar = progress_bar(total=total, unit=" runs", desc="bench", smoothing=0, dynamic_ncols=True)
 
     def say(self, line: str) -> None:
         if self.bar is None:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from gram_meta.clustering import sample
-from gram_meta.clustering.settings import ChcSettings, bar
+from gram_meta.clustering.settings import ChcSettings
 from gram_meta.corpus.store import PairStore
+from gram_meta.progress import progress_bar
 
 GATHER = 1 << 19  # images whose features are in memory at once: 512 MB at 512 dimensions
 
@@ -22,7 +23,7 @@ def images_by_topic(store: PairStore, pairs_of: dict[int, np.ndarray], progress:
     The features of as many topics as fit into GATHER rows are read together, in ascending order, in one pass through
     the file; those of a larger topic are read on access.
     """
-    with bar(sum(map(len, pairs_of.values())), "domains", progress) as shown:
+    with progress_bar(total=sum(map(len, pairs_of.values())), desc="domains", unit="pair", shown=progress) as shown:
         for numbers in _groups(pairs_of):
             # An image with several captions in a topic counts once.
             images = {number: np.unique(store.image[pairs_of[number]], return_inverse=True) for number in numbers}

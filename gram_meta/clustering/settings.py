@@ -1,9 +1,8 @@
-"""The settings of cross-modal hierarchical clustering, and a progress bar."""
+"""The settings of cross-modal hierarchical clustering."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,15 +97,6 @@ class ChcSettings:
     def random_state(self) -> int | None:
         """The seed as scikit-learn and UMAP take it."""
         return self.seed if self.is_reproducible else None
-
-
-@contextmanager
-def bar(total: int, name: str, shown: bool) -> Iterator[Any]:
-    """Show a progress bar over pairs."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=name, unit="pair", disable=not shown, smoothing=0.05) as shown_bar:
-        yield shown_bar
 
 
 def _check(chc: CfgNode) -> None:

@@ -16,11 +16,12 @@ import numpy as np
 
 from gram_meta.clustering import sample, words
 from gram_meta.clustering.hierarchy import FILTERED, KEPT, NOISE
-from gram_meta.clustering.settings import ChcSettings, bar
+from gram_meta.clustering.settings import ChcSettings
 from gram_meta.clustering.steps import Steps
 from gram_meta.corpus.sources.classes import class_of, same_names
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
+from gram_meta.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -231,7 +232,7 @@ def _sampled_topics(
 
     def assigned() -> np.ndarray:
         result = np.empty(len(ask), np.int64)
-        with bar(len(ask), "assigning", progress) as shown:
+        with progress_bar(total=len(ask), desc="assigning", unit="pair", shown=progress) as shown:
             for part in sample.batches(len(ask)):
                 features = np.asarray(store.sentence_features[rows[ask[part]]], np.float32)
                 result[part] = rule.assign(features)

@@ -131,13 +131,13 @@ class _Counted:
         self.skipped: dict[str, int] = {}
 
     def __iter__(self) -> Iterator[Prediction]:
-        from tqdm import tqdm
+        from gram_meta.progress import progress_bar
 
-        with tqdm(self.predictions, unit="image", disable=not self.bar, delay=3, smoothing=0.05) as bar:
+        with progress_bar(self.predictions, unit="image", shown=self.bar, delay=3, smoothing=0.05) as bar:
             for row in bar:
                 if row.error:
                     self.skipped[row.error] = self.skipped.get(row.error, 0) + 1
-                    tqdm.write(f"{_printable(row.image)}: {row.error}; left out", file=_stderr())
+                    bar.write(f"{_printable(row.image)}: {row.error}; left out", file=_stderr())
                 else:
                     self.classified += 1
                     yield row

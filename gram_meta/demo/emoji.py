@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gram_meta.errors import GramError
+from gram_meta.progress import progress_bar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,10 +99,9 @@ def drawing(concept: Concept, source: str, size: int = DRAWING_SIZE) -> np.ndarr
 def load_drawings(pairs: list[tuple[Concept, str]], progress: bool = False) -> np.ndarray:
     """Rasterise (concept, source) pairs: (N, 64, 64, 4) uint8, RGBA with straight alpha, in the order of `pairs`."""
     import numpy as np
-    from tqdm import tqdm
 
     out = np.empty((len(pairs), DRAWING_SIZE, DRAWING_SIZE, 4), dtype=np.uint8)
-    for i, (concept, source) in enumerate(tqdm(pairs, desc="drawings", unit="", disable=not progress)):
+    for i, (concept, source) in enumerate(progress_bar(pairs, desc="drawings", unit="", shown=progress)):
         out[i] = drawing(concept, source)
     return out
 

@@ -20,9 +20,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import shlex
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -126,8 +124,6 @@ def run_demo(settings: Settings, say: Callable[[str], None] = print) -> Path:
         GramError: a package, the packaged weights or a dataset that is not there; files in OUT that the demo has not made; a
             stage that failed.
     """
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_MININTERVAL", "20")  # seconds; a log file needs no moving bars
     _check(settings)
     with only_writer(settings.out), Demo(settings, say) as demo:
         demo.introduce()

@@ -37,6 +37,7 @@ from gram_meta.demo.roles import (
 from gram_meta.demo.styles import GROUNDS, NUMBERS, POSES, SIZES, STYLES, Look, Scenes, even, render, sample_scenes
 from gram_meta.errors import GramError
 from gram_meta.files import atomic_folder, atomic_write, check_claimed, read_json, write_json
+from gram_meta.progress import progress_bar
 
 # Version of everything that decides a pixel, a caption or a split. Manifests and the demo's keys contain it: a change of it
 # makes every world anew. tests/pins/test_world.py fixes what it stands for; where that changes, give it a new value (any
@@ -302,13 +303,11 @@ def _owner(facts: dict) -> str:
 
 def _save_pictures(folder: Path, names: list[str], pixels: np.ndarray, progress: bool, what: str) -> None:
     from PIL import Image
-    from tqdm import tqdm
 
     for parent in {(folder / name).parent for name in names}:
         parent.mkdir(parents=True, exist_ok=True)
-    for name, picture in tqdm(
-        zip(names, pixels, strict=True), total=len(names), desc=what, unit="", disable=not progress
-    ):
+    pairs = zip(names, pixels, strict=True)
+    for name, picture in progress_bar(pairs, total=len(names), desc=what, unit="", shown=progress):
         Image.fromarray(picture).save(folder / name, compress_level=1)
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from gram_meta.backbone.clip import load_backbone
 from gram_meta.clustering.hierarchy import Hierarchy
@@ -39,6 +38,7 @@ from gram_meta.method.prompts import KINDS, PromptConfig
 from gram_meta.method.regulator import GradientRegulator
 from gram_meta.method.tasks import Task, TaskConfig, TaskSampler
 from gram_meta.processes import ALONE, ProcessGroup
+from gram_meta.progress import progress_bar
 
 Gradients = Mapping[str, Tensor]
 Scores = dict[tuple[str, str, int], list[tuple[Tensor, Tensor]]]  # (start, gradient, steps): losses, accuracies by task
@@ -258,7 +258,7 @@ def evaluate_adaptation(
     plain = "raw" if regulator is None else "R off"
     seen: Scores = {}
     alignment: dict[str, list[Tensor]] = {}
-    with tqdm(total=tasks, unit=" tasks", desc="adapting", disable=not progress) as bar:
+    with progress_bar(total=tasks, unit=" tasks", desc="adapting", shown=progress) as bar:
         for episode in episodes.of(_batches(drawn, episodes.at_a_time)):
             for start, form in rows:
                 prompts: Gradients = for_each_task(starts[start], len(episode.tasks))

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from tqdm import tqdm
 from yacs.config import CfgNode
 
 from gram_meta.config import INCIDENTAL, as_dict, stored_config
@@ -32,6 +31,7 @@ from gram_meta.errors import GramError
 from gram_meta.files import atomic_write, read_json, write_json
 from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
 from gram_meta.processes import ALONE, ProcessGroup
+from gram_meta.progress import progress_bar
 
 logger = logging.getLogger("gram")
 
@@ -131,12 +131,8 @@ class MetaRun:
         try:
             with (
                 self._open_log(first) as lines,
-                tqdm(
-                    total=steps * batch,
-                    initial=first * batch,
-                    unit=" tasks",
-                    desc="meta-training",
-                    disable=not progress,
+                progress_bar(
+                    total=steps * batch, initial=first * batch, unit=" tasks", desc="meta-training", shown=progress
                 ) as bar,
             ):
                 yield MetaLog(lines, scalars, bar, batch)
@@ -181,7 +177,7 @@ class MetaRun:
 class MetaLog:
     """Open logs of a run: log.jsonl, TensorBoard (rank 0 alone) and the progress bar."""
 
-    def __init__(self, lines: IO[str], scalars: Any, bar: tqdm, batch: int) -> None:
+    def __init__(self, lines: IO[str], scalars: Any, bar: Any, batch: int) -> None:
         self.lines, self.scalars, self.bar, self.batch = lines, scalars, bar, batch
 
     def step(self, step: int, loss: float) -> None:
@@ -195,7 +191,9 @@ class MetaLog:
             self._scalar(f"held_out/{key}", value, step)
         self.lines.write(json.dumps({"step": step, **scores}) + "\n")
         self.lines.flush()
-        self.bar.set_postfix(loss=f"{scores['loss_after']:.3f}", acc=f"{100 * scores['accuracy_after']:.1f}%")
+        self.bar.set_postfix(
+            refresh=False, loss=f"{scores['loss_after']:.3f}", acc=f"{100 * scores['accuracy_after']:.1f}%"
+        )
 
     def _scalar(self, tag: str, value: float, step: int) -> None:
         if self.scalars is not None:

@@ -28,6 +28,7 @@ from gram_meta.corpus.images import DIGEST_BYTES, MISSING, BadImage, read_image
 from gram_meta.corpus.store import IMAGES, PairStore
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike, atomic_write
+from gram_meta.progress import progress_bar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -230,11 +231,10 @@ def nearest_rows(
         (T, k) int64 rows and (T, k) float32 cosines, best first; -1 and -1 if the corpus has fewer than k rows.
     """
     import torch
-    from tqdm import tqdm
 
     best = torch.full((len(queries), k), -1.0)
     rows = torch.full((len(queries), k), -1, dtype=torch.int64)
-    bar = tqdm(total=total, unit="image", desc="nearest images", disable=None, unit_scale=True)
+    bar = progress_bar(total=total, unit="image", desc="nearest images", unit_scale=True)
     for start, block in blocks:
         corpus = torch.from_numpy(np.array(block)).to(device).float()  # (B, D); a copy: the file is read-only
         for first in range(0, len(queries), QUERY_BLOCK):
@@ -370,12 +370,10 @@ def _confirmed(
     store: PairStore, tests: np.ndarray, pairs: np.ndarray, cosines: np.ndarray, settings: SearchSettings
 ) -> tuple[list[Match], int]:
     """Return matches of the pairs (test, row) whose pixels agree, and the number of rows with unreadable images."""
-    from tqdm import tqdm
-
     matches: list[Match] = []
     unreadable = 0
     rows = np.unique(pairs[:, 1])  # in the order of the shards
-    bar = tqdm(total=len(rows), unit="image", desc="comparing pixels", disable=None)
+    bar = progress_bar(total=len(rows), unit="image", desc="comparing pixels")
     for start in range(0, len(rows), CHUNK):
         some = rows[start : start + CHUNK]
         small, readable = _read_corpus(store, some, settings, np.asarray)
@@ -397,11 +395,9 @@ def _confirmed(
 
 def _describe_tests(paths: Sequence[str], backbone: Backbone | None, settings: SearchSettings) -> Descriptors:
     """Return the descriptors of the test images, computed in chunks that are cached."""
-    from tqdm import tqdm
-
     clip = (backbone.fingerprint, backbone.precision) if backbone else ("", "")
     parts: list[Descriptors] = []
-    bar = tqdm(total=len(paths), unit="image", desc="test images", disable=None)
+    bar = progress_bar(total=len(paths), unit="image", desc="test images")
     for start in range(0, len(paths), CHUNK):
         chunk = paths[start : start + CHUNK]
         key = _key("tests", *clip, *map(_state, chunk))

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from gram_meta.processes import ProcessGroup
+from gram_meta.progress import progress_bar
 
 EVERY = 0.5  # seconds between updates
 _BARS = itertools.count()  # all processes of a group create their bars in the same order
@@ -22,14 +23,11 @@ class SharedBar:
     """
 
     def __init__(self, group: ProcessGroup, total: int, unit: str, shown: bool, done: int = 0) -> None:
-        from tqdm import tqdm
-
         self.name = f"bar {next(_BARS)}"
         self.group = group
         self.done = done
         self.pending, self.last = 0, 0.0
-        disable = not (shown and group.is_first)
-        self.bar = tqdm(total=total, initial=done, unit=unit, disable=disable, smoothing=0.05)
+        self.bar = progress_bar(total=total, initial=done, unit=unit, shown=shown and group.is_first, smoothing=0.05)
 
     def add(self, amount: int) -> None:
         """Count what this process has done since the last call."""

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 from yacs.config import CfgNode
 
 from gram_meta.engine.builtin.data import DataManager
@@ -28,6 +27,7 @@ from gram_meta.engine.builtin.utils import (
     save_checkpoint,
     tolist_if_not,
 )
+from gram_meta.progress import progress_bar
 
 __all__ = ["SimpleNet", "SimpleTrainer", "TrainerBase", "TrainerX"]
 
@@ -321,7 +321,7 @@ class SimpleTrainer(TrainerBase):
         if split != "val" or loader is None:
             split, loader = "test", self.test_loader
         print(f"Evaluate on the *{split}* set")
-        for batch in tqdm(loader, disable=None):  # no bar where stderr is no terminal
+        for batch in progress_bar(loader):
             input, label = self.parse_batch_test(batch)
             self.evaluator.process(self.model_inference(input), label)
         results = self.evaluator.evaluate()
