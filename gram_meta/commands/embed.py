@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from gram_meta.errors import system_errors
+
 HELP = """Turn image-text pairs into a store of CLIP and Sentence-BERT features.
 
 SOURCE is one of
@@ -83,5 +85,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from gram_meta.api import embed
 
-    embed(args.source, args.out, **{name: getattr(args, name) for name in OPTIONS})
+    with system_errors(args.out):
+        embed(args.source, args.out, **{name: getattr(args, name) for name in OPTIONS})
     return 0

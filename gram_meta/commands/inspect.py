@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from gram_meta.errors import GramError
+from gram_meta.errors import GramError, system_errors
 
 if TYPE_CHECKING:
     from gram_meta.clustering.hierarchy import Hierarchy
@@ -41,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    with system_errors(args.html or args.hierarchy):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     from gram_meta.clustering.hierarchy import Hierarchy
 
     hierarchy = Hierarchy.open(args.hierarchy, args.verify)

@@ -87,15 +87,14 @@ class PairStore:
         pairs, _ = _rows_and_columns(path / CAPTIONS, ("image", "caption"))
         images, columns = _rows_and_columns(path / IMAGES, ("location",))
         self.has_shards = "shard" in columns
-        settings = manifest["settings"]
-        self.image_features = _array(path / IMAGE_FEATURES, np.float16, images, settings["clip"]["width"])
-        self.sentence_features = _array(
-            path / SENTENCE_FEATURES, np.float16, pairs, settings["sentence_model"]["width"]
-        )
+        clip, sentence_model = (manifest["settings"][model].get("width") for model in ("clip", "sentence_model"))
+        self.image_features = _array(path / IMAGE_FEATURES, np.float16, images, clip)
+        self.sentence_features = _array(path / SENTENCE_FEATURES, np.float16, pairs, sentence_model)
         self.similarity = _array(path / SIMILARITY, np.float32, pairs)
-        for what, found in (("pairs", pairs), ("images", images)):
-            if found != manifest["counts"][what]:
-                raise GramError(f"{path / MANIFEST}: expected {found} {what} as in the store, found other counts")
+        counts = {"pairs": pairs, "images": images}
+        for what, found in manifest.get("counts", {}).items():
+            if found != counts.get(what, found):
+                raise GramError(f"{path / MANIFEST}: expected {counts[what]} {what} as in the files, found {found}")
         check_unchanged(path, manifest.get("files", {}), verify)  # earlier versions wrote no checksums
 
     @cached_property
@@ -261,10 +260,11 @@ def _columns(path: Path, names: list[str], dictionary: list[str] | None = None) 
         raise GramError(f"{path}: expected a whole file of a pair store, found {in_one_line(error)}") from None
 
 
-def _array(path: Path, kind: type, *shape: int) -> np.ndarray:
+def _array(path: Path, kind: type, rows: int, width: int | None = None) -> np.ndarray:
     array = np.load(path, mmap_mode="r", allow_pickle=False)
-    if len(array) != shape[0]:
-        raise GramError(f"{path}: expected {shape[0]} rows, found {len(array)}")
-    if array.shape != shape or array.dtype != kind:
-        raise GramError(f"{path}: expected {np.dtype(kind)} {shape}, found {array.dtype} {array.shape}")
+    if len(array) != rows:
+        raise GramError(f"{path}: expected {rows} rows, found {len(array)}")
+    if array.dtype != kind or (width and array.shape != (rows, width)):
+        expected = (rows, width) if width else (rows,)
+        raise GramError(f"{path}: expected {np.dtype(kind)} {expected}, found {array.dtype} {array.shape}")
     return array

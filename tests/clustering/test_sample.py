@@ -1,8 +1,11 @@
 """Clustering of many pairs: topics of a sample, the rule that assigns the others, k-means on a sample, what is left out,
 and runs that were interrupted."""
 
+import errno
 import importlib.util
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -433,3 +436,48 @@ def test_settings_that_count_pairs():
     label = np.array([0, 0, 1, 1, 2, -1, -1])
     copies = np.array([5, 6, 2, 2, 10, 9, 10])
     assert topics.large_enough(label, copies, 10).tolist() == [0, 0, -1, -1, 1, -1, 2]
+
+
+# --- files that cannot be read or written ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4, 5])
+def test_a_full_disk_is_one_sentence(on_disk, tmp_path, monkeypatch, capsys, at):
+    """The disk is full while the first, second, ... file is written; then there is space again."""
+    count, fsync = [0], os.fsync
+
+    def full(descriptor):
+        count[0] += 1
+        if count[0] == at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert main(command(on_disk, tmp_path / "h")) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        said == f"gram cluster: {tmp_path / 'h'}: no space left on the device; free some and run the same command again"
+    )
+    assert not list((tmp_path / "h").glob("*.part")) and not (tmp_path / "h" / "topics.json").exists()
+    assert main(command(on_disk, tmp_path / "h")) == 0
+    assert len(Hierarchy.open(tmp_path / "h").topics) == 38
+
+
+def test_an_array_that_is_written_in_part_is_one_sentence(on_disk, tmp_path, monkeypatch, capsys):
+    def save(*_, **__):
+        raise OSError("1000 requested and 24 written")  # as numpy puts it
+
+    monkeypatch.setattr(np, "save", save)
+    assert main(command(on_disk, tmp_path / "h")) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith(f"{tmp_path / 'h'}: expected to read and write there, found: 1000 requested and 24 written")
+
+
+@pytest.mark.parametrize("name", ["captions.parquet", "image_features.npy", "manifest.json"])
+def test_a_file_that_cannot_be_read_is_one_sentence(on_disk, tmp_path, capsys, name):
+    shutil.copytree(on_disk, tmp_path / "s")
+    (tmp_path / "s" / name).unlink()
+    (tmp_path / "s" / name).mkdir()
+    assert main(command(tmp_path / "s", tmp_path / "h")) == 2
+    assert str(tmp_path / "s") in capsys.readouterr().err.splitlines()[-1]

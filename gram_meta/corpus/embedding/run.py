@@ -8,7 +8,6 @@ store is the same.
 
 from __future__ import annotations
 
-import errno
 import logging
 import shutil
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from gram_meta.corpus.embedding.parts import embed_parts, part_path
 from gram_meta.corpus.embedding.progress import SharedBar
 from gram_meta.corpus.sources import Source, open_source, shards_of
 from gram_meta.corpus.store import PairStore, read_manifest
-from gram_meta.errors import GramError
+from gram_meta.errors import GramError, system_errors
 from gram_meta.files import MARK, PathLike, write_json
 from gram_meta.locks import LOCK, only_writer
 from gram_meta.processes import ALONE, ProcessGroup
@@ -79,31 +78,21 @@ def embed_pairs(
         "batch_size": batch_size,
         "part_size": part_size,
     }
-    try:
-        with only_writer(out, group.is_first):
-            if group.first(lambda: _begin(out, settings)):
-                log.info("%s: finished before, nothing to do", out)
-                return PairStore.open(out)
-            if not (parts / PLAN).exists():
-                log.info("reading %s", source.path)
-            index = write_index(shards_of(source), source.image_root, parts, part_size, group, workers, progress)
-            log.info("%s", index.summary())
-            missing = group.first(lambda: _missing(index, parts))
-            done = index.pairs - sum(index.sizes[part] for part in missing)
-            with SharedBar(group, index.pairs, "pair", progress, done) as bar:
-                mine = _share(missing, group)
-                embed_parts(
-                    index, mine, source.image_root, parts, backbone, sentence_model, batch_size, workers, bar.add
-                )
-                group.wait(bar.show)
-            group.first(lambda: join_parts(index, out, settings))
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise GramError(f"{out}: no space left on the device; free some and run the same command again") from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            where = error.filename or out
-            raise GramError(f"{where}: expected to be allowed to write there ({error.strerror})") from None
-        raise
+    with system_errors(out), only_writer(out, group.is_first):
+        if group.first(lambda: _begin(out, settings)):
+            log.info("%s: finished before, nothing to do", out)
+            return PairStore.open(out)
+        if not (parts / PLAN).exists():
+            log.info("reading %s", source.path)
+        index = write_index(shards_of(source), source.image_root, parts, part_size, group, workers, progress)
+        log.info("%s", index.summary())
+        missing = group.first(lambda: _missing(index, parts))
+        done = index.pairs - sum(index.sizes[part] for part in missing)
+        with SharedBar(group, index.pairs, "pair", progress, done) as bar:
+            mine = _share(missing, group)
+            embed_parts(index, mine, source.image_root, parts, backbone, sentence_model, batch_size, workers, bar.add)
+            group.wait(bar.show)
+        group.first(lambda: join_parts(index, out, settings))
     return PairStore.open(out)
 
 
