@@ -21,24 +21,25 @@ import argparse
 import contextlib
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import common
 import numpy as np
+import pandas
 import torch
+from PIL import Image
 
-from gram_meta.backbone.clip import RUN_PRECISIONS, Backbone, load_backbone
+from gram_meta.backbone.clip import RUN_PRECISIONS, load_backbone
 from gram_meta.errors import GramError
 from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
 from gram_meta.method.prompts import META_NET, initial_meta_net, initial_prompts
+from gram_meta.method.regulator import GradientRegulator
 
 TITLES = {
     "step": "training step",
@@ -53,6 +54,7 @@ TITLES = {
 PER_STEP = ("step", "step_with_loader", "tower", "loader")
 WITH_PEAK = ("step", "step_with_loader", "test", "test_with_loader")
 WORKER = Path(__file__).with_name("contestant.py")
+ROOT = Path(__file__).resolve().parents[2]
 
 # -------------------------------------------------------------------------------------------------------- contestants
 
@@ -120,16 +122,12 @@ class Process:
 
     def __init__(self, entry: Entry, spec: dict[str, Any], environment: dict[str, str]) -> None:
         self.entry, self.folder = entry, Path(spec["folder"])
+        self.folder.mkdir()
         path = self.folder / "spec.json"
         path.write_text(json.dumps(spec), encoding="utf-8")
-        self.process = subprocess.Popen(
-            [sys.executable, str(WORKER), str(path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=self.folder,
-            env=environment,
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        command = [sys.executable, str(WORKER), str(path)]
+        self.process = subprocess.Popen(command, cwd=self.folder, env=environment, **pipes)
 
     def ask(self, what: str, **words: Any) -> dict[str, Any]:
         """Send an order; return the answer, or raise GramError if the contestant failed."""
@@ -140,23 +138,21 @@ class Process:
         return answer
 
     def send(self, what: str, **words: Any) -> None:
-        assert self.process.stdin is not None
+        """Send an order."""
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps({"do": what, **words}) + "\n")
             self.process.stdin.flush()
 
     def answer(self) -> dict[str, Any]:
         """Return the next answer, or {"error": sentence} if the contestant failed."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if line:
+        if line := self.process.stdout.readline():
             return json.loads(line)
         log = self.folder / "log.txt"
         last = log.read_text(errors="replace").strip().splitlines()[-1:] if log.is_file() else []
         return {"error": f"its process ended (status {self.process.wait()}) {' '.join(last)}".strip()}
 
     def close(self) -> None:
-        assert self.process.stdin is not None
+        """End the process."""
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         try:
@@ -174,59 +170,32 @@ def mirrored(data: Path, folder: Path) -> Path:
     if not data.is_dir():
         raise GramError(f"--data {data}: expected the folder that holds the datasets' folders, found no such folder")
     root = folder / "data"
-    for dataset in data.iterdir():
-        if dataset.is_dir():
-            (root / dataset.name).mkdir(parents=True)
-            for item in dataset.iterdir():
-                if item.name != "split_fewshot":
-                    (root / dataset.name / item.name).symlink_to(item.resolve())
+    for item in data.glob("*/*"):
+        if item.name != "split_fewshot":
+            link = root / item.parent.name / item.name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(item.resolve())
     return root
 
 
 def made_up(classes: int, batch: int, tests: int, folder: Path) -> Path:
-    """Make a root with Caltech101's layout: made-up names, and smooth noise of a photo's size as JPEG files."""
-    from PIL import Image
-
+    """Make a root with Caltech101's layout: ImageNet's class names, and smooth noise of a photo's size as JPEG files."""
     root, random = folder / "data", np.random.default_rng(0)
     images = root / "caltech-101" / "101_ObjectCategories"
     images.mkdir(parents=True)
     names = common.class_names(classes)
-    trains = max(classes, 4 * batch)  # every class occurs
 
-    def draw(count: int, part: str) -> list[list[Any]]:
-        rows = []
-        for index in range(count):
+    def draw(part: str, count: int) -> list[list[Any]]:
+        rows = [[f"{part}_{index}.jpg", index % classes, names[index % classes]] for index in range(count)]
+        for file, _, _ in rows:
             pixels = random.integers(0, 256, (24, 32, 3), dtype=np.uint8)
-            file = f"{part}_{index}.jpg"
             Image.fromarray(pixels).resize((500, 375), Image.Resampling.BICUBIC).save(images / file, quality=90)
-            rows.append([file, index % classes, names[index % classes]])
         return rows
 
-    split = {"train": draw(trains, "train"), "val": draw(classes, "val"), "test": draw(tests, "test")}
+    counts = {"train": max(classes, 4 * batch), "val": classes, "test": tests}  # every class occurs in training
+    split = {part: draw(part, count) for part, count in counts.items()}
     (images.parent / "split_zhou_Caltech101.json").write_text(json.dumps(split), encoding="utf-8")
     return root
-
-
-def save_weights(backbone: Backbone, folder: Path) -> Path:
-    """Save the weights for all contestants, rounded to fp16, through which CoOp loads them."""
-    path = folder / "weights.pt"
-    torch.save({key: value.half() for key, value in backbone.model.state_dict().items()}, path)
-    return path
-
-
-def save_meta(backbone: Backbone, path: Path, text: int, visual: int, conditional: bool) -> Path:
-    """Save a meta-checkpoint that fits; trainers take the regulator from it, while prompts start as in the others."""
-    prompts = initial_prompts(backbone, text, visual)
-    net = initial_meta_net(backbone) if conditional else {}
-    meta = MetaCheckpoint(
-        prompts=prompts,
-        regulator=common.regulator_for(prompts),
-        backbone_name=backbone.name,
-        backbone_fingerprint=backbone.fingerprint,
-        extras={f"{META_NET}{name}": value for name, value in net.items()},
-    )
-    save_meta_checkpoint(path, meta)
-    return path
 
 
 # ---------------------------------------------------------------------------------------------------------------- run
@@ -237,36 +206,30 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.args, self.folder = args, folder
-        original = load_backbone(args.model)
-        self.weights = save_weights(original, folder)
-        self.backbone = load_backbone(str(self.weights))  # rounded: its fingerprint is the one trainers will see
-        self.size = original.image_size
         self.checkouts = {"coop": args.coop, "prometar": args.prometar}
         for name, path in self.checkouts.items():
             if path and not (path / "train.py").is_file():
                 raise GramError(f"--{name} {path}: expected a checkout with a train.py, found none")
+        self.weights = folder / "weights.pt"
+        model = load_backbone(args.model).model
+        torch.save({key: value.half() for key, value in model.state_dict().items()}, self.weights)  # CoOp loads fp16
+        self.backbone = load_backbone(str(self.weights))  # rounded: its fingerprint is the one that trainers see
         if args.data:
             self.root = mirrored(args.data, folder)
         else:
             batch = max(GROUPS[name].batch for name in args.groups)
             self.root = made_up(args.classes, batch, args.test_images or 100, folder)
 
-    def entries(self, group: Group) -> Iterator[Entry]:
-        """Yield the entries whose code is available; print those that are left out."""
-        for entry in group.entries:
-            if not entry.checkout or self.checkouts[entry.checkout]:
-                yield entry
-            else:
-                print(f"{entry.name}: left out, as there is no --{entry.checkout}")
-
     def spec(self, group: Group, entry: Entry, precision: str, folder: Path) -> dict[str, Any]:
         """Return the specification of a contestant's process."""
-        args = self.args
-        configs = Path()
+        args, size = self.args, self.backbone.image_size
+        checkout, config, dataset = "", entry.config, args.dataset
         if entry.owner == "theirs":
-            configs = self.checkouts[entry.checkout].resolve() / "configs"
+            checkout = self.checkouts[entry.checkout].resolve()
+            config = checkout / "configs" / "trainers" / entry.trainer / f"{entry.config}.yaml"
+            dataset = checkout / "configs" / "datasets" / f"{args.dataset}.yaml"
         options: dict[str, Any] = {
-            "INPUT.SIZE": f"({self.size}, {self.size})",
+            "INPUT.SIZE": f"({size}, {size})",
             "DATALOADER.NUM_WORKERS": 0,  # decoding and augmenting count where they are asked for
             "DATALOADER.TRAIN_X.BATCH_SIZE": group.batch,
             "DATALOADER.TEST.BATCH_SIZE": 100,
@@ -276,19 +239,14 @@ class Bench:
             **{f"TRAINER.{entry.node}.{key}": value for key, value in entry.options.items()},
         }
         if entry.trainer.endswith("GRAM"):
-            text, visual = (2, 2) if entry.node == "JOINT" else (4, 0)
-            path = self.folder / f"meta_{text}_{visual}_{group.conditional}.safetensors"
-            if not path.is_file():
-                save_meta(self.backbone, path, text, visual, group.conditional)
-            options |= {"TRAINER.GRAM.CHECKPOINT": str(path), "TRAINER.GRAM.INIT": False}
-        config = Path("trainers", entry.trainer, f"{entry.config}.yaml")
-        dataset = Path("datasets", f"{args.dataset}.yaml")
+            path = self.meta_checkpoint(*((2, 2) if entry.node == "JOINT" else (4, 0)), group.conditional)
+            options |= {"TRAINER.GRAM.CHECKPOINT": path, "TRAINER.GRAM.INIT": False}
         return {
             "owner": entry.owner,
             "trainer": entry.trainer,
-            "checkout": str(configs.parent) if entry.owner == "theirs" else "",
-            "config": str(configs / config) if entry.owner == "theirs" else entry.config,
-            "dataset_config": str(configs / dataset) if entry.owner == "theirs" else args.dataset,
+            "checkout": str(checkout),
+            "config": str(config),
+            "dataset_config": str(dataset),
             "opts": [str(part) for pair in options.items() for part in pair],
             "root": str(self.root),
             "model": str(self.weights),
@@ -296,34 +254,48 @@ class Bench:
             "device": args.device,
             "threads": args.threads,
             "test_images": args.test_images,
-            "compared": 4,
             "learn2learn": str(args.learn2learn.resolve()) if args.learn2learn else "",
             "folder": str(folder),
         }
 
+    def meta_checkpoint(self, text: int, visual: int, conditional: bool) -> Path:
+        """Save a meta-checkpoint that fits. Trainers take R^phi from it; prompts start as in the other contestants."""
+        path = self.folder / f"meta_{text}_{visual}_{conditional}.safetensors"
+        if not path.is_file():
+            prompts = initial_prompts(self.backbone, text, visual)
+            regulator = GradientRegulator({kind: value.shape[-1] for kind, value in prompts.items()})
+            net = initial_meta_net(self.backbone) if conditional else {}
+            extras = {f"{META_NET}{name}": value for name, value in net.items()}
+            name = {"backbone_name": self.backbone.name, "backbone_fingerprint": self.backbone.fingerprint}
+            save_meta_checkpoint(path, MetaCheckpoint(prompts=prompts, regulator=regulator, extras=extras, **name))
+        return path
+
     def environment(self) -> dict[str, str]:
         """Return a contestant's environment variables: its threads, and which Dassl it uses."""
-        environment = {**os.environ, "GRAM_DASSL": "builtin", "PYTHONWARNINGS": "ignore"}
-        environment |= {"OMP_NUM_THREADS": str(self.args.threads)}
-        paths = [str(Path(__file__).resolve().parents[2])]  # this project, installed or not; behind a checkout's folder
+        paths = [str(ROOT)]  # this project, installed or not; behind a checkout's folder
         if self.args.dassl:
-            environment["GRAM_DASSL"] = "real"
             paths.append(str(self.args.dassl.resolve()))
-        given = environment.get("PYTHONPATH", "")
-        environment["PYTHONPATH"] = os.pathsep.join([*paths, given] if given else paths)
-        return environment
+        if given := os.environ.get("PYTHONPATH"):
+            paths.append(given)
+        return {
+            **os.environ,
+            "GRAM_DASSL": "real" if self.args.dassl else "builtin",
+            "PYTHONWARNINGS": "ignore",
+            "OMP_NUM_THREADS": str(self.args.threads),
+            "PYTHONPATH": os.pathsep.join(paths),
+        }
 
     def run(self, name: str, precision: str) -> dict[str, Any]:
         """Run one group in one precision; return the answers of every contestant."""
-        group = GROUPS[name]
-        processes = []
-        for index, entry in enumerate(self.entries(group)):
-            folder = self.folder / f"{name}_{precision}_{index}"
-            folder.mkdir()
-            spec = self.spec(group, entry, precision, folder)
+        group, processes = GROUPS[name], []
+        for index, entry in enumerate(group.entries):
+            if entry.checkout and not self.checkouts[entry.checkout]:
+                print(f"{entry.name}: left out, as there is no --{entry.checkout}")
+                continue
+            spec = self.spec(group, entry, precision, self.folder / f"{name}_{precision}_{index}")
             processes.append(Process(entry, spec, self.environment()))
         try:
-            return {"group": name, "precision": precision, **self._measure(group, processes)}
+            return {"group": name, "precision": precision, "batch": group.batch, **self._measure(group, processes)}
         finally:
             for process in processes:
                 process.close()
@@ -333,33 +305,56 @@ class Bench:
         for process in processes:
             process.send("build")  # side by side
         built = {process.entry.name: process.answer() for process in processes}
-        failed = {name: answer["error"] for name, answer in built.items() if "error" in answer}
-        running = [process for process in processes if process.entry.name not in failed]
-        same_batches({p.entry.name: built[p.entry.name] for p in running})
+        processes = [process for process in processes if "error" not in built[process.entry.name]]
+        same_batches({process.entry.name: built[process.entry.name] for process in processes})
         checks = {}
-        for process in running:
+        for process in processes:
             process.send("check")
             checks[process.entry.name] = process.answer()
-        failed |= {name: answer["error"] for name, answer in checks.items() if "error" in answer}
-        running = [process for process in running if process.entry.name not in failed]
-        measures = [m for m in args.measures if group.towers or not m.startswith("tower")]
-        rows: dict[str, dict[str, Any]] = {p.entry.name: {"built": built[p.entry.name]} for p in running}
+        processes = [process for process in processes if "error" not in checks[process.entry.name]]
+        failed = {name: answer["error"] for name, answer in (built | checks).items() if "error" in answer}
+        measures = [measure for measure in args.measures if group.towers or not measure.startswith("tower")]
+        rows: dict[str, dict[str, Any]] = {
+            process.entry.name: {"built": built[process.entry.name], "rounds": {measure: [] for measure in measures}}
+            for process in processes
+        }
         for number in range(args.rounds):
             for measure in measures:
-                for process in running:
+                for process in processes:
                     answer = process.ask("timed", measure=measure, count=args.steps)
-                    rows[process.entry.name].setdefault("rounds", {}).setdefault(measure, []).append(answer)
+                    rows[process.entry.name]["rounds"][measure].append(answer)
             print(f"  round {number + 1} of {args.rounds} done", file=sys.stderr, flush=True)
-        for process in running:  # memory apart from time, and once everything is warm
-            for measure in set(measures) & set(WITH_PEAK):
-                peak = process.ask("peak", measure=measure, count=1)
-                rows[process.entry.name].setdefault("peak_mb", {})[measure] = peak["peak_mb"]
-        return {
-            "batch": group.batch,
-            "left_out": failed,
-            "contestants": rows,
-            "equal": compare([p.entry for p in running], checks),
-        }
+        for process in processes:  # memory apart from time, and once everything is warm
+            rows[process.entry.name]["peak_mb"] = {
+                measure: process.ask("peak", measure=measure, count=1)["peak_mb"]
+                for measure in measures
+                if measure in WITH_PEAK
+            }
+        equal = compare([process.entry for process in processes], checks)
+        return {"left_out": failed, "contestants": rows, "equal": equal}
+
+
+class ProMetaRStep:
+    """ProMetaR's own training step on a batch of made-up images, as a step of `common.measure` (for meta_step.py)."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path, images: int) -> None:
+        flags = ["--prometar", str(args.prometar), "--model", args.backbone, "--classes", str(args.ways)]
+        flags += ["--learn2learn", str(args.learn2learn)] if args.learn2learn else []
+        flags += ["--device", args.device, "--threads", str(torch.get_num_threads()), "--test-images", "2"]
+        group = replace(GROUPS["prometar"], batch=images)
+        GROUPS["prometar"] = group  # so many images are made
+        bench = Bench(build_parser().parse_args([*flags, "--groups", "prometar"]), folder)
+        spec = bench.spec(group, group.entries[0], "fp32", folder / "prometar")
+        self.clock, self.process = args.clock, Process(group.entries[0], spec, bench.environment())
+        self.patches = self.process.ask("build")["patches"]
+
+    def seconds(self) -> float:
+        """Return the seconds of one step."""
+        return self.process.ask("timed", measure="step", count=1)[self.clock]
+
+    def with_peak(self) -> tuple[float, None]:
+        """Return the peak memory of one step in MB."""
+        return self.process.ask("peak", measure="step", count=1)["peak_mb"], None
 
 
 def same_batches(built: Mapping[str, Mapping[str, Any]]) -> None:
@@ -376,24 +371,19 @@ def compare(entries: Sequence[Entry], checks: Mapping[str, Mapping[str, Any]]) -
     if not entries or entries[0].owner != "theirs":
         return {}
     theirs, result = checks[entries[0].name], {}
+    arrays = {entry.name: dict(np.load(checks[entry.name]["arrays"])) for entry in entries}
     for entry in entries[1:]:
         if not entry.compared:
             continue
-        ours = checks[entry.name]
-        with np.load(theirs["arrays"]) as a, np.load(ours["arrays"]) as b:
-            row = {"loss": abs(ours["loss"] - theirs["loss"]) / abs(theirs["loss"]), "logits": apart(b, a, "logits")}
-            if entry.trainer == entries[0].trainer:  # a regulated gradient is another one by definition
-                names = sorted(name for name in a.files if name.startswith("gradient:"))
-                if names != sorted(name for name in b.files if name.startswith("gradient:")):
-                    raise GramError(f"{entry.name}: learns {b.files}, expected {a.files} as in the checkout")
-                row |= {name: apart(b, a, name) for name in names}
-        result[entry.name] = row
+        a, b = arrays[entries[0].name], arrays[entry.name]
+        if entry.trainer != entries[0].trainer:  # a regulated gradient is another one by definition
+            a, b = {"logits": a["logits"]}, {"logits": b["logits"]}
+        if set(a) != set(b):
+            raise GramError(f"{entry.name}: learns {sorted(b)}, expected {sorted(a)} as in the checkout")
+        loss = abs(checks[entry.name]["loss"] - theirs["loss"]) / abs(theirs["loss"])
+        apart = {name: float(np.abs(b[name] - a[name]).max() / np.abs(a[name]).max()) for name in a}
+        result[entry.name] = {"loss": loss, **apart}
     return result
-
-
-def apart(ours: Any, theirs: Any, name: str) -> float:
-    """Return the largest difference, relative to the largest entry."""
-    return float(np.abs(ours[name] - theirs[name]).max() / np.abs(theirs[name]).max())
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -402,24 +392,15 @@ def apart(ours: Any, theirs: Any, name: str) -> float:
 def summary(table: Mapping[str, Any], steps: int, clock: str) -> dict[str, dict[str, Any]]:
     """Return, for every measure and contestant, median and range in ms (per step), and the first one's time over its own."""
     result: dict[str, dict[str, Any]] = {}
-    names = list(table["contestants"])
-    measures = table["contestants"][names[0]].get("rounds", {}) if names else {}
-    for measure in measures:
-        count = steps if measure in PER_STEP else 1
-        rows = {name: table["contestants"][name]["rounds"][measure] for name in names}
-        for name in names:
-            ratios = [a[clock] / b[clock] for a, b in zip(rows[names[0]], rows[name], strict=True)]
-            result.setdefault(measure, {})[name] = {
-                "cpu_ms": spread([1000 * row["cpu"] / count for row in rows[name]]),
-                "wall_ms": spread([1000 * row["wall"] / count for row in rows[name]]),
-                "ratio": spread(ratios),
-                "peak_mb": table["contestants"][name].get("peak_mb", {}).get(measure),
-            }
+    for name, row in table["contestants"].items():
+        for measure, rounds in row["rounds"].items():
+            first = next(iter(table["contestants"].values()))["rounds"][measure]
+            times = pandas.DataFrame(rounds)[["cpu", "wall"]] * 1000 / (steps if measure in PER_STEP else 1)
+            times["ratio"] = pandas.DataFrame(first)[clock] / pandas.DataFrame(rounds)[clock]
+            times = times.rename(columns={"cpu": "cpu_ms", "wall": "wall_ms"})
+            spread = times.agg(["median", "min", "max"]).rename({"min": "least", "max": "most"})
+            result.setdefault(measure, {})[name] = spread.to_dict() | {"peak_mb": row["peak_mb"].get(measure)}
     return result
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
 def print_group(table: Mapping[str, Any]) -> None:
@@ -430,19 +411,18 @@ def print_group(table: Mapping[str, Any]) -> None:
         print(f"{name}: left out, it stopped with {reason}\n")
     if not contestants:
         return
-    facts = next(iter(contestants.values()))["built"]
+    built = next(iter(contestants.values()))["built"]
     print(
-        f"{facts['classes']} classes, {facts['pixels'][0]} x {facts['pixels'][1]} pixels; a step on {facts['batch']} "
-        f"images, a test pass over {facts['test_images']} in batches of 100; Dassl: {facts['engine']}.\n"
+        f"{built['classes']} classes, {built['pixels'][0]} x {built['pixels'][1]} pixels; a step on {built['batch']} "
+        f"images, a test pass over {built['test_images']} in batches of 100; Dassl: {built['engine']}.\n"
     )
     for measure, rows in table["summary"].items():
         out = []
         for name, row in rows.items():
-            times = figure(row["cpu_ms"]), figure(row["wall_ms"])
-            peak = "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
-            out.append([name, *times, figure(row["ratio"], 2), peak])
-        header = [TITLES[measure], "processor time (ms)", "wall clock (ms)", "ratio", "peak memory (MB)"]
-        common.print_table(header, out)
+            cells = {TITLES[measure]: name, "processor time (ms)": figure(row["cpu_ms"])}
+            cells |= {"wall clock (ms)": figure(row["wall_ms"]), "ratio": figure(row["ratio"], 2)}
+            out.append(cells | {"peak memory (MB)": "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"})
+        common.print_table(out)
     for name, row in table["equal"].items():
         print(f"{name}, apart from the checkout: " + ", ".join(f"{k} {v:.1e}" for k, v in row.items()))
     for name, row in contestants.items():
@@ -451,39 +431,25 @@ def print_group(table: Mapping[str, Any]) -> None:
 
 
 def figure(value: Mapping[str, float], digits: int = 0) -> str:
-    """Median (least to most)."""
-    median, least, most = (f"{value[key]:.{digits}f}" for key in ("median", "least", "most"))
-    return f"{median} ({least} to {most})"
+    """Return "median (least to most)"."""
+    return f"{value['median']:.{digits}f} ({value['least']:.{digits}f} to {value['most']:.{digits}f})"
 
 
 # ------------------------------------------------------------------------------------------------------- command line
 
 
-def facts(args: argparse.Namespace) -> dict[str, Any]:
-    """Return versions, commits and facts about the machine."""
-    here = Path(__file__).resolve().parents[2]
-    places = {"this project": here, "CoOp": args.coop, "ProMetaR": args.prometar, "Dassl": args.dassl}
-    places["learn2learn"] = args.learn2learn
-    return {
-        "date": common.now(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "commits": {name: commit(place) for name, place in places.items() if place},
-        "processor": common.cpu_model(),
-        "cores": os.cpu_count(),
-        "load_average_before": os.getloadavg(),
-        "gpu": torch.cuda.get_device_name(0) if args.device == "cuda" else None,
-    }
-
-
 def commit(folder: Path) -> str:
-    """The commit of a checkout, with a star where files differ from it; "" without git."""
+    """Return the commit of a checkout, with a star where files differ from it; "" without git."""
     git = ["git", "-C", str(folder)]
+    orders = (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        head, dirty = (
+            subprocess.run([*git, *order], capture_output=True, text=True, check=True).stdout.strip()
+            for order in orders
+        )
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return head.stdout.strip() + ("*" if dirty.stdout.strip() else "")
+    return head + "*" * bool(dirty)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -498,11 +464,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data", type=Path, help="the datasets' root; default: made-up images and class names")
     add("--dataset", default="caltech101", help="its config file's name (%(default)s)")
     add("--classes", type=int, default=100, help="of made-up data (%(default)s)")
-    add(
-        "--model",
-        default="gram-small",
-        help="gram-small, random-ViT-B/16 (shapes alone), ViT-B/16, a weights file (%(default)s)",
-    )
+    add("--model", default="gram-small", help="as for load_backbone; random-ViT-B/16: shapes alone (%(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--precision", nargs="+", choices=RUN_PRECISIONS, default=["fp32"], help="of the towers (fp32)")
     add("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="(all)")
@@ -528,8 +490,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """All groups in all precisions; the JSON file is written after each, so that an interruption loses nothing."""
-    report: dict[str, Any] = {"facts": facts(args), "settings": common.settings(args), "tables": []}
+    """Run all groups in all precisions; the JSON file is written after each, so that an interruption loses nothing."""
+    places = {"this project": ROOT, "CoOp": args.coop, "ProMetaR": args.prometar, "Dassl": args.dassl}
+    places["learn2learn"] = args.learn2learn
+    report = common.report(args) | {"tables": []}
+    report["facts"]["commits"] = {name: commit(place) for name, place in places.items() if place}
     with tempfile.TemporaryDirectory(prefix="checkouts-") as folder:
         bench = Bench(args, Path(folder))
         print(f"{args.model} on {args.device}; {report['facts']['processor']}; torch {torch.__version__}")
@@ -540,8 +505,7 @@ def run(args: argparse.Namespace) -> None:
                 print_group(table)
                 sys.stdout.flush()
                 report["tables"].append(table)
-                report["facts"]["load_average_after"] = os.getloadavg()
-                common.write_report(args.output, report)
+                common.write_report(args, report)
 
 
 if __name__ == "__main__":

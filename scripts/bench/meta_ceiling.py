@@ -1,58 +1,39 @@
-"""What a meta-step cannot do without: the towers' matrix products, and the towers' passes with nothing around them."""
+"""What exact second order cannot do without: the FLOP of the image tower's matrix products for one image."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from gram_meta.backbone.clip import Backbone
 
 
-@dataclass(frozen=True)
-class Passes:
-    """FLOP of the matrix products that one image (or one list of text positions) costs in exact second order.
+class Passes(NamedTuple):
+    """FLOP of one image: `forward` and `backward` of a first-order pass, and `tangent`.
 
-    forward, backward: of a first-order pass. tangent: what the second derivative adds to a support image whose forward and
-    backward pass are kept: how activations, then gradients, change along the direction that comes back from the query.
+    `tangent` is what the second derivative adds to a support image whose forward and backward pass are kept: how
+    activations, then gradients, change along the direction that comes back from the query set.
     """
 
     forward: float
     backward: float
     tangent: float
 
-    @property
-    def support(self) -> float:
-        return self.forward + self.backward + self.tangent
-
-    @property
-    def query(self) -> float:
-        return self.forward + self.backward
-
 
 def image_passes(backbone: Backbone, prompt_tokens: int) -> Passes:
-    """Of one image, in the cheapest exact form.
+    """Return the FLOP of one image in the cheapest exact form.
 
-    Per layer and position 12 d^2 weights, a multiplication and an addition each; attention's products, 2 L^2 d each: 2
-    forwards, 4 backwards, and for the tangents twice that each. The last layer is read at the class token alone. What no
-    prompt has touched needs no gradient: the patch embedding, and queries, keys and values of the first layer's patches.
+    A layer has 12 d^2 weights, with a multiplication and an addition each for every position. Attention's products have
+    2 L^2 d each: 2 forwards, 4 backwards, and twice that for the tangents of each. The last layer is read at the class
+    token alone. What no prompt has touched needs no gradient: the patch embedding, and the queries, keys and values of
+    the first layer's patches.
     """
     tower = backbone.model.visual
     d, layers = backbone.visual_width, len(tower.transformer.resblocks)
     patches = tower.positional_embedding.shape[0] - 1
     length = 1 + patches + prompt_tokens
     patch_embedding = 2.0 * patches * tower.conv1.weight.numel()
-    whole = 2.0 * length * 12 * d**2
-    last = 2.0 * d**2 * (2 * length + 10)  # keys and values of all, the rest of the class token
-    untouched = 2.0 * (length - prompt_tokens) * 3 * d**2  # of the first layer
-    projection = 2.0 * d * backbone.embed_dim
-    linear = (layers - 1) * whole + last + projection
+    last = 2.0 * d**2 * (2 * length + 10)  # keys and values of all, the rest for the class token
+    linear = (layers - 1) * 2.0 * length * 12 * d**2 + last + 2.0 * d * backbone.embed_dim
+    learned = linear - 2.0 * (length - prompt_tokens) * 3 * d**2
     attention = 2.0 * length * d * ((layers - 1) * length + 1)  # one product in each layer
-    return Passes(
-        forward=patch_embedding + linear + 2 * attention,
-        backward=linear - untouched + 4 * attention,
-        tangent=2 * (linear - untouched) + (4 + 8) * attention,
-    )
-
-
-def text_passes(flops: float) -> Passes:
-    """Of a text tower's forward pass with so many FLOP; attention's own products are too few to count."""
-    return Passes(flops, flops, 2 * flops)
+    return Passes(patch_embedding + linear + 2 * attention, learned + 4 * attention, 2 * learned + 12 * attention)

@@ -1,0 +1,83 @@
+"""Random meta-training tasks with theta and phi: the set-up of every benchmark of a meta-training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import common
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gram_meta.backbone.clip import Backbone
+from gram_meta.method.bilevel import InnerLoop
+from gram_meta.method.episodes import Episode, TaskSet, initial_theta
+from gram_meta.method.memory_plan import MemoryPlan
+from gram_meta.method.outer import BatchResult, OuterLoop, add_meta_gradients, parameters_of
+from gram_meta.method.prompts import ClassText, PromptConfig, template_features
+from gram_meta.method.regulator import GradientRegulator
+
+FAMILIES = {
+    "text": PromptConfig(4, 0, "a photo of a"),
+    "visual": PromptConfig(0, 4),
+    "joint": PromptConfig(2, 2, "a photo"),
+}
+Classes = ClassText | Tensor
+
+
+class MetaTasks:
+    """B tasks of random images and topic words, theta and phi of one family of prompts, and the step of Algorithm 1.
+
+    Text prompts take image features on both sides, as they do not change. Visual prompts take pixels. Learning rates are
+    zero, so that every step starts at the same point.
+
+    Args:
+        backbone: the towers.
+        family: a key of `FAMILIES`.
+        tasks, ways: B and K.
+        shots: support and query images of a class.
+    """
+
+    def __init__(self, backbone: Backbone, family: str, tasks: int, ways: int, shots: tuple[int, int]) -> None:
+        self.backbone, self.prompt, self.tasks = backbone, FAMILIES[family], tasks
+        draw = torch.Generator().manual_seed(0)
+        words = common.topic_words(100)
+        topics = torch.stack([torch.randperm(100, generator=draw)[:ways] for _ in range(tasks)]).to(backbone.device)
+        self.words = [[words[topic] for topic in row] for row in topics.tolist()]  # (B, K)
+        if self.prompt.text_tokens:
+            text = ClassText(backbone, words, self.prompt.text_tokens)
+            self.classes_of: Callable[[slice], Classes] = lambda some: text.select(topics[some])
+        else:
+            fixed = template_features(backbone, words)  # (100, D)
+            self.classes_of = lambda some: fixed[topics[some]]
+        self.images = [self._images((tasks, ways, count), draw) for count in shots]  # (B, K, n, ...) of both sides
+        self.episode = self.episode_of(self.classes_of)
+        self.theta = {kind: nn.Parameter(value) for kind, value in initial_theta(backbone, self.prompt, 0).items()}
+        widths = {kind: value.shape[-1] for kind, value in self.theta.items()}
+        self.regulator = GradientRegulator(widths).to(backbone.device, backbone.logit_scale.dtype)
+        self.outer = OuterLoop(batch=tasks, lr_prompt=0.0, lr_regulator=0.0, cosine=False)
+        self.optimiser = self.outer.build_optimiser(self.theta, self.regulator)
+        self.parameters = parameters_of(self.optimiser)
+
+    def _images(self, shape: tuple[int, int, int], draw: torch.Generator) -> Tensor:
+        """Return features (B, K, n, D), or bytes (B, K, n, 3, H, W) where the image tower has to run."""
+        side, device = self.backbone.image_size, self.backbone.device
+        if self.prompt.visual_tokens:
+            return torch.randint(256, (*shape, 3, side, side), generator=draw, dtype=torch.uint8).to(device)
+        features = torch.randn(*shape, self.backbone.embed_dim, generator=draw)
+        return F.normalize(features, dim=-1).to(device, self.backbone.logit_scale.dtype)
+
+    def episode_of(self, classes_of: Callable[[slice], Classes]) -> Episode:
+        """Return the tasks with these class prompts, or class features."""
+        classes = classes_of(slice(None))
+        support, query = (TaskSet(self.backbone, classes, images) for images in self.images)
+        return Episode(range(self.tasks), support, query, classes_of)  # type: ignore[arg-type]
+
+    def inner(self, **changes: object) -> InnerLoop:
+        """Return the settings of the inner loop: the defaults, with R^phi."""
+        return InnerLoop(**{"regulate": self.regulator.regulate_known, **changes})  # type: ignore[arg-type]
+
+    def add_gradients(self, plan: MemoryPlan, inner: InnerLoop, episode: Episode | None = None) -> BatchResult:
+        """Add the meta-gradients of the mean query loss to `.grad`, as meta-training does."""
+        kinds = sorted(self.theta)
+        return add_meta_gradients(episode or self.episode, self.theta, kinds, self.parameters, inner, self.outer, plan)
