@@ -16,6 +16,7 @@ features that the system may drop at any time, and beside it the highest seen of
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -208,54 +209,51 @@ def make(pairs: int, folder: Path, seed: int) -> None:
 
 def measured(command: list[str], limit: float) -> dict[str, Any]:
     """Run a command in its own process; return seconds, memory in GB, and its lines with their times."""
-    start = time.perf_counter()
+    start, own = time.perf_counter(), [0.0]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    lines: list[tuple[float, str]] = []
 
-    def listen() -> None:
-        assert process.stderr is not None
-        for line in process.stderr:
-            text = line.rstrip().split("\r")[-1]
-            lines.append((round(time.perf_counter() - start, 1), text))
-            print(f"{lines[-1][0]:8.1f} s  {text}", file=sys.stderr, flush=True)
+    def watch() -> None:
+        with contextlib.suppress(OSError, StopIteration):  # until the process has ended
+            while True:
+                lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+                own.append(next(int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("RssAnon")))
+                if time.perf_counter() - start > limit:
+                    process.kill()
+                time.sleep(0.2)
 
-    listener = threading.Thread(target=listen)
-    listener.start()
-    peak = {"RssAnon": 0, "RssFile": 0, "VmHWM": 0}
-    status = Path(f"/proc/{process.pid}/status")
-    while (done := os.wait4(process.pid, os.WNOHANG))[0] == 0:
-        try:
-            for line in status.read_text().splitlines():
-                name, _, value = line.partition(":")
-                if name in peak:
-                    peak[name] = max(peak[name], int(value.split()[0]))
-        except OSError:
-            pass
-        if time.perf_counter() - start > limit:
-            process.kill()
-        time.sleep(0.2)
-    listener.join()
-    usage = done[2]
+    threading.Thread(target=watch).start()
+    lines = []
+    for line in process.stderr:
+        lines.append((round(time.perf_counter() - start, 1), line.rstrip().split("\r")[-1]))
+        print(f"{lines[-1][0]:8.1f} s  {lines[-1][1]}", file=sys.stderr, flush=True)
+    _, status, usage = os.wait4(process.pid, 0)
     return {
-        "rc": os.waitstatus_to_exitcode(done[1]),
+        "rc": os.waitstatus_to_exitcode(status),
         "wall_s": round(time.perf_counter() - start, 1),
         "cpu_s": round(usage.ru_utime + usage.ru_stime, 1),
-        "peak_gb": round(max(usage.ru_maxrss, peak["VmHWM"]) * 1024 / 1e9, 2),
-        "own_gb": round(peak["RssAnon"] * 1024 / 1e9, 2),
+        "peak_gb": round(usage.ru_maxrss * 1024 / 1e9, 2),
+        "own_gb": round(max(own), 2),
         "load": os.getloadavg()[1],
         "lines": lines,
     }
 
 
+def ami(truth: np.ndarray, found: np.ndarray) -> float:
+    """Return the adjusted mutual information of two labellings."""
+    from sklearn.metrics import adjusted_mutual_info_score
+
+    return round(float(adjusted_mutual_info_score(truth, found)), 4)
+
+
 def judged(label: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """Compare topics (-1: noise) with the true ones."""
-    from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
+    from sklearn.metrics import adjusted_rand_score
 
     both, noise = (label >= 0) & (truth >= 0), label < 0
     return {
         "topics": int(label.max(initial=-1)) + 1,
         "noise": round(float(noise.mean()), 4),
-        "ami": round(float(adjusted_mutual_info_score(truth[both], label[both])), 4),
+        "ami": ami(truth[both], label[both]),
         "ari": round(float(adjusted_rand_score(truth[both], label[both])), 4),
         "noise_precision": round(float((truth[noise] < 0).mean()), 4) if noise.any() else 0.0,
         "noise_recall": round(float(noise[truth < 0].mean()), 4),
@@ -263,63 +261,53 @@ def judged(label: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 
 
 def alike(label: np.ndarray, other: np.ndarray) -> dict[str, float]:
-    """Return how far two clusterings agree: the AMI on pairs that are noise in neither, the AMI with noise as one more
-    topic, and the share of pairs on which they agree whether it is noise."""
-    from sklearn.metrics import adjusted_mutual_info_score
+    """Return how far two clusterings agree.
 
+    `ami`: on pairs that are noise in neither. `ami_with_noise`: with noise as one more topic. `noise_agreement`: the
+    share of pairs on which they agree whether it is noise.
+    """
     both = (label >= 0) & (other >= 0)
-    return {
-        "ami": round(float(adjusted_mutual_info_score(other[both], label[both])), 4),
-        "ami_with_noise": round(float(adjusted_mutual_info_score(other, label)), 4),
-        "noise_agreement": round(float(((label < 0) == (other < 0)).mean()), 4),
-    }
+    agreement = round(float(((label < 0) == (other < 0)).mean()), 4)
+    return {"ami": ami(other[both], label[both]), "ami_with_noise": ami(other, label), "noise_agreement": agreement}
 
 
-def truth_of(store: Path) -> tuple[np.ndarray, np.ndarray]:
-    with np.load(store / "truth.npz") as truth:
+def truth_of(store: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the true topic (-1: noise) and domain of each pair, if the store is a generated one."""
+    path = store / "truth.npz"
+    if not path.is_file():
+        return None
+    with np.load(path) as truth:
         return truth["topic"], truth["domain"]
-
-
-def labels_of(hierarchy: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the topic of each pair (-1: noise, or dropped later), its domain, and whether it reached clustering."""
-    from gram_meta.clustering.hierarchy import FILTERED, Hierarchy
-
-    found = Hierarchy.open(hierarchy)
-    topic, domain = np.full(len(found.fates), -1), np.full(len(found.fates), -1)
-    topic[found.pair], domain[found.pair] = found.topic, found.domain
-    return topic, domain, found.fates != FILTERED
 
 
 def domain_agreement(topic: np.ndarray, domain: np.ndarray, truth: tuple[np.ndarray, np.ndarray]) -> float:
     """Return the mean over topics, weighted by pairs, of the AMI of domains with those of the topic's main true topic."""
-    from sklearn.metrics import adjusted_mutual_info_score
-
-    order = np.argsort(topic, kind="stable")
-    start = np.searchsorted(topic[order], np.arange(topic.max() + 2))
-    total = weight = 0.0
-    for first, last in zip(start[:-1], start[1:], strict=True):
-        rows = order[first:last]
+    scores, weights = [0.0], [0]
+    for number in range(topic.max() + 1):
+        rows = np.flatnonzero(topic == number)
         known = truth[0][rows]
-        if not (known >= 0).any():
-            continue
-        rows = rows[known == np.bincount(known[known >= 0]).argmax()]
-        if len(np.unique(truth[1][rows])) > 1:
-            total += len(rows) * adjusted_mutual_info_score(truth[1][rows], domain[rows])
-            weight += len(rows)
-    return round(total / weight, 4) if weight else 0.0
+        if (known >= 0).any():
+            rows = rows[known == np.bincount(known[known >= 0]).argmax()]
+            if len(np.unique(truth[1][rows])) > 1:
+                scores.append(ami(truth[1][rows], domain[rows]))
+                weights.append(len(rows))
+    return round(float(np.average(scores, weights=weights)), 4) if sum(weights) else 0.0
 
 
 def gram(store: Path, opts: list[str], limit: float) -> dict[str, Any]:
     """Run `gram cluster` on a store; measure it and compare it with the truth."""
-    name = "-".join(["hierarchy", *(opt.rsplit(".", 1)[-1].lower() for opt in opts)])
-    out = store / name
+    from gram_meta.clustering.hierarchy import FILTERED, Hierarchy
+
+    out = store / "-".join(["hierarchy", *(opt.rsplit(".", 1)[-1].lower() for opt in opts)])
     command = [sys.executable, "-m", "gram_meta", "cluster", str(store), "-o", str(out), *opts]
     row = {"what": "gram cluster", "store": store.name, "opts": opts, **measured(command, limit)}
     if row["rc"] == 0:
-        topic, domain, seen = labels_of(out)
-        truth = truth_of(store)
-        row.update(judged(topic[seen], truth[0][seen]))
-        row["domain_ami"] = domain_agreement(topic, domain, truth)
+        found, truth = Hierarchy.open(out), truth_of(store)
+        topic, domain = np.full((2, len(found.fates)), -1)
+        topic[found.pair], domain[found.pair] = found.topic, found.domain
+        if truth:
+            seen = found.fates != FILTERED
+            row |= judged(topic[seen], truth[0][seen]) | {"domain_ami": domain_agreement(topic, domain, truth)}
         row["sample"] = json.loads((out / "topics.json").read_text()).get("sample")
     return row
 
@@ -334,65 +322,57 @@ def in_a_process(what: str, store: Path, opts: list[str], limit: float) -> dict[
         command = [sys.executable, __file__, f"_{what}", str(store), str(labels), *opts]
         row = {"what": what, "store": store.name, "opts": opts, **measured(command, limit)}
         if row["rc"] == 0:
-            with np.load(labels) as found:
-                label, seen, seconds = found["label"], found["seen"], found["seconds"]
-            row["finding_cpu_s"], row["finding_wall_s"] = (round(float(seconds[0]), 1), round(float(seconds[1]), 1))
-            if (store / "truth.npz").is_file():
-                row.update(judged(label, truth_of(store)[0][seen]))
-            unsampled = store / "unsampled.npz"
+            found = dict(np.load(labels))
+            label, seen, truth, unsampled = found["label"], found["seen"], truth_of(store), store / "unsampled.npz"
+            row["finding_cpu_s"], row["finding_wall_s"] = found["seconds"].round(1).tolist()
+            row |= judged(label, truth[0][seen]) if truth else {}
             if unsampled.is_file():
-                with np.load(unsampled) as other:
-                    row["unsampled"] = alike(label, other["label"][seen])
+                row["unsampled"] = alike(label, np.load(unsampled)["label"][seen])
     return row
 
 
-def run_bertopic(store: Path, labels: Path, opts: list[str]) -> None:
-    """Run BERTopic's defaults on the embeddings of all pairs, without a filter. `opts`: its min_topic_size."""
-    from bertopic import BERTopic
+def find(what: str, store: Path, labels: Path, opts: list[str]) -> None:
+    """Find topics on all pairs of a store, without a filter, and write them; this runs in the process that is measured.
 
-    from gram_meta.corpus.store import PairStore
-
-    pairs = PairStore.open(store)
-    captions, features = list(pairs.captions), np.asarray(pairs.sentence_features, np.float32)
-    cpu, wall = time.process_time(), time.perf_counter()
-    model = BERTopic(min_topic_size=int(opts[0]) if opts else 10, calculate_probabilities=False)
-    label, _ = model.fit_transform(captions, features)
-    seconds = (time.process_time() - cpu, time.perf_counter() - wall)
-    np.savez(labels, label=np.asarray(label), seen=np.arange(len(label)), seconds=seconds)
-
-
-WAYS = ("umap+hdbscan", "umap+fast-hdbscan", "evoc")
-
-
-def run_topics(store: Path, labels: Path, opts: list[str]) -> None:
-    """Find topics on all pairs of a store in one of WAYS, without a filter; `opts`: the way, and the number of pairs."""
-    from gram_meta.clustering.settings import ChcSettings
+    `opts` of "bertopic": its min_topic_size (10). Of "topics": umap+hdbscan, umap+fast-hdbscan or evoc, and the number of
+    pairs (all).
+    """
     from gram_meta.clustering.topics import reducer, topics_of
-    from gram_meta.config import load_meta_config
     from gram_meta.corpus.store import PairStore
 
-    settings = ChcSettings.from_config(load_meta_config())
-    pairs = PairStore.open(store)
-    seen = np.arange(min(int(opts[1]) if len(opts) > 1 else len(pairs), len(pairs)))
-    features = np.asarray(pairs.sentence_features[seen], np.float32)
-    cpu, wall = time.process_time(), time.perf_counter()
+    settings, pairs = chc_settings(), PairStore.open(store)
+    count = int(opts[1]) if what == "topics" and len(opts) > 1 else len(pairs)
+    features = np.asarray(pairs.sentence_features[:count], np.float32)
     size, samples = settings.min_cluster_size, settings.min_samples
-    if opts[0] == "umap+hdbscan":
+    cpu, wall = time.process_time(), time.perf_counter()
+    if what == "bertopic":
+        from bertopic import BERTopic
+
+        model = BERTopic(min_topic_size=int(opts[0]) if opts else 10, calculate_probabilities=False)
+        label, _ = model.fit_transform(list(pairs.captions), features)
+    elif opts[0] == "umap+hdbscan":
         label = topics_of(features, settings)
     elif opts[0] == "umap+fast-hdbscan":
         import fast_hdbscan
 
         way = fast_hdbscan.HDBSCAN(min_cluster_size=size, min_samples=samples, reproducible=True)
         label = way.fit_predict(np.ascontiguousarray(reducer(settings, len(features)).fit_transform(features)))
-    else:
+    elif opts[0] == "evoc":
         from evoc import EVoC
 
-        way = EVoC(base_min_cluster_size=size, min_samples=samples, random_state=settings.seed)
-        label = way.fit_predict(features)
-        layers = [(int(layer.max()) + 1, round(float((layer < 0).mean()), 3)) for layer in way.cluster_layers_]
-        print("layers of EVoC (topics, noise):", layers, file=sys.stderr)
-    seconds = (time.process_time() - cpu, time.perf_counter() - wall)
-    np.savez(labels, label=np.asarray(label, np.int64), seen=seen, seconds=seconds)
+        label = EVoC(base_min_cluster_size=size, min_samples=samples, random_state=settings.seed).fit_predict(features)
+    else:
+        raise SystemExit(f"topics: expected umap+hdbscan, umap+fast-hdbscan or evoc, found {opts[0]}")
+    seconds = time.process_time() - cpu, time.perf_counter() - wall
+    np.savez(labels, label=np.asarray(label, np.int64), seen=np.arange(len(label)), seconds=np.array(seconds))
+
+
+def chc_settings() -> Any:
+    """Return the default settings of the clustering."""
+    from gram_meta.clustering.settings import ChcSettings
+    from gram_meta.config import load_meta_config
+
+    return ChcSettings.from_config(load_meta_config())
 
 
 # --- rules ------------------------------------------------------------------------------------------------------------
@@ -404,35 +384,29 @@ def rules(store: Path, opts: list[str]) -> list[dict[str, Any]]:
     `opts`: pairs of the sample; "transform" adds UMAP's own transform and HDBSCAN's approximate_predict.
     """
     from gram_meta.clustering import sample
-    from gram_meta.clustering.settings import ChcSettings
-    from gram_meta.clustering.topics import topics_of
-    from gram_meta.config import load_meta_config
+    from gram_meta.clustering.topics import reducer, topics_of
     from gram_meta.corpus.store import PairStore
 
-    settings = ChcSettings.from_config(load_meta_config())
+    settings, truth = chc_settings(), truth_of(store)
     features = np.asarray(PairStore.open(store).sentence_features, np.float32)
-    truth = truth_of(store)[0] if (store / "truth.npz").is_file() else None
     kept = store / "unsampled.npz"
     if not kept.is_file():
         np.savez(kept, label=topics_of(features, settings))
-    with np.load(kept) as file:
-        unsampled = file["label"]
+    unsampled = np.load(kept)["label"]
     chosen = sample.draw(len(features), int(opts[0]), settings.seed)
     rest = np.setdiff1d(np.arange(len(features)), chosen)
     rest = np.sort(np.random.default_rng(0).permutation(rest)[:20_000])
     inside, outside = features[chosen], features[rest]
     label = topics_of(inside, settings)
+    noise = (label < 0).mean()
     rows: list[dict[str, Any]] = []
 
     def add(name: str, found: np.ndarray, seconds: float, of: np.ndarray = rest) -> None:
         row = {"what": "rules", "store": store.name, "opts": opts, "rule": name}
-        row["noise"] = round(float((found < 0).mean()), 4)
-        row["ms_per_pair"] = round(1000 * seconds / len(of), 3)
-        row["unsampled"] = alike(found, unsampled[of])
-        if truth is not None:
-            row["truth"] = judged(found, truth[of])
-        rows.append(row)
-        print(json.dumps(row), file=sys.stderr, flush=True)
+        row |= {"noise": round(float((found < 0).mean()), 4), "ms_per_pair": round(1000 * seconds / len(of), 3)}
+        rows.append(row | {"unsampled": alike(found, unsampled[of])})
+        if truth:
+            rows[-1]["truth"] = judged(found, truth[0][of])
 
     add("(un-sampled clustering itself)", unsampled[rest], 0)
     add("(clustering of the sample, on the sample)", label, 0, chosen)
@@ -447,35 +421,25 @@ def rules(store: Path, opts: list[str]) -> list[dict[str, Any]]:
     voted = sample.vote(label[near], 1 - distance)
     inside_near, inside_similarity = sample._others(rule.index, inside, np.arange(len(inside)))
     own = sample.vote(label[inside_near], inside_similarity)
-    common = np.full(len(rule.threshold), np.quantile(own[1], (label < 0).mean()))
-    add("the same votes, one threshold for all", sample.verdict(*voted, common), seconds)
-    add("the same votes, one half for all (a guess)", sample.verdict(*voted, np.full(len(common), 0.5)), seconds)
+    for name, threshold in (("threshold", np.quantile(own[1], noise)), ("half", 0.5)):
+        verdict = sample.verdict(*voted, np.full(len(rule.threshold), threshold))
+        add(f"the same votes, one {name} for all" + " (a guess)" * (name == "half"), verdict, seconds)
     add("nearest sample pair's label", label[near[:, 0]], seconds)
     start = time.process_time()
     centre = np.stack([inside[label == number].mean(0) for number in range(label.max() + 1)])
     centre /= np.linalg.norm(centre, axis=1, keepdims=True)
     inner, outer = (inside @ centre.T).max(1), outside @ centre.T
-    limit = np.quantile(inner, (label < 0).mean())
-    nearest = np.where(outer.max(1) >= limit, outer.argmax(1), -1)
+    nearest = np.where(outer.max(1) >= np.quantile(inner, noise), outer.argmax(1), -1)
     add("nearest topic centre, one threshold for all", nearest, time.process_time() - start)
     if "transform" in opts:
         import hdbscan
-        import umap
 
-        reducer = umap.UMAP(
-            n_neighbors=settings.neighbors,
-            n_components=settings.components,
-            min_dist=0.0,
-            metric="cosine",
-            random_state=settings.seed,
-            n_jobs=1,
-        ).fit(inside)
+        reduce = reducer(settings, len(inside)).fit(inside)
         clusterer = hdbscan.HDBSCAN(settings.min_cluster_size, settings.min_samples, prediction_data=True)
-        clusterer.fit(reducer.embedding_.astype(np.float64))
+        clusterer.fit(reduce.embedding_.astype(np.float64))
         few = rest[:3000]
         start = time.process_time()
-        low = reducer.transform(features[few])
-        found, _ = hdbscan.approximate_predict(clusterer, low.astype(np.float64))
+        found, _ = hdbscan.approximate_predict(clusterer, reduce.transform(features[few]).astype(np.float64))
         add("UMAP's transform, HDBSCAN's approximate_predict", found, time.process_time() - start, few)
     return rows
 
@@ -487,61 +451,66 @@ def tables(folder: Path) -> None:
     """Print all rows of FOLDER/results.jsonl as Markdown."""
     from common import print_table  # it imports torch, which the measured processes must not
 
-    runs, rules = [], []
-    for line in (folder / "results.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        if row["what"] == "rules":
-            other, truth = row["unsampled"], row.get("truth", {})
-            store = f"{row['store']}, sample {int(row['opts'][0]):,}"
-            shares = [
-                f"{other['ami']:.3f}",
-                f"{other['ami_with_noise']:.3f}",
-                f"{100 * other['noise_agreement']:.1f} %",
-            ]
-            noise = f"{100 * row['noise']:.1f} %"
-            rules.append([store, row["rule"], noise, *shares, truth.get("ami", ""), row["ms_per_pair"]])
-            continue
-        cells = [row["store"], " ".join([row["what"], *row["opts"]])]
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    runs: list[dict[str, Any]] = []
+    for row in (row for row in rows if row["what"] != "rules"):
+        runs.append({"pairs": row["store"], "what": " ".join([row["what"], *row["opts"]])})
         if row["rc"]:
-            runs.append([*cells, f"ended after {row['wall_s']:.0f} s (load {row['load']:.0f})", *[""] * 10])
+            runs[-1]["wall clock (s)"] = f"ended after {row['wall_s']:.0f}"
             continue
-        cells += [f"{row[key]:,.0f} s" for key in ("wall_s", "cpu_s")]
-        cells += [f"{row[key]:.2f} GB" for key in ("peak_gb", "own_gb")]
-        for key in ("topics", "noise", "ami", "ari", "noise_precision", "noise_recall", "domain_ami"):
-            x = row.get(key, "")
-            cells.append(f"{x:.2f}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else x)
-        runs.append(cells)
-    usage = ["wall clock", "processor time", "peak memory", "of that its own"]
-    quality = ["topics", "noise", "AMI", "ARI", "noise: precision", "recall", "domains: AMI"]
-    print_table(["pairs", "what", *usage, *quality], runs)
+        for title, key, form in COLUMNS:
+            runs[-1][title] = format(row[key], form) if key in row else ""
     agreement = [
-        "AMI with un-sampled",
-        "the same, noise a topic",
-        "same verdict on noise",
-        "AMI with truth",
-        "ms per pair",
+        {
+            "store": f"{row['store']}, sample {int(row['opts'][0]):,}",
+            "rule": row["rule"],
+            "noise": f"{row['noise']:.1%}",
+            "AMI with un-sampled": row["unsampled"]["ami"],
+            "the same, noise a topic": row["unsampled"]["ami_with_noise"],
+            "same verdict on noise": f"{row['unsampled']['noise_agreement']:.1%}",
+            "AMI with truth": row.get("truth", {}).get("ami", ""),
+            "ms per pair": row["ms_per_pair"],
+        }
+        for row in rows
+        if row["what"] == "rules"
     ]
-    print_table(["store", "rule", "noise", *agreement], rules)
+    for table in filter(None, (runs, agreement)):
+        print_table(table)
+
+
+COLUMNS = (
+    ("wall clock (s)", "wall_s", ",.0f"),
+    ("processor time (s)", "cpu_s", ",.0f"),
+    ("peak memory (GB)", "peak_gb", ".2f"),
+    ("of that its own (GB)", "own_gb", ".2f"),
+    ("topics", "topics", ","),
+    ("noise", "noise", ".2f"),
+    ("AMI", "ami", ".2f"),
+    ("ARI", "ari", ".2f"),
+    ("noise: precision", "noise_precision", ".2f"),
+    ("recall", "noise_recall", ".2f"),
+    ("domains: AMI", "domain_ami", ".2f"),
+)
 
 
 def main() -> None:
     if sys.argv[1:2] in (["_bertopic"], ["_topics"]):  # the process that is measured
-        run = run_bertopic if sys.argv[1] == "_bertopic" else run_topics
-        return run(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        return find(sys.argv[1][1:], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
+    head, _, rest = __doc__.partition("\n")
+    raw = argparse.RawDescriptionHelpFormatter
+    options = argparse.ArgumentParser(description=head, epilog=rest, formatter_class=raw)
     options.add_argument("what", choices=("make", "gram", "bertopic", "topics", "rules", "table"))
     options.add_argument("first", help="make: pairs; table: the folder of the stores; else a store")
-    options.add_argument(
-        "rest", nargs="*", help="make: the folder; gram: KEY VALUE; topics: a way; rules: pairs of the sample"
-    )
+    rest_help = "make: the folder; gram: KEY VALUE; topics: a way; rules: pairs of the sample"
+    options.add_argument("rest", nargs="*", help=rest_help)
     options.add_argument("--seed", type=int, default=1, help="make: of the world (%(default)s)")
     options.add_argument("--limit", type=float, default=3600, help="seconds after which a run is ended (%(default)s)")
     args = options.parse_args()
+    store = Path(args.first)
     if args.what == "make":
         return make(int(args.first), Path(args.rest[0]), args.seed)
     if args.what == "table":
-        return tables(Path(args.first))
-    store = Path(args.first)
+        return tables(store)
     if args.what == "rules":
         rows = rules(store, args.rest)
     elif args.what == "gram":

@@ -236,8 +236,9 @@ def spread(values: Sequence[float], digits: int = 0) -> str:
 
 def print_table(rows: Sequence[Mapping[str, object]]) -> None:
     """Print a Markdown table of rows {column: cell}; the first column is text, the others are numbers."""
-    right = ["right"] * (len(rows[0]) - 1)
-    print(tabulate(rows, "keys", "pipe", disable_numparse=True, colalign=("left", *right), missingval=""), "\n")
+    columns = {column: None for row in rows for column in row}
+    align = ("left", *["right"] * (len(columns) - 1))
+    print(tabulate(rows, "keys", "pipe", disable_numparse=True, colalign=align, missingval=""), end="\n\n")
 
 
 def print_comparison(measured: Mapping[str, Measured], names: Sequence[str], **columns: Mapping[str, object]) -> None:

@@ -15,37 +15,48 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
-import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import common
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
-from gram_meta.backbone.clip import load_backbone
+from gram_meta.backbone.clip import Backbone, load_backbone
 from gram_meta.corpus.images import read_image
 from gram_meta.corpus.store import PairStore
 from gram_meta.tools import overlap
 
+try:
+    import imagehash
+except ImportError:
+    imagehash = None
 
-def jpeg(image, quality):
+Picture = Image.Image
+Random = np.random.Generator
+LIMITS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6)
+
+
+def jpeg(image: Picture, quality: int) -> Picture:
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)
     return Image.open(file).convert("RGB")
 
 
-def resized(image, scale, how=Image.Resampling.BICUBIC):
+def resized(image: Picture, scale: float, how: Image.Resampling = Image.Resampling.BICUBIC) -> Picture:
     return image.resize((round(image.width * scale), round(image.height * scale)), how)
 
 
-def cropped(image, share, random):
+def cropped(image: Picture, share: float, random: Random) -> Picture:
+    """Cut away this share of the width and of the height, at a random place."""
     width, height = (round(side * (1 - share)) for side in image.size)
     left, top = random.integers(image.width - width + 1), random.integers(image.height - height + 1)
     return image.crop((left, top, left + width, top + height))
 
 
-def overlaid(image, random):
+def overlaid(image: Picture, random: Random) -> Picture:
     """Draw a box of one colour (a fortieth of the picture) and a line of text."""
     image = image.copy()
     width, height = image.size
@@ -56,7 +67,7 @@ def overlaid(image, random):
     return image
 
 
-CHANGES = {
+CHANGES: dict[str, Callable[[Picture, Random], Picture]] = {
     "JPEG, quality 75": lambda image, random: jpeg(image, 75),
     "JPEG, quality 20": lambda image, random: jpeg(image, 20),
     "half the size": lambda image, random: resized(image, 0.5),
@@ -64,9 +75,7 @@ CHANGES = {
     "cropped by 5 %": lambda image, random: cropped(image, 0.05, random),
     "cropped by 10 %": lambda image, random: cropped(image, 0.1, random),
     "cropped by 20 %": lambda image, random: cropped(image, 0.2, random),
-    "middle 3/4 of the width": lambda image, random: image.crop(
-        (image.width // 8, 0, image.width - image.width // 8, image.height)
-    ),
+    "middle 3/4 of the width": lambda image, random: ImageOps.fit(image, (image.width * 3 // 4, image.height)),
     "white border of 10 %": lambda image, random: ImageOps.expand(image, image.width // 10, "white"),
     "brightness x 1.3": lambda image, random: ImageEnhance.Brightness(image).enhance(1.3),
     "brightness x 0.7": lambda image, random: ImageEnhance.Brightness(image).enhance(0.7),
@@ -78,129 +87,116 @@ CHANGES = {
 }
 
 
-def in_half(name, half):
-    """Return whether an image belongs to this half by the hash of its name; every image does where half is None."""
+class Search:
+    """The search of `gram check-overlap` in one store, step by step."""
+
+    def __init__(self, store: PairStore, backbone: Backbone) -> None:
+        self.store, self.backbone = store, backbone
+        self.settings = overlap.SearchSettings(cache=Path(f"{store.path}.pictures"))
+
+    def candidates(self, images: Sequence[Picture], k: int) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+        """Return (T, 2 k) rows and cosines by CLIP, and the same by thumbnails (mirror images included)."""
+        transform, total = self.backbone.preprocess(), len(self.store.locations)
+        batches = [images[start : start + 64] for start in range(0, len(images), 64)]
+        parts = [overlap._features(self.backbone, [transform(image) for image in batch]) for batch in batches]
+        tiny = overlap.thumbnails(small_copies(images))
+        queries = (
+            (*map(np.concatenate, zip(*parts, strict=True)), overlap._feature_blocks(self.store.image_features)),
+            (*map(overlap.unit_vectors, (tiny, tiny[:, :, ::-1])), overlap._pixel_blocks(self.store, self.settings)),
+        )
+        return tuple(overlap.candidates(*query, total, k, "cpu") for query in queries)
+
+
+def small_copies(images: Sequence[Picture]) -> np.ndarray:
+    return np.stack([overlap.small_copy(image) for image in images])
+
+
+def in_half(name: str, half: str | None) -> bool:
+    """Return whether an image belongs to this half by the hash of its name; every image does if half is None."""
     return half is None or (hashlib.sha256(name.encode()).digest()[0] % 2 == 0) == (half == "tune")
 
 
-def candidates(images, store, backbone, tiny, k):
-    """Return (T, 2 k) rows and cosines by CLIP and by thumbnails (mirror images included), and the small copies."""
-    transform = backbone.preprocess()
-    small = np.stack([overlap.small_copy(image) for image in images])
-    parts = []
-    for start in range(0, len(images), 64):
-        parts.append(overlap._features(backbone, [transform(image) for image in images[start : start + 64]]))
-    with torch.inference_mode():
-        by_clip = overlap.candidates(
-            *(np.concatenate(column) for column in zip(*parts, strict=True)),
-            overlap._feature_blocks(store.image_features),
-            len(store.locations),
-            k,
-            "cpu",
-        )
-        mine = overlap.thumbnails(small)
-        by_pixels = overlap.candidates(
-            overlap.unit_vectors(mine),
-            overlap.unit_vectors(mine[:, :, ::-1]),
-            [(0, overlap.unit_vectors(tiny))],
-            len(tiny),
-            k,
-            "cpu",
-        )
-    return by_clip, by_pixels, small
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    head, _, rest = __doc__.partition("\n")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=head, epilog=rest, formatter_class=raw)
     parser.add_argument("store")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--against", nargs="+", default=[], metavar="FOLDER")
     parser.add_argument("--half", choices=("tune", "report"))
     parser.add_argument("--neighbours", type=int, default=overlap.NEIGHBOURS)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--changes", nargs="*", default=list(CHANGES), metavar="NAME", help="some of them; none: false alarms alone"
-    )
+    parser.add_argument("--changes", nargs="*", default=list(CHANGES), metavar="NAME", help="none: false alarms alone")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    try:
-        import imagehash
-    except ImportError:
-        imagehash = None
     random = np.random.default_rng(0)
     store = PairStore.open(args.store)
-    backbone = load_backbone(store.manifest["settings"]["clip"]["name"])
+    search = Search(store, load_backbone(store.manifest["settings"]["clip"]["name"]))
     places = store.places()
-    rows = [row for row in random.permutation(len(store.locations)) if in_half(store.locations[row], args.half)][
-        : args.images
-    ]
-    rows = np.array(rows)
-    settings = overlap.SearchSettings(cache=Path(f"{args.store}.pictures"))
-    chunks = np.split(np.arange(len(places)), range(overlap.CHUNK, len(places), overlap.CHUNK))
-    tiny = np.concatenate([overlap._read_corpus(store, chunk, settings, overlap.thumbnails)[0] for chunk in chunks])
-    originals = [places.image(int(row)) for row in rows]
-    small = np.stack([overlap.small_copy(image) for image in originals])
-    kept = {}
-    print(
-        f"{len(rows)} of {len(places):,} images, half: {args.half}, {args.neighbours} neighbours, distance <= {overlap.DISTANCE}"
-    )
-    low = "cosine, lowest 5 %"
-    header = [
-        "change",
-        "candidate by CLIP",
-        low,
-        "by 8 x 8 pixels",
-        low,
-        "distance, highest 5 %",
-        "found",
-        "pHash <= 8",
-    ]
-    print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
+    rows = [row for row in random.permutation(len(places)).tolist() if in_half(store.locations[row], args.half)]
+    rows = np.array(rows[: args.images])
+    originals = [places.image(row) for row in rows.tolist()]
+    print(f"{len(rows)} of {len(places):,} images, half: {args.half}, {args.neighbours} neighbours\n")
+    distances = {}
+    lines = []
     for name in args.changes:
-        change = CHANGES[name]
-        changed = [change(image, random) for image in originals]
-        by_clip, by_pixels, theirs = candidates(changed, store, backbone, tiny, args.neighbours)
-        cells, reached = [], []
-        for found, cosines in (by_clip, by_pixels):
+        changed = [CHANGES[name](image, random) for image in originals]
+        distances[name] = overlap.distances(small_copies(changed), small_copies(originals))
+        line: dict[str, object] = {"change": name}
+        reached = []
+        for way, (found, cosines) in zip(("CLIP", "pixels"), search.candidates(changed, args.neighbours), strict=True):
             hit = found == rows[:, None]
-            cosine = np.where(hit, cosines, -1).max(1)
             reached.append(hit.any(1))
-            cells.append(f"{100 * hit.any(1).mean():.1f}")
-            cells.append(f"{np.quantile(cosine[hit.any(1)], 0.05):.2f}" if hit.any() else "")
-        distance = overlap.distances(theirs, small)
-        kept[name] = distance
-        cells.append(f"{np.quantile(distance, 0.95):.2f}")
-        cells.append(f"{100 * (reached[0] & (distance <= overlap.DISTANCE)).mean():.1f}")
+            line[f"candidate by {way} (%)"] = f"{100 * reached[-1].mean():.1f}"
+            best = np.where(hit, cosines, -1).max(1)[reached[-1]]
+            line[f"cosine by {way}, lowest 5 %"] = f"{np.quantile(best, 0.05):.2f}" if len(best) else ""
+        line["distance, highest 5 %"] = f"{np.quantile(distances[name], 0.95):.2f}"
+        line["found (%)"] = f"{100 * (reached[0] & (distances[name] <= overlap.DISTANCE)).mean():.1f}"
         if imagehash:
             far = [imagehash.phash(a) - imagehash.phash(b) for a, b in zip(changed, originals, strict=True)]
-            cells.append(f"{100 * np.mean(np.array(far) <= 8):.1f}")
-        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
-    others = originals
+            line["pHash <= 8 (%)"] = f"{100 * np.mean(np.array(far) <= 8):.1f}"
+        lines.append(line)
+    if lines:
+        common.print_table(lines)
+    print_false_alarms(args, search, originals, rows, distances, random)
+
+
+def print_false_alarms(
+    args: argparse.Namespace,
+    search: Search,
+    originals: Sequence[Picture],
+    rows: np.ndarray,
+    distances: dict[str, np.ndarray],
+    random: Random,
+) -> None:
+    """Print, for several limits of the distance, how many other images are reported and how many originals are found."""
+    others, places = originals, search.store.places()
     if args.against:
         paths = [p for folder in args.against for p in sorted(Path(folder).rglob("*")) if p.suffix in (".png", ".jpg")]
         paths = [path for path in paths if in_half(path.name + path.parent.name, args.half)]
         others = [read_image(paths[i])[0] for i in random.permutation(len(paths))[: 3 * args.images]]
-    by_clip, by_pixels, theirs = candidates(others, store, backbone, tiny, args.neighbours + 1)
-    found = np.concatenate([by_clip[0], by_pixels[0]], 1)  # (T, 4 k)
-    pairs = np.unique(np.stack([np.repeat(np.arange(len(others)), found.shape[1]), found.ravel()], 1), axis=0)
+    found = np.concatenate([found for found, _ in search.candidates(others, args.neighbours + 1)], axis=1)  # (T, 4 k)
+    pairs = np.stack([np.repeat(np.arange(len(others)), found.shape[1]), found.ravel()], axis=1)
+    pairs = np.unique(pairs[found.ravel() >= 0], axis=0)  # a store of fewer images has -1 at the end
     if not args.against:
         pairs = pairs[pairs[:, 1] != rows[pairs[:, 0]]]
     needed = np.unique(pairs[:, 1])
-    of_corpus = np.stack([overlap.small_copy(places.image(int(row))) for row in needed])
+    of_corpus = small_copies([places.image(row) for row in needed.tolist()])
     began = time.process_time()
-    distance = overlap.distances(theirs[pairs[:, 0]], of_corpus[np.searchsorted(needed, pairs[:, 1])])
-    print(f"\n{len(pairs):,} pairs of other images, {1000 * (time.process_time() - began) / len(pairs):.2f} ms each")
+    distance = overlap.distances(small_copies(others)[pairs[:, 0]], of_corpus[np.searchsorted(needed, pairs[:, 1])])
+    print(f"{len(pairs):,} pairs of other images, {1000 * (time.process_time() - began) / len(pairs):.2f} ms each\n")
     nearest = np.full(len(others), 2.0)
     np.minimum.at(nearest, pairs[:, 0], distance)
-    for limit in (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6):
-        found = [f"{100 * np.mean(far <= limit):.1f}" for far in kept.values()]
-        confirmed = f"; originals confirmed: least {min(found, key=float)} %" if found else ""
-        print(
-            f"distance <= {limit}: false alarms {100 * (nearest <= limit).mean():.2f} % of images, "
-            f"{100 * (distance <= limit).mean():.3f} % of pairs{confirmed}"
-        )
-    return 0
+    lines = []
+    for limit in LIMITS:
+        line = {"distance up to": f"{limit}", "false alarms, of images (%)": f"{100 * (nearest <= limit).mean():.2f}"}
+        line["of pairs (%)"] = f"{100 * (distance <= limit).mean():.3f}"
+        if distances:
+            worst = min((far <= limit).mean() for far in distances.values())
+            line["originals confirmed, of the worst change (%)"] = f"{100 * worst:.1f}"
+        lines.append(line)
+    common.print_table(lines)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

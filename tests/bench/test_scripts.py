@@ -1,0 +1,124 @@
+"""Every script of scripts/bench and scripts/experiments, once, with its smallest settings."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ("--backbone", "random-tiny", "--threads", "1", "--clock", "cpu", "--repeats", "1")
+
+
+@pytest.fixture
+def run(bench_script, monkeypatch, capsys):
+    """Run a script with these words, and return what it prints."""
+
+    def run(name, *words):
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "scripts" / "bench" / f"{name}.py"), *map(str, words)])
+        assert not bench_script(name).main()
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory):
+    """Class folders: six classes of eight noisy images, with captions."""
+    folder, random = tmp_path_factory.mktemp("classes"), np.random.default_rng(0)
+    for number, name in enumerate(("cat", "dog", "house", "tree", "boat", "lamp")):
+        (folder / name).mkdir()
+        for index in range(8):
+            pixels = random.integers(0, 256, (40, 32, 3), dtype=np.uint8) // 2 + 20 * number
+            Image.fromarray(pixels).save(folder / name / f"{index}.png")
+            (folder / name / f"{index}.txt").write_text(f"a picture of a {name}, number {index}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(classes, tmp_path_factory):
+    """The store of the class folders, by gram-small."""
+    import gram_meta as gram
+
+    out = tmp_path_factory.mktemp("store") / "store"
+    gram.embed(classes, out, backbone="gram-small", sentence_model="hash:16")
+    return out
+
+
+def columns(table):
+    """The head of the last Markdown table."""
+    lines = table.splitlines()
+    return [
+        cell.strip() for cell in lines[max(i for i, line in enumerate(lines) if "|:--" in line) - 1].split("|")[1:-1]
+    ]
+
+
+def test_meta_precision(run):
+    printed = run("meta_precision", "--backbone", "random-tiny", "--prompts", "text", "--scales", "8")
+    rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("| fp32, lean")]
+    assert len(rows) == 1 and all(0 < float(cell) < 1e-4 for cell in rows[0][1:])
+    assert "fp16, lean, scale 2^8" in printed and "not finite" not in printed
+
+
+@pytest.mark.parametrize("mode", [(), ("--test",)])
+def test_coop_step(run, tmp_path, mode):
+    out = tmp_path / "out.json"
+    printed = run("coop_step", *TINY, "--classes", "6", "--batch", "3", "-o", out, *mode)
+    assert "| whole step, this project |" in printed and "Ceiling" in printed
+    report = json.loads(out.read_text())
+    assert max(report["deviation"].values()) < 1e-4 and len(report["deviation"]) == 2 - len(mode)
+    assert len(report["measured"]) == 7
+
+
+def test_classes(run, tmp_path):
+    few = ("--classes", "30", "--batch", "2", "--settings", "plain", "128 at a time", "--output", tmp_path / "out")
+    printed = run("classes", *TINY, *few)
+    assert columns(printed) == ["classes", "plain", "128 at a time"]
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert [(row["part"], row["size"], row["setting"]) for row in rows] == [("text", 30, few[5]), ("text", 30, few[6])]
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"]) and not rows[0]["layers"]
+    assert (tmp_path / "out.svg").is_file()
+    (tmp_path / "out.json").write_text(json.dumps([row | {"peak_mb": 7777} for row in rows]))
+    assert run("classes", *TINY, *few).count("7,777 MB") == 2  # nothing is measured twice
+    for part in ("images", "whole"):
+        row = json.loads(run("classes", *TINY, "--one", part, "layers", "2"))
+        assert row["part"] == part and row["layers"] and row["seconds"] > 0
+
+
+def test_embedding(run, classes, tmp_path):
+    words = ("--sentence-model", "hash:16", "--images", "6", "--batch-size", "4", "--part-size", "4", "--shards", "2")
+    printed = run("embedding", classes, *TINY, *words, "--workers", "0", "1", "-o", tmp_path / "out.json")
+    assert "6 pairs of 6 images" in printed and columns(printed)[-1] == "by processor time"
+    (one,) = json.loads((tmp_path / "out.json").read_text())["rounds"]
+    assert len(one) == 1 + 2 * 2 * 2 and all(wall > 0 for wall, _, _ in one.values())
+
+
+def test_near_duplicates(run, store):
+    words = ("--images", "5", "--changes", "mirrored", "half the size")
+    printed = run("near_duplicates", store, *words)
+    (line,) = (line for line in printed.splitlines() if line.startswith("| mirrored"))
+    assert [float(cell) for cell in line.split("|")[2:7:2]] == [100, 100, 0]  # by CLIP, by pixels, the distance
+    assert columns(printed)[0] == "distance up to"
+    assert "false alarms" in run(
+        "near_duplicates", store, *words[:2], "--changes", "--against", ROOT / "docs" / "results"
+    )
+
+
+def test_clustering(run, tmp_path):
+    folder = tmp_path / "stores"
+    run("clustering", "make", "1500", folder / "small")
+    for what in (["gram"], ["topics", "umap+hdbscan"], ["rules", "900", "transform"]):
+        run("clustering", what[0], folder / "small", *what[1:])
+    printed = run("clustering", "table", folder)
+    assert columns(printed)[:3] == ["store", "rule", "noise"]
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert [row["what"] for row in rows] == ["gram cluster", "topics"] + ["rules"] * 8
+    found, topics, unsampled = rows[:3]
+    assert found["rc"] == topics["rc"] == 0 and found["topics"] > 3 and found["ami"] > 0.7
+    assert found["own_gb"] > 0.05 and found["peak_gb"] > found["own_gb"] and found["cpu_s"] > 0
+    assert unsampled["unsampled"] == {"ami": 1.0, "ami_with_noise": 1.0, "noise_agreement": 1.0}
+    assert all(0 < row["truth"]["ami"] <= 1 for row in rows[2:])
