@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from gram_meta.config import did_you_mean, find_config
+from gram_meta.config import ELEVEN, SHIFTED, did_you_mean, find_config
 from gram_meta.datasets.base import PARTS, SplitDataset, outside
 from gram_meta.datasets.few_shot import Splits
 from gram_meta.datasets.image_folder import ImageFolder, unwrap
@@ -23,24 +23,7 @@ from gram_meta.progress import progress_bar
 
 FINE, MISSING, WRONG = "fine", "missing", "wrong"
 
-# The paper's datasets and the four shifted test sets: `gram check-data` checks them if no datasets are named.
-PAPER = (
-    "imagenet",
-    "caltech101",
-    "oxford_pets",
-    "stanford_cars",
-    "oxford_flowers",
-    "food101",
-    "fgvc_aircraft",
-    "sun397",
-    "dtd",
-    "eurosat",
-    "ucf101",
-    "imagenetv2",
-    "imagenet_sketch",
-    "imagenet_a",
-    "imagenet_r",
-)
+PAPER = ELEVEN + SHIFTED  # `gram check-data` checks them if no datasets are named
 
 
 @dataclass

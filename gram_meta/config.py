@@ -21,6 +21,22 @@ from gram_meta.files import PathLike, expand_home
 # is the same run.
 INCIDENTAL = ("LOADER", "MEMORY")
 
+# The paper's eleven datasets, the source of xd and dg first, and the four shifted test sets of ImageNet.
+ELEVEN = (
+    "imagenet",
+    "caltech101",
+    "oxford_pets",
+    "stanford_cars",
+    "oxford_flowers",
+    "food101",
+    "fgvc_aircraft",
+    "sun397",
+    "dtd",
+    "eurosat",
+    "ucf101",
+)
+SHIFTED = ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
+
 # Keys of version 0.1 and today's names. Files, options and stored configurations may still have the old ones.
 RENAMED = {
     "TRAINER.MEMORY.CHECKPOINT": "TRAINER.MEMORY.CHECKPOINTING",

@@ -74,9 +74,7 @@ def _world(settings: BenchSettings, corpus: bool) -> BenchRun:
     if set(settings.protocols) - {"base2new"}:
         names.add(settings.source)
     parts = sorted({_part(name) for name in names})
-    made = (
-        root / "corpus" / "manifest.json"
-    )  # an existing corpus of another size is kept, because stores were made from it
+    made = root / "corpus" / "manifest.json"  # a corpus of another size is kept, because stores were made from it
     size = (read_json(made).get("size", CORPUS_SIZE) if made.is_file() else CORPUS_SIZE) if corpus else 0
     code = (
         f"from gram_meta.demo.world import write_world; "
@@ -97,44 +95,28 @@ def _part(dataset: str) -> str:
 
 
 def _corpus(settings: BenchSettings, folder: Path, needed: set[Path]) -> Iterator[BenchRun]:
-    """Make store and hierarchy of the captioned and of the labelled corpus, where a meta-training needs them."""
-    root, backbone = Path(settings.root), _backbone(settings)
-    pairs, labelled = root / "corpus" / "pairs.tsv", folder / "labelled"
+    """Yield what makes the stores and hierarchies that meta-trainings need, of the captioned and the labelled corpus."""
+    root, labelled = Path(settings.root), folder / "labelled"
     if Path(settings.store) in needed:
-        yield from _organised(settings, str(pairs), (), settings.store, settings.hierarchy, META_CONFIG, backbone, root)
+        pairs = (str(root / "corpus" / "pairs.tsv"),)
+        yield from _organised(settings, pairs, settings.store, settings.hierarchy, META_CONFIG, root)
     if Path(settings.labelled_store) in needed:
         code = f"from gram_meta.bench.emoji import write_labelled; write_labelled({str(root)!r}, {str(labelled)!r})"
-        yield BenchRun(
-            ("python", "-c", code), labelled, "the corpus as class folders", ("labelled",), (root,), (labelled / MARK,)
-        )
-        yield from _organised(
-            settings,
-            str(labelled),
-            ("--format", "classes"),
-            settings.labelled_store,
-            settings.labelled_hierarchy,
-            "unigram_gram_small_labelled",
-            backbone,
-            labelled,
-        )
+        argv, title = ("python", "-c", code), "the corpus as class folders"
+        yield BenchRun(argv, labelled, title, ("labelled",), (root,), (labelled / MARK,))
+        source, places = (str(labelled), "--format", "classes"), (settings.labelled_store, settings.labelled_hierarchy)
+        yield from _organised(settings, source, *places, "unigram_gram_small_labelled", labelled)
 
 
 def _organised(
-    settings: BenchSettings,
-    source: str,
-    flags: tuple[str, ...],
-    store: str,
-    hierarchy: str,
-    config: str,
-    backbone: str,
-    upon: Path,
+    settings: BenchSettings, source: tuple[str, ...], store: str, hierarchy: str, config: str, upon: Path
 ) -> Iterator[BenchRun]:
-    embed = ("embed", source, "-o", store, "--backbone", backbone, *flags)
+    """Yield `gram embed` and `gram cluster` of one corpus, which the folder `upon` holds."""
+    embed = ("embed", source[0], "-o", store, "--backbone", _backbone(settings), *source[1:])
     yield BenchRun(embed, Path(store), f"features in {store}", ("embed",), (upon,))
     cluster = ("cluster", store, "-o", hierarchy, "--config-file", f"configs/gram_meta/{config}.yaml")
-    yield BenchRun(
-        (*cluster, *settings.meta_opts), Path(hierarchy), f"topics in {hierarchy}", ("cluster",), (Path(store),)
-    )
+    argv, title = (*cluster, *settings.meta_opts), f"topics in {hierarchy}"
+    yield BenchRun(argv, Path(hierarchy), title, ("cluster",), (Path(store),))
 
 
 def _backbone(settings: BenchSettings) -> str:
@@ -142,7 +124,7 @@ def _backbone(settings: BenchSettings) -> str:
 
 
 def write_labelled(world: str | Path, folder: str | Path) -> Path:
-    """Write the corpus of the emoji world as class folders, FOLDER/<concept>/<image>; hard links where the disk allows."""
+    """Write the corpus of the emoji world as class folders, FOLDER/<concept>/<image>, by hard links if possible."""
     images, folder = Path(world) / "corpus", Path(folder)
     owner = f"class folders of {sha256_file(images / 'truth.tsv')}"
     if (folder / MARK).is_file():

@@ -1,4 +1,4 @@
-"""The runs of a bench: the matrix of protocols, trainers, datasets and seeds as commands of `gram`, in CoOp's folders."""
+"""The runs of a bench: protocols, trainers, datasets and seeds as commands of `gram`, in CoOp's folders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from gram_meta.config import INCIDENTAL, find_config, flatten, load_meta_config, nearest
+from gram_meta.config import ELEVEN, INCIDENTAL, SHIFTED, find_config, flatten, load_meta_config, nearest
 from gram_meta.errors import GramError, in_one_line
 from gram_meta.files import read_json
 from gram_meta.runs.layout import META, RUN
@@ -34,21 +34,8 @@ CONFIGS = {
     "UniGRAM": "{bb}_c2+2_ep10_batch32_ctxv1",
 }
 
-SOURCE = "imagenet"
-ELEVEN = (
-    SOURCE,
-    "caltech101",
-    "oxford_pets",
-    "stanford_cars",
-    "oxford_flowers",
-    "food101",
-    "fgvc_aircraft",
-    "sun397",
-    "dtd",
-    "eurosat",
-    "ucf101",
-)
-DATASETS = {"base2new": ELEVEN, "xd": ELEVEN[1:], "dg": ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")}
+SOURCE = ELEVEN[0]
+DATASETS = {"base2new": ELEVEN, "xd": ELEVEN[1:], "dg": SHIFTED}
 
 
 @dataclass(frozen=True)
@@ -104,9 +91,9 @@ class BenchRun:
     argv: tuple[str, ...]  # of `gram`; or "python", "-c", code
     folder: Path
     title: str
-    pace: tuple[str, ...]  # runs of equal pace take about equally long; runs with the same first parts less surely
+    pace: tuple[str, ...]  # runs of equal pace take about equally long; fewer equal parts: a worse guess
     after: tuple[Path, ...] = ()
-    leaves: tuple[Path, ...] = ()  # of a command of Python: the files that exist once it is finished
+    leaves: tuple[Path, ...] = ()  # the files that a command of Python has written when it has finished
 
     @property
     def line(self) -> str:
@@ -242,7 +229,11 @@ def _gram_options(path: Path, opts: Sequence[str]) -> dict[str, str]:
 
 
 def meta_jobs(entries: Iterable[Entry], settings: BenchSettings) -> Iterator[BenchRun]:
-    """The meta-trainings that entries need; none where the checkpoint is there and nothing to make it from."""
+    """Yield the meta-trainings that the trainers need.
+
+    Raises:
+        GramError: a meta-checkpoint is missing, and there is no store to make it from.
+    """
     for name, entry in {entry.meta: entry for entry in entries if entry.meta}.items():
         config = _meta_config(name, settings.meta_opts)
         kind = "labelled_" if config.CHC.get("LABELLED", False) else ""
@@ -308,15 +299,15 @@ def _meta_config(name: str, opts: tuple[str, ...]) -> Any:
 
 
 def _base2new(entries: Sequence[Entry], settings: BenchSettings, seed: int) -> Iterator[BenchRun]:
-    """Train on the base classes of each dataset (its own test is on them), then test on the new ones."""
+    """Train on the base classes of each dataset, with a test on them at the end, then test on the new ones."""
+    shots = ("DATASET.NUM_SHOTS", str(settings.shots), "DATASET.SUBSAMPLE_CLASSES")
     for dataset in settings.datasets["base2new"]:
         for entry in _of_seed(entries, settings, seed):
             tail = f"{dataset}/shots_{settings.shots}/{entry.trainer}/{entry.name}/seed{seed}"
             trained = settings.output / "base2new" / "train_base" / tail
             tested = settings.output / "base2new" / "test_new" / tail
-            shots = ("DATASET.NUM_SHOTS", str(settings.shots), "DATASET.SUBSAMPLE_CLASSES")
-            yield _train(entry, settings, seed, dataset, trained, (*shots, "base"), "base")
-            yield _test(entry, settings, seed, dataset, tested, trained, (*shots, "new"), "new")
+            yield _run_of(entry, settings, seed, dataset, trained, (*shots, "base"), "base")
+            yield _run_of(entry, settings, seed, dataset, tested, (*shots, "new"), "new", trained)
 
 
 def _transfer(
@@ -324,60 +315,39 @@ def _transfer(
 ) -> Iterator[BenchRun]:
     """Train on all classes of the source, then test on every target: cross-dataset, and domain generalisation."""
     entries = _of_seed(entries, settings, seed)
-    of_source = {
-        entry: settings.output / settings.source / entry.trainer / f"{entry.name}_{settings.shots}shots" / f"seed{seed}"
-        for entry in entries
-    }
-    for entry, folder in of_source.items():
-        shots = ("DATASET.NUM_SHOTS", str(settings.shots))
-        yield _train(entry, settings, seed, settings.source, folder, shots, "source")
+    names = {entry: f"{entry.name}_{settings.shots}shots" for entry in entries}
+    source, shots = settings.source, ("DATASET.NUM_SHOTS", str(settings.shots))
+    trained = {e: settings.output / source / e.trainer / name / f"seed{seed}" for e, name in names.items()}
+    for entry, folder in trained.items():
+        yield _run_of(entry, settings, seed, source, folder, shots, "source")
     for target in targets:
-        for entry, trained in of_source.items():
-            tail = f"{entry.name}_{settings.shots}shots/{target}/seed{seed}"
-            tested = settings.output / "evaluation" / entry.trainer / tail
-            yield _test(entry, settings, seed, target, tested, trained, (), "target")
+        for entry, folder in trained.items():
+            tested = settings.output / "evaluation" / entry.trainer / names[entry] / target / f"seed{seed}"
+            yield _run_of(entry, settings, seed, target, tested, (), "target", folder)
 
 
 def _of_seed(entries: Sequence[Entry], settings: BenchSettings, seed: int) -> list[Entry]:
+    """Return the trainers that run with this seed: zero-shot runs with the first one only."""
     return [entry for entry in entries if entry.trainer != ZERO_SHOT or seed == settings.seeds[0]]
 
 
-def _train(
-    entry: Entry, settings: BenchSettings, seed: int, dataset: str, folder: Path, opts: Sequence[str], what: str
-) -> BenchRun:
-    """Training, with its own test at the end; of a zero-shot trainer, a test."""
-    flags = ("--eval-only",) if entry.trainer == ZERO_SHOT else ()
-    return _job("train", entry, settings, seed, dataset, folder, flags, opts, what)
-
-
-def _test(
+def _run_of(
     entry: Entry,
     settings: BenchSettings,
     seed: int,
     dataset: str,
     folder: Path,
-    trained: Path,
     opts: Sequence[str],
     what: str,
+    trained: Path | None = None,
 ) -> BenchRun:
-    if entry.trainer == ZERO_SHOT:
-        return _job("test", entry, settings, seed, dataset, folder, ("--eval-only",), opts, what)
-    flags = ("--eval-only", "--model-dir", str(trained))
-    return _job("test", entry, settings, seed, dataset, folder, flags, opts, what, (trained,))
+    """Return a training, which tests at its end; with `trained`, a test of the model in that folder.
 
-
-def _job(
-    kind: str,
-    entry: Entry,
-    settings: BenchSettings,
-    seed: int,
-    dataset: str,
-    folder: Path,
-    flags: Sequence[str],
-    opts: Sequence[str],
-    what: str,
-    after: tuple[Path, ...] = (),
-) -> BenchRun:
+    A zero-shot trainer has tests alone, which need no model.
+    """
+    zero_shot = entry.trainer == ZERO_SHOT
+    needed = (trained,) if trained and not zero_shot else ()
+    flags = [*["--eval-only"] * bool(trained or zero_shot), *(["--model-dir", str(trained)] if needed else [])]
     gram = ("TRAINER.GRAM.CHECKPOINT", entry.checkpoint) if entry.meta else ()
     return BenchRun(
         argv=(
@@ -387,6 +357,6 @@ def _job(
         ),
         folder=folder,
         title=f"{entry.label}, {dataset}, seed {seed}, {what}",
-        pace=(kind, entry.label, dataset),
-        after=(*after, *((settings.meta_dir / entry.meta,) if entry.meta else ()), Path(settings.root)),
+        pace=("test" if trained else "train", entry.label, dataset),
+        after=(*needed, *((settings.meta_dir / entry.meta,) if entry.meta else ()), Path(settings.root)),
     )

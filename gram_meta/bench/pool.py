@@ -29,7 +29,7 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_
 
 @dataclass(frozen=True)
 class Task:
-    """A command for a worker, and the file for what it prints; the file is left only where the command fails.
+    """A command for a worker, and the file for its output, which is kept only if the command fails.
 
     Instead of a command of `gram`: ("python", "-c", code), or ("call",) with a function and its arguments.
     """
@@ -42,7 +42,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a task ended. `result`: the metrics of a run, or what a call returned; `error`: one line, where it failed."""
+    """How a task ended. `result`: the metrics of a run, or the result of a call. `error`: one line, if it failed."""
 
     key: str
     seconds: float
@@ -52,7 +52,7 @@ class Outcome:
 
 
 def places(jobs: int, gpus: Sequence[str] = ()) -> list[dict[str, str]]:
-    """The environment of each worker: a GPU, and a share of the cores where the user has not set the threads."""
+    """Return the environment of each worker: a GPU, and a share of the cores unless the user has set the threads."""
     count = len(gpus) or jobs
     threads = str(max(cores() // count, 1))
     shares = {name: os.environ.get(name, threads) for name in THREADS}
@@ -63,7 +63,7 @@ def places(jobs: int, gpus: Sequence[str] = ()) -> list[dict[str, str]]:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -71,7 +71,7 @@ def cores() -> int:
 
 
 class Pool:
-    """Up to one task at a time in each place.
+    """Worker processes, each with at most one task at a time.
 
     with Pool(places(2)) as pool:
         pool.start(task)        # while pool.free
@@ -91,16 +91,17 @@ class Pool:
 
     @property
     def free(self) -> int:
-        """How many tasks can be started now."""
+        """Return how many tasks can be started now."""
         return len(self.idle) + len(self.unused)
 
     def start(self, task: Task) -> None:
+        """Give a task to an idle worker, or to a new one."""
         worker = self.idle.pop() if self.idle else _Worker(self.unused.pop(0))
         self.busy.append(worker)
         worker.give(task)
 
     def wait(self) -> list[Outcome]:
-        """Sleep until a task has ended; what has ended since."""
+        """Sleep until a task has ended; return all that have ended."""
         wait([handle for worker in self.busy for handle in (worker.connection, worker.process.sentinel)])
         outcomes = []
         for worker in list(self.busy):
@@ -117,13 +118,17 @@ class Pool:
         return outcomes
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What a function returns in a worker, which is to import torch anyway. Raises GramError as the function does."""
+        """Call a function in a worker, which imports torch anyway, and return its result.
+
+        Raises:
+            GramError: the function raised it, or failed in another way.
+        """
         from gram_meta.errors import GramError
 
         with tempfile.TemporaryDirectory() as folder:
             self.start(Task("call", ("call",), f"{folder}/log", (function, arguments)))
             outcomes: list[Outcome] = []
-            while not outcomes:  # a process that was ended may be seen before it is gone
+            while not outcomes:  # a dying process may wake `wait` before it has ended
                 outcomes = self.wait()
             (outcome,) = outcomes
         if outcome.error:
@@ -131,8 +136,11 @@ class Pool:
         return outcome.result
 
     def stop(self) -> None:
-        """End all workers and what they have started; a run in progress can be gone on with."""
-        with _deaf():
+        """End all workers and what they have started; their runs can be resumed.
+
+        A second Ctrl-C would leave some of the processes behind, so it is ignored meanwhile.
+        """
+        with handled(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM):
             workers, self.idle, self.busy = [*self.idle, *self.busy], [], []
             for worker in workers:
                 worker.process.terminate()
@@ -142,14 +150,14 @@ class Pool:
 
 
 class _Worker:
-    """One process and the task it is at."""
+    """One process and its task."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self.environment = environment
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs,), daemon=False)
-        with _environment(environment):  # what is imported first already sees it
+        with _environment(environment):  # the first import already sees it
             self.process.start()
         theirs.close()  # or the end of the process would not be seen
         self.task: Task | None = None
@@ -157,13 +165,13 @@ class _Worker:
 
     def give(self, task: Task) -> None:
         self.task, self.begun = task, time.monotonic()
-        with contextlib.suppress(BrokenPipeError, ConnectionError):  # it died: `outcome` says so
+        with contextlib.suppress(BrokenPipeError, ConnectionError):  # it died: `outcome` reports that
             self.connection.send(task)
 
     def outcome(self) -> Outcome | None:
-        """Of the task, once it has ended or the process has."""
+        """Return how the task ended; None while it runs."""
         assert self.task is not None
-        alive = self.process.is_alive()  # asked first: what it has sent before its end is read
+        alive = self.process.is_alive()  # asked before `poll`, which then sees all that a dead process has sent
         with contextlib.suppress(EOFError, OSError):
             if self.connection.poll():
                 return self.connection.recv()
@@ -176,7 +184,7 @@ class _Worker:
     def stop(self, grace: float = GRACE) -> None:
         self.process.terminate()
         self.process.join(grace)
-        if self.process.pid:  # the worker leads a group of its own: what it has started goes with it
+        if self.process.pid:  # the worker leads a process group, which ends with it
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, signal.SIGKILL)
         if self.process.is_alive():
@@ -208,25 +216,25 @@ def _environment(changes: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _deaf() -> Iterator[None]:
-    """A second Ctrl-C while processes are being ended would leave some of them behind."""
+def handled(handler: Any, *numbers: signal.Signals) -> Iterator[None]:
+    """Give these signals a handler inside the block; only the main thread can."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 # ----------------------------------------------------------------------------------------------------- in the workers
 
 
 def _serve(connection: Connection) -> None:
-    """Run tasks until the main process closes the connection, ends, or asks to stop."""
-    os.setsid()  # Ctrl-C reaches the main process alone, which then ends this one
+    """Run tasks until the main process closes the connection, ends, or sends SIGTERM."""
+    os.setsid()  # Ctrl-C reaches only the main process, which then ends this one
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _leave)
     threading.Thread(target=_follow_parent, daemon=True).start()
@@ -244,12 +252,12 @@ def _serve(connection: Connection) -> None:
 
 
 def _leave(*_: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: the files being written are tidied up now
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: clean-up of half-written files begins now
     raise SystemExit(143)
 
 
 def _follow_parent() -> None:
-    """End with the main process, however it ended."""
+    """End this process when the main process ends, however that happens."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -265,7 +273,7 @@ def _run(task: Task) -> Outcome:
                 outcome = _attempt(task)
             failed = bool(outcome.error)
         finally:
-            if not failed:  # or it was asked to stop
+            if not failed:  # or the worker is stopping
                 Path(task.log).unlink(missing_ok=True)
     return outcome
 
@@ -276,14 +284,14 @@ def _attempt(task: Task) -> Outcome:
     begun = time.monotonic()
     try:
         if task.argv[0] == "train":
-            import gram_meta.plugin  # noqa: F401, torch and CLIP, once in each worker: no part of the first run's time
+            import gram_meta.plugin  # noqa: F401, torch and CLIP, once a worker: not part of the first run's time
 
             begun = time.monotonic()
         result = _execute(task)
     except GramError as error:
         print(f"{error}", file=sys.stderr)
         return Outcome(task.key, time.monotonic() - begun, error=str(error))
-    except Exception as error:  # any other is a fault of the program or of the machine: memory may be left over
+    except Exception as error:  # a fault of the program or of the machine, which may leave memory occupied
         traceback.print_exc()
         words = " ".join(str(error).split())[:300]  # the log has all of it
         error_line = f"{type(error).__name__}: {words}" if words else type(error).__name__
@@ -293,7 +301,7 @@ def _attempt(task: Task) -> Outcome:
 
 
 def _execute(task: Task) -> Any:
-    """Run the command in this process; the metrics of a run that tested something."""
+    """Run the command in this process; return the metrics of a run that tested something."""
     from gram_meta.errors import GramError
 
     if task.call is not None:
@@ -324,7 +332,7 @@ def _last_line(path: str) -> str:
 
 @contextlib.contextmanager
 def _printing_to(handle: int) -> Iterator[None]:
-    """What this process and its children print goes to a file, and afterwards nowhere."""
+    """Send what this process and its children print to a file, and afterwards to nowhere."""
     for number in (1, 2):
         os.dup2(handle, number)
     try:

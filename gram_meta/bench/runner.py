@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
 import re
 import shlex
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gram_meta import __version__
 from gram_meta.bench.matrix import BenchRun, BenchSettings, meta_state
-from gram_meta.bench.pool import Outcome, Pool, Task
+from gram_meta.bench.pool import Outcome, Pool, Task, handled
 from gram_meta.bench.times import in_words
 from gram_meta.errors import GramError
 from gram_meta.files import read_json, write_json
@@ -27,6 +27,9 @@ from gram_meta.locks import only_writer
 from gram_meta.progress import progress_bar
 from gram_meta.runs import layout
 from gram_meta.runs.folder import open_folder
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 MANIFEST = "bench.json"
 LOGS = "bench_logs"  # the output of failed runs
@@ -60,17 +63,19 @@ def run(
     Raises:
         GramError: an option or a name that no run could be started with.
     """
-    with _interruptible(), only_writer(settings.output), Pool(environments) as pool:
+    as_ctrl_c = handled(signal.default_int_handler, signal.SIGTERM, signal.SIGHUP)  # and a closed terminal
+    with as_ctrl_c, only_writer(settings.output), Pool(environments) as pool:
         states = pool.call(look, jobs, settings)
         manifest = Manifest(settings.output, settings, jobs)
-        with _bar(len(jobs), say) as bar:
-            bench = Bench(jobs, states, settings.output, Clock(len(environments), manifest.durations), bar)
+        options: dict[str, Any] = {"unit": " runs", "desc": "bench", "smoothing": 0, "dynamic_ncols": True}
+        with progress_bar(total=len(jobs), shown=sys.stderr.isatty(), **options) as bar:
+            bench = Bench(jobs, states, settings.output, Clock(len(environments), manifest.durations), bar, say)
             bench.introduce()
             try:
                 bench.run(pool)
             except KeyboardInterrupt:
                 pool.stop()
-                bar.say("interrupted; the same command goes on here")
+                bench.say("interrupted; the same command goes on here")
                 return 130
             finally:
                 manifest.end(bench)
@@ -136,21 +141,33 @@ class Bench:
     """The runs to do, those in progress, and the results of the others."""
 
     def __init__(
-        self, jobs: Sequence[BenchRun], states: Mapping[Path, State], output: Path, clock: Clock, bar: Bar
+        self,
+        jobs: Sequence[BenchRun],
+        states: Mapping[Path, State],
+        output: Path,
+        clock: Clock,
+        bar: tqdm[Any],
+        say: Callable[[str], None],
     ) -> None:
         self.jobs = {job.folder: job for job in jobs}
-        self.states, self.output, self.clock, self.bar = states, output, clock, bar
+        self.states, self.output, self.clock, self.bar, self._say = states, output, clock, bar, say
         self.before = [f for f, state in states.items() if state.name == "finished"]
         self.done: set[Path] = set(self.before)
         self.todo = [job for job in jobs if job.folder not in self.done]
         self.running: dict[str, BenchRun] = {}
         self.failed: dict[Path, str] = {}
 
+    def say(self, line: str) -> None:
+        """Print a line, above the progress bar on a terminal."""
+        with self.bar.external_write_mode():
+            self._say(line)
+            sys.stdout.flush()  # users read a log file while it grows
+
     def introduce(self) -> None:
         goes_on = sum(state.name == "unfinished" for state in self.states.values())
         parts = [f"{len(self.before)} finished before"] if self.before else []
         parts += [f"{goes_on} to go on with"] if goes_on else []
-        self.bar.say(f"{len(self.jobs)} runs in {self.output}" + (f": {', '.join(parts)}" if parts else ""))
+        self.say(f"{len(self.jobs)} runs in {self.output}" + (f": {', '.join(parts)}" if parts else ""))
         self.bar.update(len(self.before))
 
     def run(self, pool: Pool) -> None:
@@ -172,7 +189,8 @@ class Bench:
             broken = next((folder for folder in job.after if folder in self.failed), None)
             if state.name == "refused" or broken is not None:
                 self.todo.remove(job)
-                self._fail(job, state.why or f"needs {self.jobs[broken].title}, which failed", broken is None)  # type: ignore[index]
+                why = state.why if broken is None else f"needs {self.jobs[broken].title}, which failed"
+                self._fail(job, why, report=broken is None)
             elif all(folder in self.done for folder in job.after if folder in self.jobs):
                 self.todo.remove(job)
                 return job
@@ -203,19 +221,19 @@ class Bench:
         self.bar.update(1)
         count = len(self.done) + len(self.failed)
         width = len(str(len(self.jobs)))
-        self.bar.say(f"[{count:{width}d}/{len(self.jobs)}] {line}")
+        self.say(f"[{count:{width}d}/{len(self.jobs)}] {line}")
 
     def conclude(self) -> int:
         if self.failed:
             causes = [folder for folder in self.failed if not any(f in self.failed for f in self.jobs[folder].after)]
-            self.bar.say(f"{len(self.failed)} of {len(self.jobs)} runs failed or need one that did:")
+            self.say(f"{len(self.failed)} of {len(self.jobs)} runs failed or need one that did:")
             for folder in causes[:SHOWN]:
-                self.bar.say(f"  {self.jobs[folder].title}: {self.failed[folder]}")
+                self.say(f"  {self.jobs[folder].title}: {self.failed[folder]}")
             if len(causes) > SHOWN:
-                self.bar.say(f"  ... and {len(causes) - SHOWN} more, which {self.output / MANIFEST} lists")
-            self.bar.say("the same command tries them again")
+                self.say(f"  ... and {len(causes) - SHOWN} more, which {self.output / MANIFEST} lists")
+            self.say("the same command tries them again")
         if any(job.argv[0] == "train" and job.folder in self.done for job in self.jobs.values()):
-            self.bar.say(f"tables: gram report {shlex.quote(str(self.output))}")
+            self.say(f"tables: gram report {shlex.quote(str(self.output))}")
         return 1 if self.failed else 0
 
     def _log(self, job: BenchRun) -> Path:
@@ -266,7 +284,7 @@ class Manifest:
         self.durations: dict[str, list[float]] = self.value["durations"]
         self.entry: dict[str, Any] = {
             "command": shlex.join(["gram", *sys.argv[1:]]),
-            "matrix": _plain(asdict(settings)),
+            "matrix": json.loads(json.dumps(asdict(settings), default=str)),  # paths as text
             "runs": len(jobs),
             "versions": _versions(),
             "started": _now(),
@@ -294,65 +312,3 @@ def _versions() -> dict[str, str]:
 
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-# ------------------------------------------------------------------------------------------------------------- terminal
-
-
-class Bar:
-    """Prints lines, with a progress bar below them where stderr is a terminal."""
-
-    def __init__(self, total: int, say: Callable[[str], None]) -> None:
-        self._say = say
-        self.bar: Any = None
-        if sys.stderr.isatty():
-            self.bar = progress_bar(total=total, unit=" runs", desc="bench", smoothing=0, dynamic_ncols=True)
-
-    def say(self, line: str) -> None:
-        if self.bar is None:
-            self._say(line)
-            sys.stdout.flush()  # users read a log file while it grows
-        else:
-            with self.bar.external_write_mode():
-                self._say(line)
-
-    def update(self, count: int) -> None:
-        if self.bar is not None:
-            self.bar.update(count)
-
-
-@contextlib.contextmanager
-def _bar(total: int, say: Callable[[str], None]) -> Iterator[Bar]:
-    bar = Bar(total, say)
-    try:
-        yield bar
-    finally:
-        if bar.bar is not None:
-            bar.bar.close()
-            bar.bar = None
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Treat SIGTERM and a closed terminal as Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

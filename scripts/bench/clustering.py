@@ -39,13 +39,12 @@ NOISE, COPIES = 0.2, 0.02  # shares of pairs that belong to no topic, and of cap
 class World:
     """Topics and how their pairs look, for about `pairs` pairs: sqrt(pairs) topics with power-law sizes.
 
-    Squared lengths of the parts of a sentence feature, in the manner of all-MiniLM-L6-v2 on 15,000 captions of
-    photographs (within a topic that HDBSCAN finds there, cosines of 0.36 to 0.61; 0.08 between any two captions; the
-    nearest other caption at 0.64 to 0.90; 72 % of the variance in 60 directions):
-    0.06 common to all, 0.12 to a family of four topics on average (near neighbours), 0.10 to 0.34 to the topic (loose and
-    tight ones), 0.16 to one of its one to six sub-topics; the rest is the caption's own. How much a caption is about its
-    topic varies too, down to nothing, so that no sharp line separates topics from noise. Captions of no topic are one
-    half mixtures of two topics, one half about a family and nothing else.
+    A sentence feature is a sum of parts. Their squared lengths are 0.06 (common to all), 0.12 (a family of four topics on
+    average), 0.10 to 0.34 (the topic), 0.16 (one of its one to six sub-topics), and the rest (the caption's own). This
+    follows all-MiniLM-L6-v2 on 15,000 captions of photographs: cosines of 0.36 to 0.61 within a topic that HDBSCAN finds,
+    of 0.08 between any two captions, of 0.64 to 0.90 to the nearest other caption; 72 % of the variance in 60 directions.
+    How much a caption is about its topic varies, down to nothing, so no sharp line separates topics from noise. Captions
+    of no topic are one half mixtures of two topics, one half about a family and nothing else.
     """
 
     def __init__(self, pairs: int, seed: int) -> None:
@@ -75,12 +74,12 @@ class World:
         self.sub_word = words[2000 + families + topics :]
 
     def direction(self, random: np.random.Generator, rows: int) -> np.ndarray:
-        """Unit vectors with the decaying spectrum of sentence features."""
+        """Return unit vectors with the decaying spectrum of sentence features."""
         x = random.standard_normal((rows, SENTENCE), np.float32) * self.spectrum.astype(np.float32)
         return x / np.linalg.norm(x, axis=1, keepdims=True)
 
     def draw(self, rows: int, random: np.random.Generator) -> dict[str, Any]:
-        """`rows` pairs: topic (-1: noise), domain, captions, sentence and image features, similarity."""
+        """Return `rows` pairs: topic (-1: noise), domain, captions, sentence and image features, similarity."""
         topic = random.choice(self.topics, rows, p=self.share)
         sub = 6 * topic + random.integers(0, self.subs[topic])
         noise = random.random(rows) < NOISE
@@ -102,17 +101,10 @@ class World:
         x += weight["own"] * self.direction(random, rows)
         x /= np.linalg.norm(x, axis=1, keepdims=True)
 
-        captions = [
-            " ".join(self.caption(*facts, random_words))
-            for *facts, random_words in zip(
-                topic.tolist(),
-                sub.tolist(),
-                noise.tolist(),
-                (random.random((rows, 3)) < (0.8, 0.5, 0.4)).tolist(),
-                (2000 * random.random((rows, 5)) ** 2).astype(int).tolist(),
-                strict=True,
-            )
-        ]
+        shows = (random.random((rows, 3)) < (0.8, 0.5, 0.4)).tolist()
+        filler = (2000 * random.random((rows, 5)) ** 2).astype(int).tolist()
+        facts = zip(topic.tolist(), sub.tolist(), noise.tolist(), shows, filler, strict=True)
+        captions = [" ".join(self.caption(*each)) for each in facts]
         copy = np.flatnonzero(random.random(rows) < COPIES)
         of = random.integers(0, rows, len(copy))
         for to, source in zip(copy.tolist(), of.tolist(), strict=True):
@@ -124,15 +116,16 @@ class World:
         y += random.standard_normal((rows, CLIP), np.float32) * np.float32(0.55 / CLIP**0.5)
         y /= np.linalg.norm(y, axis=1, keepdims=True)
         return {
-            "topic": np.where(noise, -1, topic).astype(np.int32),
-            "domain": domain.astype(np.int8),
+            "topic": np.where(noise, -1, topic),
+            "domain": domain,
             "captions": captions,
-            "sentence": x.astype(np.float16),
-            "image": y.astype(np.float16),
-            "similarity": random.normal(0.3, 0.03, rows).astype(np.float32),
+            "sentence_features": x,
+            "image_features": y,
+            "similarity": random.normal(0.3, 0.03, rows),
         }
 
     def caption(self, topic: int, sub: int, noise: bool, shows: list[bool], filler: list[int]) -> list[str]:
+        """Return the words of a caption: filler, with those about the topic that it shows in the middle."""
         words = [self.filler[word] for word in filler]
         if noise:
             return words
@@ -141,7 +134,7 @@ class World:
 
 
 def made_up_words(random: np.random.Generator, count: int) -> list[str]:
-    """Different pronounceable words of four to eight letters."""
+    """Return different pronounceable words of four to eight letters."""
     syllables = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
     words: dict[str, None] = {}
     while len(words) < count:
@@ -155,16 +148,17 @@ def make(pairs: int, folder: Path, seed: int) -> None:
     import pyarrow.parquet as pq
 
     from gram_meta.corpus.store import store_fingerprint
+    from gram_meta.files import write_json
 
     folder.mkdir(parents=True, exist_ok=True)
     world = World(pairs, seed)
-    files = {"sentence_features": (SENTENCE, np.float16), "image_features": (CLIP, np.float16)}
+    shapes = {"sentence_features": (SENTENCE,), "image_features": (CLIP,)}
     arrays = {
-        name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, (pairs, width))
-        for name, (width, dtype) in files.items()
+        name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, (pairs, *shape))
+        for name, shape in shapes.items()
     }
-    topic, domain = np.empty(pairs, np.int32), np.empty(pairs, np.int8)
-    similarity = np.empty(pairs, np.float32)
+    arrays["similarity"] = np.empty(pairs, np.float32)
+    truth = {"topic": np.empty(pairs, np.int32), "domain": np.empty(pairs, np.int8)}
     caption_schema = pa.schema([("image", pa.int64()), ("caption", pa.string())])
     image_schema = pa.schema([("location", pa.string()), ("digest", pa.string())])
     with (
@@ -174,34 +168,23 @@ def make(pairs: int, folder: Path, seed: int) -> None:
         for start in range(0, pairs, CHUNK):
             rows = np.arange(start, min(start + CHUNK, pairs))
             part = world.draw(len(rows), np.random.default_rng([seed, pairs, start]))
-            arrays["sentence_features"][rows], arrays["image_features"][rows] = (part["sentence"], part["image"])
-            topic[rows], domain[rows] = part["topic"], part["domain"]
-            similarity[rows] = part["similarity"]
+            for name, array in (arrays | truth).items():
+                array[rows] = part[name]
             captions.write_table(pa.table([rows, part["captions"]], caption_schema))
             places = [f"{row // 10_000:05d}/{row:09d}.jpg" for row in rows.tolist()]
             images.write_table(pa.table([places, ["0" * 64] * len(rows)], image_schema))
-    for array in arrays.values():
-        array.flush()
-    np.save(folder / "similarity.npy", similarity)
-    np.savez(folder / "truth.npz", topic=topic, domain=domain)
+    np.save(folder / "similarity.npy", arrays["similarity"])
+    np.savez(folder / "truth.npz", **truth)
     settings = {
         "source": {"kind": "generated", "image_root": str(folder), "pairs": pairs, "seed": seed},
         "clip": {"name": "generated", "fingerprint": "0" * 64, "width": CLIP},
         "sentence_model": {"name": "generated", "fingerprint": "1" * 64, "width": SENTENCE},
     }
     counts = {"rows": pairs, "pairs": pairs, "images": pairs}
-    manifest = {
-        "kind": "pair store",
-        "format": 1,
-        "finished": True,
-        "fingerprint": store_fingerprint(settings, counts, [f"{pairs} {seed}"]),
-        "settings": settings,
-        "counts": counts,
-        "skipped": {},
-        "skipped_images": {},
-        "shortened_for_clip": 0,
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    manifest = {"kind": "pair store", "format": 1, "finished": True, "settings": settings, "counts": counts}
+    manifest |= {"skipped": {}, "skipped_images": {}, "shortened_for_clip": 0}
+    manifest["fingerprint"] = store_fingerprint(settings, counts, [f"{pairs} {seed}"])
+    write_json(folder / "manifest.json", manifest)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
