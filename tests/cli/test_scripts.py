@@ -149,6 +149,7 @@ def test_a_run_that_fails_ends_the_script(place):
     assert script("dg_test.sh", place, "1", TRAINER="CoOp")[0].returncode == 2
 
 
+@pytest.mark.slow
 def test_a_real_run_from_another_folder(tmp_path, tiny_data, tiny_options):
     """Trained, tested, and not run again."""
     variables = {

@@ -109,6 +109,7 @@ def test_excepthook(off, monkeypatch):
     assert sys.excepthook is sys.__excepthook__
 
 
+@pytest.mark.slow
 def test_default_options(tmp_path):
     code = "import gram_meta.plugin; from gram_meta.engine import get_cfg_default as g; print('GRAM' in g().TRAINER)"
     assert python(code, tmp_path, GRAM_HOOKS="-default-options") == "False"
@@ -162,6 +163,7 @@ def test_missing_packages(off, monkeypatch):
     assert sys.meta_path == others
 
 
+@pytest.mark.slow
 def test_answer_as_dassl(tmp_path):
     code = (
         "import sys, gram_meta.plugin\nfrom gram_meta.engine import TRAINER_REGISTRY as r\n"
@@ -170,6 +172,7 @@ def test_answer_as_dassl(tmp_path):
     assert python(code, tmp_path, GRAM_DASSL="builtin", GRAM_HOOKS="-answer-as-dassl") == "False CoOpGRAM"
 
 
+@pytest.mark.slow
 def test_dassl_fixes(tmp_path):
     (tmp_path / "dassl").mkdir()
     (tmp_path / "dassl" / "__init__.py").touch()

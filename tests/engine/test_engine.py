@@ -82,6 +82,7 @@ def test_an_unknown_name_is_an_attribute_error():
         _ = engine.TrainerZ
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wish", "real", "expected"),
     [("auto", True, "real"), ("real", True, "real"), ("auto", False, "broken"), ("wrong", True, "GramError")],
