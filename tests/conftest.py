@@ -23,20 +23,52 @@ def pytest_report_header():
     return [f"{name}: {os.environ.get(name) or default}" for name, default in ROOMS.items()]
 
 
-@pytest.fixture
-def forked():
-    """`forked.py`: jobs of several processes; this process and those of the job have one thread each."""
-    import importlib.util
-
+@pytest.fixture(scope="module")
+def one_thread():
+    """One thread, as in the processes that tests start: results are equal to the byte at equal numbers of threads."""
     import torch
 
-    spec = importlib.util.spec_from_file_location("forked", ROOT / "tests" / "helpers" / "forked.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield module
+    yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def forked(one_thread):
+    """`forked.py`: jobs of several processes; this process and those of the job have one thread each."""
+    from helpers import forked
+
+    return forked
+
+
+@pytest.fixture(scope="module")
+def backbone(request):
+    """The random tiny CLIP, in the test file's PRECISION (fp32 without one)."""
+    from gram_meta.backbone.clip import load_backbone
+
+    return load_backbone("random-tiny", precision=getattr(request.module, "PRECISION", "fp32"))
+
+
+@pytest.fixture
+def one_loading(backbone, monkeypatch):
+    """Give every trainer and predictor the same random tiny CLIP; other CLIPs and precisions are loaded."""
+    from gram_meta.tools import predict
+    from gram_meta.trainers import base
+
+    load = base.load_backbone
+
+    def cached(name, device="cpu", precision="fp32"):
+        return backbone if (name, precision) == ("random-tiny", "fp32") else load(name, device, precision)
+
+    for module in (base, predict):
+        monkeypatch.setattr(module, "load_backbone", cached)
+
+
+@pytest.fixture
+def no_waiting_for_the_disk(monkeypatch):
+    """Tests end processes, not the power supply: fsync is not needed."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture(scope="session")

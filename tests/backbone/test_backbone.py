@@ -22,11 +22,6 @@ from gram_meta.method.prompts import (
 NAMES = ["cat", "a very big and friendly dog", "house boat"]
 
 
-@pytest.fixture(scope="module")
-def backbone():
-    return load_backbone("random-tiny")
-
-
 def normalised(x):
     return x / x.norm(dim=-1, keepdim=True)
 

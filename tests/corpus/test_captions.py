@@ -4,9 +4,9 @@ import argparse
 import json
 import logging
 import zlib
-from collections import Counter
 
 import pytest
+from helpers.corpora import good, rows_of, skips
 from PIL import Image
 
 from gram_meta.commands import embed
@@ -16,18 +16,6 @@ from gram_meta.corpus.sources import FORMATS, all_rows, open_source, rows
 from gram_meta.corpus.sources.rows import Shard
 from gram_meta.corpus.sources.source import Source
 from gram_meta.errors import GramError
-
-
-def rows_of(path, **options):
-    return list(all_rows(open_source(path, **options)))
-
-
-def good(found):
-    return [(row.location, row.caption) for row in found if not row.skip]
-
-
-def skips(found):
-    return Counter(row.skip for row in found if row.skip)
 
 
 def pictures(folder, *names):

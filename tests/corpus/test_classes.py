@@ -7,6 +7,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from helpers import corpora
+from helpers.corpora import good, skips
 from PIL import Image
 
 from gram_meta.cli import main
@@ -27,15 +29,7 @@ def tree(root, *images):
 
 
 def rows_of(path, **options):
-    return list(all_rows(open_source(path, format="classes", **options)))
-
-
-def good(rows):
-    return [(row.location, row.caption) for row in rows if not row.skip]
-
-
-def skips(rows):
-    return Counter(row.skip for row in rows if row.skip)
+    return corpora.rows_of(path, format="classes", **options)
 
 
 def test_folders_name_the_classes(tmp_path):

@@ -31,18 +31,12 @@ from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
 from gram_meta.processes import ProcessGroup
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_waiting_for_the_disk")]
 
 ROOT = Path(embedding.__file__).parents[2]
 WORDS = ["red", "green", "blue", "dog", "cat", "bird", "on", "under", "beside", "house", "tree", "road"]
 OPTIONS = ["--backbone", "random-tiny", "--sentence-model", "hash:16", "--batch-size", "4", "--part-size", "5"]
 SHARDS = 5
-
-
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch):
-    """These tests end processes, not the power supply."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def picture(number):

@@ -1,19 +1,18 @@
 """Sources of pairs, images and sentences: every format, and every way in which a row or an image can be
 broken."""
 
-import io
 import json
 import os
 import pickle
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.corpora import encoded, good, rows_of, skips
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -22,23 +21,10 @@ from gram_meta.corpus import images
 from gram_meta.corpus.embedding import sentences
 from gram_meta.corpus.images import BadImage, decode_image, read_image
 from gram_meta.corpus.places import ImageFiles, ImageReader, Place
-from gram_meta.corpus.sources import all_rows, open_source, rows
+from gram_meta.corpus.sources import rows
 from gram_meta.corpus.sources.classes import read_classnames
 from gram_meta.corpus.sources.rows import Row
 from gram_meta.errors import GramError
-
-
-def rows_of(path, **options):
-    return list(all_rows(open_source(path, **options)))
-
-
-def skips(found):
-    return Counter(row.skip for row in found if row.skip)
-
-
-def good(found):
-    return [(row.location, row.caption) for row in found if not row.skip]
-
 
 # --- TSV ----------------------------------------------------------------------------------------------------
 
@@ -238,12 +224,6 @@ def test_file_names_that_are_not_utf8_are_counted(tmp_path):
 
 
 # --- images -------------------------------------------------------------------------------------------------
-
-
-def encoded(image, kind="PNG", **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def pixel(content, xy=(0, 0)):

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.corpora import good, rows_of, skips
 from PIL import Image
 
 from gram_meta.corpus.images import BROKEN, EMPTY, BadImage
@@ -45,18 +46,6 @@ def sample(key, text=None, suffix="jpg", **facts):
         yield f"{key}.json", json.dumps({"key": key, "status": "success", **facts}).encode()
     if text is not None:
         yield f"{key}.txt", text.encode()
-
-
-def rows_of(path, **options):
-    return list(all_rows(open_source(path, **options)))
-
-
-def good(found):
-    return [(row.location, row.caption) for row in found if not row.skip]
-
-
-def skips(found):
-    return Counter(row.skip for row in found if row.skip)
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
 
 from gram_meta import files, locks
@@ -31,13 +30,10 @@ from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
 from gram_meta.files import write_json
 
+pytestmark = pytest.mark.usefixtures("one_thread", "no_waiting_for_the_disk")
+
 WORDS = ["red", "green", "blue", "dog", "cat", "bird", "on", "under", "beside", "house", "tree", "road"]
 ROOT = Path(embedding.__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def backbone():
-    return load_backbone("random-tiny")
 
 
 @pytest.fixture(scope="module")
@@ -66,26 +62,11 @@ def corpus(tmp_path_factory):
     return folder / "pairs.tsv"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Features are equal to the byte at equal thread counts alone, and `start` gives its process one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def store(one_thread, corpus, backbone, sentence_model, tmp_path_factory):
     """An undisturbed run, in parts of 10 pairs."""
     out = tmp_path_factory.mktemp("stores") / "undisturbed"
     return embed_pairs(corpus, out, backbone, sentence_model, batch_size=4, part_size=10)
-
-
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch):
-    """These tests end processes, not the power supply."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def contents(folder):

@@ -12,11 +12,6 @@ from gram_meta.method.checkpoint import MetaCheckpoint, load_meta_checkpoint, sa
 from gram_meta.method.regulator import GradientRegulator, RegulatorConfig
 
 
-@pytest.fixture(scope="module")
-def backbone():
-    return load_backbone("random-tiny")
-
-
 def make(backbone, regulator=True):
     generator = torch.Generator().manual_seed(1)
     form = RegulatorConfig(start="random", input="normalised", beta="relative")

@@ -13,7 +13,6 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gram_meta.backbone.clip import clip_module, load_backbone
 from gram_meta.config import load_meta_config
 from gram_meta.corpus.places import ImageReader, Places
 from gram_meta.errors import GramError
@@ -26,21 +25,14 @@ from gram_meta.method.regulator import GradientRegulator
 from gram_meta.method.tasks import StepTasks
 from gram_meta.processes import ProcessGroup
 
+pytestmark = pytest.mark.usefixtures("clip_layer_norm_in_float64")
+
+PRECISION = "fp64"  # of the fixture `backbone`
+
 ALPHA = 0.05
 NAMES = ["cat", "a big dog", "house", "sea lion"]
 CLASSES = torch.tensor([[0, 1], [3, 2]])  # two 2-way tasks
 FORMS = ["visual", "joint", "conditional"]
-
-
-@pytest.fixture(scope="module")
-def backbone():
-    return load_backbone("random-tiny", precision="fp64")
-
-
-@pytest.fixture(autouse=True)
-def clip_layer_norm_in_float64(monkeypatch):
-    """OpenAI's LayerNorm casts to float32; the plain calculations here need float64."""
-    monkeypatch.setattr(clip_module().model.LayerNorm, "forward", torch.nn.LayerNorm.forward)
 
 
 @pytest.fixture(scope="module")

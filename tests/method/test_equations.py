@@ -6,20 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from gram_meta.backbone.clip import load_backbone
 from gram_meta.errors import GramError
 from gram_meta.method.bilevel import InnerLoop, for_each_task, inner_path, inner_products, meta_losses, task_gradients
 from gram_meta.method.episodes import TaskSet
 from gram_meta.method.prompts import ClassText
 from gram_meta.method.regulator import GradientRegulator, RegulatorConfig
 
+pytestmark = pytest.mark.usefixtures("clip_layer_norm_in_float64")
+
+PRECISION = "fp64"  # of the fixture `backbone`
+
 ALPHA = 0.05
 TOKENS = 3
-
-
-@pytest.fixture(scope="module")
-def backbone():
-    return load_backbone("random-tiny", precision="fp64")
 
 
 @pytest.fixture(scope="module")
@@ -206,14 +204,6 @@ def plain_features(side, task, prompt):
 
 def double_norm(norm, x):
     return torch.nn.functional.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias)
-
-
-@pytest.fixture(autouse=True)
-def clip_layer_norm_in_float64(monkeypatch):
-    """OpenAI's LayerNorm casts to float32; the plain calculations here need float64."""
-    from gram_meta.backbone.clip import clip_module
-
-    monkeypatch.setattr(clip_module().model.LayerNorm, "forward", torch.nn.LayerNorm.forward)
 
 
 def test_first_order_is_the_query_gradient_at_the_adapted_prompts(sides, theta):

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 
-from gram_meta.backbone.clip import load_backbone
 from gram_meta.cli import main
 from gram_meta.config import load_meta_config
 from gram_meta.errors import GramError
@@ -25,6 +24,8 @@ from gram_meta.method.checkpoint import load_meta_checkpoint
 from gram_meta.method.meta_run import Stopped
 from gram_meta.method.meta_trainer import MetaTrainer
 from gram_meta.processes import ProcessGroup
+
+PRECISION = "fp64"  # of the fixture `backbone`
 
 pytestmark = pytest.mark.slow
 
@@ -57,11 +58,6 @@ def one_backbone(request, monkeypatch):
     """All runs in this process share one, as building it takes longer than training on it."""
     if "on_disk" not in request.fixturenames:
         monkeypatch.setattr(module, "load_backbone", lambda *_: request.getfixturevalue("backbone"))
-
-
-@pytest.fixture(scope="module")
-def backbone():
-    return load_backbone("random-tiny", precision="fp64")
 
 
 class Threads:
@@ -310,15 +306,6 @@ def test_torchrun_end_to_end(on_disk, tmp_path):
     bad = torchrun(2, "pretrain", "-o", str(tmp_path / "three"), *opts, "OUTER.BATCH", "1")
     assert bad.returncode and bad.stderr.count("gram pretrain: OUTER.BATCH: expected at least one task") == 1
     assert "exitcode  : 2" in bad.stderr and "pretrain.py" not in bad.stderr
-
-
-@pytest.fixture
-def one_thread():
-    """As in the processes that tests start: with other numbers of threads products are summed in another order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_sigterm_leaves_a_state_to_go_on_from(on_disk, tmp_path, one_thread):

@@ -11,21 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.training import meta_of, train_flags
 from torch import nn
 
 import gram_meta.plugin  # noqa: F401, fills the registries
 from gram_meta import files
-from gram_meta.backbone.clip import load_backbone
 from gram_meta.coop import launch
 from gram_meta.engine import build_trainer, set_random_seed, setup_logger
 from gram_meta.errors import GramError
-from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
-from gram_meta.method.prompts import initial_meta_net, initial_prompts
-from gram_meta.method.regulator import GradientRegulator
+from gram_meta.method.checkpoint import save_meta_checkpoint
 from gram_meta.report.runs import read_runs
 from gram_meta.runs import folder as run_folder
 from gram_meta.runs import layout, saved
 from gram_meta.trainers import base
+
+pytestmark = pytest.mark.usefixtures("one_loading")
 
 CONFIG = {"JointPrompt": "gram_small_c2+2_ep10_batch32_ctxv1", "UniGRAM": "gram_small_c2+2_ep10_batch32_ctxv1"}
 CONFIG |= {"ZeroshotCLIP": "gram_small"}
@@ -33,45 +33,15 @@ CONFIG |= {"CoCoOp": "gram_small_c4_ep10_batch1_ctxv1", "CoCoOpGRAM": "gram_smal
 PAIRS = [("CoOp", "CoOpGRAM"), ("CoCoOp", "CoCoOpGRAM"), ("VPT", "VPTGRAM"), ("JointPrompt", "UniGRAM")]
 
 
-@pytest.fixture(scope="module")
-def backbone():
-    return load_backbone("random-tiny")
-
-
-@pytest.fixture(autouse=True)
-def one_loading(backbone, monkeypatch):
-    """The same random CLIP for every trainer."""
-    monkeypatch.setattr(base, "load_backbone", lambda name, *_: backbone)
-
-
 @pytest.fixture
 def flags(tiny_data, tiny_options, tmp_path):
     """flags(out, *options): CoOp's flags for a run of one epoch, two steps."""
 
     def flags(out, *opts, trainer="CoOp", seed=1):
+        options = "DATASET.NUM_SHOTS 2 DATALOADER.TRAIN_X.BATCH_SIZE 4 DATALOADER.NUM_WORKERS 0".split()
         config = CONFIG.get(trainer, "gram_small_c4_ep10_batch32_ctxv1")
-        return [
-            "--root",
-            str(tiny_data),
-            "--seed",
-            str(seed),
-            "--trainer",
-            trainer,
-            "--dataset-config-file",
-            "emoji_food",
-            "--config-file",
-            config,
-            "--output-dir",
-            str(tmp_path / out),
-            *tiny_options,
-            "DATASET.NUM_SHOTS",
-            "2",
-            "DATALOADER.TRAIN_X.BATCH_SIZE",
-            "4",
-            "DATALOADER.NUM_WORKERS",
-            "0",
-            *map(str, opts),
-        ]
+        options = (*tiny_options, *options, *opts)
+        return train_flags(tiny_data, tmp_path / out, trainer, *options, config=config, seed=seed)
 
     return flags
 
@@ -538,12 +508,7 @@ def test_what_would_do_nothing_or_fail_late_is_told_first(flags, tmp_path, befor
 
 def meta_checkpoint(backbone, trainer, path):
     text, visual = {"VPTGRAM": (0, 4), "UniGRAM": (2, 2)}.get(trainer, (4, 0))
-    prompts = initial_prompts(backbone, text, visual, "", seed=7)
-    regulator = GradientRegulator({kind: prompt.shape[1] for kind, prompt in prompts.items()})
-    net = initial_meta_net(backbone, seed=7) if trainer == "CoCoOpGRAM" else {}
-    extras = {f"meta_net.{key}": value for key, value in net.items()}
-    names = backbone.name, backbone.fingerprint
-    save_meta_checkpoint(path, MetaCheckpoint(prompts, regulator, *names, extras=extras))
+    save_meta_checkpoint(path, meta_of(backbone, text, visual, conditional=trainer == "CoCoOpGRAM"))
     return path
 
 

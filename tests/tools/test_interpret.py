@@ -21,11 +21,6 @@ from gram_meta.runs.reader import read_saved
 from gram_meta.tools.interpret import interpret, nearest_rows
 
 
-@pytest.fixture(scope="module")
-def backbone():
-    return load_backbone("random-tiny")
-
-
 def checkpoint(folder, tensors, epoch=2, name="prompt_learner", **more):
     path = folder / name / f"model.pth.tar-{epoch}"
     path.parent.mkdir(parents=True, exist_ok=True)

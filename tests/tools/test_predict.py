@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.training import meta_of, train_flags
 from PIL import Image
 
 import gram_meta.plugin  # noqa: F401, fills the registries
@@ -22,12 +23,12 @@ from gram_meta.coop import launch
 from gram_meta.engine import TRAINER_REGISTRY
 from gram_meta.errors import GramError
 from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
-from gram_meta.method.prompts import initial_meta_net, initial_prompts
-from gram_meta.method.regulator import GradientRegulator
+from gram_meta.method.prompts import initial_prompts
 from gram_meta.runs.reader import read_classes, read_saved
 from gram_meta.tools import predict as module
 from gram_meta.tools.predict import Predictor, default_batch_size, find_images
-from gram_meta.trainers import base
+
+pytestmark = pytest.mark.usefixtures("one_loading")
 
 NODES = {"CoCoOp": "COCOOP", "CoCoOpGRAM": "COCOOP", "VPT": "VPT", "VPTGRAM": "VPT"}
 NODES |= {"JointPrompt": "JOINT", "UniGRAM": "JOINT"}
@@ -52,37 +53,12 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def backbone():
-    return load_backbone("random-tiny")
-
-
-@pytest.fixture(autouse=True)
-def one_loading(backbone, monkeypatch):
-    """The same random CLIP for every trainer and predictor; other precisions and shapes are loaded."""
-    for place in (base, module):
-        load = place.load_backbone
-
-        def cached(name, device="cpu", precision="fp32", load=load):
-            return backbone if (name, precision) == ("random-tiny", "fp32") else load(name, device, precision)
-
-        monkeypatch.setattr(place, "load_backbone", cached)
-
-
-@pytest.fixture(scope="module")
 def metas(backbone, tmp_path_factory):
     """A meta-checkpoint for every GRAM trainer."""
     folder = tmp_path_factory.mktemp("meta")
     for trainer, (text, visual) in TOKENS.items():
-        prompts = initial_prompts(backbone, text, visual, seed=3)
-        extras = initial_meta_net(backbone) if trainer == "CoCoOpGRAM" else {}
-        meta = MetaCheckpoint(
-            prompts,
-            GradientRegulator({kind: value.shape[1] for kind, value in prompts.items()}),
-            "random-tiny",
-            backbone.fingerprint,
-            {"PROMPT": {"TEMPLATE": "a picture of {}!"}},
-            extras={f"meta_net.{name}": value for name, value in extras.items()},
-        )
+        template = {"PROMPT": {"TEMPLATE": "a picture of {}!"}}
+        meta = meta_of(backbone, text, visual, conditional=trainer == "CoCoOpGRAM", seed=3, config=template)
         save_meta_checkpoint(folder / f"{trainer}.safetensors", meta)
     return folder
 
@@ -90,49 +66,13 @@ def metas(backbone, tmp_path_factory):
 def flags(case, data, out, metas, *opts):
     trainer = case.split()[0]
     if trainer in TOKENS:
-        opts = (*opts, "TRAINER.GRAM.CHECKPOINT", str(metas / f"{trainer}.safetensors"))
-    return [
-        "--root",
-        str(data),
-        "--seed",
-        "1",
-        "--trainer",
-        trainer,
-        "--dataset-config-file",
-        "emoji_food",
-        "--output-dir",
-        str(out),
-        "MODEL.BACKBONE.NAME",
-        "random-tiny",
-        "INPUT.SIZE",
-        "(32,32)",
-        "INPUT.INTERPOLATION",
-        "bicubic",
-        "INPUT.TRANSFORMS",
-        "('random_flip','normalize')",
-        "INPUT.PIXEL_MEAN",
-        "[0.5,0.4,0.3]",
-        "INPUT.PIXEL_STD",
-        "[0.26862954,0.26130258,0.27577711]",
-        "DATASET.NUM_SHOTS",
-        "2",
-        "DATALOADER.TRAIN_X.BATCH_SIZE",
-        "4",
-        "DATALOADER.NUM_WORKERS",
-        "0",
-        "OPTIM.NAME",
-        "sgd",
-        "OPTIM.LR",
-        "0.5",
-        "OPTIM.MAX_EPOCH",
-        "2",
-        "TRAIN.CHECKPOINT_FREQ",
-        "1",
-        f"TRAINER.{NODES.get(trainer, 'COOP')}.PREC",
-        "fp32",
-        *CASES.get(case, ()),
-        *opts,
-    ]
+        opts = (*opts, "TRAINER.GRAM.CHECKPOINT", metas / f"{trainer}.safetensors")
+    options = """MODEL.BACKBONE.NAME random-tiny INPUT.SIZE (32,32) INPUT.INTERPOLATION bicubic
+        INPUT.TRANSFORMS ('random_flip','normalize') INPUT.PIXEL_MEAN [0.5,0.4,0.3]
+        INPUT.PIXEL_STD [0.26862954,0.26130258,0.27577711] DATASET.NUM_SHOTS 2 DATALOADER.TRAIN_X.BATCH_SIZE 4
+        DATALOADER.NUM_WORKERS 0 OPTIM.NAME sgd OPTIM.LR 0.5 OPTIM.MAX_EPOCH 2 TRAIN.CHECKPOINT_FREQ 1""".split()
+    precision = (f"TRAINER.{NODES.get(trainer, 'COOP')}.PREC", "fp32")
+    return train_flags(data, out, trainer, *options, *precision, *CASES.get(case, ()), *opts)
 
 
 @pytest.fixture(scope="module")
@@ -350,10 +290,10 @@ def test_bad_lists_of_classes_are_told(words, what, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------- images
 
 
-@pytest.fixture
-def zoo(tmp_path):
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
     """A folder of images as they really come; good ones and bad ones by name."""
-    folder = tmp_path / "zoo"
+    folder = tmp_path_factory.mktemp("images") / "zoo"
     (folder / "deeper" / "still").mkdir(parents=True)
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (40, 60, 3), np.uint8)
@@ -536,7 +476,7 @@ def test_formats(runs, zoo, tmp_path, capsys):
 
 
 def test_names_of_files_that_are_no_text_and_classes_with_commas(runs, zoo, tmp_path, capsys):
-    odd = os.fsdecode(bytes(zoo) + b"/\xff,odd.png")
+    odd = os.fsdecode(bytes(tmp_path) + b"/\xff,odd.png")
     shutil.copy(zoo / "plain.png", odd)
     (tmp_path / "names.txt").write_text('cat, "the big"\ndog\n')
     command = ["predict", "--model-dir", str(runs("CoOp")), "--classes", str(tmp_path / "names.txt"), odd, "--format"]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.training import meta_of
 
 import gram_meta.plugin  # noqa: F401, fills the registries
 from gram_meta.backbone.clip import load_backbone
@@ -14,10 +15,10 @@ from gram_meta.config import as_dict, find_config, get_meta_config, load_meta_co
 from gram_meta.coop import launch
 from gram_meta.engine import TRAINER_REGISTRY, build_trainer, set_random_seed
 from gram_meta.errors import GramError
-from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
+from gram_meta.method.checkpoint import save_meta_checkpoint
 from gram_meta.method.prompts import TEMPLATE, context_from_words, initial_meta_net, initial_prompts
-from gram_meta.method.regulator import GradientRegulator
-from gram_meta.trainers import base
+
+pytestmark = pytest.mark.usefixtures("one_loading")
 
 CONFIGS = {
     "CoOp": "gram_small_c4_ep10_batch32_ctxv1",
@@ -31,22 +32,6 @@ CONFIGS |= {
 }
 PROMPTS = {"CoOp": (4, 0), "CoCoOp": (4, 0), "VPT": (0, 4), "UniGRAM": (2, 2)}  # tokens of text, of image
 WORDS = {1: "a", 2: "a photo", 3: "a photo of", 4: "a photo of a"}
-
-
-@pytest.fixture(scope="module")
-def backbone():
-    return load_backbone("random-tiny")
-
-
-@pytest.fixture(autouse=True)
-def one_loading(backbone, monkeypatch):
-    """The same random CLIP for every trainer; other precisions and shapes are loaded."""
-    load = base.load_backbone
-
-    def cached(name, device="cpu", precision="fp32"):
-        return backbone if (name, precision) == ("random-tiny", "fp32") else load(name, device, precision)
-
-    monkeypatch.setattr(base, "load_backbone", cached)
 
 
 def argv(data, out, trainer, options, *opts, seed=1):
@@ -103,23 +88,14 @@ def save(backbone, tmp_path):
 
     def save(kind, gate=0.5, template=TEMPLATE, name=""):
         text, visual = PROMPTS[kind]
-        prompts = initial_prompts(backbone, text, visual, WORDS.get(text, ""), seed=7)
-        regulator = GradientRegulator({k: p.shape[1] for k, p in prompts.items()})
-        for gates in regulator.gates.values():
-            torch.nn.init.constant_(gates.bias_gamma, 40.0 if gate == 1 else math.atanh(gate))
-        net = initial_meta_net(backbone, seed=7) if kind == "CoCoOp" else {}
         config = as_dict(get_meta_config())
         config["PROMPT"] |= {"TEXT_TOKENS": text, "VISUAL_TOKENS": visual, "TEMPLATE": template}
-        config["PROMPT"]["CONDITIONAL"] = bool(net)
+        config["PROMPT"]["CONDITIONAL"] = kind == "CoCoOp"
         del config["CHC"]["LABELLED"]  # as in a file that is older than this setting
-        checkpoint = MetaCheckpoint(
-            prompts,
-            regulator,
-            backbone.name,
-            backbone.fingerprint,
-            config=config,
-            extras={f"meta_net.{key}": value for key, value in net.items()},
-        )
+        words = WORDS.get(text, "")
+        checkpoint = meta_of(backbone, text, visual, words, conditional=kind == "CoCoOp", config=config)
+        for gates in checkpoint.regulator.gates.values():
+            torch.nn.init.constant_(gates.bias_gamma, 40.0 if gate == 1 else math.atanh(gate))
         path = tmp_path / f"{name or kind}.safetensors"
         save_meta_checkpoint(path, checkpoint)
         return str(path)

@@ -25,11 +25,6 @@ WIDTH = 64  # of the tiny CLIP's text tower
 
 
 @pytest.fixture(scope="module")
-def backbone():
-    return load_backbone("random-tiny")
-
-
-@pytest.fixture(scope="module")
 def regulator():
     """Random, so that gamma and beta depend on the gradient."""
     generator = torch.Generator().manual_seed(0)

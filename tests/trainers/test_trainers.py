@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.training import train_flags
 from PIL import Image
 from torch import nn
 
 import gram_meta.plugin  # noqa: F401, fills the registries
 from gram_meta import cli
-from gram_meta.backbone.clip import load_backbone
 from gram_meta.config import merge_opts
 from gram_meta.coop import launch
 from gram_meta.engine import build_trainer, set_random_seed
@@ -53,11 +53,6 @@ def world(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def backbone():
-    return load_backbone("random-tiny")
-
-
 def save_meta(path, backbone, prompt=None, regulator=None, norms=(0.01, 1000.0)):
     """A meta-checkpoint; by default theta* = "a photo of a" and the constant gate of 0.9."""
     prompt = context_from_words(backbone, "a photo of a") if prompt is None else prompt
@@ -78,33 +73,10 @@ def constant_gate(backbone, gamma):
 
 
 def flags(world, out, trainer, *opts, seed=1):
-    config = ["--config-file", "gram_small" if trainer == "ZeroshotCLIP" else CONFIG]
-    return [
-        "--root",
-        str(world),
-        "--seed",
-        str(seed),
-        "--trainer",
-        trainer,
-        "--dataset-config-file",
-        "emoji_food",
-        *config,
-        "--backbone",
-        "random-tiny",
-        "--output-dir",
-        str(out),
-        "INPUT.SIZE",
-        "(32,32)",
-        "DATASET.NUM_SHOTS",
-        "4",
-        "DATALOADER.TRAIN_X.BATCH_SIZE",
-        "4",
-        "OPTIM.MAX_EPOCH",
-        "3",
-        "DATASET.SUBSAMPLE_CLASSES",
-        "base",
-        *map(str, opts),
-    ]
+    options = ("--backbone", "random-tiny", "INPUT.SIZE", "(32,32)", "DATASET.NUM_SHOTS", 4, "OPTIM.MAX_EPOCH", 3)
+    options += ("DATALOADER.TRAIN_X.BATCH_SIZE", 4, "DATASET.SUBSAMPLE_CLASSES", "base", *opts)
+    config = "gram_small" if trainer == "ZeroshotCLIP" else CONFIG
+    return train_flags(world, out, trainer, *options, config=config, seed=seed)
 
 
 def train(world, out, trainer, *opts, seed=1):
