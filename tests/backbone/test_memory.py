@@ -374,7 +374,7 @@ def test_chunks_are_chosen_from_the_number_of_classes(deep):
     assert memory.class_chunk(text, options(TEXT_BUDGET=0.6 * whole), images=8) == 10
 
 
-def test_what_is_arranged_is_said(deep):
+def test_what_is_arranged_is_printed(deep):
     prompts = initial_prompts(deep, 3, 2)
     text, both = {"text": prompts["text"]}, PromptedCLIP(deep, MANY, prompts)
     visual = PromptedCLIP(deep, MANY, {"visual": prompts["visual"]})
@@ -386,8 +386,8 @@ def test_what_is_arranged_is_said(deep):
         assert "20 class sentences" in memory.arrange(coop, options(TEXT_BUDGET=0.003), 4)[0]
         assert 0 < coop.class_text.chunk < 20 and deep.checkpointing is False
         assert "80 class sentences" in memory.arrange(cocoop, options(TEXT_BUDGET=0.003), 4)[0]
-        (said,) = memory.arrange(visual, options(IMAGE_BUDGET=0.001), 4)
-        assert said.startswith("Memory: 4 images leave about 0.0") and deep.checkpointing == "images"
+        (printed,) = memory.arrange(visual, options(IMAGE_BUDGET=0.001), 4)
+        assert printed.startswith("Memory: 4 images leave about 0.0") and deep.checkpointing == "images"
         assert len(memory.arrange(both, options(IMAGE_BUDGET=0.001, TEXT_BUDGET=0.003), 4)) == 2
         assert deep.checkpointing == "images" and both.class_text.chunk
         memory.arrange(both, options(CHECKPOINTING="always"), 4)
@@ -452,17 +452,17 @@ def test_a_trainers_step_is_the_same_with_and_without(name, tiny_data, tiny_opti
         cfg = launch.setup_cfg(launch.build_parser().parse_args(arguments))
         set_random_seed(cfg.SEED)
         trainer = build_trainer(cfg)
-        said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Memory:")]
+        printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Memory:")]
         text, layers = trainer.model.class_text, trainer.backbone.checkpointing
         trainer.num_batches, trainer.epoch, trainer.batch_idx = 5, 0, 0
         trainer.set_model_mode("train")
         start = torch.nn.utils.parameters_to_vector(trainer.model.prompt_learner.parameters()).detach().clone()
         trainer.forward_backward(next(iter(trainer.train_loader_x)))
         end = torch.nn.utils.parameters_to_vector(trainer.model.prompt_learner.parameters()).detach()
-        return end - start, text.chunk if text is not None else 0, layers, said
+        return end - start, text.chunk if text is not None else 0, layers, printed
 
-    plain, chunk, layers, said = step()
-    assert plain.abs().max() > 0 and not chunk and layers is False and not said
+    plain, chunk, layers, printed = step()
+    assert plain.abs().max() > 0 and not chunk and layers is False and not printed
     again = step("TRAINER.MEMORY.CHECKPOINT", "always")  # version 0.1's name
     assert torch.equal(again[0], plain) and again[2]  # layers computed again are the same to the last bit
     forced = step("TRAINER.MEMORY.CLASSES", "3", "TRAINER.MEMORY.IMAGE_BUDGET", "1e-9")

@@ -223,7 +223,7 @@ def test_the_emoji_world_is_made_first(tmp_path):
     assert "corpus_size=77" in jobs[0].argv[2]
     _, jobs = emoji_jobs(tmp_path, "--trainers", "CoOpGRAM", "--store", "s", "--hierarchy", "h", "--seeds", "1")
     made = {job.folder for job in jobs if job.argv[0] != "train"}
-    assert {Path("s"), Path("h")} <= made  # where it is said, and only what is not there
+    assert {Path("s"), Path("h")} <= made  # at the named place, and only what does not exist
 
 
 def test_the_corpus_as_class_folders(tmp_path):
@@ -303,7 +303,7 @@ def test_a_failing_run_and_a_dying_worker_take_nothing_else_with_them(tmp_path):
     assert entry["finished"] == 2 and entry["ended"] >= entry["started"] and entry["versions"]["torch"]
 
     jobs[0], jobs[3] = (python_job(folders[name], making(folders[name])) for name in ("bad", "killed"))
-    status, text = bench(jobs, out)  # mended: the rest, and only that
+    status, text = bench(jobs, out)  # fixed: the rest, and only that
     assert status == 0 and "6 runs in" in text and "2 finished before" in text and "[3/6]" in text
     assert folders["above"].is_dir() and not any(Path(out, "bench_logs").iterdir())
     assert len(json.loads((out / "bench.json").read_text())["benches"]) == 2

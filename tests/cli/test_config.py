@@ -1,4 +1,4 @@
-"""Settings: defaults, files, overrides, and what is said about mistakes."""
+"""Settings: defaults, files, overrides, and error messages."""
 
 import importlib
 

@@ -74,9 +74,9 @@ def test_one_sentence_ends_all(forked, tmp_path, failing, doing):
             job.count("pairs", 1)
             time.sleep(0.01)
 
-    statuses, said = forked.run_job(3, joined(work), tmp_path)
+    statuses, printed = forked.run_job(3, joined(work), tmp_path)
     assert statuses == [2, 2, 2]
-    assert [text for text in said if text] == ["sentence: the disk is full\n"]
+    assert [text for text in printed if text] == ["sentence: the disk is full\n"]
 
 
 @pytest.mark.slow
@@ -87,10 +87,10 @@ def test_a_killed_process_ends_the_others_at_their_next_exchange(forked, tmp_pat
             os.kill(os.getpid(), signal.SIGKILL)
         job.gather(1)
 
-    statuses, said = forked.run_job(2, joined(work), tmp_path)
+    statuses, printed = forked.run_job(2, joined(work), tmp_path)
     assert statuses == [2, -signal.SIGKILL]
-    assert "process 0 of 2: expected the others, found that one has ended" in said[0]
-    assert "run the same command again" in said[0] and "Traceback" not in said[0]
+    assert "process 0 of 2: expected the others, found that one has ended" in printed[0]
+    assert "run the same command again" in printed[0] and "Traceback" not in printed[0]
 
 
 @pytest.mark.slow

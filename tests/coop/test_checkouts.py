@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 # Python imports a module of this name at its start; this one lets any `clip._download` answer with a file, and, where it is
-# told to, CLIP be in float32: CoOp's ZeroshotCLIP keeps the 16 bits that OpenAI's code makes of it, whatever PREC says
+# asked to, CLIP be in float32: CoOp's ZeroshotCLIP keeps the 16 bits that OpenAI's code makes of it, whatever PREC says
 NO_DOWNLOAD = """
 import importlib.abc
 import importlib.machinery
@@ -236,8 +236,8 @@ def test_equal_numbers_without_training(checkout, world, tmp_path, precision):
     folder, outside = checkout("CoOp"), tmp_path / "outside"
     outside.mkdir()
     command = flags(world, "ZeroshotCLIP", config, "out")
-    told = {"CLIP_IN_FLOAT32": "1"} if precision == "fp32" else {}
-    official = run(folder, world, "python", "train.py", "--eval-only", *command, **told)
+    facts = {"CLIP_IN_FLOAT32": "1"} if precision == "fp32" else {}
+    official = run(folder, world, "python", "train.py", "--eval-only", *command, **facts)
     command = flags(world, "ZeroshotCLIP", folder / config, "out", "TRAINER.COOP.PREC", precision)
     own = run(outside, world, "gram", "train", "--eval-only", *command)
     assert accuracy(official) == accuracy(own) != []

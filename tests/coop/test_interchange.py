@@ -113,9 +113,9 @@ def test_the_command_says_how_the_file_is_used(tmp_path, metas, capsys):
     folder, _ = metas
     out = tmp_path / "deep" / "theta.pth.tar"
     assert main(["export", str(folder / "both.safetensors"), "-o", str(out), "--trainer", "MaPLe/IVLP"]) == 0
-    said = capsys.readouterr().out
-    assert f"MODEL.INIT_WEIGHTS {out} TRAINER.IVLP.N_CTX_TEXT 4 TRAINER.IVLP.N_CTX_VISION 2" in said
-    assert "prompt_learner.ctx (4, 64)" in said and "Left out: the regulator" in said
+    printed = capsys.readouterr().out
+    assert f"MODEL.INIT_WEIGHTS {out} TRAINER.IVLP.N_CTX_TEXT 4 TRAINER.IVLP.N_CTX_VISION 2" in printed
+    assert "prompt_learner.ctx (4, 64)" in printed and "Left out: the regulator" in printed
     assert main(["export", str(folder / "visual.safetensors"), "-o", str(out)]) == 0
     assert "TRAINER.VPT.N_CTX_VISION 2 TRAINER.VPT.PROMPT_DEPTH_VISION 1" in capsys.readouterr().out
 
@@ -289,18 +289,18 @@ theirs = build(official, "MODEL.INIT_WEIGHTS", theta)
 gram = build(ours, "TRAINER.GRAM.CHECKPOINT", meta, "TRAINER.GRAM.REGULATE", "False")
 images = torch.cat([batch["img"] for batch in theirs.test_loader])
 batches = list(theirs.train_loader_x) * 4
-told = {"same class": type(theirs) is type(gram)}
+facts = {"same class": type(theirs) is type(gram)}
 with torch.no_grad():
     one, other = [(t.set_model_mode("eval"), t.model_inference(images))[1] for t in (theirs, gram)]
-told["logits"], told["size"] = (one - other).abs().max().item(), other.abs().max().item()
+facts["logits"], facts["size"] = (one - other).abs().max().item(), other.abs().max().item()
 losses = []
 for trainer in (theirs, gram):
     trainer.set_model_mode("train")
     losses.append([])
     for trainer.batch_idx, batch in enumerate(batches[:4]):
         losses[-1].append(trainer.forward_backward(batch)["loss"])
-told["losses"] = losses
-print("TOLD", json.dumps(told))
+facts["losses"] = losses
+print("FACTS", json.dumps(facts))
 """
 )
 
@@ -312,13 +312,13 @@ def test_an_official_trainer_starts_from_an_exported_prompt(tmp_path, eurosat, w
     place = checkout("CoOp")
     meta = metas[0] / f"{held}.safetensors"
     export(meta, tmp_path / "theta.pth.tar", name)
-    said = python(COMPARE, place, weights, eurosat, tmp_path / "theta.pth.tar", meta, name, config)
-    assert "discarded" not in said  # what Dassl says where a name or size does not agree
-    told = json.loads(said.rpartition("TOLD ")[2])
-    assert not told["same class"] and told["size"] > 1
-    assert told["logits"] < 1e-4, told
-    assert told["losses"][0] == pytest.approx(told["losses"][1], abs=1e-4)
-    assert abs(told["losses"][0][0] - told["losses"][0][-1]) > 1e-3  # steps were made
+    printed = python(COMPARE, place, weights, eurosat, tmp_path / "theta.pth.tar", meta, name, config)
+    assert "discarded" not in printed  # what Dassl prints if a name or size does not agree
+    facts = json.loads(printed.rpartition("FACTS ")[2])
+    assert not facts["same class"] and facts["size"] > 1
+    assert facts["logits"] < 1e-4, facts
+    assert facts["losses"][0] == pytest.approx(facts["losses"][1], abs=1e-4)
+    assert abs(facts["losses"][0][0] - facts["losses"][0][-1]) > 1e-3  # steps were made
 
 
 FAMILY = (
@@ -335,7 +335,7 @@ model = trainer.CustomCLIP(cfg, ["cat", "big dog", "house"], trainer.load_clip_t
 load_pretrained_weights(model, theta)
 torch.Tensor.cuda = lambda self, *args, **more: self  # VPT's forward asks for a GPU
 with torch.no_grad():
-    print("TOLD", json.dumps(model.eval()(torch.load(images)).tolist()))
+    print("FACTS", json.dumps(model.eval()(torch.load(images)).tolist()))
 """
 )
 
@@ -352,9 +352,9 @@ def test_maples_vpt_and_ivlp_compute_the_same_from_it(tmp_path, weights, metas, 
     torch.manual_seed(0)
     images = torch.randn(3, 3, 32, 32)
     torch.save(images, tmp_path / "images.pt")
-    said = python(FAMILY, place, weights, module, tmp_path / "theta.pth.tar", node, tmp_path / "images.pt")
-    assert "discarded" not in said and "Successfully loaded" in said
-    theirs = torch.tensor(json.loads(said.rpartition("TOLD ")[2]))
+    printed = python(FAMILY, place, weights, module, tmp_path / "theta.pth.tar", node, tmp_path / "images.pt")
+    assert "discarded" not in printed and "Successfully loaded" in printed
+    theirs = torch.tensor(json.loads(printed.rpartition("FACTS ")[2]))
     model = PromptedCLIP(backbone, ["cat", "big dog", "house"], metas[1][held][0])
     with torch.no_grad():
         ours = model(images)
@@ -473,18 +473,18 @@ def test_its_parser_reads_our_logs(runs, weights):
         ("parts", []),  # interrupted, and gone on in the same log
         ("theirs/train_base", []),
     ):
-        said = python(SCRIPT, place, weights, "parse_test_res.py", out / folder, *words)
+        printed = python(SCRIPT, place, weights, "parse_test_res.py", out / folder, *words)
         seeds = sorted(path.name for path in (out / folder).iterdir())
         accuracies = []
         for seed in seeds:
             where = out / folder / seed
             if (where / "results.json").is_file():
                 accuracies.append(json.loads((where / "results.json").read_text())["metrics"]["accuracy"])
-                assert f"{where}/log.txt. accuracy: {accuracies[-1]:.1f}0%" in said
-        assert said.count("accuracy: ") == len(seeds) + 1
+                assert f"{where}/log.txt. accuracy: {accuracies[-1]:.1f}0%" in printed
+        assert printed.count("accuracy: ") == len(seeds) + 1
         if accuracies:
             mean = sum(round(value, 1) for value in accuracies) / len(accuracies)
-            assert f"* accuracy: {mean:.2f}% +- " in said
+            assert f"* accuracy: {mean:.2f}% +- " in printed
 
 
 def test_our_report_reads_its_logs(runs, capsys):
@@ -496,7 +496,7 @@ def test_our_report_reads_its_logs(runs, capsys):
     for column, folder in (("base", "train_base"), ("new", "test_new")):
         cell = rows["CoOp, from a log"]["cells"][column]
         assert cell["mean"] == pytest.approx(100 * correct(out / "theirs" / folder / "seed1") / total)
-    # theirs are told apart from ours by the backbone's name: here the download was replaced
+    # the backbone's name separates theirs from ours: here the download was replaced
     assert main(["report", str(out / "theirs"), str(out / "ours")]) == 2
     assert "expected one backbone in a table, found 'ViT-B/16'" in capsys.readouterr().err
 

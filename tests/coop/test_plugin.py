@@ -480,7 +480,7 @@ class EmojiFood(DatasetBase):
         super().__init__(train_x=parts["train"], val=parts["val"], test=parts["test"])
 """
 
-# A CLIP of the MaPLe family builds a model only when it is told about prompts
+# A CLIP of the MaPLe family builds a model only with the details of its prompts
 DESIGNED = """
 
 _plain_build_model = build_model

@@ -79,7 +79,7 @@ def test_links_to_class_folders_are_followed(tmp_path):
     assert good(rows_of(tmp_path / "subset")) == [("n2/b.jpg", "n2")]
 
 
-def test_equal_names_and_empty_classes_are_told(tmp_path, caplog):
+def test_equal_names_and_empty_classes_are_reported(tmp_path, caplog):
     tree(tmp_path, "n1/a.jpg", "n2/b.jpg", "n3/notes.txt")
     (tmp_path / "classnames.txt").write_text("n1 crane\nn2 Crane\nn3 dog\n")
     with caplog.at_level(logging.INFO):

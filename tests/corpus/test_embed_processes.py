@@ -128,8 +128,8 @@ def embed(source, out, *options, before=None):
     return work
 
 
-def sentences(said):
-    return [line for text in said for line in text.splitlines() if line.startswith("gram embed:")]
+def sentences(printed):
+    return [line for text in printed for line in text.splitlines() if line.startswith("gram embed:")]
 
 
 def parts_of(out):
@@ -149,16 +149,16 @@ def wait_until(true, what, seconds=60):
 @pytest.mark.parametrize("size", [2, 3])
 def test_shards_by_several_processes(forked, shards, undisturbed, tmp_path, size):
     workers = ["--workers", "1"] if size == 2 else []
-    statuses, said = forked.run_job(size, embed(shards, tmp_path / "s", *workers), tmp_path / "said")
-    assert statuses == [0] * size, said
+    statuses, printed = forked.run_job(size, embed(shards, tmp_path / "s", *workers), tmp_path / "printed")
+    assert statuses == [0] * size, printed
     assert contents(tmp_path / "s") == undisturbed
-    assert "50 rows: 50 pairs of 50 images" in said[0] and not any(said[1:])
+    assert "50 rows: 50 pairs of 50 images" in printed[0] and not any(printed[1:])
 
 
 def test_one_piece_by_several_processes(forked, one_piece, tmp_path):
     assert main(command(one_piece, tmp_path / "alone")) == 0
-    statuses, said = forked.run_job(2, embed(one_piece, tmp_path / "s"), tmp_path / "said")
-    assert statuses == [0, 0], said
+    statuses, printed = forked.run_job(2, embed(one_piece, tmp_path / "s"), tmp_path / "printed")
+    assert statuses == [0, 0], printed
     assert contents(tmp_path / "s") == contents(tmp_path / "alone")
 
 
@@ -174,8 +174,8 @@ def test_every_process_has_a_part_of_the_work(forked, shards, undisturbed, tmp_p
 
         parts.write_arrays = noted
 
-    statuses, said = forked.run_job(2, embed(shards, tmp_path / "s", before=note), tmp_path / "said")
-    made = [[int(number) for number in re.findall(r"part (\d+)", text)] for text in said]
+    statuses, printed = forked.run_job(2, embed(shards, tmp_path / "s", before=note), tmp_path / "printed")
+    made = [[int(number) for number in re.findall(r"part (\d+)", text)] for text in printed]
     assert statuses == [0, 0] and made == [list(range(6)), list(range(6, 12))]
 
 
@@ -190,14 +190,14 @@ def test_shares_are_whole_and_even():
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3)])
 def test_another_number_of_processes_goes_on(forked, shards, undisturbed, tmp_path, before, after):
     out = tmp_path / "s"
-    job = forked.Job(before, embed(shards, out, before=lambda rank: slowly()), tmp_path / "said")
-    wait_until(lambda: parts_of(out) >= 3, job.said())
+    job = forked.Job(before, embed(shards, out, before=lambda rank: slowly()), tmp_path / "printed")
+    wait_until(lambda: parts_of(out) >= 3, job.printed())
     job.send(signal.SIGKILL)
     job.wait()
     done = parts_of(out)
     assert 3 <= done < 12
-    statuses, said = forked.run_job(after, embed(shards, out), tmp_path / "again")
-    assert statuses == [0] * after and f"going on after {done} of 12 parts" in said[0]
+    statuses, printed = forked.run_job(after, embed(shards, out), tmp_path / "again")
+    assert statuses == [0] * after and f"going on after {done} of 12 parts" in printed[0]
     assert contents(out) == undisturbed
 
 
@@ -305,17 +305,17 @@ def test_a_shard_that_vanishes(forked, shards, undisturbed, tmp_path):
 
         embedding.embed_parts = after_index
 
-    statuses, said = forked.run_job(2, embed(shards, tmp_path / "s", before=vanish), tmp_path / "said")
+    statuses, printed = forked.run_job(2, embed(shards, tmp_path / "s", before=vanish), tmp_path / "printed")
     try:
         assert statuses == [2, 2]
-        assert len(sentences(said)) == 1 and "00003.tar: expected the shard that was embedded" in said[1]
-        assert "Traceback" not in said[0] + said[1]
-        statuses, said = forked.run_job(2, embed(shards, tmp_path / "s"), tmp_path / "said")
-        assert statuses == [2, 2] and len(sentences(said)) == 1
-        assert "begun with the shard 00003.tar, which is not there any more; put it back" in said[0]
+        assert len(sentences(printed)) == 1 and "00003.tar: expected the shard that was embedded" in printed[1]
+        assert "Traceback" not in printed[0] + printed[1]
+        statuses, printed = forked.run_job(2, embed(shards, tmp_path / "s"), tmp_path / "printed")
+        assert statuses == [2, 2] and len(sentences(printed)) == 1
+        assert "begun with the shard 00003.tar, which is not there any more; put it back" in printed[0]
     finally:
         away.rename(shards / "00003.tar")
-    assert forked.run_job(2, embed(shards, tmp_path / "s"), tmp_path / "said")[0] == [0, 0]
+    assert forked.run_job(2, embed(shards, tmp_path / "s"), tmp_path / "printed")[0] == [0, 0]
     assert contents(tmp_path / "s") == undisturbed
 
 
@@ -331,12 +331,12 @@ def test_a_worker_killed_in_the_middle_of_a_shard(forked, shards, undisturbed, t
         ImageReader.image = dying
 
     work = embed(shards, tmp_path / "s", "--workers", "1", before=kill)
-    statuses, said = forked.run_job(2, work, tmp_path / "said")
-    assert statuses == [2, 2], said
-    (sentence,) = sentences(said)
+    statuses, printed = forked.run_job(2, work, tmp_path / "printed")
+    assert statuses == [2, 2], printed
+    (sentence,) = sentences(printed)
     assert "a worker process died" in sentence and "run the same command again" in sentence
-    assert "Traceback" not in said[0] + said[1]
-    assert forked.run_job(2, embed(shards, tmp_path / "s"), tmp_path / "said")[0] == [0, 0]
+    assert "Traceback" not in printed[0] + printed[1]
+    assert forked.run_job(2, embed(shards, tmp_path / "s"), tmp_path / "printed")[0] == [0, 0]
     assert contents(tmp_path / "s") == undisturbed
 
 
@@ -354,7 +354,7 @@ class FullDisk(io.FileIO):
 
 
 def test_a_full_disk_at_any_byte(shards, undisturbed, tmp_path, monkeypatch):
-    """Index, plan, parts, all files of the store, manifest: a run that stops there, and goes on with some more room."""
+    """Index, plan, parts, all files of the store, manifest: a run that stops there, and resumes with some more disk space."""
     backbone, model = load_backbone("random-tiny"), load_sentence_model("hash:16")
     fdopen, stages = os.fdopen, set()
 
@@ -365,9 +365,9 @@ def test_a_full_disk_at_any_byte(shards, undisturbed, tmp_path, monkeypatch):
         return raw if mode == "wb" else io.TextIOWrapper(raw, encoding=encoding)
 
     monkeypatch.setattr(files.os, "fdopen", opened)
-    room = 300
+    space = 300
     for _ in range(100):
-        FullDisk.left = room
+        FullDisk.left = space
         try:
             embed_pairs(shards, tmp_path / "s", backbone, model, batch_size=4, part_size=5)
             break
@@ -376,7 +376,7 @@ def test_a_full_disk_at_any_byte(shards, undisturbed, tmp_path, monkeypatch):
         there = {path.name for path in (tmp_path / "s").rglob("*") if path.is_file()}
         assert not [name for name in there if name.endswith(".part")]
         stages.add(frozenset(name.rstrip("0123456789") for name in there))
-        room = room * 9 // 8
+        space = space * 9 // 8
     joining = [stage for stage in stages if "image_features.npy" in stage and "similarity.npy" not in stage]
     assert len(stages) > 12 and joining, stages
     assert contents(tmp_path / "s") == undisturbed
@@ -399,16 +399,16 @@ def test_a_full_disk_of_one_process_of_several(forked, shards, undisturbed, tmp_
 
     for workers in ("0", "1"):
         work = embed(shards, tmp_path / "s", "--workers", workers, before=fill)
-        statuses, said = forked.run_job(2, work, tmp_path / "said")
-        assert statuses == [2, 2], said
-        assert len(sentences(said)) == 1 and "no space left on the device" in sentences(said)[0]
-        assert "Traceback" not in said[0] + said[1]
-    assert forked.run_job(2, embed(shards, tmp_path / "s"), tmp_path / "said")[0] == [0, 0]
+        statuses, printed = forked.run_job(2, work, tmp_path / "printed")
+        assert statuses == [2, 2], printed
+        assert len(sentences(printed)) == 1 and "no space left on the device" in sentences(printed)[0]
+        assert "Traceback" not in printed[0] + printed[1]
+    assert forked.run_job(2, embed(shards, tmp_path / "s"), tmp_path / "printed")[0] == [0, 0]
     assert contents(tmp_path / "s") == undisturbed
 
 
 def test_sigterm_anywhere(forked, shards, undisturbed, tmp_path):
-    """Two processes are told to end after ever longer times, until they come to their end."""
+    """Two processes get SIGTERM after ever longer times, until they finish."""
     slow_join = embedding.join_parts
 
     def prepare(rank):
@@ -429,14 +429,14 @@ def test_sigterm_anywhere(forked, shards, undisturbed, tmp_path):
 
     out, ended, seen = tmp_path / "s", False, set()
     for attempt in range(60):
-        job = forked.Job(2, embed(shards, out, "--workers", str(attempt % 2), before=prepare), tmp_path / "said")
+        job = forked.Job(2, embed(shards, out, "--workers", str(attempt % 2), before=prepare), tmp_path / "printed")
         manifest = out / "manifest.json"
         wait_until(lambda path=manifest: path.exists(), "no manifest")
         time.sleep(0.06 * attempt)
         job.send(signal.SIGTERM)
         ended = job.wait() == [0, 0]
         # a dying image worker of torch may have its say, our code has none
-        assert "gram_meta" not in "".join(job.said())
+        assert "gram_meta" not in "".join(job.printed())
         seen |= {path.name.rstrip("0123456789") for path in out.rglob("*") if path.is_file()}
         if ended:
             break
@@ -448,14 +448,14 @@ def test_a_second_run_is_refused_quickly(forked, shards, undisturbed, tmp_path, 
     """By all of its processes and in one sentence, while the first job is at work; that one is not disturbed."""
     monkeypatch.setattr(locks, "WAIT", 0.1)
     out = tmp_path / "s"
-    job = forked.Job(2, embed(shards, out, before=lambda rank: slowly(0.05)), tmp_path / "said")
-    wait_until(lambda: parts_of(out) >= 1, job.said())
+    job = forked.Job(2, embed(shards, out, before=lambda rank: slowly(0.05)), tmp_path / "printed")
+    wait_until(lambda: parts_of(out) >= 1, job.printed())
     start = time.monotonic()
     for size in (1, 2):
-        statuses, said = forked.run_job(size, embed(shards, out), tmp_path / "second")
+        statuses, printed = forked.run_job(size, embed(shards, out), tmp_path / "second")
         assert statuses == [2] * size
-        (sentence,) = sentences(said)
-        assert "another run is writing to this folder" in sentence and "Traceback" not in "".join(said)
+        (sentence,) = sentences(printed)
+        assert "another run is writing to this folder" in sentence and "Traceback" not in "".join(printed)
     assert time.monotonic() < start + 20
     assert job.wait() == [0, 0]
     assert contents(out) == undisturbed
@@ -479,24 +479,24 @@ def test_torchrun_and_a_killed_process_of_it(forked, shards, undisturbed, tmp_pa
 
     def torchrun(*options):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        with open(tmp_path / "said.txt", "w") as said:
+        with open(tmp_path / "printed.txt", "w") as printed:
             return subprocess.Popen(
                 [*launcher, str(script), *command(shards, out), *options],
                 env=environment,
-                stdout=said,
+                stdout=printed,
                 stderr=subprocess.STDOUT,
             )
 
     process = torchrun("--slow")
-    said = tmp_path / "said.txt"
+    printed = tmp_path / "printed.txt"
     try:
-        wait_until(lambda: parts_of(out) >= 2 or process.poll() is not None, said.read_text(), 400)
+        wait_until(lambda: parts_of(out) >= 2 or process.poll() is not None, printed.read_text(), 400)
         os.kill(int((tmp_path / "1.pid").read_text()), signal.SIGKILL)
-        assert process.wait(100) != 0, said.read_text()
+        assert process.wait(100) != 0, printed.read_text()
     finally:
         process.kill()
         process.wait()
     assert 2 <= parts_of(out) < 12
-    assert "gram_meta" not in said.read_text(), "a traceback of ours"
-    assert torchrun().wait(400) == 0, said.read_text()
+    assert "gram_meta" not in printed.read_text(), "a traceback of ours"
+    assert torchrun().wait(400) == 0, printed.read_text()
     assert contents(out) == undisturbed

@@ -462,7 +462,7 @@ def test_columns_of_parquet_are_found(tmp_path, columns, expected):
     assert ImageReader(tmp_path).content(found[0].place) == b"x"
 
 
-def test_large_row_groups_are_told_of(tmp_path, monkeypatch, caplog):
+def test_large_row_groups_are_warned_of(tmp_path, monkeypatch, caplog):
     from gram_meta.corpus.sources import parquet
 
     path = write_parquet(

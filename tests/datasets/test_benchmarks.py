@@ -567,7 +567,7 @@ def test_odd_pickles_are_one_sentence(tmp_path):
             load("EuroSAT", tmp_path, shots=1)
 
 
-def test_other_names_in_a_pickle_are_told(tmp_path, capsys):
+def test_other_names_in_a_pickle_are_reported(tmp_path, capsys):
     split = plant(tmp_path, "ImageNet")
     images = images_of(tmp_path, "ImageNet")
     entries = [
@@ -678,7 +678,7 @@ def test_unusable_folders_are_one_sentence(tmp_path):
         load("ImageFolder", tmp_path, folder="parts", shots=1)
 
 
-def test_equal_names_are_told(tmp_path, capsys):
+def test_equal_names_are_reported(tmp_path, capsys):
     for name in ("n1", "n2"):
         for number in range(4):
             touch(tmp_path / "cranes" / name / f"{number}.jpg")
@@ -722,7 +722,7 @@ def test_everything_that_is_fine_is_fine(tmp_path, small_numbers, capsys):
     assert "15 fine" in capsys.readouterr().out
 
 
-def test_what_is_missing_or_wrong_is_told(tmp_path, small_numbers, capsys):
+def test_what_is_missing_or_wrong_is_reported(tmp_path, small_numbers, capsys):
     for name in ("EuroSAT", "Food101", "OxfordPets", "SUN397", "ImageNet"):
         plant(tmp_path, name)
     (tmp_path / "eurosat/2750/Forest" / sorted(os.listdir(tmp_path / "eurosat/2750/Forest"))[0]).unlink()

@@ -95,7 +95,7 @@ def test_few_shot_files_hold_relative_paths_and_are_used_again(root, capsys):
     assert stored["shots"] == 2 and stored["seed"] == 1 and len(stored["train"]) == 10
     assert str(root) not in path.read_text()
     assert first.few_shot["path"] == str(path) and len(first.few_shot["sha256"]) == 64
-    stored["train"] = stored["train"][::-1]  # so that a second load can be told from a second draw
+    stored["train"] = stored["train"][::-1]  # so that a second load differs from a second draw
     path.write_text(json.dumps(stored))
     moved = root.with_name("moved")
     root.rename(moved)

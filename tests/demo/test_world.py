@@ -145,9 +145,9 @@ def test_captions_state_facts_only():
         name = names[scenes.drawing[i]]
         assert name in caption.lower() or plural(name) in caption.lower()
     for column, key in enumerate(STATED):
-        said = stated[:, column] >= 0
-        assert 0.02 < said.mean() < 0.9, key
-        np.testing.assert_array_equal(stated[said, column], getattr(scenes, key)[said])
+        printed = stated[:, column] >= 0
+        assert 0.02 < printed.mean() < 0.9, key
+        np.testing.assert_array_equal(stated[printed, column], getattr(scenes, key)[printed])
 
 
 def test_captions_that_are_also_true_are_found():

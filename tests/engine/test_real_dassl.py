@@ -325,7 +325,7 @@ def facts_of(code, cwd, *path, **env):
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory):
-    """The miniature with all breaks, and what is true of it after the door was imported, with backend was imported, TensorBoard missing."""
+    """The miniature with all breaks, and what is true of it after the adapter was imported and TensorBoard is missing."""
     folder = tmp_path_factory.mktemp("broken")
     write(folder, {**WHOLE, **BREAKS})
     before = {path: path.read_bytes() for path in folder.rglob("*.py")}

@@ -74,10 +74,10 @@ class Job:
         self.send(signal.SIGKILL)
         for process in self.processes:
             process.join()
-        assert not late, f"processes {late} did not end: {self.said()}"
+        assert not late, f"processes {late} did not end: {self.printed()}"
         return [process.exitcode for process in self.processes]
 
-    def said(self):
+    def printed(self):
         """What each process has written to its outputs."""
         files = [self.folder / f"{rank}.txt" for rank in range(len(self.processes))]
         return [file.read_text() if file.exists() else "" for file in files]
@@ -87,4 +87,4 @@ def run_job(size, work, folder):
     """Exit statuses and outputs of a job, when it has ended."""
     job = Job(size, work, folder)
     statuses = job.wait()
-    return statuses, job.said()
+    return statuses, job.printed()

@@ -210,7 +210,7 @@ def test_sigterm_in_one_process_stops_all_behind_the_same_step(pixel_corpus, tmp
         check_same(trained(pixel_corpus, out, *FORMS["joint"], resume=True), expected)
 
 
-def test_a_loss_that_is_not_finite_anywhere_is_told_once(pixel_corpus, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_anywhere_is_reported_once(pixel_corpus, tmp_path, monkeypatch):
     plain = outer.meta_losses
 
     def poisoned(*args):
@@ -323,9 +323,9 @@ def test_sigterm_leaves_a_state_to_go_on_from(on_disk, tmp_path, one_thread):
             if (out / "log.jsonl").exists() and len((out / "log.jsonl").read_text().splitlines()) >= 2:
                 break
         running.send_signal(signal.SIGTERM)
-        told = running.communicate(timeout=120)[1]
-    assert running.returncode == 143 and f"gram pretrain: {out}: stopped by SIGTERM after step" in told
-    assert "Traceback" not in told
+        printed = running.communicate(timeout=120)[1]
+    assert running.returncode == 143 and f"gram pretrain: {out}: stopped by SIGTERM after step" in printed
+    assert "Traceback" not in printed
     assert main(["pretrain", "-o", str(out), "--resume", *opts]) == 0
     for name in ("best.safetensors", "last.safetensors", "log.jsonl", "run.json"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name

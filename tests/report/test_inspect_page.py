@@ -66,8 +66,8 @@ def make_corpus(folder):
                 name = f"images/{topic}_{domain}_{i}.png"
                 pixels = random.integers(0, 90, (24, 40, 3), dtype=np.uint8) + 70 * domain + 10 * topic
                 Image.fromarray(pixels).save(folder / name)
-                said = "left over" if topic == TOPICS else words[topic].replace("\x07", "")
-                rows.append((name, f"a {said} number {i} {domain}"))
+                printed = "left over" if topic == TOPICS else words[topic].replace("\x07", "")
+                rows.append((name, f"a {printed} number {i} {domain}"))
     table = "".join(f"{name}\t{caption}\n" for name, caption in [*rows, ("images/gone.png", "not there")])
     (folder / "pairs.tsv").write_text(f"image\tcaption\n{table}", encoding="utf-8")
     argv = ["embed", folder / "pairs.tsv", "-o", folder / "store", "--backbone", "random-tiny"]
@@ -238,8 +238,8 @@ def test_a_failure_leaves_the_older_page(corpus, tmp_path):
 )
 def test_bad_options_are_one_sentence(corpus, tmp_path, capsys, words, says):
     assert main(["inspect", str(corpus / "hierarchy"), "--html", str(tmp_path / "page.html"), *words]) == 2
-    said = capsys.readouterr().err
-    assert says in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
+    printed = capsys.readouterr().err
+    assert says in printed and printed.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -129,10 +129,10 @@ def test_runs_without_a_step_stand_for_every_seed(three_seeds):
     assert "ZeroshotCLIP: Pets, new, seed 2" in map(str, report.missing)
 
 
-def test_variants_are_told_apart_by_what_was_trained(tmp_path):
+def test_variants_are_labelled_by_what_was_trained(tmp_path):
     off = {"TRAINER": {"GRAM": {"INIT": True, "REGULATE": False, "STEP_SCALE": 0.25}}}
     trained = write(tmp_path, "CoOpGRAM", subsample="base", config=off)
-    # the evaluation on new classes was not told again what training was told
+    # the evaluation on new classes has default settings; those of the training count
     plain = {"TRAINER": {"GRAM": {"INIT": True, "REGULATE": True, "STEP_SCALE": 1.0}}}
     write(tmp_path, "CoOpGRAM", subsample="new", config=plain, model_dir=str(trained.parent))
     assert {run.label for run in read_runs([tmp_path])} == {"CoOpGRAM, R off and step x 0.25"}

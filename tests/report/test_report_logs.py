@@ -111,7 +111,7 @@ def test_accuracies_are_exact_and_rows_say_where_they_come_from(tmp_path):
     assert {(run.source, run.shots, run.epochs, run.backbone) for run in runs} == {("Pets", 16, 10, "gram-small")}
 
 
-def test_without_counts_the_printed_number_is_taken_and_said_to_be_rounded(tmp_path):
+def test_without_counts_the_printed_number_counts_and_is_noted_as_rounded(tmp_path):
     text = (
         head(config_of(subsample="all"), eval_only=True, model_dir="")
         + "=> result\n* accuracy: 61.2%\n* error: 38.8%\n"
@@ -173,9 +173,9 @@ def test_unfinished_runs_are_left_out_and_named(tmp_path, capsys):
         head(config_of(seed=3)) + "Finish training\nEvaluate on the *test* set\n=> result\n* total: 9\n",
     )
     assert main(["report", str(tmp_path)]) == 0
-    said = capsys.readouterr()
-    assert said.err.count("the log of a run that has not finished") == 2 and "seed2/log.txt" in said.err
-    assert "seed 2" not in said.out
+    printed = capsys.readouterr()
+    assert printed.err.count("the log of a run that has not finished") == 2 and "seed2/log.txt" in printed.err
+    assert "seed 2" not in printed.out
     with pytest.raises(GramError, match="found none; 1 logs of runs that have not finished"):
         gather([tmp_path / "seed2"])
     (tmp_path / "nothing").mkdir()
@@ -214,7 +214,7 @@ def test_several_results_and_per_class_ones(tmp_path):
     assert [run.seed for run in read_runs([tmp_path], split="val")] == [2]
 
 
-def test_a_test_elsewhere_is_told_with_what_was_trained(tmp_path):
+def test_a_test_elsewhere_is_labelled_by_what_was_trained(tmp_path):
     for shots in (16, -1):  # cross-dataset scripts of CoOp name no shots at test
         root = tmp_path / str(shots)
         source = root / "imagenet" / "CoCoOp" / "cfg_16shots" / "seed1"

@@ -51,14 +51,14 @@ class Tree:
 
     def write(self, folder, trainer, dataset, subsample, seed, shots=16, model="", name="", meta=None, **change):
         accuracy = float(self.random.uniform(40, 90))
-        told_shots = change.pop("told_shots", shots)
+        config_shots = change.pop("config_shots", shots)
         config = {
             "OUTPUT_DIR": str(self.root / folder),
             "SEED": seed,
             "DATASET": {
                 "NAME": dataset,
                 "ROOT": "/elsewhere/data",
-                "NUM_SHOTS": told_shots,
+                "NUM_SHOTS": config_shots,
                 "SUBSAMPLE_CLASSES": subsample,
             },
             "OPTIM": {"MAX_EPOCH": change.pop("epochs", 10), "LR": change.pop("lr", 0.002)},
@@ -74,7 +74,7 @@ class Tree:
             "trainer": trainer,
             "dataset": dataset,
             "subsample": subsample,
-            "shots": told_shots,
+            "shots": config_shots,
             "seed": seed,
             "backbone": self.backbone,
             "split": "test",
@@ -115,7 +115,7 @@ class Tree:
             self.write(trained, trainer, source, "all", seed, shots, **more)
             for target in targets:
                 folder = f"evaluation/{trainer}/cfg_{shots}shots/{target.lower()}/seed{seed}"
-                self.write(folder, trainer, target, "all", seed, shots, trained, told_shots=-1, **more)
+                self.write(folder, trainer, target, "all", seed, shots, trained, config_shots=-1, **more)
 
     def of(self, name, dataset, subsample, shots=16, seeds=SEEDS):
         return np.array([self.values[name, dataset, subsample, shots, seed] for seed in seeds])
@@ -345,7 +345,7 @@ def test_a_start_tested_without_a_word_on_shots_is_shown(tmp_path):
     assert list(report.labels) == ["CoOpGRAM, no step"]
 
 
-def test_folders_of_ones_own_images_are_told_apart(tmp_path):
+def test_folders_of_own_images_are_different_datasets(tmp_path):
     tree = Tree(tmp_path)
     for folder in ("birds", "boats"):
         for part in ("base", "new"):
@@ -552,7 +552,7 @@ def test_a_collection_of_tests_alone_remembers_the_trainings(tmp_path):
     (report,) = paper_tables(read_runs([tmp_path / "tests.json"]), [5])
     assert "CoOp, random start" in report.labels and report.datasets == ("EmojiTravel", "EmojiFood")
     cells = {(row.dataset, row.label): row.cells["all"] for row in report.rows}
-    assert cells["EmojiTravel", "CoOp, random start"] is None  # read for what it was told, not asked for
+    assert cells["EmojiTravel", "CoOp, random start"] is None  # read for its settings only
 
 
 @pytest.mark.parametrize(

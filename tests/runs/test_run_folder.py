@@ -119,7 +119,7 @@ def test_a_train_py_that_knows_nothing_of_it_owns_its_folder(flags, tmp_path):
         with pytest.raises(GramError, match=says) as error:
             train_py(other)
         assert "\n" not in str(error.value)
-        assert "Loading dataset" not in error.value.printed  # told at once, not after CLIP was loaded
+        assert "Loading dataset" not in error.value.printed  # before CLIP is loaded
         assert without_dated_logs(out) == before
     with pytest.raises(GramError, match=r"holds another run \(--eval-only is False there and True here\)"):
         train_py(["--eval-only", *flags("out")])
@@ -468,7 +468,7 @@ def test_mismatched_names_and_shapes_are_named(flags, tmp_path):
     ours(["--eval-only", "--model-dir", str(tmp_path / "run"), *flags("tested")])
 
 
-def test_a_start_for_another_backbone_is_said(flags, tmp_path, capsys):
+def test_a_start_for_another_backbone_is_reported(flags, tmp_path, capsys):
     ours(flags("run"))
     path = tmp_path / "run/prompt_learner/model.pth.tar-1"
     state = torch.load(path, weights_only=True)
@@ -477,7 +477,7 @@ def test_a_start_for_another_backbone_is_said(flags, tmp_path, capsys):
     assert "was learned for the backbone ViT-B/16, here is random-tiny" in capsys.readouterr().out
 
 
-def test_a_flag_behind_the_options_is_told(flags, tmp_path):
+def test_a_flag_behind_the_options_is_reported(flags, tmp_path):
     with pytest.raises(GramError, match=r"--load-epoch stands behind KEY VALUE pairs; expected flags before them"):
         ours([*flags("out"), "--load-epoch", "5"])
     assert not (tmp_path / "out").exists()
@@ -497,7 +497,7 @@ def test_a_flag_behind_the_options_is_told(flags, tmp_path):
         (["--eval-only"], ["DATALOADER.TEST.BATCH_SIZE", -1], "DATALOADER.TEST.BATCH_SIZE is -1"),
     ],
 )
-def test_what_would_do_nothing_or_fail_late_is_told_first(flags, tmp_path, before, opts, says):
+def test_what_would_do_nothing_or_fail_late_is_reported_first(flags, tmp_path, before, opts, says):
     with pytest.raises(GramError, match=says) as error:
         ours([*before, *flags("out", *opts)])
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
@@ -614,7 +614,7 @@ def test_a_run_of_ours_loads_in_coop_itself(flags, tmp_path):
 
 
 @pytest.mark.parametrize("trainer", ["ZeroshotCLIP", "CoOp", "CoCoOp", "VPT", "JointPrompt"])
-def test_several_gpus_are_said_and_data_parallel_is_never_entered(flags, monkeypatch, capsys, trainer):
+def test_several_gpus_are_reported_and_data_parallel_is_never_entered(flags, monkeypatch, capsys, trainer):
     def never(*_, **__):
         raise AssertionError("nn.DataParallel")
 

@@ -75,7 +75,7 @@ def test_distances_stay_exact_near_a_word(backbone):
 
 
 @pytest.mark.slow
-def test_a_context_per_class_is_told_per_class(tmp_path, backbone):
+def test_a_context_per_class_is_printed_per_class(tmp_path, backbone):
     contexts = torch.stack([context_from_words(backbone, "a photo"), context_from_words(backbone, "two dogs")])
     path = checkpoint(tmp_path, {"ctx": moved(contexts)}, classnames=["cat", "dog"])
     found = interpret(path, topk=1, backbone="random-tiny")
@@ -101,8 +101,8 @@ def test_visual_prompts_have_no_words(tmp_path, backbone, capsys):
     meta = MetaCheckpoint({"visual": torch.zeros(2, 64)}, None, "random-tiny", backbone.fingerprint)
     save_meta_checkpoint(tmp_path / "visual.safetensors", meta)
     assert main(["interpret", str(tmp_path / "visual.safetensors")]) == 2
-    said = capsys.readouterr().err
-    assert "holds a visual prompt alone" in said and "have no words" in said and len(said.splitlines()) == 1
+    printed = capsys.readouterr().err
+    assert "holds a visual prompt alone" in printed and "have no words" in printed and len(printed.splitlines()) == 1
     for name in ("visual_ctx", "image_encoder.VPT"):
         with pytest.raises(GramError, match="have no words"):
             interpret(checkpoint(tmp_path, {name: torch.zeros(2, 64)}), backbone="random-tiny")

@@ -107,9 +107,9 @@ def test_planted_test_images_are_found(corpus, data, tmp_path, capsys, words):
     assert {(row["image"], row["test_image"], row["kind"]) for row in rows} == planted(words)
     assert {row["dataset"] for row in rows} == {"emoji_food"}
     assert all(float(row["distance"]) <= overlap.DISTANCE for row in rows)
-    said = capsys.readouterr().out
-    assert f"{len(rows)} of the 49 images" in said and "--exclude" in said
-    table = {line.split()[0]: line.split()[1:] for line in said.splitlines() if line.startswith("emoji_")}
+    printed = capsys.readouterr().out
+    assert f"{len(rows)} of the 49 images" in printed and "--exclude" in printed
+    table = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.startswith("emoji_")}
     assert table == {"emoji_food": ["16", "1", "1", "12.50", "%"], "emoji_travel": ["16", "0", "0", "0.00", "%"]}
 
 
@@ -176,15 +176,15 @@ def test_a_damaged_cache_is_made_anew(corpus, data, tmp_path):
     assert check(corpus, data, tmp_path / "o.tsv")[1] == rows
 
 
-def test_images_that_cannot_be_read_are_told(corpus, data, tmp_path, capsys):
+def test_images_that_cannot_be_read_are_reported(corpus, data, tmp_path, capsys):
     data = shutil.copytree(data, tmp_path / "data")
     (data / "emoji_food" / "images" / "red_test_1.png").write_bytes(b"no image")
     moved = shutil.copytree(corpus, tmp_path / "moved")
     (moved / "mirrored.jpg").unlink()
     _, rows = check(corpus, data, tmp_path / "o.tsv", "--image-root", str(moved))
     assert {row["image"] for row in rows} == {image for image, *_ in PLANTED} - {"mirrored.jpg"}
-    said = capsys.readouterr().out
-    assert "1 test images could not be read" in said and "1 images of the corpus could not be read" in said
+    printed = capsys.readouterr().out
+    assert "1 test images could not be read" in printed and "1 images of the corpus could not be read" in printed
 
 
 def test_a_dataset_that_cannot_be_read_is_a_failure(corpus, data, tmp_path, capsys):
@@ -219,8 +219,8 @@ def test_bad_input_is_one_sentence(corpus, data, tmp_path, capsys, words, says):
         "cpu",
     ]
     assert main([*argv, *words]) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert says in said and not (tmp_path / "o.tsv").exists()
+    printed = capsys.readouterr().err.splitlines()[-1]
+    assert says in printed and not (tmp_path / "o.tsv").exists()
 
 
 def test_a_root_without_datasets(corpus, tmp_path, capsys):

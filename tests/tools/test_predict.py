@@ -150,7 +150,7 @@ def test_an_epoch_can_be_chosen_and_the_last_is_the_default(runs, image, capsys)
     file = Predictor.load(run / "prompt_learner" / "model.pth.tar-1")
     assert np.array_equal(file(image)[0].probabilities, first(image)[0].probabilities)
     assert main(["predict", "--model-dir", str(run), "--load-epoch", "7", image]) == 2
-    assert "epoch 7" in (said := capsys.readouterr().err) and "1, 2" in said
+    assert "epoch 7" in (printed := capsys.readouterr().err) and "1, 2" in printed
 
 
 def test_a_run_without_results_says_its_options_elsewhere(runs, image, tmp_path):
@@ -280,7 +280,7 @@ def test_names_come_from_words_and_files(tmp_path):
     "words, what",
     [("cat", "at least two"), ("", "at least two"), ("names.txt", "no such file"), ("BAD.json", "split file in CoOp")],
 )
-def test_bad_lists_of_classes_are_told(words, what, tmp_path, monkeypatch):
+def test_bad_lists_of_classes_are_reported(words, what, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("BAD.json").write_text('{"train": 3}')
     with pytest.raises(GramError, match=what):
@@ -329,21 +329,21 @@ BAD = {
 
 
 @pytest.mark.slow
-def test_a_folder_is_its_images_sorted_and_broken_ones_are_told(zoo, runs, capsys):
+def test_a_folder_is_its_images_sorted_and_broken_ones_are_reported(zoo, runs, capsys):
     status = main(["predict", "--model-dir", str(runs("CoOp")), str(zoo), "--format", "csv", "--topk", "9"])
-    said = capsys.readouterr()
-    rows = table(said.out)
+    printed = capsys.readouterr()
+    rows = table(printed.out)
     assert status == 0
     images = list(dict.fromkeys(row["image"] for row in rows))
     assert images == [str(zoo / name) for name in GOOD]
     assert [row["rank"] for row in rows[:5]] == ["1", "2", "3", "4", "1"]  # four classes, fewer than asked for
     for name, reason in BAD.items():
-        assert f"{zoo / name}: {reason}; left out" in said.err
+        assert f"{zoo / name}: {reason}; left out" in printed.err
     assert (
         "7 images classified, 4 left out (broken image: 1, empty file: 1, not an image: 1, too many pixels: 1)"
-        in said.err
+        in printed.err
     )
-    assert "loop" not in said.out and "notes" not in said.err
+    assert "loop" not in printed.out and "notes" not in printed.err
 
 
 @pytest.mark.slow
@@ -491,8 +491,8 @@ def test_exit_status_says_whether_anything_was_classified(runs, zoo, tmp_path, c
     command = ["predict", "--model-dir", str(runs("CoOp"))]
     assert main([*command, str(zoo / "empty.jpg"), str(zoo / "plain.png")]) == 0
     assert main([*command, str(zoo / "empty.jpg"), "gone.png", "--format", "json"]) == 1
-    said = capsys.readouterr()
-    assert said.out.endswith("[]\n") and "0 images classified, 2 left out" in said.err
+    printed = capsys.readouterr()
+    assert printed.out.endswith("[]\n") and "0 images classified, 2 left out" in printed.err
     (tmp_path / "nothing").mkdir()
     assert main([*command, str(tmp_path / "nothing")]) == 1
     assert f"{tmp_path / 'nothing'}: no image files in this folder" in capsys.readouterr().err
@@ -513,7 +513,7 @@ def test_a_file_is_written_whole_or_not_at_all(runs, image, tmp_path, monkeypatc
     assert "expected to be able to write there" in capsys.readouterr().err
 
 
-def test_what_cannot_be_used_is_told_in_one_sentence(runs, image, tmp_path, metas, capsys):
+def test_what_cannot_be_used_is_one_sentence(runs, image, tmp_path, metas, capsys):
     def refused(*arguments):
         assert main(["predict", *arguments, image]) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("gram predict: ")]
@@ -546,7 +546,7 @@ def test_prompts_of_another_width_are_refused(official, tmp_path):
         Predictor.load(run, classes=["cat", "dog"], backbone="gram-small")
 
 
-def test_words_that_the_packaged_model_has_never_seen_are_told(metas, capsys, tmp_path):
+def test_words_that_the_packaged_model_has_never_seen_are_reported(metas, capsys, tmp_path):
     clip = load_backbone("gram-small")
     meta = MetaCheckpoint(initial_prompts(clip, 4, 0), None, "gram-small", clip.fingerprint)
     save_meta_checkpoint(tmp_path / "m.safetensors", meta)

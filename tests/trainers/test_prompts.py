@@ -84,7 +84,7 @@ def build(tiny_data, tiny_options, tmp_path):
 
 @pytest.fixture
 def save(backbone, tmp_path):
-    """save(kind): a meta-checkpoint for the trainers of that kind, with a gate of 0.5 that is easily told from 1."""
+    """save(kind): a meta-checkpoint for the trainers of that kind, with a gate of 0.5, which differs clearly from 1."""
 
     def save(kind, gate=0.5, template=TEMPLATE, name=""):
         text, visual = PROMPTS[kind]

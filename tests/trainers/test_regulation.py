@@ -190,7 +190,7 @@ def test_a_foreign_trainer_with_deep_half_precision_prompts(
         (["TRAINER.GRAM.STEP_SCALE", 0.5], "STEP_SCALE scales raw gradients"),
     ],
 )
-def test_a_foreign_trainer_is_told_what_does_not_fit(tiny_data, tiny_options, tmp_path, meta, opts, says):
+def test_a_foreign_trainer_reports_what_does_not_fit(tiny_data, tiny_options, tmp_path, meta, opts, says):
     with pytest.raises(GramError, match=says) as error:
         train(tiny_data, tiny_options, tmp_path / "out", "TRAINER.GRAM.CHECKPOINT", meta.path, *opts)
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
@@ -293,7 +293,7 @@ def test_a_run_whose_gradients_were_all_zero_has_a_line():
     assert "gradient norm 0 / 0 / 0" in line and "|R(g)|" not in line
 
 
-def test_far_gradients_are_told_once_and_looked_for_ever_more_rarely(regulator, capsys, monkeypatch):
+def test_far_gradients_are_reported_once_and_checked_ever_more_rarely(regulator, capsys, monkeypatch):
     looked = []
     quantile = module._quantile
     monkeypatch.setattr(module, "_quantile", lambda values, q: looked.append(len(values)) or quantile(values, q))
