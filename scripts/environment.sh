@@ -3,7 +3,7 @@
 #   environment_options "$@"     reads --python and --help; what is left is in the array REST
 #   prepare_environment EXTRA    leaves the interpreter in PYTHON and the folder of its commands in BIN
 #
-# Needs bash 3.2 or later and a Python of 3.10 to 3.13. Uses uv where it is on PATH, and pip where it is not.
+# Needs bash 3.2 or later and a Python of 3.10 to 3.13. Uses uv if it is on PATH, else pip.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 SCRIPT="$(basename "$0")"

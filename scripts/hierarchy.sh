@@ -31,7 +31,7 @@ while [ $# -gt 0 ]; do
     case "$1" in
         --dry-run) DRY=1; shift ;;
         --backbone | --embed | --page)
-            [ $# -ge 2 ] || fail "$1 needs a value; --help says more"
+            [ $# -ge 2 ] || fail "$1 needs a value; see --help"
             case "$1" in
                 --backbone) BACKBONE="$2" ;;
                 --embed) read -r -a EMBED <<<"$2" ;;
@@ -42,7 +42,7 @@ while [ $# -gt 0 ]; do
         *) WORDS+=("$1"); shift ;;
     esac
 done
-[ "${#WORDS[@]}" -ge 2 ] || fail "expected SOURCE and OUT, found ${#WORDS[@]} argument(s); --help says more"
+[ "${#WORDS[@]}" -ge 2 ] || fail "expected SOURCE and OUT, found ${#WORDS[@]} argument(s); see --help"
 SOURCE="${WORDS[0]}" OUT="${WORDS[1]}"
 OPTS=(${WORDS[@]+"${WORDS[@]:2}"})
 [ $((${#OPTS[@]} % 2)) -eq 0 ] || fail "expected KEY VALUE pairs at the end, found ${OPTS[*]: -1} without a value"

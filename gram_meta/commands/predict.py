@@ -123,7 +123,7 @@ def _wants_bar(args: argparse.Namespace) -> bool:
 
 
 class _Counted:
-    """The predictions that are to be written; the others are told on stderr. Shows a bar once it takes long."""
+    """Yield the predictions to write; print the others on stderr, and show a progress bar if it takes long."""
 
     def __init__(self, predictions: Iterable[Prediction], bar: bool) -> None:
         self.predictions, self.bar = predictions, bar

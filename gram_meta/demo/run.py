@@ -545,7 +545,7 @@ def _indent(text: str) -> str:
 def default_settings(
     out: str | None, full: bool, datasets: Sequence[str] | None, seeds: Sequence[int] | None
 ) -> Settings:
-    """What `gram demo` runs when nothing else is said."""
+    """Return what `gram demo` runs by default."""
     from gram_meta.demo.world import SPECS
 
     return Settings(

@@ -411,7 +411,7 @@ def download(url: str, path: Path) -> str:
 
 
 def check_backbone(environment: Environment) -> Iterator[Check]:
-    """Load the CLIP of --backbone, where its weights are at hand."""
+    """Load the CLIP of --backbone if its weights are on this machine."""
     name = environment.backbone
     if not name or environment.has_problem("torch", "clip"):
         return

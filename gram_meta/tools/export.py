@@ -1,8 +1,8 @@
 """A meta-checkpoint's prompt as a checkpoint for MODEL.INIT_WEIGHTS, for trainers that know nothing of GRAM.
 
-Dassl's `load_pretrained_weights` copies what agrees in name and in size, and only prints what it leaves out. So the names
-here are those of the trainer that is to start from it, and the numbers of tokens to set are said.
-The prompt alone goes over: the regulator acts in the GRAM trainers only.
+Dassl's `load_pretrained_weights` copies tensors that agree in name and in size, and only prints the names of the others.
+The file therefore has the names of the target trainer, and the command prints the numbers of tokens to set. The file
+holds only the prompt: the regulator acts in the GRAM trainers only.
 """
 
 from __future__ import annotations

@@ -305,7 +305,7 @@ def default_batch_size(backbone: Backbone) -> int:
 
 
 def default_workers(backbone: Backbone) -> int:
-    """Processes that read images ahead: for a GPU one for each core, up to 8; a CPU has its hands full with the model."""
+    """Return how many processes read images ahead: on a GPU one for each core, up to 8; on a CPU none."""
     if backbone.device.type == "cpu":
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

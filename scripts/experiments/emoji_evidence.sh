@@ -3,7 +3,7 @@
 #
 #     bash scripts/experiments/emoji_evidence.sh DIR [JOBS]
 #
-# Interrupted, the same command goes on. DIR/evidence.json at the end is what docs/results/emoji.json is a copy of.
+# If it is interrupted, the same command resumes it. docs/results/emoji.json is a copy of DIR/evidence.json.
 set -euo pipefail
 dir="${1:?the folder for the world, its features and all runs}"
 jobs="${2:-2}"

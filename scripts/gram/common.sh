@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Sourced by the scripts beside it: settings from the environment, and the one call of train.py that they all make.
-# Needs bash 3.2 or later. Changes no folder: relative paths start where the user stands.
+# Needs bash 3.2 or later. Changes no folder: relative paths start at the current folder.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 SCRIPT="$(basename "$0")"
@@ -25,18 +25,18 @@ From the environment:
   META        meta-checkpoint of a GRAM trainer (default: META_DIR/<the config's TRAINER.GRAM.META>/best.safetensors)
   META_DIR    folder of meta-trainings (default: OUTPUT/meta)
   PYTHON      interpreter (default: python)
-KEY VALUE pairs at the end go to train.py. A finished run is not run again, and an unfinished one goes on.
+KEY VALUE pairs at the end go to train.py. Finished runs are skipped, unfinished ones resume.
 HELP
 }
 
-# arguments COUNT "$@": shows the help where it is asked for; COUNT words must be there, KEY VALUE pairs may follow.
+# arguments COUNT "$@": print the help if asked; require COUNT words, after which KEY VALUE pairs may follow.
 arguments() {
     local count="$1" word
     shift
     for word in "$@"; do
         case "$word" in -h | --help) usage; common_help; exit 0 ;; esac
     done
-    [ $# -ge "$count" ] || fail "expected $count argument(s), found $#; $SCRIPT -h says more"
+    [ $# -ge "$count" ] || fail "expected $count argument(s), found $#; see $SCRIPT -h"
     [ $((($# - count) % 2)) -eq 0 ] || fail "expected KEY VALUE pairs at the end, found ${*: -1} without a value"
     settings
 }
@@ -50,7 +50,7 @@ settings() {
     : "${OUTPUT:=output}" "${META:=}" "${PYTHON:=python}"
     : "${META_DIR:=$OUTPUT/meta}" "${CFG:=$(default_config)}"
     command -v "$PYTHON" >/dev/null 2>&1 || fail "PYTHON: expected an interpreter, found no $PYTHON"
-    [ -n "$DATA" ] || fail "DATA: expected the folder of the datasets' folders, found nothing; $SCRIPT -h says more"
+    [ -n "$DATA" ] || fail "DATA: expected the folder of the datasets' folders, found nothing; see $SCRIPT -h"
     [ -d "$DATA" ] || fail "DATA: expected a folder, found none at $DATA"
     [ -d "$ROOT/configs/trainers/$TRAINER" ] ||
         fail "TRAINER: expected one of $(cd "$ROOT/configs/trainers" && echo *), found $TRAINER"
