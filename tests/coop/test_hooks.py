@@ -1,13 +1,12 @@
 """Hooks: HOOKS.md and the code list the same ones, and each does nothing when GRAM_HOOKS switches it off."""
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from helpers.processes import python
 
 import gram_meta.plugin  # noqa: F401, installs the hooks
 from gram_meta import hooks
@@ -28,15 +27,6 @@ ROW = re.compile(r"^\| `([\w-]+)` \| .* \| `([\w/.]+)` `(\w+)` \| .* \| `([\w/.]
 def off(monkeypatch):
     """Return a function that switches hooks off, or all of them on again without names."""
     return lambda *names: monkeypatch.setenv(hooks.VARIABLE, ",".join(f"-{name}" for name in names))
-
-
-def python(code, folder, **environment):
-    """Run `code` in a process of its own, with `folder` first on the path; return what it prints."""
-    path = os.pathsep.join([str(folder), str(ROOT)])
-    environment = {**os.environ, "PYTHONPATH": path, **environment}
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.strip()
 
 
 # ------------------------------------------------------------------------------------------------------------ the list
@@ -112,8 +102,8 @@ def test_excepthook(off, monkeypatch):
 @pytest.mark.slow
 def test_default_options(tmp_path):
     code = "import gram_meta.plugin; from gram_meta.engine import get_cfg_default as g; print('GRAM' in g().TRAINER)"
-    assert python(code, tmp_path, GRAM_HOOKS="-default-options") == "False"
-    assert python(code, tmp_path, GRAM_HOOKS="") == "True"
+    assert python(code, tmp_path, tmp_path, GRAM_HOOKS="-default-options").stdout.strip() == "False"
+    assert python(code, tmp_path, tmp_path, GRAM_HOOKS="").stdout.strip() == "True"
 
 
 def test_config_files(off, tmp_path, monkeypatch):
@@ -169,7 +159,10 @@ def test_answer_as_dassl(tmp_path):
         "import sys, gram_meta.plugin\nfrom gram_meta.engine import TRAINER_REGISTRY as r\n"
         "print('dassl' in sys.modules, r.get('CoOpGRAM').__name__)"
     )
-    assert python(code, tmp_path, GRAM_DASSL="builtin", GRAM_HOOKS="-answer-as-dassl") == "False CoOpGRAM"
+    assert (
+        python(code, tmp_path, tmp_path, GRAM_DASSL="builtin", GRAM_HOOKS="-answer-as-dassl").stdout.strip()
+        == "False CoOpGRAM"
+    )
 
 
 @pytest.mark.slow
@@ -178,8 +171,8 @@ def test_dassl_fixes(tmp_path):
     (tmp_path / "dassl" / "__init__.py").touch()
     (tmp_path / "dassl" / "engine.py").touch()
     code = "from gram_meta import engine; print(engine.backend(), len(engine.fixes()))"
-    assert python(code, tmp_path, GRAM_DASSL="real", GRAM_HOOKS="-dassl-fixes") == "real 0"
-    assert python(code, tmp_path, GRAM_DASSL="real", GRAM_HOOKS="") == "real 11"
+    assert python(code, tmp_path, tmp_path, GRAM_DASSL="real", GRAM_HOOKS="-dassl-fixes").stdout.strip() == "real 0"
+    assert python(code, tmp_path, tmp_path, GRAM_DASSL="real", GRAM_HOOKS="").stdout.strip() == "real 11"
 
 
 @pytest.mark.parametrize("on", [True, False])

@@ -14,6 +14,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from helpers import processes
 
 pytestmark = pytest.mark.slow
 
@@ -309,12 +310,8 @@ def write(folder, files):
 
 
 def python(code, cwd, *path, backend="real", **env):
-    """What `code` prints, in a process of its own with `path` first on sys.path."""
-    path = os.pathsep.join(map(str, (*path, ROOT)))
-    env = {**os.environ, "GRAM_DASSL": backend, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **env}
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+    """Run code with a Dassl backend."""
+    return processes.python(code, cwd, *path, **{"GRAM_DASSL": backend, **env})
 
 
 def facts_of(code, cwd, *path, **env):

@@ -9,10 +9,10 @@ import json
 import re
 import shutil
 import sys
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from helpers.html import Page
 from scipy import stats
 
 from gram_meta.cli import main
@@ -631,48 +631,20 @@ def test_nothing_to_draw_is_one_sentence(tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------------------------- page
 
 
-class Page(HTMLParser):
-    """Collects what a browser would follow, and complains about tags that do not match."""
-
-    VOID = {"meta", "img", "br", "hr", "link", "input"}
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.ids, self.links, self.sources, self.tags, self.styles = [], [], [], [], [], ""
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        attrs = dict(attrs)
-        self.tags.append(tag)
-        self.ids += [attrs["id"]] if "id" in attrs else []
-        self.links += [attrs["href"]] if "href" in attrs else []
-        self.sources += [attrs[key] for key in ("src", "srcset", "data", "action", "poster") if key in attrs]
-        assert not any(key.startswith("on") for key in attrs)
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] == "style":
-            self.styles += data
-
-
 @pytest.mark.slow
 def test_the_page_needs_nothing_from_outside(world, tmp_path, capsys):
     path = tmp_path / "page.html"
     assert main(["report", str(world.root), "--html", str(path)]) == 0
     text = path.read_text()
     found = Page(text)
-    assert all(link.startswith("#") and link[1:] in found.ids for link in found.links)
-    assert len(found.ids) == len(set(found.ids))
-    assert len(found.sources) == 4 and all(it.startswith("data:image/png;base64,") for it in found.sources)
-    assert base64.b64decode(found.sources[0].partition(",")[2]).startswith(b"\x89PNG")
-    assert not {"script", "link", "iframe", "object"} & set(found.tags)
+    ids, sources = found.values("id"), found.values("src", "srcset", "data", "action", "poster")
+    assert all(link.startswith("#") and link[1:] in ids for link in found.values("href"))
+    assert len(ids) == len(set(ids))
+    assert len(sources) == 4 and all(it.startswith("data:image/png;base64,") for it in sources)
+    assert base64.b64decode(sources[0].partition(",")[2]).startswith(b"\x89PNG")
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in found.elements}
     assert "url(" not in found.styles and "@import" not in found.styles and "http" not in text
-    assert {f"table-{number}" for number in range(1, 8)} <= set(found.ids)
+    assert {f"table-{number}" for number in range(1, 8)} <= set(ids)
     runs = len(list(world.root.rglob("results.json")))
     manifests = text[text.index('<section id="runs"') : text.index('<section id="configs"')]
     assert manifests.count("<tr>") == runs + 1
@@ -695,5 +667,5 @@ def test_the_page_escapes_what_it_shows(tmp_path):
     runs = runs_of(evidence)
     text = page(all_tables(runs), [], [hostile], runs, evidence)
     found = Page(text)
-    assert "script" not in found.tags and "<script" not in text and text.count("&lt;script&gt;") > 5
-    assert all(link[1:] in found.ids for link in found.links)
+    assert not found.all("script") and "<script" not in text and text.count("&lt;script&gt;") > 5
+    assert all(link[1:] in found.values("id") for link in found.values("href"))
