@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from yacs.config import CfgNode as CN
@@ -149,16 +149,148 @@ def get_meta_config() -> CN:
     return c
 
 
+# ------------------------------------------------------------------------------------------------------------- bounds
+
+
+class Bound(NamedTuple):
+    """What the value of a key may be: whether a value is fine, and how a message says it."""
+
+    is_fine: Callable[[Any], bool]
+    expected: str
+
+
+def _numbers(
+    low: float, high: float = 10**9, also: float | None = None, above: bool = False, below: bool = False
+) -> Bound:
+    """Bound of numbers (of a tuple: each), and of `also`; `above` and `below` leave out `low` and `high` themselves."""
+
+    def is_fine(value: Any) -> bool:
+        if isinstance(value, (tuple, list)):
+            return all(map(is_fine, value))
+        if not isinstance(value, (int, float)) or not low <= value <= high:
+            return value == also
+        return not (above and value == low) and not (below and value == high)
+
+    words = f"{'more than' if above else 'at least'} {low:,} and {'less than' if below else 'at most'} {high:,}"
+    return Bound(is_fine, words if also is None else f"{also}, or {words}")
+
+
+def _whole(high: int) -> Bound:
+    """Bound of a tuple of whole numbers from 0."""
+    return Bound(
+        lambda values: all(type(value) is int and 0 <= value <= high for value in values),
+        f"whole numbers from 0 to {high:,}, such as (0, 1, 5)",
+    )
+
+
+def _names(*names: str) -> Bound:
+    return Bound(lambda value: value in names, f"{', '.join(names[:-1])} or {names[-1]}")
+
+
+def _is_template(value: str) -> bool:
+    try:
+        return "\0" in value.format("\0")
+    except (ValueError, LookupError, AttributeError):
+        return False
+
+
+def _is_size(value: Any) -> bool:
+    return len(value) == 2 and all(type(side) is int and 1 <= side <= 10_000 for side in value)
+
+
+_COUNT, _AT_LEAST_2, _FROM_0, _SHARE = _numbers(1), _numbers(2), _numbers(0), _numbers(0, 1)
+_SEED, _RATE, _DECAY = _numbers(0, 2**32 - 1), _numbers(0, 1000), _numbers(0, 1, below=True)
+
+# What a key may be, for meta-training and clustering, and for few-shot runs: each line a bound and its keys.
+META_BOUNDS = {
+    key: bound
+    for bound, keys in (
+        (_COUNT, "INNER.STEPS OUTER.STEPS OUTER.BATCH EVAL.EVERY EVAL.TASKS CHECKPOINT.EVERY LOADER.PREFETCH"),
+        (_COUNT, "TASKS.SUPPORT_SHOTS TASKS.QUERY_SHOTS CHC.TOPICS.MIN_SAMPLES CHC.DOMAINS.STARTS"),
+        (
+            _AT_LEAST_2,
+            "TASKS.WAYS CHC.TOPICS.NEIGHBORS CHC.TOPICS.COMPONENTS CHC.TOPICS.MIN_CLUSTER_SIZE CHC.DOMAINS.K",
+        ),
+        (_FROM_0, "PROMPT.TEXT_TOKENS PROMPT.VISUAL_TOKENS LOADER.WORKERS MEMORY.TASKS MEMORY.IMAGES MEMORY.BUDGET"),
+        (_FROM_0, "PROMPT.VISUAL_SIZE OUTER.CLIP_NORM"),
+        (_SEED, "SEED"),
+        (_whole(2**32 - 1), "SEEDS"),
+        (_numbers(0, 2**32 - 1, also=-1), "CHC.SEED"),
+        (_RATE, "INNER.ALPHA OUTER.LR_PROMPT OUTER.LR_REGULATOR"),
+        (_SHARE, "TASKS.HELD_OUT"),
+        (_numbers(0, 1, above=True), "CHC.FILTER.KEEP"),
+        (_numbers(-1, 1), "CHC.FILTER.THRESHOLD"),
+        (_numbers(100, also=0), "CHC.TOPICS.SAMPLE CHC.DOMAINS.SAMPLE"),  # a smaller sample has too few neighbours
+        (_numbers(-1, 1, above=True, below=True), "REGULATOR.GAMMA"),
+        (_numbers(0, 2**16), "BACKBONE.LOSS_SCALE"),
+        (_names("fp32", "bf16", "fp16", "fp64"), "BACKBONE.PRECISION"),
+        (_names("umap", "pca"), "CHC.TOPICS.REDUCTION"),
+        (_names("eom", "leaf"), "CHC.TOPICS.SELECTION"),
+        (_names("gate", "random"), "REGULATOR.START"),
+        (_names("raw", "normalised"), "REGULATOR.INPUT"),
+        (_names("absolute", "relative", "none"), "REGULATOR.BETA"),
+        (_names("adam", "sgd"), "OUTER.OPTIMIZER"),
+        (_names("auto", "whole", "lean"), "MEMORY.SECOND_ORDER"),
+        (Bound(_is_template, "words with {} where the class name stands"), "PROMPT.TEMPLATE"),
+    )
+    for key in keys.split()
+}
+RUN_BOUNDS = {
+    key: bound
+    for bound, keys in (
+        (_COUNT, "OPTIM.MAX_EPOCH TRAIN.PRINT_FREQ DATALOADER.TRAIN_X.BATCH_SIZE DATALOADER.TRAIN_U.BATCH_SIZE"),
+        (_COUNT, "DATALOADER.TEST.BATCH_SIZE DATALOADER.K_TRANSFORMS"),
+        (_COUNT, "TRAINER.COOP.N_CTX TRAINER.COCOOP.N_CTX TRAINER.VPT.N_CTX_VISION"),
+        (_COUNT, "TRAINER.JOINT.N_CTX_VISION TRAINER.JOINT.N_CTX_TEXT"),
+        (_FROM_0, "DATALOADER.NUM_WORKERS TRAINER.MEMORY.CLASSES TRAINER.MEMORY.IMAGE_BUDGET"),
+        (
+            _FROM_0,
+            "INPUT.CROP_PADDING INPUT.CUTOUT_N INPUT.CUTOUT_LEN INPUT.GN_STD INPUT.COLORJITTER_B INPUT.COLORJITTER_C",
+        ),
+        (_FROM_0, "INPUT.COLORJITTER_S DATALOADER.TRAIN_X.N_DOMAIN DATALOADER.TRAIN_U.N_DOMAIN"),
+        (_COUNT, "DATALOADER.TRAIN_X.N_INS DATALOADER.TRAIN_U.N_INS"),
+        (_whole(10**9), "TEST.AT_STEPS"),
+        (_numbers(-1), "DATASET.NUM_SHOTS OPTIM.WARMUP_EPOCH TRAIN.CHECKPOINT_FREQ"),  # -1: all images, none, never
+        (_numbers(-(2**32), 2**32 - 1), "SEED"),  # negative: another one every time
+        (_RATE, "OPTIM.LR OPTIM.WARMUP_CONS_LR OPTIM.WARMUP_MIN_LR OPTIM.WEIGHT_DECAY OPTIM.GAMMA OPTIM.BASE_LR_MULT"),
+        (_RATE, "TRAINER.GRAM.STEP_SCALE"),
+        (_DECAY, "OPTIM.MOMENTUM OPTIM.ADAM_BETA1 OPTIM.ADAM_BETA2 OPTIM.RMSPROP_ALPHA"),
+        (_SHARE, "INPUT.RRCROP_SCALE INPUT.RGS_P INPUT.GB_P"),
+        (_numbers(0, above=True), "INPUT.PIXEL_STD TRAINER.MEMORY.TEXT_BUDGET"),
+        (Bound(_is_size, "(height, width) of at least 1 pixel"), "INPUT.SIZE"),
+        (_names("bilinear", "bicubic", "nearest"), "INPUT.INTERPOLATION"),
+        (_names("val", "test"), "TEST.SPLIT"),
+        (_names("last_step", "best_val"), "TEST.FINAL_MODEL"),
+        (
+            _names("fp32", "fp16", "bf16", "amp"),
+            "TRAINER.COOP.PREC TRAINER.COCOOP.PREC TRAINER.VPT.PREC TRAINER.JOINT.PREC",
+        ),
+        (_names("end", "middle", "front"), "TRAINER.COOP.CLASS_TOKEN_POSITION"),
+        (_names("auto", "always", "never"), "TRAINER.MEMORY.CHECKPOINTING"),
+    )
+    for key in keys.split()
+}
+
+
+def check_bounds(config: Mapping[str, Any], bounds: Mapping[str, Bound]) -> None:
+    """Raise a `GramError` for the first value in a tree of settings that is out of its bounds; absent keys are fine."""
+    for key, value in flatten(config).items():
+        if key in bounds and not bounds[key].is_fine(value):
+            raise GramError(f"{key}: expected {bounds[key].expected}, found {value!r}")
+
+
 def load_meta_config(files: Sequence[str | Path] = (), opts: Sequence[str] = ()) -> CN:
     """Defaults, then YAML files in order, then KEY VALUE pairs; frozen.
 
     Raises:
-        GramError: an unknown key (the nearest known one is named), a value of another type, an unreadable file.
+        GramError: an unknown key (the nearest known one is named), a value of another type or out of its bounds, an
+            unreadable file.
     """
     config = get_meta_config()
     for file in files:
         merge_file(config, find_config(str(file), "gram_meta"))
     merge_opts(config, opts)
+    check_bounds(config, META_BOUNDS)
     config.freeze()
     return config
 
@@ -169,6 +301,7 @@ def stored_config(values: Mapping[str, Any], opts: Sequence[str] = ()) -> CN:
     known = [key for key, _ in _leaves(config)]
     _merge(config, [(key, value) for key, value in _leaves(dict(values)) if key in known], "meta-checkpoint")
     merge_opts(config, opts)
+    check_bounds(config, META_BOUNDS)
     config.freeze()
     return config
 

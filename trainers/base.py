@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gram_meta import engine
-from gram_meta.backbone.clip import RUN_PRECISIONS, Backbone, load_backbone
+from gram_meta.backbone.clip import Backbone, load_backbone
 from gram_meta.engine import TrainerX, build_lr_scheduler, build_optimizer, compute_accuracy
 from gram_meta.engine.options import complete_cfg
 from gram_meta.errors import GramError
@@ -62,16 +62,6 @@ class ClipTrainer(TrainerX):
     def options(self) -> Any:
         """This trainer's node of the config."""
         return self.cfg.TRAINER[self.node]
-
-    def check_cfg(self, cfg: Any) -> None:
-        precision = cfg.TRAINER[self.node].PREC
-        if precision not in RUN_PRECISIONS:
-            raise GramError(f"TRAINER.{self.node}.PREC is {precision!r}; expected one of {', '.join(RUN_PRECISIONS)}")
-        memory.check(cfg.TRAINER.MEMORY)
-        for part in ("TRAIN_X", "TEST"):
-            size = cfg.DATALOADER[part].BATCH_SIZE
-            if size < 1:
-                raise GramError(f"DATALOADER.{part}.BATCH_SIZE is {size}; expected at least 1")
 
     def load_clip(self) -> Backbone:
         """The backbone that MODEL.BACKBONE.NAME names, on this trainer's device, in the precision asked for."""
@@ -278,19 +268,7 @@ class PromptTrainer(Checkpointing, ClipTrainer):
         print(f"Initial visual prompt: {tokens} random tokens")
         return random_context(self.backbone.visual_width, tokens)
 
-    def check_count(self, cfg: Any, key: str) -> None:
-        """A number of tokens is at least 1."""
-        count = cfg.TRAINER[self.node][key]
-        if count < 1:
-            raise GramError(f"TRAINER.{self.node}.{key} is {count}; expected at least 1")
-
     # ----------------------------------------------------------------------------------------------------- build
-
-    def check_cfg(self, cfg: Any) -> None:
-        super().check_cfg(cfg)
-        steps = cfg.TEST.AT_STEPS
-        if any(not isinstance(step, int) or step < 0 for step in steps):
-            raise GramError(f"TEST.AT_STEPS is {steps}; expected numbers of steps, such as (0,1,5,20)")
 
     def build_model(self) -> None:
         cfg = self.cfg
@@ -397,14 +375,6 @@ class PromptTrainer(Checkpointing, ClipTrainer):
 
     def facts(self) -> dict[str, Any]:
         return {} if self.meta_facts is None else {"meta_checkpoint": self.meta_facts}
-
-    def check_training(self) -> None:
-        super().check_training()
-        if self.cfg.OPTIM.MAX_EPOCH < 1:
-            raise GramError(
-                f"OPTIM.MAX_EPOCH is {self.cfg.OPTIM.MAX_EPOCH}; expected at least 1 (the start itself: --eval-only "
-                "without --model-dir)"
-            )
 
 
 class _Group:

@@ -22,11 +22,6 @@ class CoCoOp(PromptTrainer):
     node = "COCOOP"
     family = ("CoCoOp", "CoCoOpGRAM")
 
-    def check_cfg(self, cfg: Any) -> None:
-        super().check_cfg(cfg)
-        if not cfg.TRAINER.COCOOP.CTX_INIT:
-            self.check_count(cfg, "N_CTX")
-
     def tokens(self) -> dict[str, int]:
         return {"text": self.context_tokens(self.options.N_CTX)}
 

@@ -14,8 +14,6 @@ from gram_meta.errors import GramError
 from gram_meta.method.prompts import ClassText, Parts, PromptedCLIP, PromptLearner, random_context
 from gram_meta.trainers.base import PromptTrainer
 
-POSITIONS = ("end", "middle", "front")
-
 
 @register_trainer
 class CoOp(PromptTrainer):
@@ -26,11 +24,6 @@ class CoOp(PromptTrainer):
     def check_cfg(self, cfg: Any) -> None:
         super().check_cfg(cfg)
         options = cfg.TRAINER.COOP
-        if options.CLASS_TOKEN_POSITION not in POSITIONS:
-            found = options.CLASS_TOKEN_POSITION
-            raise GramError(f"TRAINER.COOP.CLASS_TOKEN_POSITION is {found!r}; expected {', '.join(POSITIONS)}")
-        if not options.CTX_INIT:
-            self.check_count(cfg, "N_CTX")
         if options.CSC and (cfg.TEST.PER_EPOCH or cfg.TEST.AT_STEPS):
             raise GramError(
                 "TRAINER.COOP.CSC: class-specific contexts know no new classes, which TEST.PER_EPOCH and "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from gram_meta.engine import register_trainer
@@ -17,11 +15,6 @@ class JointPrompt(PromptTrainer):
 
     node = "JOINT"
     family = ("JointPrompt", "UniGRAM")
-
-    def check_cfg(self, cfg: Any) -> None:
-        super().check_cfg(cfg)
-        self.check_count(cfg, "N_CTX_TEXT")
-        self.check_count(cfg, "N_CTX_VISION")
 
     def tokens(self) -> dict[str, int]:
         return {"text": self.options.N_CTX_TEXT, "visual": self.options.N_CTX_VISION}

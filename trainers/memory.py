@@ -17,10 +17,7 @@ from torch import Tensor
 from gram_meta.backbone import footprint
 from gram_meta.backbone.clip import Backbone
 from gram_meta.backbone.footprint import GB, device_bytes, image_bytes
-from gram_meta.errors import GramError
 from gram_meta.method.prompts import ClassText, ConditionalCLIP, PromptedCLIP
-
-CHOICES = ("auto", "always", "never")
 
 
 def arrange(model: PromptedCLIP, options: Any, batch: int) -> list[str]:
@@ -33,11 +30,7 @@ def arrange(model: PromptedCLIP, options: Any, batch: int) -> list[str]:
 
     Returns:
         Lines for the log, one for each tower that computes anything twice.
-
-    Raises:
-        GramError: an option outside its range.
     """
-    check(options)
     text, visual = model.class_text, model.prompt_learner.visual_ctx
     lines: list[str] = []
     towers = []  # whose layers are computed twice
@@ -56,25 +49,6 @@ def arrange(model: PromptedCLIP, options: Any, batch: int) -> list[str]:
         )
     model.backbone.checkpointing = towers[0] if len(towers) == 1 else bool(towers)
     return lines
-
-
-def check(options: Any) -> None:
-    """Raise a `GramError` if an option of TRAINER.MEMORY is outside its range."""
-    if options.CHECKPOINTING not in CHOICES:
-        raise GramError(
-            f"TRAINER.MEMORY.CHECKPOINTING is {options.CHECKPOINTING!r}; expected one of {', '.join(CHOICES)}"
-        )
-    if options.CLASSES < 0:
-        raise GramError(
-            f"TRAINER.MEMORY.CLASSES is {options.CLASSES}; expected a number of class sentences, or 0: chosen "
-            "from the classes"
-        )
-    if options.TEXT_BUDGET <= 0:
-        raise GramError(f"TRAINER.MEMORY.TEXT_BUDGET is {options.TEXT_BUDGET}; expected more than 0")
-    if options.IMAGE_BUDGET < 0:
-        raise GramError(
-            f"TRAINER.MEMORY.IMAGE_BUDGET is {options.IMAGE_BUDGET}; expected more than 0, or 0: half of the device's memory"
-        )
 
 
 def class_chunk(text: ClassText, options: Any, images: int = 1) -> int:

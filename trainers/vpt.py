@@ -27,7 +27,6 @@ class VPT(PromptTrainer):
             raise GramError(
                 f"TRAINER.VPT.PROMPT_DEPTH_VISION is {depth}; expected 1: prompts at the input (shallow VPT)"
             )
-        self.check_count(cfg, "N_CTX_VISION")
 
     def tokens(self) -> dict[str, int]:
         return {"visual": self.options.N_CTX_VISION}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,22 +9,6 @@ from yacs.config import CfgNode
 
 from gram_meta.clustering.words import Tokenizer, tokenizer
 from gram_meta.config import as_dict
-from gram_meta.errors import GramError
-
-LEAST_SAMPLE = 100  # pairs: a smaller sample has too few neighbours
-_LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "FILTER.KEEP": (lambda share: 0 < share <= 1, "a share above 0 and at most 1"),
-    "TOPICS.REDUCTION": (lambda name: name in ("umap", "pca"), "umap or pca"),
-    "TOPICS.SELECTION": (lambda name: name in ("eom", "leaf"), "eom or leaf"),
-    "TOPICS.NEIGHBORS": (lambda number: number >= 2, "at least 2"),
-    "TOPICS.COMPONENTS": (lambda number: number >= 2, "at least 2"),
-    "TOPICS.MIN_CLUSTER_SIZE": (lambda number: number >= 2, "at least 2"),
-    "TOPICS.MIN_SAMPLES": (lambda number: number >= 1, "at least 1"),
-    "TOPICS.SAMPLE": (lambda n: n == 0 or n >= LEAST_SAMPLE, f"0 (all pairs) or at least {LEAST_SAMPLE}"),
-    "DOMAINS.SAMPLE": (lambda n: n == 0 or n >= 100, "0 (all images) or at least 100"),
-    "DOMAINS.K": (lambda number: number >= 2, "at least 2"),
-    "DOMAINS.STARTS": (lambda number: number >= 1, "at least 1"),
-}
 
 
 @dataclass(frozen=True)
@@ -60,13 +43,8 @@ class ChcSettings:
 
     @classmethod
     def from_config(cls, config: CfgNode) -> ChcSettings:
-        """Read the settings from the configuration.
-
-        Raises:
-            GramError: a value out of range.
-        """
+        """Read the settings from the configuration."""
         chc, topics, domains = config.CHC, config.CHC.TOPICS, config.CHC.DOMAINS
-        _check(chc)
         return cls(
             labelled=chc.LABELLED,
             seed=chc.SEED,
@@ -97,10 +75,3 @@ class ChcSettings:
     def random_state(self) -> int | None:
         """The seed as scikit-learn and UMAP take it."""
         return self.seed if self.is_reproducible else None
-
-
-def _check(chc: CfgNode) -> None:
-    for key, (is_fine, expected) in _LIMITS.items():
-        section, name = key.split(".")
-        if not is_fine(value := chc[section][name]):
-            raise GramError(f"CHC.{key}: expected {expected}, found {value!r}")

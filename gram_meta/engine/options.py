@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from yacs.config import CfgNode as CN
 
-from gram_meta.config import rename_old_keys
+from gram_meta.config import RUN_BOUNDS, check_bounds, rename_old_keys
 
 
 def extend_cfg(cfg: CN) -> None:
@@ -79,10 +79,17 @@ def extend_cfg(cfg: CN) -> None:
 
 
 def complete_cfg(cfg: CN) -> None:
-    """Add what is missing to a tree that may be frozen: a train.py may have replaced a whole node (`TRAINER.VPT = CN()`)."""
+    """Add what is missing to a tree that may be frozen, and check the values.
+
+    A train.py may have replaced a whole node (`TRAINER.VPT = CN()`).
+
+    Raises:
+        GramError: a value out of its bounds.
+    """
     frozen = cfg.is_frozen()
     cfg.defrost()
     extend_cfg(cfg)
+    check_bounds(cfg, RUN_BOUNDS)
     if frozen:
         cfg.freeze()
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from gram_meta.backbone.second_order import twice_differentiable
-from gram_meta.errors import GramError
 
 Prompts = Mapping[str, Tensor]  # kind -> (B, M, d)
 Losses = Callable[[Prompts], Tensor]  # prompts -> (B,)
@@ -49,14 +48,8 @@ class InnerLoop:
 
     @classmethod
     def from_config(cls, config: CfgNode, regulate: Regulate | None = None) -> InnerLoop:
-        """Read INNER and, for the loss scale, BACKBONE.
-
-        Raises:
-            GramError: no inner step.
-        """
+        """Read INNER and, for the loss scale, BACKBONE."""
         inner = config.INNER
-        if inner.STEPS < 1:
-            raise GramError(f"INNER.STEPS: expected at least 1, found {inner.STEPS}")
         scale = config.BACKBONE.LOSS_SCALE or (FP16_SCALE if config.BACKBONE.PRECISION == "fp16" else 1.0)
         return cls(inner.ALPHA, inner.STEPS, inner.FIRST_ORDER, scale, regulate)
 

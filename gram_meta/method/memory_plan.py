@@ -43,11 +43,6 @@ class MemoryConfig:
     meta: bool = True
 
     def __post_init__(self) -> None:
-        if self.second_order not in ("auto", "whole", "lean"):
-            raise GramError(f"MEMORY.SECOND_ORDER: expected auto, whole or lean, found {self.second_order!r}")
-        for key in ("tasks", "images", "budget"):
-            if getattr(self, key) < 0:
-                raise GramError(f"MEMORY.{key.upper()}: expected 0 or more, found {getattr(self, key)}")
         if self.images and self.second_order == "whole" and self.meta:
             raise GramError(
                 "MEMORY.IMAGES: expected 0 with MEMORY.SECOND_ORDER whole, which has all images of a task in one graph"

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from yacs.config import CfgNode
 
-from gram_meta.errors import GramError
 from gram_meta.method.bilevel import InnerLoop, MetaLosses, Prompts, for_each_task, lean_backward, meta_losses
 from gram_meta.method.episodes import Episode
 from gram_meta.method.memory_plan import MemoryPlan
@@ -44,10 +43,6 @@ class OuterLoop:
     steps: int = 2000
     clip_norm: float = 1.0
     cosine: bool = True
-
-    def __post_init__(self) -> None:
-        if self.optimiser not in OPTIMISERS:
-            raise GramError(f"OUTER.OPTIMIZER: expected {' or '.join(OPTIMISERS)}, found {self.optimiser!r}")
 
     @classmethod
     def from_config(cls, config: CfgNode) -> OuterLoop:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from gram_meta.config import META_BOUNDS, check_bounds
 from gram_meta.errors import GramError
 
 _TINY = 1e-24  # added to a mean square: a gradient of exactly zero stays zero under normalisation
@@ -47,18 +48,7 @@ class RegulatorConfig:
         return cls(node.START, node.GAMMA, node.INPUT, node.BETA)
 
     def __post_init__(self) -> None:
-        choices = {
-            "start": ("gate", "random"),
-            "input": ("raw", "normalised"),
-            "beta": ("absolute", "relative", "none"),
-        }
-        for key, allowed in choices.items():
-            if getattr(self, key) not in allowed:
-                raise GramError(
-                    f"REGULATOR.{key.upper()}: expected {' or '.join(allowed)}, found {getattr(self, key)!r}"
-                )
-        if not -1 < self.gamma < 1:
-            raise GramError(f"REGULATOR.GAMMA: expected a number between -1 and 1, found {self.gamma}")
+        check_bounds({"REGULATOR": {key.upper(): value for key, value in vars(self).items()}}, META_BOUNDS)
 
 
 class GradientRegulator(nn.Module):

@@ -492,9 +492,9 @@ def test_a_flag_behind_the_options_is_reported(flags, tmp_path):
             "--model-dir names the run whose prompts are evaluated; expected --eval-only with it",
         ),
         (["--eval-only", "--load-epoch", "0"], [], "--load-epoch 0: expected --model-dir with it, found none"),
-        ([], ["OPTIM.MAX_EPOCH", 0], "OPTIM.MAX_EPOCH is 0; expected at least 1"),
-        ([], ["DATALOADER.TRAIN_X.BATCH_SIZE", 0], "DATALOADER.TRAIN_X.BATCH_SIZE is 0; expected at least 1"),
-        (["--eval-only"], ["DATALOADER.TEST.BATCH_SIZE", -1], "DATALOADER.TEST.BATCH_SIZE is -1"),
+        ([], ["OPTIM.MAX_EPOCH", 0], "OPTIM.MAX_EPOCH: expected at least 1 .* found 0"),
+        ([], ["DATALOADER.TRAIN_X.BATCH_SIZE", 0], "DATALOADER.TRAIN_X.BATCH_SIZE: expected at least 1 .* found 0"),
+        (["--eval-only"], ["DATALOADER.TEST.BATCH_SIZE", -1], "DATALOADER.TEST.BATCH_SIZE: expected at least 1 .* found -1"),
     ],
 )
 def test_what_would_do_nothing_or_fail_late_is_reported_first(flags, tmp_path, before, opts, says):
