@@ -200,7 +200,7 @@ def test_a_dataset_that_cannot_be_read_is_a_failure(corpus, data, tmp_path, caps
     [
         (["--datasets", "emoji_fod"], "did you mean"),
         (["--datasets", "emoji_animals"], "split_zhou_EmojiAnimals.json"),
-        (["--backbone", "gram-small"], "its features are of the CLIP random-tiny"),
+        (["--backbone", "gram-small"], "expected the backbone it was made with, random-tiny"),
         (["--backbone", "no-such"], "--pixels-only needs no CLIP"),
         (["--neighbours", "0"], "--neighbours: expected at least 1"),
         (["--distance", "3"], "--distance: expected a number from 0 to 2"),
