@@ -10,11 +10,10 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 
-from gram_meta.corpus.sources.format import Options, Peek, open_text
-from gram_meta.corpus.sources.rows import IMAGE_SUFFIXES, Row, Shard, checked, is_broken
+from gram_meta.corpus.sources.format import OnePiece, Options, Peek, open_text
+from gram_meta.corpus.sources.rows import IMAGE_SUFFIXES, Row, checked, is_broken
 from gram_meta.corpus.sources.source import Source
 from gram_meta.errors import GramError
 
@@ -29,7 +28,7 @@ NOT_LISTED = "class folder without a name in the list"
 NO_NAME = "class folder named by spaces or underscores"
 
 
-class ClassFolders:
+class ClassFolders(OnePiece):
     """A folder of class folders; the pairs are (image, class name)."""
 
     name = "classes"
@@ -70,34 +69,30 @@ class ClassFolders:
                 return Source(root, self.name, root, classnames=file.resolve(), class_depth=depth)
         return Source(root, self.name, root)
 
-    def shards(self, source: Source) -> list[Shard]:
-        return [Shard("", partial(_class_rows, source))]
-
-
-def _class_rows(source: Source) -> Iterator[Row]:
-    """Yield the rows class by class, in the order of their folders' names."""
-    names = read_classnames(source.classnames) if source.classnames else None
-    *_, folders = _levels(source.path, source.class_depth)
-    named = {folder: class_name(folder.name, names) for folder in folders}
-    _log_classes(source, {folder.name: name for folder, name in named.items() if name})
-    for image in _images_above(source.path, source.class_depth):
-        yield Row(image.relative_to(source.path).as_posix(), "", NO_CLASS)
-    found, empty = False, []
-    for folder, name in named.items():
-        images = list(images_below(folder))
-        for image in images:
-            location = image.relative_to(source.path).as_posix()
-            if not name:
-                yield Row(location, "", NOT_LISTED if names else NO_NAME)
-                continue
-            found = True
-            yield checked(location, name)
-        if not images:
-            empty.append(folder.name)
-    if empty:
-        log.warning("class folders without an image (%d): %s", len(empty), _some(empty))
-    if not found:
-        raise GramError(f"{source.path}: expected images in class folders, found none")
+    def rows(self, source: Source) -> Iterator[Row]:
+        """Yield the rows class by class, in the order of their folders' names."""
+        names = read_classnames(source.classnames) if source.classnames else None
+        *_, folders = _levels(source.path, source.class_depth)
+        named = {folder: class_name(folder.name, names) for folder in folders}
+        _log_classes(source, {folder.name: name for folder, name in named.items() if name})
+        for image in _images_above(source.path, source.class_depth):
+            yield Row(image.relative_to(source.path).as_posix(), "", NO_CLASS)
+        found, empty = False, []
+        for folder, name in named.items():
+            images = list(images_below(folder))
+            for image in images:
+                location = image.relative_to(source.path).as_posix()
+                if not name:
+                    yield Row(location, "", NOT_LISTED if names else NO_NAME)
+                    continue
+                found = True
+                yield checked(location, name)
+            if not images:
+                empty.append(folder.name)
+        if empty:
+            log.warning("class folders without an image (%d): %s", len(empty), _some(empty))
+        if not found:
+            raise GramError(f"{source.path}: expected images in class folders, found none")
 
 
 def class_of(location: str, depth: int) -> str:

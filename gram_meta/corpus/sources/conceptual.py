@@ -12,13 +12,12 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from gram_meta.corpus.sources.format import Options, Peek, existing_file, first_lines, open_text
-from gram_meta.corpus.sources.rows import BAD_UTF8, COLUMN_COUNT, NO_IMAGE, Row, Shard, checked, is_broken
+from gram_meta.corpus.sources.format import OnePiece, Options, Peek, existing_file, first_lines, open_text
+from gram_meta.corpus.sources.rows import BAD_UTF8, COLUMN_COUNT, NO_IMAGE, Row, checked, is_broken
 from gram_meta.corpus.sources.source import Source
 from gram_meta.errors import GramError
 
@@ -54,7 +53,7 @@ class UrlRow(NamedTuple):
     skip: str = ""
 
 
-class Conceptual:
+class Conceptual(OnePiece):
     """A TSV of captions and URLs, with a folder of downloaded images."""
 
     name = "cc3m"
@@ -70,8 +69,13 @@ class Conceptual:
         rule = check_rule(options.image_name) if options.image_name else find_rule(file, root)
         return Source(file, self.name, root, naming=rule)
 
-    def shards(self, source: Source) -> list[Shard]:
-        return [Shard("", partial(_conceptual_rows, source))]
+    def rows(self, source: Source) -> Iterator[Row]:
+        """Yield the rows of the TSV; an image that was never downloaded is noticed only when it is read."""
+        for row in _url_rows(source.path):
+            if row.skip:
+                yield Row("", "", row.skip)
+            else:
+                yield checked(_location(source.naming or "", row, source.image_root), row.caption)
 
 
 def _is_conceptual(path: Path) -> bool:
@@ -80,15 +84,6 @@ def _is_conceptual(path: Path) -> bool:
     if lines and _header(lines[0]):
         lines = lines[1:]
     return bool(lines) and all(len(fields := line.split("\t")) == 2 and any(map(_is_url, fields)) for line in lines)
-
-
-def _conceptual_rows(source: Source) -> Iterator[Row]:
-    """Yield the rows of the TSV; an image that was never downloaded is noticed only when it is read."""
-    for row in _url_rows(source.path):
-        if row.skip:
-            yield Row("", "", row.skip)
-        else:
-            yield checked(_location(source.naming or "", row, source.image_root), row.caption)
 
 
 def _url_rows(path: Path) -> Iterator[UrlRow]:

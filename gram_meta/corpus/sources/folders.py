@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 from gram_meta.corpus.sources.classes import images_below
-from gram_meta.corpus.sources.format import Options, Peek, found_at
-from gram_meta.corpus.sources.rows import BAD_UTF8, EMPTY_CAPTION, NO_CAPTION_FILE, Row, Shard, checked
+from gram_meta.corpus.sources.format import OnePiece, Options, Peek, found_at
+from gram_meta.corpus.sources.rows import BAD_UTF8, EMPTY_CAPTION, NO_CAPTION_FILE, Row, checked
 from gram_meta.corpus.sources.source import Source
 from gram_meta.errors import GramError
 
 TABLES = (".tsv", ".tab", ".csv", ".parquet", ".pq", ".json", ".jsonl", ".token", ".tar")
 
 
-class Folder:
+class Folder(OnePiece):
     """A folder of images; every line of a `.txt` beside an image that is not blank is a caption of it."""
 
     name = "folder"
@@ -30,33 +29,30 @@ class Folder:
             raise GramError(f"{path}: expected {self.title}, found {found_at(path)}")
         return Source(path.resolve(), self.name, path.resolve())
 
-    def shards(self, source: Source) -> list[Shard]:
-        return [Shard("", partial(_folder_rows, source.path))]
-
-
-def _folder_rows(root: Path) -> Iterator[Row]:
-    found = False
-    for image in images_below(root, with_hidden=True):
-        location = image.relative_to(root).as_posix()
-        try:
-            text = image.with_suffix(".txt")
-            content = text.read_bytes() if text.is_file() else None  # not from a pipe
-        except OSError:
-            content = None
-        if content is None:
-            yield Row(location, "", NO_CAPTION_FILE)
-            continue
-        found = True
-        lines = [line for line in content.splitlines() if line.strip()]
-        if not lines:
-            yield Row(location, "", EMPTY_CAPTION)
-        for line in lines:
+    def rows(self, source: Source) -> Iterator[Row]:
+        root = source.path
+        found = False
+        for image in images_below(root, with_hidden=True):
+            location = image.relative_to(root).as_posix()
             try:
-                yield checked(location, line.decode("utf-8-sig"))
-            except UnicodeDecodeError:
-                yield Row(location, "", BAD_UTF8)
-    if not found:
-        raise GramError(f"{root}: expected images with a same-named .txt beside them, found none{_tables_in(root)}")
+                text = image.with_suffix(".txt")
+                content = text.read_bytes() if text.is_file() else None  # not from a pipe
+            except OSError:
+                content = None
+            if content is None:
+                yield Row(location, "", NO_CAPTION_FILE)
+                continue
+            found = True
+            lines = [line for line in content.splitlines() if line.strip()]
+            if not lines:
+                yield Row(location, "", EMPTY_CAPTION)
+            for line in lines:
+                try:
+                    yield checked(location, line.decode("utf-8-sig"))
+                except UnicodeDecodeError:
+                    yield Row(location, "", BAD_UTF8)
+        if not found:
+            raise GramError(f"{root}: expected images with a same-named .txt beside them, found none{_tables_in(root)}")
 
 
 def _tables_in(root: Path) -> str:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 import os
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from gram_meta.corpus.parquet_files import is_parquet
 from gram_meta.corpus.sources.patterns import expand, is_pattern
-from gram_meta.corpus.sources.rows import Shard
+from gram_meta.corpus.sources.rows import Row, Shard
 from gram_meta.corpus.sources.source import Source
 from gram_meta.errors import GramError
 
@@ -108,6 +108,17 @@ class Format(Protocol):
     def shards(self, source: Source) -> list[Shard]:
         """Return the parts of the source in their order; together they hold all rows."""
         ...
+
+
+class OnePiece:
+    """A format whose sources have one shard."""
+
+    def rows(self, source: Source) -> Iterator[Row]:
+        """Yield the rows of a source."""
+        raise NotImplementedError
+
+    def shards(self, source: Source) -> list[Shard]:
+        return [Shard("", partial(self.rows, source))]
 
 
 def existing_file(path: Path, title: str) -> Path:

@@ -10,13 +10,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gram_meta.corpus.sources.format import Options, Peek, existing_file, load_json, open_text
+from gram_meta.corpus.sources.format import OnePiece, Options, Peek, existing_file, load_json, open_text
 from gram_meta.corpus.sources.image_root import find_images
-from gram_meta.corpus.sources.rows import EMPTY_CAPTION, NO_IMAGE, UNREADABLE, Row, Shard, checked
+from gram_meta.corpus.sources.rows import EMPTY_CAPTION, NO_IMAGE, UNREADABLE, Row, checked
 from gram_meta.corpus.sources.source import Source
 from gram_meta.corpus.sources.splits import choose_split, is_chosen
 from gram_meta.corpus.sources.tables import CAPTION_COLUMNS, IMAGE_COLUMNS, find_column
@@ -40,7 +39,7 @@ class CaptionedImage(NamedTuple):
         return f"{self.folder}/{self.name}" if self.folder and naming == "filepath" else self.name
 
 
-class _Captions:
+class _Captions(OnePiece):
     """A JSON file of images with their captions."""
 
     name: str
@@ -62,10 +61,7 @@ class _Captions:
         columns = options.image_column, options.caption_column
         return Source(file, self.name, root, *columns, split=split, naming=form or None)
 
-    def shards(self, source: Source) -> list[Shard]:
-        return [Shard("", partial(self._rows, source))]
-
-    def _rows(self, source: Source) -> Iterator[Row]:
+    def rows(self, source: Source) -> Iterator[Row]:
         for image in self.images(source.path, Options(source.image_column, source.caption_column)):
             if not is_chosen(image.split, source.split):
                 continue

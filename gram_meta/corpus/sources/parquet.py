@@ -49,7 +49,7 @@ class Parquet:
         if not peek.files or not all(map(is_parquet, peek.files)):
             return False
         # Beside folders of images, img2dataset writes Parquet files of metadata.
-        return not path.is_dir() or _any_has_images(peek.files, peek.options.image_column)
+        return not path.is_dir() or any(_has_images(file, peek.options.image_column) for file in peek.files)
 
     def open(self, path: Path, options: Options) -> Source:
         files = named_shards(path, is_parquet, self.title)
@@ -57,22 +57,33 @@ class Parquet:
         files = [file for file in files if is_chosen(_split_of(file), split)]
         root = common_folder(files, options.image_root)
         columns = options.image_column, options.caption_column
-        if len(files) == 1 and path.is_file() and not has_images(files[0], options.image_column):
-            source = Source(files[0], self.name, root, *columns)  # a table of paths
-        else:
-            source = Source(Path(os.path.abspath(path)), self.name, root, *columns, files=tuple(files), split=split)
-        self.shards(source)  # checks all footers and their columns
-        if source.files and has_images(files[0], options.image_column):
-            _warn_of_large_groups(files[0], options.image_column)
-        return source
+        footers = [_footer(file, options.image_column) for file in files]
+        if footers[0].largest > LARGE_GROUP:
+            log.warning(
+                "%s: row groups of up to %d MB; to read one image at random, a whole row group is read (meta-training with "
+                "visual prompts is faster from smaller row groups, or from tars)",
+                files[0],
+                footers[0].largest >> 20,
+            )
+        if len(files) == 1 and path.is_file() and not footers[0].inside:
+            return Source(files[0], self.name, root, *columns)  # a table of paths
+        return Source(Path(os.path.abspath(path)), self.name, root, *columns, files=tuple(files), split=split)
 
     def shards(self, source: Source) -> list[Shard]:
         """Return a shard for each file if all images are inside; else a single one, as paths could repeat an image."""
         files = source.files or (source.path,)
         names = [relative_name(source.image_root, file) for file in files]
-        if not all(_all_inside(file, source.image_column) for file in files):
-            return [Shard("", partial(_rows_of_files, source, names))]
+        if not all(_footer(file, source.image_column).all_inside for file in files):
+            return [Shard("", partial(_file_rows, source, *names))]
         return [Shard(name, partial(_file_rows, source, name)) for name in names]
+
+
+class Footer(NamedTuple):
+    """What a file's footer tells: whether images are inside, all of them, and the largest row group in bytes of images."""
+
+    inside: bool
+    all_inside: bool
+    largest: int
 
 
 class Columns(NamedTuple):
@@ -83,42 +94,29 @@ class Columns(NamedTuple):
     captions: list[int]  # each value is one caption, or a list of them
 
 
-def _any_has_images(files: list[Path], image_column: str | None) -> bool:
-    """Return whether the first valid file has images inside; an invalid file is reported when it is read."""
-    for file in files:
-        try:
-            return has_images(file, image_column)
-        except GramError:
-            continue
-    return False
+def _has_images(path: Path, image_column: str | None) -> bool:
+    """Return whether images are inside; False for another kind of file, which is reported when it is read."""
+    try:
+        return _footer(path, image_column).inside
+    except GramError:
+        return False
 
 
-def has_images(path: Path, image_column: str | None = None) -> bool:
-    """Return whether a Parquet file has images inside; False if it has no image column.
+def _footer(path: Path, image_column: str | None) -> Footer:
+    """Read the footer of a file.
 
     Raises:
-        GramError: not a Parquet file.
+        GramError: not a Parquet file, or no column of images or paths.
     """
     with open_parquet(path) as file:
-        try:
-            return holds_images(file.schema_arrow, find_image(path, file.schema_arrow, image_column))
-        except GramError:
-            return False
-
-
-def _warn_of_large_groups(path: Path, image_column: str | None) -> None:
-    """Log a warning if the row groups of a file are so large that reading a single image is slow."""
-    with open_parquet(path) as file:
-        leaf = leaf_of(file.schema_arrow, find_image(path, file.schema_arrow, image_column))
-        chunks = [_chunk(file, group, leaf) for group in range(file.num_row_groups)]
-        largest = max((chunk.total_uncompressed_size for chunk in chunks if chunk), default=0)
-    if largest > LARGE_GROUP:
-        log.warning(
-            "%s: row groups of up to %d MB; to read one image at random, a whole row group is read (meta-training with visual "
-            "prompts is faster from smaller row groups, or from tars)",
-            path,
-            largest >> 20,
-        )
+        schema = file.schema_arrow
+        image = find_image(path, schema, image_column)
+        if not holds_images(schema, image):
+            return Footer(False, False, 0)
+        chunks = [_chunk(file, group, leaf_of(schema, image)) for group in range(file.num_row_groups)]
+        # A null in a column of bytes is no image at all; beside a struct of nulls, `path` may name a file.
+        all_inside = not is_struct(schema.field(image).type) or not any(map(_may_have_nulls, chunks))
+        return Footer(True, all_inside, max((chunk.total_uncompressed_size for chunk in chunks if chunk), default=0))
 
 
 def _split_of(path: Path) -> str:
@@ -166,19 +164,7 @@ def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def _all_inside(path: Path, image_column: str | None) -> bool:
-    """Return whether every image of a file is inside it, so that no other file can contain the same one."""
-    with open_parquet(path) as file:
-        schema = file.schema_arrow
-        image = find_image(path, schema, image_column)
-        if not is_struct(schema.field(image).type):
-            return holds_images(schema, image)  # a null in a column of bytes is no image at all
-        return not any(_nulls(file, group, leaf_of(schema, image)) for group in range(file.num_row_groups))
-
-
-def _nulls(file: pq.ParquetFile, group: int, leaf: str) -> bool:
-    """Return whether a row group may have nulls in a column, by its statistics."""
-    chunk = _chunk(file, group, leaf)
+def _may_have_nulls(chunk: Any) -> bool:
     counts = chunk and chunk.statistics
     return not counts or not counts.has_null_count or counts.null_count > 0
 
@@ -193,30 +179,25 @@ def _chunk(file: pq.ParquetFile, group: int, leaf: str) -> Any:
 # --- rows ---------------------------------------------------------------------------------------------------
 
 
-def _rows_of_files(source: Source, names: list[str]) -> Iterator[Row]:
-    for name in names:
-        yield from _file_rows(source, name)
-
-
-def _file_rows(source: Source, name: str) -> Iterator[Row]:
-    """Yield the rows of one file; of a damaged row group all rows are unreadable."""
+def _file_rows(source: Source, *names: str) -> Iterator[Row]:
+    """Yield the rows of files; of a damaged row group all rows are unreadable."""
     import pyarrow as pa
 
-    path = source.image_root / name
-    with open_parquet(path) as file:
-        columns = _columns(path, file.schema_arrow, source.image_column, source.caption_column)
-        first = 0
-        for group in range(file.num_row_groups):
-            rows, read = file.metadata.row_group(group).num_rows, 0
-            try:
-                for locations, captions in _batches(file, group, columns):
-                    for location, of_image in zip(locations, captions, strict=True):
-                        yield from _row(name, columns, first + read, location, of_image)
-                        read += 1
-            except (pa.ArrowException, OSError):  # damaged pages
-                for _ in range(rows - read):
-                    yield Row("", "", UNREADABLE)
-            first += rows
+    for name in names:
+        path = source.image_root / name
+        with open_parquet(path) as file:
+            columns = _columns(path, file.schema_arrow, source.image_column, source.caption_column)
+            first = 0
+            for group in range(file.num_row_groups):
+                rows, read = file.metadata.row_group(group).num_rows, 0
+                try:
+                    for locations, captions in _batches(file, group, columns):
+                        for location, of_image in zip(locations, captions, strict=True):
+                            yield from _row(name, columns, first + read, location, of_image)
+                            read += 1
+                except (pa.ArrowException, OSError):  # damaged pages
+                    yield from [Row("", "", UNREADABLE)] * (rows - read)
+                first += rows
 
 
 def _batches(file: pq.ParquetFile, group: int, columns: Columns) -> Iterator[tuple[list[Any], list[Any]]]:
@@ -226,7 +207,7 @@ def _batches(file: pq.ParquetFile, group: int, columns: Columns) -> Iterator[tup
     name, leaf = schema.names[columns.image], leaf_of(schema, columns.image)
     if not columns.inside:
         wanted, at_once = [name], ROWS_AT_ONCE
-    elif _nulls(file, group, leaf):
+    elif _may_have_nulls(_chunk(file, group, leaf)):
         wanted, at_once = [name], IMAGES_AT_ONCE
     else:
         wanted, at_once = [], ROWS_AT_ONCE
@@ -235,12 +216,10 @@ def _batches(file: pq.ParquetFile, group: int, columns: Columns) -> Iterator[tup
     ):
         texts = [_values(batch.column(caption)) for caption in captions]
         of_images = texts[0] if len(texts) == 1 else [list(some) for some in zip(*texts, strict=True)]
-        if not wanted:
-            yield [True] * batch.num_rows, of_images
-        elif columns.inside:
-            yield _inside_or_path(batch.column(name)), of_images
+        if wanted:
+            yield (_inside_or_path if columns.inside else _values)(batch.column(name)), of_images
         else:
-            yield _values(batch.column(name)), of_images
+            yield [True] * batch.num_rows, of_images
 
 
 def _inside_or_path(column: pa.Array) -> list[Any]:
@@ -280,11 +259,4 @@ def _values(column: Any) -> list[Any]:
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
-        return [_value(scalar) for scalar in column]
-
-
-def _value(scalar: Any) -> Any:
-    try:
-        return scalar.as_py()
-    except UnicodeDecodeError:
-        return b""
+        return [b""] if len(column) == 1 else [_values(column[row : row + 1])[0] for row in range(len(column))]

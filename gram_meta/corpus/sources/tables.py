@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from gram_meta.corpus.sources.format import Options, Peek, existing_file, open_text
+from gram_meta.corpus.sources.format import OnePiece, Options, Peek, existing_file, open_text
 from gram_meta.corpus.sources.image_root import find_images
-from gram_meta.corpus.sources.rows import COLUMN_COUNT, UNREADABLE, Row, Shard, checked
+from gram_meta.corpus.sources.rows import COLUMN_COUNT, UNREADABLE, Row, checked
 from gram_meta.corpus.sources.source import Source
 from gram_meta.errors import GramError
 
@@ -20,7 +19,7 @@ CAPTION_COLUMNS = ("caption", "captions", "text", "title", "sentences", "comment
 NUMBERED_LINE = re.compile(r"([^\t]+)#\w+\t(.*)", re.DOTALL)  # of Flickr8k.token.txt: name, number, caption
 
 
-class _Table:
+class _Table(OnePiece):
     """A table with a column of image paths and a column of captions."""
 
     name: str
@@ -32,8 +31,31 @@ class _Table:
         root = (options.image_root or file.parent).resolve()
         return Source(file, self.name, root, options.image_column, options.caption_column)
 
-    def shards(self, source: Source) -> list[Shard]:
-        return [Shard("", partial(_table_rows, source))]
+    def rows(self, source: Source) -> Iterator[Row]:
+        with open_text(source.path) as file:
+            separator = _separator(source, file)
+            if separator:  # without quoting, as in files of web captions: a caption may begin with a quotation mark
+                records: Iterator[list[str] | None] = (line.rstrip("\r\n").split(separator) for line in file)
+            else:
+                records = _quoted_records(file)
+            columns, width = _numbered(source), None
+            if columns is None:
+                header = next(records, None)
+                if not header:
+                    found = "none" if header is None else "no text"
+                    raise GramError(f"{source.path}: expected a header line, found {found}")
+                columns, width = _named(source, header), len(header)
+            for record in records:
+                if record is None:
+                    yield Row("", "", UNREADABLE)
+                    continue
+                if not any(record):
+                    continue  # a blank line is no row
+                width = width or len(record)  # without a header, the first readable row
+                if len(record) != width or max(columns) >= width:
+                    yield Row("", "", COLUMN_COUNT)
+                    continue
+                yield checked(record[columns[0]].strip(), record[columns[1]])
 
 
 class Tsv(_Table):
@@ -57,7 +79,7 @@ class Csv(_Table):
         return peek.suffix == ".csv" or ("," in peek.first_line and "\t" not in peek.first_line)
 
 
-class Tokens:
+class Tokens(OnePiece):
     """Lines "name.jpg#0<TAB>caption", as in Flickr8k.token.txt."""
 
     name = "tokens"
@@ -75,35 +97,9 @@ class Tokens:
         root, _ = find_images(file, options.image_root, {"": names})
         return Source(file, self.name, root)
 
-    def shards(self, source: Source) -> list[Shard]:
-        return [Shard("", partial(_token_rows, source.path))]
-
-
-def _table_rows(source: Source) -> Iterator[Row]:
-    with open_text(source.path) as file:
-        separator = _separator(source, file)
-        if separator:  # without quoting, as in files of web captions: a caption may begin with a quotation mark
-            records: Iterator[list[str] | None] = (line.rstrip("\r\n").split(separator) for line in file)
-        else:
-            records = _quoted_records(file)
-        columns, width = _numbered(source), None
-        if columns is None:
-            header = next(records, None)
-            if not header:
-                found = "none" if header is None else "no text"
-                raise GramError(f"{source.path}: expected a header line, found {found}")
-            columns, width = _named(source, header), len(header)
-        for record in records:
-            if record is None:
-                yield Row("", "", UNREADABLE)
-                continue
-            if not any(record):
-                continue  # a blank line is no row
-            width = width or len(record)  # without a header, the first readable row
-            if len(record) != width or max(columns) >= width:
-                yield Row("", "", COLUMN_COUNT)
-                continue
-            yield checked(record[columns[0]].strip(), record[columns[1]])
+    def rows(self, source: Source) -> Iterator[Row]:
+        for line in _token_lines(source.path):
+            yield checked(line[0].strip(), line[1]) if line else Row("", "", COLUMN_COUNT)
 
 
 def _separator(source: Source, file: TextIO) -> str:
@@ -151,11 +147,6 @@ def find_column(path: Path, header: Sequence[str], given: str | None, usual: Seq
     expected = repr(given) if given else f"named {', '.join(usual[:-1])} or {usual[-1]}"
     found = ", ".join(name.strip()[:40] for name in header[:12])
     raise GramError(f"{path}: expected a column {expected}, found {found}; name it with --{what}-column")
-
-
-def _token_rows(path: Path) -> Iterator[Row]:
-    for line in _token_lines(path):
-        yield checked(line[0].strip(), line[1]) if line else Row("", "", COLUMN_COUNT)
 
 
 def _token_lines(path: Path) -> Iterator[tuple[str, str] | None]:
