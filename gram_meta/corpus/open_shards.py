@@ -75,16 +75,21 @@ class TarFile:
             BadImage: the disk fails to read them.
             GramError: the file is shorter.
         """
-        content = b""
-        while len(content) < size:
-            try:
-                more = os.pread(self.file.fileno(), size - len(content), offset + len(content))
-            except OSError:
-                raise BadImage(BROKEN) from None
-            if not more:
-                raise GramError(changed(self.path, f"at least {offset + size} bytes", f"{self.size}"))
-            content += more
+        try:
+            content = pread(self.file.fileno(), size, offset)
+        except OSError:
+            raise BadImage(BROKEN) from None
+        if len(content) < size:
+            raise GramError(changed(self.path, f"at least {offset + size} bytes", f"{self.size}"))
         return content
+
+
+def pread(descriptor: int, size: int, offset: int) -> bytes:
+    """Return `size` bytes from `offset`, fewer only at the file's end: on some file systems one read returns less."""
+    content = os.pread(descriptor, size, offset)
+    while len(content) < size and (more := os.pread(descriptor, size - len(content), offset + len(content))):
+        content += more
+    return content
 
 
 def check_shard(path: Path, size: int | None) -> int:

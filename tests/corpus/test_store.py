@@ -21,7 +21,7 @@ from gram_meta.backbone.clip import load_backbone
 from gram_meta.cli import main
 from gram_meta.corpus import images
 from gram_meta.corpus.embedding import run as embedding
-from gram_meta.corpus.embedding.parts import fit_texts
+from gram_meta.corpus.embedding.parts import fit_text, tokens_of
 from gram_meta.corpus.embedding.run import embed_pairs
 from gram_meta.corpus.embedding.sentences import load_sentence_model
 from gram_meta.corpus.places import ImageReader
@@ -129,8 +129,8 @@ def test_workers_change_nothing(store, corpus, backbone, sentence_model, tmp_pat
 
 def test_long_captions_are_shortened_not_lost(backbone, tmp_path):
     texts = ["a dog", "a very long story " * 60, "x" * 3000]
-    fitted, shortened = fit_texts(backbone, texts)
-    assert fitted[0] == "a dog" and shortened == 2
+    fitted = [fit_text(backbone, text) for text in texts]
+    assert fitted[0] == "a dog" and tokens_of(backbone, texts)[1] == texts[1:]
     backbone.tokenize(fitted)
     for text, cut in zip(texts[1:], fitted[1:], strict=True):
         assert text.startswith(cut)

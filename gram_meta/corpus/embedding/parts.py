@@ -8,6 +8,7 @@ between, so that the processes that read images never wait for long; by then it 
 from __future__ import annotations
 
 import zipfile
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -266,32 +267,21 @@ def tokens_of(backbone: Backbone, texts: Sequence[str]) -> tuple[Tensor, list[st
         return backbone.tokenize(texts), []
     except GramError:
         pass  # at least one is too long
-    fitted, _ = fit_texts(backbone, texts)
+    fitted = [fit_text(backbone, text) for text in texts]
     return backbone.tokenize(fitted), [a for a, b in zip(texts, fitted, strict=True) if a != b]
 
 
-def fit_texts(backbone: Backbone, texts: Sequence[str]) -> tuple[list[str], int]:
-    """Return texts cut at their end to fit into CLIP's positions, and how many had to be cut."""
-    fitted = [text if _fits(backbone, text) else _shortened(backbone, text) for text in texts]
-    return fitted, sum(a != b for a, b in zip(fitted, texts, strict=True))
+def fit_text(backbone: Backbone, text: str) -> str:
+    """Return as many of a text's words as fit into CLIP's positions, or of its letters if the first word does not fit."""
 
-
-def _fits(backbone: Backbone, text: str) -> bool:
-    try:
-        backbone.tokenize([text])
-        return True
-    except GramError:
+    def too_long(pieces: Sequence[str]) -> bool:
+        try:
+            backbone.tokenize([join.join(pieces)])
+        except GramError:
+            return True
         return False
 
-
-def _shortened(backbone: Backbone, text: str) -> str:
-    words = text.split(" ")
-    if not _fits(backbone, words[0]):
-        words, join = list(text), ""
-    else:
-        join = " "
-    fits, too_long = 0, len(words)
-    while too_long - fits > 1:
-        middle = (fits + too_long) // 2
-        fits, too_long = (middle, too_long) if _fits(backbone, join.join(words[:middle])) else (fits, middle)
-    return join.join(words[:fits])
+    pieces, join = text.split(" "), " "
+    if too_long(pieces[:1]):
+        pieces, join = list(text), ""
+    return join.join(pieces[: bisect_left(range(len(pieces) + 1), True, key=lambda n: too_long(pieces[:n])) - 1])

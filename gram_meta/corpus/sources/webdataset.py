@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
+from gram_meta.corpus.open_shards import pread
 from gram_meta.corpus.sources.format import Options, Peek, common_folder, is_tar, named_shards
 from gram_meta.corpus.sources.rows import (
     BAD_UTF8,
@@ -96,17 +97,9 @@ class _Window:
         """Return at most `size` bytes from `offset`; fewer at the file's end."""
         begin = offset - self.start
         if begin < 0 or begin + size > len(self.content):
-            self.content = _pread(self.descriptor, max(size, WINDOW), offset)
+            self.content = pread(self.descriptor, max(size, WINDOW), offset)
             self.start, begin = offset, 0
         return self.content[begin : begin + size]
-
-
-def _pread(descriptor: int, size: int, offset: int) -> bytes:
-    """Return `size` bytes from `offset`, fewer only at the file's end: on some file systems one read returns less."""
-    content = os.pread(descriptor, size, offset)
-    while len(content) < size and (more := os.pread(descriptor, size - len(content), offset + len(content))):
-        content += more
-    return content
 
 
 # --- members ------------------------------------------------------------------------------------------------
@@ -192,7 +185,7 @@ def _attributes(content: bytes) -> dict[bytes, bytes]:
 def _after_zeros(window: _Window, position: int, end: int) -> int:
     """Return the position of the first block from `position` on that is not all zeros."""
     while position < end:
-        content = _pread(window.descriptor, min(STRIDE, end - position), position)
+        content = pread(window.descriptor, min(STRIDE, end - position), position)
         rest = content.lstrip(b"\0")
         if rest:
             return position + (len(content) - len(rest)) // BLOCK * BLOCK
@@ -203,7 +196,7 @@ def _after_zeros(window: _Window, position: int, end: int) -> int:
 def _next_header(window: _Window, position: int, end: int) -> int:
     """Return the position of the first block from `position` on that is a header with a correct checksum."""
     while position < end:
-        content = _pread(window.descriptor, STRIDE, position)
+        content = pread(window.descriptor, STRIDE, position)
         at = -1
         while (at := content.find(b"ustar", at + 1)) >= 0:
             begin = at - 257
