@@ -35,6 +35,7 @@ INSTALL = [
     "hdbscan>=0.8.38",
     "tensorboard>=2.14",
     "filelock>=4.0",
+    "msgspec>=0.19",
     "tqdm>=4.60",
     "tabulate>=0.9",
     "jinja2>=3.0",

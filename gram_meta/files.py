@@ -15,7 +15,9 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypedDict
+
+import msgspec
 
 from gram_meta.errors import GramError
 
@@ -139,6 +141,23 @@ def read_json(path: PathLike) -> Any:
         raise GramError(f"{path}: expected JSON, found something else ({error})") from None
 
 
+def check_type(value: Any, schema: Any, where: str) -> Any:
+    """Return `value` if it has the type `schema`; keys that a TypedDict does not name may have any value.
+
+    Raises:
+        GramError: another type, a number out of range, or a missing key; the sentence names its place.
+    """
+    try:
+        msgspec.convert(value, schema)
+    except msgspec.ValidationError as error:
+        what, _, place = str(error).replace("`", "").partition(" - at $")
+        if not what.startswith("Expected"):  # "Object missing required field format", "Invalid enum value 2"
+            what = f"expected another value ({what})"
+        key = f"{place.lstrip('.')}: " if place else ""
+        raise GramError(f"{where}: {key}{what[0].lower()}{what[1:].replace(', got ', ', found ')}") from None
+    return value
+
+
 def sha256_file(path: PathLike) -> str:
     """Return the hexadecimal SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
@@ -169,12 +188,19 @@ def sha256_once(path: PathLike, anew: bool = False) -> str:
     return digest
 
 
-def checksums(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+class Checksum(TypedDict):
+    """A file's size in bytes and its SHA-256."""
+
+    bytes: int
+    sha256: str
+
+
+def checksums(folder: Path, names: Iterable[str]) -> dict[str, Checksum]:
     """Return for each of these files in a folder its size in bytes and its SHA-256."""
     return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_once(folder / name)} for name in names}
 
 
-def check_unchanged(folder: Path, expected: Mapping[str, Mapping[str, Any]], anew: bool = False) -> None:
+def check_unchanged(folder: Path, expected: Mapping[str, Checksum], anew: bool = False) -> None:
     """Compare files in a folder with their `checksums`; `anew`: read them also if size and time are unchanged.
 
     Raises:

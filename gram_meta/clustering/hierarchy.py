@@ -6,13 +6,22 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
 from gram_meta.config import flatten
 from gram_meta.errors import GramError, in_one_line
-from gram_meta.files import PathLike, atomic_write, check_unchanged, checksums, read_json, write_json
+from gram_meta.files import (
+    Checksum,
+    PathLike,
+    atomic_write,
+    check_type,
+    check_unchanged,
+    checksums,
+    read_json,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from gram_meta.clustering.settings import ChcSettings
@@ -52,6 +61,24 @@ class Topic:
     size: int
     images: int
     domains: list[int]
+
+
+class _Content(TypedDict):
+    """What is read from topics.json; hierarchies of earlier versions have these keys too."""
+
+    store: str
+    fingerprints: dict[str, str]
+    config: dict[str, Any]
+    pairs: dict[str, int]
+    topics_found: int
+    topics: list[Topic]
+
+
+class _WithChecksums(_Content, total=False):
+    reproducible: bool
+    labelled: bool
+    files: dict[str, Checksum]
+    sha256: str
 
 
 @dataclass
@@ -121,6 +148,7 @@ class Hierarchy:
         digest = manifest.pop("sha256", None)  # earlier versions wrote no checksums
         if digest and digest != (found := _sha256(manifest)):
             raise GramError(f"{path / TOPICS}: expected SHA-256 {digest[:12]}, found {found[:12]}: it has changed")
+        check_type(manifest, _WithChecksums, str(path / TOPICS))
         try:
             topics = [Topic(**topic) for topic in manifest.pop("topics")]
             table = pq.read_table(path / PAIRS)

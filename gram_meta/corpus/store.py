@@ -7,14 +7,14 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, overload
 
 import numpy as np
 
 from gram_meta.corpus.places import ImageReader, Places
 from gram_meta.corpus.sources.format import open_text
 from gram_meta.errors import GramError, in_one_line
-from gram_meta.files import PathLike, check_unchanged, read_json
+from gram_meta.files import Checksum, PathLike, check_type, check_unchanged, read_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -209,6 +209,38 @@ class PairStore:
         backbone.check_weights(self.path, self.manifest["settings"]["clip"]["name"], self.clip_fingerprint)
 
 
+class _Model(TypedDict):
+    name: str
+    fingerprint: str
+
+
+class _Source(TypedDict):
+    kind: str
+    image_root: str
+
+
+class _Settings(TypedDict):
+    source: _Source
+    clip: _Model
+    sentence_model: _Model
+
+
+class _Manifest(TypedDict):
+    """What is read from the manifest of every store; stores of earlier versions have these keys too."""
+
+    settings: _Settings
+    finished: bool
+
+
+class _Optional(_Manifest, total=False):
+    counts: dict[str, int]
+    files: dict[str, Checksum]
+
+
+class _Finished(_Optional):
+    fingerprint: str
+
+
 class InShards(NamedTuple):
     """Columns of `Places`."""
 
@@ -225,7 +257,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise GramError(f"{path / MANIFEST}: expected the manifest of a pair store, found something else")
     if manifest.get("format") != FORMAT:
         raise GramError(f"{path}: expected a pair store of format {FORMAT}, found format {manifest.get('format')}")
-    return manifest
+    return check_type(manifest, _Finished if manifest.get("finished") is True else _Manifest, str(path / MANIFEST))
 
 
 def store_fingerprint(settings: dict[str, Any], counts: dict[str, int], content: list[str]) -> str:

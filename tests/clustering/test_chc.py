@@ -471,6 +471,27 @@ def test_changed_hierarchies_are_one_sentence(hierarchy, tmp_path):
             Hierarchy.open(tmp_path / "h")
 
 
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"topics": {}}, "topics: expected array, found object"),
+        ({"topics": [3]}, r"topics\[0\]: expected object, found int"),
+        ({"topics": [{"word": 5}]}, r"topics\[0\].word: expected str, found int"),
+        ({"pairs": {"in": "all"}}, "pairs.*: expected int, found str"),
+        ({"fingerprints": [1, 2]}, "fingerprints: expected object, found array"),
+        ({"fingerprints": {"store": 1}}, "fingerprints.*: expected str, found int"),
+        ({"store": None}, "store: expected str, found null"),
+        ({"files": {"fates.npy": {"bytes": "many", "sha256": ""}}}, "files.*bytes: expected int, found str"),
+    ],
+)
+def test_topics_of_other_types_are_one_sentence(hierarchy, tmp_path, change, words):
+    hierarchy.save(tmp_path / "h")
+    content = json.loads((tmp_path / "h" / "topics.json").read_text()) | change | {"sha256": ""}
+    (tmp_path / "h" / "topics.json").write_text(json.dumps(content))
+    with pytest.raises(GramError, match=f"topics.json: {words}"):
+        Hierarchy.open(tmp_path / "h")
+
+
 def test_rows_of_another_store_are_one_sentence(store, hierarchy):
     changed = replace(hierarchy, image=np.roll(hierarchy.image, 1))
     with pytest.raises(GramError, match="expected pairs and images of .*, found other rows"):

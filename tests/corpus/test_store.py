@@ -442,6 +442,36 @@ def test_changed_stores_are_one_sentence(store, tmp_path):
         PairStore.open(tmp_path / "old").image  # noqa: B018
 
 
+@pytest.mark.parametrize(
+    "keys, value, words",
+    [
+        (["settings"], 3, "settings: expected object, found int"),
+        (["settings", "clip"], [], "settings.clip: expected object, found array"),
+        (["settings", "clip", "fingerprint"], 7, "settings.clip.fingerprint: expected str, found int"),
+        (["settings", "source", "image_root"], None, "settings.source.image_root: expected str, found null"),
+        (["counts"], [1], "counts: expected object, found array"),
+        (["counts", "pairs"], "75", r"counts.*: expected int, found str"),
+        (["files", "similarity.npy"], "x", "files.*: expected object, found str"),
+        (["fingerprint"], {}, "fingerprint: expected str, found object"),
+        (["finished"], "yes", "finished: expected bool, found str"),
+    ],
+)
+def test_manifests_of_other_types_are_one_sentence(store, tmp_path, keys, value, words):
+    shutil.copytree(store.path, tmp_path / "s")
+    manifest = inner = json.loads((tmp_path / "s" / "manifest.json").read_text())
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    facts(manifest)(tmp_path / "s")
+    with pytest.raises(GramError, match=f"manifest.json: {words}"):
+        PairStore.open(tmp_path / "s")
+    del inner[keys[-1]]
+    facts(manifest)(tmp_path / "s")
+    if keys[0] not in ("counts", "files", "finished"):
+        with pytest.raises(GramError, match=f"manifest.json: .*missing required field {keys[-1]}"):
+            PairStore.open(tmp_path / "s")
+
+
 def test_files_are_read_again_only_if_they_look_changed(store, tmp_path, monkeypatch):
     shutil.copytree(store.path, tmp_path / "s")
     PairStore.open(tmp_path / "s")
