@@ -152,10 +152,10 @@ class Hierarchy:
         try:
             topics = [Topic(**topic) for topic in manifest.pop("topics")]
             table = pq.read_table(path / PAIRS)
-            columns = [table[name].to_numpy() for name in ("pair", "image", "topic", "domain")]
+            pair, image, topic, domain = (table[name].to_numpy() for name in ("pair", "image", "topic", "domain"))
             fates = np.load(path / FATES, allow_pickle=False)
             files = manifest.pop("files", {})
-            hierarchy = cls(*columns, topics, fates, manifest, path)
+            hierarchy = cls(pair, image, topic, domain, topics, fates, manifest, path)
             is_consistent = hierarchy._is_consistent()
         except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
             raise GramError(f"{path}: expected a whole hierarchy, found {in_one_line(error)}") from None

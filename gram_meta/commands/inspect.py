@@ -41,50 +41,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    with system_errors(args.html or args.hierarchy):
-        return _run(args)
-
-
-def _run(args: argparse.Namespace) -> int:
     from gram_meta.clustering.hierarchy import Hierarchy
 
-    hierarchy = Hierarchy.open(args.hierarchy, args.verify)
-    store = hierarchy.open_store(args.store, args.verify) if args.truth or args.html or args.verify else None
     if args.html and args.json:
         raise GramError("--html and --json: expected one of them, found both")
+    topics = args.topics if args.topics is not None else PAGE_TOPICS if args.html else TABLE_TOPICS
     report = None
-    if args.truth:
-        from gram_meta.clustering.agreement import agreement, read_truth
+    with system_errors(args.html or args.hierarchy):
+        hierarchy = Hierarchy.open(args.hierarchy, args.verify)
+        if args.truth or args.html or args.verify:
+            store = hierarchy.open_store(args.store, args.verify)
+        if args.truth:
+            from gram_meta.clustering.agreement import agreement, read_truth
 
-        truth = read_truth(args.truth)
-        report = agreement(hierarchy, store, truth)
-    topics = args.topics
-    if topics is None:
-        topics = PAGE_TOPICS if args.html else TABLE_TOPICS
-    if args.html:
-        print(_page(args, hierarchy, store, topics, report))
-    else:
-        print((as_json if args.json else as_text)(hierarchy, topics, report))
+            report = agreement(hierarchy, store, read_truth(args.truth))
+        if args.html:
+            from gram_meta.report.html.hierarchy import write_hierarchy_page
+
+            found = _agreement(report) if report else ""
+            page = args.html, hierarchy, store, topics, args.images, args.image_root, args.seed, found
+            print(f"{args.html}: {write_hierarchy_page(*page)}")
+        else:
+            print((as_json if args.json else as_text)(hierarchy, topics, report))
     return 0
-
-
-def _page(
-    args: argparse.Namespace, hierarchy: Hierarchy, store: Any, topics: int, report: dict[str, Any] | None
-) -> str:
-    """Write the page; return a line with its size and contents."""
-    from gram_meta.report.html.hierarchy import write_hierarchy_page
-
-    summary = write_hierarchy_page(
-        args.html,
-        hierarchy,
-        store,
-        topics,
-        args.images,
-        args.image_root,
-        args.seed,
-        _agreement(report) if report else "",
-    )
-    return f"{args.html}: {summary}"
 
 
 def as_json(hierarchy: Hierarchy, topics: int, report: dict[str, Any] | None) -> str:

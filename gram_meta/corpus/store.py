@@ -178,7 +178,7 @@ class PairStore:
             GramError: no such file or column, or a location that the store does not have.
         """
         try:
-            with open_text(path) as file:
+            with open_text(Path(path)) as file:
                 rows = [line.rstrip("\r\n").split("\t") for line in file if line.strip()]
         except OSError as error:
             raise GramError(
