@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gram_meta.clustering.hierarchy import Hierarchy, check_same, check_target
-from gram_meta.config import load_meta_config
+from gram_meta.config import load_meta_config, stored_config
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike
@@ -219,6 +219,10 @@ def evaluate(
 
     checkpoint = meta if isinstance(meta, MetaCheckpoint) else load_meta_checkpoint(meta)
     opened = _store(store), hierarchy if isinstance(hierarchy, Hierarchy) else Hierarchy.open(hierarchy)
+    name = stored_config(checkpoint.config, _pairs(opts)).BACKBONE.NAME
+    checkpoint.check_name(name)
+    opened[0].check_backbone_name(name)
+    opened[1].check_store(opened[0])
     with process_group(device or "auto") as group:
         used = device_for(group, device)
     return evaluate_adaptation(checkpoint, *opened, tasks, steps, seed, _pairs(opts), used, progress)

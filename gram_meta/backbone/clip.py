@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from gram_meta.backbone.recompute import recomputed
 from gram_meta.backbone.towers import Packing, Rectangle, image_features, text_features
-from gram_meta.backbone.weights import PIXEL_MEAN, PIXEL_STD, build_clip, empty_clip, read_clip
+from gram_meta.backbone.weights import PIXEL_MEAN, PIXEL_STD, build_clip, empty_clip, read_clip, read_widths
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike
 
@@ -61,6 +61,35 @@ def load_backbone(name: str, device: str | torch.device = "cpu", precision: str 
     else:
         model = build_clip(clip_module(), _state_dict_for(name), name)
     return Backbone(model, name, device, precision)
+
+
+def check_name(where: PathLike, made_with: str, name: str, widths: Mapping[str, int]) -> None:
+    """Refuse a CLIP that cannot be the one a file was made with, before its weights are loaded or downloaded.
+
+    Two names that stand for weights have to be equal. A weights file has to have the file's widths, as far as its header
+    tells. `Backbone.check_weights` compares the weights themselves, once they are loaded.
+
+    Args:
+        where: the file. made_with: the name of its CLIP, "" if it is not known. widths: see `read_widths`.
+        name: as for `load_backbone`.
+
+    Raises:
+        GramError: it is another CLIP.
+    """
+    known = {PACKAGED, *getattr(clip_module().clip, "_MODELS", {})}
+    if name != made_with and all(one in known or one.startswith("random-") for one in (name, made_with)):
+        raise GramError(f"{where}: expected the backbone it was made with, {made_with}, found {name!r}")
+    if Path(name).exists() and name not in known:
+        found = read_widths(Path(name))
+    else:
+        shape = _SHAPES.get(name.removeprefix("random-"))
+        found = {"joint": shape[0], "visual": shape[3], "text": shape[7]} if shape else {}
+    for part, width in widths.items():
+        if found.get(part, width) != width:
+            raise GramError(
+                f"{where}: expected the backbone it was made with, {made_with or 'another CLIP'}, of {part} width {width}, "
+                f"found {name} of width {found[part]}"
+            )
 
 
 class Backbone(nn.Module):
@@ -299,8 +328,12 @@ def _state_dict_for(name: str) -> dict[str, Tensor]:
         root = os.path.expanduser("~/.cache/clip")
         try:
             return read_clip(Path(clip_module().clip._download(known[name], root)))
-        except OSError as error:
-            raise GramError(f"{name}: expected to download {known[name]} to {root}, found {error}") from None
+        except (OSError, RuntimeError) as error:  # RuntimeError: of a file whose checksum differs
+            raise GramError(
+                f"{name}: expected to download {known[name]} to {root}, found {error}; a file with these weights can be "
+                "named by its path instead (MODEL.BACKBONE.NAME of `gram train`, BACKBONE.NAME of `gram pretrain`, "
+                "--backbone of the other commands)"
+            ) from None
     if Path(name).exists():
         return read_clip(Path(name))
     raise GramError(

@@ -73,6 +73,34 @@ def read_clip(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def read_widths(path: Path) -> dict[str, int]:
+    """Return widths of the towers ("text", "visual") and of their joint space ("joint") from a .safetensors file's header.
+
+    A file of another kind gives {}, and a key of an unknown layout is left out.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = _file_of(path) if path.is_dir() else path
+    if file.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(file, framework="pt") as opened:
+            shapes = {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118, it is no dict
+    except (OSError, SafetensorError):
+        return {}  # loading says what is wrong
+    found = {}
+    for key, shape in shapes.items():
+        if key.endswith("token_embedding.weight"):
+            found["text"] = shape[1]
+        elif key.endswith(("visual.class_embedding", "vision_model.embeddings.class_embedding")):
+            found["visual"] = shape[0]
+        elif key.endswith("text_projection"):
+            found["joint"] = shape[1]
+        elif key == "text_projection.weight":
+            found["joint"] = shape[0]
+    return found
+
+
 def build_clip(clip: ModuleType, state: Mapping[str, Tensor], name: str) -> Any:
     """CLIP's modules with weights of OpenAI's names, in float32, built by the `clip` package that is there.
 

@@ -144,6 +144,7 @@ def _backbone(store: PairStore, name: str | None, device: str) -> Any:
 
     clip = store.manifest["settings"]["clip"]
     try:
+        store.check_backbone_name(name or clip["name"])
         backbone = load_backbone(name or clip["name"], device, clip.get("precision", "fp32"))
     except GramError as error:
         raise GramError(f"{error} (--pixels-only needs no CLIP, but reads every image of the corpus)") from None

@@ -204,6 +204,13 @@ class PairStore:
     def sentence_fingerprint(self) -> str:
         return self.manifest["settings"]["sentence_model"]["fingerprint"]
 
+    def check_backbone_name(self, name: str) -> None:
+        """Raise `GramError` if the features come from another CLIP than `name`, as far as that shows without its weights."""
+        from gram_meta.backbone.clip import check_name
+
+        clip = self.manifest["settings"]["clip"]
+        check_name(self.path, clip["name"], name, {"joint": clip["width"]})
+
     def check_backbone(self, backbone: Backbone) -> None:
         """Raise `GramError` if the features come from another CLIP than `backbone`."""
         backbone.check_weights(self.path, self.manifest["settings"]["clip"]["name"], self.clip_fingerprint)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gram_meta.backbone.clip import Backbone
+from gram_meta.backbone.clip import Backbone, check_name
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike, atomic_write, sha256_file
 from gram_meta.method.regulator import GradientRegulator, RegulatorConfig
@@ -57,6 +57,11 @@ class MetaCheckpoint:
         """Shapes of prompts and extras, by the names that `check_fit` prints."""
         prompts = {f"a {kind} prompt": tuple(value.shape) for kind, value in self.prompts.items()}
         return prompts | {name: tuple(value.shape) for name, value in self.extras.items()}
+
+    def check_name(self, name: str) -> None:
+        """Raise a `GramError` for another backbone, as far as that shows without its weights."""
+        widths = {kind: value.shape[1] for kind, value in self.prompts.items()}
+        check_name(self.path or "meta-checkpoint", self.backbone_name, name, widths)
 
     def check(self, backbone: Backbone, tokens: Mapping[str, int], extras: Collection[str] = ()) -> None:
         """Raise a `GramError` for a trainer with another backbone, other prompts, token counts or extras."""

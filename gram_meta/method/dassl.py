@@ -84,6 +84,7 @@ class WithGRAM:
             self.meta = load_meta_checkpoint(gram.CHECKPOINT)
             if gram.REGULATE and self.meta.regulator is None:
                 raise GramError(f"{gram.CHECKPOINT}: holds no regulator; set TRAINER.GRAM.REGULATE False")
+            self.meta.check_name(self.cfg.MODEL.BACKBONE.NAME)
         super().build_model()  # type: ignore[misc]
         regulator = None
         if self.meta is not None:

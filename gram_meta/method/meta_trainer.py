@@ -67,10 +67,18 @@ def open_trainer(
     """
 
     def make() -> MetaTrainer:
-        opened = PairStore.open(store), Hierarchy.open(hierarchy)
+        opened = open_inputs(store, hierarchy, config.BACKBONE.NAME)
         return MetaTrainer(*opened, Path(out), config, device, progress and group.is_first, group)
 
     return group.make_on_all_ranks(make)
+
+
+def open_inputs(store: PathLike, hierarchy: PathLike, backbone: str) -> tuple[PairStore, Hierarchy]:
+    """Open a store and a hierarchy of it; raise a `GramError` if it shows already that a backbone does not fit them."""
+    opened = PairStore.open(store), Hierarchy.open(hierarchy)
+    opened[0].check_backbone_name(backbone)
+    opened[1].check_store(opened[0])
+    return opened
 
 
 class MetaTrainer:

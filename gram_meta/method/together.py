@@ -25,7 +25,7 @@ from gram_meta.locks import only_writer
 from gram_meta.method.bilevel import Prompts, Regulate, adapted_losses, for_each_task
 from gram_meta.method.memory_plan import MemoryConfig, plan
 from gram_meta.method.meta_run import BEST, Stopped
-from gram_meta.method.meta_trainer import MetaTrainer
+from gram_meta.method.meta_trainer import MetaTrainer, open_inputs
 from gram_meta.method.outer import BatchResult
 from gram_meta.method.tasks import StepTasks
 from gram_meta.processes import ALONE, ProcessGroup
@@ -48,7 +48,7 @@ def open_trainers(
     """
 
     def make() -> SeedsTrainer:
-        opened = PairStore.open(store), Hierarchy.open(hierarchy)
+        opened = open_inputs(store, hierarchy, config.BACKBONE.NAME)
         return SeedsTrainer(*opened, Path(out), config, device, progress and group.is_first, group)
 
     return group.make_on_all_ranks(make)

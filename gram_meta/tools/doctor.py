@@ -299,19 +299,25 @@ def check_dassl(environment: Environment) -> Iterator[Check]:
 
             backend = engine.backend()
     except BaseException as error:  # noqa: BLE001 - someone's Dassl may raise anything
-        yield Check("Dassl", PROBLEM, _sentence(error), fix)
+        yield Check("Dassl", PROBLEM, _sentence(error), _advice(str(error)) or fix)
         return
     if backend == "builtin":
         yield Check("Dassl", FINE, "the built-in engine" + (f" (GRAM_DASSL={chosen})" if chosen else ""))
         for line in stderr.getvalue().splitlines():
             if line.startswith("Note: "):
-                yield Check("Dassl", NOTE, line.removeprefix("Note: "), "export GRAM_DASSL=builtin")
+                yield Check("Dassl", NOTE, line.removeprefix("Note: "), _advice(line) or "export GRAM_DASSL=builtin")
         return
     folder = Path(importlib.import_module("dassl").__file__ or "").parent
     yield Check("Dassl", FINE, f"the real Dassl, {folder}")
     for known in engine.fixes():
         if known.applied:
             yield Check(f"Dassl {known.id}", FINE, f"repaired in memory: {known.summary}")
+
+
+def _advice(message: str) -> str:
+    """Return the command that a message about a missing package names, or ""."""
+    found = re.search(r"python -m pip install \S+(?=;|$)", message)
+    return found[0] if found else ""
 
 
 def check_clip(environment: Environment) -> Iterator[Check]:
@@ -483,7 +489,7 @@ def check_meta(environment: Environment) -> Iterator[Check]:
     from gram_meta.runs.layout import META
 
     named = [Path(os.path.expanduser(path)) for path in environment.meta]
-    usable = 0
+    found, usable = 0, 0
     for path in named or [Path("output/meta")]:
         files = sorted(path.rglob(META)) if path.is_dir() else [path] if path.exists() else []
         if named and not files:
@@ -491,19 +497,21 @@ def check_meta(environment: Environment) -> Iterator[Check]:
             yield Check("meta-checkpoint", NOTE, f"{path}: {what}", "gram pretrain --help shows how to make one")
         for file in files:
             check = _check_meta_file(file, environment)
+            found += 1
             usable += check.state == FINE
             yield check
     if usable:
         return
     place = "among those of --meta" if named else "below output/meta"
     use = f" for {environment.backbone}" if environment.backbone else ""
-    found = f"none{use} {place}; the GRAM trainers start from one"
     fix = "gram pretrain --help shows how to make one; gram demo makes one in minutes"
-    yield Check("meta-checkpoint", PROBLEM if named else NOTE, found, fix)
+    state = PROBLEM if named or (found and environment.backbone) else NOTE
+    yield Check("meta-checkpoint", state, f"none{use} {place}; the GRAM trainers start from one", fix)
 
 
 def _check_meta_file(path: Path, environment: Environment) -> Check:
     """Report which backbone a meta-checkpoint is for, and whether that is the one of --backbone."""
+    from gram_meta.errors import GramError
     from gram_meta.method.checkpoint import load_meta_checkpoint
 
     try:
@@ -513,12 +521,13 @@ def _check_meta_file(path: Path, environment: Environment) -> Check:
     tokens = " + ".join(f"{count} {kind}" for kind, count in sorted(meta.tokens.items()))
     regulator = "with R" if meta.regulator is not None else "without R"
     found = f"{path}: for {meta.backbone_name} ({meta.backbone_fingerprint[:12]}), {tokens} tokens, {regulator}"
-    if environment.fingerprint:
-        fits = meta.backbone_fingerprint == environment.fingerprint
-    else:
-        fits = environment.backbone in ("", meta.backbone_name)
-    if fits:
-        return Check("meta-checkpoint", FINE, found)
+    try:
+        if environment.backbone:
+            meta.check_name(environment.backbone)
+        if environment.fingerprint in ("", meta.backbone_fingerprint):
+            return Check("meta-checkpoint", FINE, found)
+    except GramError:
+        pass
     fix = f"train with --backbone {shlex.quote(meta.backbone_name)}"
     return Check("meta-checkpoint", NOTE, f"{found}; not for {environment.backbone}", fix)
 

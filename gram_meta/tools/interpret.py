@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gram_meta.backbone.clip import Backbone, clip_module, load_backbone
+from gram_meta.backbone.clip import Backbone, check_name, clip_module, load_backbone
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike
 from gram_meta.method.prompts import STATE_NAMES
@@ -68,6 +68,8 @@ def interpret(path: PathLike, topk: int = 5, backbone: str = "", epoch: int | No
             f"{saved.path}: expected a results.json or log.txt of its run, which names the backbone, found none; "
             "name it with --backbone"
         )
+    if saved.fingerprint:
+        check_name(saved.path, saved.backbone, name, {"text": context.shape[-1]})
     clip = load_backbone(name)
     if saved.fingerprint:
         clip.check_weights(saved.path, saved.backbone, saved.fingerprint)

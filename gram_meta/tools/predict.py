@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from gram_meta.backbone.clip import PACKAGED, RUN_PRECISIONS, Backbone, load_backbone
+from gram_meta.backbone.clip import PACKAGED, RUN_PRECISIONS, Backbone, check_name, load_backbone
 from gram_meta.backbone.footprint import forward_bytes
 from gram_meta.config import as_dict
 from gram_meta.corpus.images import BROKEN, BadImage, as_rgb, read_image
@@ -145,7 +145,10 @@ class Predictor:
         cfg = _config(saved)
         precision = _precision(precision or _of_run(cfg, trainer), asked=bool(precision), device=device)
         cfg.TRAINER[trainer.node].PREC = precision
-        clip = load_backbone(_backbone_name(saved, backbone), device, "fp32" if precision == "amp" else precision)
+        name = _backbone_name(saved, backbone)
+        if saved.fingerprint:
+            check_name(saved.path, saved.backbone, name, {})
+        clip = load_backbone(name, device, "fp32" if precision == "amp" else precision)
         if saved.fingerprint:
             clip.check_weights(saved.path, saved.backbone, saved.fingerprint)
         _say_unknown_words(clip, names)
