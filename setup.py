@@ -1,4 +1,4 @@
-"""Packaging. All metadata stands here, because the layout maps `trainers/`, `datasets/` and `configs/` into `gram_meta`."""
+"""Packaging. All metadata is here, because the layout maps `trainers/`, `datasets/`, `configs/` into `gram_meta`."""
 
 import re
 from pathlib import Path

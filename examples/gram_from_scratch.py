@@ -1,4 +1,4 @@
-"""GRAM for text prompts in plain torch, on one page: the regulator, the inner loop, the outer loop and the few-shot run.
+"""GRAM for text prompts in plain torch, on one page: the regulator, the inner loop, the outer loop, a few-shot run.
 
     python examples/gram_from_scratch.py
 
@@ -132,9 +132,8 @@ def main():
 
     theta, regulator = (0.02 * torch.randn(4, 64)).requires_grad_(), Regulator(64)
     history = meta_train(theta, regulator, features, draw, steps=60, alpha=0.1, rates=(1e-2, 1e-3))
-    print(
-        f"query loss after adaptation: {history[0]:.3f} at the first step, {sum(history[-10:]) / 10:.3f} over the last ten"
-    )
+    first, last = history[0], sum(history[-10:]) / 10
+    print(f"query loss after adaptation: {first:.3f} at the first step, {last:.3f} over the last ten")
 
     new = torch.arange(6, 10)
     features.embedded, features.ends = features.embedded[new], features.ends[new]

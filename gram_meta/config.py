@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +17,7 @@ from yacs.config import CfgNode as CN
 from gram_meta.errors import GramError, in_one_line
 from gram_meta.files import PathLike, expand_home
 
-# Where images come from and how fast, and how much goes through the towers at a time: a run with other values of these
-# is the same run.
+# Nodes that do not change the result of a run
 INCIDENTAL = ("LOADER", "MEMORY")
 
 # The paper's eleven datasets, the source of xd and dg first, and the four shifted test sets of ImageNet.
@@ -47,7 +46,7 @@ RENAMED = {
 
 
 def get_meta_config() -> CN:
-    """The default settings, not frozen."""
+    """Return the default settings, not frozen."""
     c = CN()
     c.SEED = 1
     c.SEEDS = ()  # meta-trainings of several seeds at once, in OUT/seed1, OUT/seed2, ...; (): one, of SEED
@@ -55,9 +54,7 @@ def get_meta_config() -> CN:
     c.BACKBONE = CN()
     c.BACKBONE.NAME = "ViT-B/16"
     c.BACKBONE.PRECISION = "fp32"  # of the frozen towers: fp32, bf16, fp16
-    c.BACKBONE.LOSS_SCALE = (
-        0.0  # fp16: what losses are multiplied by before gradients are taken; 0: 256 for fp16, else 1
-    )
+    c.BACKBONE.LOSS_SCALE = 0.0  # factor of losses before gradients are taken; 0: 256 for fp16, else 1
 
     # Cross-modal hierarchical clustering, Sec. 3.2
     c.CHC = CN()
@@ -79,9 +76,7 @@ def get_meta_config() -> CN:
     c.CHC.DOMAINS = CN()
     c.CHC.DOMAINS.K = 3  # U of Sec. 3.2: k-means clusters in each topic; fewer where one would be too small for a task
     c.CHC.DOMAINS.STARTS = 10  # k-means runs, of which the best is taken
-    c.CHC.DOMAINS.SAMPLE = (
-        10_000  # images of a topic that k-means sees; of more, the others go to the nearest centre; 0: all
-    )
+    c.CHC.DOMAINS.SAMPLE = 10_000  # images of a topic that k-means sees; others go to the nearest centre; 0: all
 
     # Meta-training tasks, Sec. 3.3
     c.TASKS = CN()
@@ -95,25 +90,23 @@ def get_meta_config() -> CN:
     c.PROMPT.TEXT_TOKENS = 4
     c.PROMPT.VISUAL_TOKENS = 0
     c.PROMPT.WORDS = "a photo of a"  # start of the text prompt; "": random
-    c.PROMPT.TEMPLATE = "a photo of a {}."  # class text where there is no text prompt
+    c.PROMPT.TEMPLATE = "a photo of a {}."  # class prompt if there is no text prompt
     c.PROMPT.CONDITIONAL = False  # True: a meta-net shifts the text prompt for each image, as in CoCoOp
     c.PROMPT.VISUAL_SIZE = 0.0  # root mean square that every visual token is held at; 0: free (it grows)
 
-    # Images are read only where the features of a store do not do: visual prompts
+    # Images are read only for visual prompts; all others use the features of a store
     c.LOADER = CN()
     c.LOADER.WORKERS = 2  # processes that decode ahead, for each process of meta-training; 0: none
     c.LOADER.PREFETCH = 2  # batches of tasks that each of them keeps ready
     c.LOADER.IMAGE_ROOT = ""  # folder that the images' locations are relative to; "": where `gram embed` read them
 
-    # How much of a batch of tasks goes through the towers at a time: the same gradients to rounding, in less memory
+    # The part of a batch in one pass through the towers: the same gradients to rounding, in less memory
     c.MEMORY = CN()
-    c.MEMORY.SECOND_ORDER = (
-        "auto"  # whole: one graph of everything; lean: one graph at a time; auto: whole where it fits
-    )
+    c.MEMORY.SECOND_ORDER = "auto"  # whole: all in one graph; lean: one graph at a time; auto: whole if it fits
     c.MEMORY.TASKS = 0  # tasks in one pass; 0: as many as fit
     c.MEMORY.IMAGES = 0  # lean, visual prompts: images of one side of a task in one pass; 0: as many as fit
-    c.MEMORY.CHECKPOINTING = False  # keep each layer's input alone, and compute the rest again in backward passes
-    c.MEMORY.BUDGET = 0.0  # GB that "fit" means, for each process; 0: half of the device's memory
+    c.MEMORY.CHECKPOINTING = False  # keep only the inputs of layers, and recompute the rest in backward passes
+    c.MEMORY.BUDGET = 0.0  # GB that each process may fill; 0: half of the device's memory
 
     # R^phi, Eq. 5 and 6
     c.REGULATOR = CN()
@@ -140,7 +133,7 @@ def get_meta_config() -> CN:
     c.OUTER.CLIP_NORM = 1.0  # of the meta-gradient of theta and of phi, each; 0: off
     c.OUTER.COSINE = True  # learning rates fall to zero along a cosine
 
-    # What is watched on fixed tasks from held-out topics
+    # Evaluation on fixed tasks from held-out topics
     c.EVAL = CN()
     c.EVAL.EVERY = 50  # steps
     c.EVAL.TASKS = 64
@@ -280,7 +273,7 @@ def check_bounds(config: Mapping[str, Any], bounds: Mapping[str, Bound]) -> None
 
 
 def load_meta_config(files: Sequence[str | Path] = (), opts: Sequence[str] = ()) -> CN:
-    """Defaults, then YAML files in order, then KEY VALUE pairs; frozen.
+    """Merge defaults, YAML files in order and KEY VALUE pairs, and return the frozen settings.
 
     Raises:
         GramError: an unknown key (the nearest known one is named), a value of another type or out of its bounds, an
@@ -296,10 +289,10 @@ def load_meta_config(files: Sequence[str | Path] = (), opts: Sequence[str] = ())
 
 
 def stored_config(values: Mapping[str, Any], opts: Sequence[str] = ()) -> CN:
-    """Settings that a meta-checkpoint carries, then KEY VALUE pairs; keys that this version does not know are left."""
+    """Return the settings in a meta-checkpoint, without keys unknown to this version, with KEY VALUE pairs merged."""
     config = get_meta_config()
-    known = [key for key, _ in _leaves(config)]
-    _merge(config, [(key, value) for key, value in _leaves(dict(values)) if key in known], "meta-checkpoint")
+    known = flatten(config)
+    _merge(config, {key: value for key, value in flatten(values).items() if key in known}, "meta-checkpoint")
     merge_opts(config, opts)
     check_bounds(config, META_BOUNDS)
     config.freeze()
@@ -327,7 +320,7 @@ def find_config(name: str, folder: str, project: PathLike = ".") -> Path:
 
 
 def _packaged_configs() -> Path:
-    """The folder `configs/`: installed as gram_meta.configs, or at the top of a checkout."""
+    """Return the folder `configs/`: installed as gram_meta.configs, or at the top of a clone."""
     spec = importlib.util.find_spec("gram_meta.configs")
     if spec is not None and spec.submodule_search_locations:
         return Path(next(iter(spec.submodule_search_locations)))
@@ -344,7 +337,7 @@ def merge_file(config: CN, path: str | Path) -> None:
         raise GramError(f"{path}: expected YAML, found {in_one_line(error)}") from None
     if not isinstance(values, dict):
         raise GramError(f"{path}: expected keys and values, found {type(values).__name__}")
-    _merge(config, list(_leaves(values)), str(path))
+    _merge(config, flatten(values), str(path))
 
 
 def merge_opts(config: CN, opts: Sequence[str]) -> None:
@@ -352,8 +345,8 @@ def merge_opts(config: CN, opts: Sequence[str]) -> None:
     refuse_flags(opts)
     if len(opts) % 2:
         raise GramError(f"options: expected KEY VALUE pairs, found {opts[-1]!r} without a value")
-    pairs = [(key, CN._decode_cfg_value(value)) for key, value in zip(opts[::2], opts[1::2], strict=True)]
-    _merge(config, pairs, "options")
+    pairs = zip(opts[::2], opts[1::2], strict=True)
+    _merge(config, {key: CN._decode_cfg_value(value) for key, value in pairs}, "options")
 
 
 def refuse_flags(opts: Sequence[str]) -> None:
@@ -366,9 +359,8 @@ def refuse_flags(opts: Sequence[str]) -> None:
 def check_known(key: str, what: str, name: str, known: Iterable[str]) -> None:
     """Refuse an unknown name of a trainer or dataset (`what`), and name the nearest known one, or all."""
     if name not in known:
-        guess = nearest(name, known)
-        hint = f"did you mean {guess!r}?" if guess else f"known: {', '.join(sorted(known))}"
-        raise GramError(f"{key} is {name!r}, which is no known {what}; {hint}")
+        hint = did_you_mean(name, known) or f"; known: {', '.join(sorted(known))}"
+        raise GramError(f"{key} is {name!r}, which is no known {what}{hint}")
 
 
 def current_key(key: str) -> str:
@@ -400,25 +392,25 @@ def expand_homes(tree: dict[str, Any]) -> None:
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The most similar of `names`, or None when nothing is similar."""
+    """Return the most similar of `names`, or None if none is similar."""
     known = {other.lower(): other for other in names}
     close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     return known[close[0]] if close else None
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"`, or nothing when nothing is similar."""
+    """Return `"; did you mean 'x'?"`, or "" if no name is similar."""
     guess = nearest(name, names)
     return f"; did you mean {guess!r}?" if guess else ""
 
 
 def as_dict(config: CN) -> dict[str, Any]:
-    """Plain nested dicts, fit for JSON."""
+    """Return plain nested dicts, as JSON values."""
     return {key: as_dict(value) if isinstance(value, CN) else value for key, value in config.items()}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by their full keys: {"OPTIM": {"LR": 0.002}} -> {"OPTIM.LR": 0.002}; tuples become lists."""
+    """Return nested settings by full keys: {"OPTIM": {"LR": 0.002}} -> {"OPTIM.LR": 0.002}; tuples become lists."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -428,9 +420,9 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _merge(config: CN, pairs: list[tuple[str, Any]], source: str) -> None:
-    known = [key for key, _ in _leaves(config)]
-    for key, value in pairs:
+def _merge(config: CN, pairs: Mapping[str, Any], source: str) -> None:
+    known = flatten(config)
+    for key, value in pairs.items():
         key, value = current_key(key), expand_home(value)
         if key not in known:
             raise GramError(f"{source}: unknown key {key!r}{did_you_mean(key, known)}")
@@ -447,11 +439,3 @@ def _get(config: CN, key: str) -> Any:
     for part in key.split("."):
         config = config[part]
     return config
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict) and (value or not isinstance(tree, CN)):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

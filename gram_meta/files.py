@@ -127,6 +127,17 @@ def write_arrays(path: PathLike, arrays: Mapping[str, Any]) -> None:
         np.savez(file, **arrays)
 
 
+def read_arrays(path: PathLike) -> dict[str, Any]:
+    """Return the arrays of an .npz file by name; {} if the file is missing or damaged."""
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except Exception:  # noqa: BLE001 - a truncated archive raises errors of several classes
+        return {}
+
+
 def read_json(path: PathLike) -> Any:
     """Return the contents of a JSON file.
 

@@ -34,16 +34,11 @@ TIMEOUT = timedelta(days=1)
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """The rank of this process, and exchanges with the others.
+    """The rank of this process, and exchanges with the others."""
 
-    Attributes:
-        rank: number of this process, 0 to size - 1. size: number of processes.
-        local_rank: number of this process on this machine.
-    """
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
+    rank: int = 0  # number of this process, 0 to size - 1
+    size: int = 1  # number of processes
+    local_rank: int = 0  # number of this process on this machine
 
     @property
     def is_first(self) -> bool:
@@ -54,7 +49,7 @@ class ProcessGroup:
         return items[self.rank :: self.size]
 
     def share_range(self, count: int) -> range:
-        """Return this process's part of range(count): consecutive numbers, parts of equal size up to one, in rank order."""
+        """Return this process's part of range(count): consecutive numbers; sizes of parts differ by at most one."""
         each, rest = divmod(count, self.size)
         start = self.rank * each + min(self.rank, rest)
         return range(start, start + each + (self.rank < rest))
@@ -63,10 +58,8 @@ class ProcessGroup:
         """Wait until all processes have called this; call `meanwhile` a few times a second until then."""
         if self.size == 1:
             return
-        import torch.distributed as dist
-
         with self._exchange():  # over gloo: a barrier of nccl would occupy a GPU that the towers do not use yet
-            work = dist.barrier(group=_on_cpu(), async_op=True)
+            work = _dist().barrier(group=_on_cpu(), async_op=True)
             while meanwhile is not None and not work.is_completed():
                 meanwhile()
                 time.sleep(0.2)
@@ -76,22 +69,18 @@ class ProcessGroup:
         """Return every process's value, in rank order. Values must be small, picklable and on the CPU."""
         if self.size == 1:
             return [value]
-        import torch.distributed as dist
-
         values: list[Any] = [None] * self.size
         with self._exchange():
-            dist.all_gather_object(values, value, group=_on_cpu())
+            _dist().all_gather_object(values, value, group=_on_cpu())
         return values
 
     def from_first(self, value: T) -> T:
         """Return rank 0's value on every rank."""
         if self.size == 1:
             return value
-        import torch.distributed as dist
-
         box = [value]
         with self._exchange():
-            dist.broadcast_object_list(box, src=0, group=_on_cpu())
+            _dist().broadcast_object_list(box, src=0, group=_on_cpu())
         return box[0]
 
     def first(self, make: Callable[[], T]) -> T:
@@ -132,11 +121,10 @@ class ProcessGroup:
         if self.size == 1 or not tensors:
             return
         import torch
-        import torch.distributed as dist
 
         together = torch.cat([tensor.reshape(-1) for tensor in tensors])
         with self._exchange():
-            dist.all_reduce(together)
+            _dist().all_reduce(together)
         parts = together.split([tensor.numel() for tensor in tensors])
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
@@ -229,6 +217,13 @@ def process_group(device: str | torch.device = "cpu") -> Iterator[ProcessGroup]:
         dist.destroy_process_group()
 
 
+def _dist() -> Any:
+    """Import torch's exchanges between processes; a process that works alone does without torch here."""
+    import torch.distributed
+
+    return torch.distributed
+
+
 def _has_failed() -> bool:
     """Return whether a process has set the failure flag."""
     try:
@@ -245,13 +240,11 @@ def _first_sentence(error: RuntimeError) -> str:
 
 def _on_cpu() -> Any:
     """Return the group for objects, which uses gloo also where tensors use nccl."""
-    import torch.distributed as dist
-
     global _gloo
-    if dist.get_backend() == "gloo":
+    if _dist().get_backend() == "gloo":
         return None
     if _gloo is None:
-        _gloo = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        _gloo = _dist().new_group(backend="gloo", timeout=TIMEOUT)
     return _gloo
 
 

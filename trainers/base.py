@@ -1,4 +1,4 @@
-"""What all trainers here share; a trainer's own file shows only the lines in which it differs.
+"""Base classes of the trainers; the file of a trainer has only the code in which it differs.
 
 `ClipTrainer` loads frozen CLIP and writes results.json. `PromptTrainer` learns prompts in it: build, one step, save,
 load, resume (see `checkpointing`), and accuracy on base and new classes along the way.
@@ -37,7 +37,7 @@ from gram_meta.trainers.checkpointing import Checkpointing
 
 
 class ClipTrainer(TrainerX):
-    """Frozen CLIP, and runs that own their output folder: one folder, one run, results.json beside log.txt."""
+    """Frozen CLIP, and one run for each output folder, with results.json beside log.txt."""
 
     node = "COOP"  # the trainer's options are TRAINER.<node>
 
@@ -47,10 +47,10 @@ class ClipTrainer(TrainerX):
 
     def __init__(self, cfg: Any) -> None:
         self.record = RunRecord()
-        self.mode = RunMode(eval_only=True)  # what load_model was called for
-        self.claimed: RunMode | None = None  # what the output folder was claimed for
+        self.mode = RunMode(eval_only=True)  # of the last call of load_model
+        self.claimed: RunMode | None = None  # the mode for which the output folder was claimed
         self.images_checked = False
-        complete_cfg(cfg)  # a checkout's train.py may have replaced a node that it shares with us
+        complete_cfg(cfg)  # a checkout's train.py may have replaced a node
         run_folder.check_options(cfg)
         self.foreign = run_folder.foreign_run(Path(cfg.OUTPUT_DIR))
         if cfg.TRAIN.DETERMINISTIC:
@@ -64,7 +64,7 @@ class ClipTrainer(TrainerX):
         return self.cfg.TRAINER[self.node]
 
     def load_clip(self) -> Backbone:
-        """The backbone that MODEL.BACKBONE.NAME names, on this trainer's device, in the precision asked for."""
+        """Load the backbone MODEL.BACKBONE.NAME on this trainer's device, in the precision PREC."""
         cfg = self.cfg
         print(f"Loading CLIP (backbone: {cfg.MODEL.BACKBONE.NAME})")
         if not cfg.MODEL.BACKBONE.NAME:
@@ -85,11 +85,9 @@ class ClipTrainer(TrainerX):
         return backbone
 
     def check_training(self) -> None:
-        """Refuse a training that cannot begin, before anything is written."""
+        """Raise for a training that cannot begin, before a file is written."""
         if self.cfg.TRAIN.DETERMINISTIC and self.cfg.SEED < 0:
-            raise GramError(
-                f"TRAIN.DETERMINISTIC: equal numbers take a fixed seed; expected --seed 0 or more, found {self.cfg.SEED}"
-            )
+            raise GramError(f"TRAIN.DETERMINISTIC: expected --seed 0 or more, found {self.cfg.SEED}")
         if self.cfg.RESUME:
             self.check_resume(self.cfg.RESUME)
         if not self.images_checked and hasattr(self.dm.dataset, "check_images"):
@@ -112,11 +110,11 @@ class ClipTrainer(TrainerX):
             folder.finish()
 
     def resume_model_if_exist(self, directory: str) -> int:
-        """Nothing is learned, so there is nothing to go on from."""
+        """Return 0: a trainer that learns nothing has no checkpoint."""
         return 0
 
     def load_model(self, directory: str, epoch: int | None = None) -> None:
-        """Nothing is learned, so there is nothing to load."""
+        """Print a note: a trainer that learns nothing has no prompts to load."""
         self.mode = RunMode(True, os.fspath(directory), epoch)
         if directory:
             print(f"Note: {type(self).__name__} learns nothing; --model-dir {directory} changes nothing")
@@ -126,10 +124,10 @@ class ClipTrainer(TrainerX):
         super().after_train()
 
     def test(self, split: str | None = None) -> float:
-        """Evaluate; without a split this is the run's result, and results.json is written.
+        """Evaluate; without a split, also write results.json.
 
-        After this trainer's own training the result belongs to that run. Otherwise the evaluation is a run of its own: it
-        claims the output folder, and is not repeated where it is finished there already.
+        After this trainer's own training the result belongs to that run. Otherwise the evaluation is a separate run: it
+        claims the output folder, and is not repeated if it is finished there.
         """
         if split is not None:
             return super().test(split)
@@ -170,7 +168,7 @@ class ClipTrainer(TrainerX):
         )
 
     def facts(self) -> dict[str, Any]:
-        """What a trainer adds to results.json."""
+        """Return what a trainer adds to results.json."""
         return {}
 
     @classmethod
@@ -182,16 +180,16 @@ class ClipTrainer(TrainerX):
         state_dict: Mapping[str, Tensor],
         where: str = "state dict",
     ) -> ClipTrainer:
-        """A trainer that classifies and does nothing else: no data, no optimiser, no evaluator.
+        """Return a trainer for classification only, without data, optimiser and evaluator.
 
-        Its `model_inference` gives logits (B, N) of images (B, 3, H, W), as in an evaluation.
+        Its `model_inference` returns logits (B, N) of images (B, 3, H, W), as in an evaluation.
 
         Args:
             cfg: the run's configuration; TRAINER.<node> and DATASET.NAME are read.
             backbone: frozen CLIP, on the device and in the precision to use.
             classnames: N class names, which need not be those of training.
-            state_dict: what the trainer has learned, by its checkpoints' names; {} where it learns nothing.
-            where: what error messages call it.
+            state_dict: the learned tensors by their names in checkpoints; {} for a trainer that learns nothing.
+            where: the name of the file in error messages.
 
         Raises:
             GramError: a state dict of other prompts.
@@ -203,12 +201,12 @@ class ClipTrainer(TrainerX):
         return trainer
 
     def build_for_use(self, state_dict: Mapping[str, Tensor], where: str) -> None:
-        """Build the frozen classifier from what was learned."""
+        """Build the frozen classifier from learned tensors."""
         raise NotImplementedError
 
 
 class KeepingEvaluator:
-    """Dassl's evaluator, which prints its results and returns them, plus a record that keeps those of the last evaluation."""
+    """Dassl's evaluator, which also keeps the results of the last evaluation in a record."""
 
     def __init__(self, evaluator: Any, record: RunRecord) -> None:
         self._evaluator, self._record = evaluator, record
@@ -227,33 +225,29 @@ class KeepingEvaluator:
 class PromptTrainer(Checkpointing, ClipTrainer):
     """Learns the prompts of a `PromptedCLIP`; everything else in it is frozen."""
 
-    # ----------------------------------------------------------------------- what a trainer may say differently
-
     def tokens(self) -> dict[str, int]:
-        """How many prompt tokens of each kind this trainer is set to learn."""
+        """Return the number of prompt tokens of each kind that this trainer learns."""
         raise NotImplementedError
 
     def initial_prompts(self) -> dict[str, Tensor]:
-        """The start, by kind, float32."""
+        """Return the initial prompts by kind, float32."""
         raise NotImplementedError
 
     def build_classifier(self, classnames: list[str], prompts: Mapping[str, Tensor]) -> PromptedCLIP:
-        """The classifier over these classes; also built for classes that are evaluated along the way."""
+        """Build the classifier over these classes; also called for classes that are evaluated during training."""
         return PromptedCLIP(self.backbone, classnames, prompts)
 
     def scores(self, model: PromptedCLIP, features: Tensor) -> Tensor:
-        """Logits (B, N) of image features (B, D), without gradients."""
+        """Return the logits (B, N) of image features (B, D), without gradients."""
         return logits(features, model.class_features(), model.backbone.logit_scale)
 
-    # ------------------------------------------------------------------------------- what several of them say alike
-
     def context_tokens(self, tokens: int) -> int:
-        """How many tokens the words of CTX_INIT have; `tokens` where there are none."""
+        """Return the number of tokens in CTX_INIT; `tokens` if it is empty."""
         words = self.options.CTX_INIT
         return len(context_from_words(self.backbone, words)) if words else tokens
 
     def initial_context(self, tokens: int) -> Tensor:
-        """Start (M, d) of a text prompt: the words of CTX_INIT; `tokens` random ones where there are none."""
+        """Return the initial text prompt (M, d): the words of CTX_INIT, or `tokens` random tokens if it is empty."""
         words = self.options.CTX_INIT
         if words:
             context = context_from_words(self.backbone, words)
@@ -263,12 +257,10 @@ class PromptTrainer(Checkpointing, ClipTrainer):
         return random_context(self.backbone.text_width, tokens)
 
     def initial_visual_prompt(self) -> Tensor:
-        """Start (M, d) of a visual prompt: random tokens."""
+        """Return the initial visual prompt (M, d): random tokens."""
         tokens = self.options.N_CTX_VISION
         print(f"Initial visual prompt: {tokens} random tokens")
         return random_context(self.backbone.visual_width, tokens)
-
-    # ----------------------------------------------------------------------------------------------------- build
 
     def build_model(self) -> None:
         cfg = self.cfg
@@ -309,7 +301,7 @@ class PromptTrainer(Checkpointing, ClipTrainer):
         self._set_precision()
 
     def _set_precision(self) -> None:
-        """amp: towers in float32 under autocast, gradients scaled; on a CPU, plain float32."""
+        """Set up amp (towers in float32 under autocast, scaled gradients; on a CPU plain float32), or no amp."""
         amp = self.options.PREC == "amp"
         if amp and self.device.type != "cuda":
             print("amp without a GPU: float32")
@@ -317,19 +309,17 @@ class PromptTrainer(Checkpointing, ClipTrainer):
         self.autocast = torch.amp.autocast(self.device.type) if amp else contextlib.nullcontext()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp)
 
-    # ----------------------------------------------------------------------------------------------------- train
-
     def before_train(self) -> None:
         super().before_train()  # may load a checkpoint and set start_epoch
         self.num_batches = len(self.train_loader_x)
         if self.start_epoch >= self.max_epoch:
-            self.epoch = self.max_epoch - 1  # nothing left but the test
+            self.epoch = self.max_epoch - 1  # only the test is left
         self.record.trained = True
         if self.start_epoch == 0 and (self.cfg.TEST.PER_EPOCH or 0 in self.cfg.TEST.AT_STEPS):
             self.add_to_curve(step=0)
 
     def forward_backward(self, batch: dict[str, Any]) -> dict[str, float]:
-        """One step."""
+        """Take one step."""
         images, labels = self.parse_batch_train(batch)
         with self.autocast:
             output = self.model(images)  # (B, N)
@@ -354,12 +344,10 @@ class PromptTrainer(Checkpointing, ClipTrainer):
         with self.autocast:
             return self.scores(self.model, self.model.image_features(images))
 
-    # --------------------------------------------------------------------------- base and new along the way
-
     def add_to_curve(self, step: int) -> None:
-        """Accuracy on the base and on the new classes' test images, whatever DATASET.SUBSAMPLE_CLASSES is.
+        """Add accuracy on the test images of the base and of the new classes, for any DATASET.SUBSAMPLE_CLASSES.
 
-        Draws nothing from the random generators: training goes on as if it had not been watched.
+        The random generators are restored, so training continues as without this evaluation.
         """
         with kept_random_state(), torch.no_grad():
             self.set_model_mode("eval")
@@ -378,7 +366,7 @@ class PromptTrainer(Checkpointing, ClipTrainer):
 
 
 class _Group:
-    """Test images and classifier of the base or of the new classes, for accuracy along the way."""
+    """Test images and classifier of the base or of the new classes, for accuracy during training."""
 
     def __init__(self, trainer: PromptTrainer, name: str) -> None:
         cfg = trainer.cfg.clone()
@@ -386,21 +374,16 @@ class _Group:
         cfg.DATASET.SUBSAMPLE_CLASSES = name
         cfg.VERBOSE = False
         dataset = engine.build_dataset(cfg)
-        self.loader = engine.build_data_loader(
-            cfg,
-            "SequentialSampler",
-            dataset.test,
-            cfg.DATALOADER.TEST.BATCH_SIZE,
-            tfm=trainer.test_loader.dataset.transform,
-            is_train=False,
-        )
+        transform, size = trainer.test_loader.dataset.transform, cfg.DATALOADER.TEST.BATCH_SIZE
+        options = {"tfm": transform, "is_train": False}
+        self.loader = engine.build_data_loader(cfg, "SequentialSampler", dataset.test, size, **options)
         learner = trainer.model.prompt_learner
         self.model = trainer.build_classifier(dataset.classnames, learner.prompts())
-        self.model.prompt_learner = learner  # not a copy: it is watched while it learns
+        self.model.prompt_learner = learner  # not a copy, as it learns
         self.kept: list[tuple[Tensor, Tensor]] = []  # image features (B, D) and labels (B,), where they never change
 
     def accuracy(self, trainer: PromptTrainer) -> float:
-        """Percent of test images classified correctly, now."""
+        """Return the present accuracy on the test images, in percent."""
         self.model.eval()
         correct = total = 0
         with trainer.autocast:

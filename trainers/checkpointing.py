@@ -1,4 +1,4 @@
-"""Checkpoints of the prompt trainers: what is saved, whose it is, whether it fits, and how a run goes on from it."""
+"""Checkpoints of the prompt trainers: save, check, load and resume."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Checkpointing:
 
     Attributes:
         family: names of trainers whose prompts can be evaluated by each other, the one without GRAM first.
-        meta_facts: of the meta-checkpoint behind prompts that were loaded; None where none were.
+        meta_facts: of the meta-checkpoint behind prompts that were loaded; None if none were.
     """
 
     family: tuple[str, ...] = ()
@@ -42,8 +42,6 @@ class Checkpointing:
     best_result: float
     _models: Any
 
-    # ----------------------------------------------------------------------------------- what a trainer may add
-
     def reads(self) -> dict[str, Any]:
         """Return options that change the meaning of the saved tensors but not their shape (CLASS_TOKEN_POSITION)."""
         return {}
@@ -53,9 +51,7 @@ class Checkpointing:
         return {}
 
     def load_saved_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state_to_save` returned."""
-
-    # ------------------------------------------------------------------------------------------------------ save
+        """Restore what `state_to_save` returned."""
 
     def save_model(
         self, epoch: int, directory: str, is_best: bool = False, val_result: Any = None, model_name: str = ""
@@ -76,22 +72,20 @@ class Checkpointing:
         saved.write(state, os.path.join(directory, LEARNER), is_best, model_name)
 
     def _identity(self) -> dict[str, Any]:
-        """Return who learned the prompts, for which backbone and options, and on which classes in which order."""
+        """Return the trainer, backbone, options and classes (in order) of the prompts."""
         dataset = self.cfg.DATASET
         return {
             "trainer": type(self).__name__,
             "backbone": {"name": self.backbone.name, "fingerprint": self.backbone.fingerprint},
             "reads": self.reads(),
             "dataset": dataset.NAME,
-            "folder": dataset.get("FOLDER", ""),  # which images, where the dataset's name does not say
+            "folder": dataset.get("FOLDER", ""),  # the images of ImageFolder
             "subsample": dataset.SUBSAMPLE_CLASSES,
             "classnames": list(self.classnames),
         }
 
-    # ---------------------------------------------------------------------------------------------------- checks
-
     def check_loaded(self, path: Path, state: dict[str, Any]) -> None:
-        """Refuse prompts of another backbone, of other options, or of the same classes by other names or in another order.
+        """Raise for prompts of another backbone, of other options, or of the same classes with other names or order.
 
         CoOp's own checkpoints hold none of these facts, and are accepted.
         """
@@ -101,8 +95,8 @@ class Checkpointing:
             old, new = there["backbone"]["name"], here["backbone"]["name"]
             weights = f"{new}, of other weights" if old == new else new
             raise GramError(
-                f"{path}: was learned for the backbone {old}, found {weights} (MODEL.BACKBONE.NAME); to try it there "
-                "none the less, name it as MODEL.INIT_WEIGHTS"
+                f"{path}: was learned for the backbone {old}, found {weights} (MODEL.BACKBONE.NAME); to use it anyway, "
+                "name it as MODEL.INIT_WEIGHTS"
             )
         for key, value in here["reads"].items():
             if there["reads"].get(key, value) != value:
@@ -112,33 +106,27 @@ class Checkpointing:
             raise GramError(f"{path}: {saved.difference(there['classnames'], here['classnames'])}")
 
     def learned_by(self, state: dict[str, Any]) -> str:
-        """Return the trainer that learned a checkpoint; where it names none, the trainer without GRAM."""
+        """Return the trainer that learned a checkpoint; if it names none, the trainer without GRAM."""
         return str(state.get("trainer", next(iter(self.family), type(self).__name__)))
 
     def check_resume(self, directory: str) -> None:
-        """Refuse a folder without a checkpoint of this trainer that training can go on from."""
+        """Raise unless a folder has a checkpoint of this trainer from which training can continue."""
         path = layout.last_checkpoint(directory)
         if path is None:
             there = layout.list_runs(Path(directory))
-            raise GramError(
-                f"--resume {directory}: expected {LEARNER}/checkpoint in it, found no such file"
-                + (f"; {there}" if there else "")
-            )
+            found = "found no such file" + (f"; {there}" if there else "")
+            raise GramError(f"--resume {directory}: expected {LEARNER}/checkpoint in it, {found}")
         state = saved.read(path)
-        learner = self.learned_by(state)
-        if learner != type(self).__name__:
-            raise GramError(
-                f"{path}: holds what {learner} has learned; {type(self).__name__} (--trainer) expects its own to go on from"
-            )
+        learner, own = self.learned_by(state), type(self).__name__
+        if learner != own:
+            raise GramError(f"{path}: expected a checkpoint of {own} (--trainer) to go on from, found one of {learner}")
         if "random" not in state:
             raise GramError(f"{path}: expected a checkpoint that training can go on from, found learned tensors only")
         self.check_loaded(path, state)
         saved.fit(self._models[LEARNER], state["state_dict"], path)
 
-    # ---------------------------------------------------------------------------------------------------- resume
-
     def resume_model_if_exist(self, directory: str) -> int:
-        """Load the last checkpoint under `directory`; return the epoch to start with (0: from scratch)."""
+        """Load the last checkpoint in `directory`; return the epoch to start with (0: from scratch)."""
         path = layout.last_checkpoint(directory)
         if path is None and not self.cfg.RESUME:
             print("No checkpoint found, train from scratch")
@@ -160,14 +148,12 @@ class Checkpointing:
         set_random_state(state["random"])
         return state["epoch"]
 
-    # ------------------------------------------------------------------------------------------------------ load
-
     def load_model(self, directory: str, epoch: int | None = None) -> None:
         """Load the prompts of a run of this trainer or of its family.
 
         Args:
-            directory: the run's output folder; "": keep the initial prompts.
-            epoch: None: see `layout.choose_checkpoint`.
+            directory: the run's output folder; "" keeps the initial prompts.
+            epoch: of the checkpoint; None: see `layout.choose_checkpoint`.
         """
         self.mode = RunMode(True, os.fspath(directory), epoch)
         if not directory:
@@ -194,14 +180,13 @@ class Checkpointing:
             print(f"Note: {path} does not say who learned these prompts; they are taken for {learner}'s")
         elif learner != own:
             if learner not in self.family:
-                raise GramError(
-                    f"{path}: holds what {learner} has learned; expected that of {' or '.join(self.family) or own} (--trainer)"
-                )
+                expected = " or ".join(self.family) or own
+                raise GramError(f"{path}: expected prompts of {expected} (--trainer), found those of {learner}")
             print(f"Note: these prompts were learned by {learner}; {own} evaluates them")
         return learner
 
     def load_start(self, name: str) -> None:
-        """Take the prompts in the checkpoint that MODEL.INIT_WEIGHTS names as the initial ones."""
+        """Load the initial prompts from the checkpoint that MODEL.INIT_WEIGHTS names."""
         state = saved.read_start(name)
         saved.load(self.model.prompt_learner, state["state_dict"], Path(name))
         made_for = state.get("backbone")

@@ -17,7 +17,7 @@ from gram_meta.trainers.base import PromptTrainer
 
 @register_trainer
 class CoCoOp(PromptTrainer):
-    """Conditional Context Optimization. TRAINER.COCOOP.*: N_CTX, CTX_INIT, PREC. Its authors train with batches of 1."""
+    """Conditional Context Optimization. TRAINER.COCOOP.*: N_CTX, CTX_INIT, PREC. The paper trains with batches of 1."""
 
     node = "COCOOP"
     family = ("CoCoOp", "CoCoOpGRAM")

@@ -1,11 +1,12 @@
-"""What a training step keeps for its backward pass, and what it computes twice instead (TRAINER.MEMORY.*).
+"""The activations that a training step keeps for its backward pass or computes twice (TRAINER.MEMORY.*).
 
-The class sentences of a learned text prompt, and the images of a learned visual one, leave activations in every layer of
-their tower. Their size follows from shapes (`backbone.footprint`), so the choice made here is the same in every run.
+The class sentences of a learned text prompt, and the images of a learned visual one, leave activations in every layer
+of their tower. Their size follows from shapes (`backbone.footprint`), so the choice made here is the same in every run.
 
 - *Text*: if all classes together would take more than TEXT_BUDGET, they are encoded in equal parts that take less. Each
   part is computed twice, and one part's activations exist at a time.
-- *Images*: if a batch would take more than IMAGE_BUDGET, only the inputs of each layer are kept, and it is computed twice.
+- *Images*: if a batch would take more than IMAGE_BUDGET, only the inputs of each layer are kept, and it is computed
+  twice.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from gram_meta.method.prompts import ClassText, ConditionalCLIP, PromptedCLIP
 
 
 def arrange(model: PromptedCLIP, options: Any, batch: int) -> list[str]:
-    """Set what the training steps of a classifier keep.
+    """Choose the activations that the training steps of a classifier keep.
 
     Args:
         model: its `class_text.chunk` and `backbone.checkpointing` are set.
@@ -44,8 +45,9 @@ def arrange(model: PromptedCLIP, options: Any, batch: int) -> list[str]:
     if visual is not None and checkpoints_images(model.backbone, options, batch, len(visual)):
         towers.append("images")
         lines.append(
-            f"Memory: {batch} images leave about {image_bytes(model.backbone, batch, len(visual)) / GB:.2f} GB behind for "
-            "the backward pass; every layer of the image tower is computed twice instead (TRAINER.MEMORY.CHECKPOINTING)"
+            f"Memory: {batch} images leave about {image_bytes(model.backbone, batch, len(visual)) / GB:.2f} GB behind "
+            "for the backward pass; every layer of the image tower is computed twice instead "
+            "(TRAINER.MEMORY.CHECKPOINTING)"
         )
     model.backbone.checkpointing = towers[0] if len(towers) == 1 else bool(towers)
     return lines
@@ -96,6 +98,6 @@ def _largest_part(text: ClassText, size: int) -> int:
 
 def _of_text(text: ClassText, images: int) -> str:
     return (
-        f"Memory: {images * len(text.ends)} class sentences leave about {images * text_bytes(text) / GB:.2f} GB behind for "
-        f"the backward pass; they are computed twice instead, {text.chunk} at a time (TRAINER.MEMORY.CLASSES)"
+        f"Memory: {images * len(text.ends)} class sentences leave about {images * text_bytes(text) / GB:.2f} GB behind "
+        f"for the backward pass; they are computed twice instead, {text.chunk} at a time (TRAINER.MEMORY.CLASSES)"
     )

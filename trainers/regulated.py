@@ -1,4 +1,4 @@
-"""GRAM in this project's prompt trainers: all checks at hand, facts for results.json, and runs that go on."""
+"""GRAM in this project's prompt trainers: checks, facts for results.json, and resumed runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from gram_meta.config import get_meta_config
+from gram_meta.config import flatten, get_meta_config
 from gram_meta.method.checkpoint import MetaCheckpoint
 from gram_meta.method.dassl import WithGRAM
 from gram_meta.trainers.checkpointing import NO_META
@@ -16,15 +16,10 @@ if TYPE_CHECKING:
 else:
     PromptTrainer = object  # the class that follows the mixin
 
-# What a table of results needs to know of the meta-training
+# Settings of the meta-training that tables of results use
 SETTINGS = (
-    "TASKS.DOMAIN_SHIFT",
-    "REGULATOR.ENABLED",
-    "OUTER.META",
-    "CHC.LABELLED",
-    "PROMPT.TEXT_TOKENS",
-    "PROMPT.VISUAL_TOKENS",
-    "PROMPT.CONDITIONAL",
+    *("TASKS.DOMAIN_SHIFT", "REGULATOR.ENABLED", "OUTER.META", "CHC.LABELLED"),
+    *("PROMPT.TEXT_TOKENS", "PROMPT.VISUAL_TOKENS", "PROMPT.CONDITIONAL"),
 )
 
 
@@ -59,7 +54,7 @@ class Regulated(WithGRAM, PromptTrainer):
         }
 
     def _meta_facts(self) -> dict[str, Any]:
-        """Which meta-checkpoint the prompts come from, and how it was made; the loaded prompts' own where there are some."""
+        """Return the origin of the prompts: their meta-checkpoint and its settings (as stored with loaded ones)."""
         if self.meta_facts is not None:
             return self.meta_facts
         if self.meta is None:
@@ -68,9 +63,6 @@ class Regulated(WithGRAM, PromptTrainer):
         return {"path": self.meta.path, "sha256": self.meta.sha256, "settings": settings}
 
     def meta_setting(self, key: str) -> Any:
-        """A setting of the meta-training, such as "PROMPT.TEMPLATE"; its default where the file is older than it."""
-        node, default = (self.meta.config if self.meta else {}), get_meta_config()
-        for part in key.split("."):
-            default = default[part]
-            node = node.get(part, default)
-        return node
+        """Return a setting of the meta-training, such as "PROMPT.TEMPLATE"; its default if the file is older."""
+        stored = flatten(self.meta.config) if self.meta else {}
+        return stored.get(key, flatten(get_meta_config())[key])

@@ -1,4 +1,4 @@
-"""VPT: prompt tokens beside an image's patches, learned with cross-entropy (Jia et al., 2022, arXiv 2203.12119; shallow)."""
+"""VPT: prompt tokens beside an image's patches, learned with cross-entropy (Jia et al., 2022, arXiv 2203.12119)."""
 
 from __future__ import annotations
 

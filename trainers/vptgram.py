@@ -14,9 +14,7 @@ class VPTGRAM(Regulated, VPT):
 
     def check_meta(self, meta: MetaCheckpoint) -> None:
         super().check_meta(meta)
-        learnt_with = self.meta_setting("PROMPT.TEMPLATE")
-        if learnt_with != self.template():
-            print(
-                f'Note: the class sentence is "{self.template()}" here (TRAINER.VPT.CTX_INIT), but was '
-                f'"{learnt_with}" in meta-training'
-            )
+        there = self.meta_setting("PROMPT.TEMPLATE")
+        if there != self.template():
+            here = f'the class sentence is "{self.template()}" here (TRAINER.VPT.CTX_INIT)'
+            print(f'Note: {here}, but was "{there}" in meta-training')

@@ -2,8 +2,8 @@
 
 CLIP's own code is the `clip` package (OpenAI's, a checkout's `clip/` folder, or PyPI's clip-anytorch). It builds the
 modules and the tokenizer. The forward passes are this project's (`towers`), because prompt learning needs what the
-original does not offer: texts cut at their last used position, a prompt shared by all classes of a task computed once, a
-batch of tasks with a prompt each, visual prompts, and a second derivative. Nothing in the `clip` package is edited or
+original does not offer: texts cut at their last used position, a prompt shared by all classes of a task computed once,
+a batch of tasks with a prompt each, visual prompts, and a second derivative. Nothing in the `clip` package is edited or
 patched, and logits equal its own to rounding (tests/backbone/test_backbone.py).
 """
 
@@ -49,7 +49,8 @@ def load_backbone(name: str, device: str | torch.device = "cpu", precision: str 
             with weights in OpenAI's, Hugging Face's or open_clip's layout (see `backbone.weights`), `"gram-small"` for
             the model in this package, or `"random-SHAPE"` (`random-tiny`, `random-ViT-B/16`) for seeded random weights.
         device: of the towers.
-        precision: `fp32`, `fp16`, `bf16` or `fp64` for the towers; features and logits are float32 (float64 for `fp64`).
+        precision: `fp32`, `fp16`, `bf16` or `fp64` for the towers; features and logits are float32 (float64 for
+            `fp64`).
 
     Raises:
         GramError: unknown name or precision, missing or unreadable file, or a file without an OpenAI-style CLIP.
@@ -143,14 +144,12 @@ class Backbone(nn.Module):
         return super().train(False)
 
     def check_weights(self, where: PathLike, name: str, digest: str) -> None:
-        """Raise a `GramError` if the file `where` was made with another CLIP than this: `name`, of fingerprint `digest`."""
+        """Raise a `GramError` if the file `where` was made with another CLIP: `name`, of fingerprint `digest`."""
         if digest != self.fingerprint:
             raise GramError(
                 f"{where}: expected the backbone it was made with, {name or 'another CLIP'} ({digest[:12]}), found "
                 f"{self.name} ({self.fingerprint[:12]})"
             )
-
-    # --- text ---------------------------------------------------------------------------------------------------------
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Return token ids (n, 77).
@@ -217,8 +216,6 @@ class Backbone(nn.Module):
             parts.append(self.encode_text(self.embed_tokens(tokens[:, : int(ends.max()) + 1]), ends))
         return torch.cat(parts) if parts else self.logit_scale.new_zeros(0, self.embed_dim)
 
-    # --- images -------------------------------------------------------------------------------------------------------
-
     def encode_images(self, images: Tensor, prompt: Tensor | None = None) -> Tensor:
         """Return L2-normalised features of images.
 
@@ -246,7 +243,7 @@ class Backbone(nn.Module):
         return self._normalised(image_features(self.model.visual, images, prompt, self._run("images")))
 
     def preprocess(self, as_bytes: bool = False) -> Callable[[Any], Tensor]:
-        """Return CLIP's transform for evaluation: PIL image -> (3, H, W), resized (bicubic), centre-cropped, normalised.
+        """Return CLIP's evaluation transform: PIL image -> (3, H, W), resized (bicubic), centre-cropped, normalised.
 
         Args:
             as_bytes: return uint8 pixels, which take a quarter of the memory, and leave the last step to `normalise`.
@@ -313,9 +310,6 @@ def fingerprint(state_dict: dict[str, Tensor]) -> str:
         digest.update(f"{key}{tuple(value.shape)}".encode())
         digest.update(value.numpy().data)
     return digest.hexdigest()
-
-
-# --- loading ----------------------------------------------------------------------------------------------------------
 
 
 def _state_dict_for(name: str) -> dict[str, Tensor]:

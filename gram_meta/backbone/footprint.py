@@ -3,10 +3,11 @@
 Estimates do not ask how much memory happens to be free, so what is chosen from them is the same in every run. Two kinds
 of estimate say what backward passes need:
 
-- `text_bytes`, `image_bytes`: what a first-order forward pass keeps, tensor by tensor (within 20 %, tests/backbone/test_memory.py).
-- `pass_bytes`: the peak of a first- or second-order pass, from constants measured on a CPU (docs/guide/meta-training.md). In units of
-  d numbers, for one position of one layer of width d: FIRST or SECOND; with activation checkpointing KEPT for every
-  layer (three times that for second order), and one layer in full.
+- `text_bytes`, `image_bytes`: what a first-order forward pass keeps, tensor by tensor (within 20 %,
+  tests/backbone/test_memory.py).
+- `pass_bytes`: the peak of a first- or second-order pass, from constants measured on a CPU
+  (docs/guide/meta-training.md). In units of d numbers, for one position of one layer of width d: FIRST or SECOND; with
+  activation checkpointing KEPT for every layer (three times that for second order), and one layer in full.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ def image_positions(backbone: Backbone, prompt: int = 0) -> int:
 def image_bytes(backbone: Backbone, images: int, prompt: int) -> int:
     """Return what the image tower keeps for the backward pass of images with `prompt` tokens each.
 
-    In each layer, of a position: the inputs of two layer norms (float32), query, key, value, attention's result, and the
-    hidden layer (4 d).
+    In each layer, of a position: the inputs of two layer norms (float32), query, key, value, attention's result, and
+    the hidden layer (4 d).
     """
     item, layers = backbone.dtype.itemsize, len(backbone.model.visual.transformer.resblocks)
     each = (2 * max(4, item) + 8 * item) * backbone.visual_width

@@ -1,17 +1,17 @@
-"""The packaged small CLIP, `gram-small`: OpenAI's architecture, trained on the emoji world by
-scripts/train_packaged_clip.py.
+"""The packaged small CLIP, `gram-small`: OpenAI's architecture, trained on the emoji world.
 
-The weights file is float16 and keeps only the embedding rows of tokens that occurred in training; loading puts them
-back into the full table of 49,408, so that `clip.model.build_model` and CLIP's tokenizer work on it unchanged.
+scripts/train_packaged_clip.py trains it. The weights file is float16 and has only the embedding rows of tokens that
+occurred in training. Loading puts them into the full table of 49,408 rows, so that `clip.model.build_model` and CLIP's
+tokenizer work unchanged.
 """
 
 from __future__ import annotations
 
 import json
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gram_meta.errors import GramError
 from gram_meta.files import atomic_write
@@ -27,15 +27,17 @@ _FORMAT = "gram-small-1"
 
 
 def weights_path() -> Path:
-    """Where the packaged weights lie."""
+    """Return the path of the packaged weights."""
     return Path(str(resources.files("gram_meta.backbone").joinpath(f"{NAME}.safetensors")))
 
 
 def load_packaged_state_dict(path: Path | None = None) -> dict[str, torch.Tensor]:
-    """The full state dict under OpenAI's names, float32, ready for `clip.model.build_model`.
+    """Return the full state dict under OpenAI's names, float32, as `clip.model.build_model` expects it.
 
-    Embedding rows of tokens that were never trained hold the mean of the trained rows: a word that the model does not
-    know says nothing (see `untrained_tokens`). Raises GramError when the file is missing or not of this format.
+    Embedding rows of tokens that were never trained hold the mean of the trained rows (see `untrained_tokens`).
+
+    Raises:
+        GramError: the file is missing or not of this format.
     """
     import torch
 
@@ -46,32 +48,25 @@ def load_packaged_state_dict(path: Path | None = None) -> dict[str, torch.Tensor
     table[tensors[_IDS].long()] = rows
     state["token_embedding.weight"] = table
     state["logit_scale"] = state["logit_scale"].reshape(())
-    for name in (
-        "input_resolution",
-        "context_length",
-        "vocab_size",
-    ):  # published archives carry them, build_model drops them
-        state[name] = torch.tensor({"input_resolution": 64, "context_length": 77, "vocab_size": VOCABULARY}[name])
-    return state
+    sizes = {"input_resolution": 64, "context_length": 77, "vocab_size": VOCABULARY}  # as in published archives
+    return state | {name: torch.tensor(size) for name, size in sizes.items()}
 
 
 def metadata(path: Path | None = None) -> dict:
-    """How the packaged weights were made: recipe, steps, hash of the world's recipe."""
+    """Return how the packaged weights were made: recipe, steps, version of the world's recipe."""
     return json.loads(_read(str(path or weights_path()))[1]["training"])
 
 
-def untrained_tokens(texts: list[str], path: Path | None = None) -> dict[str, list[str]]:
-    """Texts that hold tokens the packaged model has never seen, each with those tokens as words; {} when all is known."""
-    from clip.simple_tokenizer import SimpleTokenizer
-
-    tensors, _ = _read(str(path or weights_path()))
+def untrained_tokens(texts: list[str]) -> dict[str, list[str]]:
+    """Return the texts with tokens that were never trained, each with these tokens as words."""
+    tensors, _ = _read(str(weights_path()))
     known = set(tensors[_IDS].tolist())
-    bpe = _tokenizer(SimpleTokenizer)
+    bpe = _tokenizer()
     out = {}
     for text in texts:
-        strange = [bpe.decoder[token].replace("</w>", "") for token in bpe.encode(text) if token not in known]
-        if strange:
-            out[text] = strange
+        unknown = [bpe.decoder[token].replace("</w>", "") for token in bpe.encode(text) if token not in known]
+        if unknown:
+            out[text] = unknown
     return out
 
 
@@ -102,6 +97,8 @@ def _read(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         return {name: file.get_tensor(name) for name in file.keys()}, text
 
 
-@lru_cache(maxsize=1)
-def _tokenizer(kind):
-    return kind()
+@cache
+def _tokenizer() -> Any:
+    from clip.simple_tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer()

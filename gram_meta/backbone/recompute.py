@@ -1,8 +1,8 @@
 """Activation checkpointing that can be differentiated more than once.
 
-`recomputed(function, *inputs)` returns `function(*inputs)` and keeps only the inputs; the backward pass runs the function
-again. Torch's own `torch.utils.checkpoint` does not serve meta-training, which differentiates twice. The graph of a
-backward pass under `create_graph=True` would keep every recomputed activation, so nothing would be saved. And the
+`recomputed(function, *inputs)` returns `function(*inputs)` and keeps only the inputs; the backward pass runs the
+function again. Torch's own `torch.utils.checkpoint` does not serve meta-training, which differentiates twice. The graph
+of a backward pass under `create_graph=True` would keep every recomputed activation, so nothing would be saved. And the
 recomputation would use the attention kernels enabled at that moment instead of those of the forward pass, and fail.
 Here a backward pass that is to be differentiated is itself a recomputed function, and a function always runs under the
 settings of its first call: number types (autocast), attention kernels, `second_order`.

@@ -2,9 +2,10 @@
 
 Meta-training differentiates the towers twice. Autograd can do that alone, but makes many passes over large tensors and
 keeps many of them. Here each derivative is a function of its own. The layer norm and the MLP's activation take fewer
-passes. Attention keeps only queries, keys and values, neither its weights nor their derivatives, so its forward pass may
-be a fused kernel although torch's fused kernels have no second derivative. Gradients go to the activations only; a third
-derivative raises an error. Checked against autograd and finite differences in float64 (tests/backbone/test_second_order.py).
+passes. Attention keeps only queries, keys and values, neither its weights nor their derivatives, so its forward pass
+may be a fused kernel although torch's fused kernels have no second derivative. Gradients go to the activations only; a
+third derivative raises an error. Checked against autograd and finite differences in float64
+(tests/backbone/test_second_order.py).
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ def twice_differentiable() -> Iterator[None]:
 def second_order(enabled: bool) -> Iterator[None]:
     """Set what `second_order_enabled` returns inside, and leave torch's kernels as they are.
 
-    Autograd may run a backward pass in a thread of its own, which does not inherit the value: whoever runs a layer there
-    (`recompute`) has to set it again.
+    Autograd may run a backward pass in a thread of its own, which does not inherit the value: whoever runs a layer
+    there (`recompute`) has to set it again.
     """
     token = _enabled.set(enabled)
     try:
@@ -77,8 +78,8 @@ def self_attention(qkv: Tensor, heads: int) -> Tensor:
 def _last(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Make a backward function raise if its result has to be differentiable.
 
-    Autograd enables gradients in a backward pass exactly under `create_graph=True`. Torch's `once_differentiable` is not
-    used: it would silently leave this function's share out of a third derivative.
+    Autograd enables gradients in a backward pass exactly under `create_graph=True`. Torch's `once_differentiable` is
+    not used: it would silently leave this function's share out of a third derivative.
     """
 
     @wraps(backward)
@@ -88,9 +89,6 @@ def _last(backward: Callable[..., Any]) -> Callable[..., Any]:
         return backward(*args)
 
     return checked
-
-
-# --- layer norm -------------------------------------------------------------------------------------------------------
 
 
 class _Norm(torch.autograd.Function):
@@ -132,9 +130,6 @@ class _NormGradient(torch.autograd.Function):
         return to_dy.mul_(weight), to_x, None, None, None
 
 
-# --- MLP --------------------------------------------------------------------------------------------------------------
-
-
 class _Activation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -170,9 +165,6 @@ class _ActivationGradient(torch.autograd.Function):
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """Return x W / a, with the factor inside the matrix product."""
     return torch.addmm(x.new_empty(1, 1), x, weight, beta=0, alpha=1 / ACTIVATION)
-
-
-# --- attention --------------------------------------------------------------------------------------------------------
 
 
 class _Attention(torch.autograd.Function):

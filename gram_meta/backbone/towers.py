@@ -1,8 +1,9 @@
 """CLIP's two transformer towers as functions of the modules' parameters, and how texts are packed for the text tower.
 
-The text tower has two layouts with equal results (`Packing`, `Rectangle`). `image_features` and `text_features` take a `run` callable for the layers: it calls a layer, and either keeps its
-activations for the backward pass or lets them be recomputed (`gram_meta.backbone.recompute`). Shapes: B images, G groups
-(tasks) of N texts, L positions, P shared positions, T packed tokens, width d.
+The text tower has two layouts with equal results (`Packing`, `Rectangle`). `image_features` and `text_features` take a
+`run` callable for the layers: it calls a layer, and either keeps its activations for the backward pass or lets them be
+recomputed (`gram_meta.backbone.recompute`). Shapes: B images, G groups (tasks) of N texts, L positions, P shared
+positions, T packed tokens, width d.
 """
 
 from __future__ import annotations
@@ -71,9 +72,6 @@ def _dense_texts(layers: Any, tokens: Tensor, shared: Tensor | None, layout: Rec
     return run(partial(_final_dense_block, final, layout), x)
 
 
-# --- layers -----------------------------------------------------------------------------------------------------------
-
-
 def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """Apply a layer norm in at least float32, whatever the towers' number type."""
     high = torch.promote_types(x.dtype, torch.float32)
@@ -106,7 +104,8 @@ def _merge_heads(attn: nn.MultiheadAttention, x: Tensor) -> Tensor:
 def _mlp(mlp: Any, x: Tensor) -> Tensor:
     """Apply CLIP's MLP to (..., d).
 
-    QuickGELU is h sigmoid(a h) = silu(a h) / a; `a` is folded into both matrix products, which leaves one elementwise pass.
+    QuickGELU is h sigmoid(a h) = silu(a h) / a; `a` is folded into both matrix products, which leaves one elementwise
+    pass.
     """
     flat, a = x.flatten(0, -2), ACTIVATION
     hidden = torch.addmm(mlp.c_fc.bias, flat, mlp.c_fc.weight.T, beta=a, alpha=a)
@@ -168,7 +167,7 @@ class Packing:
 
 
 class Rectangle:
-    """Texts of different lengths as one padded rectangle (G N, P + L): more arithmetic, but far fewer operations, for GPUs.
+    """Texts of different lengths as one padded rectangle (G N, P + L): more arithmetic, but fewer operations, for GPUs.
 
     The tower is causal, so padding behind an end token changes nothing. The arguments are those of `Packing`.
     """

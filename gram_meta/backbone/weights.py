@@ -1,10 +1,10 @@
-"""CLIP weights as they are published, brought to OpenAI's key names and checked to be what CLIP's code computes.
+"""Reading of published CLIP weights under OpenAI's key names, with a check that CLIP's code computes them correctly.
 
-Read are OpenAI's own files (TorchScript archives, plain state dicts), Hugging Face's (a folder that `save_pretrained`
-wrote, or a file of it) and open_clip's (a folder or file of its hub, or a checkpoint of its training). The architecture
-is OpenAI's: quick_gelu, heads of 64 channels, layer norms with eps 1e-5, a causal text tower that is read at the end token.
-Weights do not say how they are meant to be computed; the config beside them does, and where it says something else, the
-weights are refused: they would load, and give wrong features.
+The formats are OpenAI's own files (TorchScript archives, plain state dicts), Hugging Face's (a folder written by
+`save_pretrained`, or a file of it) and open_clip's (a folder or file of its hub, or a checkpoint of its training). The
+architecture is OpenAI's: quick_gelu, heads of 64 channels, layer norms with eps 1e-5, a causal text tower that is read
+at the end token. Weights do not show their activation or number of heads; the config beside them does. If the config
+differs from OpenAI's architecture, the weights are refused: they would load, and give wrong features.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gram_meta.errors import GramError
+from gram_meta.errors import GramError, in_one_line
 from gram_meta.files import read_json
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # RGB, of CLIP's training images
@@ -30,17 +30,13 @@ HEAD = 64  # channels of an attention head in OpenAI's builder
 EPS = 1e-5  # of its layer norms
 VOCABULARY = 49_408  # of its tokenizer
 
-# Beside the weights in OpenAI's archives and in others' checkpoints: nothing that is learned
-_EXTRA = (
-    "input_resolution",
-    "context_length",
-    "vocab_size",
-    "attn_mask",
-    "text_model.embeddings.position_ids",
-    "vision_model.embeddings.position_ids",
-)
+# Entries beside the weights in OpenAI's archives and in other checkpoints, which are not learned
+_EXTRA = {
+    *("input_resolution", "context_length", "vocab_size", "attn_mask"),
+    *("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"),
+}
 
-# What a folder's weights are called: (the config that makes them readable, the files, best first)
+# Names of files in a folder of weights: (the config that describes them, the weights, best first)
 _HUGGING_FACE = (
     "config.json",
     ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
@@ -50,16 +46,15 @@ _OPEN_CLIP = (
     ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"),
 )
 
-# Arguments that the MaPLe family's clip asks for; these build the plain CLIP of CoOp
+# Arguments that the `clip` of MaPLe's family requires; these build the plain CLIP of CoOp
 _PLAIN_DESIGN = {"trainer": "CoOp", "vision_depth": 0, "vision_ctx": 0, "language_depth": 0, "language_ctx": 0}
 
 
 def read_clip(path: Path) -> dict[str, Tensor]:
-    """Weights under OpenAI's names from a file or folder of OpenAI's, Hugging Face's or open_clip's layout.
+    """Return weights under OpenAI's names from a file or folder of OpenAI's, Hugging Face's or open_clip's layout.
 
     Raises:
-        GramError: an unreadable file, or weights that CLIP's code would load but compute differently; one sentence
-            that says what was found.
+        GramError: an unreadable file, or weights that CLIP's code would load but compute differently.
     """
     file = _file_of(path) if path.is_dir() else path
     state = _plain_names(_read_file(file))
@@ -102,7 +97,7 @@ def read_widths(path: Path) -> dict[str, int]:
 
 
 def build_clip(clip: ModuleType, state: Mapping[str, Tensor], name: str) -> Any:
-    """CLIP's modules with weights of OpenAI's names, in float32, built by the `clip` package that is there.
+    """Return CLIP's modules with these weights, in float32, built by the `clip` package.
 
     Raises:
         GramError: keys or shapes that are no whole CLIP of OpenAI's architecture.
@@ -111,13 +106,15 @@ def build_clip(clip: ModuleType, state: Mapping[str, Tensor], name: str) -> Any:
     if "text_projection" not in weights or "visual.conv1.weight" not in weights:
         some = ", ".join(list(weights)[:3]) or "nothing"
         raise GramError(
-            f"{name}: expected a CLIP state dict with Hugging Face's, open_clip's or OpenAI's key names, found {some}, ..."
+            f"{name}: expected a CLIP state dict with Hugging Face's, open_clip's or OpenAI's key names, found {some}, "
+            "..."
         )
     try:
         model = _plainly(clip.model.build_model, dict(weights)).float()
         model.load_state_dict(weights)  # build_model went through fp16: put the exact values back
     except (KeyError, IndexError, RuntimeError) as error:
-        raise GramError(f"{name}: expected a whole CLIP of OpenAI's architecture, found {_told(error)}") from None
+        found = f"no {error.args[0]}" if isinstance(error, KeyError) else in_one_line(error, 300)
+        raise GramError(f"{name}: expected a whole CLIP of OpenAI's architecture, found {found}") from None
     vocabulary = model.token_embedding.weight.shape[0]
     if vocabulary < VOCABULARY:
         raise GramError(
@@ -127,27 +124,15 @@ def build_clip(clip: ModuleType, state: Mapping[str, Tensor], name: str) -> Any:
 
 
 def empty_clip(clip: ModuleType, *shape: Any) -> Any:
-    """CLIP's modules of a shape, as the package draws them."""
+    """Return CLIP's modules of a shape, with weights drawn by the package."""
     return _plainly(clip.model.CLIP, *shape)
 
 
 def _plainly(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a builder of the `clip` package; the MaPLe family's take `design_details`, and get those of a plain CLIP."""
+    """Call a builder of the `clip` package; those of MaPLe's family get the `design_details` of a plain CLIP."""
     if "design_details" in inspect.signature(function).parameters:
         return function(*args, design_details=dict(_PLAIN_DESIGN))
     return function(*args)
-
-
-def _told(error: Exception) -> str:
-    """What torch says about keys and shapes in its many lines, in one."""
-    if isinstance(error, KeyError):
-        return f"no {error.args[0]}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = " ".join(lines[1:] or lines)
-    return text if len(text) < 300 else f"{text[:300]} ..."
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def _file_of(folder: Path) -> Path:
@@ -165,7 +150,7 @@ def _file_of(folder: Path) -> Path:
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
-    """Tensors by name from .safetensors, a TorchScript archive, or a plain torch file (never code)."""
+    """Return tensors by name from a .safetensors file, a TorchScript archive, or a plain torch file; run no code."""
     if path.name.endswith(".index.json"):
         return _read_parts(path)
     if path.suffix == ".safetensors":
@@ -173,39 +158,39 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 
         try:
             return load_file(path)
-        except Exception as error:  # noqa: BLE001, safetensors raises kinds of its own
+        except Exception as error:  # noqa: BLE001, safetensors raises errors of its own classes
             raise GramError(f"{path}: expected a .safetensors file, found {error}") from None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.jit is deprecated; OpenAI's files are what they are
+            warnings.simplefilter("ignore")  # torch.jit is deprecated, but OpenAI's files need it
             return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
     except RuntimeError:
         pass  # not a TorchScript archive
+    expected = f"{path}: expected a TorchScript archive or a state dict of tensors, found"
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001, pickle, zip and torch each raise their own
-        first = str(error).strip().splitlines()[0]
-        raise GramError(f"{path}: expected a TorchScript archive or a state dict of tensors, found {first}") from None
+        raise GramError(f"{expected} {in_one_line(error)}") from None
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise GramError(f"{path}: expected a TorchScript archive or a state dict of tensors, found no tensors")
+        raise GramError(f"{expected} no tensors")
     return tensors
 
 
 def _read_parts(index: Path) -> dict[str, Tensor]:
-    """Weights that Hugging Face has split over several files."""
+    """Return weights that Hugging Face has split over several files."""
     parts = read_json(index).get("weight_map")
     if not isinstance(parts, dict):
         raise GramError(f"{index}: expected a weight_map that names the parts, found none")
     state: dict[str, Tensor] = {}
     for name in sorted(set(parts.values())):
-        state |= _read_file(index.parent / Path(name).name)  # beside the index, wherever the name points
+        state |= _read_file(index.parent / Path(name).name)  # beside the index, never in another folder
     return state
 
 
 def _plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without what wrappers of a training have put before every name."""
+    """Return the weights without the prefixes that wrappers of a training put before every name."""
     for prefix in ("module.", "_orig_mod.", "module."):
         if state and all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
@@ -217,8 +202,8 @@ def _config_beside(file: Path, name: str, path: Path) -> dict[str, Any]:
     if not beside.is_file():
         least = '{"model_type": "clip"}' if name == _HUGGING_FACE[0] else '{"model_cfg": {"quick_gelu": true}}'
         raise GramError(
-            f"{path}: expected {name} beside it, which says what weights do not (the activation, the number of heads), "
-            f"found none; for a model that computes as OpenAI's does, {least} is enough"
+            f"{path}: expected {name} beside it, which names the activation and the number of heads, found none; for a "
+            f"model that computes as OpenAI's does, {least} is enough"
         )
     return _config(beside)
 
@@ -237,8 +222,6 @@ def _refuse_siglip(state: Mapping[str, Tensor], path: Path) -> None:
         )
 
 
-# --- Hugging Face -----------------------------------------------------------------------------------------------------
-
 _HF_LAYER = re.compile(r"(text|vision)_model\.encoder\.layers\.(\d+)\.(.+)")
 _HF_IN_LAYER = {
     "self_attn.out_proj": "attn.out_proj",
@@ -250,52 +233,51 @@ _HF_IN_LAYER = {
 _HF_OUTSIDE = {
     "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
     "text_model.embeddings.position_embedding.weight": "positional_embedding",
-    "text_model.final_layer_norm.weight": "ln_final.weight",
-    "text_model.final_layer_norm.bias": "ln_final.bias",
     "vision_model.embeddings.class_embedding": "visual.class_embedding",
     "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
     "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
-    "vision_model.pre_layrnorm.weight": "visual.ln_pre.weight",  # transformers' own spelling
-    "vision_model.pre_layrnorm.bias": "visual.ln_pre.bias",
-    "vision_model.post_layernorm.weight": "visual.ln_post.weight",
-    "vision_model.post_layernorm.bias": "visual.ln_post.bias",
     "logit_scale": "logit_scale",
+}
+_HF_OUTSIDE |= {
+    f"{theirs}.{leaf}": f"{ours}.{leaf}"
+    for leaf in ("weight", "bias")
+    for theirs, ours in (
+        ("text_model.final_layer_norm", "ln_final"),
+        ("vision_model.pre_layrnorm", "visual.ln_pre"),  # transformers' own spelling
+        ("vision_model.post_layernorm", "visual.ln_post"),
+    )
 }
 _HF_PROJECTIONS = {"text_projection.weight": "text_projection", "visual_projection.weight": "visual.proj"}
 
 
 def _from_hugging_face(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """transformers' CLIPModel -> OpenAI's names: q, k, v become one matrix, projections are turned."""
+    """Rename the weights of transformers' CLIPModel: q, k, v become one matrix, projections are transposed."""
     ours: dict[str, Tensor] = {}
     for key, value in state.items():
-        layer = _HF_LAYER.fullmatch(key)
-        if key in _EXTRA:
+        tower, number, rest = layer.groups() if (layer := _HF_LAYER.fullmatch(key)) else ("", "", "")
+        block = f"{'visual.' if tower == 'vision' else ''}transformer.resblocks.{number}"
+        module, _, leaf = rest.rpartition(".")
+        if key in _EXTRA or module in ("self_attn.k_proj", "self_attn.v_proj"):
             continue
         if key in _HF_OUTSIDE:
             ours[_HF_OUTSIDE[key]] = value
         elif key in _HF_PROJECTIONS:
             ours[_HF_PROJECTIONS[key]] = value.T.contiguous()  # a linear layer's (D, d) -> (d, D)
-        elif layer is None:
-            raise GramError(f"{path}: expected the weights of Hugging Face's CLIPModel, found {key}")
+        elif module in _HF_IN_LAYER:
+            ours[f"{block}.{_HF_IN_LAYER[module]}.{leaf}"] = value
+        elif module == "self_attn.q_proj":
+            names = [key.replace("q_proj", f"{which}_proj") for which in "qkv"]
+            lacking = [name for name in names if name not in state]
+            if lacking:
+                raise GramError(f"{path}: expected {lacking[0]} beside {key}, found none")
+            ours[f"{block}.attn.in_proj_{leaf}"] = torch.cat([state[name] for name in names])  # (3 d, d)
         else:
-            tower, number, rest = layer.groups()
-            block = f"{'visual.' if tower == 'vision' else ''}transformer.resblocks.{number}"
-            module, _, leaf = rest.rpartition(".")
-            if module in _HF_IN_LAYER:
-                ours[f"{block}.{_HF_IN_LAYER[module]}.{leaf}"] = value
-            elif module == "self_attn.q_proj":
-                names = [key.replace("q_proj", f"{which}_proj") for which in "qkv"]
-                lacking = [name for name in names if name not in state]
-                if lacking:
-                    raise GramError(f"{path}: expected {lacking[0]} beside {key}, found none")
-                ours[f"{block}.attn.in_proj_{leaf}"] = torch.cat([state[name] for name in names])  # (3 d, d)
-            elif module not in ("self_attn.k_proj", "self_attn.v_proj"):
-                raise GramError(f"{path}: expected the weights of Hugging Face's CLIPModel, found {key}")
+            raise GramError(f"{path}: expected the weights of Hugging Face's CLIPModel, found {key}")
     return ours
 
 
 def _check_hugging_face(config: Mapping[str, Any], path: Path) -> None:
-    """Refuse what the config says to compute in another way."""
+    """Raise if the config describes another computation than OpenAI's."""
     kind = config.get("model_type", "clip")
     if kind != "clip":
         raise GramError(f"{path}: expected a Hugging Face model of model_type 'clip', found {kind!r}")
@@ -305,20 +287,18 @@ def _check_hugging_face(config: Mapping[str, Any], path: Path) -> None:
     }
     for tower, defaults in usual.items():
         own = {**defaults, **(config.get(f"{tower}_config") or {})}
-        _check_activation(own.get("hidden_act", "quick_gelu"), f"{tower}_config.hidden_act", path)
-        _check_heads(own["hidden_size"], own["num_attention_heads"], f"{tower}_config.num_attention_heads", path)
-        _check_eps(own.get("layer_norm_eps", EPS), f"{tower}_config.layer_norm_eps", path)
+        _expect(path, f"{tower}_config.hidden_act", "quick_gelu", own.get("hidden_act", "quick_gelu"))
+        heads = own["num_attention_heads"]
+        _expect(path, f"{tower}_config.num_attention_heads", own["hidden_size"] / HEAD, heads)
+        _expect(path, f"{tower}_config.layer_norm_eps", EPS, own.get("layer_norm_eps", EPS))
     folder = path if path.is_dir() else path.parent
     if (folder / "preprocessor_config.json").is_file():
         pixels = read_json(folder / "preprocessor_config.json")
         _check_pixels(pixels.get("image_mean"), pixels.get("image_std"), "preprocessor_config.json", path)
 
 
-# --- open_clip --------------------------------------------------------------------------------------------------------
-
-
 def _is_open_clip(file: Path, state: Mapping[str, Tensor]) -> bool:
-    """Weights under OpenAI's names that came from open_clip: by their config, their file's name, or names of its own."""
+    """Return whether weights are from open_clip: by their config, by the name of the file, or by names of tensors."""
     own = ("text.", "attn_mask", "visual.ls_", "text_projection.")
     return (
         (file.parent / _OPEN_CLIP[0]).is_file()
@@ -328,7 +308,7 @@ def _is_open_clip(file: Path, state: Mapping[str, Tensor]) -> bool:
 
 
 def _from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """open_clip -> OpenAI's names: custom text towers stand under `text.`, and may project by a linear layer."""
+    """Rename open_clip's weights: a custom text tower has the prefix `text.`, and may project by a linear layer."""
     ours = {key.removeprefix("text."): value for key, value in state.items()}
     if "text_projection.weight" in ours and "text_projection.bias" not in ours:
         ours["text_projection"] = ours.pop("text_projection.weight").T.contiguous()
@@ -336,53 +316,28 @@ def _from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_open_clip(config: Mapping[str, Any], path: Path) -> None:
-    """Refuse what the config says to compute in another way; open_clip's own default is gelu."""
+    """Raise if the config describes another computation than OpenAI's; open_clip's own default is gelu."""
     model = config.get("model_cfg", config)
     vision, text = model.get("vision_cfg") or {}, model.get("text_cfg") or {}
     for name, tower, key in (("vision_cfg", vision, "timm_model_name"), ("text_cfg", text, "hf_model_name")):
         if tower.get(key):
             raise GramError(f"{path}: expected towers of OpenAI's architecture, found {name}.{key} {tower[key]!r}")
-    _check_activation("quick_gelu" if model.get("quick_gelu") else "gelu", "model_cfg.quick_gelu", path)
-    if vision.get("head_width", HEAD) != HEAD:
-        _refuse(path, "vision_cfg.head_width", HEAD, vision["head_width"])
-    _check_heads(text.get("width", 512), text.get("heads", 8), "text_cfg.heads", path)
+    _expect(path, "model_cfg.quick_gelu", True, bool(model.get("quick_gelu")))
+    _expect(path, "vision_cfg.head_width", HEAD, vision.get("head_width", HEAD))
+    _expect(path, "text_cfg.heads", text.get("width", 512) / HEAD, text.get("heads", 8))
     for name, tower in (("vision_cfg", vision), ("text_cfg", text)):
-        _check_eps((tower.get("norm_kwargs") or {}).get("eps", EPS), f"{name}.norm_kwargs.eps", path)
-        for key, usual in _OPEN_CLIP_USUAL.get(name, {}).items():
-            if tower.get(key, usual) != usual:
-                _refuse(path, f"{name}.{key}", usual, tower[key])
+        _expect(path, f"{name}.norm_kwargs.eps", EPS, (tower.get("norm_kwargs") or {}).get("eps", EPS))
+        for key, usual in _OPEN_CLIP_USUAL[name].items():
+            _expect(path, f"{name}.{key}", usual, tower.get(key, usual))
     pixels = config.get("preprocess_cfg") or {}
     _check_pixels(pixels.get("mean"), pixels.get("std"), "preprocess_cfg", path)
 
 
-# Settings of open_clip's that change what is computed and that the shapes of weights do not show
+# Settings of open_clip that change the computation but not the shapes of weights
 _OPEN_CLIP_USUAL: dict[str, dict[str, Any]] = {
     "vision_cfg": {"pool_type": "tok", "final_ln_after_pool": False, "no_ln_pre": False, "pos_embed_type": "learnable"},
     "text_cfg": {"pool_type": "argmax", "no_causal_mask": False, "embed_cls": False},
 }
-
-
-# --- what is the same for both ----------------------------------------------------------------------------------------
-
-
-def _check_activation(found: Any, key: str, path: Path) -> None:
-    if found != "quick_gelu":
-        raise GramError(
-            f"{path}: expected the activation quick_gelu, with which OpenAI's CLIP computes, found {found} ({key})"
-        )
-
-
-def _check_heads(width: Any, heads: Any, key: str, path: Path) -> None:
-    if heads * HEAD != width:
-        raise GramError(
-            f"{path}: expected attention heads of {HEAD} channels, as OpenAI's CLIP builds them ({width // HEAD} for a "
-            f"width of {width}), found {heads} ({key})"
-        )
-
-
-def _check_eps(found: Any, key: str, path: Path) -> None:
-    if found != EPS:
-        _refuse(path, key, EPS, found)
 
 
 def _check_pixels(mean: Any, std: Any, where: str, path: Path) -> None:
@@ -393,5 +348,8 @@ def _check_pixels(mean: Any, std: Any, where: str, path: Path) -> None:
             )
 
 
-def _refuse(path: Path, key: str, expected: Any, found: Any) -> None:
-    raise GramError(f"{path}: expected {key} {expected}, as OpenAI's CLIP has it, found {found}")
+def _expect(path: Path, key: str, expected: Any, found: Any) -> None:
+    """Raise unless a setting of the config is that of OpenAI's CLIP."""
+    if found != expected:
+        usual = f"{expected:g}" if isinstance(expected, float) else expected
+        raise GramError(f"{path}: expected {key} {usual}, as OpenAI's CLIP has it, found {found}")

@@ -204,6 +204,14 @@ class Hierarchy:
         if len(self.fates) != len(store) or not np.array_equal(np.asarray(store.image)[self.pair], self.image):
             raise GramError(f"{self.path or 'hierarchy'}: expected pairs and images of {store.path}, found other rows")
 
+    def check_labelled(self, labelled: bool) -> None:
+        """Raise `GramError` unless the topics are classes (`labelled`) or were found by clustering (CHC.LABELLED)."""
+        names = "topics found by clustering", "labelled classes"
+        found = bool(self.manifest.get("labelled"))
+        if found != labelled:
+            expected = f"expected a hierarchy of {names[labelled]}, found one of {names[found]}"
+            raise GramError(f"CHC.LABELLED is {labelled}: {expected}")
+
     def open_store(self, path: PathLike | None = None, verify: bool = False) -> PairStore:
         """Open and check the store this hierarchy was made from, at `path` or (None) in its former folder."""
         from gram_meta.corpus.store import PairStore

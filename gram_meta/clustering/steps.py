@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from gram_meta.files import PathLike, write_arrays
+from gram_meta.files import PathLike, read_arrays, write_arrays
 
 log = logging.getLogger(__name__)
 
@@ -30,16 +29,12 @@ class Steps:
         """Return the array that an earlier run with this key kept under `name`; else keep the result of `make`."""
         if self.folder is None:
             return make()
-        path = self.path(name)
-        try:
-            with np.load(path, allow_pickle=False) as kept:
-                if str(kept["key"]) == key:
-                    log.info("%s: found by an earlier run that was interrupted", name)
-                    return kept["value"]
-        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
-            pass  # missing or damaged
+        kept = read_arrays(self.path(name))
+        if str(kept.get("key")) == key:
+            log.info("%s: found by an earlier run that was interrupted", name)
+            return kept["value"]
         value = make()
-        write_arrays(path, {"key": np.array(key), "value": value})
+        write_arrays(self.path(name), {"key": np.array(key), "value": value})
         return value
 
     def path(self, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Options that take a list, with KEY VALUE pairs behind it: `--seeds 1 2 3 OPTIM.MAX_EPOCH 5`."""
+"""Options that take a list and may be followed by KEY VALUE pairs: `--seeds 1 2 3 OPTIM.MAX_EPOCH 5`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def give_back_options(args: argparse.Namespace, *names: str) -> None:
     """Move KEY VALUE pairs, which argparse gives to the list before them, to `args.opts`.
 
     Raises:
-        GramError: a list that holds nothing else.
+        GramError: a list of KEY VALUE pairs only.
     """
     for name in names:
         words = getattr(args, name) or []

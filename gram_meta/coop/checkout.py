@@ -1,4 +1,4 @@
-"""Somebody's CoOp-style checkout: its own train.py, run with this project's trainers, datasets and config keys added."""
+"""A CoOp-style checkout: its own train.py, run with this project's trainers, datasets and options added."""
 
 from __future__ import annotations
 

@@ -31,6 +31,7 @@ from gram_meta.config import (
     did_you_mean,
     expand_homes,
     find_config,
+    flatten,
     refuse_flags,
     rename_old_keys,
 )
@@ -51,7 +52,8 @@ def extend_defaults(command_line: CommandLine | None = None) -> CommandLine:
     """Extend the tree that every `get_cfg_default()` copies, whoever has imported it; return the command line in use.
 
     Args:
-        command_line: the flags that copies of the tree follow; None: those of an earlier call, at first the process's own.
+        command_line: the flags that copies of the tree follow; None: those of an earlier call, at first the process's
+            own.
     """
     Defaults.command_line = command_line or Defaults.command_line or CommandLine.parse(sys.argv[1:])
     if hooks.is_on("default-options"):
@@ -118,7 +120,10 @@ def _sentence(error: Exception, tree: Any) -> str:
         mismatch = MISMATCH.search(str(error))
         return f"{mismatch[3]}: expected {mismatch[1]}, found {mismatch[2]}" if mismatch else ""
     unknown = UNKNOWN.search(str(error))
-    return f"unknown key {unknown[1]!r}{did_you_mean(unknown[1], _keys(tree))}" if unknown else ""
+    if not unknown:
+        return ""
+    known = [name for key in flatten(tree) for name in (key, key.rpartition(".")[0])]  # options and their nodes
+    return f"unknown key {unknown[1]!r}{did_you_mean(unknown[1], known)}"
 
 
 def config_path(name: str, command_line: CommandLine) -> str:
@@ -167,11 +172,3 @@ def _has_gram(trainer: str) -> bool:
     from gram_meta.method.dassl import WithGRAM
 
     return trainer in TRAINER_REGISTRY.registered_names() and issubclass(TRAINER_REGISTRY.get(trainer), WithGRAM)
-
-
-def _keys(tree: Any, prefix: str = "") -> Iterator[str]:
-    """Yield every key, those of nodes too."""
-    for key, value in tree.items():
-        yield f"{prefix}{key}"
-        if isinstance(value, CfgNode):
-            yield from _keys(value, f"{prefix}{key}.")

@@ -28,9 +28,9 @@ from gram_meta.runs.folder import open_folder
 __all__ = ["add_flags", "build_parser", "find_config", "main", "run", "setup_cfg", "train"]
 
 
-def build_parser(prog: str = "train.py") -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """Return a parser with CoOp's flags."""
-    parser = argparse.ArgumentParser(prog=prog, description="Train or evaluate a trainer on a dataset.")
+    parser = argparse.ArgumentParser(prog="train.py", description="Train or evaluate a trainer on a dataset.")
     add_flags(parser)
     return parser
 

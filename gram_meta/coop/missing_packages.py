@@ -21,7 +21,7 @@ OF_A_CHECKOUT = re.compile(r"trainers\.\w+")
 
 
 def skip_missing_packages(command_line: CommandLine) -> None:
-    """Let `import trainers.x` print a note about a missing package, if `--trainer` asks for a trainer of another file."""
+    """Let `import trainers.x` print a note about a missing package if `--trainer` names a trainer of another file."""
     for finder in sys.meta_path:
         if isinstance(finder, _Finder):
             finder.trainer = command_line.trainer

@@ -1,8 +1,8 @@
 """`gram demo`: the whole path on the emoji world, ending in a table.
 
-The demo is nothing but the commands that anybody would type, one after another, in one process: each stage is a list of
-arguments for `gram`, which is printed (and kept in commands.sh) and then run. What is finished is not done again; an
-interrupted stage goes on where it was. Nothing here knows a result.
+The demo runs the commands that a user would type, one after another, in one process: each stage is a list of arguments
+for `gram`, which is printed, written to commands.sh and run. A finished stage is not run again; an interrupted stage
+continues. No result is stored in this file.
 
     OUT/world/        pictures and captions; few-shot datasets in CoOp's layout
     OUT/store/        features of the corpus                       (gram embed)
@@ -11,8 +11,8 @@ interrupted stage goes on where it was. Nothing here knows a result.
     OUT/runs/         trainers, in CoOp's folders                  (gram train)
     OUT/table.md, table.json, topics.txt, commands.sh, demo.json   (demo.json: what is finished)
 
-demo.json names this demo by an id, and every folder that the demo makes carries it. The demo starts in an empty OUT or in
-its own, and removes no folder without its id.
+demo.json names this demo by an id, and every folder that the demo makes carries it. The demo starts in an empty OUT or
+in its own, and removes no folder without its id.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ import shlex
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from gram_meta import __version__
@@ -51,7 +52,7 @@ ZERO_SHOT_CONFIG = "gram_small"
 STEPS_WATCHED = (0, 1, 5, 20, 50, 90)  # 90: ten epochs of 16 shots in 18 classes, batches of 32
 PLAIN_DATASETS = ("food", "travel", "objects", "activities", "faces")  # settings were tuned on "animals"
 
-# Seconds on 2 cores, for the time left; corrected by what this machine turns out to need.
+# Seconds on 2 cores, for the time left; `Clock` corrects them by the times on this machine
 EXPECTED = {"world": 60, "embed": 150, "cluster": 85, "inspect": 3, "pretrain": 70, "run": 8, "table": 2}
 
 
@@ -70,17 +71,6 @@ class Settings:
     meta_config: str = "coop_gram_small"
     meta_opts: tuple[str, ...] = ()  # KEY VALUE for `gram cluster` and `gram pretrain`
     train_opts: tuple[str, ...] = ()  # KEY VALUE for `gram train`
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One command of the path, the folder it fills, and what it is built upon."""
-
-    name: str
-    title: str
-    argv: tuple[str, ...]
-    folder: Path
-    upon: str = ""  # key of what came before
 
 
 @dataclass(frozen=True)
@@ -106,7 +96,7 @@ WORDS = ("TRAINER.GRAM.INIT", "False")
 
 
 def _controls(ratio: float) -> list[Variant]:
-    """Return the trainings that tell the regulator from a smaller step (by `ratio`), and the start from a better one."""
+    """Return the controls: smaller steps (by `ratio`) instead of the regulator, and other initialisations."""
     scaled = (*OFF, "TRAINER.GRAM.STEP_SCALE", f"{ratio:.3g}")
     return [
         Variant("CoOpGRAM", "_raw", OFF),
@@ -121,8 +111,8 @@ def run_demo(settings: Settings, say: Callable[[str], None] = print) -> Path:
     """Run what is not finished, print a table, and return the path of table.md.
 
     Raises:
-        GramError: a package, the packaged weights or a dataset that is not there; files in OUT that the demo has not made; a
-            stage that failed.
+        GramError: a package, the packaged weights or a dataset that is not there; files in OUT that the demo has not
+            made; a stage that failed.
     """
     _check(settings)
     with only_writer(settings.out), Demo(settings, say) as demo:
@@ -137,7 +127,7 @@ def run_demo(settings: Settings, say: Callable[[str], None] = print) -> Path:
 
 
 class Demo:
-    """The path, with its memory of what is finished and its clock."""
+    """The stages, the record of finished ones, and the clock."""
 
     def __init__(self, settings: Settings, say: Callable[[str], None]) -> None:
         self.settings, self.say, self.out = settings, say, settings.out
@@ -157,23 +147,17 @@ class Demo:
         if kind is KeyboardInterrupt:
             self.say("interrupted; the same command goes on here")
 
-    # --- the path -----------------------------------------------------------------------------------------------------
-
     def introduce(self) -> None:
         s = self.settings
         self.say(f"gram demo, the {'full' if s.full else 'plain'} version, in {self.out}")
-        self.say(
-            f"  datasets {', '.join(s.datasets)}; seeds {', '.join(map(str, s.seeds))}; {s.shots} shots; "
-            f"{s.corpus_size:,} image-text pairs; backbone {s.backbone}"
-        )
+        runs = f"datasets {', '.join(s.datasets)}; seeds {', '.join(map(str, s.seeds))}; {s.shots} shots"
+        self.say(f"  {runs}; {s.corpus_size:,} image-text pairs; backbone {s.backbone}")
         if not s.full:
-            self.say(
-                "  (gram demo --full: all datasets, more seeds, and the controls of the regulator and of the start)"
-            )
+            self.say("  (gram demo --full: all datasets, more seeds, controls of the regulator and the initialisation)")
         self.say(f"  about {in_words(self.clock.left())} on 2 cores; every finished stage is kept in {self.out}")
 
     def world(self) -> str:
-        """Write pictures, captions and datasets; returns the key of the corpus."""
+        """Write pictures, captions and datasets; return the key of the corpus."""
         from gram_meta.demo.world import RECIPE, write_world
 
         s, folder = self.settings, self.out / "world"
@@ -197,29 +181,26 @@ class Demo:
         if s.sentence_model != "all-MiniLM-L6-v2":
             argv += ["--sentence-model", s.sentence_model]
         title = "features: CLIP and Sentence-BERT over the image-text pairs"
-        return self._gram(
-            Stage("embed", title, (*argv, "--device", "cpu"), self.out / "store", upon + _weights(s.backbone))
-        )
+        return self._gram(title, [*argv, "--device", "cpu"], "store", upon + _weights(s.backbone))
 
     def cluster(self, upon: str) -> str:
         argv = ["cluster", f"{self.out}/store", "-o", f"{self.out}/hierarchy", "--config-file", self._meta_config()]
         title = "clustering: filter, topics, visual domains (CHC)"
-        return self._gram(
-            Stage("cluster", title, (*argv, *self.settings.meta_opts), self.out / "hierarchy", upon + self._meta_hash())
-        )
+        digest = sha256_file(find_config(self._meta_config(), "gram_meta"))
+        return self._gram(title, [*argv, *self.settings.meta_opts], "hierarchy", upon + digest)
 
     def inspect(self, upon: str) -> None:
-        """Topics and their agreement with the truth; kept in topics.txt."""
+        """Compare the topics with the true concepts, and write topics.txt."""
         argv = ["inspect", f"{self.out}/hierarchy", "--topics", "10", "--truth", f"{self.out}/world/corpus/truth.tsv"]
         text = io.StringIO()
-        title = "what the clustering found, against what is true"
+        title = "the topics, compared with the true concepts"
         with self._stage("inspect", title, _line(argv), _key("inspect", argv, upon)) as needed:
             if needed:
                 with redirect_stdout(text):
                     _call(argv)
                 with atomic_write(self.out / "topics.txt", "w") as file:
                     file.write(text.getvalue())
-                self.say(_indent(text.getvalue()))
+                self.say(indent(text.getvalue().rstrip(), "  "))
 
     def pretrain(self, upon: str) -> str:
         argv = ["pretrain", "--store", f"{self.out}/store", "--hierarchy", f"{self.out}/hierarchy", "--config"]
@@ -227,10 +208,10 @@ class Demo:
         if self.settings.backbone != "gram-small":
             argv += ["BACKBONE.NAME", self.settings.backbone]
         title = "meta-training of a prompt and a gradient regulator (Algorithm 1)"
-        return self._gram(Stage("pretrain", title, tuple(argv), self.out / "meta", upon))
+        return self._gram(title, argv, "meta", upon)
 
     def trainers(self, upon: str) -> None:
-        """Every trainer on every dataset and seed; the controls come last, since one of them needs what came before."""
+        """Run every trainer on every dataset and seed; the controls come last, as one needs results of the others."""
         self.say("trainers: zero-shot, CoOp, CoOpGRAM and its start without a step; base and new classes")
         self.shown: set[str] = set()
         for dataset in self.settings.datasets:
@@ -243,11 +224,11 @@ class Demo:
             self._run_all(_controls(ratio), upon)
 
     def table(self) -> Path:
-        """The table of all runs, printed and written."""
+        """Print and write the table of all runs."""
         from gram_meta import report
 
-        runs = report.read_runs([self.out / "runs"])
-        runs = [run for run in runs if run.dataset in self._registered()]
+        names = {f"Emoji{name.title().replace('_', '')}" for name in self.settings.datasets}
+        runs = [run for run in report.read_runs([self.out / "runs"]) if run.dataset in names]
         reports = report.build_reports(runs)
         text = "\n\n".join(report.render(one) for one in reports)
         self.say("\n" + text)
@@ -257,20 +238,15 @@ class Demo:
             self.say("\naccuracy after 0, 1, 5, ... steps, averaged over datasets and seeds\n")
             self.say(report.render_curve(*curve))
             markdown += "\n\n" + report.render_curve(*curve, "markdown", 2)
-        path = self.out / "table.md"
-        with atomic_write(path, "w") as file:
+        with atomic_write(self.out / "table.md", "w") as file:
             file.write(markdown + "\n")
         with atomic_write(self.out / "table.json", "w") as file:
             file.write("[" + ",\n".join(report.render(one, "json") for one in reports) + "]\n")
-        self.say(
-            f"\nEverything lies in {self.out}: table.md, topics.txt, commands.sh (what was run), runs/ (logs, results.json)"
-        )
-        self.say(
-            f"The table again, in other forms: gram report {shlex.quote(str(self.out / 'runs'))} --format markdown"
-        )
-        return path
-
-    # --- one trainer, one dataset, one seed ---------------------------------------------------------------------------
+        contents = "table.md, topics.txt, commands.sh (what was run), runs/ (logs, results.json)"
+        self.say(f"\nEverything is in {self.out}: {contents}")
+        folder = shlex.quote(str(self.out / "runs"))
+        self.say(f"The table again, in other forms: gram report {folder} --format markdown")
+        return self.out / "table.md"
 
     def _run_all(self, variants: Sequence[Variant], upon: str) -> None:
         for seed in self.settings.seeds:
@@ -279,7 +255,7 @@ class Demo:
                     self._run(variant, dataset, seed, upon)
 
     def _run(self, variant: Variant, dataset: str, seed: int, upon: str) -> None:
-        """Base classes (training, or the start as it is), then new classes; one line about both."""
+        """Run the base classes (training, or the initialisation), then the new classes; print one line about both."""
         begun, accuracies, fresh = time.monotonic(), [], False
         for subsample in ("base", "new"):
             argv, folder = self._train_command(variant, dataset, seed, subsample)
@@ -288,7 +264,9 @@ class Demo:
             needs_meta = upon if variant.trainer.endswith("GRAM") else ""
             key = _key(self._portable(argv), self.recipe, _weights(self.settings.backbone), needs_meta)
             if not (self.memory.finished(name, key) and (folder / RESULTS).exists()):
-                self._show_once(f"{variant.title} {subsample}", argv)
+                if (what := f"{variant.title} {subsample}") not in self.shown:
+                    self.shown.add(what)
+                    self.say(f"  $ {_line(argv)}")
                 self.memory.begin(name, key, folder)
                 _train(argv)
                 self.memory.finish(name, key)
@@ -301,7 +279,7 @@ class Demo:
             self.say(f"  {dataset}, seed {seed}, {variant.title}: {', '.join(accuracies)}  {after}")
 
     def _train_command(self, variant: Variant, dataset: str, seed: int, subsample: str) -> tuple[list[str], Path]:
-        """The arguments of `gram train`, and its output folder: CoOp's base-to-new layout."""
+        """Return the arguments of `gram train`, and its output folder in CoOp's base-to-new layout."""
         s = self.settings
         config = ZERO_SHOT_CONFIG if variant.trainer == "ZeroshotCLIP" else TRAINER_CONFIG
         tail = f"{dataset}/shots_{s.shots}/{variant.trainer}/{config}{variant.suffix}/seed{seed}"
@@ -324,7 +302,7 @@ class Demo:
         return [*argv, *variant.opts, *s.train_opts], folder
 
     def _mean_ratio(self) -> float:
-        """Mean over datasets and seeds of the |R(g)|/|g| that CoOpGRAM saw, for the control with a smaller step."""
+        """Return |R(g)|/|g| of CoOpGRAM, averaged over datasets and seeds, for the control with a smaller step."""
         ratios = []
         for dataset in self.settings.datasets:
             for seed in self.settings.seeds:
@@ -332,39 +310,39 @@ class Demo:
                 ratios.append(read_json(folder / RESULTS)["regulator"]["text"]["mean_ratio"])
         return sum(ratios) / len(ratios)
 
-    def _registered(self) -> set[str]:
-        return {f"Emoji{name.title().replace('_', '')}" for name in self.settings.datasets}
-
-    # --- stages -------------------------------------------------------------------------------------------------------
-
-    def _gram(self, stage: Stage) -> str:
-        """Run one command of `gram` if it is not finished; returns the key of its outcome."""
-        key = _key(self._portable(stage.argv), stage.upon)
-        resumes = self.memory.begun(stage.name, key) and (stage.folder / RUN).exists()
-        argv = [*stage.argv[:1], "--resume", *stage.argv[1:]] if stage.name == "pretrain" and resumes else stage.argv
-        with self._stage(stage.name, stage.title, _line(stage.argv), key, stage.folder) as needed:
+    def _gram(self, title: str, argv: list[str], folder: str, upon: str) -> str:
+        """Run the command of `gram` that fills a folder if it is not finished; return the key of its outcome."""
+        name, key, path = argv[0], _key(self._portable(argv), upon), self.out / folder
+        resume = ["--resume"] * (name == "pretrain" and self.memory.begun(name, key) and (path / RUN).exists())
+        with self._stage(name, title, _line(argv), key, path) as needed:
             if needed:
-                _call(argv)
+                _call([name, *resume, *argv[1:]])
         return key
 
-    def _stage(self, name: str, title: str, command: str, key: str, folder: Path | None = None) -> _Running:
+    @contextmanager
+    def _stage(self, name: str, title: str, command: str, key: str, folder: Path | None = None) -> Iterator[bool]:
+        """Yield whether a stage has to run; print its command and its time, and record that it is finished."""
         self.commands.append(command)
-        return _Running(self, name, title, command, key, folder)
-
-    def _show_once(self, what: str, argv: Sequence[str]) -> None:
-        if what not in self.shown:
-            self.shown.add(what)
-            self.say(f"  $ {_line(argv)}")
+        begun = time.monotonic()
+        lost = folder is not None and not folder.exists()
+        needed = lost or not self.memory.finished(name, key)
+        self.say(f"{title}{'' if needed else ': finished before'}")
+        if needed:
+            self.say(f"  $ {command}")
+            self.memory.begin(name, key, folder)
+        yield needed
+        taken = time.monotonic() - begun
+        self.clock.passed(name, taken if needed else 0.0)
+        if needed:
+            self.memory.finish(name, key)
+            self.say(f"  took {in_words(taken)}; about {in_words(self.clock.left())} left")
 
     def _portable(self, argv: Sequence[str]) -> list[str]:
-        """Arguments without the place of the output folder, which does not change the outcome."""
+        """Return the arguments without the path of the output folder, which does not change the outcome."""
         return [word.replace(str(self.out), "OUT") for word in argv]
 
     def _meta_config(self) -> str:
         return f"configs/gram_meta/{self.settings.meta_config}.yaml"  # found in the package from any folder
-
-    def _meta_hash(self) -> str:
-        return sha256_file(find_config(self._meta_config(), "gram_meta"))
 
     def _folders(self) -> Iterator[Path]:
         """Yield every folder that this demo fills."""
@@ -376,46 +354,14 @@ class Demo:
                         yield self._train_command(variant, dataset, seed, subsample)[1]
 
     def _expected(self) -> list[str]:
-        """The kinds of everything there is to do, in order."""
+        """Return the kinds of all steps, in order."""
         s = self.settings
         trained = (2 + 5 * s.full) * len(s.seeds) * len(s.datasets)
         return ["world", "embed", "cluster", "inspect", "pretrain", *["run"] * (2 * len(s.datasets) + trained), "table"]
 
 
-@dataclass
-class _Running:
-    """Says what a stage does and what it took; remembers that it is finished; inside, whether it has to be done."""
-
-    demo: Demo
-    name: str
-    title: str
-    command: str
-    key: str
-    folder: Path | None
-
-    def __enter__(self) -> bool:
-        self.begun = time.monotonic()
-        memory = self.demo.memory
-        lost = self.folder is not None and not self.folder.exists()
-        self.needed = lost or not memory.finished(self.name, self.key)
-        self.demo.say(f"{self.title}{'' if self.needed else ': finished before'}")
-        if self.needed:
-            self.demo.say(f"  $ {self.command}")
-            memory.begin(self.name, self.key, self.folder)
-        return self.needed
-
-    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
-        if kind is not None:
-            return
-        taken = time.monotonic() - self.begun
-        self.demo.clock.passed(self.name, taken if self.needed else 0.0)
-        if self.needed:
-            self.demo.memory.finish(self.name, self.key)
-            self.demo.say(f"  took {in_words(taken)}; about {in_words(self.demo.clock.left())} left")
-
-
 class Memory:
-    """What is begun and what is finished, in one small file. A key says of which settings; `run` is the demo's own id."""
+    """The file of begun and finished stages, each with a key of its settings; `run` is the id of the demo."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.run = path, uuid.uuid4().hex
@@ -423,13 +369,12 @@ class Memory:
         if path.exists():
             value = read_json(path)
             if not isinstance(value, dict) or value.get("format") != 2:
-                raise GramError(
-                    f"{path}: expected the memory of a demo of this version, found another; choose another --out"
-                )
+                expected = "expected the memory of a demo of this version, found another"
+                raise GramError(f"{path}: {expected}; choose another --out")
             self.run, self.stages = value["run"], value["stages"]
 
     def check(self, folders: Iterator[Path]) -> None:
-        """Refuse an output folder with files that this demo has not made."""
+        """Raise a `GramError` for an output folder with files that this demo has not made."""
         out = self.path.parent
         if out.exists() and not self.path.exists():
             visible = [each.name for each in out.iterdir() if each.name[0] != "."] if out.is_dir() else [out.name]
@@ -445,7 +390,7 @@ class Memory:
         return self.begun(name, key) and bool(self.stages[name]["finished"])
 
     def begin(self, name: str, key: str, folder: Path | None = None) -> None:
-        """Begin a stage or go on with it; what an earlier one with another key left in its folder is removed."""
+        """Begin or continue a stage; remove the folder of an earlier one with another key."""
         if not self.begun(name, key):
             if folder is not None:
                 remove_claimed(folder, self.run)
@@ -463,31 +408,28 @@ class Memory:
 
 @dataclass
 class Clock:
-    """Time left: what is expected of the rest, corrected by how long things took here."""
+    """The time left, estimated from EXPECTED and from the times of finished steps."""
 
     todo: list[str]
     took: dict[str, list[float]] = field(default_factory=dict)
 
     def passed(self, kind: str, seconds: float) -> None:
-        """One thing of this kind is done; 0 seconds: it had been done before."""
+        """Count a finished step of this kind; 0 seconds: it was finished before."""
         if kind in self.todo:
             self.todo.remove(kind)
         if seconds:
             self.took.setdefault(kind, []).append(seconds)
 
     def left(self) -> float:
-        """Seconds."""
+        """Return the estimated seconds left."""
         measured = {kind: sum(seconds) / len(seconds) for kind, seconds in self.took.items()}
         planned = sum(EXPECTED[kind] * len(seconds) for kind, seconds in self.took.items())
         pace = sum(map(sum, self.took.values())) / planned if planned else 1.0
         return sum(measured.get(kind, EXPECTED[kind] * pace) for kind in self.todo)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def _check(settings: Settings) -> None:
-    """Everything that can be known before the first minute is spent."""
+    """Check settings and packages before the first stage."""
     from gram_meta.backbone.packaged import weights_path
     from gram_meta.demo.emoji import missing_packages
     from gram_meta.demo.world import SPECS
@@ -507,7 +449,7 @@ def _check(settings: Settings) -> None:
 
 
 def _call(argv: Sequence[str]) -> None:
-    """One command of `gram`, in this process."""
+    """Run a command of `gram` in this process."""
     from gram_meta.cli import main
 
     status = main(list(argv))
@@ -518,7 +460,7 @@ def _call(argv: Sequence[str]) -> None:
 
 
 def _train(argv: Sequence[str]) -> None:
-    """`gram train`, in this process, printing to its log.txt alone."""
+    """Run `gram train` in this process; it prints to its log.txt only."""
     from gram_meta.coop import launch
 
     launch.train(argv[1:], quiet=True)
@@ -538,14 +480,10 @@ def _line(argv: Sequence[str]) -> str:
     return f"gram {shlex.join(argv)}"
 
 
-def _indent(text: str) -> str:
-    return "\n".join(f"  {line}".rstrip() for line in text.rstrip().splitlines())
-
-
 def default_settings(
     out: str | None, full: bool, datasets: Sequence[str] | None, seeds: Sequence[int] | None
 ) -> Settings:
-    """Return what `gram demo` runs by default."""
+    """Return the settings of `gram demo`, with defaults for the plain or the full version."""
     from gram_meta.demo.world import SPECS
 
     return Settings(

@@ -1,9 +1,9 @@
 """Reading checkpoints of any origin without running code from the file.
 
 Dassl's checkpoints hold more than tensors: a warm-up scheduler is saved with its successor as an object, and the
-optimiser inside that. Such a file needs an unpickler, and Python's runs any code that the file names. The one here calls
-only a short list of functions that build tensors and containers. Every other class or function in the file becomes a
-`Record` with its name, arguments and attributes, which can be read and do nothing.
+optimiser inside that. Such a file needs an unpickler, and Python's runs any code that the file names. The one here
+calls only a short list of functions that build tensors and containers. Every other class or function in the file
+becomes a `Record` with its name, arguments and attributes, which can be read and do nothing.
 
     state = read_checkpoint("output/prompt_learner/model.pth.tar-50")
     state["state_dict"]["ctx"]
@@ -138,7 +138,7 @@ def _other(path: Path, found: str) -> GramError:
 
 
 def _refuse_other_archives(path: Path) -> None:
-    """Raise for two kinds of files that `torch.load` takes too: TorchScript, which is code, and tar archives of 2016."""
+    """Raise for other files that `torch.load` takes: TorchScript, which is code, and tar archives of 2016."""
     with open(path, "rb") as file:
         start = file.read(4)
     if start == b"PK\x03\x04":
@@ -194,7 +194,7 @@ class _Safe:
 
 
 def _safe_functions() -> dict[str, Callable[..., Any]]:
-    """Return the functions that a checkpoint may call: they build tensors, containers of plain values, NumPy's numbers."""
+    """Return the functions that a checkpoint may call; they build tensors, plain containers and NumPy's numbers."""
     import torch
 
     table: dict[str, Callable[..., Any]] = {

@@ -1,8 +1,8 @@
 """The registration of this project's trainers and datasets in Dassl's registries, such that they give way.
 
-Dassl's `Registry` knows a class by its name alone, and a second class of that name is a KeyError. A checkout has a `CoOp`
-and an `OxfordPets` of its own, and registers them before or after this project's. In either order, the name then means
-the checkout's class. This is the hook `give-way`; without it, this project's classes are ordinary entries.
+Dassl's `Registry` knows a class by its name alone, and a second class of that name is a KeyError. A checkout has a
+`CoOp` and an `OxfordPets` of its own, and registers them before or after this project's. In either order, the name then
+means the checkout's class. This is the hook `give-way`; without it, this project's classes are ordinary entries.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ With any torch optimiser:
     regulation = Regulation({"text": prompt}, meta.regulator)
     regulation.attach(optimizer)                         # from now on optimizer.step() sees R(g) instead of g
 
-The hook runs at the beginning of `optimizer.step()`: after a grad scaler has unscaled, before momentum and weight decay.
-It keeps what tells a regulator that regulates from one that does not: path lengths, variation, norms.
+The hook runs at the beginning of `optimizer.step()`: after a grad scaler has unscaled, before momentum and weight
+decay. It records path lengths, variation and norms, which show whether a regulator changes the gradients.
 `gram_meta.method.dassl` does both in a Dassl trainer.
 """
 
@@ -24,34 +24,34 @@ from torch.optim import Optimizer
 
 from gram_meta.errors import GramError
 from gram_meta.method.checkpoint import MetaCheckpoint, check_fit
-from gram_meta.method.regulator import GradientRegulator
+from gram_meta.method.regulator import GradientRegulator, RegulatedGradient
 
 # By kind ("text", "visual"): one parameter (M, d), one of all layers (layers, M, d), or a parameter for each layer
 Prompts = Mapping[str, Tensor | Iterable[Tensor]]
 
-FAR = 3.0  # times outside the quantiles of meta-training, from which on a run says so
-ENOUGH = 10  # steps to see before saying it while training goes on
+FAR = 3.0  # factor outside the quantiles of meta-training from which on a warning is printed
+ENOUGH = 10  # steps before the first such warning
 
 
 class Regulation:
-    """Replaces the gradients of named prompts by R^phi of them, and keeps count of what that does.
+    """Replaces the gradients of named prompts by R^phi of them, and records statistics.
+
+    Other parameters of the optimiser keep their raw gradients (see `raw_parameters`). A prompt of 16 bits is regulated
+    in float32 and its gradient is cast back; it loses small steps, and a warning is printed.
 
     Args:
         prompts: by kind, the parameter of shape (M, d), one of shape (layers, M, d), or an iterable with a parameter
-            for each layer. Every layer is regulated, each for itself.
-        regulator: R^phi, or None to keep the raw gradients (still counted).
-        step_scale: without a regulator, what to multiply the raw gradient with.
+            for each layer. Each layer is regulated separately.
+        regulator: R^phi; None keeps the raw gradients, and records them.
+        step_scale: factor of the raw gradient if there is no regulator.
         gradient_norms: by kind, quantiles {"q05", "q50", "q95"} of the raw gradient's norm in meta-training.
 
     Attributes:
         prompts: the regulated parameters by name: "text", and "text.1", "text.2", ... for further ones of a list.
-        counts: what happened, by the same names.
-
-    Parameters of the optimiser that are not among `prompts` keep their raw gradients (see `raw_parameters`). A prompt
-    of 16 bits is regulated in float32 and its gradient is cast back; it loses small steps, and a line says so.
+        counts: statistics by the same names.
 
     Raises:
-        GramError: a kind or a width that the regulator does not know, or something that is no prompt.
+        GramError: a kind or a width that the regulator does not know, or a value that is no learned prompt.
     """
 
     def __init__(
@@ -69,10 +69,13 @@ class Regulation:
             self._check_widths(regulator)
         self.counts = {name: _Count(parameter) for name, parameter in self.prompts.items()}
         self._warned = False
-        self._warn_of_16_bits()
+        for name, parameter in self.prompts.items():
+            if parameter.dtype.itemsize < 4:
+                _warn_of_16_bits(name, parameter)
+                break
 
     def attach(self, *optimizers: Optimizer) -> list[Any]:
-        """Put the hook before the optimisers' steps; returns handles whose `remove()` takes them away.
+        """Register the hook before the optimisers' steps, and return handles whose `remove()` removes it.
 
         Raises:
             GramError: a prompt that none of the optimisers holds.
@@ -84,7 +87,7 @@ class Regulation:
         return [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
 
     def raw_parameters(self, module: nn.Module, *optimizers: Optimizer) -> list[str]:
-        """Names of the parameters of `module` that the optimisers step with raw gradients, as R^phi does not know them."""
+        """Return the names of the parameters of `module` that the optimisers step with raw gradients."""
         known = {id(parameter) for parameter in self.prompts.values()}
         stepped = {id(p) for optimizer in optimizers for p in _parameters(optimizer) if p.requires_grad}
         return [name for name, p in module.named_parameters() if id(p) in stepped - known]
@@ -104,30 +107,25 @@ class Regulation:
 
     @torch.no_grad()
     def regulate(self, optimizer: Optimizer) -> None:
-        """g <- R^phi(g) for every prompt in this optimiser that has a gradient."""
+        """Replace g by R^phi(g) for every prompt in this optimiser that has a gradient."""
         rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
         for name, parameter in self.prompts.items():
             if parameter.grad is None or id(parameter) not in rates:
                 continue
-            raw = parameter.grad.to(self._dtype(parameter.grad))  # (M, d) or (layers, M, d)
+            count, parts = self.counts[name], None
             if self.regulator is None:
-                gated, gamma, beta = raw * self.step_scale, None, None
-                new = gated
+                raw = parameter.grad.to(torch.promote_types(parameter.grad.dtype, torch.float32))
+                new = raw * self.step_scale
             else:
+                raw = parameter.grad.to(next(self.regulator.parameters()).dtype)  # (M, d) or (layers, M, d)
                 parts = self.regulator.parts(_kind(name), raw)
-                gated, gamma, beta, new = parts.gated, parts.gamma, parts.beta, parts.regulated
-            self.counts[name].add(raw, gated, gamma, beta, new, float(rates[id(parameter)]))
+                new = parts.regulated
+            count.add(raw, new, parts, float(rates[id(parameter)]))
             parameter.grad = new.to(parameter.grad.dtype)
-            # After 10, 20, 40, ... steps: the median of all norms at each of 160,000 steps would cost more than they do
-            times, rest = divmod(len(self.counts[name].norms), ENOUGH)
+            # After 10, 20, 40, ... steps only, as the median of all norms takes longer than a step
+            times, rest = divmod(len(count.norms), ENOUGH)
             if not rest and times.bit_count() == 1:
                 self._warn(name)
-
-    def _dtype(self, gradient: Tensor) -> torch.dtype:
-        """What to calculate in: the regulator's number type; without one, at least float32."""
-        if self.regulator is None:
-            return torch.promote_types(gradient.dtype, torch.float32)
-        return next(self.regulator.parameters()).dtype
 
     def _check_widths(self, regulator: GradientRegulator) -> None:
         for name, parameter in self.prompts.items():
@@ -141,19 +139,8 @@ class Regulation:
                     f"prompt has width {width}"
                 )
 
-    def _warn_of_16_bits(self) -> None:
-        for name, parameter in self.prompts.items():
-            if parameter.dtype.itemsize < 4:
-                size = parameter.detach().float().square().mean().sqrt().item()
-                print(
-                    f"Warning: the {name} prompt is {str(parameter.dtype).removeprefix('torch.')}: at its size of "
-                    f"{size:.2g} it loses steps below about {torch.finfo(parameter.dtype).eps * size / 2:.1g}; a "
-                    "float32 prompt, cast at the tower's input, keeps them"
-                )
-                return
-
     def _warn(self, name: str) -> None:
-        """Once per run: the gradients are of another size than those R^phi was learned on."""
+        """Print a warning, once, if the gradients are of another size than those R^phi was learned on."""
         known, norms = self.gradient_norms.get(_kind(name)), self.counts[name].norms
         if self._warned or self.regulator is None or not known:
             return
@@ -168,11 +155,11 @@ class Regulation:
         )
 
     def summary(self) -> dict[str, Any]:
-        """What happened so far, by the prompts' names, fit for JSON; see `_Count.summary`."""
+        """Return statistics of the steps so far by the prompts' names, as JSON values; see `_Count.summary`."""
         return {name: count.summary() for name, count in self.counts.items() if count.norms}
 
     def lines(self) -> list[str]:
-        """The summary for the log, at the end of a run."""
+        """Return the summary as lines for the log."""
         lines = []
         for name, s in self.summary().items():
             self._warn(name)
@@ -190,7 +177,7 @@ class Regulation:
         return lines
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything counted, so that a resumed run goes on counting: tensors and plain values."""
+        """Return all statistics, for a resumed run: tensors and plain values."""
         return {name: count.state() for name, count in self.counts.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -200,17 +187,17 @@ class Regulation:
 
 
 def start_from(checkpoint: MetaCheckpoint, prompts: Prompts, extras: Mapping[str, Tensor] | None = None) -> None:
-    """Write theta* into prompts, and into parameters that were meta-learned with them. Data changes, parameters stay.
+    """Copy theta* into prompts, and into parameters that were meta-learned with them.
 
-    Of a deep prompt the first layer takes theta*; the others keep their own start, as theta* has one layer.
+    Only the first layer of a deep prompt takes theta*, which has one layer; the others keep their initialisation.
 
     Args:
         checkpoint: holds theta* of exactly these kinds.
         prompts: as for `Regulation`.
-        extras: parameters by the names they have in `checkpoint.extras`.
+        extras: parameters by their names in `checkpoint.extras`.
 
     Raises:
-        GramError: kinds, token counts, widths or extras that differ from the checkpoint's; nothing is written then.
+        GramError: kinds, token counts, widths or extras that differ from the checkpoint's. No prompt is changed then.
     """
     named, given = _named(prompts), dict(extras or {})
     first = {kind: named[kind] if named[kind].dim() == 2 else named[kind][0] for kind in prompts}  # (M, d) by kind
@@ -223,7 +210,7 @@ def start_from(checkpoint: MetaCheckpoint, prompts: Prompts, extras: Mapping[str
 
 
 def _named(prompts: Prompts) -> dict[str, Tensor]:
-    """One name for each parameter: the kind, then kind.1, kind.2, ... for the further ones of a list."""
+    """Return the parameters by name: the kind, then kind.1, kind.2, ... for the further ones of a list."""
     named: dict[str, Tensor] = {}
     for kind, value in prompts.items():
         parameters = [value] if isinstance(value, Tensor) else list(value)
@@ -242,6 +229,15 @@ def _named(prompts: Prompts) -> dict[str, Tensor]:
     return named
 
 
+def _warn_of_16_bits(name: str, prompt: Tensor) -> None:
+    size = prompt.detach().float().square().mean().sqrt().item()
+    print(
+        f"Warning: the {name} prompt is {str(prompt.dtype).removeprefix('torch.')}: at its size of {size:.2g} it loses "
+        f"steps below about {torch.finfo(prompt.dtype).eps * size / 2:.1g}; a float32 prompt, cast at the tower's "
+        "input, keeps them"
+    )
+
+
 def _kind(name: str) -> str:
     return name.partition(".")[0]
 
@@ -251,11 +247,12 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 
 
 class _Count:
-    """Running sums over the steps of one prompt."""
+    """Sums over the steps of one prompt."""
 
     def __init__(self, parameter: Tensor) -> None:
-        # float64: a gamma that varies in its fifth digit is a finding, not rounding
-        zero = torch.zeros_like(parameter, dtype=torch.float64, requires_grad=False)
+        zero = torch.zeros_like(
+            parameter, dtype=torch.float64, requires_grad=False
+        )  # gamma may vary in its fifth digit
         self.norms: list[float] = []  # |g| per step
         self.ratios: list[float] = []  # |R(g)| / |g|
         self.paths = {"gated": 0.0, "beta": 0.0}  # sum of lr * norm
@@ -263,18 +260,17 @@ class _Count:
         self.sums = {"gamma": (zero.clone(), zero.clone()), "beta": (zero.clone(), zero.clone())}  # x, x^2
         self.regulated = False
 
-    def add(
-        self, raw: Tensor, gated: Tensor, gamma: Tensor | None, beta: Tensor | None, new: Tensor, rate: float
-    ) -> None:
+    def add(self, raw: Tensor, new: Tensor, parts: RegulatedGradient | None, rate: float) -> None:
+        """Add a step: its raw gradient, the gradient that replaces it, and the pieces of Eq. 6 where R^phi is used."""
         norm = raw.norm().item()
         self.norms.append(norm)
         self.ratios.append(new.norm().item() / norm if norm > 0 else math.nan)
-        self._walk("gated", gated, rate)
-        if gamma is None or beta is None:
+        self._walk("gated", new if parts is None else parts.gated, rate)
+        if parts is None:
             return
         self.regulated = True
-        self._walk("beta", beta, rate)
-        for name, value in (("gamma", gamma), ("beta", beta)):
+        self._walk("beta", parts.beta, rate)
+        for name, value in (("gamma", parts.gamma), ("beta", parts.beta)):
             first, second = self.sums[name]
             first += value
             second += value.double().square()
@@ -284,7 +280,8 @@ class _Count:
         self.nets[name] += rate * value
 
     def summary(self) -> dict[str, Any]:
-        """
+        """Return the statistics.
+
         steps; gradient_norm: quantiles of |g|; mean_ratio: mean of |R(g)| / |g|;
         path_gated, path_beta: sum over steps of lr * norm (before momentum); net_*: norm of the sum of lr * value;
         *_mean: mean over steps and entries; *_variation: root mean square over entries of the deviation over steps.
@@ -307,7 +304,7 @@ class _Count:
         return result
 
     def state(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items()}
+        return dict(vars(self))
 
     def restore(self, state: Mapping[str, Any]) -> None:
         device = self.nets["gated"].device

@@ -1,8 +1,8 @@
 """The inner loop and the meta-objective for a batch of tasks (Eq. 4, 7, 8, 9, 10, 12; Sec. 3.3 and 3.4).
 
-Prompts are dicts of tensors; a leading axis B gives each task its own. A loss function maps such prompts to one loss per
-task, (B,). The prompts of different tasks are separate leaves, so the gradient of the summed loss is each task's own
-gradient, and a batch of tasks needs one forward and one backward pass.
+Prompts are dicts of tensors; a leading axis B gives each task its own. A loss function maps such prompts to one loss
+per task, (B,). The prompts of different tasks are separate leaves, so the gradient of the summed loss is each task's
+own gradient, and a batch of tasks needs one forward and one backward pass.
 
 Eq. 7 is `descend`. `inner_path` repeats it; meta-training, `lean_backward` and the evaluation all walk this path.
 """
@@ -30,20 +30,13 @@ _PROMPT_SIZE = 2.0**-5  # the usual size of a prompt's entries
 
 @dataclass(frozen=True)
 class InnerLoop:
-    """Settings of the inner loop (Eq. 4, 7).
+    """Settings of the inner loop (Eq. 4, 7)."""
 
-    Attributes:
-        alpha: step size.
-        steps: number of gradient steps.
-        first_order: treat the raw gradients as constants; R^phi still learns through its own output.
-        scale: loss scale under fp16, as for `task_gradients`.
-        regulate: R^phi; it may leave out kinds, which then take a plain gradient step. None is plain MAML (Eq. 4).
-    """
-
-    alpha: float = 0.01
-    steps: int = 1
-    first_order: bool = False
-    scale: float = 1.0
+    alpha: float = 0.01  # step size
+    steps: int = 1  # number of gradient steps
+    first_order: bool = False  # treat the raw gradients as constants; R^phi still learns through its own output
+    scale: float = 1.0  # loss scale under fp16, as for `task_gradients`
+    # R^phi; it may leave out kinds, which then take a plain gradient step. None is plain MAML (Eq. 4)
     regulate: Regulate | None = None
 
     @classmethod
@@ -57,7 +50,8 @@ class InnerLoop:
 class InnerStep(NamedTuple):
     """One step of the inner loop; each field (B, M, d) by kind.
 
-    `raw` is the gradient of the support loss at `prompts`, `regulated` is R^phi of it, `after` the prompts after the step.
+    `raw` is the gradient of the support loss at `prompts`, `regulated` is R^phi of it, `after` the prompts after the
+    step.
     """
 
     prompts: Prompts
@@ -69,8 +63,8 @@ class InnerStep(NamedTuple):
 class MetaLosses(NamedTuple):
     """The summands of Eq. 10, and what the inner loop saw.
 
-    `losses` (tasks,): the query losses after adaptation. `norms`: for each inner step and each kind the norms (tasks,) of
-    the raw support gradients.
+    `losses` (tasks,): the query losses after adaptation. `norms`: for each inner step and each kind the norms (tasks,)
+    of the raw support gradients.
     """
 
     losses: Tensor
@@ -170,10 +164,10 @@ def lean_backward(
     The added gradient is `weight` times that of the losses' sum. The chain rule of Eq. 8 is walked by hand. First the
     inner loop runs without a graph. Then the gradient v of the query loss is taken, and its graph is freed. Then each
     inner step, from the last to the first, replaces v by v + H u: u is v after its way back through R^phi to the raw
-    support gradient, and H is the Hessian of the support loss. The product H u is exact (a second backward pass over the
-    support set). So the largest graph is that of the query set or that of one second derivative, not their sum. Each
-    of them is a sum over images, so it can be computed for some images at a time. Only the passes of H u need attention
-    with a second derivative. The price is one more first-order pass over the support set.
+    support gradient, and H is the Hessian of the support loss. The product H u is exact (a second backward pass over
+    the support set). So the largest graph is that of the query set or that of one second derivative, not their sum.
+    Each of them is a sum over images, so it can be computed for some images at a time. Only the passes of H u need
+    attention with a second derivative. The price is one more first-order pass over the support set.
 
     Under fp16 each of these passes has values of its own size: u is scaled to the size of a prompt for the product with
     H, which is linear in u, and scaled back afterwards.

@@ -1,4 +1,4 @@
-"""The meta-checkpoint: theta* and R^phi* in one .safetensors file, with everything needed to refuse a wrong use."""
+"""The meta-checkpoint: theta* and R^phi* in one .safetensors file, with the facts by which a wrong use is refused."""
 
 from __future__ import annotations
 
@@ -23,29 +23,21 @@ _KEY = "gram-meta"  # where the facts stand in the file's metadata, as JSON
 
 @dataclass
 class MetaCheckpoint:
-    """What meta-training found, and what it was found with.
+    """The result of a meta-training, and its settings and inputs."""
 
-    Attributes:
-        prompts: theta*, float32, (M, d) by kind.
-        regulator: R^phi*, frozen; None where meta-training ran without one.
-        backbone_name, backbone_fingerprint: the CLIP it belongs to.
-        config: all settings of the meta-training.
-        provenance: where the tasks came from (store and hierarchy fingerprints, topics, step, held-out scores).
-        gradient_norms: by kind, quantiles of the raw support gradient's norm in meta-training.
-        extras: meta-learned parameters that R^phi does not know, by name (CoCoOp's meta-net); mostly empty.
-        sha256: of the file it was loaded from; "" before it is saved.
-    """
-
-    prompts: dict[str, Tensor]
-    regulator: GradientRegulator | None
-    backbone_name: str
+    prompts: dict[str, Tensor]  # theta*, float32, (M, d) by kind
+    regulator: GradientRegulator | None  # R^phi*, frozen; None if meta-training ran without one
+    backbone_name: str  # of the CLIP it belongs to
     backbone_fingerprint: str
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)  # all settings of the meta-training
+    # the origin of the tasks (store and hierarchy fingerprints, topics, step, held-out scores)
     provenance: dict[str, Any] = field(default_factory=dict)
+    # by kind, quantiles of the raw support gradient's norm in meta-training
     gradient_norms: dict[str, dict[str, float]] = field(default_factory=dict)
+    # meta-learned parameters without a regulator, by name (CoCoOp's meta-net); mostly empty
     extras: dict[str, Tensor] = field(default_factory=dict)
     path: str = ""
-    sha256: str = ""
+    sha256: str = ""  # of the file it was loaded from; "" before it is saved
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -116,22 +108,22 @@ def save_meta_checkpoint(path: PathLike, checkpoint: MetaCheckpoint) -> None:
 
 
 def load_meta_checkpoint(path: PathLike) -> MetaCheckpoint:
-    """Read a checkpoint, on the CPU, regulator frozen; anything but a whole one is a `GramError` that names the file."""
+    """Read a checkpoint to the CPU, with a frozen regulator.
+
+    Raises:
+        GramError: no file, another file, or a damaged one.
+    """
     path = Path(path)
     facts, tensors = _read(path)
     try:
-        prompts, extras = _group(tensors, "prompts."), _group(tensors, "extras.")
-        regulator = _regulator(facts["regulator"], tensors)
-        backbone = facts["backbone"]
+        prompts = _group(tensors, "prompts.")
         checkpoint = MetaCheckpoint(
             prompts=prompts,
-            regulator=regulator,
-            backbone_name=backbone["name"],
-            backbone_fingerprint=backbone["fingerprint"],
-            config=facts["config"],
-            provenance=facts["provenance"],
-            gradient_norms=facts["gradient_norms"],
-            extras=extras,
+            regulator=_regulator(facts["regulator"], tensors),
+            backbone_name=facts["backbone"]["name"],
+            backbone_fingerprint=facts["backbone"]["fingerprint"],
+            **{key: facts[key] for key in ("config", "provenance", "gradient_norms")},
+            extras=_group(tensors, "extras."),
             path=os.fspath(path),
             sha256=sha256_file(path),
         )

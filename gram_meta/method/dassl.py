@@ -42,14 +42,12 @@ class WithGRAM:
     _models: Any
     _optims: Any
 
-    # --------------------------------------------------------------------------------- what a trainer has to say
-
     def gram_prompts(self) -> Prompts:
         """The prompts by kind: a parameter, or one for each layer (the first is nearest to the input)."""
         raise NotImplementedError
 
     def gram_extras(self) -> Mapping[str, Tensor]:
-        """Parameters that start from the meta-checkpoint too and that R^phi does not know (CoCoOp's meta-net), by name."""
+        """Return other parameters that start from the meta-checkpoint, by name (CoCoOp's meta-net)."""
         return {}
 
     def check_meta(self, meta: MetaCheckpoint) -> None:
@@ -60,8 +58,6 @@ class WithGRAM:
                 f"{meta.path}: expected the backbone it was made with, {meta.backbone_name}, found {name!r} "
                 "(MODEL.BACKBONE.NAME)"
             )
-
-    # ------------------------------------------------------------------------------------------ what it then does
 
     def check_cfg(self, cfg: Any) -> None:
         super().check_cfg(cfg)  # type: ignore[misc]
@@ -111,7 +107,8 @@ class WithGRAM:
         gram = self.cfg.TRAINER.GRAM
         if (gram.INIT or gram.REGULATE) and self.meta is None:
             raise GramError(
-                f"TRAINER.GRAM.CHECKPOINT is empty; {type(self).__name__} expects the meta-checkpoint of `gram pretrain`"
+                f"TRAINER.GRAM.CHECKPOINT is empty; {type(self).__name__} expects the meta-checkpoint of `gram "
+                "pretrain`"
             )
         if hasattr(super(), "check_training"):  # of the trainer beside which this stands
             super().check_training()  # type: ignore[misc]

@@ -1,8 +1,8 @@
 """From tasks to losses: the support and query sets of meta-training, as functions of the prompts.
 
-Without visual prompts an image's feature never changes, so it is read from the store. With them the image tower has to
-run, so images are decoded by worker processes, ahead of the step that needs them, and travel as bytes; the towers'
-device normalises them.
+Without visual prompts the feature of an image never changes, so it is read from the store. With visual prompts the
+image tower runs, so worker processes decode the images ahead of their step and send them as bytes; the towers' device
+normalises them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from gram_meta.method.tasks import Task
 
 
 class Batches(Protocol):
-    """Batches of tasks by number: a list of lists, or something that draws them when they are asked for."""
+    """Batches of tasks by number: a list of lists, or an object that draws them on access."""
 
     def __len__(self) -> int: ...
 
@@ -48,17 +48,11 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """How images are read.
+    """How images are read."""
 
-    Attributes:
-        workers: processes that decode ahead; 0: none.
-        prefetch: batches of tasks that each of them keeps ready.
-        image_root: folder that the images' locations are relative to; "": where `gram embed` read them.
-    """
-
-    workers: int = 2
-    prefetch: int = 2
-    image_root: str = ""
+    workers: int = 2  # processes that decode ahead; 0: none
+    prefetch: int = 2  # batches of tasks that each of them keeps ready
+    image_root: str = ""  # folder that the images' locations are relative to; "": where `gram embed` read them
 
     @classmethod
     def from_config(cls, config: CfgNode) -> LoaderConfig:
@@ -76,18 +70,15 @@ class Episode:
     classes_of: Callable[[slice], ClassText | Tensor]  # makes the class prompts, or features, of some of the tasks
 
     def parts(self, tasks: int) -> list[Episode]:
-        """Episodes of at most so many of the tasks each."""
+        """Return episodes of at most `tasks` of the tasks each."""
         if tasks >= len(self.tasks):
             return [self]
-        some = [slice(start, start + tasks) for start in range(0, len(self.tasks), tasks)]
-        return [self._of(part) for part in some]
+        return [self._of(slice(start, start + tasks)) for start in range(0, len(self.tasks), tasks)]
 
     def _of(self, part: slice) -> Episode:
         classes = self.classes_of(part)
-        support, query = (
-            TaskSet(side.backbone, classes, side.images[part], side.labels[part], side.count)
-            for side in (self.support, self.query)
-        )
+        sides = (self.support, self.query)
+        support, query = (TaskSet(it.backbone, classes, it.images[part], it.labels[part], it.count) for it in sides)
 
         def classes_of(smaller: slice) -> ClassText | Tensor:
             rows = range(*part.indices(len(self.tasks)))[smaller]
@@ -97,22 +88,22 @@ class Episode:
 
 
 class Episodes:
-    """Makes batches of tasks over one store into episodes.
+    """Turns batches of tasks over one store into episodes.
 
     Args:
         backbone: frozen CLIP.
-        store: where the images' features, and for visual prompts their files, are.
+        store: the images' features, and for visual prompts the places of their files.
         words: label text of each topic.
-        prompt: what is meta-trained.
+        prompt: the prompts to meta-train.
         loader: how image files are read.
         batch: B, tasks of a training step.
 
     Attributes:
-        at_a_time: tasks in one pass when they are looked at without training; no more than a training step takes where
-            every image goes through the tower, or has class sentences of its own.
+        at_a_time: tasks in one pass of an evaluation; no more than in a training step if every image goes through the
+            tower, or has separate class prompts.
 
     Raises:
-        GramError: visual prompts whose image files are not where the store has them.
+        GramError: visual prompts, but an image file is missing.
     """
 
     def __init__(
@@ -181,8 +172,9 @@ class Episodes:
             self.places.reader.content(self.places.place(0))
         except BadImage:
             raise GramError(
-                f"{self.places.name(0)}: expected an image of {self.store.path}, found no such file; visual prompts are "
-                "meta-trained on pixels, so the images must stay readable (LOADER.IMAGE_ROOT says where they are now)"
+                f"{self.places.name(0)}: expected an image of {self.store.path}, found no such file; visual prompts "
+                "are meta-trained on pixels, so the images must stay readable (LOADER.IMAGE_ROOT says where they are "
+                "now)"
             ) from None
 
 
@@ -214,10 +206,7 @@ def read_pixels(
 
 
 class TimedIterator:
-    """Iterates over episodes and measures the share of the time since the first one that the caller waited for the next.
-
-    The first episode is not counted, because worker processes have to start.
-    """
+    """Iterates over episodes and measures the share of time that the caller waited for them, after the first one."""
 
     def __init__(self, items: Iterator[Episode]) -> None:
         self.items = items
@@ -238,9 +227,6 @@ class TimedIterator:
         return self.waited / max(time.perf_counter() - self.begun, 1e-9)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 class TaskSet:
     """The support or the query side of B tasks: prompts -> one cross-entropy per task.
 
@@ -248,8 +234,8 @@ class TaskSet:
         backbone: frozen CLIP.
         classes: the tasks' class sentences (with leading axes (B, K)), or fixed class features (B, K, D).
         images: features (B, K, n, D), or bytes (B, K, n, 3, H, W); `images[:, k]` belong to class k.
-        labels, count: for some of the images only, (B, c, D) or (B, c, 3, H, W): their classes (B, c), and how many images
-            a task has; losses then are these images' part of the mean.
+        labels, count: for a part of the images, (B, c, D) or (B, c, 3, H, W): their classes (B, c), and the number of
+            images of the whole task; losses are then the part's share of the mean.
     """
 
     def __init__(
@@ -270,22 +256,18 @@ class TaskSet:
         self.count = count or labels.shape[1]
 
     def parts(self, images: int = 0) -> list[TaskSet]:
-        """The same tasks in parts of at most so many images each (0: all), whose losses add up to the whole's."""
-        have = self.labels.shape[1]
-        if not images or images >= have:
+        """Return the tasks in parts of at most `images` images each (0: all); the parts' losses sum to the whole's."""
+        if not images or images >= self.labels.shape[1]:
             return [self]
-        some = [slice(start, start + images) for start in range(0, have, images)]
-        return [
-            TaskSet(self.backbone, self.classes, self.images[:, part], self.labels[:, part], self.count)
-            for part in some
-        ]
+        parts = zip(self.images.split(images, dim=1), self.labels.split(images, dim=1), strict=True)
+        return [TaskSet(self.backbone, self.classes, some, labels, self.count) for some, labels in parts]
 
     def __call__(self, prompts: Mapping[str, Tensor]) -> Tensor:
-        """Mean cross-entropy of each task, (B,)."""
+        """Return the mean cross-entropy of each task, (B,)."""
         return self.losses_of(self.logits(prompts))
 
     def logits(self, prompts: Mapping[str, Tensor]) -> Tensor:
-        """(B, K n, K) for prompts with a leading axis B: "text" (B, M, d), "visual" (B, M, d), the meta-net's weights."""
+        """Return the logits (B, K n, K) for prompts (B, M, d) by kind, and the meta-net's weights with an axis B."""
         features, visual = self.images, prompts.get("visual")
         if features.dim() > 3:  # bytes
             batch, count = features.shape[:2]
@@ -305,19 +287,19 @@ class TaskSet:
         return logits(features[:, :, None], classes, scale).squeeze(2)
 
     def losses_of(self, scores: Tensor) -> Tensor:
-        """(B,) of logits (B, K n, K)."""
+        """Return the loss of each task, (B,), of logits (B, K n, K)."""
         losses = F.cross_entropy(scores.transpose(1, 2), self.labels, reduction="none")  # (B, K n)
         return losses.mean(dim=1) if losses.shape[1] == self.count else losses.sum(dim=1) / self.count
 
     def accuracies_of(self, scores: Tensor) -> Tensor:
-        """(B,), between 0 and 1, of logits (B, K n, K)."""
+        """Return the accuracy of each task, (B,), between 0 and 1, of logits (B, K n, K)."""
         return (scores.argmax(dim=2) == self.labels).float().mean(dim=1)
 
 
 def initial_theta(backbone: Backbone, config: PromptConfig, seed: int) -> dict[str, Tensor]:
-    """Return where meta-training starts: the prompts, and the meta-net of a conditional one, as leaves with gradients.
+    """Return the initial theta of meta-training, prompts and perhaps a meta-net, as leaves with gradients.
 
-    float32, whatever the towers' number type; float64 with fp64 towers, which are there for checks.
+    It is float32 for every number type of the towers but fp64, which is for checks and has a float64 theta.
     """
     theta = initial_prompts(backbone, config.text_tokens, config.visual_tokens, config.words, seed)
     if config.conditional:

@@ -1,9 +1,10 @@
 """Evaluation of adaptation on held-out tasks: during meta-training (`evaluate`), and by `gram eval-meta`.
 
-`evaluate_adaptation` adapts to the same tasks from theta* and from the initialisation of meta-training, with the regulated
-gradient and with the controls that tell what R^phi does: the raw gradient; the raw gradient scaled to the regulated one's
-length (what it lacks is direction); R^phi with gamma and beta replaced by their means over tasks (what it lacks is
-dependence on the gradient); and raw gradients from theta* moved by the mean beta (a better initialisation would do as well).
+`evaluate_adaptation` adapts to the same tasks from theta* and from the initialisation of meta-training, with the
+regulated gradient and with the controls that tell what R^phi does: the raw gradient; the raw gradient scaled to the
+regulated one's length (what it lacks is direction); R^phi with gamma and beta replaced by their means over tasks (what
+it lacks is dependence on the gradient); and raw gradients from theta* moved by the mean beta (a better initialisation
+would do as well).
 """
 
 from __future__ import annotations
@@ -59,11 +60,11 @@ def evaluate(
     images_at_a_time: int = 0,
     group: ProcessGroup = ALONE,
 ) -> dict[str, float]:
-    """Return what adaptation does on given tasks, averaged over them.
+    """Return the scores of adaptation on given tasks, averaged over them.
 
     Args:
-        tasks: to evaluate; with several processes, this one's.
-        tasks_at_a_time, images_at_a_time: what goes through the towers at a time; 0 images: all of a task's.
+        tasks: the tasks of this process.
+        tasks_at_a_time, images_at_a_time: the content of one pass through the towers; 0 images: all of a task.
         group: the processes that the averages are over.
 
     Returns:
@@ -138,9 +139,6 @@ def _batches(tasks: Sequence[Task], size: int) -> list[Sequence[Task]]:
     return [tasks[start : start + size] for start in range(0, len(tasks), size)]
 
 
-# --- gram eval-meta ---------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Cell:
     """Means over tasks on their query sets, and half the 95 % interval of each (Student's t over tasks)."""
@@ -154,7 +152,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """One start with one kind of gradient."""
+    """The scores of one initialisation with one kind of gradient."""
 
     start: str
     gradient: str
@@ -163,28 +161,24 @@ class Line:
 
 @dataclass(frozen=True)
 class Adaptation:
-    """What `evaluate_adaptation` found.
+    """The result of `evaluate_adaptation`."""
 
-    Attributes:
-        topics: which topics the tasks are from, in words.
-        alignment: by gradient, the normalised inner product at theta* with the query gradient (Fig. 3b), over tasks.
-        verdict: whether the meta-checkpoint helps on these tasks, and what is wrong with the tasks, in sentences.
-    """
-
-    topics: str
+    topics: str  # a phrase for the topics of the tasks
     tasks: int
     ways: int
     alpha: float
     lines: list[Line]
+    # by gradient, the normalised inner product at theta* with the query gradient (Fig. 3b), over tasks
     alignment: dict[str, float]
+    # whether the meta-checkpoint helps on these tasks, and what is wrong with the tasks, in sentences
     verdict: list[str]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain dicts and lists, fit for JSON."""
+        """Return plain dicts and lists, as JSON values."""
         return asdict(self)
 
     def __str__(self) -> str:
-        """A table with a row for each start and gradient."""
+        """Return a table with a row for each initialisation and gradient."""
         from tabulate import tabulate
 
         steps = [cell.steps for cell in self.lines[0].cells]
@@ -218,10 +212,10 @@ def evaluate_adaptation(
 
     Args:
         checkpoint: from `load_meta_checkpoint`.
-        store, hierarchy: where the tasks come from. With the hierarchy of the meta-training, only topics that it held
-            out are used; with another one, all of them.
+        store, hierarchy: the source of the tasks. With the hierarchy of the meta-training, only its held-out topics are
+            used; with another one, all topics.
         seed: of the tasks.
-        opts: KEY VALUE settings that replace the meta-training's (TASKS.WAYS, INNER.ALPHA, ...).
+        opts: KEY VALUE settings that replace those of the meta-training (TASKS.WAYS, INNER.ALPHA, ...).
 
     Raises:
         GramError: a store of another backbone, a hierarchy of another store, too few topics for such tasks.
@@ -296,8 +290,8 @@ def _verdict(seen: Scores, learned: tuple[str, str], plain: tuple[str, str], ste
     gain, half = mean(gains), half_width(gains) or math.inf
     does = "helps" if gain > half else "does harm" if gain < -half else "makes no clear difference"
     sentences = [
-        f"The meta-checkpoint {does} on these tasks: {' with '.join(learned)} against {' with '.join(plain)} lowers the query "
-        f"loss after {steps} steps by {_text(gain, half, 3)}."
+        f"The meta-checkpoint {does} on these tasks: {' with '.join(learned)} against {' with '.join(plain)} lowers "
+        f"the query loss after {steps} steps by {_text(gain, half, 3)}."
     ]
     if -half <= gain <= half:
         sentences.append(
@@ -305,13 +299,13 @@ def _verdict(seen: Scores, learned: tuple[str, str], plain: tuple[str, str], ste
         )
     if 0 in [step for *_, step in seen] and mean(_values(seen[(*plain, 0)])[1]) > SOLVED:
         sentences.append(
-            f"Before any step {plain[0]} has more than {100 * SOLVED:.0f} % of them right: such tasks teach little. Raise "
-            "TASKS.WAYS, or make finer topics (CHC.TOPICS.SELECTION leaf, a smaller CHC.TOPICS.MIN_CLUSTER_SIZE)."
+            f"Before any step {plain[0]} has more than {100 * SOLVED:.0f} % of them right: such tasks teach little. "
+            "Raise TASKS.WAYS, or make finer topics (CHC.TOPICS.SELECTION leaf, a smaller CHC.TOPICS.MIN_CLUSTER_SIZE)."
         )
     if mean(accuracy) < HOPELESS / ways:
         sentences.append(
-            f"The accuracy of {100 * mean(accuracy):.0f} % is near chance ({100 / ways:.0f} %): such tasks teach little. Topics "
-            "or their words may not fit the images: look at `gram inspect`, and lower CHC.FILTER.KEEP."
+            f"The accuracy of {100 * mean(accuracy):.0f} % is near chance ({100 / ways:.0f} %): such tasks teach "
+            "little. Topics or their words may not fit the images: look at `gram inspect`, and lower CHC.FILTER.KEEP."
         )
     return sentences
 
@@ -323,7 +317,7 @@ def _values(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[float], list[f
 
 
 def _forms(regulator: GradientRegulator | None) -> dict[str, Callable[[Gradients], Gradients] | None]:
-    """Gradients to compare, by what the table calls them."""
+    """Return the gradients to compare, by their names in the table."""
     if regulator is None:
         return {"raw": None}
 
@@ -359,13 +353,7 @@ def _start_name(words: str) -> str:
 def _cell(steps: int, parts: Sequence[tuple[Tensor, Tensor]]) -> Cell:
     losses, accuracies = _values(parts)
     accuracies = [100 * value for value in accuracies]
-    return Cell(
-        steps,
-        math.fsum(losses) / len(losses),
-        half_width(losses),
-        math.fsum(accuracies) / len(accuracies),
-        half_width(accuracies),
-    )
+    return Cell(steps, mean(losses), half_width(losses), mean(accuracies), half_width(accuracies))
 
 
 def _text(mean: float, half_width: float | None, digits: int) -> str:

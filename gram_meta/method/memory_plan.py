@@ -1,4 +1,4 @@
-"""How many tasks of a batch go through the towers at a time in meta-training: an estimate from shapes, and a rule."""
+"""The number of tasks in one pass through the towers in meta-training: an estimate from shapes, and a rule."""
 
 from __future__ import annotations
 
@@ -18,29 +18,21 @@ FITS = 0.5  # share of the device's memory that an estimate may take
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """How a step may be divided, and what determines its size.
-
-    Attributes:
-        second_order: `whole` (one graph of everything), `lean` (one graph at a time) or `auto` (whole where it fits).
-        tasks, images: tasks in one pass; images of one side of a task in one pass; 0: as many as fit.
-        checkpointing: whether layers keep their inputs alone and are computed again in backward passes.
-        budget: GB that "fit" means, for each process; 0: half of the device's memory.
-        task, prompt: the size of a task and of its prompts.
-        first_order, meta: whether support gradients are constants; whether there is an inner loop.
+    """How a step may be divided, and the settings that determine its size.
 
     Raises:
-        GramError: values that mean nothing.
+        GramError: values that have no meaning.
     """
 
-    second_order: str = "auto"
-    tasks: int = 0
-    images: int = 0
-    checkpointing: bool = False
-    budget: float = 0.0
-    task: TaskConfig = TaskConfig()
+    second_order: str = "auto"  # `whole` (all in one graph), `lean` (one graph at a time) or `auto` (whole if it fits)
+    tasks: int = 0  # tasks in one pass; 0: as many as fit
+    images: int = 0  # images of one side of a task in one pass; 0: as many as fit
+    checkpointing: bool = False  # whether layers keep only their inputs and are recomputed in backward passes
+    budget: float = 0.0  # GB that one process may fill; 0: half of the device's memory
+    task: TaskConfig = TaskConfig()  # the size of a task
     prompt: PromptConfig = PromptConfig()
-    first_order: bool = False
-    meta: bool = True
+    first_order: bool = False  # whether support gradients are constants
+    meta: bool = True  # whether there is an inner loop
 
     def __post_init__(self) -> None:
         if self.images and self.second_order == "whole" and self.meta:
@@ -51,18 +43,10 @@ class MemoryConfig:
     @classmethod
     def from_config(cls, config: CfgNode) -> MemoryConfig:
         """Read MEMORY, TASKS, PROMPT, INNER.FIRST_ORDER and OUTER.META."""
-        memory = config.MEMORY
-        return cls(
-            memory.SECOND_ORDER,
-            memory.TASKS,
-            memory.IMAGES,
-            bool(memory.CHECKPOINTING),
-            memory.BUDGET,
-            TaskConfig.from_config(config),
-            PromptConfig.from_config(config),
-            config.INNER.FIRST_ORDER,
-            config.OUTER.META,
-        )
+        m = config.MEMORY
+        sizes = TaskConfig.from_config(config), PromptConfig.from_config(config)
+        settings = m.SECOND_ORDER, m.TASKS, m.IMAGES, bool(m.CHECKPOINTING), m.BUDGET
+        return cls(*settings, *sizes, config.INNER.FIRST_ORDER, config.OUTER.META)
 
     def bytes_on(self, device: torch.device) -> float:
         """Return the bytes that one process may fill."""
@@ -71,31 +55,27 @@ class MemoryConfig:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What one pass through the towers holds.
+    """The content of one pass through the towers."""
 
-    Attributes:
-        lean: one graph at a time (`bilevel.lean_backward`), not all in one.
-        tasks: most tasks in one pass. images: most images of one side of a task, where not even one task fits; 0: all.
-        estimate: bytes, besides weights and inputs.
-    """
-
-    lean: bool
-    tasks: int
-    images: int
-    estimate: float
+    lean: bool  # one graph at a time (`bilevel.lean_backward`), not all in one
+    tasks: int  # most tasks in one pass
+    images: int  # most images of one side of a task, if not even one task fits; 0: all
+    estimate: float  # bytes, without weights and inputs
 
     def __str__(self) -> str:
         graphs = "one graph at a time" if self.lean else "support and query set in one graph"
         images = f", {self.images} images of a side at a time" if self.images else ""
-        return f"{self.tasks} task{'s' * (self.tasks != 1)} in one pass, {graphs}{images}; estimated {self.estimate / 1e9:.2g} GB"
+        tasks = f"{self.tasks} task{'s' * (self.tasks != 1)} in one pass"
+        return f"{tasks}, {graphs}{images}; estimated {self.estimate / 1e9:.2g} GB"
 
 
 def plan(memory: MemoryConfig, backbone: Backbone, tasks: int, budget: float) -> MemoryPlan:
-    """Choose what goes through the towers at a time, for `tasks` tasks of a process and `budget` bytes.
+    """Choose the content of one pass through the towers, for `tasks` tasks of a process and `budget` bytes.
 
     The first of these that fits is taken: both sides of all tasks in one graph; one graph at a time, with as many tasks
     as fit; one task, with as many images at a time as fit. Features from the store with one text prompt for all images
-    always count as fitting. Under fp16 the plan is always one graph at a time, because each graph then has its own scale.
+    always count as fitting. Under fp16 the plan is always one graph at a time, because each graph then has its own
+    scale.
     """
     task = memory.task
     query = _image_bytes(memory, backbone, support=False)
@@ -121,7 +101,7 @@ def plan(memory: MemoryConfig, backbone: Backbone, tasks: int, budget: float) ->
 
 
 def _image_bytes(memory: MemoryConfig, backbone: Backbone, support: bool) -> float:
-    """Return the bytes of activations for one image of a task, for the support set's or the query set's backward passes."""
+    """Return the bytes of activations for one image of a task, for backward passes of its support or query set."""
     prompt, task, total = memory.prompt, memory.task, 0.0
     how = support and not memory.first_order, memory.checkpointing
     if prompt.visual_tokens:

@@ -1,6 +1,6 @@
 """The folder of a meta-training run: identity, resume, checkpoints, logs, and the reaction to SIGTERM.
 
-    run.json            what makes two runs the same run: settings, store, hierarchy
+    run.json            the identity of the run: settings, store, hierarchy
     state.pt            theta, phi, optimiser and records, for --resume
     log.jsonl           scores of the held-out tasks, a line for each evaluation
     best.safetensors    the meta-checkpoint with the lowest loss after adaptation on the held-out tasks
@@ -21,7 +21,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 from yacs.config import CfgNode
@@ -34,6 +34,7 @@ from gram_meta.processes import ALONE, ProcessGroup
 from gram_meta.progress import progress_bar
 
 logger = logging.getLogger("gram")
+T = TypeVar("T")
 
 BEST = "best.safetensors"
 LAST = "last.safetensors"
@@ -44,7 +45,7 @@ PROFILE = "profile.json"
 
 
 class Stopped(Exception):
-    """SIGTERM arrived; the step was finished and the state saved, so that --resume goes on from there."""
+    """SIGTERM arrived; the step was finished and the state saved for --resume."""
 
 
 class Sigterm:
@@ -65,6 +66,15 @@ class Sigterm:
     def _receive(self, *_: object) -> None:
         self.received = True
 
+    def next_of(self, items: Iterator[T]) -> T | None:
+        """Return the next item; None if SIGTERM has also ended the processes that make the items."""
+        try:
+            return next(items)
+        except (GramError, RuntimeError):
+            if not self.received:
+                raise
+            return None
+
 
 class MetaRun:
     """Reads and writes a run folder.
@@ -72,7 +82,7 @@ class MetaRun:
     Args:
         out: the folder.
         config: settings of the run.
-        facts: what else identifies the run, as JSON values; `provenance` of its checkpoints.
+        facts: other parts of the run's identity, as JSON values; `provenance` of its checkpoints.
         group: the processes of the run.
     """
 

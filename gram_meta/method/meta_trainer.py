@@ -1,11 +1,11 @@
 """Meta-training: Algorithm 1 over tasks from a hierarchy.
 
 The loop is `MetaTrainer.run`. A step draws B tasks, adapts theta to each support set through R^phi (Eq. 7), and moves
-theta and phi down the gradient of the query losses (Eq. 8, 9). Every few steps the same held-out tasks are evaluated; the
-theta and phi with the lowest query loss after adaptation are kept as the best checkpoint.
+theta and phi down the gradient of the query losses (Eq. 8, 9). Every few steps the same held-out tasks are evaluated;
+the theta and phi with the lowest query loss after adaptation are kept as the best checkpoint.
 
-Several processes (`torchrun`) share a step's tasks: each adapts its own, their gradients are summed in one exchange, and
-then all of them take the same step. Rank 0 alone writes files (`meta_run`).
+Several processes (`torchrun`) share a step's tasks: each adapts its own, their gradients are summed in one exchange,
+and then all of them take the same step. Rank 0 alone writes files (`meta_run`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -24,21 +24,18 @@ from yacs.config import CfgNode
 from gram_meta import __version__
 from gram_meta.backbone.clip import Backbone, load_backbone
 from gram_meta.clustering.hierarchy import Hierarchy
-from gram_meta.config import as_dict
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike
 from gram_meta.locks import only_writer
 from gram_meta.method.bilevel import InnerLoop
-from gram_meta.method.checkpoint import MetaCheckpoint
-from gram_meta.method.episodes import Episode, Episodes, TimedIterator, initial_theta
+from gram_meta.method.episodes import Episode, Episodes, TimedIterator
 from gram_meta.method.evaluation import evaluate
 from gram_meta.method.memory_plan import MemoryConfig, plan
 from gram_meta.method.meta_run import BEST, LAST, MetaLog, MetaRun, Sigterm, Stopped
+from gram_meta.method.meta_state import MetaState
 from gram_meta.method.outer import BatchResult, OuterLoop, add_meta_gradients, exchange, parameters_of
 from gram_meta.method.profiling import EXCHANGE, OPTIMISER
-from gram_meta.method.prompts import KINDS, PromptConfig, hold_size
-from gram_meta.method.regulator import GradientRegulator, RegulatorConfig
 from gram_meta.method.tasks import StepTasks, TaskConfig, TaskSampler, images_of, split_topics
 from gram_meta.processes import ALONE, ProcessGroup
 
@@ -54,13 +51,12 @@ def open_trainer(
     progress: bool = True,
     group: ProcessGroup = ALONE,
 ) -> MetaTrainer:
-    """Open a store and a hierarchy, and return what trains on them.
+    """Open a store and a hierarchy, and return a trainer for them.
 
     Args:
         store, hierarchy: folders written by `gram embed` and `gram cluster`.
         out: the run folder (`meta_run`).
-        config: settings (`gram_meta.config`).
-        group: the processes that share the tasks of each step (`processes.process_group`).
+        group: the processes that share the tasks of each step.
 
     Raises:
         GramError: inputs that do not belong together, or too few topics.
@@ -98,14 +94,13 @@ class MetaTrainer:
         self.config, self.progress, self.group = config, progress, group
         self.outer = OuterLoop.from_config(config)
         if self.outer.batch < group.size:
-            raise GramError(
-                f"OUTER.BATCH: expected at least one task a step for each of {group.size} processes, found {self.outer.batch}"
-            )
+            expected = f"at least one task a step for each of {group.size} processes"
+            raise GramError(f"OUTER.BATCH: expected {expected}, found {self.outer.batch}")
         self.backbone = backbone or load_backbone(config.BACKBONE.NAME, device, config.BACKBONE.PRECISION)
         self.backbone.checkpointing = config.MEMORY.CHECKPOINTING
         store.check_backbone(self.backbone)
         hierarchy.check_store(store)
-        _check_labelled(hierarchy, config.CHC.LABELLED)
+        hierarchy.check_labelled(config.CHC.LABELLED)
 
         # Tasks (Sec. 3.3)
         tasks, seed = TaskConfig.from_config(config), config.SEED
@@ -120,26 +115,16 @@ class MetaTrainer:
         self.plan = plan(memory, self.backbone, len(self.own), memory.bytes_on(self.backbone.device))
 
         # Theta and phi
-        prompt = PromptConfig.from_config(config)
-        self.visual_size = prompt.visual_size
-        self.theta = initial_theta(self.backbone, prompt, seed)
-        self._hold_size()
-        self.kinds = sorted(set(self.theta) & set(KINDS))  # the prompts; R^phi does not regulate the rest
-        self.regulator = self._initial_regulator()
+        self.state = state = MetaState(self.backbone, config, self.outer)
+        self.theta, self.kinds = state.theta, state.kinds
+        self.regulator, self.optimiser = state.regulator, state.optimiser
         self.inner = InnerLoop.from_config(config, self.regulator.regulate_known if self.regulator else None)
-        self.optimiser = self.outer.build_optimiser(self.theta, self.regulator)
 
-        # Records
-        self.norms: list[Tensor] = []  # of the raw support gradients, (inner steps * B, kinds) for each step
-        self.best: dict[str, float] = {}
+        # The folder
         self.saved = 0  # the step of the last saved state
-        self.facts = {
-            "version": __version__,
-            "store": store.fingerprint,
-            "hierarchy": hierarchy.fingerprint,
-            "topics": len(hierarchy.topics),
-            "held_out_topics": self.held_topics,
-        }
+        made_from = {"store": store.fingerprint, "hierarchy": hierarchy.fingerprint}
+        topics = {"topics": len(hierarchy.topics), "held_out_topics": self.held_topics}
+        self.facts = {"version": __version__, **made_from, **topics}
         self.folder = MetaRun(out, config, self.facts, group)
         self.sigterm = Sigterm()
         self.region: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext()  # `profile_steps` sets it
@@ -160,7 +145,7 @@ class MetaTrainer:
             episodes = TimedIterator(self.episodes_of(first, steps))
             coming = iter(episodes)
             for step in range(first + 1, steps + 1):
-                loss, stop = self.step(step, self._next(coming))
+                loss, stop = self.step(step, self.sigterm.next_of(coming))
                 if loss is None:  # a reader of images received the signal too
                     self._stop(step - 1)
                 self.record(step, loss, log)
@@ -173,10 +158,10 @@ class MetaTrainer:
 
     def begin(self, resume: bool) -> int:
         """Begin a new run, or restore the one in the folder; return the last finished step."""
-        if resume:
-            self.saved = self._restore()
-        else:
+        if not resume:
             self.folder.begin()
+        elif state := self.folder.resume():
+            self.saved = self.state.load_state_dict(state)
         return self.saved
 
     def record(self, step: int, loss: float, log: MetaLog) -> None:
@@ -191,7 +176,7 @@ class MetaTrainer:
     def save(self, step: int) -> None:
         """Save the state after a step for --resume."""
         if step > self.saved:
-            self.folder.save_state(self._state(step))
+            self.folder.save_state(self.state.state_dict(step))
             self.saved = step
 
     def episodes_of(self, first: int, last: int) -> Iterator[Episode]:
@@ -203,10 +188,10 @@ class MetaTrainer:
 
         Args:
             step: number of the step, from 1 on.
-            episode: this process's tasks; None gives the step up, for all processes.
+            episode: this process's tasks; None: no process takes the step.
 
         Returns:
-            The mean query loss after adaptation, None where the step was given up; and whether to stop after it.
+            The mean query loss after adaptation, None without a step; and whether to stop after it.
         """
         self.optimiser.zero_grad(set_to_none=True)
         parameters, given_up, stop = parameters_of(self.optimiser), episode is None, self.sigterm.received
@@ -228,24 +213,18 @@ class MetaTrainer:
         """Check the gradients in `.grad`, move theta and phi along them, and return the mean query loss."""
         self._check_finite(result.losses, parameters_of(self.optimiser), step)
         if len(result.norms):
-            self.norms.append(result.norms.flatten(0, 1).cpu())
+            self.state.norms.append(result.norms.flatten(0, 1).cpu())
         with self.region(OPTIMISER):
-            self.outer.update(self.optimiser, step)
-            self._hold_size()
+            self.state.update(self.outer, step)
         return result.losses.mean().item()
-
-    def _hold_size(self) -> None:
-        if self.visual_size and "visual" in self.theta:
-            hold_size(self.theta["visual"], self.visual_size)
 
     def scores(self) -> dict[str, float]:
         """Evaluate the held-out tasks."""
         tasks, images = self.episodes.at_a_time, 0
         if self.plan.lean or self.plan.tasks < self.outer.batch:
             tasks, images = min(tasks, self.plan.tasks), self.plan.images
-        return evaluate(
-            self.episodes, self.held_tasks, self.theta, self.regulator, self.inner, tasks, images, self.group
-        )
+        model = self.theta, self.regulator, self.inner
+        return evaluate(self.episodes, self.held_tasks, *model, tasks, images, self.group)
 
     def evaluate(self, step: int, log: MetaLog) -> None:
         """Evaluate the held-out tasks, log the scores, and keep theta and phi if they are the best so far."""
@@ -253,10 +232,12 @@ class MetaTrainer:
         log.held_out(step, scores)
         if not math.isfinite(scores["loss_after"]):
             self._fail(f"a finite loss on the held-out tasks, found {scores['loss_after']} after step {step}")
-        self.folder.save_checkpoint(LAST, self._checkpoint(step, scores))
-        if not self.best or scores["loss_after"] < self.best["loss_after"]:
-            self.best = {"step": step, **scores}
-            self.folder.save_checkpoint(BEST, self._checkpoint(step, scores))
+        checkpoint = self.state.checkpoint(self.facts | {"step": step, "held_out": dict(scores)})
+        self.folder.save_checkpoint(LAST, checkpoint)
+        best = self.state.best
+        if not best or scores["loss_after"] < best["loss_after"]:
+            self.state.best = {"step": step, **scores}
+            self.folder.save_checkpoint(BEST, checkpoint)
 
     def _check_finite(self, losses: Tensor, parameters: list[Tensor], step: int) -> None:
         bad = (~losses.isfinite()).nonzero().flatten().tolist()
@@ -265,85 +246,13 @@ class MetaTrainer:
             words = ", ".join(self.train_tasks.draw(number).words)
             self._fail(f"a finite loss, found {losses[bad[0]].item()} at step {step} in task {number} ({words})")
         if self.inner.scale != 1 and not all(p.grad.isfinite().all() for p in parameters if p.grad is not None):
-            self._fail(
-                f"finite gradients, found others at step {step}, under fp16 with losses scaled by {self.inner.scale:g}; "
-                "lower BACKBONE.LOSS_SCALE, or take BACKBONE.PRECISION bf16"
-            )
+            found = f"found others at step {step}, under fp16 with losses scaled by {self.inner.scale:g}"
+            self._fail(f"finite gradients, {found}; lower BACKBONE.LOSS_SCALE, or take BACKBONE.PRECISION bf16")
 
     def _fail(self, expected: str) -> NoReturn:
-        last = self.folder.out / LAST
-        self.group.fail(f"meta-training: expected {expected}; the last good checkpoint is {last}")
-
-    def _next(self, coming: Iterator[Episode]) -> Episode | None:
-        """Return the next step's tasks; None if SIGTERM has ended the processes that read them."""
-        try:
-            return next(coming)
-        except (GramError, RuntimeError):
-            if not self.sigterm.received:
-                raise
-            return None
+        self.group.fail(f"meta-training: expected {expected}; the last good checkpoint is {self.folder.out / LAST}")
 
     def _stop(self, step: int) -> NoReturn:
         self.save(step)
-        out = self.folder.out
-        raise Stopped(f"{out}: stopped by SIGTERM after step {step} of {self.outer.steps}; --resume goes on")
-
-    def _state(self, step: int) -> dict[str, Any]:
-        return {
-            "step": step,
-            "theta": {kind: value.detach() for kind, value in self.theta.items()},
-            "regulator": self.regulator.state_dict() if self.regulator is not None else {},
-            "optimiser": self.optimiser.state_dict(),
-            "norms": torch.cat(self.norms) if self.norms else torch.empty(0, len(self.kinds)),
-            "best": self.best,
-        }
-
-    def _restore(self) -> int:
-        """Restore theta, phi, optimiser and records, and return the last finished step."""
-        state = self.folder.resume()
-        if state is None:
-            return 0
-        with torch.no_grad():
-            for kind, value in state["theta"].items():
-                self.theta[kind].copy_(value)
-        if self.regulator is not None:
-            self.regulator.load_state_dict(state["regulator"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.norms = [state["norms"]] if len(state["norms"]) else []
-        self.best = state["best"]
-        return int(state["step"])
-
-    def _checkpoint(self, step: int, scores: dict[str, float]) -> MetaCheckpoint:
-        norms = torch.cat(self.norms) if self.norms else torch.empty(0, 0)  # (tasks so far, kinds)
-        return MetaCheckpoint(
-            prompts={kind: self.theta[kind] for kind in self.kinds},
-            extras={name: value for name, value in self.theta.items() if name not in self.kinds},
-            regulator=self.regulator,
-            backbone_name=self.backbone.name,
-            backbone_fingerprint=self.backbone.fingerprint,
-            config=as_dict(self.config),
-            provenance=self.facts | {"step": step, "held_out": dict(scores)},
-            gradient_norms={
-                kind: {f"q{q:02d}": column.quantile(q / 100).item() for q in (5, 25, 50, 75, 95)}
-                for kind, column in zip(self.kinds, norms.unbind(dim=1), strict=False)
-            },
-        )
-
-    def _initial_regulator(self) -> GradientRegulator | None:
-        if not (self.config.REGULATOR.ENABLED and self.outer.meta):
-            return None
-        widths = {kind: self.theta[kind].shape[-1] for kind in self.kinds}
-        generator = torch.Generator().manual_seed(self.config.SEED)
-        number = self.backbone.logit_scale.dtype  # float32; float64 with fp64 towers
-        form = RegulatorConfig.from_config(self.config)
-        return GradientRegulator(widths, form, generator).to(self.backbone.device, number)
-
-
-def _check_labelled(hierarchy: Hierarchy, wanted: bool) -> None:
-    """Check CHC.LABELLED, which goes into the checkpoint and tells the row of Table 6."""
-    names = "topics found by clustering", "labelled classes"
-    found = bool(hierarchy.manifest.get("labelled"))
-    if found != wanted:
-        raise GramError(
-            f"CHC.LABELLED is {wanted}: expected a hierarchy of {names[wanted]}, found one of {names[found]}"
-        )
+        after = f"after step {step} of {self.outer.steps}"
+        raise Stopped(f"{self.folder.out}: stopped by SIGTERM {after}; --resume goes on")

@@ -23,26 +23,16 @@ OPTIMISERS: dict[str, Callable[..., Optimizer]] = {"adam": torch.optim.Adam, "sg
 
 @dataclass(frozen=True)
 class OuterLoop:
-    """Settings of the outer loop.
+    """Settings of the outer loop."""
 
-    Attributes:
-        meta: False leaves out the inner loop: prompt pre-training on the topics (Table 6, row 3).
-        optimiser: `adam` or `sgd`.
-        lr_prompt, lr_regulator: lambda_1 and lambda_2.
-        batch: B, tasks of a step.
-        steps: number of steps.
-        clip_norm: largest norm of the meta-gradient of theta and of phi, each; 0: not clipped.
-        cosine: whether learning rates fall to zero along a cosine.
-    """
-
-    meta: bool = True
-    optimiser: str = "adam"
-    lr_prompt: float = 1e-3
-    lr_regulator: float = 1e-4
-    batch: int = 4
-    steps: int = 2000
-    clip_norm: float = 1.0
-    cosine: bool = True
+    meta: bool = True  # False leaves out the inner loop: prompt pre-training on the topics (Table 6, row 3)
+    optimiser: str = "adam"  # `adam` or `sgd`
+    lr_prompt: float = 1e-3  # lambda_1
+    lr_regulator: float = 1e-4  # lambda_2
+    batch: int = 4  # B, tasks of a step
+    steps: int = 2000  # number of steps
+    clip_norm: float = 1.0  # largest norm of the meta-gradient of theta and of phi, each; 0: not clipped
+    cosine: bool = True  # whether learning rates fall to zero along a cosine
 
     @classmethod
     def from_config(cls, config: CfgNode) -> OuterLoop:

@@ -7,11 +7,10 @@
                 ...forward, backward, and with profile.region("optimiser"): optimiser.step()
     print(profile.table())
 
-A tower's backward pass, and the second one of exact second order, run inside autograd, far from the line that called the
-tower. So the prompt that goes into a tower and the features that come out of it pass through identities that note the
-time when values go through forwards, when gradients go through backwards, and when the gradients' own gradients do: what
-lies between the two identities belongs to the tower. Autograd works through the nodes of one tower in a row, as it takes
-the youngest first. The identities change no number.
+A tower's backward pass, and the second one of exact second order, run inside autograd. So the prompt that enters a
+tower and the features that leave it pass through identities. These record the time when values pass, when gradients
+pass, and when gradients of gradients pass; the time between the two identities belongs to the tower. Autograd runs the
+nodes of one tower in a row, as it takes the youngest first. The identities change no number.
 """
 
 from __future__ import annotations
@@ -42,11 +41,11 @@ class Profile:
     """Seconds by region, summed over steps.
 
     Args:
-        device: of the towers; a GPU is waited for at every border between two regions, which costs it a little speed.
+        device: of the towers; a GPU is synchronised at every change of region, which makes it a little slower.
         clock: seconds; `time.process_time` with one thread on a machine that others use too.
 
     Attributes:
-        seconds: by region. steps: how many.
+        seconds: by region. steps: number of steps.
     """
 
     def __init__(self, device: str | torch.device = "cpu", clock: Callable[[], float] = time.perf_counter) -> None:
@@ -54,15 +53,13 @@ class Profile:
         self.steps = 0
         self._cuda = torch.device(device) if torch.device(device).type == "cuda" else None
         self._clock = clock
-        self._region: str | None = None  # None: outside of all that is measured
-        self._fixed = False  # inside a region whose parts are not told apart
+        self._region: str | None = None  # None: nothing is measured
+        self._fixed = False  # inside `region`, whose parts are not measured separately
         self._since = 0.0
-
-    # --- measuring ----------------------------------------------------------------------------------------------------
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """One step; what is in no other region is `OTHER`."""
+        """Measure a step; time in no other region counts for `OTHER`."""
         self._go(OTHER)
         try:
             yield
@@ -72,7 +69,7 @@ class Profile:
 
     @contextmanager
     def region(self, name: str) -> Iterator[None]:
-        """All inside counts for `name`, the towers' work too."""
+        """Count all time inside for `name`, also that of the towers."""
         before, fixed = self._region, self._fixed
         self._go(name)
         self._fixed = True
@@ -84,38 +81,31 @@ class Profile:
 
     @contextmanager
     def watching(self, backbone: Any, regulator: Any = None) -> Iterator[None]:
-        """The towers of this backbone, and this regulator, note their time."""
+        """Measure the towers of this backbone, and this regulator."""
         watched = [(backbone, "encode_images", IMAGE_TOWER), (backbone, "encode_text", TEXT_TOWER)]
         if regulator is not None:
             watched.append((regulator, "forward", REGULATOR))
         for owner, method, name in watched:
-            setattr(owner, method, self._noting(getattr(owner, method), name))
+            setattr(owner, method, self._measured(getattr(owner, method), name))
         try:
             yield
         finally:
             for owner, method, _ in watched:
-                delattr(owner, method)  # the class's own is found again
-
-    # --- results ------------------------------------------------------------------------------------------------------
+                delattr(owner, method)  # the class's method is used again
 
     def share_outside_towers(self) -> float:
-        """Of the steps' time without held-out tasks, what was spent neither in a tower's forward nor in its backward."""
-        spent = {name: seconds for name, seconds in self.seconds.items() if name != EVALUATION}
-        return 1 - sum(spent.get(name, 0.0) for name in TOWERS) / max(sum(spent.values()), 1e-12)
+        """Return the share of the steps' time that was spent in no tower's forward or backward pass."""
+        return 1 - sum(share for name, _, share in self.rows() if name in TOWERS)
 
     def rows(self) -> list[tuple[str, float, float]]:
-        """Region, seconds a step, share of a step; held-out tasks, which are not part of a step, have their sum and no share."""
-        whole = sum(seconds for name, seconds in self.seconds.items() if name != EVALUATION)
-        names = [name for name in ORDER if name in self.seconds]
-        names += [name for name in self.seconds if name not in ORDER]
-        return [
-            (name, self.seconds[name] / max(self.steps, 1), self.seconds[name] / max(whole, 1e-12))
-            for name in names
-            if name != EVALUATION
-        ]
+        """Return region, seconds a step and share of a step, without the held-out tasks."""
+        spent = {name: self.seconds[name] for name in dict.fromkeys((*ORDER, *self.seconds)) if name in self.seconds}
+        spent.pop(EVALUATION, None)
+        whole = max(sum(spent.values()), 1e-12)
+        return [(name, seconds / max(self.steps, 1), seconds / whole) for name, seconds in spent.items()]
 
     def table(self) -> str:
-        """Markdown."""
+        """Return a table in Markdown."""
         lines = [f"| {self.steps} steps | ms a step | share |", "| --- | ---: | ---: |"]
         lines += [f"| {name} | {1000 * each:.2f} | {100 * share:.1f} % |" for name, each, share in self.rows()]
         whole = sum(each for _, each, _ in self.rows())
@@ -125,13 +115,11 @@ class Profile:
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
-        """Fit for JSON."""
+        """Return the measurement as JSON values."""
         return {"steps": self.steps, "seconds": dict(self.seconds), "share_outside_towers": self.share_outside_towers()}
 
-    # --- inside -------------------------------------------------------------------------------------------------------
-
     def _go(self, region: str | None) -> None:
-        """From here on time belongs to `region`."""
+        """Count the time from now on for `region`."""
         if self._cuda is not None:
             torch.cuda.synchronize(self._cuda)
         now = self._clock()
@@ -140,22 +128,22 @@ class Profile:
         self._region, self._since = region, now
 
     def _cross(self, region: str) -> None:
-        """Values or gradients go through a border: into a watched part, or out of it into `OTHER`."""
+        """Change the region where values or gradients enter a measured part, or leave it for `OTHER`."""
         if self._region is not None and not self._fixed:
             self._go(region)
 
-    def _noting(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        def noted(*args: Any, **kwargs: Any) -> Any:
+    def _measured(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def measured(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = self._marked((args, kwargs), name, OTHER)
             self._cross(name)
             out = self._marked(function(*args, **kwargs), OTHER, name)
             self._cross(OTHER)
             return out
 
-        return noted
+        return measured
 
     def _marked(self, value: Any, onward: str, backward: str) -> Any:
-        """Every tensor with a gradient, in tuples and dicts too, through an identity that notes the time."""
+        """Pass every tensor with a gradient, also in tuples and dicts, through an identity that records the time."""
         if isinstance(value, Tensor):
             return _Border.apply(value, self, onward, backward) if value.requires_grad else value
         if isinstance(value, tuple):
@@ -166,11 +154,11 @@ class Profile:
 
 
 def profile_steps(trainer: MetaTrainer, steps: int) -> Path:
-    """Time some steps, after two that are not counted; print a table and write it to profile.json.
+    """Time some steps, after two that are not counted; print a table and write profile.json.
 
     Args:
-        trainer: from `meta_trainer.open_trainer`; it writes nothing else.
-        steps: how many to time.
+        trainer: from `meta_trainer.open_trainer`; no other file is written.
+        steps: number of steps to time.
 
     Returns:
         The path of profile.json.
@@ -196,7 +184,7 @@ def profile_steps(trainer: MetaTrainer, steps: int) -> Path:
 
 
 class _Border(torch.autograd.Function):
-    """The identity; it tells the profile which region comes next, also for gradients, and for gradients of gradients."""
+    """The identity; it starts the next region of the profile, also for gradients and for gradients of gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, profile: Profile, onward: str, backward: str) -> Tensor:

@@ -1,7 +1,7 @@
 """Text and visual prompts around frozen CLIP towers (Eq. 1, 2; Sec. 3.1).
 
 A prompt is a float32 tensor of tokens: `"text"` (M_t, d_text), `"visual"` (M_v, d_visual). It is cast to the towers'
-number type at their input and nowhere before: an fp16 prompt would lose small steps.
+number type only at their input: an fp16 prompt would lose small steps.
 """
 
 from __future__ import annotations
@@ -23,35 +23,28 @@ from gram_meta.errors import GramError
 
 STATE_NAMES = {"text": "ctx", "visual": "visual_ctx"}  # kind of prompt -> its name in a prompt learner's state dict
 KINDS = tuple(STATE_NAMES)
-META_NET = "meta_net."  # begins the names of the meta-net's weights wherever they stand beside prompts
+META_NET = "meta_net."  # prefix of the names of the meta-net's weights beside prompts
 TEMPLATE = "a photo of a {}."
 
-# Class sentences in the text tower at a time, without gradients. 1,024 need a third of the memory of 4,096, and the text
-# tower takes 15 to 25 % less time for them on a CPU.
+# Class sentences in one pass of the text tower without gradients: 1,024 need a third of the memory of 4,096, and take
+# 15 to 25 % less time on a CPU.
 SENTENCES = 1024
 
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """What is meta-trained.
-
-    Attributes:
-        text_tokens, visual_tokens: M_t and M_v; 0 leaves the kind out.
-        words: initialisation of the text prompt; "": random.
-        template: class prompt where there is no text prompt.
-        conditional: whether a meta-net shifts the text prompt for each image, as in CoCoOp.
-        visual_size: root mean square that each visual token is held at (`hold_size`); 0: free.
+    """The prompts to meta-train.
 
     Raises:
         GramError: no prompt tokens at all, or a meta-net without a text prompt.
     """
 
-    text_tokens: int = 4
-    visual_tokens: int = 0
-    words: str = "a photo of a"
-    template: str = TEMPLATE
-    conditional: bool = False
-    visual_size: float = 0.0
+    text_tokens: int = 4  # M_t; 0: no text prompt
+    visual_tokens: int = 0  # M_v; 0: no visual prompt
+    words: str = "a photo of a"  # initialisation of the text prompt; "": random
+    template: str = TEMPLATE  # class prompt if there is no text prompt
+    conditional: bool = False  # whether a meta-net shifts the text prompt for each image, as in CoCoOp
+    visual_size: float = 0.0  # root mean square that each visual token is held at (`hold_size`); 0: free
 
     def __post_init__(self) -> None:
         if not self.text_tokens and not self.visual_tokens:
@@ -78,10 +71,10 @@ class ClassText:
             indices (B, K): (B, K, L) and (B, K).
         start: (1, d) embedding of the start token.
         tokens: M.
-        chunk: class sentences of which activations are kept at a time while the prompt is learned: those of the others
-            are computed again in the backward pass. 0: all of them, nothing twice. Tasks (`select` with (B, K)) are
-            always encoded at once. Without gradients at most `SENTENCES` are encoded at a time.
-        placed: whether a sentence's M slots are positions of its own, not shared by all of them.
+        chunk: while the prompt is learned, the number of class sentences whose activations are kept at a time; those of
+            the others are recomputed in the backward pass. 0: all are kept. Tasks (`select` with (B, K)) are always
+            encoded at once. Without gradients at most `SENTENCES` are encoded at a time.
+        placed: whether the M slots are separate positions of each sentence, not shared by all of them.
     """
 
     placed = False
@@ -102,11 +95,11 @@ class ClassText:
 
     @property
     def own(self) -> Tensor:
-        """(..., N, L, d) embeddings of `ids`; looked up anew each time, as 20,000 classes of them are half a gigabyte."""
+        """Embeddings (..., N, L, d) of `ids`; they are not kept, as those of 20,000 classes take half a gigabyte."""
         return self.backbone.embed_tokens(self.ids)
 
     def select(self, classes: Tensor) -> ClassText:
-        """The sentences of some classes, cut anew at their longest; indices (K,), or (B, K) for K classes in each task."""
+        """Return the sentences of some classes, (K,) or (B, K) for K classes in each task, cut at their longest."""
         chosen = copy(self)
         chosen.ends = self.ends[classes]
         chosen.ids = self.ids[classes, : int(chosen.ends.max()) + 1]
@@ -114,11 +107,11 @@ class ClassText:
         return chosen
 
     def features(self, prompt: Tensor) -> Tensor:
-        """Class features, L2-normalised.
+        """Return the L2-normalised class features.
 
         Args:
-            prompt: (M, d); or (..., M, d) with leading axes of its own: those of `own` first (a prompt per task), then
-                any others (a prompt per image of each task).
+            prompt: (M, d); or (..., M, d) with more axes: those of `own` first (a prompt per task), then any others (a
+                prompt per image of each task).
 
         Returns:
             (N, D), or (..., N, D).
@@ -135,11 +128,11 @@ class ClassText:
         return torch.cat(done).unflatten(0, prompt.shape[:-2])
 
     def _images(self, prompt: Tensor) -> int:
-        """How often each class is encoded: for every image that has a prompt of its own."""
+        """Return how often each class is encoded: once for each image with a separate prompt."""
         return math.prod(prompt.shape[:-2])
 
     def _features(self, prompt: Tensor) -> Tensor:
-        """All at once."""
+        """Return the features of all classes, computed in one pass."""
         lead = prompt.shape[:-2]
         start = self.start.expand(*lead, *self.start.shape)
         shared = torch.cat([start, prompt.to(start.dtype)], dim=-2)  # (..., 1 + M, d)
@@ -151,7 +144,7 @@ class ClassText:
         return self.backbone.encode_text(own, ends, shared, self._packing(ends, own.shape[-2], shared.shape[-2]))
 
     def _packing(self, ends: Tensor, length: int, before: int) -> Packing | Rectangle:
-        """Kept, as it depends on the sentences alone, and finding it makes a GPU wait."""
+        """Return the packing; it is kept, as it depends on the sentences alone and its computation makes a GPU wait."""
         key = ends.shape[:-1], before
         if key not in self._packings:
             if len(self._packings) >= 4:  # batches of other sizes
@@ -177,51 +170,52 @@ class ClassText:
 
 
 class Parts(NamedTuple):
-    """Class sentences in parts: which classes they hold, and where each class is found in them."""
+    """Class sentences in parts."""
 
     texts: list[ClassText]
-    order: Tensor  # (N,) classes, as they stand in the parts one after the other
-    back: Tensor  # (N,) place of each class there
+    order: Tensor  # (N,) classes in the order of the parts
+    back: Tensor  # (N,) place of each class in that order
 
 
 def context_from_words(backbone: Backbone, words: str) -> Tensor:
-    """Token embeddings (M, d_text), float32, of words such as "a photo of a": a start that means something."""
+    """Return the token embeddings (M, d_text), float32, of words such as "a photo of a"."""
     ids = backbone.tokenize([words.replace("_", " ")])
     length = int(end_positions(ids)[0])
     return backbone.embed_tokens(ids[0, 1:length]).float()
 
 
 def random_context(width: int, tokens: int, generator: torch.Generator | None = None) -> Tensor:
-    """(tokens, width) float32 from N(0, 0.02), as CoOp starts without words."""
+    """Draw (tokens, width) float32 from N(0, 0.02), CoOp's initialisation without words."""
     return torch.empty(tokens, width).normal_(std=0.02, generator=generator)
 
 
 def template_features(backbone: Backbone, classnames: Sequence[str], template: str = TEMPLATE) -> Tensor:
-    """Class features (N, D) of a written template, L2-normalised; no gradient."""
+    """Return class features (N, D) of a written template, L2-normalised, without a gradient."""
     return backbone.encode_texts([template.format(name.replace("_", " ")) for name in classnames])
 
 
 def initial_prompts(
     backbone: Backbone, text_tokens: int, visual_tokens: int, words: str = "", seed: int = 0
 ) -> dict[str, Tensor]:
-    """Prompts to start meta-training or a baseline from.
+    """Return the initial prompts of meta-training or of a baseline.
 
     Args:
         text_tokens, visual_tokens: M_t and M_v; 0 leaves the kind out.
         words: text for the text prompt; it must have exactly `text_tokens` tokens. "" draws N(0, 0.02).
         seed: of the random draws; visual prompts are always drawn.
+
+    Raises:
+        GramError: words of another number of tokens, or a visual prompt for a ResNet.
     """
     generator = torch.Generator().manual_seed(seed)
     prompts = {}
-    if text_tokens:
-        if words:
-            prompts["text"] = context_from_words(backbone, words)
-            if len(prompts["text"]) != text_tokens:
-                raise GramError(
-                    f"words for the prompt: expected {text_tokens} tokens, found {len(prompts['text'])} in {words!r}"
-                )
-        else:
-            prompts["text"] = random_context(backbone.text_width, text_tokens, generator).to(backbone.device)
+    if text_tokens and words:
+        prompts["text"] = context_from_words(backbone, words)
+        if len(prompts["text"]) != text_tokens:
+            found = len(prompts["text"])
+            raise GramError(f"words for the prompt: expected {text_tokens} tokens, found {found} in {words!r}")
+    elif text_tokens:
+        prompts["text"] = random_context(backbone.text_width, text_tokens, generator).to(backbone.device)
     if visual_tokens:
         if not backbone.is_vit:
             raise GramError(f"visual prompts: expected a ViT image tower, found the ResNet {backbone.name}")
@@ -233,7 +227,8 @@ def initial_prompts(
 def hold_size(prompt: Tensor, size: float) -> None:
     """Scale each visual token of (M, d), in place, to root mean square `size`.
 
-    The first layer norm (`ln_pre`) takes the size out of every visual token, so features stay the same up to its epsilon.
+    The first layer norm (`ln_pre`) takes the size out of every visual token, so features stay the same up to its
+    epsilon.
     Gradients do not: they shrink as 1 / size, and a step turns the token by 1 / size^2. Meta-training lets a free token
     grow, because growth costs no loss; a few-shot run then hardly moves it at the usual learning rate.
     """
@@ -241,20 +236,19 @@ def hold_size(prompt: Tensor, size: float) -> None:
 
 
 def initial_meta_net(backbone: Backbone, seed: int = 0) -> dict[str, Tensor]:
-    """Weights of CoCoOp's meta-net, drawn as torch draws linear layers: D -> D // 16 -> d_text, float32."""
-    hidden = backbone.embed_dim // 16
+    """Draw weights of CoCoOp's meta-net as torch draws linear layers: D -> D // 16 -> d_text, float32."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = MetaNet(backbone.embed_dim, hidden, backbone.text_width)
+        net = MetaNet(backbone.embed_dim, backbone.embed_dim // 16, backbone.text_width)
     return {name: value.detach().to(backbone.device) for name, value in net.state_dict().items()}
 
 
 def conditional_shift(net: Mapping[str, Tensor], features: Tensor) -> Tensor:
-    """What CoCoOp adds to each context token of an image's prompt: a small network of the image's feature.
+    """Return what CoCoOp adds to each context token for an image: a small network applied to the image's feature.
 
     Args:
         net: `linear1.weight` (..., D // 16, D), `linear1.bias`, `linear2.weight` (..., d, D // 16), `linear2.bias`;
-            leading axes are tasks with weights of their own.
+            leading axes are tasks with separate weights.
         features: (..., n, D).
 
     Returns:
@@ -284,14 +278,13 @@ class PromptLearner(nn.Module):
 
     def __init__(self, prompts: Mapping[str, Tensor]) -> None:
         super().__init__()
-        unknown = set(prompts) - set(KINDS)
-        if unknown or not prompts:
+        if not prompts or set(prompts) - set(KINDS):
             raise GramError(f"prompts: expected the kinds {' and/or '.join(KINDS)}, found {sorted(prompts)}")
         self.ctx = _parameter(prompts.get("text"))
         self.visual_ctx = _parameter(prompts.get("visual"))
 
     def prompts(self) -> dict[str, nn.Parameter]:
-        """The prompts by kind, those that exist."""
+        """Return the existing prompts by kind."""
         return {kind: p for kind, p in zip(KINDS, (self.ctx, self.visual_ctx), strict=True) if p is not None}
 
 
@@ -301,8 +294,8 @@ class PromptedCLIP(nn.Module):
     Args:
         backbone: frozen CLIP.
         classnames: N class names.
-        prompts: starts, by kind (copied).
-        template: class sentence where there is no text prompt.
+        prompts: initialisation by kind (copied).
+        template: class prompt if there is no text prompt.
     """
 
     def __init__(
@@ -317,15 +310,15 @@ class PromptedCLIP(nn.Module):
         self._kept: tuple[Tensor, Tensor] | None = None  # a prompt's value, its class features
 
     def prompts(self) -> dict[str, nn.Parameter]:
-        """The learned prompts (M, d) by kind."""
+        """Return the learned prompts (M, d) by kind."""
         return self.prompt_learner.prompts()
 
     def parameters_to_learn(self) -> list[nn.Parameter]:
-        """Everything an optimiser should hold; the towers are frozen."""
+        """Return the parameters for an optimiser; the towers are frozen."""
         return list(self.prompt_learner.parameters())
 
     def class_features(self) -> Tensor:
-        """(N, D). Without gradients they are computed once for a prompt, not once a batch."""
+        """Return the class features (N, D); without gradients they are computed once for a prompt, not once a batch."""
         ctx = self.prompt_learner.ctx
         if self.fixed is not None:
             return self.fixed
@@ -337,7 +330,7 @@ class PromptedCLIP(nn.Module):
         return self._kept[1]
 
     def image_features(self, images: Tensor) -> Tensor:
-        """(B, D) of images (B, 3, H, W)."""
+        """Return the features (B, D) of images (B, 3, H, W)."""
         prompt = self.prompt_learner.visual_ctx
         if prompt is None:
             with torch.no_grad():
@@ -345,7 +338,7 @@ class PromptedCLIP(nn.Module):
         return self.backbone.encode_images(images, prompt)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, N), the exponents of Eq. 1."""
+        """Return the logits (B, N), the exponents of Eq. 1."""
         return logits(self.image_features(images), self.class_features(), self.backbone.logit_scale)
 
 
@@ -353,7 +346,7 @@ class ConditionalCLIP(PromptedCLIP):
     """CoCoOp's classifier: the text prompt is shifted for each image by a meta-net of the image's feature.
 
     Args:
-        net: start of the meta-net (see `initial_meta_net`); it is learned as `prompt_learner.meta_net`.
+        net: initialisation of the meta-net (see `initial_meta_net`); it is learned as `prompt_learner.meta_net`.
     """
 
     def __init__(
@@ -366,12 +359,11 @@ class ConditionalCLIP(PromptedCLIP):
         self.prompt_learner.add_module("meta_net", meta_net)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, N); each image has class features of its own."""
-        features = self.image_features(images)  # (B, D)
-        return self.image_logits(features)
+        """Return the logits (B, N); each image has its own class features."""
+        return self.image_logits(self.image_features(images))
 
     def image_logits(self, features: Tensor) -> Tensor:
-        """Logits (B, N) of image features (B, D)."""
+        """Return the logits (B, N) of image features (B, D)."""
         ctx = self.prompt_learner.ctx
         assert ctx is not None and self.class_text is not None  # it has a text prompt, by construction
         shift = self.prompt_learner.get_submodule("meta_net")(features)  # (B, d)
@@ -380,7 +372,7 @@ class ConditionalCLIP(PromptedCLIP):
 
 
 def logits(image_features: Tensor, class_features: Tensor, scale: Tensor) -> Tensor:
-    """Scaled cosines (..., B, N) of normalised features (..., B, D) and (..., N, D): the exponents of Eq. 1."""
+    """Return scaled cosines (..., B, N) of normalised features (..., B, D) and (..., N, D): the exponents of Eq. 1."""
     return scale * image_features @ class_features.transpose(-1, -2)
 
 

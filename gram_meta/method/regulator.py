@@ -2,10 +2,11 @@
 
     gamma = tanh(g W_gamma^T + b_gamma)        beta = tanh(g W_beta^T + b_beta)        R(g) = gamma * g + beta
 
-for a gradient g of shape (M, d), per kind of prompt. W is (d, d) and b is (d,), shared by the M tokens, so one regulator
-serves any number of tokens. The form is sensitive to the gradient's scale: beta is added to whatever size g has, and a
-large g saturates tanh. `RegulatorConfig` holds the switches for that; the defaults are the paper's form, started at a
-constant gate (W = 0, b_beta = 0, gamma = 0.9), which is near plain gradient descent and still has slope to learn from.
+for a gradient g of shape (M, d), per kind of prompt. W is (d, d) and b is (d,), shared by the M tokens, so one
+regulator serves any number of tokens. The form is sensitive to the gradient's scale: beta is added to whatever size g
+has, and a large g saturates tanh. `RegulatorConfig` holds the switches for that; the defaults are the paper's form,
+started at a constant gate (W = 0, b_beta = 0, gamma = 0.9), which is near plain gradient descent and still has slope to
+learn from.
 """
 
 from __future__ import annotations
@@ -27,18 +28,12 @@ _TINY = 1e-24  # added to a mean square: a gradient of exactly zero stays zero u
 
 @dataclass(frozen=True)
 class RegulatorConfig:
-    """Form and start of R^phi.
+    """Form and start of R^phi."""
 
-    Attributes:
-        start: `gate` (W = 0, b_beta = 0, constant gamma) or `random` (Algorithm 1, line 1).
-        gamma: the constant of a `gate` start, in (-1, 1).
-        input: `raw` (g, Eq. 5) or `normalised` (g / rms(g), so that tanh sees entries of size 1).
-        beta: `absolute` (Eq. 6), `relative` (beta * rms(g), which vanishes where the gradient does) or `none`.
-    """
-
-    start: str = "gate"
-    gamma: float = 0.9
-    input: str = "raw"
+    start: str = "gate"  # `gate` (W = 0, b_beta = 0, constant gamma) or `random` (Algorithm 1, line 1)
+    gamma: float = 0.9  # the constant of a `gate` start, in (-1, 1)
+    input: str = "raw"  # `raw` (g, Eq. 5) or `normalised` (g / rms(g), so that tanh sees entries of size 1)
+    # `absolute` (Eq. 6), `relative` (beta * rms(g), which vanishes where the gradient does) or `none`
     beta: str = "absolute"
 
     @classmethod

@@ -18,18 +18,12 @@ from gram_meta.errors import GramError
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """The size of a task.
+    """The size of a task."""
 
-    Attributes:
-        ways: K, topics in a task.
-        support_shots, query_shots: S and Q, images per topic.
-        domain_shift: False draws the support set from all domains too (Table 6, row 1).
-    """
-
-    ways: int = 5
-    support_shots: int = 4
-    query_shots: int = 12
-    domain_shift: bool = True
+    ways: int = 5  # K, topics in a task
+    support_shots: int = 4  # S, images per topic
+    query_shots: int = 12  # Q, images per topic
+    domain_shift: bool = True  # False draws the support set from all domains too (Table 6, row 1)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> TaskConfig:
@@ -40,19 +34,12 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class Task:
-    """One K-way classification task; class k is the topic `topics[k]` with the label text `words[k]`.
+    """One K-way classification task; class k is the topic `topics[k]` with the label text `words[k]`."""
 
-    Attributes:
-        topics: (K,) topic numbers.
-        words: K different label texts.
-        support: (K, S) image rows of the store; row k lies in one domain of topic k.
-        query: (K, Q) image rows over all domains of topic k; no image occurs twice in a task.
-    """
-
-    topics: np.ndarray
-    words: tuple[str, ...]
-    support: np.ndarray
-    query: np.ndarray
+    topics: np.ndarray  # (K,) topic numbers
+    words: tuple[str, ...]  # K different label texts
+    support: np.ndarray  # (K, S) image rows of the store; row k lies in one domain of topic k
+    query: np.ndarray  # (K, Q) image rows over all domains of topic k; no image occurs twice in a task
 
 
 class TaskSampler:
@@ -85,8 +72,9 @@ class TaskSampler:
         different = len({self.words[topic].lower() for topic in self.domains})
         if different < config.ways:
             raise GramError(
-                f"TASKS.WAYS: expected at least {config.ways} topics with different words that hold {config.support_shots} "
-                f"support and {config.query_shots} query images in two or more domains, found {different}"
+                f"TASKS.WAYS: expected at least {config.ways} topics with different words that hold "
+                f"{config.support_shots} support and {config.query_shots} query images in two or more domains, found "
+                f"{different}"
             )
 
     def draw(self, number: int) -> Task:
@@ -137,8 +125,8 @@ class TaskSampler:
     def _fills(self, domains: Sequence[np.ndarray]) -> bool:
         """Return whether the domains can fill a task.
 
-        They need two domains or more, one of which fills the support set with an image left for the query set, and enough
-        images in total.
+        They need two domains or more, one of which fills the support set with an image left for the query set, and
+        enough images in total.
         """
         sizes = [len(images) for images in domains if len(images)]
         enough = sum(sizes) >= self.config.support_shots + self.config.query_shots
@@ -174,8 +162,8 @@ def split_topics(hierarchy: Hierarchy, share: float, ways: int, seed: int) -> tu
     count = max(ways, round(share * len(words)))
     if len(words) - count < ways:
         raise GramError(
-            f"TASKS.HELD_OUT: expected at least {2 * ways} topics with different words for {ways}-way tasks on both sides, "
-            f"found {len(words)}"
+            f"TASKS.HELD_OUT: expected at least {2 * ways} topics with different words for {ways}-way tasks on both "
+            f"sides, found {len(words)}"
         )
     held_words = set(np.random.default_rng(seed).permutation(words)[:count].tolist())
     held = [number for number, topic in enumerate(hierarchy.topics) if topic.word.lower() in held_words]

@@ -1,8 +1,8 @@
 """Meta-trainings of several seeds side by side (SEEDS): their tasks go through the towers as one batch.
 
-Each seed is a meta-training of its own, in a folder of its own, and equals the run with that SEED to rounding: it has its
-own tasks, held-out topics, theta, phi, optimiser, log and checkpoints. Only the passes through the frozen towers are
-shared. On a GPU, where launches cost the time, a step of several seeds costs little more than a step of one.
+Each seed is a meta-training of its own, in a folder of its own, and equals the run with that SEED to rounding: it has
+its own tasks, held-out topics, theta, phi, optimiser, log and checkpoints. Only the passes through the frozen towers
+are shared. On a GPU, where launches cost the time, a step of several seeds costs little more than a step of one.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class SeedsTrainer:
     def run(self, resume: bool = False) -> list[Path]:
         """Train all seeds to the last step and return the paths of their best checkpoints.
 
-        Prompts that need pixels, runs on several processes, prompt pre-training and batches that do not fit in memory at
-        once are trained one seed after the other.
+        Prompts that need pixels, runs on several processes, prompt pre-training and batches that do not fit in memory
+        at once are trained one seed after the other.
         """
         with ExitStack() as locks:
             for trainer in self.trainers:

@@ -1,7 +1,7 @@
-"""What a log.txt of a CoOp-style checkout says: arguments, configuration, results.
+"""Reader of the log.txt of a CoOp-style checkout: arguments, configuration, results.
 
-CoOp and its descendants (MaPLe, PromptSRC, ProMetaR, ...) print their arguments and Dassl's config before they begin, and
-Dassl's evaluator prints what it measured. Nothing else is left of most published runs.
+CoOp and its descendants (MaPLe, PromptSRC, ProMetaR, ...) print their arguments and Dassl's config before they begin,
+and Dassl's evaluator prints what it measured. Nothing else is left of most published runs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from gram_meta.config import flatten
 
-# Dassl prints the first; parsers of some checkouts wait for the second, which older trainers print
+# Dassl prints the first; older trainers print the second, and the parsers of some checkouts expect it
 _END = ("Finish training", "Finished training")
 _SPLIT = re.compile(r"Evaluate on the \*(\w+)\* set|Do evaluation on (\w+) set")  # the second: older Dassl
 _METRIC = re.compile(r"\* (total|correct|accuracy|error|macro_f1|average): ([\d.,eE+-]+)%?")
@@ -26,7 +26,7 @@ _NAMES = {"error": "error_rate", "average": "perclass_accuracy"}
 
 @dataclass
 class Result:
-    """One evaluation: its split, and Dassl's metrics in percent. Accuracy and error rate are exact where counts are there."""
+    """An evaluation: its split, and Dassl's metrics in percent. Counts make accuracy and error rate exact."""
 
     split: str
     after_training: bool
@@ -35,22 +35,14 @@ class Result:
 
 @dataclass
 class Log:
-    """One run's log; of a file that several runs have written to, the last one's.
-
-    Attributes:
-        arguments: the command line's flags by name.
-        config: Dassl's config, nested.
-        results: all evaluations, in order.
-        trained: whether training ended.
-        epoch: the last that was trained, or that was loaded; 0 where the log does not say.
-    """
+    """The log of one run; if several runs have written to the file, of the last one."""
 
     path: Path
-    arguments: dict[str, Any] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
-    results: list[Result] = field(default_factory=list)
-    trained: bool = False
-    epoch: int = 0
+    arguments: dict[str, Any] = field(default_factory=dict)  # the command line's flags by name
+    config: dict[str, Any] = field(default_factory=dict)  # Dassl's config, nested
+    results: list[Result] = field(default_factory=list)  # all evaluations, in order
+    trained: bool = False  # whether training ended
+    epoch: int = 0  # the last trained or loaded epoch; 0 if the log names none
 
     @property
     def options(self) -> dict[str, Any]:
@@ -63,13 +55,13 @@ class Log:
 
     @property
     def final(self) -> Result | None:
-        """The run's result: the last evaluation, which stands after training where the run trains. None: not finished."""
+        """The last evaluation, after training if the run trains; None if the run has not finished."""
         whole = [it for it in self.results if "accuracy" in it.metrics and (self.eval_only or it.after_training)]
         return whole[-1] if whole else None
 
 
 def read_log(path: Path) -> Log | None:
-    """The run that a log is of; None where the file is no log of a CoOp-style run (or was cut before its config)."""
+    """Read a log; return None if the file is no log of a CoOp-style run, or was cut before its config."""
     with open(path, encoding="utf-8", errors="replace") as file:
         lines = [line.rstrip("\r\n") for line in file]
     log = Log(path)
@@ -84,7 +76,7 @@ def read_log(path: Path) -> Log | None:
 
 
 def _flags(lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
-    """`key: value` up to the headline of the config."""
+    """Yield the `key: value` lines up to the headline of the config."""
     for line in lines:
         if line.strip("* ") == "Config":
             return
@@ -94,9 +86,9 @@ def _flags(lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
 
 
 def _config(lines: Iterator[str]) -> dict[str, Any]:
-    """What yacs prints of a config: two spaces more for each level, up to the first line that is no entry."""
+    """Read a config as yacs prints it, two spaces more for each level, up to the first line that is no entry."""
     tree: dict[str, Any] = {}
-    nodes: list[tuple[int, dict[str, Any]]] = [(-1, tree)]  # (indentation, node) from the top to where we are
+    nodes: list[tuple[int, dict[str, Any]]] = [(-1, tree)]  # (indentation, node) from the root to the current node
     for line in lines:
         if not line.strip() or not line.strip("* "):
             continue
@@ -106,7 +98,7 @@ def _config(lines: Iterator[str]) -> dict[str, Any]:
         spaces, key, value = len(entry[1]), entry[2], entry[3]
         while nodes[-1][0] >= spaces:
             nodes.pop()
-        if value is None:  # a node, or an empty text whose space an editor has removed: what follows tells
+        if value is None:  # a node, or an empty text whose space an editor has removed; the next lines decide
             nodes[-1][1][key] = {}
             nodes.append((spaces, nodes[-1][1][key]))
         else:
@@ -119,7 +111,7 @@ def _with_empty_texts(node: dict[str, Any]) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    """A value as Python prints it; words without quotes are text."""
+    """Return the value of a Python literal; words without quotes are text."""
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -128,7 +120,7 @@ def _value(text: str) -> Any:
 
 
 def _take(log: Log, line: str) -> None:
-    """What one line adds to a run."""
+    """Add the content of one line to a log."""
     line = line.strip()
     if line in _END:
         log.trained = True
@@ -144,7 +136,7 @@ def _take(log: Log, line: str) -> None:
 
 
 def _measure(metrics: dict[str, float], name: str, value: float) -> None:
-    """Counts are whole numbers and make accuracy exact; the printed one has one decimal."""
+    """Add a metric; the counts make accuracy exact, which is printed with one decimal."""
     total, correct = metrics.get("total"), metrics.get("correct")
     if name in ("accuracy", "error") and total and correct is not None:
         exact = 100.0 * (correct if name == "accuracy" else total - correct) / total
@@ -154,5 +146,5 @@ def _measure(metrics: dict[str, float], name: str, value: float) -> None:
 
 
 def is_rounded(metrics: Iterable[str]) -> bool:
-    """Whether accuracy was read with one decimal, for want of counts."""
+    """Return whether accuracy has one decimal only, because the counts are missing."""
     return not {"total", "correct"} <= set(metrics)

@@ -1,9 +1,9 @@
 """One output folder, one run: `run.json` names the run that a folder belongs to, and whether it is finished.
 
-`gram train` looks at the folder before anything is built. The trainers look again right before they train or evaluate,
-so that the rule holds in anybody's train.py too. There, Dassl's logger writes a file of its own in the folder: log.txt, or
-log.txt-<date> where a log.txt exists. That file is never touched. A run that goes on also appends what it prints to
-log.txt, because CoOp's parser reads no other file. Light at import: no torch.
+`gram train` checks the folder before it builds a trainer. The trainers check it again before they train or evaluate, so
+that the rule also holds in a checkout's train.py. There, Dassl's logger writes its own file in the folder: log.txt, or
+log.txt-<date> if log.txt exists. This module never changes that file. A resumed run also appends its output to log.txt,
+because CoOp's parser reads no other file. Importing this module imports no torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -22,26 +22,17 @@ from gram_meta.errors import GramError
 from gram_meta.files import read_json, sha256_file, write_json
 from gram_meta.runs import layout
 
-# Options that do not make another run of it
+# Options that may differ in one run
 INCIDENTAL = {
-    "OUTPUT_DIR",
-    "RESUME",
-    "VERBOSE",
-    "DATASET.ROOT",
-    "DATALOADER.NUM_WORKERS",
-    "TRAIN.PRINT_FREQ",
-    "TRAIN.CHECKPOINT_FREQ",
-    "TRAINER.GRAM.META",
-    "TRAINER.MEMORY.CHECKPOINTING",
-    "TRAINER.MEMORY.CLASSES",
-    "TRAINER.MEMORY.TEXT_BUDGET",
-    "TRAINER.MEMORY.IMAGE_BUDGET",
+    *("OUTPUT_DIR", "RESUME", "VERBOSE", "DATASET.ROOT", "DATALOADER.NUM_WORKERS", "TRAINER.GRAM.META"),
+    *("TRAIN.PRINT_FREQ", "TRAIN.CHECKPOINT_FREQ", "TRAINER.MEMORY.CHECKPOINTING", "TRAINER.MEMORY.CLASSES"),
+    *("TRAINER.MEMORY.TEXT_BUDGET", "TRAINER.MEMORY.IMAGE_BUDGET"),
 }
 
 
 @dataclass(frozen=True)
 class RunMode:
-    """What a run does besides its config: train (the default), or evaluate the prompts of `model_dir`."""
+    """The task of a run: train (the default), or evaluate the prompts of `model_dir`."""
 
     eval_only: bool = False
     model_dir: str = ""
@@ -59,14 +50,11 @@ def open_folder(cfg: Any, flags: Any) -> OutputFolder:
     return OutputFolder(cfg, mode, foreign=foreign_run(Path(cfg.OUTPUT_DIR), opened=False))
 
 
-# ------------------------------------------------------------------------------------------------- what trainers call
-
-
 def check_options(cfg: Any) -> None:
     """Refuse, before data and model are built, a run with other options than the run in its output folder.
 
-    This looks only where a log without any step has been begun in the folder, as a train.py does that means to run there. A
-    program may build a trainer to read from a run's folder.
+    The check applies only if a log without any step has been begun in the folder, as a train.py does. Without one, the
+    trainer may have been built to read a finished run.
 
     Raises:
         GramError: the folder belongs to a run with other options.
@@ -83,12 +71,12 @@ def begin(cfg: Any, mode: RunMode, foreign: Path | None = None, again: bool = Fa
 
     Args:
         cfg: the run's configuration.
-        mode: what the run does.
+        mode: the task of the run.
         foreign: a file of a run without run.json that was in the folder when the trainer was built; see `foreign_run`.
-        again: the folder is the caller's own already, and now evaluates something else: do not look at it.
+        again: the caller has claimed the folder already, and now evaluates another split or model: skip the checks.
 
     Returns:
-        The folder; None where this very run is finished there already.
+        The folder; None if this run is finished there.
 
     Raises:
         GramError: the folder belongs to another run, or cannot be written.
@@ -107,11 +95,11 @@ def stored_accuracy(cfg: Any) -> float:
 
 
 def foreign_run(folder: Path, opened: bool = True) -> Path | None:
-    """Return a file which shows that a run without run.json is in a folder, such as one of CoOp itself; None: no such run.
+    """Return a file of a run without run.json in a folder, such as a run of CoOp itself; None if there is no such run.
 
     Args:
         folder: an output folder.
-        opened: the log.txt may be the one that this process's train.py has just begun: only steps and results in it count.
+        opened: log.txt may have been begun by this process's train.py: only steps and results in it count.
     """
     if (folder / layout.RUN).is_file():
         return None
@@ -119,22 +107,22 @@ def foreign_run(folder: Path, opened: bool = True) -> Path | None:
     return next(iter(layout.checkpoints_below(folder)), log if log.is_file() and _is_of_run(log, opened) else None)
 
 
-# ---------------------------------------------------------------------------------------------------------- the folder
-
-
 class OutputFolder:
-    """One folder, one run: refuses a folder of another run, knows whether this one is finished.
+    """The output folder of one run.
 
     Args:
         cfg: the run's configuration; OUTPUT_DIR is the folder.
-        mode: what the run does.
-        look: whether to look at what is in the folder.
+        mode: the task of the run.
+        look: whether to check the contents of the folder.
         foreign: see `begin`.
 
     Attributes:
-        finished: this very run has come to its end here.
-        goes_on: this very run was begun here, and has not.
-        adds: its log.txt is added to, not begun anew.
+        finished: this run is finished in the folder.
+        goes_on: this run was begun in the folder and is not finished.
+        adds: its output is appended to an existing log.txt.
+
+    Raises:
+        GramError: the folder belongs to another run.
     """
 
     def __init__(self, cfg: Any, mode: RunMode, look: bool = True, foreign: Path | None = None) -> None:
@@ -148,19 +136,19 @@ class OutputFolder:
         if self.run_path.is_file():
             stored = _stored(self.path)
             _refuse_other_run(self.path, stored["run"], self.identity)
-            had_results = stored.get("results", False) and not self.results_path.is_file()  # removed since
-            self.finished = bool(stored.get("finished")) and not had_results
+            removed = stored.get("results", False) and not self.results_path.is_file()
+            self.finished = bool(stored.get("finished")) and not removed
             self.goes_on = self.adds = not self.finished
             return
         if foreign is not None:
             raise GramError(
-                f"{self.path}: expected an empty folder or this same run, found the {foreign.relative_to(self.path)} of "
-                f"a run without {layout.RUN}; choose another --output-dir"
+                f"{self.path}: expected an empty folder or this same run, found the {foreign.relative_to(self.path)} "
+                f"of a run without {layout.RUN}; choose another --output-dir"
             )
-        self.adds = (self.path / layout.LOG).is_file()  # of a start that failed, or opened by the caller's train.py
+        self.adds = (self.path / layout.LOG).is_file()  # of a failed start, or begun by the caller's train.py
 
     def already(self) -> str:
-        """Return the line that a finished run answers with."""
+        """Return the line to print for a finished run."""
         where = self.results_path if self.results_path.is_file() else self.path
         return f"This run is finished: {where}; remove the folder to run it again"
 
@@ -184,32 +172,23 @@ class OutputFolder:
 
     @contextmanager
     def log(self) -> Iterator[Tee]:
-        """Copy what is printed to log.txt, from `Tee.keep` on; a run that goes on adds to its log. For `gram train`."""
+        """Copy what is printed to log.txt, from `Tee.keep` on; a resumed run appends to its log. For `gram train`."""
         tee = Tee(sys.stdout, self.path / layout.LOG, "a" if self.adds else "w")
-        try:
-            with redirect_stdout(tee):  # type: ignore[type-var]
-                yield tee
-        finally:
-            tee.close()
+        with closing(tee), redirect_stdout(tee):  # type: ignore[type-var]
+            yield tee
 
     @contextmanager
     def continued_log(self) -> Iterator[None]:
-        """Append what is printed to log.txt, where Dassl's logger has begun a log.txt-<date> beside it."""
+        """Append what is printed to log.txt if Dassl's logger has begun a log.txt-<date> beside it."""
         log = self.path / layout.LOG
-        if (
-            not (self.adds and log.is_file() and any(self.path.glob(f"{layout.LOG}-*")))
-            or _reaches(log)
-            or not hooks.is_on("log-copy")
-        ):
+        dated = self.adds and log.is_file() and any(self.path.glob(f"{layout.LOG}-*"))
+        if not dated or _reaches(log) or not hooks.is_on("log-copy"):
             yield
             return
         tee = Tee(sys.stdout, log, "a")
         tee.keep()
-        try:
-            with redirect_stdout(tee):  # type: ignore[type-var]
-                yield
-        finally:
-            tee.close()
+        with closing(tee), redirect_stdout(tee):  # type: ignore[type-var]
+            yield
 
 
 @contextmanager
@@ -229,10 +208,10 @@ def _stored(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_other_run(path: Path, stored: dict[str, Any], here: dict[str, Any]) -> None:
-    """Raise where the stored run differs from the one here.
+    """Raise if the stored run differs from this one.
 
-    If one of them is older than an option, the option counts as having had its default. An option that this project does
-    not know (of a trainer of the checkout) is compared only where both have it.
+    If one of them is older than an option, the option counts as having had its default. An option that this project
+    does not know (of a checkout's trainer) is compared only if both have it.
     """
     unset = _defaults() if set(stored) ^ set(here) else {}
     for key in sorted(set(stored) | set(here)):
@@ -247,10 +226,10 @@ def _refuse_other_run(path: Path, stored: dict[str, Any], here: dict[str, Any]) 
 
 
 def _identity(cfg: Any, mode: RunMode) -> dict[str, Any]:
-    """Return what identifies a run: every option that matters, what is evaluated, and hashes of the files it starts from."""
+    """Return the identity of a run: options, the prompts that it evaluates, and hashes of its initial files."""
     identity = _options(cfg)
     identity |= {"--eval-only": mode.eval_only, "--model-dir": mode.model_dir, "--load-epoch": mode.load_epoch}
-    if mode.model_dir:  # what was trained anew there has to be evaluated anew
+    if mode.model_dir:  # prompts that were trained again have to be evaluated again
         hashes = (f"{file.name} {sha256_file(file)}" for file in layout.checkpoints_below(Path(mode.model_dir)))
         identity["--model-dir"] = [os.path.abspath(mode.model_dir), *hashes]
     return identity
@@ -266,7 +245,7 @@ def _options(cfg: Any) -> dict[str, Any]:
 
 
 def _same_model(there: Any, here: Any) -> bool:
-    """Whether two entries of --model-dir (folder, then hashes) are the same model; the hashes decide, as a folder may move."""
+    """Return whether two entries of --model-dir (folder, then hashes) have equal hashes; folders may be moved."""
     if not (isinstance(there, list) and isinstance(here, list)):
         return False
     if len(there) > 1 or len(here) > 1:
@@ -284,13 +263,10 @@ def _defaults() -> dict[str, Any]:
     return flatten(as_dict(cfg))
 
 
-# ---------------------------------------------------------------------------------------------------------------- logs
-
-
 class Tee:
-    """Writes to the console and, once `keep` was called, to a file, beginning with what came before.
+    """Writes to the console and, after `keep`, to a file, with the text from before `keep`.
 
-    A run that cannot be built (a typing error in an option) so leaves no folder behind.
+    So a run that cannot be built (an error in an option) leaves no folder behind.
     """
 
     def __init__(self, console: IO[str], path: Path, mode: str) -> None:
@@ -337,7 +313,7 @@ def _reaches(log: Path) -> bool:
 
 
 def _is_of_run(log: Path, opened: bool = True) -> bool:
-    """Whether a log is more than the arguments and options that a start which failed leaves behind."""
+    """Return whether a log has more than the arguments and options that a failed start leaves behind."""
     with open(log, encoding="utf-8", errors="replace") as file:
         lines = [line.rstrip("\n") for line in file]
     steps = ("epoch [", "=> result", "Evaluate on the *", "Finish training")

@@ -6,8 +6,8 @@
     OUT/prompt_learner/model.pth.tar-<epoch> checkpoints; `checkpoint` there names the one written last
     OUT/prompt_learner/model-best.pth.tar    the best epoch by validation (TEST.FINAL_MODEL best_val)
 
-A folder of `gram pretrain` holds best.safetensors, log.jsonl and a run.json of its own instead. CoOp and its descendants
-write the same folders without results.json and run.json; some name the folder of checkpoints otherwise.
+A folder of `gram pretrain` holds best.safetensors, log.jsonl and a run.json of its own instead. CoOp and its
+descendants write the same folders without results.json and run.json; some name the folder of checkpoints otherwise.
 """
 
 from __future__ import annotations
@@ -32,9 +32,6 @@ META_LOG = "log.jsonl"
 
 LISTED = 6  # names in an error message
 LOOKED_AT = 5000  # folders to search for runs, at most
-
-
-# ------------------------------------------------------------------------------------------------ facts about a run
 
 
 def read_results(run: Path) -> dict[str, Any]:
@@ -74,9 +71,6 @@ def tested_run(run: Path) -> tuple[str, int | None]:
         return results.get("model_dir") or "", results.get("epoch") or None
     log = read_log_of(run)
     return (str(log.arguments.get("model_dir") or ""), log.epoch or None) if log else ("", None)
-
-
-# -------------------------------------------------------------------------------------------------- its checkpoints
 
 
 def choose_checkpoint(run: str | Path, epoch: int | None = None, learner: str = LEARNER) -> tuple[Path, str]:
@@ -124,7 +118,7 @@ def checkpoints_below(run: Path) -> list[Path]:
 
 
 def learner_in(run: Path) -> str:
-    """Return the name of the run's folder of checkpoints: prompt_learner, or the only one there; "" for none or several."""
+    """Return the name of a run's folder of checkpoints: prompt_learner, or the only one; "" for none or several."""
     names = {path.parent.name for path in checkpoints_below(run)}
     if LEARNER in names:
         return LEARNER
@@ -143,11 +137,8 @@ def epochs_in(folder: Path) -> list[int]:
     return sorted(int(suffix) for suffix in suffixes if suffix.isdigit())
 
 
-# ------------------------------------------------------------------------------------------- what error messages list
-
-
 def runs_below(folder: Path) -> Iterator[Path]:
-    """Yield the folders of runs with checkpoints of prompts at or below `folder`, in order; stop after LOOKED_AT folders."""
+    """Yield the folders of runs with checkpoints of prompts at or below `folder`; stop after LOOKED_AT folders."""
     for count, (path, names, files) in enumerate(os.walk(folder)):
         if count > LOOKED_AT:
             return

@@ -1,7 +1,7 @@
-"""What a finished run, a checkpoint file or a meta-checkpoint holds for use: prompts, classes, options, backbone.
+"""Reader of finished runs, checkpoint files and meta-checkpoints: prompts, classes, options, backbone.
 
-Facts come from the checkpoint itself, from results.json, from run.json and, for a run of an official CoOp checkout, from
-its log.txt. No dataset is needed.
+Facts come from the checkpoint itself, from results.json, from run.json and, for a run of an official CoOp checkout,
+from its log.txt. No dataset is needed.
 """
 
 from __future__ import annotations
@@ -25,28 +25,19 @@ CLASS_TENSORS = ("token_prefix", "token_suffix")  # the class names of training;
 
 @dataclass
 class Saved:
-    """A classifier, as far as its files describe it.
+    """A classifier, as its files describe it."""
 
-    Attributes:
-        path: the checkpoint; the folder of the run where nothing was learned.
-        trainer: name of the trainer, such as "CoOpGRAM"; "" where no file names it.
-        config: options of the run by their full keys ("TRAINER.COOP.PREC"); empty where no file has them.
-        state_dict: learned tensors by the checkpoint's names; empty for ZeroshotCLIP.
-        epoch: of the checkpoint; 0 where there is none.
-        classnames: of training, in the order of the labels; None where no file lists them.
-        backbone, fingerprint: of the CLIP that the prompts belong to; "" where no file names it.
-        template: the class prompt that visual prompts were learned with; None: as the options say.
-    """
-
-    path: Path
-    trainer: str = ""
+    path: Path  # the checkpoint; the folder of the run if nothing was learned
+    trainer: str = ""  # name of the trainer, such as "CoOpGRAM"; "" if no file names it
+    # options of the run by their full keys ("TRAINER.COOP.PREC"); empty if no file has them
     config: dict[str, Any] = field(default_factory=dict)
+    # learned tensors by the checkpoint's names; empty for ZeroshotCLIP
     state_dict: dict[str, Tensor] = field(default_factory=dict)
-    epoch: int = 0
-    classnames: list[str] | None = None
-    backbone: str = ""
+    epoch: int = 0  # of the checkpoint; 0 if there is none
+    classnames: list[str] | None = None  # of training, in the order of the labels; None if no file lists them
+    backbone: str = ""  # of the CLIP that the prompts belong to; "" if no file names it
     fingerprint: str = ""
-    template: str | None = None
+    template: str | None = None  # the class prompt that visual prompts were learned with; None: as the options say
 
 
 def read_saved(path: PathLike, epoch: int | None = None) -> Saved:
@@ -58,7 +49,7 @@ def read_saved(path: PathLike, epoch: int | None = None) -> Saved:
         epoch: which checkpoint of a run; None: see `layout.choose_checkpoint`.
 
     Raises:
-        GramError: nothing usable at `path`; the message lists what is there.
+        GramError: no classifier at `path`; the message lists the files there.
     """
     path = Path(os.path.expanduser(os.fspath(path)))
     if path.suffix == ".safetensors":
@@ -98,9 +89,6 @@ def infer_trainer(saved: Saved) -> str:
         expected = "; ".join(" and ".join(names) for names in kinds)
         raise GramError(f"{saved.path}: expected learned prompts ({expected}), found {', '.join(found) or 'nothing'}")
     return kinds[found]
-
-
-# ---------------------------------------------------------------------------------------------- the kinds of sources
 
 
 def _read_checkpoint(path: Path, run: Path | None) -> Saved:
@@ -152,7 +140,7 @@ def _read_meta_checkpoint(path: Path) -> Saved:
 
 
 def _add_results(saved: Saved, run: Path | None) -> Saved:
-    """Fill in from results.json, and from the options, what the checkpoint itself does not hold."""
+    """Fill in facts that the checkpoint does not hold, from results.json and from the options."""
     results = layout.read_results(run) if run else {}
     saved.trainer = saved.trainer or saved.config.get("TRAINER.NAME") or results.get("trainer") or ""
     saved.backbone = saved.config.get("MODEL.BACKBONE.NAME") or results.get("backbone") or ""
@@ -162,17 +150,14 @@ def _add_results(saved: Saved, run: Path | None) -> Saved:
     return saved
 
 
-# ------------------------------------------------------------------------------------------------------ class names
-
-
 def read_classes(words: str) -> list[str]:
-    """Class names from "cat, dog, sea lion", or from a file: a name a line, or JSON.
+    """Return class names from "cat, dog, sea lion", or from a file: a name a line, or JSON.
 
-    A file's lines may be those of ImageNet's classnames.txt ("n01440764 tench"); JSON is a list of names, or a split
-    file in CoOp's format, whose classes are taken in the order of their labels.
+    The lines may be those of ImageNet's classnames.txt ("n01440764 tench"); JSON is a list of names, or a split file in
+    CoOp's format, whose classes are taken in the order of their labels.
 
     Raises:
-        GramError: fewer than two names, a name twice, or a file of something else.
+        GramError: fewer than two names, or a file of another format.
     """
     path = Path(os.path.expanduser(words))
     try:

@@ -1,4 +1,4 @@
-"""results.json: what a run measured, unrounded, and everything it was measured with."""
+"""results.json: the unrounded results of a run, with its settings, versions and inputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Loaded:
-    """The prompts that were loaded for an evaluation; empty where none were."""
+    """The prompts that were loaded for an evaluation; empty if none were."""
 
     model_dir: str = ""
     epoch: int = 0
@@ -29,20 +29,14 @@ class Loaded:
 
 @dataclass
 class RunRecord:
-    """What a trainer keeps for results.json.
+    """Facts that a trainer records for results.json."""
 
-    Attributes:
-        metrics: of the last evaluation: percentages, and the counts "total" and "correct".
-        curve: accuracy on base and new classes along the way.
-        trained: whether this trainer has trained, and not only evaluated.
-        loaded: the prompts that it evaluates, if it has not.
-        seconds: of training and of the test.
-    """
-
+    # of the last evaluation: percentages, and the counts "total" and "correct"
     metrics: dict[str, float] = field(default_factory=dict)
-    curve: list[dict[str, Any]] = field(default_factory=list)
-    trained: bool = False
-    loaded: Loaded = field(default_factory=Loaded)
+    curve: list[dict[str, Any]] = field(default_factory=list)  # accuracy on base and new classes along the way
+    trained: bool = False  # whether this trainer has trained, and not only evaluated
+    loaded: Loaded = field(default_factory=Loaded)  # the prompts that it evaluates if it has not trained
+    # of training and of the test
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "test": 0.0})
 
 
@@ -88,7 +82,7 @@ def write_results(trainer: Any) -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result depends on; "" for what is not installed as a package."""
+    """Return the versions of the packages that results depend on; "" for a package that is not installed."""
     found = {"python": platform.python_version(), "gram-meta": gram_meta.__version__, "dassl": engine.backend()}
     for package in ("torch", "torchvision", "numpy", "pillow", "clip-anytorch"):
         try:

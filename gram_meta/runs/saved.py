@@ -16,7 +16,7 @@ from gram_meta.runs.layout import LEARNER, LISTED, list_runs
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A run's checkpoint; see `read_checkpoint`."""
+    """Read a run's checkpoint; see `read_checkpoint`."""
     state = read_checkpoint(path)
     if "state_dict" not in state:
         raise GramError(f"{path}: expected state_dict in it, found {', '.join(map(str, state)) or 'nothing'}")
@@ -24,31 +24,27 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def read_start(name: str) -> dict[str, Any]:
-    """The checkpoint that MODEL.INIT_WEIGHTS names: of a run, or tensors by name alone."""
+    """Read the checkpoint that MODEL.INIT_WEIGHTS names: of a run, or only tensors by name."""
     path = Path(name)
     if path.suffix == ".safetensors":
-        raise GramError(
-            f"{name}: MODEL.INIT_WEIGHTS expects a checkpoint of prompts; a meta-checkpoint is for "
-            "TRAINER.GRAM.CHECKPOINT, or for `gram export`"
-        )
+        hint = "a meta-checkpoint is for TRAINER.GRAM.CHECKPOINT, or for `gram export`"
+        raise GramError(f"{name}: MODEL.INIT_WEIGHTS expects a checkpoint of prompts; {hint}")
     if not path.is_file():
         what = "a folder" if path.is_dir() else "no such file"
         inside = [path, path / LEARNER] if path.is_dir() else [path.parent]
         files = [str(file) for folder in inside for file in sorted(folder.glob("model*.pth.tar*"))[:LISTED]]
         there = f"there are {', '.join(files)}" if files else list_runs(path)
-        raise GramError(
-            f"{name}: MODEL.INIT_WEIGHTS expects a checkpoint, such as {LEARNER}/model.pth.tar-50, found {what}"
-            + (f"; {there}" if there else "")
-        )
+        expected = f"a checkpoint, such as {LEARNER}/model.pth.tar-50, found {what}"
+        raise GramError(f"{name}: MODEL.INIT_WEIGHTS expects {expected}" + (f"; {there}" if there else ""))
     state = read_checkpoint(path)
     return state if "state_dict" in state else {"state_dict": state}
 
 
 def write(state: dict[str, Any], folder: str, is_best: bool, model_name: str) -> None:
-    """Write a checkpoint, whole or not at all, with either Dassl; see `save_checkpoint`.
+    """Write a checkpoint atomically, with either backend; see `save_checkpoint`.
 
     Raises:
-        GramError: the folder cannot be written, or the disk is full. What was there before stays.
+        GramError: the folder cannot be written, or the disk is full. Older files stay.
     """
     try:
         save_checkpoint(state, folder, is_best=is_best, model_name=model_name)
@@ -57,13 +53,13 @@ def write(state: dict[str, Any], folder: str, is_best: bool, model_name: str) ->
         if cause is None:
             raise
         raise GramError(
-            f"{folder}: the checkpoint of epoch {state['epoch']} cannot be written ({cause.strerror or cause}); what "
-            "was there before stays, and the same command goes on from it"
+            f"{folder}: the checkpoint of epoch {state['epoch']} cannot be written ({cause.strerror or cause}); older "
+            "files stay, and the same command goes on from them"
         ) from error
 
 
 def _system_error(error: BaseException | None) -> OSError | None:
-    """The error of the system behind an error: torch's writer tells of a failed write in its own words."""
+    """Return the `OSError` behind an error: torch's writer raises another class for a failed write."""
     while error is not None:
         if isinstance(error, OSError):
             return error
@@ -72,10 +68,10 @@ def _system_error(error: BaseException | None) -> OSError | None:
 
 
 def fit(learner: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The tensors to load into `learner`, names and shapes checked. CoOp also saves the class names' tokens: left out.
+    """Return the tensors to load into `learner`, without the tokens of class names that CoOp also saves.
 
     Raises:
-        GramError: other names or shapes than the learner's; they are named.
+        GramError: other names or shapes than the learner's.
     """
     named = {key.removeprefix("module."): value for key, value in tensors.items()}  # of a DataParallel
     given = {key: value for key, value in named.items() if key not in ("token_prefix", "token_suffix")}
@@ -90,7 +86,7 @@ def load(learner: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def difference(there: list[str], here: list[str]) -> str:
-    """In what two lists of class names differ, in one sentence."""
+    """Return a sentence on the difference of two lists of class names."""
     what = "was learned on other classes of this dataset than are here now"
     if len(there) != len(here):
         return f"{what}: {len(there)} there, {len(here)} here"

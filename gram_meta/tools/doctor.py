@@ -24,10 +24,11 @@ import traceback
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gram_meta.errors import GramError, in_one_line
 from gram_meta.files import sha256_file
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ LOW_DISK = 1 << 30  # bytes
 
 @dataclass
 class Check:
-    """One line of the report. `fix` is a command or, where there is no command, an instruction."""
+    """A line of the report. `fix` is a command or, where no command helps, an instruction."""
 
     name: str
     state: str
@@ -111,17 +112,13 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Python, packages
-
-
 def check_python(environment: Environment) -> Iterator[Check]:
     from packaging.specifiers import SpecifierSet
 
     version = platform.python_version()
     found = f"{version} on {platform.system()} {platform.machine()}, {sys.executable}"
     supported = SpecifierSet(_supported_pythons())
-    unmet = [clause for clause in supported if not satisfies(version, f"python{clause}")]
+    unmet = [clause for clause in supported if not clause.contains(version, prereleases=True)]
     if any(clause.operator.startswith(">") for clause in unmet):
         fix = f'make an environment with Python {supported}, such as: conda create -n gram "python{supported}"'
         yield Check("Python", PROBLEM, f"{found}; expected {supported}", fix)
@@ -152,17 +149,13 @@ def check_packages(environment: Environment) -> Iterator[Check]:
         try:
             importlib.import_module(MODULES.get(name, name))
         except BaseException as error:  # noqa: BLE001
-            yield Check(name, PROBLEM, f"does not import: {_sentence(error)}", install("--force-reinstall", name))
+            yield _unimportable(name, error, install("--force-reinstall", name))
     for name, requirement in wrong.items():
         expected = f"{name}{requirement.specifier}"
         found = f"expected {expected}, found {_version(name) or 'none'}"
         if name in NOT_FOR_TRAINING:
             yield Check(name, NOTE, f"{found}; needed by {NOT_FOR_TRAINING[name]}", install(expected))
-        elif name == "setuptools":
-            continue  # check_clip reports whether it matters
-        elif name == "clip-anytorch" and not _version(name):
-            continue  # a checkout's own clip may replace it
-        else:
+        elif name != "setuptools" and (name != "clip-anytorch" or _version(name)):  # check_clip reports on these
             yield Check(name, PROBLEM, found, install(expected))
     if required and not wrong:
         yield Check("packages", FINE, f"{DISTRIBUTION} {version} and all {len(required)} requirements")
@@ -180,6 +173,10 @@ def _requirements(extra: str = "") -> list[Requirement]:
     if not extra:
         return plain
     return [it for it in declared if it not in plain and it.marker and it.marker.evaluate({"extra": extra})]
+
+
+def _unimportable(name: str, error: BaseException, fix: str) -> Check:
+    return Check(name, PROBLEM, f"does not import: {_sentence(error)}", fix)
 
 
 def _version(package: str) -> str:
@@ -214,18 +211,14 @@ def install(*words: str) -> str:
     return f"{python} -m pip install {arguments}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# torch
-
-
 def check_torch(environment: Environment) -> Iterator[Check]:
     try:
         import torch
     except BaseException as error:  # noqa: BLE001
-        absent = isinstance(error, ModuleNotFoundError) and error.name == "torch"
-        words = ("torch", "torchvision") if absent else ("--force-reinstall", "torch", "torchvision")
-        found = "not installed" if absent else f"does not import: {_sentence(error)}"
-        yield Check("torch", PROBLEM, found, install(*words))
+        if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+            yield Check("torch", PROBLEM, "not installed", install("torch", "torchvision"))
+        else:
+            yield _unimportable("torch", error, install("--force-reinstall", "torch", "torchvision"))
         return
     threads = torch.get_num_threads()
     yield Check("torch", FINE, f"{torch.__version__}, {threads} CPU {'thread' if threads == 1 else 'threads'}")
@@ -239,22 +232,19 @@ def check_torch(environment: Environment) -> Iterator[Check]:
     try:
         import torchvision  # noqa: F401
     except BaseException as error:  # noqa: BLE001
-        fix = install("--upgrade", "torch", "torchvision")
-        yield Check("torchvision", PROBLEM, f"does not import: {_sentence(error)}", fix)
+        yield _unimportable("torchvision", error, install("--upgrade", "torch", "torchvision"))
     yield from _devices(torch)
 
 
 def _devices(torch: Any) -> Iterator[Check]:
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        free, total = torch.cuda.mem_get_info(index)
-        name = torch.cuda.get_device_name(index)
-        yield Check(f"cuda:{index}", FINE, f"{name}, {_size(free)} of {_size(total)} free")
     if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(index)
+            name = torch.cuda.get_device_name(index)
+            yield Check(f"cuda:{index}", FINE, f"{name}, {_size(free)} of {_size(total)} free")
         if torch.cuda.device_count() > 1:
             yield Check("GPUs", NOTE, "a run uses one; start other seeds with CUDA_VISIBLE_DEVICES=1, ...")
-        return
-    mps = getattr(torch.backends, "mps", None)
-    if mps is not None and mps.is_available():
+    elif torch.backends.mps.is_available():
         yield Check("mps", FINE, "Apple's GPU; gram predict uses it with --device mps, training uses the CPU")
     elif Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi"):
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
@@ -264,12 +254,8 @@ def _devices(torch: Any) -> Iterator[Check]:
         yield Check("GPU", FINE, "none; everything runs on the CPU")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Checkout, Dassl, CLIP
-
-
 def check_checkout(environment: Environment) -> Iterator[Check]:
-    """In a CoOp-style checkout, `gram train` runs the checkout's train.py, and the checkout's folders come first."""
+    """Report a CoOp-style checkout here: `gram train` runs its train.py, and its folders come before ours."""
     from gram_meta.coop.checkout import OWN_FOLDERS, find_train_py
 
     script = find_train_py()
@@ -321,7 +307,7 @@ def _advice(message: str) -> str:
 
 
 def check_clip(environment: Environment) -> Iterator[Check]:
-    """CLIP's code: OpenAI's, not the clipboard manager of the same name, and with the pkg_resources that it imports."""
+    """Check CLIP's code: OpenAI's, not the clipboard manager of that name, with the pkg_resources that it imports."""
     if environment.has_problem("torch"):
         return
     published = _version("clip-anytorch")
@@ -337,7 +323,7 @@ def check_clip(environment: Environment) -> Iterator[Check]:
             found = f"needs pkg_resources, which setuptools {_version('setuptools') or '(missing)'} does not have"
             yield Check("clip", PROBLEM, found, install(SETUPTOOLS))
         else:
-            yield Check("clip", PROBLEM, f"does not import: {_sentence(error)}", get)
+            yield _unimportable("clip", error, get)
         return
     place = getattr(clip, "__file__", None) or next(iter(getattr(clip, "__path__", [])), "an empty folder")
     if not hasattr(clip, "tokenize"):
@@ -354,7 +340,7 @@ def check_clip(environment: Environment) -> Iterator[Check]:
 
 
 def check_weights(environment: Environment) -> Iterator[Check]:
-    """CLIP weights: the packaged small one, and those of OpenAI's that are cached."""
+    """Check the weights of the packaged CLIP, and those of OpenAI's that are in the cache."""
     from gram_meta.backbone.packaged import NAME, weights_path
 
     path = weights_path()
@@ -400,7 +386,7 @@ def _cached(url: str) -> Path:
 
 
 def _check_weights_file(name: str, path: Path, url: str, verify: bool) -> Check:
-    """A truncated archive has lost the directory at its end; the SHA-256 in the URL detects every other change."""
+    """Check a cached file: whether it is whole and, with `verify`, whether it has the SHA-256 in the URL."""
     found = f"{path}, {_size(path.stat().st_size)}"
     again = f"rm {shlex.quote(str(path))} && {download(url, path)}"
     if not zipfile.is_zipfile(path):
@@ -422,16 +408,14 @@ def check_backbone(environment: Environment) -> Iterator[Check]:
     if not name or environment.has_problem("torch", "clip"):
         return
     from gram_meta.backbone.clip import load_backbone
-    from gram_meta.errors import GramError
 
     url = _published_weights().get(name, "")
     path = _cached(url)
     if url and not path.is_file():
         yield Check("backbone", NOTE, f"{name} is downloaded to {path} at first use", download(url, path))
         return
-    if url and not zipfile.is_zipfile(path):
-        fix = f"rm {shlex.quote(str(path))} && {download(url, path)}"
-        yield Check("backbone", PROBLEM, f"{path} is not whole", fix)
+    if url and (cached := _check_weights_file("backbone", path, url, verify=False)).state != FINE:
+        yield replace(cached, state=PROBLEM)
         return
     try:
         backbone = load_backbone(name)
@@ -441,10 +425,6 @@ def check_backbone(environment: Environment) -> Iterator[Check]:
     environment.fingerprint = backbone.fingerprint
     sizes = f"{backbone.image_size} px, text width {backbone.text_width}"
     yield Check("backbone", FINE, f"{name} loads: {sizes}, {backbone.fingerprint[:12]}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Datasets, meta-checkpoints, folders
 
 
 def check_datasets(environment: Environment) -> Iterator[Check]:
@@ -546,8 +526,7 @@ def check_output(environment: Environment) -> Iterator[Check]:
     path = Path(os.path.abspath(os.path.expanduser(environment.output)))
     existing = next(folder for folder in (path, *path.parents) if folder.exists())
     try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
+        tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
         fix = "name another folder with --output-dir"
         yield Check("output", PROBLEM, f"{existing} cannot be written ({error.strerror})", fix)
@@ -559,10 +538,6 @@ def check_output(environment: Environment) -> Iterator[Check]:
         yield Check("output", NOTE, f"{found}; a run needs a few MB for its log and its checkpoints", fix)
     else:
         yield Check("output", FINE, found)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A step of training
 
 
 def check_training(environment: Environment) -> Iterator[Check]:
@@ -629,16 +604,10 @@ CHECKS: tuple[tuple[str, Callable[[Environment], Iterator[Check]]], ...] = (
 )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# In words
-
-
 def _sentence(error: BaseException) -> str:
     """Return an exception's message on one line, with its class unless it is a `GramError`."""
-    text = " ".join(str(error).split()) or "no message"
-    if len(text) > 300:
-        text = text[:300] + " ..."
-    return text if type(error).__name__ == "GramError" else f"{type(error).__name__}: {text}"
+    text = in_one_line(error, 300)
+    return text if isinstance(error, GramError) else f"{type(error).__name__}: {text}"
 
 
 def _fix_of(error: BaseException) -> str:
@@ -665,11 +634,6 @@ def as_text(checks: Sequence[Check]) -> str:
         lines.append(f"{check.state:<7}  {check.name:<{width}}  {check.found}")
         if check.fix:
             lines.append(f"{'':<7}  {'':<{width}}  -> {check.fix}")
-    return "\n".join([*lines, "", verdict(checks)])
-
-
-def verdict(checks: Sequence[Check]) -> str:
     problems = sum(check.state == PROBLEM for check in checks)
-    if not problems:
-        return "CoOpGRAM can run here."
-    return f"CoOpGRAM cannot run here as asked: {problems} {'problem' if problems == 1 else 'problems'}."
+    verdict = f"cannot run here as asked: {problems} {'problem' if problems == 1 else 'problems'}."
+    return "\n".join([*lines, "", f"CoOpGRAM {verdict if problems else 'can run here.'}"])

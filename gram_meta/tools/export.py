@@ -1,20 +1,19 @@
-"""A meta-checkpoint's prompt as a checkpoint for MODEL.INIT_WEIGHTS, for trainers that know nothing of GRAM.
+"""Export of a meta-checkpoint's prompt as a checkpoint for MODEL.INIT_WEIGHTS, for trainers without GRAM.
 
-Dassl's `load_pretrained_weights` copies tensors that agree in name and in size, and only prints the names of the others.
-The file therefore has the names of the target trainer, and the command prints the numbers of tokens to set. The file
-holds only the prompt: the regulator acts in the GRAM trainers only.
+Dassl's `load_pretrained_weights` copies the tensors that agree in name and size, and only prints the names of the
+others. So the export uses the names of the target trainer, and returns the options that set the same numbers of tokens.
+The regulator is not exported: it acts in the GRAM trainers only.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from gram_meta.config import nearest
+from gram_meta.config import did_you_mean
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike, atomic_write
 from gram_meta.method.checkpoint import MetaCheckpoint, load_meta_checkpoint
@@ -25,21 +24,15 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Target:
-    """A trainer that can start from a prompt.
+    """A trainer that can start from a prompt."""
 
-    Attributes:
-        names: what it calls each kind of prompt.
-        options: the keys that have to say the numbers of tokens, by kind.
-        meta_net: whether it learns CoCoOp's meta-net too.
-    """
-
-    names: dict[str, str]
-    options: dict[str, str]
-    meta_net: bool = False
+    names: dict[str, str]  # its name for each kind of prompt
+    options: dict[str, str]  # keys of the numbers of tokens, by kind
+    meta_net: bool = False  # whether it learns CoCoOp's meta-net too
 
 
 _TEXT, _VISUAL = ({kind: STATE_NAMES[kind]} for kind in KINDS)
-_FAMILY = {"text": "prompt_learner.ctx", "visual": "image_encoder.VPT"}  # the whole model is loaded there
+_FAMILY = {"text": "prompt_learner.ctx", "visual": "image_encoder.VPT"}  # MaPLe's family loads the whole model
 
 
 def _of_the_family(node: str, text: bool = True) -> Target:
@@ -53,16 +46,12 @@ _COCOOP = Target(_TEXT, {"text": "TRAINER.COCOOP.N_CTX"}, meta_net=True)
 _VPT = Target(_VISUAL, {"visual": "TRAINER.VPT.N_CTX_VISION"})
 _JOINT = Target(STATE_NAMES, {"text": "TRAINER.JOINT.N_CTX_TEXT", "visual": "TRAINER.JOINT.N_CTX_VISION"})
 
-# CoOp's own CoOp and CoCoOp and ours have the same names; MaPLe's VPT is another trainer than ours of that name
+# Names in CoOp and CoCoOp are the same in a CoOp checkout and here; MaPLe's trainer VPT is another one than ours
 TARGETS = {
-    "CoOp": _COOP,
-    "CoOpGRAM": _COOP,
-    "CoCoOp": _COCOOP,
-    "CoCoOpGRAM": _COCOOP,
-    "VPT": _VPT,
-    "VPTGRAM": _VPT,
-    "JointPrompt": _JOINT,
-    "UniGRAM": _JOINT,
+    **dict.fromkeys(("CoOp", "CoOpGRAM"), _COOP),
+    **dict.fromkeys(("CoCoOp", "CoCoOpGRAM"), _COCOOP),
+    **dict.fromkeys(("VPT", "VPTGRAM"), _VPT),
+    **dict.fromkeys(("JointPrompt", "UniGRAM"), _JOINT),
     "MaPLe/VPT": _of_the_family("VPT", text=False),
     "MaPLe/IVLP": _of_the_family("IVLP"),
     "MaPLe": Target({"text": _FAMILY["text"]}, {"text": "TRAINER.MAPLE.N_CTX"}),
@@ -73,22 +62,14 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """A file that was written."""
 
-    Attributes:
-        path: the file.
-        trainer: the key of `TARGETS` that it is for.
-        shapes: of the tensors by name.
-        options: KEY VALUE of the trainer that have to be so.
-        left_out: what of the meta-checkpoint is not in it.
-    """
-
-    path: Path
-    trainer: str
-    backbone: str
-    shapes: dict[str, tuple[int, ...]]
-    options: dict[str, int]
-    left_out: tuple[str, ...]
+    path: Path  # the file
+    trainer: str  # the key of `TARGETS` that it is for
+    backbone: str  # the CLIP of the prompts
+    shapes: dict[str, tuple[int, ...]]  # of the tensors by name
+    options: dict[str, int]  # options that the trainer needs, by key
+    left_out: tuple[str, ...]  # the parts of the meta-checkpoint that are not in the file
 
 
 def export(meta: PathLike, path: PathLike, trainer: str = "") -> Exported:
@@ -96,20 +77,18 @@ def export(meta: PathLike, path: PathLike, trainer: str = "") -> Exported:
 
     Args:
         meta: the meta-checkpoint (.safetensors).
-        path: where the checkpoint goes; replaced where it exists.
-        trainer: a key of `TARGETS`; "": the plain trainer of the kinds that the meta-checkpoint holds.
+        path: the checkpoint to write; an existing file is replaced.
+        trainer: a key of `TARGETS`; "": the trainer without GRAM that has the same prompts.
 
     Raises:
-        GramError: no such trainer, or one that learns what the meta-checkpoint does not hold.
+        GramError: no such trainer, or one that learns more than the meta-checkpoint holds.
     """
     if Path(path).is_dir():
         raise GramError(f"{path}: expected the name of a file to write, found a folder")
     checkpoint = load_meta_checkpoint(meta)
     trainer = trainer or _plain_trainer(checkpoint)
     if trainer not in TARGETS:
-        guess = nearest(trainer, TARGETS)
-        hint = f"; did you mean {guess!r}?" if guess else ""
-        raise GramError(f"--trainer {trainer}: expected one of {', '.join(TARGETS)}{hint}")
+        raise GramError(f"--trainer {trainer}: expected one of {', '.join(TARGETS)}{did_you_mean(trainer, TARGETS)}")
     target = TARGETS[trainer]
     tensors = _tensors(checkpoint, trainer, target)
     state = {
@@ -119,7 +98,12 @@ def export(meta: PathLike, path: PathLike, trainer: str = "") -> Exported:
         "scheduler": None,
         "val_result": None,
         "backbone": {"name": checkpoint.backbone_name, "fingerprint": checkpoint.backbone_fingerprint},
-        "exported": _origin(checkpoint, trainer),
+        "exported": {
+            "format": FORMAT,
+            "trainer": trainer,
+            "meta_checkpoint": Path(checkpoint.path).name,
+            "sha256": checkpoint.sha256,
+        },
     }
     with atomic_write(path) as file:
         torch.save(state, file)
@@ -144,7 +128,7 @@ def _plain_trainer(checkpoint: MetaCheckpoint) -> str:
 
 
 def _tensors(checkpoint: MetaCheckpoint, trainer: str, target: Target) -> dict[str, Tensor]:
-    """The learned tensors, float32, under the trainer's names."""
+    """Return the learned tensors, float32, under the trainer's names."""
     lacking = [kind for kind in target.names if kind not in checkpoint.prompts]
     if lacking:
         raise GramError(
@@ -161,12 +145,3 @@ def _tensors(checkpoint: MetaCheckpoint, trainer: str, target: Target) -> dict[s
             )
         tensors |= net
     return {name: value.detach().to("cpu", torch.float32).clone() for name, value in tensors.items()}
-
-
-def _origin(checkpoint: MetaCheckpoint, trainer: str) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "trainer": trainer,
-        "meta_checkpoint": Path(checkpoint.path).name,
-        "sha256": checkpoint.sha256,
-    }

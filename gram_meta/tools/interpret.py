@@ -1,4 +1,4 @@
-"""The words nearest to learned context tokens, as CoOp's interpret_prompt.py looks for them, for any backbone.
+"""The words nearest to learned context tokens, as CoOp's interpret_prompt.py finds them, for any backbone.
 
 Distances are Euclidean, to the rows of CLIP's token embedding. A learned token need not be near any word.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,21 +17,21 @@ from gram_meta.files import PathLike
 from gram_meta.method.prompts import STATE_NAMES
 from gram_meta.runs.reader import Saved, read_saved
 
-# What learners call their context: CoOp's, CoCoOp's and ours save it alone, MaPLe's family the whole model
+# Names of the context: CoOp's, CoCoOp's and our trainers save it alone, MaPLe's family saves the whole model
 _CONTEXT = (STATE_NAMES["text"], "prompt_learner.ctx")
 _VISUAL = (STATE_NAMES["visual"], "image_encoder.VPT")
 
 
 @dataclass(frozen=True)
 class NearWord:
-    """One line: a context token's word of some rank."""
+    """A word near a context token."""
 
     class_index: int | None  # None: the context of all classes
     classname: str
     token: int  # from 1, in the order of the prompt
     rank: int  # from 1, nearest first
-    word: str  # as one reads it
-    piece: str  # as CLIP's vocabulary has it: "</w>" ends a word
+    word: str  # as text
+    piece: str  # as in CLIP's vocabulary: "</w>" ends a word
     id: int
     distance: float
 
@@ -39,11 +40,11 @@ class NearWord:
 class Interpretation:
     """The nearest words of a prompt."""
 
-    saved: Saved  # whose prompt it is
+    saved: Saved  # the run or checkpoint of the prompt
     context: Tensor  # (M, d), or (N, M, d) with a context per class; float32
     backbone: str
     words: list[NearWord]
-    remarks: list[str]  # what a reader of the words should know
+    remarks: list[str]  # on tensors without words
 
 
 def interpret(path: PathLike, topk: int = 5, backbone: str = "", epoch: int | None = None) -> Interpretation:
@@ -51,12 +52,12 @@ def interpret(path: PathLike, topk: int = 5, backbone: str = "", epoch: int | No
 
     Args:
         path: a run's output folder, a checkpoint (`model.pth.tar-10`), or a meta-checkpoint (`.safetensors`).
-        topk: how many words per context token.
-        backbone: the CLIP it was learned with, where no file beside it names one.
+        topk: number of words for each context token.
+        backbone: the CLIP it was learned with, if no file beside it names one.
         epoch: of a run's checkpoints; None: the one that an evaluation of the run loads.
 
     Raises:
-        GramError: nothing readable there, no text prompt in it, no backbone known, or another backbone.
+        GramError: no readable file, no text prompt in it, no backbone known, or another backbone.
     """
     if topk < 1:
         raise GramError(f"--topk is {topk}; expected at least 1")
@@ -83,13 +84,13 @@ def interpret(path: PathLike, topk: int = 5, backbone: str = "", epoch: int | No
 
 
 def nearest_rows(context: Tensor, embedding: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """The nearest rows of an embedding (V, d) to tokens (..., d).
+    """Return the rows of an embedding (V, d) nearest to tokens (..., d).
 
     Returns:
-        distances and indices, each (..., topk), nearest first; equal distances in the order of the vocabulary.
+        Distances and indices, each (..., topk), nearest first; equal distances in the order of the vocabulary.
     """
     flat = context.flatten(0, -2)  # (T, d)
-    # exact differences: |x|^2 + |y|^2 - 2xy loses the distance of a token that has hardly moved from a word
+    # exact differences: |x|^2 + |y|^2 - 2xy loses the distance of a token that is very near to a word
     exact = "donot_use_mm_for_euclid_dist"
     distances = torch.cat([torch.cdist(some, embedding, compute_mode=exact) for some in flat.split(256)])  # (T, V)
     distances, indices = (found[:, :topk] for found in distances.sort(dim=1, stable=True))
@@ -105,9 +106,7 @@ def _near_words(context: Tensor, classnames: list[str], clip: Backbone, topk: in
     ids = rows[near]
     bpe = clip_module().simple_tokenizer.SimpleTokenizer()
     words = []
-    for n, m, rank in (
-        (n, m, k) for n in range(ids.shape[0]) for m in range(ids.shape[1]) for k in range(ids.shape[2])
-    ):
+    for n, m, rank in np.ndindex(*ids.shape):
         token = int(ids[n, m, rank])
         piece = bpe.decoder.get(token, f"<{token}>")
         word = bpe.decode([token]).strip() if token in bpe.decoder else piece
@@ -118,38 +117,32 @@ def _near_words(context: Tensor, classnames: list[str], clip: Backbone, topk: in
 
 
 def _own_rows(embedding: Tensor) -> tuple[Tensor, list[str]]:
-    """Return the rows that only one token has. Tokens that were never trained share one row, and are no words."""
+    """Return the rows that belong to one token only; tokens that were never trained share one row, and are no words."""
     probe = torch.randn(embedding.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     _, inverse, counts = (embedding * probe).sum(1).unique(return_inverse=True, return_counts=True)
     own = counts[inverse] == 1  # (V,)
     rows = own.nonzero().squeeze(1)
     if len(rows) == len(own):
         return rows, []
-    return rows, [f"left out: {len(own) - len(rows)} of {len(own)} tokens, whose embeddings are one and the same"]
-
-
-# ------------------------------------------------------------------------------------------------ what a run learned
+    return rows, [f"left out: {len(own) - len(rows)} of {len(own)} tokens, which share one embedding"]
 
 
 def _context_of(saved: Saved) -> tuple[Tensor, list[str]]:
-    """Return the learned text prompt, (M, d) or (N, M, d) in float32, and remarks on what is left out beside it."""
+    """Return the learned text prompt, (M, d) or (N, M, d) in float32, and remarks on the other learned tensors."""
     tensors = saved.state_dict
     context = next((tensors[name] for name in _CONTEXT if name in tensors), None)
     visual = next((tensors[name] for name in _VISUAL if name in tensors), None)
     if context is None:
-        if visual is not None:
-            raise GramError(
-                f"{saved.path}: holds a visual prompt alone; visual prompts stand beside patches of images and have no words"
-            )
         some = ", ".join(list(tensors)[:4]) or "no tensors"
-        raise GramError(f"{saved.path}: expected a learned context ({' or '.join(_CONTEXT)}), found {some}")
+        hint = "" if visual is None else " (a visual prompt, which has no words)"
+        raise GramError(f"{saved.path}: expected a learned context ({' or '.join(_CONTEXT)}), found {some}{hint}")
     if context.dim() not in (2, 3):
         raise GramError(f"{saved.path}: expected a context of shape (M, d) or (N, M, d), found {tuple(context.shape)}")
     remarks = []
     if visual is not None:
         remarks.append(f"{visual.shape[-2]} visual tokens beside them have no words")
     if any("meta_net." in name for name in tensors):
-        remarks.append("the words are of the context before its meta-net shifts it, for each image in another way")
+        remarks.append("the words are those of the context before its meta-net shifts it for each image")
     if any("compound_prompts" in name or "VPT_shallow" in name for name in tensors):
         remarks.append("prompts of deeper layers are no word embeddings and are left out")
     return context.detach().float(), remarks

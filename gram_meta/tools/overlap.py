@@ -2,17 +2,16 @@
 
 Equal files are found by the digests in the store. Other near-duplicates are found in two steps. The candidates of a
 test image are the corpus images with the largest cosine of CLIP's features (or, without CLIP, of 8 x 8 pixel
-thumbnails). Each candidate is then read, and its small copy is compared with the test image's, over crops and mirror
-images of both.
+thumbnails). Then each candidate is read, and its small copy is compared with that of the test image, over crops and
+mirror images of both.
 
 The cost is T x N x D multiplications for T test images and N images of D features, in blocks of bounded memory, and at
-most T x k images read at random. docs/results/corpus.md has the arithmetic, and what was measured.
+most T x k images read at random. docs/results/corpus.md has the arithmetic and measurements.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,15 +26,13 @@ from PIL import Image
 from gram_meta.corpus.images import DIGEST_BYTES, MISSING, BadImage, read_image
 from gram_meta.corpus.store import IMAGES, PairStore
 from gram_meta.errors import GramError
-from gram_meta.files import PathLike, atomic_write
+from gram_meta.files import PathLike, atomic_write, read_arrays, write_arrays
 from gram_meta.progress import progress_bar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from gram_meta.backbone.clip import Backbone
-
-log = logging.getLogger(__name__)
 
 SIDE = 32  # pixels of the small copies that are compared
 INNER = 24  # pixels of a window of them
@@ -61,57 +58,38 @@ class TestImage(NamedTuple):
 
 @dataclass(frozen=True)
 class Match:
-    """An image of the corpus that equals a test image, or nearly does.
+    """An image of the corpus that equals a test image, or nearly does."""
 
-    Attributes:
-        row: of the store's images. test: index of the test image. kind: `EXACT` or `NEAR`.
-        cosine: of CLIP's features or of the thumbnails; nan for equal files.
-        distance: 1 - correlation of the pixels; 0 for equal files.
-    """
-
-    row: int
-    test: int
-    kind: str
-    cosine: float
-    distance: float
+    row: int  # of the store's images
+    test: int  # index of the test image
+    kind: str  # `EXACT` or `NEAR`
+    cosine: float  # of CLIP's features or of the thumbnails; nan for equal files
+    distance: float  # 1 - correlation of the pixels; 0 for equal files
 
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """Settings of the search.
+    """Settings of the search."""
 
-    Attributes:
-        neighbours: candidates of each test image. threshold: least cosine of a candidate by CLIP.
-        pixel_threshold: least cosine of a candidate by thumbnails; None: no such candidates.
-        distance: largest distance of near-duplicates. workers: threads that read images.
-        cache: folder for data computed from images; None: no cache.
-        device: computes the features of test images, and the search.
-        image_root: the folder that holds the corpus' images now; None: where `gram embed` read them.
-    """
-
-    neighbours: int = NEIGHBOURS
-    threshold: float = THRESHOLD
-    pixel_threshold: float | None = None
-    distance: float = DISTANCE
-    workers: int = 4
-    cache: Path | None = None
-    device: str = "cpu"
+    neighbours: int = NEIGHBOURS  # candidates of each test image
+    threshold: float = THRESHOLD  # least cosine of a candidate by CLIP
+    pixel_threshold: float | None = None  # least cosine of a candidate by thumbnails; None: no such candidates
+    distance: float = DISTANCE  # largest distance of near-duplicates
+    workers: int = 4  # threads that read images
+    cache: Path | None = None  # folder for data computed from images; None: no cache
+    device: str = "cpu"  # computes the features of test images, and the search
+    # the folder that holds the corpus' images now; None: where `gram embed` read them
     image_root: PathLike | None = None
 
 
 class Descriptors(NamedTuple):
-    """Data computed from n images.
+    """Data computed from n images."""
 
-    Attributes:
-        digest: (n, 16) uint8, of the files. small: (n, 32, 32, 3) uint8. feature: (n, D) float16, D = 0 without CLIP.
-        mirrored: (n, D) float16, of the mirrored images. ok: (n,) bool, False if an image could not be read.
-    """
-
-    digest: np.ndarray
-    small: np.ndarray
-    feature: np.ndarray
-    mirrored: np.ndarray
-    ok: np.ndarray
+    digest: np.ndarray  # (n, 16) uint8, of the files
+    small: np.ndarray  # (n, 32, 32, 3) uint8
+    feature: np.ndarray  # (n, D) float16, D = 0 without CLIP
+    mirrored: np.ndarray  # (n, D) float16, of the mirrored images
+    ok: np.ndarray  # (n,) bool, False if an image could not be read
 
 
 def find_overlap(
@@ -134,6 +112,8 @@ def find_overlap(
         raise GramError("expected a CLIP or a pixel threshold to find candidates by, found neither")
     if backbone is not None:
         store.check_backbone(backbone)
+    if not tests:
+        raise GramError("expected test images to compare with, found none")
     seen = _describe_tests([test.path for test in tests], backbone, settings)
     exact = [Match(row, test, EXACT, float("nan"), 0.0) for row, test in _equal_files(store, seen)]
     pairs, cosines = _candidate_pairs(store, seen, backbone is not None, settings)
@@ -162,10 +142,6 @@ def write_matches(path: PathLike, store: PairStore, tests: Sequence[TestImage], 
             file.write("\t".join(line) + "\n")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Equal files
-
-
 def _equal_files(store: PairStore, seen: Descriptors) -> list[tuple[int, int]]:
     """Return (row, test) of images whose files are the same byte for byte."""
     import pyarrow as pa
@@ -180,10 +156,6 @@ def _equal_files(store: PairStore, seen: Descriptors) -> list[tuple[int, int]]:
     rows = np.flatnonzero(pc.is_in(column, value_set=wanted).to_numpy())
     found = column.take(pa.array(rows)).to_pylist()
     return [(int(row), test) for row, digest in zip(rows, found, strict=True) for test in by_digest[digest]]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Candidates
 
 
 def _candidate_pairs(
@@ -264,25 +236,21 @@ def _pixel_blocks(store: PairStore, settings: SearchSettings) -> Iterator[tuple[
 
 
 def thumbnails(small: np.ndarray) -> np.ndarray:
-    """(n, 32, 32, 3) uint8 -> (n, 8, 8, 3) uint8, means of 4 x 4 pixels."""
+    """Return means over 4 x 4 pixels: (n, 32, 32, 3) uint8 -> (n, 8, 8, 3) uint8."""
     step = SIDE // TINY
     return small.reshape(-1, TINY, step, TINY, step, 3).mean((2, 4)).round().astype(np.uint8)
 
 
 def unit_vectors(tiny: np.ndarray) -> np.ndarray:
-    """(n, 8, 8, 3) -> (n, 192) float32 of mean 0 and norm 1; zeros for a thumbnail of one colour."""
+    """Return vectors (n, 192) float32 of mean 0 and norm 1 of thumbnails (n, 8, 8, 3); zeros for one colour only."""
     flat = tiny.reshape(len(tiny), -1).astype(np.float32)
     flat -= flat.mean(1, keepdims=True)
     norm = np.linalg.norm(flat, axis=1, keepdims=True)
     return np.where(norm > 1, flat / np.maximum(norm, 1), 0).astype(np.float32)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Pixels
-
-
 def small_copy(image: Image.Image) -> np.ndarray:
-    """Return the whole image, whatever its shape, as (32, 32, 3) uint8."""
+    """Return the whole image, of any shape, as (32, 32, 3) uint8."""
     return np.array(image.resize((SIDE, SIDE), Image.Resampling.BOX))
 
 
@@ -313,7 +281,10 @@ def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _windows(small: Tensor) -> Tensor:
-    """(n, 32, 32, 3) -> (n, W, 24, 24, 3), details of windows, with mean 0 and norm 1; the first is the whole image."""
+    """Return the details of windows of images (n, 32, 32, 3) as (n, W, 24, 24, 3), with mean 0 and norm 1 each.
+
+    The first window is the whole image.
+    """
     import torch
 
     down, across, smooth = _window_matrices()
@@ -324,15 +295,13 @@ def _windows(small: Tensor) -> Tensor:
     x = (x - mean).transpose(3, 4)  # (n, W, 24, 24, 3)
     flat = x.flatten(2)
     flat = flat - flat.mean(2, keepdim=True)
-    flat = (
-        flat / (flat.square().sum(2, keepdim=True) + flat.shape[2]).sqrt()
-    )  # + 1 per value: noise of a grey level is not a detail
-    return flat.view(x.shape)
+    squares = flat.square().sum(2, keepdim=True) + flat.shape[2]  # + 1 per value: noise of a grey level is no detail
+    return (flat / squares.sqrt()).view(x.shape)
 
 
 @cache
 def _window_matrices() -> tuple[Tensor, Tensor, Tensor]:
-    """(W, 24, 32) twice, means over windows, down and across; (24, 24), the mean over 7 pixels (fewer at an edge)."""
+    """Return matrices of means: over windows down and across, (W, 24, 32) each, and over 7 pixels, (24, 24)."""
     import torch
 
     down, across = (torch.stack([_means(*span[axis]) for span in _window_spans()]) for axis in (0, 1))
@@ -372,10 +341,7 @@ def _confirmed(
     """Return matches of the pairs (test, row) whose pixels agree, and the number of rows with unreadable images."""
     matches: list[Match] = []
     unreadable = 0
-    rows = np.unique(pairs[:, 1])  # in the order of the shards
-    bar = progress_bar(total=len(rows), unit="image", desc="comparing pixels")
-    for start in range(0, len(rows), CHUNK):
-        some = rows[start : start + CHUNK]
+    for some in _chunks(np.unique(pairs[:, 1]), "comparing pixels"):  # rows in the order of the shards
         small, readable = _read_corpus(store, some, settings, np.asarray)
         unreadable += int((~readable).sum())
         of_some = np.flatnonzero(np.isin(pairs[:, 1], some[readable]))
@@ -384,28 +350,25 @@ def _confirmed(
             if distance <= settings.distance:
                 test, row = pairs[i].tolist()
                 matches.append(Match(row, test, NEAR, float(cosines[i]), max(float(distance), 0.0)))
-        bar.update(len(some))
-    bar.close()
     return matches, unreadable
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading images, and the cache
+def _chunks(items: Any, desc: str) -> Iterator[Any]:
+    """Yield slices of at most CHUNK items, and show the progress."""
+    with progress_bar(total=len(items), unit="image", desc=desc) as bar:
+        for start in range(0, len(items), CHUNK):
+            some = items[start : start + CHUNK]
+            yield some
+            bar.update(len(some))
 
 
 def _describe_tests(paths: Sequence[str], backbone: Backbone | None, settings: SearchSettings) -> Descriptors:
     """Return the descriptors of the test images, computed in chunks that are cached."""
     clip = (backbone.fingerprint, backbone.precision) if backbone else ("", "")
     parts: list[Descriptors] = []
-    bar = progress_bar(total=len(paths), unit="image", desc="test images")
-    for start in range(0, len(paths), CHUNK):
-        chunk = paths[start : start + CHUNK]
+    for chunk in _chunks(paths, "test images"):
         key = _key("tests", *clip, *map(_state, chunk))
         parts.append(Descriptors(**_cached(settings.cache, key, partial(_describe, chunk, backbone, settings))))
-        bar.update(len(chunk))
-    bar.close()
-    if not parts:
-        raise GramError("expected test images to compare with, found none")
     return Descriptors(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
@@ -422,20 +385,17 @@ def _describe(paths: Sequence[str], backbone: Backbone | None, settings: SearchS
 
     width = backbone.embed_dim if backbone is not None else 0
     feature, mirrored = (np.zeros((len(paths), width), np.float16) for _ in range(2))
-    digests: list[bytes] = []
-    smalls: list[np.ndarray] = []
-    oks: list[bool] = []
+    seen: list[tuple[bytes, np.ndarray, bool]] = []
     with ThreadPoolExecutor(settings.workers) as pool:
         for start in range(0, len(paths), 64):
-            some, small, pixels, ok = zip(*pool.map(read, paths[start : start + 64]), strict=True)
-            digests += some
-            smalls += small
-            oks += ok
+            digests, copies, pixels, ok = zip(*pool.map(read, paths[start : start + 64]), strict=True)
+            seen += zip(digests, copies, ok, strict=True)
             if backbone is not None and any(ok):
                 place = start + np.flatnonzero(ok)
                 feature[place], mirrored[place] = _features(backbone, [p for p in pixels if p is not None])
+    digests, copies, ok = zip(*seen, strict=True)
     digest = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES)
-    return {"digest": digest, "small": np.stack(smalls), "feature": feature, "mirrored": mirrored, "ok": np.array(oks)}
+    return {"digest": digest, "small": np.stack(copies), "feature": feature, "mirrored": mirrored, "ok": np.array(ok)}
 
 
 def _features(backbone: Backbone, pixels: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
@@ -473,7 +433,7 @@ def _read_corpus(
 
 
 def _state(path: str) -> str:
-    """Return a file's path, size and time, by which a changed file is recognised."""
+    """Return a file's path, size and time; they differ for a changed file."""
     try:
         state = os.stat(path)
     except OSError:
@@ -494,13 +454,8 @@ def _cached(cache: Path | None, key: str, make: Callable[[], dict[str, np.ndarra
     if cache is None:
         return make()
     path = cache / f"{key}.npz"
-    if path.is_file():
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return dict(arrays)
-        except Exception as error:  # noqa: BLE001 - a truncated archive raises one of several exceptions
-            log.info("%s: damaged (%s), computed again", path, type(error).__name__)
-    made = make()
-    with atomic_write(path) as file:
-        np.savez(file, **made)  # type: ignore[arg-type]  # numpy's stubs take the arrays for a flag
-    return made
+    found = read_arrays(path)
+    if not found:
+        found = make()
+        write_arrays(path, found)
+    return found

@@ -1,4 +1,4 @@
-"""Classes of your own images with the prompts of a run: no dataset, no data manager.
+"""Classification of your own images with the prompts of a run: no dataset, no data manager.
 
     from gram_meta.tools.predict import Predictor
 
@@ -20,7 +20,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from functools import reduce
 from itertools import chain, islice
+from operator import getitem
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,11 +31,11 @@ from PIL import Image
 
 from gram_meta.backbone.clip import PACKAGED, RUN_PRECISIONS, Backbone, check_name, load_backbone
 from gram_meta.backbone.footprint import forward_bytes
-from gram_meta.config import as_dict
+from gram_meta.config import flatten
 from gram_meta.corpus.images import BROKEN, BadImage, as_rgb, read_image
 from gram_meta.corpus.loading import iterate_loader
 from gram_meta.corpus.sources.rows import IMAGE_SUFFIXES
-from gram_meta.errors import GramError
+from gram_meta.errors import GramError, in_one_line
 from gram_meta.files import PathLike
 from gram_meta.runs.reader import Saved, infer_trainer, read_classes, read_saved
 
@@ -50,32 +52,25 @@ FEW = 128  # images that one process decodes before others would have started
 
 @dataclass(frozen=True)
 class Prediction:
-    """What one image is.
+    """The class of one image."""
 
-    Attributes:
-        image: its path; "" for a PIL image that has none.
-        classnames: N names, in the order of `probabilities`.
-        probabilities: (N,) float32, summing to 1; empty where the image could not be read.
-        error: why it could not be read, such as "broken image"; "" where it was.
-    """
-
-    image: str
-    classnames: Sequence[str]
-    probabilities: np.ndarray = field(repr=False)
-    error: str = ""
+    image: str  # its path; "" for a PIL image that has none
+    classnames: Sequence[str]  # N names, in the order of `probabilities`
+    probabilities: np.ndarray = field(repr=False)  # (N,) float32, summing to 1; empty if the image could not be read
+    error: str = ""  # why it could not be read, such as "broken image"; "" if it was read
 
     @property
     def classname(self) -> str:
-        """The most probable class; "" where the image could not be read."""
+        """The most probable class; "" if the image could not be read."""
         return "" if self.error else self.classnames[int(self.probabilities.argmax())]
 
     @property
     def probability(self) -> float:
-        """Of that class; NaN where the image could not be read."""
+        """The probability of that class; NaN if the image could not be read."""
         return float("nan") if self.error else float(self.probabilities.max())
 
     def top(self, k: int) -> list[tuple[str, float]]:
-        """The k most probable classes, or all where there are fewer, with their probabilities, best first."""
+        """Return the k most probable classes (all, if there are fewer) with their probabilities, best first."""
         order = np.argsort(-self.probabilities, kind="stable")[:k]
         return [(self.classnames[index], float(self.probabilities[index])) for index in order]
 
@@ -84,7 +79,7 @@ class Predictor:
     """A frozen classifier, callable on images; make one with `Predictor.load`.
 
     Attributes:
-        saved: what was read from the run. backbone: its CLIP. classnames: the classes to choose from.
+        saved: the contents of the run. backbone: its CLIP. classnames: the classes to choose from.
         batch_size: images in one pass. workers: processes that read images ahead; 0: none.
     """
 
@@ -122,17 +117,17 @@ class Predictor:
         Args:
             run: an output folder of this project's or of an official CoOp's trainer, a checkpoint in one, or a
                 meta-checkpoint (.safetensors); see `gram_meta.runs.reader.read_saved`.
-            classes: other class names than those of training, or a file of them (see `read_classes`); an official
-                run and a meta-checkpoint do not say theirs, so there they are needed.
+            classes: other class names than those of training, or a file of them (see `read_classes`). They are required
+                for an official run and for a meta-checkpoint, which do not hold any.
             epoch: of the checkpoint; default: the one that the run was tested with.
             backbone: name or file of the CLIP; default: the run's.
-            device: "cpu", "cuda", "cuda:1", "mps"; default: cuda where there is one, else cpu.
+            device: "cpu", "cuda", "cuda:1", "mps"; default: cuda if there is one, else cpu.
             precision: "fp32", "fp16", "bf16" or "amp"; default: the run's on a GPU, float32 on a CPU.
             batch_size: images in one pass; default: see `default_batch_size`.
-            workers: processes that read images ahead; default: as many as pay (see `default_workers`).
+            workers: processes that read images ahead; default: see `default_workers`.
 
         Raises:
-            GramError: nothing usable at `run`, a backbone that the prompts do not belong to, missing class names.
+            GramError: no classifier at `run`, another backbone than that of the prompts, missing class names.
         """
         for name, value, least in (("batch size", batch_size, 1), ("workers", workers, 0)):
             if value is not None and value < least:
@@ -143,49 +138,65 @@ class Predictor:
         names = _classes(saved, classes, os.fspath(run))
         device = _device(device)
         cfg = _config(saved)
-        precision = _precision(precision or _of_run(cfg, trainer), asked=bool(precision), device=device)
+        of_run = cfg.TRAINER.get(trainer.node, {}).get("PREC", "fp32")
+        precision = _precision(precision or of_run, asked=bool(precision), device=device)
         cfg.TRAINER[trainer.node].PREC = precision
-        name = _backbone_name(saved, backbone)
+        name = backbone or saved.backbone
+        if not name:
+            raise GramError(f"{saved.path}: expected the name of its CLIP, found none; give it with --backbone")
         if saved.fingerprint:
             check_name(saved.path, saved.backbone, name, {})
         clip = load_backbone(name, device, "fp32" if precision == "amp" else precision)
         if saved.fingerprint:
             clip.check_weights(saved.path, saved.backbone, saved.fingerprint)
-        _say_unknown_words(clip, names)
+        _print_unknown_words(clip, names)
         if saved.template is not None and hasattr(trainer, "template"):
             trainer = type(trainer.__name__, (trainer,), {"template": lambda self: saved.template})
-        with _trainers_talk():
+        with _notes_on_stderr():
             classifier = trainer.for_use(cfg, clip, names, saved.state_dict, os.fspath(saved.path))
             transform = _transform(saved, cfg, clip)
         return cls(classifier, saved, transform, batch_size, workers)
 
     def __call__(self, images: Source | Iterable[Source]) -> list[Prediction]:
-        """Classify paths, folders (their images, sorted, subfolders too) and PIL images; in the given order.
+        """Classify paths, folders (their images, sorted, subfolders too) and PIL images, in the given order.
 
         An image that cannot be read has an `error` instead of probabilities.
         """
         return list(self.stream(images))
 
     def stream(self, images: Source | Iterable[Source]) -> Iterator[Prediction]:
-        """The same one after the other; never more than a few batches in memory, whatever the number of images."""
+        """Yield the predictions one by one, with at most a few batches of images in memory."""
         sources = find_images([images] if isinstance(images, str | os.PathLike | Image.Image) else images)
         beginning = list(islice(sources, FEW + 1))
         workers = self.workers
         if workers is None:
             workers = default_workers(self.backbone) if len(beginning) > FEW else 0
-        waiting: deque[Source] = deque()  # handed out to be read; results come in the same order
-        loader = _loader(chain(beginning, sources), waiting, self.transform, self.batch_size, workers)
-        for pixels, errors in loader:
+        waiting: deque[Source] = deque()  # sources given to the loader; results come in the same order
+        for pixels, errors in self._load(chain(beginning, sources), waiting, workers):
             probabilities = iter(self.probabilities(pixels) if pixels is not None else ())
             for error in errors:
-                image = _name(waiting.popleft())
+                source = waiting.popleft()
+                name = os.fspath(getattr(source, "filename", "") if isinstance(source, Image.Image) else source)
                 yield Prediction(
-                    image, self.classnames, np.zeros(0, np.float32) if error else next(probabilities), error
+                    name, self.classnames, np.zeros(0, np.float32) if error else next(probabilities), error
                 )
+
+    def _load(self, sources: Iterator[Source], waiting: deque[Source], workers: int) -> Iterator[Any]:
+        """Yield the readable images (k, 3, H, W) of each batch, or None, and the errors of all its images."""
+        from torch.utils.data import DataLoader
+
+        def batches() -> Iterator[list[Source]]:
+            while batch := list(islice(sources, self.batch_size)):
+                waiting.extend(batch)
+                yield batch
+
+        data: tuple[Any, Any] = _Images(self.transform), batches()  # torch takes any iterable of batches
+        loader: Any = DataLoader(data[0], batch_sampler=data[1], num_workers=workers, collate_fn=_collate)
+        return iterate_loader(loader, f"expected enough memory for {workers} of them, try --workers 0")
 
     @torch.no_grad()
     def probabilities(self, pixels: Tensor) -> np.ndarray:
-        """(B, N) float32 of images (B, 3, H, W) that went through `transform`."""
+        """Return the probabilities (B, N), float32, of images (B, 3, H, W) that went through `transform`."""
         try:
             logits = self._classifier.model_inference(pixels.to(self.backbone.device))  # (B, N)
             return logits.float().softmax(dim=1).cpu().numpy()
@@ -198,13 +209,10 @@ class Predictor:
         return np.concatenate([self.probabilities(half) for half in pixels.tensor_split(2)])
 
 
-# ------------------------------------------------------------------------------------------------------------ images
-
-
 def find_images(sources: Iterable[Source]) -> Iterator[Source]:
-    """What is given, with every folder replaced by the images in and below it, by suffix, sorted, as they are found.
+    """Yield the sources, with each folder replaced by the images in and below it, sorted.
 
-    A folder without any is given on as it is, so that it can be reported.
+    A folder without images is yielded itself, so that it can be reported.
     """
     for source in sources:
         if not isinstance(source, Image.Image) and os.path.isdir(source):
@@ -216,7 +224,7 @@ def find_images(sources: Iterable[Source]) -> Iterator[Source]:
 
 
 def _below(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
-    """Images below a folder. Linked folders are followed, but not back to one that the path already went through."""
+    """Yield the images below a folder. Linked folders are followed, but not back to a folder above on the path."""
     try:
         status = os.stat(folder)
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -236,7 +244,7 @@ def _below(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
 
 
 class _Images:
-    """Map-style data set: path or PIL image -> (tensor (3, H, W) or None, error). Never raises."""
+    """Map-style data set: path or PIL image -> (tensor (3, H, W) or None, error). It never raises."""
 
     def __init__(self, transform: Callable[[Image.Image], Tensor]) -> None:
         self.transform = transform
@@ -250,55 +258,20 @@ class _Images:
             return self.transform(read_image(source)[0]), ""
         except BadImage as error:
             return None, str(error)
-        except Exception:  # noqa: BLE001 - pixels that fail only when they are used
+        except Exception:  # noqa: BLE001 - some pixels raise only when they are used
             return None, BROKEN
 
 
 def _collate(items: list[tuple[Tensor | None, str]]) -> tuple[Tensor | None, list[str]]:
-    """The readable images of a batch (k, 3, H, W), or None, and the errors of all of it ("" for these)."""
     pixels = [pixel for pixel, _ in items if pixel is not None]
     return (torch.stack(pixels) if pixels else None), [error for _, error in items]
 
 
-class _Batches:
-    """A batch sampler over sources as they are found; what is handed out is noted in `waiting`."""
-
-    def __init__(self, sources: Iterator[Source], waiting: deque[Source], size: int) -> None:
-        self.sources, self.waiting, self.size = sources, waiting, size
-
-    def __iter__(self) -> Iterator[list[Source]]:
-        while batch := list(islice(self.sources, self.size)):
-            self.waiting.extend(batch)
-            yield batch
-
-
-def _loader(
-    sources: Iterator[Source], waiting: deque[Source], transform: Any, batch_size: int, workers: int
-) -> Iterator[tuple[Tensor | None, list[str]]]:
-    from torch.utils.data import DataLoader
-
-    loader: DataLoader[Any] = DataLoader(
-        _Images(transform),  # type: ignore[arg-type]
-        batch_sampler=_Batches(sources, waiting, batch_size),  # type: ignore[arg-type]
-        num_workers=workers,
-        collate_fn=_collate,
-    )
-    yield from iterate_loader(loader, f"expected enough memory for {workers} of them, try --workers 0")
-
-
-def _name(source: Source) -> str:
-    """The path; of a PIL image that of the file it was opened from, where it was."""
-    return os.fspath(getattr(source, "filename", "") if isinstance(source, Image.Image) else source)
-
-
-# ---------------------------------------------------------------------------------------------------------- defaults
-
-
 def default_batch_size(backbone: Backbone) -> int:
-    """Images in one pass.
+    """Return the number of images in one pass.
 
-    On a CPU 32: larger batches are not faster there. On a GPU the largest power of two, up to 256, whose activations
-    take an eighth of the memory that is free (by arithmetic; a batch that does not fit after all is halved).
+    On a CPU it is 32: larger batches are not faster there. On a GPU it is the largest power of two, up to 256, whose
+    activations take an eighth of the free memory by estimate; a batch that does not fit is halved.
     """
     if backbone.device.type != "cuda":
         return CPU_BATCH
@@ -316,20 +289,15 @@ def default_workers(backbone: Backbone) -> int:
 
 
 def _device(name: str) -> str:
-    """The device asked for, if it is here; without one asked for, cuda where there is one."""
+    """Return the device `name`, checked; by default cuda if there is one, else cpu."""
     if not name:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise GramError(
-            f"--device {name}: expected a device of this machine, found none ({_first_line(error)})"
-        ) from None
+        found = in_one_line(error)
+        raise GramError(f"--device {name}: expected a device of this machine, found none ({found})") from None
     return name
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _precision(name: str, asked: bool, device: str) -> str:
@@ -340,11 +308,8 @@ def _precision(name: str, asked: bool, device: str) -> str:
     return name
 
 
-# -------------------------------------------------------------------------------------------------- building a model
-
-
 def _trainer(saved: Saved) -> Any:
-    """Return the trainer class of that name: this project's, else one that was registered and can be built for use."""
+    """Return the class that the run's trainer names: this project's, else a registered one that has `for_use`."""
     import gram_meta.plugin  # noqa: F401, registers this project's trainers
     from gram_meta.engine import TRAINER_REGISTRY
     from gram_meta.engine.registries import own_trainers
@@ -357,58 +322,46 @@ def _trainer(saved: Saved) -> Any:
 
 
 def _classes(saved: Saved, given: Sequence[str] | str | None, run: str) -> list[str]:
-    """The class names to choose from. A context per class belongs to the classes it was learned for."""
+    """Return the class names to choose from; a context per class (CSC) allows only those of training."""
     names = read_classes(given) if isinstance(given, str) else list(given) if given else saved.classnames
     if names is None:
         raise GramError(
-            f"{run}: does not say the names of its classes; expected --classes, such as a file of them "
-            "or the dataset's split_zhou_*.json"
+            f"{run}: expected class names in it, found none; give --classes, such as a file of them or the dataset's "
+            "split_zhou_*.json"
         )
     context = saved.state_dict.get("ctx")
     if context is not None and context.dim() == 3:
         if saved.classnames is not None and names != saved.classnames:
             raise GramError(
-                f"{saved.path}: holds a context for each class of training (CSC), which knows no other classes; "
-                "expected no --classes"
+                f"{saved.path}: holds a context for each class of training (CSC), and none for other classes; expected "
+                "no --classes"
             )
         if len(names) != len(context):
             raise GramError(
-                f"{saved.path}: holds contexts for {len(context)} classes (CSC); expected as many names, in the order of "
-                f"training, found {len(names)}"
+                f"{saved.path}: holds contexts for {len(context)} classes (CSC); expected as many names, in the order "
+                f"of training, found {len(names)}"
             )
     return names
 
 
 def _config(saved: Saved) -> Any:
-    """The run's configuration, completed with defaults; options that are not known here are left."""
+    """Return the run's configuration, completed with defaults, without options that this version does not know."""
     from gram_meta import engine
     from gram_meta.engine.options import extend_cfg
 
     cfg = engine.get_cfg_default().clone()
     cfg.defrost()
     extend_cfg(cfg)
-    for key, value in saved.config.items():
-        *nodes, last = key.split(".")
-        node = cfg
-        for name in nodes:
-            node = node.get(name) if hasattr(node, "get") else None
-        if node is not None and last in node and not isinstance(node[last], dict):
-            node[last] = tuple(value) if isinstance(value, list) else value
+    for key in flatten(cfg):
+        if key in saved.config:
+            *nodes, last = key.split(".")
+            value = saved.config[key]
+            reduce(getitem, nodes, cfg)[last] = tuple(value) if isinstance(value, list) else value
     return cfg
 
 
-def _of_run(cfg: Any, trainer: Any) -> str:
-    return as_dict(cfg.TRAINER).get(trainer.node, {}).get("PREC", "fp32")
-
-
-def _backbone_name(saved: Saved, given: str) -> str:
-    if given or saved.backbone:
-        return given or saved.backbone
-    raise GramError(f"{saved.path}: does not say which CLIP it belongs to; expected --backbone")
-
-
 def _transform(saved: Saved, cfg: Any, backbone: Backbone) -> Callable[[Image.Image], Tensor]:
-    """The run's own transform for tests, at the backbone's size; CLIP's where no file says which."""
+    """Return the run's transform for tests, at the backbone's size; CLIP's if no file names the run's."""
     if "INPUT.TRANSFORMS" not in saved.config:
         return backbone.preprocess()
     from gram_meta import engine
@@ -417,28 +370,27 @@ def _transform(saved: Saved, cfg: Any, backbone: Backbone) -> Callable[[Image.Im
     return engine.build_transform(cfg, is_train=False)
 
 
-def _say_unknown_words(backbone: Backbone, names: Sequence[str]) -> None:
-    """The packaged model has seen a small vocabulary: classes beyond it are guesswork."""
+def _print_unknown_words(backbone: Backbone, names: Sequence[str]) -> None:
+    """Print a note about classes whose words are not in the small vocabulary of the packaged CLIP."""
     if backbone.name != PACKAGED:
         return
     from gram_meta.backbone.packaged import untrained_tokens
 
-    strange = untrained_tokens([name.replace("_", " ") for name in names])
-    if strange:
-        some = ", ".join(list(strange)[:5]) + (", ..." if len(strange) > 5 else "")
-        print(
-            f"Note: {PACKAGED} has never seen words of {len(strange)} of {len(names)} classes ({some})", file=sys.stderr
-        )
+    unknown = list(untrained_tokens([name.replace("_", " ") for name in names]))
+    if unknown:
+        some = ", ".join(unknown[:5] + ["..."] * (len(unknown) > 5))
+        seen = f"{PACKAGED} has never seen words of {len(unknown)} of {len(names)} classes"
+        print(f"Note: {seen} ({some})", file=sys.stderr)
 
 
 @contextlib.contextmanager
-def _trainers_talk() -> Iterator[None]:
-    """What trainers print of their building is for logs; only notes and warnings are passed on, to stderr."""
-    said = io.StringIO()
+def _notes_on_stderr() -> Iterator[None]:
+    """Drop what trainers print while they are built, except notes and warnings, which go to stderr."""
+    printed = io.StringIO()
     try:
-        with redirect_stdout(said):
+        with redirect_stdout(printed):
             yield
     finally:
-        for line in said.getvalue().splitlines():
+        for line in printed.getvalue().splitlines():
             if re.match(r"(Note|Warning)\b", line):
                 print(line, file=sys.stderr)

@@ -369,10 +369,10 @@ def test_a_folder_of_open_clips_hub(tmp_path, backbone, weights):
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({"text_config__hidden_act": "gelu"}, "quick_gelu, with which .* found gelu .text_config.hidden_act"),
-        ({"vision_config__hidden_act": "gelu"}, "found gelu .vision_config.hidden_act"),
-        ({"vision_config__num_attention_heads": 4}, "heads of 64 channels.*found 4 .vision_config"),
-        ({"text_config__num_attention_heads": 2}, "heads of 64 channels.*found 2 .text_config"),
+        ({"text_config__hidden_act": "gelu"}, "expected text_config.hidden_act quick_gelu, .* found gelu"),
+        ({"vision_config__hidden_act": "gelu"}, "expected vision_config.hidden_act quick_gelu, .* found gelu"),
+        ({"vision_config__num_attention_heads": 4}, "expected vision_config.num_attention_heads 1, .* found 4"),
+        ({"text_config__num_attention_heads": 2}, "expected text_config.num_attention_heads 1, .* found 2"),
         ({"text_config__layer_norm_eps": 1e-6}, "text_config.layer_norm_eps 1e-05, .* found 1e-06"),
         ({"model_type": "siglip"}, "model_type 'clip', found 'siglip'"),
     ],
@@ -387,9 +387,9 @@ def test_what_a_hugging_face_config_computes_differently_is_refused(tmp_path, we
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({"model_cfg__quick_gelu": False}, "expected the activation quick_gelu.* found gelu"),
+        ({"model_cfg__quick_gelu": False}, "expected model_cfg.quick_gelu True, .* found False"),
         ({"model_cfg__vision_cfg__head_width": 80}, "vision_cfg.head_width 64, .* found 80"),
-        ({"model_cfg__text_cfg__heads": 2}, "heads of 64 channels.*found 2"),
+        ({"model_cfg__text_cfg__heads": 2}, "expected text_cfg.heads 1, .* found 2"),
         ({"model_cfg__vision_cfg__timm_model_name": "vit_so400m"}, "timm_model_name 'vit_so400m'"),
         ({"model_cfg__text_cfg__hf_model_name": "roberta"}, "hf_model_name 'roberta'"),
         ({"model_cfg__text_cfg__no_causal_mask": True}, "no_causal_mask False, .* found True"),

@@ -120,7 +120,7 @@ def trained(pixel_corpus, out, *opts, job=None, resume=False):
     values = {name: value.detach() for name, value in run.theta.items()}
     if run.regulator is not None:
         values |= {f"phi.{name}": value for name, value in run.regulator.state_dict().items()}
-    norms = torch.cat(run.norms) if run.norms else torch.empty(0)
+    norms = torch.cat(run.state.norms) if run.state.norms else torch.empty(0)
     return values | {"norms": norms.double()}
 
 

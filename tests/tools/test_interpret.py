@@ -102,9 +102,9 @@ def test_visual_prompts_have_no_words(tmp_path, backbone, capsys):
     save_meta_checkpoint(tmp_path / "visual.safetensors", meta)
     assert main(["interpret", str(tmp_path / "visual.safetensors")]) == 2
     printed = capsys.readouterr().err
-    assert "holds a visual prompt alone" in printed and "have no words" in printed and len(printed.splitlines()) == 1
+    assert "found visual_ctx (a visual prompt, which has no words)" in printed and len(printed.splitlines()) == 1
     for name in ("visual_ctx", "image_encoder.VPT"):
-        with pytest.raises(GramError, match="have no words"):
+        with pytest.raises(GramError, match="which has no words"):
             interpret(checkpoint(tmp_path, {name: torch.zeros(2, 64)}), backbone="random-tiny")
 
 

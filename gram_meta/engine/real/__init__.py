@@ -1,8 +1,8 @@
-"""The installed Dassl, imported with fixes of its known faults: last touched in 2022, it trains no CoOp config as published.
+"""The installed Dassl, imported with fixes of its known faults: as published in 2022, it trains no CoOp config today.
 
-Each fix first tests whether its fault is there, and changes this process alone, no file. Where `dassl` has been imported
-before, its classes are changed in place and its functions replaced in every module that holds them, so that the order of
-imports does not matter. This is the hook `dassl-fixes`.
+Each fix first tests whether its fault is there, and changes this process alone, no file. Where `dassl` has been
+imported before, its classes are changed in place and its functions replaced in every module that holds them, so that
+the order of imports does not matter. This is the hook `dassl-fixes`.
 """
 
 from __future__ import annotations

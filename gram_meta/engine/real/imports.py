@@ -132,7 +132,7 @@ def _registered_classes(folder: Path) -> list[str]:
 
 
 def _fix_workers(restore: Callable[[str, str], Any]) -> None:
-    """Let a spawned loader process (macOS, Windows), which imports Dassl anew to read the dataset, apply the fixes first."""
+    """Let a spawned loader process (macOS, Windows), which imports Dassl anew, apply the fixes first."""
 
     def reduce(wrapper: Any) -> Any:
         # the class by its name: pickling the class itself would import Dassl first

@@ -52,7 +52,7 @@ def _build() -> None:
 
 
 def _keeps_an_object() -> bool:
-    """Return whether the successor is saved as an object; after a resume it would drive its own copy of the optimiser."""
+    """Return whether the successor is saved as an object, which would drive a copy of the optimiser after a resume."""
     return not isinstance(_warmup().state_dict().get("successor"), dict)
 
 

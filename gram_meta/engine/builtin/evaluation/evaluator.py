@@ -89,7 +89,7 @@ class Classification(EvaluatorBase):
         return mean
 
     def _save_confusion(self, true: np.ndarray, predicted: np.ndarray) -> None:
-        """Write the matrix of true classes (rows) and predicted ones; rows sum to 1, or are zero for an absent class."""
+        """Write the matrix of true classes (rows) and predicted ones; rows sum to 1, or to 0 for an absent class."""
         labels = np.unique(np.concatenate([true, predicted]))
         counts = np.zeros((len(labels), len(labels)))
         np.add.at(counts, (np.searchsorted(labels, true), np.searchsorted(labels, predicted)), 1)

@@ -10,7 +10,7 @@ __all__ = ["compute_accuracy"]
 
 
 def compute_accuracy(output: torch.Tensor, target: torch.Tensor, topk: Sequence[int] = (1,)) -> list[torch.Tensor]:
-    """Return the percentage of rows of `output` (B, N) whose `target` (B,) is among the k highest; a (1,) tensor per k."""
+    """Return the percentage of rows of `output` (B, N) whose `target` (B,) is among the k highest, (1,) for each k."""
     if isinstance(output, list | tuple):
         output = output[0]
     best = output.topk(max(topk), dim=1).indices  # (B, max k)

@@ -15,7 +15,7 @@ AVAI_SCHEDS = ["single_step", "multi_step", "cosine"]
 
 
 class WarmupScheduler(LRScheduler):
-    """Runs `warmup_epoch` epochs at rates of its own (`warmup_lr`), then the successor's schedule from its beginning."""
+    """Runs `warmup_epoch` epochs at the rates of `warmup_lr`, then the successor's schedule from its beginning."""
 
     def __init__(self, optimizer: Optimizer, successor: LRScheduler, warmup_epoch: int, last_epoch: int = -1) -> None:
         self.successor = successor

@@ -18,7 +18,7 @@ AVAI_OPTIMS = ["adam", "amsgrad", "sgd", "rmsprop", "radam", "adamw"]
 def build_optimizer(
     model: nn.Module | Iterable[Any], optim_cfg: CfgNode, param_groups: Any = None
 ) -> torch.optim.Optimizer:
-    """Build the optimiser that OPTIM.NAME names, over `param_groups`, else over `model` (a module or its parameters)."""
+    """Build the optimiser OPTIM.NAME over `param_groups`, else over `model` (a module or its parameters)."""
     c = optim_cfg
     if c.NAME not in AVAI_OPTIMS:
         raise GramError(f"OPTIM.NAME is {c.NAME!r}; expected one of {', '.join(AVAI_OPTIMS)}")
