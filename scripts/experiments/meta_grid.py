@@ -17,10 +17,12 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import common
 import yaml
+from tabulate import tabulate
 
 from gram_meta.intervals import harmonic, mean
+
+CONFIG = "gram_small_c4_ep10_batch32_ctxv1"
 
 
 def main() -> None:
@@ -53,14 +55,11 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     record = {"settings": variants, "coop": before, "rows": dict(zip(names, rows, strict=True))}
     (args.out / "grid.json").write_text(json.dumps(record, indent=2))
-    columns = list(table[-1])
-    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-    for row in table:
-        print("| " + " | ".join(str(row.get(column, "")) for column in columns) + " |")
+    print(tabulate(table, "keys", "pipe", disable_numparse=True))
 
 
 def run_variant(args: argparse.Namespace, name: str, settings: dict[str, object]) -> dict:
-    """Meta-train, then CoOpGRAM and theta* on the dataset; scores by seed and the held-out facts of the checkpoint."""
+    """Meta-train, then train CoOpGRAM; return the scores by seed and the held-out facts of the checkpoint."""
     from gram_meta.config import load_meta_config
     from gram_meta.method.checkpoint import load_meta_checkpoint
     from gram_meta.method.meta_run import BEST
@@ -81,15 +80,26 @@ def run_variant(args: argparse.Namespace, name: str, settings: dict[str, object]
 
 
 def few_shot(args: argparse.Namespace, trainer: str, out: Path, seed: int, opts: list[str]) -> dict:
-    """Base and new accuracy of a 16-shot run, before the first step (`start`) and after the last (`end`)."""
-    result = common.few_shot(args.root, args.dataset, trainer, out, seed, ["TEST.PER_EPOCH", "True", *opts])
-    curve = result["curve"]
-    facts = result.get("regulator", {}).get("text", {})
+    """Train on 16 shots of the base classes, unless the run is finished; return base and new accuracy.
+
+    They are those before the first step (`start`) and after the last (`end`).
+    """
+    from gram_meta.coop.launch import train
+
+    result = train(
+        [
+            *("--trainer", trainer, "--root", args.root, "--seed", str(seed), "--output-dir", str(out)),
+            *("--config-file", CONFIG, "--dataset-config-file", args.dataset, "DATASET.NUM_SHOTS", "16"),
+            *("DATASET.SUBSAMPLE_CLASSES", "base", "TEST.PER_EPOCH", "True", *opts),
+        ],
+        quiet=True,
+    )
+    curve, facts = result["curve"], result.get("regulator", {}).get("text", {})
     return {"start": curve[0], "end": curve[-1], "curve": curve, "regulator": facts}
 
 
 def summary(name: str, scores: dict, coop: dict, held: dict) -> dict[str, object]:
-    """One row: means over seeds; H is that of the mean base and new."""
+    """Return one row: means over seeds; H is that of the mean base and new."""
     base, new = (mean(s["end"][side] for s in scores.values()) for side in ("base", "new"))
     start_base, start_new = (mean(s["start"][side] for s in scores.values()) for side in ("base", "new"))
     coop_base, coop_new = (mean(s["end"][side] for s in coop.values()) for side in ("base", "new"))

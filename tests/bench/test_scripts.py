@@ -1,6 +1,8 @@
 """Every script of scripts/bench and scripts/experiments, once, with its smallest settings."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -132,3 +134,42 @@ def test_clustering(run, bench_script, tmp_path, monkeypatch):
     assert found["own_gb"] > 0.05 and found["peak_gb"] > found["own_gb"] and found["cpu_s"] > 0
     assert unsampled["unsampled"] == {"ami": 1.0, "ami_with_noise": 1.0, "noise_agreement": 1.0}
     assert all(0 < row["truth"]["ami"] <= 1 for row in rows[1:])
+
+
+@pytest.fixture(scope="module")
+def labelled(classes, tmp_path_factory):
+    """Store and hierarchy of the class folders; the classes are the topics."""
+    import gram_meta as gram
+
+    folder = tmp_path_factory.mktemp("labelled")
+    words = {"backbone": "gram-small", "sentence_model": "hash:16", "format": "classes"}
+    gram.embed(classes, folder / "store", **words)
+    shots = ("TASKS.SUPPORT_SHOTS", "1", "TASKS.QUERY_SHOTS", "2", "CHC.LABELLED", "True")
+    gram.cluster(folder / "store", folder / "hierarchy", opts=shots)
+    return folder
+
+
+def test_meta_grid(labelled, tiny_data, tmp_path):
+    """meta_grid.py twice, the second time from finished runs."""
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(
+        "base: {BACKBONE.NAME: gram-small, OUTER.STEPS: 2, EVAL.EVERY: 2, CHECKPOINT.EVERY: 2, EVAL.TASKS: 2,"
+        " TASKS.WAYS: 2, TASKS.SUPPORT_SHOTS: 1, TASKS.QUERY_SHOTS: 2, CHC.LABELLED: true}\n"
+        "paper:\nplain: {REGULATOR.ENABLED: false}\n"
+    )
+    common = ("--root", tiny_data, "--dataset", "emoji_food", "--seeds", "1", "--jobs", "1")
+    words = ("--store", labelled / "store", "--hierarchy", labelled / "hierarchy", "--grid", grid)
+    first = experiment("meta_grid", *common, *words, "--out", tmp_path / "out")
+    assert [line.split("|")[1].strip() for line in first.splitlines()[-3:]] == ["CoOp", "paper", "plain"]
+    log = tmp_path / "out" / "paper" / "meta" / "log.jsonl"
+    before = log.stat().st_mtime_ns
+    assert experiment("meta_grid", *common, *words, "--out", tmp_path / "out") == first
+    assert log.stat().st_mtime_ns == before
+
+
+def experiment(name, *words):
+    """Run a script of scripts/experiments in a process of its own; return what it prints."""
+    command = [sys.executable, str(ROOT / "scripts" / "experiments" / f"{name}.py"), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
