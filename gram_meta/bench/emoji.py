@@ -95,7 +95,7 @@ def _part(dataset: str) -> str:
 
 
 def _corpus(settings: BenchSettings, folder: Path, needed: set[Path]) -> Iterator[BenchRun]:
-    """Yield what makes the stores and hierarchies that meta-trainings need, of the captioned and the labelled corpus."""
+    """Yield what makes the stores and hierarchies, captioned and labelled, that meta-trainings need."""
     root, labelled = Path(settings.root), folder / "labelled"
     if Path(settings.store) in needed:
         pairs = (str(root / "corpus" / "pairs.tsv"),)

@@ -7,12 +7,12 @@
 
 Every contestant runs in a process of its own (their `clip`, `trainers` and `datasets` clash), with the same weights,
 classes, images, batches and precision; that the work is the same is checked in the same run: the batches' SHA-256, the
-logits, the first loss and its gradients. Measures are taken in turns, A, B, C, A, B, C, ..., so that a busy machine hits
-all alike. The step is the trainer's own `forward_backward`, the test pass its own `test`, on prepared batches and again
-with the images decoded and augmented on the way. Processor time is that of the whole process (one thread by default).
-Without --data, images are made up; without a checkout, its trainers are left out. ProMetaR is another method than GRAM:
-its step does more, and stands here because its users will ask. The checkouts stay untouched: what has to be patched for
-today's torch is patched at run time and named in the output.
+logits, the first loss and its gradients. Measures are taken in turns, A, B, C, A, B, C, ..., so that a busy machine
+hits all alike. The step is the trainer's own `forward_backward`, the test pass its own `test`, on prepared batches and
+again with the images decoded and augmented on the way. Processor time is that of the whole process (one thread by
+default). Without --data, images are made up; without a checkout, its trainers are left out. ProMetaR is another method
+than GRAM: its step does more, and stands here because its users will ask. The checkouts stay untouched: what has to be
+patched for today's torch is patched at run time and named in the output.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def mirrored(data: Path, folder: Path) -> Path:
 
 
 def made_up(classes: int, batch: int, tests: int, folder: Path) -> Path:
-    """Make a root with Caltech101's layout: ImageNet's class names, and smooth noise of a photo's size as JPEG files."""
+    """Make a root with Caltech101's layout: ImageNet's class names, and JPEG files of smooth noise."""
     root, random = folder / "data", np.random.default_rng(0)
     images = root / "caltech-101" / "101_ObjectCategories"
     images.mkdir(parents=True)
@@ -390,7 +390,7 @@ def compare(entries: Sequence[Entry], checks: Mapping[str, Mapping[str, Any]]) -
 
 
 def summary(table: Mapping[str, Any], steps: int, clock: str) -> dict[str, dict[str, Any]]:
-    """Return, for every measure and contestant, median and range in ms (per step), and the first one's time over its own."""
+    """Return, for every measure and contestant, times in ms (per step), and the first one's time over its own."""
     result: dict[str, dict[str, Any]] = {}
     for name, row in table["contestants"].items():
         for measure, rounds in row["rounds"].items():
@@ -453,9 +453,7 @@ def commit(folder: Path) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    start, _, rest = (__doc__ or "").partition("\n")
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="checkouts.py", description=start, epilog=rest, formatter_class=formatter)
+    parser = common.plain_parser(__doc__)
     add = parser.add_argument
     add("--coop", type=Path, help="a checkout of KaiyangZhou/CoOp")
     add("--prometar", type=Path, help="a checkout of mlvlab/ProMetaR")

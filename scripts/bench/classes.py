@@ -6,8 +6,8 @@
 
 The text part is: class sentences, features, logits against fixed image features, loss, gradient of the context, R^phi,
 SGD. The whole step has the image tower in front. The part "images" is a UniGRAM step (2 + 2 tokens) over 10 classes,
-against the images in its batch. Every setting runs in a process of its own, from few classes to many. A measurement that
-is in the JSON file already is not repeated. `--repeats 0` times only the first step, whose memory is measured.
+against the images in its batch. Every setting runs in a process of its own, from few classes to many. A measurement
+that is in the JSON file already is not repeated. `--repeats 0` times only the first step, whose memory is measured.
 """
 
 from __future__ import annotations

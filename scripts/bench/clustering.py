@@ -4,7 +4,7 @@
     python scripts/bench/clustering.py gram FOLDER/100k               # gram cluster in a process of its own, measured
     python scripts/bench/clustering.py gram FOLDER/100k CHC.TOPICS.SAMPLE 0           # with other settings
     python scripts/bench/clustering.py bertopic FOLDER/100k           # BERTopic's own pipeline on the same features
-    python scripts/bench/clustering.py topics FOLDER/100k evoc        # ways to find topics: evoc, umap+fast-hdbscan, ...
+    python scripts/bench/clustering.py topics FOLDER/100k evoc        # evoc, umap+hdbscan or umap+fast-hdbscan
     python scripts/bench/clustering.py rules FOLDER/100k 30000 transform   # ways to assign pairs to topics of a sample
     python scripts/bench/clustering.py table FOLDER                   # all rows so far, in Markdown
 
@@ -15,7 +15,6 @@ features that the system may drop at any time, and beside it the highest seen of
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -39,12 +38,12 @@ NOISE, COPIES = 0.2, 0.02  # shares of pairs that belong to no topic, and of cap
 class World:
     """Topics and how their pairs look, for about `pairs` pairs: sqrt(pairs) topics with power-law sizes.
 
-    A sentence feature is a sum of parts. Their squared lengths are 0.06 (common to all), 0.12 (a family of four topics on
-    average), 0.10 to 0.34 (the topic), 0.16 (one of its one to six sub-topics), and the rest (the caption's own). This
-    follows all-MiniLM-L6-v2 on 15,000 captions of photographs: cosines of 0.36 to 0.61 within a topic that HDBSCAN finds,
-    of 0.08 between any two captions, of 0.64 to 0.90 to the nearest other caption; 72 % of the variance in 60 directions.
-    How much a caption is about its topic varies, down to nothing, so no sharp line separates topics from noise. Captions
-    of no topic are one half mixtures of two topics, one half about a family and nothing else.
+    A sentence feature is a sum of parts. Their squared lengths are 0.06 (common to all), 0.12 (a family of four topics
+    on average), 0.10 to 0.34 (the topic), 0.16 (one of its one to six sub-topics), and the rest (the caption's own).
+    This follows all-MiniLM-L6-v2 on 15,000 captions of photographs: cosines of 0.36 to 0.61 within a topic that HDBSCAN
+    finds, of 0.08 between any two captions, of 0.64 to 0.90 to the nearest other caption; 72 % of the variance in 60
+    directions. How much a caption is about its topic varies, down to nothing, so no sharp line separates topics from
+    noise. Captions of no topic are one half mixtures of two topics, one half about a family and nothing else.
     """
 
     def __init__(self, pairs: int, seed: int) -> None:
@@ -62,7 +61,7 @@ class World:
         self.of_family = self.direction(random, families)
         self.of_topic = self.direction(random, topics)
         self.of_sub = self.direction(random, 6 * topics)
-        # Pictures: something common to all, a topic, one of three looks of it (half of the look is the same everywhere).
+        # Pictures: something common to all, a topic, one of its three looks (half of a look is common to all topics).
         self.looks = random.dirichlet([3, 2, 1.5], topics)  # their sizes
         clip = random.standard_normal((1 + topics + 3 + 3 * topics, CLIP)).astype(np.float32)
         clip /= np.linalg.norm(clip, axis=1, keepdims=True)
@@ -264,7 +263,7 @@ def truth_of(store: Path) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def domain_agreement(topic: np.ndarray, domain: np.ndarray, truth: tuple[np.ndarray, np.ndarray]) -> float:
-    """Return the mean over topics, weighted by pairs, of the AMI of domains with those of the topic's main true topic."""
+    """Return the AMI of domains with those of a topic's main true topic: the mean over topics, weighted by pairs."""
     scores, weights = [0.0], [0]
     for number in range(topic.max() + 1):
         rows = np.flatnonzero(topic == number)
@@ -306,19 +305,17 @@ def in_a_process(what: str, store: Path, opts: list[str], limit: float) -> dict[
         row = {"what": what, "store": store.name, "opts": opts, **measured(command, limit)}
         if row["rc"] == 0:
             found = dict(np.load(labels))
-            label, seen, truth, unsampled = found["label"], found["seen"], truth_of(store), store / "unsampled.npz"
             row["finding_cpu_s"], row["finding_wall_s"] = found["seconds"].round(1).tolist()
-            row |= judged(label, truth[0][seen]) if truth else {}
-            if unsampled.is_file():
-                row["unsampled"] = alike(label, np.load(unsampled)["label"][seen])
+            truth = truth_of(store)
+            row |= judged(found["label"], truth[0][: len(found["label"])]) if truth else {}
     return row
 
 
 def find(what: str, store: Path, labels: Path, opts: list[str]) -> None:
     """Find topics on all pairs of a store, without a filter, and write them; this runs in the process that is measured.
 
-    `opts` of "bertopic": its min_topic_size (10). Of "topics": umap+hdbscan, umap+fast-hdbscan or evoc, and the number of
-    pairs (all).
+    `opts` of "bertopic": its min_topic_size (10). Of "topics": umap+hdbscan, umap+fast-hdbscan or evoc, and the number
+    of pairs (all).
     """
     from gram_meta.clustering.topics import reducer, topics_of
     from gram_meta.corpus.store import PairStore
@@ -347,7 +344,7 @@ def find(what: str, store: Path, labels: Path, opts: list[str]) -> None:
     else:
         raise SystemExit(f"topics: expected umap+hdbscan, umap+fast-hdbscan or evoc, found {opts[0]}")
     seconds = time.process_time() - cpu, time.perf_counter() - wall
-    np.savez(labels, label=np.asarray(label, np.int64), seen=np.arange(len(label)), seconds=np.array(seconds))
+    np.savez(labels, label=np.asarray(label, np.int64), seconds=np.array(seconds))
 
 
 def chc_settings() -> Any:
@@ -432,7 +429,7 @@ def rules(store: Path, opts: list[str]) -> list[dict[str, Any]]:
 
 def tables(folder: Path) -> None:
     """Print all rows of FOLDER/results.jsonl as Markdown."""
-    from common import print_table  # it imports torch, which the measured processes must not
+    from common import print_table
 
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     runs: list[dict[str, Any]] = []
@@ -479,9 +476,9 @@ COLUMNS = (
 def main() -> None:
     if sys.argv[1:2] in (["_bertopic"], ["_topics"]):  # the process that is measured
         return find(sys.argv[1][1:], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
-    head, _, rest = __doc__.partition("\n")
-    raw = argparse.RawDescriptionHelpFormatter
-    options = argparse.ArgumentParser(description=head, epilog=rest, formatter_class=raw)
+    import common  # it imports torch, which the measured processes must not
+
+    options = common.plain_parser(__doc__)
     options.add_argument("what", choices=("make", "gram", "bertopic", "topics", "rules", "table"))
     options.add_argument("first", help="make: pairs; table: the folder of the stores; else a store")
     rest_help = "make: the folder; gram: KEY VALUE; topics: a way; rules: pairs of the sample"

@@ -27,11 +27,16 @@ from gram_meta.files import write_json
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
-def parser(text: str, precisions: Sequence[str] = ("fp32", "fp64")) -> argparse.ArgumentParser:
-    """Return a parser with the options of every benchmark; the first line of `text` begins its help, the rest ends it."""
+def plain_parser(text: str) -> argparse.ArgumentParser:
+    """Return a parser without options; the first line of `text` begins its help, the rest ends it."""
     head, _, rest = text.partition("\n")
     raw = argparse.RawDescriptionHelpFormatter
-    options = argparse.ArgumentParser(description=head, epilog=rest, formatter_class=raw)
+    return argparse.ArgumentParser(description=head, epilog=rest, formatter_class=raw)
+
+
+def parser(text: str, precisions: Sequence[str] = ("fp32", "fp64")) -> argparse.ArgumentParser:
+    """Return a parser with the options of every benchmark that runs the towers."""
+    options = plain_parser(text)
     options.add_argument("--backbone", default="random-ViT-B/16", help="as for load_backbone (%(default)s)")
     options.add_argument("--precision", choices=precisions, default="fp32", help="of the towers (%(default)s)")
     options.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (%(default)s)")
@@ -125,7 +130,8 @@ def product_rate(args: argparse.Namespace, rows: int, width: int) -> float:
 def text_flops(backbone: Backbone, positions: int) -> float:
     """Return the FLOP of one pass of the text tower's matrix products over so many positions, without attention's own.
 
-    A layer has 12 d^2 weights, with a multiplication and an addition each. A backward pass to activations costs as much.
+    A layer has 12 d^2 weights, with a multiplication and an addition each. A backward pass to activations costs as
+    much.
     """
     return 2.0 * positions * 12 * backbone.text_width**2 * len(backbone.model.transformer.resblocks)
 
@@ -198,7 +204,7 @@ class PlainClassText:
 
 
 def class_names(count: int) -> list[str]:
-    """Return class names, the same at every call: ImageNet's, drawn at random below 1,000; above, "old" ones and so on."""
+    """Return class names, the same at every call: ImageNet's, drawn at random below 1,000; then "old ..." and so on."""
     from torchvision.models import ViT_B_16_Weights
 
     names = list(ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"])

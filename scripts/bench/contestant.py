@@ -141,7 +141,7 @@ class Contestant:
         return engine.build_trainer(cfg)
 
     def _prepare(self) -> dict[str, Any]:
-        """Make batches once with the trainer's own loaders, from one seed for all contestants; return facts and hashes."""
+        """Make batches with the trainer's own loaders, from one seed for all contestants; return facts and hashes."""
         from gram_meta import engine
 
         trainer = self.trainer

@@ -105,8 +105,8 @@ def print_limits(bench: Bench, seconds: Mapping[str, float], args: argparse.Name
     whole, images = seconds[f"{WHOLE}, {PLAIN}"], seconds[f"{IMAGES}, {PLAIN}"]
     least, classes = min(images, seconds[f"{IMAGES}, {OURS}"]), seconds[f"{TEXT}, {OURS}"]
     print(
-        f"Ceiling: {1000 * whole:.0f} ms / {1000 * least:.0f} ms of image tower = {whole / least:.2f}, with a text part "
-        f"that costs nothing ({whole / images:.2f} with clip's own image tower)."
+        f"Ceiling: {1000 * whole:.0f} ms / {1000 * least:.0f} ms of image tower = {whole / least:.2f}, "
+        f"with a text part that costs nothing ({whole / images:.2f} with clip's own image tower)."
     )
     text, passes = bench.model.class_text, 1 if args.test else 2
     positions = 1 + text.tokens + int((text.ends + 1).sum())
@@ -117,7 +117,8 @@ def print_limits(bench: Bench, seconds: Mapping[str, float], args: argparse.Name
     print(
         f"Floor of the text part: {positions} positions up to each class's end token x "
         f"{common.text_flops(bench.backbone, 1) / 1e6:.1f} MFLOP x {passes} = {flops / 1e9:.0f} GFLOP; at the measured "
-        f"{rate / 1e9:.0f} GFLOP/s {1000 * flops / rate:.0f} ms. This project takes {classes * rate / flops:.2f} times as long."
+        f"{rate / 1e9:.0f} GFLOP/s {1000 * flops / rate:.0f} ms. "
+        f"This project takes {classes * rate / flops:.2f} times as long."
     )
     if args.test:
         batches, each = args.images // args.batch, seconds[f"{WHOLE}, {OURS}"] - classes

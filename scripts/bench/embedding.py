@@ -2,16 +2,17 @@
 
     python scripts/bench/embedding.py PAIRS.tsv                                  # ViT-B/16 shapes, random weights
     python scripts/bench/embedding.py PAIRS.tsv --backbone gram-small --images 1000 --workers 0 1 2 --threads 1
-    python scripts/bench/embedding.py PAIRS.tsv --device cuda --precision fp16 --images 50000 --workers 16 --batch-size 256
+    python scripts/bench/embedding.py PAIRS.tsv --device cuda --precision fp16 --images 50000 --workers 16
 
 Three rates in pairs a second, each round in turns:
 - towers: image tower, CLIP's text tower and Sentence-BERT on tensors and tokens that are ready, in the same batches;
 - decoding: processes that read images and bring them to the tower's size, nothing else; files and tar shards;
 - `gram embed`, from the first look at the source to the finished store, without loading the models.
 
-The goal is 0.9 of the smaller of the first two. Where decoding has no cores of its own, both share what there is, and the
-bound is 1 / (1 / towers + 1 / decoding); that holds for --workers 0 on any CPU. The processor time of the main process
-and of its workers does not depend on who else uses the machine. From it follows the ratio if each process had a core.
+The goal is 0.9 of the smaller of the first two. Where decoding has no cores of its own, both share what there is, and
+the bound is 1 / (1 / towers + 1 / decoding); that holds for --workers 0 on any CPU. The processor time of the main
+process and of its workers does not depend on who else uses the machine. From it follows the ratio if each process had a
+core.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@
     python scripts/bench/meta_precision.py --backbone random-ViT-B/16 --prompts text
     python scripts/bench/meta_precision.py --backbone random-ViT-B/16 --prompts visual --image-layers 2
 
-Prompts, regulator and gradients are float32 everywhere. Errors are relative L2 norms: of the whole meta-gradient of theta
-and of phi, and of theta's second-order term alone (what goes through the support gradient). Two tasks of random images.
+Prompts, regulator and gradients are float32 everywhere. Errors are relative L2 norms: of the whole meta-gradient of
+theta and of phi, and of theta's second-order term alone (what goes through the support gradient). Two tasks of random
+images.
 """
 
 from __future__ import annotations
@@ -68,9 +69,7 @@ def error(found: Tensor, true: Tensor) -> str:
 
 
 def main() -> None:
-    head, _, rest = __doc__.partition("\n")
-    raw = argparse.RawDescriptionHelpFormatter
-    options = argparse.ArgumentParser(description=head, epilog=rest, formatter_class=raw)
+    options = common.plain_parser(__doc__)
     options.add_argument("--backbone", default="gram-small", help="as for load_backbone (%(default)s)")
     options.add_argument("--prompts", nargs="+", default=["text", "visual"], choices=FAMILIES)
     options.add_argument("--image-layers", type=int, default=0, help="keep only the last so many; 0: all")

@@ -1,7 +1,7 @@
 """Measure a meta-training step for each family of prompts, beside learn2learn's way and beside ProMetaR's own step.
 
     python scripts/bench/meta_step.py                       # ViT-B/16 shapes, random weights, CPU, all three families
-    python scripts/bench/meta_step.py --family visual joint --tasks 1 --ways 2 --support 2 --query 4 --threads 1 --clock cpu
+    python scripts/bench/meta_step.py --family visual joint --tasks 1 --ways 2 --support 2 --query 4 --clock cpu
     python scripts/bench/meta_step.py --prometar ProMetaR --learn2learn learn2learn -o numbers.json
     python scripts/bench/meta_step.py --device cuda
 
@@ -10,8 +10,8 @@ apart is printed, and the memory that `memory_plan` estimates. A step is forward
 Clone and adapt, the way of learn2learn's MAML, is in meta_clone.py. ProMetaR's step is another method's; it is here for
 its cost at the same number of images and classes.
 
-The script also prints what the towers set as a ceiling (their matrix products at this machine's rate, their bare forward
-pass times the passes that exact second order needs, their bare passes), and where the time of a step goes.
+The script also prints what the towers set as a ceiling (their matrix products at this machine's rate, their bare
+forward pass times the passes that exact second order needs, their bare passes), and where the time of a step goes.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Bench:
     # --- the towers alone ---------------------------------------------------------------------------------------------
 
     def _features(self, side: TaskSet, prompts: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return what the towers compute of one side: images if they are pixels, class sentences if they have a prompt."""
+        """Return what the towers compute of one side: images if they are pixels, class prompts if they are learned."""
         features = []
         if "visual" in prompts:
             pixels = self.backbone.normalise(side.images.flatten(0, 1))
@@ -154,7 +154,7 @@ class Bench:
         torch.autograd.grad(along(self.made.episode.query, moved).sum(), list(self.made.theta.values()))
 
     def positions(self) -> int:
-        """Return the text positions of one side: the sentences' own, and the start and prompt of each task; 0 without."""
+        """Return the text positions of one side: the sentences' own, and the start and prompt of each task."""
         if not self.made.prompt.text_tokens:
             return 0
         text = self.made.classes_of(slice(None))
@@ -255,7 +255,8 @@ def run(family: str, backbone: Backbone, theirs: dict[str, Any], args: argparse.
     print(
         f"\n## {family} prompts ({prompt.text_tokens} text tokens, {prompt.visual_tokens} visual tokens)\n\n"
         f"{args.tasks} tasks, {args.ways}-way, {args.support} support and {args.query} query shots: {images[0]} + "
-        f"{images[1]} {'images' if prompt.visual_tokens else 'image features'}; {bench.positions()} text positions a side\n"
+        f"{images[1]} {'images' if prompt.visual_tokens else 'image features'}; "
+        f"{bench.positions()} text positions a side\n"
     )
     names = [name for name in bench.variants() if kept(name, args.variants)]
     steps = {name: partial(bench.step, name) for name in names} | theirs

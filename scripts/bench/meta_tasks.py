@@ -28,8 +28,8 @@ Classes = ClassText | Tensor
 class MetaTasks:
     """B tasks of random images and topic words, theta and phi of one family of prompts, and the step of Algorithm 1.
 
-    Text prompts take image features on both sides, as they do not change. Visual prompts take pixels. Learning rates are
-    zero, so that every step starts at the same point.
+    Text prompts take image features on both sides, as they do not change. Visual prompts take pixels. Learning rates
+    are zero, so that every step starts at the same point.
 
     Args:
         backbone: the towers.

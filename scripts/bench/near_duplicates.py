@@ -16,7 +16,8 @@ import argparse
 import hashlib
 import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import common
@@ -26,6 +27,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
 from gram_meta.backbone.clip import Backbone, load_backbone
 from gram_meta.corpus.images import read_image
+from gram_meta.corpus.places import Places
 from gram_meta.corpus.store import PairStore
 from gram_meta.tools import overlap
 
@@ -87,24 +89,18 @@ CHANGES: dict[str, Callable[[Picture, Random], Picture]] = {
 }
 
 
-class Search:
-    """The search of `gram check-overlap` in one store, step by step."""
-
-    def __init__(self, store: PairStore, backbone: Backbone) -> None:
-        self.store, self.backbone = store, backbone
-        self.settings = overlap.SearchSettings(cache=Path(f"{store.path}.pictures"))
-
-    def candidates(self, images: Sequence[Picture], k: int) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-        """Return (T, 2 k) rows and cosines by CLIP, and the same by thumbnails (mirror images included)."""
-        transform, total = self.backbone.preprocess(), len(self.store.locations)
-        batches = [images[start : start + 64] for start in range(0, len(images), 64)]
-        parts = [overlap._features(self.backbone, [transform(image) for image in batch]) for batch in batches]
-        tiny = overlap.thumbnails(small_copies(images))
-        queries = (
-            (*map(np.concatenate, zip(*parts, strict=True)), overlap._feature_blocks(self.store.image_features)),
-            (*map(overlap.unit_vectors, (tiny, tiny[:, :, ::-1])), overlap._pixel_blocks(self.store, self.settings)),
-        )
-        return tuple(overlap.candidates(*query, total, k, "cpu") for query in queries)
+def candidates(
+    images: Sequence[Picture], store: PairStore, backbone: Backbone, k: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (T, 2 k) rows of the store and their cosines by CLIP, then by thumbnails (mirror images included)."""
+    transform, total = backbone.preprocess(), len(store.locations)
+    batches = [images[start : start + 64] for start in range(0, len(images), 64)]
+    parts = [overlap._features(backbone, [transform(image) for image in batch]) for batch in batches]
+    queries = map(np.concatenate, zip(*parts, strict=True))
+    yield overlap.candidates(*queries, overlap._feature_blocks(store.image_features), total, k, "cpu")
+    tiny = overlap.thumbnails(small_copies(images))
+    blocks = overlap._pixel_blocks(store, overlap.SearchSettings(cache=Path(f"{store.path}.pictures")))
+    yield overlap.candidates(*map(overlap.unit_vectors, (tiny, tiny[:, :, ::-1])), blocks, total, k, "cpu")
 
 
 def small_copies(images: Sequence[Picture]) -> np.ndarray:
@@ -117,9 +113,7 @@ def in_half(name: str, half: str | None) -> bool:
 
 
 def main() -> None:
-    head, _, rest = __doc__.partition("\n")
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=head, epilog=rest, formatter_class=raw)
+    parser = common.plain_parser(__doc__)
     parser.add_argument("store")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--against", nargs="+", default=[], metavar="FOLDER")
@@ -131,7 +125,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     random = np.random.default_rng(0)
     store = PairStore.open(args.store)
-    search = Search(store, load_backbone(store.manifest["settings"]["clip"]["name"]))
+    search = partial(candidates, store=store, backbone=load_backbone(store.manifest["settings"]["clip"]["name"]))
     places = store.places()
     rows = [row for row in random.permutation(len(places)).tolist() if in_half(store.locations[row], args.half)]
     rows = np.array(rows[: args.images])
@@ -144,7 +138,7 @@ def main() -> None:
         distances[name] = overlap.distances(small_copies(changed), small_copies(originals))
         line: dict[str, object] = {"change": name}
         reached = []
-        for way, (found, cosines) in zip(("CLIP", "pixels"), search.candidates(changed, args.neighbours), strict=True):
+        for way, (found, cosines) in zip(("CLIP", "pixels"), search(changed, k=args.neighbours), strict=True):
             hit = found == rows[:, None]
             reached.append(hit.any(1))
             line[f"candidate by {way} (%)"] = f"{100 * reached[-1].mean():.1f}"
@@ -158,24 +152,25 @@ def main() -> None:
         lines.append(line)
     if lines:
         common.print_table(lines)
-    print_false_alarms(args, search, originals, rows, distances, random)
+    print_false_alarms(args, search, originals, rows, distances, random, places)
 
 
 def print_false_alarms(
     args: argparse.Namespace,
-    search: Search,
+    search: Callable[..., Iterator[tuple[np.ndarray, np.ndarray]]],
     originals: Sequence[Picture],
     rows: np.ndarray,
     distances: dict[str, np.ndarray],
     random: Random,
+    places: Places,
 ) -> None:
-    """Print, for several limits of the distance, how many other images are reported and how many originals are found."""
-    others, places = originals, search.store.places()
+    """Print, for several limits of the distance, how many other images are reported and originals are found."""
+    others = originals
     if args.against:
         paths = [p for folder in args.against for p in sorted(Path(folder).rglob("*")) if p.suffix in (".png", ".jpg")]
         paths = [path for path in paths if in_half(path.name + path.parent.name, args.half)]
         others = [read_image(paths[i])[0] for i in random.permutation(len(paths))[: 3 * args.images]]
-    found = np.concatenate([found for found, _ in search.candidates(others, args.neighbours + 1)], axis=1)  # (T, 4 k)
+    found = np.concatenate([found for found, _ in search(others, k=args.neighbours + 1)], axis=1)  # (T, 4 k)
     pairs = np.stack([np.repeat(np.arange(len(others)), found.shape[1]), found.ravel()], axis=1)
     pairs = np.unique(pairs[found.ravel() >= 0], axis=0)  # a store of fewer images has -1 at the end
     if not args.against:

@@ -1,6 +1,6 @@
 """Put the tables of `gram report` into docs/results/emoji-world.md, between `<!-- table N -->` and `<!-- end -->`.
 
-`<!-- table 0 -->` holds the controls and variants, which are in no table of the paper, without the rows that have no run.
+`<!-- table 0 -->` holds the controls and variants, which are in no table of the paper, without rows that have no run.
 
     gram report DIR/output --collect docs/results/emoji.json
     python scripts/experiments/fill_results.py             # --check: say whether the page is as the results are

@@ -4,9 +4,9 @@
         --grid scripts/experiments/emoji.yaml --out output/grid --seeds 1 2 3 --jobs 2
 
 The grid is a YAML file: a name for each variant, and KEY: VALUE settings of `gram_meta.config` that differ from `base`.
-The script meta-trains each variant, then trains CoOpGRAM from it on the dataset, and compares base and new accuracy with
-CoOp's from the same seeds and with theta* before the first step. It skips finished parts, prints a Markdown table and
-writes grid.json.
+The script meta-trains each variant, then trains CoOpGRAM from it on the dataset, and compares base and new accuracy
+with CoOp's from the same seeds and with theta* before the first step. It skips finished parts, prints a Markdown table
+and writes grid.json.
 """
 
 from __future__ import annotations
