@@ -25,6 +25,7 @@ from gram_meta.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
+LEAST_SAMPLE = 100  # different captions; of fewer no sample is drawn, as it would have too few neighbours
 Words = list[list[tuple[str, float]]]  # for each topic, the best words with their scores, best first
 
 
@@ -77,7 +78,7 @@ def find_topics(
     facts: dict[str, Any] = {}
     rows, size = kept[first], settings.min_cluster_size  # the first pair of each caption
     to_cluster = caption[copies[caption] < size]  # captions of pairs; the other captions are topics by themselves
-    if 0 < settings.sample < len(to_cluster):
+    if 0 < settings.sample < len(to_cluster) and (copies < size).sum() > LEAST_SAMPLE:
         label, facts["sample"] = _sampled_topics(store, rows, to_cluster, settings, steps, progress)
         label = large_enough(label, copies, size)
         facts["sample"]["noise_of_all"] = float((label[caption] < 0).mean())
@@ -90,10 +91,8 @@ def find_topics(
     # The L of Eq. 3 counts all topics found, also those that are dropped later.
     of_caption = np.full(len(store), -1)
     of_caption[kept] = label
-    if (
-        settings.split is words.words
-        and (share := words.unspaced_share(store.captions[:: len(store) // 1000 + 1])) > 0.5
-    ):
+    share = words.unspaced_share(store.captions[:: len(store) // 1000 + 1])
+    if share > 0.5 and settings.split is words.words:
         log.warning(
             "%s: %.0f %% of the letters are of scripts without spaces between words (Chinese, Japanese, Thai, ...), so "
             "topic words are whole phrases; expected CHC.WORDS.TOKENIZER characters, or a function such as jieba.lcut",

@@ -418,6 +418,17 @@ def test_repeated_captions_are_one_point(opts):
     assert all(len(numbers) == 1 for numbers in found.values()), "all pairs of one caption have one topic"
 
 
+def test_few_captions_of_many_pairs_are_not_sampled():
+    """Four concepts of 18 captions in 400 pairs: a sample of 100 pairs would hold too few captions to vote."""
+    store = repeated_store(often=40, some=20)
+    opts = ["CHC.TOPICS.MIN_CLUSTER_SIZE", "30", "CHC.TOPICS.SAMPLE", "100", "CHC.FILTER.KEEP", "1.0"]
+    fates = np.where(store.truth.topic < 6, h.EXCLUDED, 0).astype(np.uint8)
+    config = ChcSettings.from_config(make_config(*opts))
+    facts, kept, label, words = topics.find_topics(store, config, fates, Steps(None), False)
+    assert not facts and len(kept) == 400 and ami(store.truth.topic[kept], label) > 0.99
+    assert {word[0][0] for word in words} == {"lamp", "shoe", "bird", "fish"}
+
+
 def test_copies_lie_around_their_point():
     points = np.array([[0.0, 0], [3, 4], [10, 10], [0, 1]])
     found = sample.spread(points, np.array([3, 1, 1, 1000]), 1)
