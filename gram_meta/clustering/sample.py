@@ -1,7 +1,7 @@
 """Topics of many captions from the topics of a sample of them, in nearly linear time and bounded memory.
 
-UMAP and HDBSCAN see a sample. For every other caption, those of the sample with the nearest sentence features vote for a
-topic. A threshold that was learned from the sample decides whether the caption gets this topic or is noise.
+UMAP and HDBSCAN see a sample. For every other caption, those of the sample with the nearest sentence features vote for
+a topic. A threshold that was learned from the sample decides whether the caption gets this topic or is noise.
 """
 
 from __future__ import annotations

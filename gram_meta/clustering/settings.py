@@ -18,7 +18,8 @@ class ChcSettings:
     Attributes:
         reduction, neighbors, components: of UMAP, or PCA. min_cluster_size, min_samples, selection: of HDBSCAN.
         sample: pairs that topics are found on; 0: all. split: cuts captions into words.
-        domains, starts: clusters and runs of k-means in each topic. domain_sample: images of a topic that k-means sees; 0: all.
+        domains, starts: clusters and runs of k-means in each topic.
+        domain_sample: images of a topic that k-means sees; 0: all.
         recorded: the nodes `CHC` and `TASKS` as the manifest of a hierarchy records them.
     """
 

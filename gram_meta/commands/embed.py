@@ -66,7 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=formats,
         default="auto",
         metavar="NAME",
-        help=f"the format of SOURCE: {', '.join(formats)} (default: %(default)s, which detects it; classes must be named)",
+        help=f"the format of SOURCE: {', '.join(formats)} (default: %(default)s, which detects it; classes must be "
+        "named)",
     )
     add(
         "--classnames",

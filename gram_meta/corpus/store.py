@@ -268,7 +268,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def store_fingerprint(settings: dict[str, Any], counts: dict[str, int], content: list[str]) -> str:
-    """Return the SHA-256 over models, counts, and the hashes of locations, image contents, images of pairs, and captions.
+    """Return the SHA-256 over models, counts, and hashes of locations, image contents, images of pairs, and captions.
 
     Features are left out on purpose: they differ in the last bit between machines, although the store is the same.
     """
@@ -278,7 +278,7 @@ def store_fingerprint(settings: dict[str, Any], counts: dict[str, int], content:
 
 
 def _rows_and_columns(path: Path, expected: Sequence[str]) -> tuple[int, list[str]]:
-    """Return both from the footer of a Parquet file, without reading the rest; raise `KeyError` if a column is missing."""
+    """Return both from the footer of a Parquet file; raise `KeyError` if a column is missing."""
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:

@@ -272,7 +272,7 @@ def tokens_of(backbone: Backbone, texts: Sequence[str]) -> tuple[Tensor, list[st
 
 
 def fit_text(backbone: Backbone, text: str) -> str:
-    """Return as many of a text's words as fit into CLIP's positions, or of its letters if the first word does not fit."""
+    """Return the words of a text that fit into CLIP's positions, or the letters if the first word does not fit."""
 
     def too_long(pieces: Sequence[str]) -> bool:
         try:

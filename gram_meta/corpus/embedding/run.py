@@ -108,7 +108,7 @@ def check_folder(out: PathLike) -> None:
 
 
 def _begin(out: Path, settings: dict[str, Any]) -> bool:
-    """Write the manifest of a new store, or compare it with that of an earlier run; return whether that has finished."""
+    """Write the manifest of a new store, or compare an earlier run's; return whether that has finished."""
     check_folder(out)
     finished = is_finished(out, settings)
     for leftover in [*out.glob(".*.part"), *(out / layout.PARTS).rglob(".*.part")]:  # of a run that was killed

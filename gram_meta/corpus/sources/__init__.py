@@ -117,8 +117,8 @@ def _detect(path: Path, options: Options) -> Format:
         raise GramError(f"{path}: expected {KNOWN}, found nothing there")
     if peek.suffix == ".json":
         raise GramError(
-            f"{path}: expected captions as in COCO (images, annotations), as in Karpathy's splits (images with sentences) "
-            f"or a list of records, found {describe(peek.json)}"
+            f"{path}: expected captions as in COCO (images, annotations), as in Karpathy's splits (images with "
+            f"sentences) or a list of records, found {describe(peek.json)}"
         )
     if peek.is_text:
         line = peek.first_line[:60]

@@ -142,9 +142,9 @@ def find_rule(path: Path, root: Path) -> str:
     if found * LEAST < len(rows) or not found:
         best = f"{found} of them are called {rule}" if found else "none"
         raise GramError(
-            f"{root}: expected the images of the first {len(rows)} rows of {path}, named by the CRC-32 of their URLs or "
-            f"by their row numbers, found {best}; say how with --image-name, such as 'train/{{row:08d}}.jpg'. (A folder "
-            "that img2dataset wrote is a source by itself, without the TSV.)"
+            f"{root}: expected the images of the first {len(rows)} rows of {path}, named by the CRC-32 of their URLs "
+            f"or by their row numbers, found {best}; say how with --image-name, such as 'train/{{row:08d}}.jpg'. (A "
+            "folder that img2dataset wrote is a source by itself, without the TSV.)"
         )
     counts = suffixes[rule]
     rule = _from_first_row(path, root, rule)
@@ -163,8 +163,8 @@ def check_rule(rule: str) -> str:
     except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         found = f"{type(error).__name__}: {error}"
     raise GramError(
-        f"--image-name {rule}: expected a name with {{crc32}}, {{row}}, {{row1}}, {{thousand}} or {{first4}} in it, such "
-        f"as 'train/{{row:08d}}.jpg', found {found}"
+        f"--image-name {rule}: expected a name with {{crc32}}, {{row}}, {{row1}}, {{thousand}} or {{first4}} in it, "
+        f"such as 'train/{{row:08d}}.jpg', found {found}"
     )
 
 

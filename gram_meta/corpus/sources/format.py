@@ -134,7 +134,7 @@ def found_at(path: Path) -> str:
 
 
 def shard_files(path: Path) -> list[Path]:
-    """Return the tar or Parquet files that `path` is, contains (also in `data/`, as on the hub) or matches by a pattern."""
+    """Return the tar or Parquet files that `path` is, contains (also in `data/`, as on the hub) or matches."""
     if path.is_dir():
         for folder in (path, path / "data"):
             entries = sorted(folder.iterdir()) if folder.is_dir() else []

@@ -25,7 +25,7 @@ NOTHING: Sequence[Any] = ()
 
 
 class CaptionedImage(NamedTuple):
-    """An image of a JSON file: its name (None if the file names none), COCO's folder before it, its split, its captions."""
+    """An image of a JSON file: its name (None: it has none), COCO's folder before it, its split, its captions."""
 
     name: Any
     folder: str = ""
@@ -95,7 +95,7 @@ class Coco(_Captions):
                 captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
         if not captions:
             raise GramError(
-                f"{path}: expected annotations with captions, such as captions_train2017.json, found none with a caption"
+                f"{path}: expected annotations with captions, as in captions_train2017.json, found none with a caption"
             )
         for image in content["images"]:
             if isinstance(image, dict) and _is_key(image.get("id")):

@@ -60,8 +60,8 @@ class Parquet:
         footers = [_footer(file, options.image_column) for file in files]
         if footers[0].largest > LARGE_GROUP:
             log.warning(
-                "%s: row groups of up to %d MB; to read one image at random, a whole row group is read (meta-training with "
-                "visual prompts is faster from smaller row groups, or from tars)",
+                "%s: row groups of up to %d MB; to read one image at random, a whole row group is read (meta-training "
+                "with visual prompts is faster from smaller row groups, or from tars)",
                 files[0],
                 footers[0].largest >> 20,
             )
@@ -79,7 +79,7 @@ class Parquet:
 
 
 class Footer(NamedTuple):
-    """What a file's footer tells: whether images are inside, all of them, and the largest row group in bytes of images."""
+    """What a footer says: whether images are inside, all of them, and the most bytes of images in a row group."""
 
     inside: bool
     all_inside: bool
@@ -134,7 +134,7 @@ def _columns(path: Path, schema: pa.Schema, image_column: str | None, caption_co
 
 
 def find_image(path: Path, schema: pa.Schema, given: str | None) -> int:
-    """Return the column of images or paths: the given one, one with a usual name, or the only struct of bytes and path."""
+    """Return the column of images or paths: the given one, one with a usual name, or the only struct of bytes."""
     usual = [*IMAGE_COLUMNS, *INSIDE_COLUMNS]
     names = [name.lower() for name in schema.names]
     if not given and not any(name in names for name in usual):

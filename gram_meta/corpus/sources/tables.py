@@ -139,7 +139,7 @@ def _named(source: Source, header: Sequence[str]) -> tuple[int, int]:
 
 
 def find_column(path: Path, header: Sequence[str], given: str | None, usual: Sequence[str], what: str) -> int:
-    """Return the index of the column named `given`, or (None) by one of the usual names; raise `GramError` if none is."""
+    """Return the index of the column named `given`, or (None) by one of the usual names; raise `GramError`."""
     names = [name.strip().lower() for name in header]
     for name in [given.lower()] if given else usual:
         if name in names:
