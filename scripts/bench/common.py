@@ -264,16 +264,11 @@ def numbers(measured: Mapping[str, Measured]) -> dict[str, dict[str, Any]]:
     return {name: {"seconds": one.rounds, "peak_mb": one.peak_mb} for name, one in measured.items()}
 
 
-def now() -> str:
-    """Return the time in UTC, as ISO 8601 to the second."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
 def report(args: argparse.Namespace) -> dict[str, Any]:
     """Return the beginning of a report: date, versions, machine and options, without paths of this machine."""
     return {
         "facts": {
-            "date": now(),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "processor": cpu_model(),
             "cores": os.cpu_count(),
