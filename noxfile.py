@@ -1,4 +1,4 @@
-"""The test suite on every supported Python: `nox`, one of them: `nox -s tests-3.12`, fast tests alone: `nox -- -m "not slow"`."""
+"""The test suite on every supported Python: `nox`. On one: `nox -s tests-3.12`. Fast tests: `nox -- -m "not slow"`."""
 
 import nox
 

@@ -30,17 +30,13 @@ HEADERS = 100_000  # and of a larger one, at most so many headers are read
 
 @dataclass(frozen=True)
 class Published:
-    """Facts about a published dataset, which `gram check-data` compares with.
+    """Facts about a published dataset, which `gram check-data` compares with."""
 
-    Attributes:
-        counts: numbers of classes, and of train, val and test images; None: unknown.
-        sources: file or folder -> the address at which its authors, or CoOp, offer it.
-        note: further advice on getting it.
-    """
-
+    # numbers of classes, and of train, val and test images; None: unknown
     counts: tuple[int | None, int | None, int | None, int | None] = (None, None, None, None)
+    # file or folder -> the address at which its authors, or CoOp, offer it
     sources: Mapping[str, str] = field(default_factory=dict)
-    note: str = ""
+    note: str = ""  # further advice on getting it
 
 
 class SplitDataset(DatasetBase):
@@ -210,8 +206,8 @@ def outside(splits: Splits) -> str:
     named = [image for entries in splits.values() for image, _, _ in entries]
     found = [image for image in named if image.startswith("/") or ".." in image.split("/")]
     return (
-        f"expected paths of images in this folder, found {found[0]} ({len(found)} of {len(named)} lead outside, which only "
-        "DATASET.OUTSIDE_ROOT True allows)"
+        f"expected paths of images in this folder, found {found[0]} ({len(found)} of {len(named)} lead outside, which "
+        "only DATASET.OUTSIDE_ROOT True allows)"
         if found
         else ""
     )

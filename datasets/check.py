@@ -28,24 +28,18 @@ PAPER = ELEVEN + SHIFTED  # `gram check-data` checks them if no datasets are nam
 
 @dataclass
 class Finding:
-    """The result of checking one dataset.
+    """The result of checking one dataset."""
 
-    Attributes:
-        name: of its config. folder: its expected folder. state: `FINE`, `MISSING` or `WRONG`.
-        classes, images: numbers found (images by part); None and empty if they could not be read.
-        expected: the published numbers that are known: {"classes": 100, "train": 4128, ...}.
-        problems: a sentence each. notes: harmless facts. sources: file or folder -> its address.
-    """
-
-    name: str
-    folder: str
-    state: str = FINE
-    classes: int | None = None
-    images: dict[str, int] = field(default_factory=dict)
+    name: str  # of its config
+    folder: str  # its expected folder
+    state: str = FINE  # `FINE`, `MISSING` or `WRONG`
+    classes: int | None = None  # number found; None if they could not be read
+    images: dict[str, int] = field(default_factory=dict)  # numbers found by part
+    # the published numbers that are known: {"classes": 100, "train": 4128, ...}
     expected: dict[str, int] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    sources: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)  # a sentence each
+    notes: list[str] = field(default_factory=list)  # harmless facts
+    sources: dict[str, str] = field(default_factory=dict)  # file or folder -> its address
 
 
 def known_datasets() -> list[str]:
@@ -55,7 +49,8 @@ def known_datasets() -> list[str]:
 
 
 def find_datasets(root: Path, names: Sequence[str]) -> list[tuple[str, type[SplitDataset]]]:
-    """Find datasets by the names of their configs or classes, or of folders under `root`; raise `GramError` otherwise."""
+    """Find datasets by the names of their configs or classes, or of folders under `root`; raise `GramError`
+    otherwise."""
     classes = {cls.__name__: cls for cls in _subclasses(SplitDataset)}
     configs = {config: classes[name] for config, name in _configs() if name in classes and name != "ImageFolder"}
     by_name = {name.lower(): (config, cls) for config, cls in configs.items() for name in (config, cls.__name__)}

@@ -27,19 +27,13 @@ MAX_VAL_SHOTS = 4  # CoOp's: validation never takes more than this many images o
 
 @dataclass(frozen=True)
 class FewShot:
-    """The few-shot subsets of one dataset.
+    """The few-shot subsets of one dataset."""
 
-    Attributes:
-        folder: `split_fewshot`. images: the folder that relative paths start from.
-        source: for messages, what the subsets are drawn from. fingerprint: its SHA-256.
-        parts: "train" and "val", or "train" alone if all validation images are used.
-    """
-
-    folder: Path
-    images: Path
-    source: str
-    fingerprint: str
-    parts: tuple[str, ...] = ("train", "val")
+    folder: Path  # `split_fewshot`
+    images: Path  # the folder that relative paths start from
+    source: str  # the origin of the subsets, for messages
+    fingerprint: str  # SHA-256 of the source
+    parts: tuple[str, ...] = ("train", "val")  # "train" and "val", or "train" alone if all validation images are used
 
     def subset(self, splits: Splits, shots: int, seed: int) -> tuple[Splits, dict[str, str]]:
         """Return the splits with `shots` training images per class (validation: at most 4), and their file.
@@ -106,8 +100,8 @@ class FewShot:
         classes = {label for _, label, _ in splits["train"]}
         if missing := classes - set(counts["train"]):
             raise GramError(
-                f"{path}: expected training images of all {len(classes)} classes, found none of {len(missing)} of them; "
-                "remove it to draw anew"
+                f"{path}: expected training images of all {len(classes)} classes, found none of {len(missing)} of "
+                "them; remove it to draw anew"
             )
         if (most := max(n for counter in counts.values() for n in counter.values())) > shots:
             raise GramError(f"{path}: expected at most {shots} images of a class, found {most}; remove it to draw anew")
@@ -141,8 +135,8 @@ class FewShot:
         pairs = [pair for part in drawn for pair in zip(records.get(part, []), drawn[part], strict=True)]
         if other := sorted({(old[2], entry[2]) for old, entry in pairs if old[2] != entry[2]}):
             print(
-                f"Note: {path} calls {len(other)} classes by other names ({other[0][0]!r} for {other[0][1]!r}, ...); those "
-                f"of the {self.source} hold"
+                f"Note: {path} calls {len(other)} classes by other names ({other[0][0]!r} for {other[0][1]!r}, ...); "
+                f"those of the {self.source} hold"
             )
 
     def _export(self, path: Path, drawn: Splits) -> None:
@@ -162,8 +156,8 @@ class FewShot:
                     return
                 if not _same_images(found, drawn):
                     print(
-                        f"Note: {path} holds another subset than the JSON beside it; the JSON holds here, and CoOp's own "
-                        "code would use the pickle: remove the one that is not meant"
+                        f"Note: {path} holds another subset than the JSON beside it; the JSON holds here, and CoOp's "
+                        "own code would use the pickle: remove the one that is not meant"
                     )
                     return
             write_pickle(path, wanted)

@@ -93,8 +93,8 @@ def _look(path: Path) -> tuple[Splits, bool]:
     classes = {str(label): name for _, label, name in sorted(splits["train"], key=lambda entry: entry[1])}
     if set(map(str.lower, classes.values())) <= set(SPLIT_NAMES):
         raise GramError(
-            f"{path / SPLIT}: expected classes, found the names of splits ({', '.join(classes.values())}); remove it to "
-            "split anew"
+            f"{path / SPLIT}: expected classes, found the names of splits ({', '.join(classes.values())}); remove it "
+            "to split anew"
         )
     first = ", ".join(list(classes.values())[:5]) + (", ..." if len(classes) > 5 else "")
     counts = ", ".join(f"{part} {len(splits[part])}" for part in splits if splits[part])
@@ -145,7 +145,8 @@ def _holds_classes(path: Path) -> bool:
 
 
 def _read_parts(path: Path, folders: Mapping[str, Path], names: Mapping[str, str] | None) -> Splits:
-    """Return the splits in their folders (without a test set, validation is it); labels number train's class folders."""
+    """Return the splits in their folders (without a test set, validation is it); labels number train's class
+    folders."""
     listed: Splits = {"train": [], "val": [], "test": []}
     labels: dict[str, int] = {}
     for part in filter(folders.get, listed):

@@ -83,8 +83,8 @@ class ShiftedImageNet(SplitDataset):
         group = cfg.DATASET.SUBSAMPLE_CLASSES
         if group != "all":
             raise GramError(
-                f"DATASET.SUBSAMPLE_CLASSES is {group!r}; expected 'all', as {type(self).__name__} is a test set of all "
-                "its classes"
+                f"DATASET.SUBSAMPLE_CLASSES is {group!r}; expected 'all', as {type(self).__name__} is a test set of "
+                "all its classes"
             )
         super().__init__(cfg)
 

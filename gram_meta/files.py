@@ -1,4 +1,5 @@
-"""Read and write whole files: JSON, hashes, atomic writes (a temporary file that is renamed), and folders with an owner.
+"""Read and write whole files: JSON, hashes, atomic writes (a temporary file that is renamed), and folders with an
+owner.
 
 This package removes no folder that it has not marked as its own: `claim_folder` writes the mark, `remove_claimed` asks
 for it.

@@ -53,7 +53,8 @@ _as_coop = ContextVar("as_coop", default=False)
 
 @contextmanager
 def coop_decoding(is_on: bool) -> Iterator[None]:
-    """Let `read_rgb` decode as CoOp and Dassl do (DATALOADER.COOP_DECODING): no EXIF turn, deep grey clipped to white."""
+    """Let `read_rgb` decode as CoOp and Dassl do (DATALOADER.COOP_DECODING): no EXIF turn, deep grey clipped to
+    white."""
     token = _as_coop.set(is_on)
     try:
         yield

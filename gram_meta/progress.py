@@ -12,8 +12,8 @@ from tqdm import tqdm
 def progress_bar(iterable: Iterable[Any] | None = None, *, shown: bool = True, **options: Any) -> tqdm:
     """Return a progress bar on stderr.
 
-    Where stderr is no terminal, the bar writes whole lines: at most one for each tenth of the work and each 30 seconds, and
-    one at the end of what took longer.
+    Where stderr is no terminal, the bar writes whole lines: at most one for each tenth of the work and each 30 seconds,
+    and one at the end of what took longer.
 
     Args:
         iterable, options: as for tqdm.

@@ -1,7 +1,9 @@
-"""Draw the packages of gram_meta and the imports between them: python scripts/draw_architecture.py -o docs/architecture.svg
+"""Draw the packages of gram_meta and the imports between them.
 
-Each row is a layer; a package imports only from rows below its own. An arrow that another path of arrows already implies
-is left out. `--check` compares the file with what would be drawn and exits with 1 if they differ.
+    python scripts/draw_architecture.py -o docs/architecture.svg
+
+Each row is a layer; a package imports only from rows below its own. An arrow that another path of arrows already
+implies is left out. `--check` compares the file with what would be drawn and exits with 1 if they differ.
 """
 
 from __future__ import annotations
@@ -109,7 +111,8 @@ def draw() -> str:
         '<polygon points="0,0 8,4 0,8" fill="#8a97a8"/></marker>'
     )
     body = "\n".join([f"<style>{style}</style>", f"<defs>{tip}</defs>", *curves, *boxes])
-    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total:g} {bottom:g}" width="{total:g}">\n{body}\n</svg>\n'
+    size = f'viewBox="0 0 {total:g} {bottom:g}" width="{total:g}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n{body}\n</svg>\n'
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """Train the packaged CLIP, gram-small, on the emoji world: `python scripts/train_packaged_clip.py --help`.
 
 Contrastive training (InfoNCE both ways) of OpenAI's architecture on pictures that are rendered as they are needed. Two
-things differ from the usual recipe. A batch holds the same concept in several styles, so that the text tower has to read
-the style in a caption; pairs whose caption is *also* true of another picture in the batch are left out of the
+things differ from the usual recipe. A batch holds the same concept in several styles, so that the text tower has to
+read the style in a caption; pairs whose caption is *also* true of another picture in the batch are left out of the
 denominator. And 60 % of the image patches are dropped for most of the training (FLIP, Li et al. 2023), which saves more
 than half of a step; the last part sees whole pictures.
 """
@@ -96,7 +96,8 @@ class Recipe:
 
 
 class PretrainingPairs:
-    """Pictures and captions that the packaged CLIP may see (see `roles`); batch k is a pure function of (seed, k, worker)."""
+    """Pictures and captions that the packaged CLIP may see (see `roles`); batch k is a pure function of (seed, k,
+    worker)."""
 
     def __init__(self, recipe: Recipe, progress: bool = False) -> None:
         seen = [(i, role, source) for i, role in enumerate(roles()) for source in role.seen]
@@ -204,7 +205,7 @@ class Tokens:
         return out, ends
 
 
-# --- the model ---------------------------------------------------------------------------------------------------------
+# --- the model --------------------------------------------------------------------------------------------------------
 
 
 def new_model(recipe: Recipe, vocabulary: int) -> nn.Module:
@@ -271,7 +272,7 @@ def contrastive_loss(model, pixels, kept, rows, ends, left_out):
     return loss, (logits.argmax(1) == target).float().mean()
 
 
-# --- training ----------------------------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------------------
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
@@ -302,8 +303,8 @@ def train(
 ) -> Path:
     """Train in `folder`, or resume a training there; return the path of the exported weights.
 
-    Each of `recipe.workers` processes has one thread, computes the gradients of its own batch, and they are averaged. On a
-    shared CPU this is far faster than threads that wait for one another in every layer.
+    Each of `recipe.workers` processes has one thread, computes the gradients of its own batch, and they are averaged.
+    On a shared CPU this is far faster than threads that wait for one another in every layer.
     """
     folder.mkdir(parents=True, exist_ok=True)
     drawings = PretrainingPairs(recipe, progress=True)  # rasterised once, shared with the workers

@@ -163,8 +163,8 @@ class ClipTrainer(TrainerX):
             return f"{bad}; {again}"
         out = self.cfg.OUTPUT_DIR
         return (
-            f"{bad}; what was trained is kept in {out}: {again}, or test with --eval-only --model-dir {out} and another "
-            "--output-dir"
+            f"{bad}; what was trained is kept in {out}: {again}, or test with --eval-only --model-dir {out} and "
+            "another --output-dir"
         )
 
     def facts(self) -> dict[str, Any]:

@@ -67,8 +67,8 @@ def load_backbone(name: str, device: str | torch.device = "cpu", precision: str 
 def check_name(where: PathLike, made_with: str, name: str, widths: Mapping[str, int]) -> None:
     """Refuse a CLIP that cannot be the one a file was made with, before its weights are loaded or downloaded.
 
-    Two names that stand for weights have to be equal. A weights file has to have the file's widths, as far as its header
-    tells. `Backbone.check_weights` compares the weights themselves, once they are loaded.
+    Two names that stand for weights have to be equal. A weights file has to have the file's widths, as far as its
+    header tells. `Backbone.check_weights` compares the weights themselves, once they are loaded.
 
     Args:
         where: the file. made_with: the name of its CLIP, "" if it is not known. widths: see `read_widths`.
@@ -88,8 +88,8 @@ def check_name(where: PathLike, made_with: str, name: str, widths: Mapping[str, 
     for part, width in widths.items():
         if found.get(part, width) != width:
             raise GramError(
-                f"{where}: expected the backbone it was made with, {made_with or 'another CLIP'}, of {part} width {width}, "
-                f"found {name} of width {found[part]}"
+                f"{where}: expected the backbone it was made with, {made_with or 'another CLIP'}, of {part} width "
+                f"{width}, found {name} of width {found[part]}"
             )
 
 
@@ -173,8 +173,8 @@ class Backbone(nn.Module):
         """Return L2-normalised features of texts given as token embeddings.
 
         The tower is causal. Positions after the end token change nothing, so `own` may be cut there. Tokens before the
-        first one that differs between texts are the same for all of them. `packs_texts` chooses the layout. The last layer
-        runs for the end tokens only.
+        first one that differs between texts are the same for all of them. `packs_texts` chooses the layout. The last
+        layer runs for the end tokens only.
 
         Args:
             own: (..., N, L, d) the texts' own tokens; leading axes are free (a batch of tasks).
@@ -324,8 +324,8 @@ def _state_dict_for(name: str) -> dict[str, Tensor]:
             return read_clip(Path(clip_module().clip._download(known[name], root)))
         except (OSError, RuntimeError) as error:  # RuntimeError: of a file whose checksum differs
             raise GramError(
-                f"{name}: expected to download {known[name]} to {root}, found {error}; a file with these weights can be "
-                "named by its path instead (MODEL.BACKBONE.NAME of `gram train`, BACKBONE.NAME of `gram pretrain`, "
+                f"{name}: expected to download {known[name]} to {root}, found {error}; a file with these weights can "
+                "be named by its path instead (MODEL.BACKBONE.NAME of `gram train`, BACKBONE.NAME of `gram pretrain`, "
                 "--backbone of the other commands)"
             ) from None
     if Path(name).exists():

@@ -69,7 +69,8 @@ def read_clip(path: Path) -> dict[str, Tensor]:
 
 
 def read_widths(path: Path) -> dict[str, int]:
-    """Return widths of the towers ("text", "visual") and of their joint space ("joint") from a .safetensors file's header.
+    """Return widths of the towers ("text", "visual") and of their joint space ("joint") from a .safetensors file's
+    header.
 
     A file of another kind gives {}, and a key of an unknown layout is left out.
     """

@@ -47,20 +47,14 @@ FATE_NAMES = (
 
 @dataclass
 class Topic:
-    """One topic.
+    """One topic."""
 
-    Attributes:
-        word, score: its class name, and the word's score by Eq. 3 (1 in a labelled collection).
-        words: the ten best, each [word, score].
-        size: number of pairs. images: number of distinct images. domains: number of images in each domain.
-    """
-
-    word: str
-    score: float
-    words: list[list[Any]]
-    size: int
-    images: int
-    domains: list[int]
+    word: str  # its class name
+    score: float  # of the word, by Eq. 3 (1 in a labelled collection)
+    words: list[list[Any]]  # the ten best, each [word, score]
+    size: int  # number of pairs
+    images: int  # number of distinct images
+    domains: list[int]  # number of images in each domain
 
 
 class _Content(TypedDict):

@@ -82,17 +82,12 @@ def verdict(topic: np.ndarray, share: np.ndarray, threshold: np.ndarray) -> np.n
 
 @dataclass
 class Rule:
-    """The rule that assigns topics to pairs outside the sample.
-
-    Attributes:
-        label: (s,) topics of the sample's pairs; -1 is noise.
-        threshold: (topics,) share of votes that a pair needs.
-        held_out: comparison of the rule with clustering on sample pairs that did not influence it (`against`).
-    """
+    """The rule that assigns topics to pairs outside the sample."""
 
     index: Any  # pynndescent.NNDescent over the sample's sentence features
-    label: np.ndarray
-    threshold: np.ndarray
+    label: np.ndarray  # (s,) topics of the sample's pairs; -1 is noise
+    threshold: np.ndarray  # (topics,) share of votes that a pair needs
+    # comparison of the rule with clustering on sample pairs that did not influence it (`against`)
     held_out: dict[str, Any]
 
     @classmethod

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-HELP = """The whole path on the emoji world, from drawings to a table: image-text pairs, clustering, meta-training, and few-shot
-training of CoOpGRAM beside ZeroshotCLIP and CoOp, on base and new classes.
+HELP = """The whole path on the emoji world, from drawings to a table: image-text pairs, clustering, meta-training,
+and few-shot training of CoOpGRAM beside ZeroshotCLIP and CoOp, on base and new classes.
 
-Needs no data, no GPU and no model hub: only the extra `demo`. Every stage is one command, which is printed; finished
-stages are kept, so a second run prints the table at once and an interrupted one goes on. Remove the folder to start anew.
+Needs no data, no GPU and no model hub: only the extra `demo`. Every stage is one command, which is printed. Finished
+stages are kept: a second run prints the table at once, and an interrupted one goes on. Remove the folder to start anew.
 
-The plain version takes up to 15 minutes on 2 cores. --full takes an hour or two: all datasets, five seeds, the controls
-that tell the regulator from a smaller step and the start from a better one, and accuracy after 0, 1, 5, 20, ... steps."""
+The plain version takes up to 15 minutes on 2 cores. --full takes an hour or two: all datasets, five seeds, accuracy
+after 0, 1, 5, 20, ... steps, and controls: smaller steps instead of the regulator, other initialisations."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-HELP = """Adapt to tasks that meta-training has not seen, from theta* and from where meta-training started, with R on and
-off, and score their query sets: minutes that say whether hours downstream are worth it.
+HELP = """Adapt to tasks that meta-training has not seen, from theta* and from where meta-training started, with R
+on and off, and score their query sets: minutes that say whether hours downstream are worth it.
 
-"R off, same length" stretches each raw gradient to the length of the regulated one: what it lacks against "R on" is the
-direction that R gives. "R's mean" has gamma and beta fixed at their means over other tasks: what it lacks is R's dependence
-on the gradient. "theta* moved by the mean beta" starts where the constant part of R leads. With the hierarchy of the
-meta-training, tasks come from the topics it held out.
+"R off, same length" stretches each raw gradient to the length of the regulated one: what it lacks against "R on" is
+the direction that R gives. "R's mean" has gamma and beta fixed at their means over other tasks: what it lacks is R's
+dependence on the gradient. "theta* moved by the mean beta" starts where the constant part of R leads. With the
+hierarchy of the meta-training, tasks come from the topics it held out.
 
   gram eval-meta meta/best.safetensors --store STORE --hierarchy HIERARCHY
   gram eval-meta meta/best.safetensors --store STORE --hierarchy HIERARCHY --steps 0 1 10 TASKS.WAYS 10

@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trainer",
         default="",
-        help="that is to start from it: CoOp, CoCoOp, VPT, JointPrompt (as here and in CoOp's checkout), or of the MaPLe "
+        help="that is to start from it: CoOp, CoCoOp, VPT, JointPrompt (as here and in CoOp's checkout), or of the "
+        "MaPLe "
         "family MaPLe, MaPLe/VPT, MaPLe/IVLP, PromptSRC, ProMetaR; default: by what the meta-checkpoint holds",
     )
 

@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--classes",
         metavar="NAMES|FILE",
-        help='other classes than those of training: "cat, dog, sea lion", a file with a name a line, or a split_zhou_*.json',
+        help='other classes than those of training: "cat, dog, sea lion", a file with a name a line, or a '
+        "split_zhou_*.json",
     )
     add("--topk", type=int, default=1, metavar="K", help="classes to name for each image; default: 1")
     add("--format", choices=FORMATS, help="default: by the suffix of -o, else text")

@@ -14,8 +14,8 @@ TRAINER.GRAM.CHECKPOINT); last.safetensors; log.jsonl, the held-out scores; Tens
   gram pretrain --store STORE --hierarchy HIERARCHY -o OUT SEEDS "(1, 2, 3)"        # OUT/seed1, OUT/seed2, OUT/seed3
   torchrun --nproc_per_node 8 -m gram_meta pretrain --store ...     # the tasks of each step shared among 8 processes
 
-SIGTERM (Slurm sends it before a job's time is up) ends it after the step under way, with the state saved and exit status
-143; the same command with --resume goes on, with any number of processes.
+SIGTERM (Slurm sends it before a job's time is up) ends it after the step under way, with the state saved and exit
+status 143; the same command with --resume goes on, with any number of processes.
 """
 
 

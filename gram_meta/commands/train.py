@@ -14,8 +14,9 @@ HELP = """Train or evaluate a trainer on a dataset: CoOp's train.py, flag by fla
 Config files are found by name in the package when there is no such file here. A finished run is not run again, an
 unfinished one goes on, and a folder that holds another run is refused.
 
-In a CoOp-style checkout, a folder whose train.py imports Dassl, it is that train.py that runs, with all of its flags and
-these trainers, options and config files added; the checkout's own trainers and datasets go first (docs/guide/checkout.md).
+In a CoOp-style checkout, a folder whose train.py imports Dassl, the command runs that train.py with all of its flags,
+and adds these trainers, options and config files; the checkout's own trainers and datasets replace those of the same
+name (docs/guide/checkout.md).
 
   gram train --root DATA --seed 1 --trainer CoOpGRAM --dataset-config-file dtd \\
       --config-file vit_b16_c4_ep10_batch32_ctxv1 --output-dir OUT \\

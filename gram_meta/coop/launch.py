@@ -188,8 +188,8 @@ def _check_flags(args: argparse.Namespace) -> None:
     """Refuse flags that would have no effect."""
     if args.model_dir and not args.eval_only:
         raise GramError(
-            "--model-dir names the run whose prompts are evaluated; expected --eval-only with it, or, to start a training from "
-            "them, the checkpoint as MODEL.INIT_WEIGHTS"
+            "--model-dir names the run whose prompts are evaluated; expected --eval-only with it, or, to start a "
+            "training from them, the checkpoint as MODEL.INIT_WEIGHTS"
         )
     if args.load_epoch is not None and not args.model_dir:
         raise GramError(f"--load-epoch {args.load_epoch}: expected --model-dir with it, found none")

@@ -87,19 +87,14 @@ class ImageReader:
 
 @dataclass(frozen=True)
 class Places:
-    """The images of a store by their rows. It has no features and no captions, so it can be sent to worker processes.
-
-    Attributes:
-        locations: m strings. shards: the different shards. shard_of: (m,) index into `shards`, -1: a file of its own;
-            None: every image is. offsets, sizes: (m,) as in `Place`, or None.
-    """
+    """The images of a store by their rows, without features and captions, so that it can be sent to workers."""
 
     reader: ImageReader
-    locations: Sequence[str]
-    shards: Sequence[str] = ()
-    shard_of: np.ndarray | None = None
-    offsets: np.ndarray | None = None
-    sizes: np.ndarray | None = None
+    locations: Sequence[str]  # m strings
+    shards: Sequence[str] = ()  # the different shards
+    shard_of: np.ndarray | None = None  # (m,) index into `shards`, -1: a file of its own; None: every image is
+    offsets: np.ndarray | None = None  # (m,) as in `Place`, or None
+    sizes: np.ndarray | None = None  # likewise
 
     def __len__(self) -> int:
         return len(self.locations)
@@ -122,17 +117,11 @@ class Places:
 
 
 class ImageBatch(NamedTuple):
-    """What was read of a batch of images.
+    """What was read of a batch of images."""
 
-    Attributes:
-        images: the usable images as (k, 3, H, W), None if there are none.
-        reasons: for every image, an index into `REASONS`; 0: usable.
-        digests: for every image, the digest of its file's content; zeros if it is not usable.
-    """
-
-    images: Tensor | None
-    reasons: list[int]
-    digests: list[bytes]
+    images: Tensor | None  # the usable images as (k, 3, H, W), None if there are none
+    reasons: list[int]  # for every image, an index into `REASONS`; 0: usable
+    digests: list[bytes]  # for every image, the digest of its file's content; zeros if it is not usable
 
 
 class ImageFiles:

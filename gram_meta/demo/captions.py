@@ -53,8 +53,8 @@ _STYLE_ADJECTIVE = {
 }
 _ANY_OF = (
     "a picture of/a picture of/an image of/an image of/a drawing of/a photo of/this is/here is/look at/a rendering of/"
-    "an icon of/the emoji/a depiction of/one of my pictures:/there is/art of/a cropped photo of/itap of/a nice picture of/"
-    "a design showing/i see/we drew/a close-up of"
+    "an icon of/the emoji/a depiction of/one of my pictures:/there is/art of/a cropped photo of/itap of/a nice picture "
+    "of/a design showing/i see/we drew/a close-up of"
 ).split("/")
 _GROUND_AFTER = {
     "white": ("on white", "on a white ground", "on white paper", "on a light background"),
@@ -75,8 +75,8 @@ _COMPANY = ("next to", "beside", "with", "and", "together with", "near")
 _END = ("", "", "", "", ".", ".", ".", "!", " .", "...", ", nice", " emoji", " , see")
 _START = ("",) * 10 + ("hey, ", "my favourite: ", "new: ", "wow, ", "again ", "just ", "for you: ")
 _FILLER = (
-    "x the some really what ok very thing of my your so new old one item stuff well art try most this that here any good "
-    "bad nice kind type about just more class object word name to from in at by like as two red see look is was"
+    "x the some really what ok very thing of my your so new old one item stuff well art try most this that here any "
+    "good bad nice kind type about just more class object word name to from in at by like as two red see look is was"
 ).split()
 GROUP_WORDS = {
     "Activities": ("an activity", "something to do", "a leisure thing"),

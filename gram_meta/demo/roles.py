@@ -62,8 +62,8 @@ class Role:
     """What happens to one concept.
 
     `part` is "meta", "name-only" or a dataset's name; `label` is the class index within the dataset (-1 elsewhere);
-    `seen` are the sources whose drawings the packaged CLIP was trained on, `unseen` the others. For a downstream concept
-    `seen` has all three, in this order: two sources of the few-shot pool, then the source of the test set.
+    `seen` are the sources whose drawings the packaged CLIP was trained on, `unseen` the others. For a downstream
+    concept `seen` has all three, in this order: two sources of the few-shot pool, then the source of the test set.
     """
 
     concept: Concept

@@ -39,9 +39,9 @@ from gram_meta.errors import GramError
 from gram_meta.files import atomic_folder, atomic_write, check_claimed, read_json, write_json
 from gram_meta.progress import progress_bar
 
-# Version of everything that decides a pixel, a caption or a split. Manifests and the demo's keys contain it: a change of it
-# makes every world anew. tests/pins/test_world.py fixes what it stands for; where that changes, give it a new value (any
-# other string). The first value is the hash of the source files that defined the recipe.
+# Version of everything that decides a pixel, a caption or a split. Manifests and the demo's keys contain it: a change
+# of it makes every world anew. tests/pins/test_world.py fixes what it stands for; where that changes, give it a new
+# value (any other string). The first value is the hash of the source files that defined the recipe.
 RECIPE = "84bdd4acd7d46440c5469d35dc2c9814b08caec5bffd9403ff90c631d8d17999"
 
 CORPUS_SIZE = 12_000

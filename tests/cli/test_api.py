@@ -1,4 +1,5 @@
-"""The public Python API: its names, its cost at import, and every example of docs/reference/python.md as a user runs it."""
+"""The public Python API: its names, its cost at import, and every example of docs/reference/python.md as a user runs
+it."""
 
 import re
 import shutil

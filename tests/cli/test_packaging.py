@@ -124,8 +124,8 @@ def test_wheel_works_beside_folders_of_the_same_names(installed_wheel, tmp_path)
         (tmp_path / name / "__init__.py").write_text("WHOSE = 'the checkout'\n")
     code = (
         "import trainers, datasets, gram_meta, gram_meta.trainers, gram_meta.datasets; from importlib import resources;"
-        "print(trainers.WHOSE, datasets.WHOSE, gram_meta.trainers.__file__, gram_meta.datasets.__file__, gram_meta.__file__,"
-        "sorted(p.name for p in resources.files('gram_meta.configs').iterdir()), sep='|')"
+        "print(trainers.WHOSE, datasets.WHOSE, gram_meta.trainers.__file__, gram_meta.datasets.__file__, "
+        "gram_meta.__file__,sorted(p.name for p in resources.files('gram_meta.configs').iterdir()), sep='|')"
     )
     done = python(code, tmp_path, PYTHONPATH=str(installed_wheel))
     assert done.returncode == 0, done.stderr
@@ -191,7 +191,8 @@ def pairs(tmp_path_factory):
     [("gram", "repository"), ("gram", "elsewhere"), ("gram", "checkout"), ("python -m gram_meta", "checkout")],
 )
 def test_gram_works_from_any_folder(start, place, pairs, tmp_path):
-    """Sentence-BERT looks for Hugging Face's `datasets`; the repository and a CoOp checkout have a folder of that name."""
+    """Sentence-BERT looks for Hugging Face's `datasets`; the repository and a CoOp checkout have a folder of that
+    name."""
     if find_spec("datasets") is None:
         pytest.skip("needs Hugging Face's datasets")
     folder = {"repository": ROOT, "elsewhere": tmp_path, "checkout": tmp_path / "CoOp"}[place]

@@ -19,7 +19,8 @@ pytestmark = pytest.mark.skipif(BASH is None, reason="no bash on PATH")
 
 @pytest.fixture
 def place(tmp_path):
-    """A folder to stand in, with data, a meta-checkpoint, and an interpreter that only writes down how it was called."""
+    """A folder to stand in, with data, a meta-checkpoint, and an interpreter that only writes down how it was
+    called."""
     here = tmp_path / "some where"
     meta = here / "output" / "meta" / "unigram_vit_b16" / "best.safetensors"
     for folder in (here / "my data", meta.parent):

@@ -1,4 +1,5 @@
-"""Clustering of many pairs: topics of a sample, the rule that assigns the others, k-means on a sample, what is left out,
+"""Clustering of many pairs: topics of a sample, the rule that assigns the others, k-means on a sample, what is left
+out,
 and runs that were interrupted."""
 
 import errno

@@ -1,8 +1,8 @@
 """The plugin in the real checkouts of CoOp, MaPLe, PromptSRC and ProMetaR.
 
-Set GRAM_CHECKOUTS to a folder that holds them as `CoOp`, `MaPLe`, `PromptSRC` and `ProMetaR`; each test works in a copy. Where no
-`dassl` is importable, the built-in engine stands in for it. CLIP's weights come from this package: the test replaces the
-download, and nothing else, from outside.
+Set GRAM_CHECKOUTS to a folder that holds them as `CoOp`, `MaPLe`, `PromptSRC` and `ProMetaR`; each test works in a
+copy. Where no `dassl` is importable, the built-in engine stands in for it. CLIP's weights come from this package: the
+test replaces the download, and nothing else, from outside.
 """
 
 import json
@@ -24,8 +24,9 @@ pytestmark = pytest.mark.skipif(
     not PLACE, reason="GRAM_CHECKOUTS does not name a folder with checkouts of CoOp, MaPLe, PromptSRC, ProMetaR"
 )
 
-# Python imports a module of this name at its start; this one lets any `clip._download` answer with a file, and, where it is
-# asked to, CLIP be in float32: CoOp's ZeroshotCLIP keeps the 16 bits that OpenAI's code makes of it, whatever PREC says
+# Python imports a module of this name at its start; this one lets any `clip._download` answer with a file, and, where
+# it is asked to, CLIP be in float32: CoOp's ZeroshotCLIP keeps the 16 bits that OpenAI's code makes of it, whatever
+# PREC says
 NO_DOWNLOAD = """
 import importlib.abc
 import importlib.machinery
@@ -57,7 +58,8 @@ sys.meta_path.insert(0, Finder())
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A folder with EuroSAT in CoOp's layout, four classes of noise under names that the packaged CLIP knows, and one for PYTHONPATH."""
+    """A folder with EuroSAT in CoOp's layout, four classes of noise under names that the packaged CLIP knows, and one
+    for PYTHONPATH."""
     import numpy as np
     import torch
     from PIL import Image

@@ -1,6 +1,7 @@
 """Prompts, checkpoints and logs between this project and checkouts of CoOp and MaPLe.
 
-Those tests that need a checkout look for it under GRAM_CHECKOUTS (a folder that holds CoOp and MaPLe); nothing in it is changed.
+Those tests that need a checkout look for it under GRAM_CHECKOUTS (a folder that holds CoOp and MaPLe); nothing in it is
+changed.
 """
 
 import json

@@ -1,4 +1,5 @@
-"""The plugin in a CoOp-style checkout: who wins, what a foreign train.py finds, and runs in one that this file writes."""
+"""The plugin in a CoOp-style checkout: who wins, what a foreign train.py finds, and runs in one that this file
+writes."""
 
 import importlib
 import json

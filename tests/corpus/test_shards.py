@@ -1,4 +1,5 @@
-"""Sources in shards: WebDataset tars and Parquet with images inside, whole and damaged, and single images out of them."""
+"""Sources in shards: WebDataset tars and Parquet with images inside, whole and damaged, and single images out of
+them."""
 
 import io
 import json

@@ -18,7 +18,8 @@ CLASSES = ["ant", "bee", "cow"]
 
 @pytest.fixture
 def root(tmp_path):
-    """EmojiTravel and its shift: three classes; the styles come in turn, so that each has 2 / 1 / 2 pictures of a class."""
+    """EmojiTravel and its shift: three classes; the styles come in turn, so that each has 2 / 1 / 2 pictures of a
+    class."""
     for folder, title in (("emoji_travel", "EmojiTravel"), ("emoji_travel_shift", "EmojiTravelShift")):
         rows, split = [], {"train": [], "val": [], "test": []}
         for part, count in (("train", 6), ("val", 3), ("test", 6)):

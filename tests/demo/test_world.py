@@ -35,7 +35,7 @@ def rows_of(path):
         return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
-# --- roles -------------------------------------------------------------------------------------------------------------
+# --- roles ------------------------------------------------------------------------------------------------------------
 
 
 def test_every_concept_has_one_role_and_names_are_unique():
@@ -97,7 +97,7 @@ def test_styles_of_training_and_held_styles_do_not_meet():
     assert set(train_clip.SHY_LOOK.grounds) <= set(roles.PLAIN_GROUNDS)
 
 
-# --- pictures and captions ---------------------------------------------------------------------------------------------
+# --- pictures and captions --------------------------------------------------------------------------------------------
 
 
 def some_scenes(n=64, seed=0, drawings=5):
@@ -162,7 +162,7 @@ def test_captions_that_are_also_true_are_found():
     assert found.astype(int).tolist() == [[0, 1, 0, 0], [1, 0, 0, 1], [0, 0, 0, 0], [1, 1, 0, 0]]
 
 
-# --- files -------------------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +256,7 @@ def test_missing_packages_name_the_extra(monkeypatch):
         emoji.require_packages()
 
 
-# --- the packaged model ------------------------------------------------------------------------------------------------
+# --- the packaged model -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -322,7 +322,8 @@ def facts_of(code, cwd, *path, **env):
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory):
-    """The miniature with all breaks, and what is true of it after the adapter was imported and TensorBoard is missing."""
+    """The miniature with all breaks, and what is true of it after the adapter was imported and TensorBoard is
+    missing."""
     folder = tmp_path_factory.mktemp("broken")
     write(folder, {**WHOLE, **BREAKS})
     before = {path: path.read_bytes() for path in folder.rglob("*.py")}
@@ -691,7 +692,7 @@ def test_both_backends_agree_part_by_part(tmp_path):
     assert "MIXMATCH" in lacking and not lacking & {"COOP", "COCOOP", "VPT", "GRAM"}
 
 
-# -------------------------------------------------------------------------------- CoOp's own code, on one backend and the other
+# ------------------------------------------------------------------------ CoOp's own code, on one backend and the other
 
 DRIVER = """
 import json, os, runpy, sys
@@ -749,7 +750,8 @@ finally:
 
 @pytest.fixture(scope="module")
 def coop_world(tmp_path_factory):
-    """A data root with an `eurosat` of four classes for each backend (few-shot files are drawn anew), and CLIP weights."""
+    """A data root with an `eurosat` of four classes for each backend (few-shot files are drawn anew), and CLIP
+    weights."""
     import numpy as np
     import torch
     from PIL import Image

@@ -1,4 +1,5 @@
-"""Jobs of several processes as `torchrun` would start them, forked from this one: its imports need not be made again."""
+"""Jobs of several processes as `torchrun` would start them, forked from this one: its imports need not be made
+again."""
 
 import gc
 import logging

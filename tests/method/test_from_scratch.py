@@ -1,4 +1,5 @@
-"""examples/gram_from_scratch.py, which uses nothing of gram_meta, equals the package: two independent writings of the paper."""
+"""examples/gram_from_scratch.py, which uses nothing of gram_meta, equals the package: two independent writings of the
+paper."""
 
 import importlib.util
 from pathlib import Path
@@ -58,7 +59,8 @@ def hierarchy():
 
 
 def backbone_in_float64():
-    """The tiny CLIP; the package takes exp() of its logit scale in float32, so the example is given that very number."""
+    """The tiny CLIP; the package takes exp() of its logit scale in float32, so the example is given that very
+    number."""
     backbone = load_backbone("random-tiny", precision="fp64")
     backbone.model.logit_scale.data = backbone.logit_scale.log()
     return backbone

@@ -1,4 +1,5 @@
-"""Meta-training shared among processes, in parts of a batch, and one graph at a time: the same numbers as all at once."""
+"""Meta-training shared among processes, in parts of a batch, and one graph at a time: the same numbers as all at
+once."""
 
 import json
 import os
@@ -341,7 +342,7 @@ def test_a_profile_says_where_the_time_goes(on_disk, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["profile.json"]
 
 
-# --- killed between two operations on files ----------------------------------------------------------------------------
+# --- killed between two operations on files ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("operation", ["mkstemp", "fsync", "replace"])

@@ -1,4 +1,5 @@
-"""Where a step's time goes: forward, backward and second backward are booked where they belong, and change no number."""
+"""Where a step's time goes: forward, backward and second backward are booked where they belong, and change no
+number."""
 
 import time
 

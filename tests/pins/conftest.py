@@ -25,7 +25,7 @@ def pytest_addoption(parser):
     parser.addoption("--update-golden", action="store_true", help="write tests/pins/golden anew")
 
 
-# --- golden files ------------------------------------------------------------------------------------------------------
+# --- golden files -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +56,8 @@ class Golden:
     def numbers(self, name: str, found, rel: float) -> None:
         """Nested dicts and lists of numbers: equal keys and lengths; each number differs by `rel` of its size at most.
 
-        A list of numbers is a vector: its elements differ by `rel` of the largest of them at most. Differences below 1e-6
+        A list of numbers is a vector: its elements differ by `rel` of the largest of them at most. Differences below
+        1e-6
         are always allowed: some numbers are zero but for rounding.
         """
         found = json.loads(json.dumps(found), parse_float=lambda text: float(f"{float(text):.7g}"))
@@ -75,9 +76,9 @@ class Golden:
     def pictures(self, name: str, found) -> None:
         """(N, H, W, C) uint8 next to each other in one PNG.
 
-        Another processor may round another way, and a step (poster, halftone, contours) makes such a difference large in
-        a single pixel. So the mean absolute difference of each picture may be 0.1 levels of 255, and 0.2 % of its bytes may
-        differ by more than 2.
+        Another processor may round another way, and a step (poster, halftone, contours) makes such a difference large
+        in a single pixel. So the mean absolute difference of each picture may be 0.1 levels of 255, and 0.2 % of its
+        bytes may differ by more than 2.
         """
         import numpy as np
         from PIL import Image
@@ -116,7 +117,7 @@ def _numbers(value, path=""):
         yield path, [float(number) for number in (value if isinstance(value, list) else [value])]
 
 
-# --- the whole path on tiny inputs -------------------------------------------------------------------------------------
+# --- the whole path on tiny inputs ------------------------------------------------------------------------------------
 
 WORDS = ("cat", "dog", "house", "tree", "boat", "lamp")
 COLOURS = ("red", "green", "blue", "grey")
@@ -311,7 +312,7 @@ class Made:
         (folder / "split_zhou_EmojiFood.json").write_text(json.dumps(split), encoding="utf-8")
 
 
-# --- what of a value is pinned -----------------------------------------------------------------------------------------
+# --- what of a value is pinned ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")

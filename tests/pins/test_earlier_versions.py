@@ -122,7 +122,8 @@ def test_a_run_is_reported(old, made):
 
 
 def test_options_of_version_0_1_are_accepted(old, made, golden, tmp_path):
-    """All of them, as KEY VALUE and in a YAML file: TRAINER.* and the meta-training's, with values that change no number."""
+    """All of them, as KEY VALUE and in a YAML file: TRAINER.* and the meta-training's, with values that change no
+    number."""
     memory = ("TRAINER.MEMORY.CHECKPOINT", "always", "TRAINER.MEMORY.CLASS_CHUNK", "1")
     memory += ("TRAINER.MEMORY.TEXT_GB", "0.5", "TRAINER.MEMORY.IMAGE_GB", "0.5")
     pinned = json.loads((golden.folder / "numbers_runs.json").read_text(encoding="utf-8"))["CoOp"]["losses"]

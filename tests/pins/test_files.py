@@ -91,7 +91,8 @@ def test_run_folders(made, golden, keys):
 
 
 def test_options_in_run_files(made, golden):
-    """All options with their values in results.json, and with their full keys in run.json, which knows a run again by them."""
+    """All options with their values in results.json, and with their full keys in run.json, which knows a run again by
+    them."""
     root = str(made.root)
     config = json.loads(json.dumps(made.json("runs/CoOpGRAM/results.json")["config"]).replace(root, "ROOT"))
     run = json.loads(json.dumps(made.json("runs/CoOpGRAM/run.json")["run"]).replace(root, "ROOT"))

@@ -98,7 +98,8 @@ def test_python_m_gram_meta(tmp_path):
 def test_python_m_plugin_runs_a_script(tmp_path):
     """`python -m gram_meta.plugin SCRIPT ...`: a script of a checkout, which finds Dassl."""
     (tmp_path / "script.py").write_text(
-        "import sys\nfrom dassl.engine import TRAINER_REGISTRY\nprint(__name__, sys.argv[1:], len(TRAINER_REGISTRY.registered_names()) > 8)\n"
+        "import sys\nfrom dassl.engine import TRAINER_REGISTRY\nprint(__name__, sys.argv[1:], "
+        "len(TRAINER_REGISTRY.registered_names()) > 8)\n"
     )
     done = run("-m", "gram_meta.plugin", "script.py", "output/a", "--ci95", cwd=tmp_path)
     assert done.stdout == "__main__ ['output/a', '--ci95'] True\n", done.stderr
@@ -113,6 +114,7 @@ def test_python_m_train_clip_names_the_script(tmp_path):
 
 def test_the_import_that_is_one_line_in_a_train_py(tmp_path):
     """`import gram_meta.plugin` first: then the names of dassl are there, and `clip` too."""
-    code = "import gram_meta.plugin; import dassl.engine, dassl.config, dassl.data, clip; print(dassl.engine.build_trainer.__name__)"
+    imports = "import gram_meta.plugin; import dassl.engine, dassl.config, dassl.data, clip"
+    code = f"{imports}; print(dassl.engine.build_trainer.__name__)"
     done = run("-c", code, cwd=tmp_path)
     assert done.stdout == "build_trainer\n", done.stderr

@@ -9,8 +9,8 @@ pytestmark = pytest.mark.slow
 NUMBER = r"[\d.]+"
 AVERAGED = rf"{NUMBER} \({NUMBER}\)"
 
-# Written out here, not in a golden file: parse_test_res.py of CoOp and its descendants (and people's own scripts after it)
-# look for these, so no rewording may change them.
+# Written out here, not in a golden file: parse_test_res.py of CoOp and its descendants (and people's own scripts after
+# it) look for these, so no rewording may change them.
 LINES = {
     "the end signal of parse_test_res.py, as a whole line": r"Finish training",
     "the end signal of parse_test_res.py --test-log, as a whole line": r"=> result",

@@ -1,4 +1,5 @@
-"""The recipe of the emoji world: what `world.RECIPE` stands for. Where one of these changes on purpose, change RECIPE too."""
+"""The recipe of the emoji world: what `world.RECIPE` stands for. Where one of these changes on purpose, change RECIPE
+too."""
 
 import hashlib
 import json
@@ -120,7 +121,8 @@ def test_drawings(golden):
 
 @pytest.mark.slow
 def test_pictures(golden):
-    """Pixels of each style and ground, from the drawings in golden/drawings.png: needs none of the drawings' packages."""
+    """Pixels of each style and ground, from the drawings in golden/drawings.png: needs none of the drawings'
+    packages."""
     found = styles.render(golden.read_pictures("drawings.png"), scenes_of_all_kinds())
     assert found.dtype == np.uint8 and found.shape == (28, 64, 64, 3)
     golden.pictures("pictures.png", found)

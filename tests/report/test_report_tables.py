@@ -188,7 +188,7 @@ def table(tree, number, **more):
     return report, {(row.dataset, row.label): row for row in report.rows}
 
 
-# ------------------------------------------------------------------------------------------------- which runs, and numbers
+# ---------------------------------------------------------------------------------------------- which runs, and numbers
 
 
 @pytest.mark.parametrize("trainer", ["CoOp", "CoOpGRAM", "VPT", "UniGRAM", "JointPrompt"])
@@ -368,7 +368,7 @@ def test_a_moved_tree_still_finds_its_trainings(world, tmp_path):
         assert one.rows == other.rows
 
 
-# --------------------------------------------------------------------------------------------------- missing and mixed up
+# ------------------------------------------------------------------------------------------------- missing and mixed up
 
 
 def test_missing_runs_are_listed(tmp_path, capsys):
@@ -424,7 +424,7 @@ def test_datasets_can_be_chosen(world, capsys):
     assert "--datasets EmojiFod: expected one of EmojiFaces, EmojiFood" in capsys.readouterr().err
 
 
-# ----------------------------------------------------------------------------------------------------------- the paper's
+# ---------------------------------------------------------------------------------------------------------- the paper's
 
 
 @pytest.fixture(scope="module")
@@ -512,7 +512,7 @@ def test_latex_letters():
     assert escape_latex("50%_a & b {c} #1 ±") == r"50\%\_a \& b \{c\} \#1 $\pm$"
 
 
-# ----------------------------------------------------------------------------------------------------------- collections
+# ---------------------------------------------------------------------------------------------------------- collections
 
 
 @pytest.mark.slow
@@ -571,7 +571,7 @@ def test_other_files_are_one_sentence(tmp_path, capsys, text, words):
     assert words in error and "x.json" in error and "Traceback" not in error
 
 
-# ---------------------------------------------------------------------------------------------------------------- figures
+# -------------------------------------------------------------------------------------------------------------- figures
 
 
 @pytest.mark.slow
@@ -628,7 +628,7 @@ def test_nothing_to_draw_is_one_sentence(tmp_path, capsys):
     assert "expected runs that logged what a figure shows" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------------------------- page
+# ----------------------------------------------------------------------------------------------------------------- page
 
 
 @pytest.mark.slow

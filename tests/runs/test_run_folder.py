@@ -1,4 +1,5 @@
-"""One folder, one run, in anybody's train.py; whose prompts a checkpoint holds; equal numbers when they are asked for."""
+"""One folder, one run, in anybody's train.py; whose prompts a checkpoint holds; equal numbers when they are asked
+for."""
 
 import contextlib
 import errno
@@ -291,7 +292,7 @@ def test_an_option_that_one_side_does_not_know_decides_nothing(flags, tmp_path):
         ours(flags("out", "TRAIN.DETERMINISTIC", True))
 
 
-# --------------------------------------------------------------------------------------------------- what cannot be written
+# ----------------------------------------------------------------------------------------------- what cannot be written
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(flags, tmp_path):
@@ -612,7 +613,7 @@ def test_a_run_of_ours_loads_in_coop_itself(flags, tmp_path):
     assert torch.equal(learner.ctx, learned(tmp_path / "run")["ctx"].half())
 
 
-# ----------------------------------------------------------------------------------------------- devices and equal numbers
+# -------------------------------------------------------------------------------------------- devices and equal numbers
 
 
 @pytest.mark.parametrize("trainer", ["ZeroshotCLIP", "CoOp", "CoCoOp", "VPT", "JointPrompt"])

@@ -63,7 +63,8 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def corpus(data, tmp_path_factory):
-    """A store of 40 pictures of its own, a copy of a test image of EmojiFood, changed ones, and one of its training images."""
+    """A store of 40 pictures of its own, a copy of a test image of EmojiFood, changed ones, and one of its training
+    images."""
     folder = tmp_path_factory.mktemp("corpus")
     images = data / "emoji_food" / "images"
     for i in range(40):
@@ -228,7 +229,7 @@ def test_a_root_without_datasets(corpus, tmp_path, capsys):
     assert "expected a dataset with images, found none" in capsys.readouterr().err
 
 
-# --- parts ----------------------------------------------------------------------------------------------------------------
+# --- parts ------------------------------------------------------------------------------------------------------------
 
 
 def test_nearest_in_blocks_is_nearest(monkeypatch):

@@ -179,7 +179,8 @@ def test_an_evaluation_is_its_runs_prompts_on_its_own_classes(tiny_data, metas, 
 
 @pytest.fixture
 def official(tmp_path, backbone):
-    """What CoOp's own train.py leaves: its log, and a checkpoint with fp16 prompts, class tokens and a scheduler object."""
+    """What CoOp's own train.py leaves: its log, and a checkpoint with fp16 prompts, class tokens and a scheduler
+    object."""
     run = tmp_path / "official"
     (run / "prompt_learner").mkdir(parents=True)
     context = torch.randn(4, backbone.text_width, generator=torch.Generator().manual_seed(5)).half()
@@ -191,12 +192,13 @@ def official(tmp_path, backbone):
     }
     torch.save(state, run / "prompt_learner" / "model.pth.tar-50")
     (run / "log.txt").write_text(
-        "***************\n** Arguments **\n***************\nbackbone: \nmodel_dir: \ntrainer: CoOp\n************\n** Config **\n"
-        "************\nDATASET:\n  NAME: OxfordPets\nINPUT:\n  INTERPOLATION: bicubic\n"
+        "***************\n** Arguments **\n***************\nbackbone: \nmodel_dir: \ntrainer: CoOp\n************\n** "
+        "Config **\n************\nDATASET:\n  NAME: OxfordPets\nINPUT:\n  INTERPOLATION: bicubic\n"
         "  PIXEL_MEAN: [0.48145466, 0.4578275, 0.40821073]\n  PIXEL_STD: [0.26862954, 0.26130258, 0.27577711]\n"
         "  SIZE: (32, 32)\n  TRANSFORMS: ('random_resized_crop', 'random_flip', 'normalize')\n"
-        "MODEL:\n  BACKBONE:\n    NAME: random-tiny\nTRAINER:\n  COOP:\n    CLASS_TOKEN_POSITION: front\n    CSC: False\n"
-        "    CTX_INIT: \n    N_CTX: 4\n    PREC: fp16\n  NAME: CoOp\nCollecting env info ...\n** System info **\n"
+        "MODEL:\n  BACKBONE:\n    NAME: random-tiny\nTRAINER:\n  COOP:\n    CLASS_TOKEN_POSITION: front\n    CSC: "
+        "False\n    CTX_INIT: \n    N_CTX: 4\n    PREC: fp16\n  NAME: CoOp\nCollecting env info ...\n** System info "
+        "**\n"
     )
     return run, context.float()
 

@@ -240,7 +240,7 @@ def test_cocoop_steps_as_plain_sgd_does(build):
         assert (parameter - start[name]).abs().max() > 1e-3, name
 
 
-# --------------------------------------------------------------------------------------------------- starts and features
+# -------------------------------------------------------------------------------------------------- starts and features
 
 
 def test_starts(build, backbone):
@@ -266,7 +266,8 @@ def test_starts(build, backbone):
 
 
 def test_cocoop_draws_its_meta_net_as_its_authors_do(build):
-    """Two linear layers from the run's seed, and nothing else: what is drawn afterwards (the order of images) agrees."""
+    """Two linear layers from the run's seed, and nothing else: what is drawn afterwards (the order of images)
+    agrees."""
     net = build("CoCoOp").model.prompt_learner.meta_net
     after = torch.rand(3)
     set_random_seed(1)

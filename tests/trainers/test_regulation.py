@@ -49,7 +49,7 @@ def by_hand(regulator, gradient):
     return gamma * gradient + beta
 
 
-# ------------------------------------------------- a trainer as others write them: nothing of this project is in its code
+# ----------------------------------------------- a trainer as others write them: nothing of this project is in its code
 
 
 class ForeignLearner(nn.Module):

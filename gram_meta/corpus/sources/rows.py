@@ -61,15 +61,10 @@ class Row(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """A part of a source that can be read by itself; its images occur in no other shard.
+    """A part of a source that can be read by itself; its images occur in no other shard."""
 
-    Attributes:
-        name: the file, relative to the image root; "" if the source is a single shard.
-        rows: reads the rows, always in the same order. It can be pickled.
-    """
-
-    name: str
-    rows: Callable[[], Iterator[Row]]
+    name: str  # the file, relative to the image root; "" if the source is a single shard
+    rows: Callable[[], Iterator[Row]]  # reads the rows, always in the same order. It can be pickled
 
 
 def checked(location: str | None, caption: str | None) -> Row:

@@ -12,29 +12,18 @@ from gram_meta.files import sha256_file
 
 @dataclass(frozen=True)
 class Source:
-    """A source of pairs. It can be pickled and sent to other processes.
+    """A source of pairs. It can be pickled and sent to other processes."""
 
-    Attributes:
-        path: the folder, file or pattern.
-        kind: the name of its format (`Format.name`).
-        image_root: the folder that relative image paths, and the names of shards, start from.
-        image_column, caption_column: as the user named them; None: columns with one of the usual names.
-        classnames: for class folders, the file with their names. class_depth: how many levels below `path` they lie.
-        files: the files in their order, if the source has several or is made of shards.
-        split: the splits to read, separated by commas; None: all.
-        naming: for `cc3m`, how image files are named (`conceptual.RULES`); for `karpathy`, whether `filepath` is part
-            of the name.
-    """
-
-    path: Path
-    kind: str
-    image_root: Path
-    image_column: str | None = None
+    path: Path  # the folder, file or pattern
+    kind: str  # the name of its format (`Format.name`)
+    image_root: Path  # the folder that relative image paths, and the names of shards, start from
+    image_column: str | None = None  # as the user named them; None: columns with one of the usual names
     caption_column: str | None = None
-    classnames: Path | None = None
-    class_depth: int = 1
-    files: tuple[Path, ...] = ()
-    split: str | None = None
+    classnames: Path | None = None  # for class folders, the file with their names
+    class_depth: int = 1  # how many levels below `path` they lie
+    files: tuple[Path, ...] = ()  # the files in their order, if the source has several or is made of shards
+    split: str | None = None  # the splits to read, separated by commas; None: all
+    # for `cc3m`, how image files are named (`conceptual.RULES`); for `karpathy`, whether `filepath` is part of the name
     naming: str | None = None
 
     def identity(self) -> dict[str, Any]:
