@@ -11,20 +11,8 @@ from gram_meta.errors import GramError
 log = logging.getLogger(__name__)
 
 # Folders that usually hold the images of such a file, relative to its own folder or the one above.
-IMAGE_FOLDERS = (
-    "",
-    "images",
-    "Images",
-    "Flicker8k_Dataset",
-    "Flickr8k_Dataset",
-    "flickr8k_images",
-    "flickr30k_images",
-    "flickr30k-images",
-    "train2014",
-    "val2014",
-    "train2017",
-    "val2017",
-)
+IMAGE_FOLDERS: tuple[str, ...] = ("", "images", "Images", "Flicker8k_Dataset", "Flickr8k_Dataset", "flickr8k_images")
+IMAGE_FOLDERS += ("flickr30k_images", "flickr30k-images", "train2014", "val2014", "train2017", "val2017")
 TRIED = 200  # images looked for in each folder
 
 
