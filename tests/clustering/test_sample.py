@@ -168,7 +168,7 @@ def test_no_more_pairs_than_the_sample_are_clustered_whole(store):
     whole = cluster_pairs(store, make_config("CHC.TOPICS.SAMPLE", "0"))
     as_many = cluster_pairs(store, make_config("CHC.TOPICS.SAMPLE", str(len(store) - 20)))  # 20 are filtered out
     assert as_many.fingerprint == whole.fingerprint and "sample" not in as_many.manifest
-    with pytest.raises(GramError, match=r"CHC.TOPICS.SAMPLE: expected 0 \(all pairs\) or at least 100, found 50"):
+    with pytest.raises(GramError, match="CHC.TOPICS.SAMPLE: expected 0, or at least 100 .*, found 50"):
         cluster_pairs(store, make_config("CHC.TOPICS.SAMPLE", "50"))
 
 
