@@ -46,7 +46,7 @@ def image_features(tower: Any, images: Tensor, prompt: Tensor | None, run: Run) 
 
 def text_features(model: Any, tokens: Tensor, shared: Tensor | None, layout: Packing | Rectangle, run: Run) -> Tensor:
     """Return the features (G N, D) of texts with own tokens (G, N, L, d) behind shared ones (G, P, d) or None."""
-    encode = _packed_texts if isinstance(layout, Packing) else _dense_texts
+    encode: Any = _packed_texts if isinstance(layout, Packing) else _dense_texts
     last = _layer_norm(model.ln_final, encode(model.transformer.resblocks, tokens, shared, layout, run))  # (G N, d)
     return last @ model.text_projection.to(last.dtype)
 

@@ -285,7 +285,7 @@ def evaluate_adaptation(
 
 def _verdict(seen: Scores, learned: tuple[str, str], plain: tuple[str, str], steps: int, ways: int) -> list[str]:
     """Return sentences: whether the learned start and gradient beat the plain ones, and whether the tasks can tell."""
-    (ours, accuracy), (theirs, _) = (_values(seen[(*row, steps)]) for row in (learned, plain))
+    (ours, accuracy), (theirs, _) = (_values(seen[row + (steps,)]) for row in (learned, plain))
     gains = [b - a for a, b in zip(ours, theirs, strict=True)]
     gain, half = mean(gains), half_width(gains) or math.inf
     does = "helps" if gain > half else "does harm" if gain < -half else "makes no clear difference"
@@ -297,7 +297,7 @@ def _verdict(seen: Scores, learned: tuple[str, str], plain: tuple[str, str], ste
         sentences.append(
             "More tasks (--tasks) give a narrower interval; more meta-training (OUTER.STEPS) may give a gain."
         )
-    if 0 in [step for *_, step in seen] and mean(_values(seen[(*plain, 0)])[1]) > SOLVED:
+    if 0 in [step for *_, step in seen] and mean(_values(seen[plain + (0,)])[1]) > SOLVED:
         sentences.append(
             f"Before any step {plain[0]} has more than {100 * SOLVED:.0f} % of them right: such tasks teach little. "
             "Raise TASKS.WAYS, or make finer topics (CHC.TOPICS.SELECTION leaf, a smaller CHC.TOPICS.MIN_CLUSTER_SIZE)."

@@ -75,8 +75,8 @@ def fit(learner: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> dict[s
     """
     named = {key.removeprefix("module."): value for key, value in tensors.items()}  # of a DataParallel
     given = {key: value for key, value in named.items() if key not in ("token_prefix", "token_suffix")}
-    shapes = [{key: value.shape for key, value in state.items()} for state in (learner.state_dict(), given)]
-    check_fit(path, *shapes)
+    own, found = ({key: value.shape for key, value in state.items()} for state in (learner.state_dict(), given))
+    check_fit(path, own, found)
     return given
 
 

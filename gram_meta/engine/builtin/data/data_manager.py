@@ -78,7 +78,7 @@ class DataManager:
 
         def test_loader(source: Sequence[Any]) -> DataLoader:
             draws = loaders.TEST.SAMPLER, source, loaders.TEST.BATCH_SIZE
-            options = {"tfm": custom_tfm_test, "is_train": False, "dataset_wrapper": dataset_wrapper}
+            options: dict[str, Any] = {"tfm": custom_tfm_test, "is_train": False, "dataset_wrapper": dataset_wrapper}
             return build_data_loader(cfg, *draws, **options)
 
         self.train_loader_x = train_loader(dataset.train_x, loaders.TRAIN_X)

@@ -19,9 +19,13 @@ from gram_meta.errors import GramError
 from gram_meta.images import read_rgb as read_image  # noqa: F401, Dassl has it here
 
 __all__ = [
-    *("check_availability", "check_isfile", "collect_env_info", "get_most_similar_str_to_a_from_b", "listdir_nohidden"),
-    *("mkdir_if_missing", "read_image", "read_json", "set_random_seed", "tolist_if_not", "write_json"),
+    "check_availability",
+    "check_isfile",
+    "collect_env_info",
+    "get_most_similar_str_to_a_from_b",
+    "listdir_nohidden",
 ]
+__all__ += ["mkdir_if_missing", "read_image", "read_json", "set_random_seed", "tolist_if_not", "write_json"]
 
 
 def mkdir_if_missing(dirname: str) -> None:

@@ -14,10 +14,8 @@ from torch import nn
 from gram_meta.engine.checkpoints import read_checkpoint
 from gram_meta.files import atomic_write
 
-__all__ = [
-    *("count_num_param", "load_checkpoint", "load_pretrained_weights", "open_all_layers", "open_specified_layers"),
-    *("resume_from_checkpoint", "save_checkpoint"),
-]
+__all__ = ["count_num_param", "load_checkpoint", "load_pretrained_weights", "open_all_layers", "open_specified_layers"]
+__all__ += ["resume_from_checkpoint", "save_checkpoint"]
 
 
 def save_checkpoint(
