@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     import gram_meta.plugin  # noqa: F401, registers the datasets
-    from gram_meta.datasets.check import FINE, PAPER, check, find_datasets
+    from gram_meta.datasets.check import FINE, MISSING, PAPER, check, find_datasets
     from gram_meta.errors import GramError
 
     root = Path(os.path.abspath(args.root))
@@ -40,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
         raise GramError(f"--workers: expected at least 1, found {args.workers}")
     names = [name for word in args.datasets or PAPER for name in word.split(",") if name]
     found = [check(root, name, dataset, args.deep, args.workers) for name, dataset in find_datasets(root, names)]
-    print(as_json(found) if args.json else as_text(found))
+    absent = [] if args.datasets else [finding for finding in found if finding.state == MISSING]
+    print(as_json(found) if args.json else as_text([finding for finding in found if finding not in absent], absent))
     return 0 if all(finding.state == FINE for finding in found) else 1
 
 
@@ -52,8 +54,8 @@ def as_json(found: list[Finding]) -> str:
     return json.dumps([asdict(finding) for finding in found], indent=2, ensure_ascii=False)
 
 
-def as_text(found: list[Finding]) -> str:
-    """Return a table, and below it the problems and notes."""
+def as_text(found: list[Finding], absent: Sequence[Finding] = ()) -> str:
+    """Return a table, below it the problems and notes, and one line for the absent datasets that nobody asked for."""
     from collections import Counter
 
     from tabulate import tabulate
@@ -62,9 +64,13 @@ def as_text(found: list[Finding]) -> str:
         [finding.name, finding.state, finding.classes, *(finding.images.get(part) for part in ("train", "val", "test"))]
         for finding in found
     ]
-    parts = [tabulate(rows, ["dataset", "", "classes", "train", "val", "test"], missingval="-", intfmt=",")]
+    table = tabulate(rows, ["dataset", "", "classes", "train", "val", "test"], missingval="-", intfmt=",")
+    parts = [table] if found else []
     parts += [_details(finding) for finding in found if finding.problems or finding.notes]
-    counts = Counter(finding.state for finding in found)
+    if absent:
+        names = ", ".join(finding.name for finding in absent)
+        parts.append(f"Not in this folder: {names} (--datasets NAME prints where to get one)")
+    counts = Counter(finding.state for finding in (*found, *absent))
     parts.append(", ".join(f"{counts[state]} {state}" for state in ("fine", "missing", "wrong") if counts[state]))
     return "\n\n".join(parts)
 

@@ -750,6 +750,22 @@ def test_what_is_missing_or_wrong_is_reported(tmp_path, small_numbers, capsys):
     assert "1 missing, 5 wrong" in text
 
 
+def test_absent_datasets_take_one_line_unless_asked_for(tmp_path, small_numbers, capsys):
+    plant(tmp_path, "EuroSAT")
+    assert main(["check-data", str(tmp_path)]) == 1
+    table, absent, counts = capsys.readouterr().out.strip().split("\n\n")
+    assert [row.split()[:2] for row in table.splitlines()[2:]] == [["eurosat", "fine"]]
+    names = ", ".join(name for name in checking.PAPER if name != "eurosat")
+    assert absent == f"Not in this folder: {names} (--datasets NAME prints where to get one)"
+    assert counts == "1 fine, 14 missing"
+    assert main(["check-data", str(tmp_path), "--datasets", "dtd", "eurosat"]) == 1
+    text = capsys.readouterr().out
+    assert "dtd: no such folder" in text and "dtd-r1.0.1.tar.gz" in text and "Not in this folder" not in text
+    (tmp_path / "empty").mkdir()
+    assert main(["check-data", str(tmp_path / "empty")]) == 1
+    assert capsys.readouterr().out.startswith("Not in this folder: imagenet, caltech101")
+
+
 def test_few_shot_files_are_looked_at(tmp_path, small_numbers, capsys):
     plant(tmp_path / "a", "EuroSAT")
     load("EuroSAT", tmp_path / "a", shots=2)
