@@ -76,7 +76,7 @@ def _run(command: str, run: Callable[[], int]) -> int:
     """Call `run`; report bad input and an interruption in one line on stderr, with an exit status."""
     try:
         return run()
-    except GramError as error:
+    except (GramError, OSError) as error:  # the second: a full disk, a file that is gone
         print(f"gram {command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

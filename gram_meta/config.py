@@ -429,6 +429,8 @@ def _merge(config: CN, pairs: Mapping[str, Any], source: str) -> None:
         if isinstance(value, int) and isinstance(_get(config, key), float):
             value = float(value)  # YAML reads 1 as an integer
         try:
+            if value is None:  # yacs takes it for any type
+                raise ValueError
             config.merge_from_list([key, value])
         except ValueError:
             expected = type(_get(config, key)).__name__

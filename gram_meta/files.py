@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, TypedDict
+from typing import IO, Annotated, Any, TypedDict
 
 import msgspec
 
@@ -28,6 +28,11 @@ _OPTION = re.compile(
     r"(--[\w-]+=|-\w)?(~.*)", re.DOTALL
 )  # what argparse takes for an option with its value, and a value
 
+# Types for the schemas of JSON files; a larger whole number is no exact float
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Number = Annotated[float, msgspec.Meta(ge=0, le=2**53)]
+Percent = Annotated[float, msgspec.Meta(ge=0, le=100)]
+LEVELS = 64  # of nested lists and objects in a JSON file, at most
 MARK = ".gram-owner"  # the file in a folder that names what made it
 
 
@@ -37,6 +42,20 @@ def expand_home(value: Any) -> Any:
         return type(value)(map(expand_home, value))
     match = _OPTION.fullmatch(value) if isinstance(value, str) else None
     return f"{match[1] or ''}{os.path.expanduser(match[2])}" if match else value
+
+
+@contextmanager
+def as_gram_error(path: PathLike, what: str = "cannot be written", end: str = "") -> Iterator[None]:
+    """Turn an error of the file system, such as a full disk, into the `GramError` "path: what (the reason)end"."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):  # torch's writer hides the error of the system
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise GramError(f"{path}: {what} ({cause.strerror or cause}){end}") from error
 
 
 @contextmanager
@@ -114,10 +133,21 @@ def atomic_folder(folder: PathLike, owner: str) -> Iterator[Path]:
 
 
 def write_json(path: PathLike, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
+    """Write `value` as indented JSON, atomically; errors as of `to_json`."""
     with atomic_write(path, "w") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+        file.write(to_json(value, str(path), indent=2) + "\n")
+
+
+def to_json(value: Any, where: str, **layout: Any) -> str:
+    """Return `value` as JSON; `layout` as for `json.dumps`.
+
+    Raises:
+        GramError: a number in it is NaN or infinite, which JSON has no form for.
+    """
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, **layout)
+    except ValueError as error:
+        raise GramError(f"{where}: expected finite numbers to write, found others ({error})") from None
 
 
 def write_arrays(path: PathLike, arrays: Mapping[str, Any]) -> None:
@@ -139,18 +169,45 @@ def read_arrays(path: PathLike) -> dict[str, Any]:
         return {}
 
 
-def read_json(path: PathLike) -> Any:
+def read_json(path: PathLike, schema: Any = Any) -> Any:
     """Return the contents of a JSON file.
 
+    Args:
+        path: the file.
+        schema: the type that the contents have, such as a TypedDict; see `check_type`.
+
     Raises:
-        GramError: the file does not exist, or is not JSON.
+        GramError: the file does not exist or cannot be read, is not JSON, or is of another type.
+    """
+    return parse_json(read_text(path), str(path), schema)
+
+
+def read_text(path: PathLike) -> str:
+    """Return the contents of a file of UTF-8 text.
+
+    Raises:
+        GramError: the file does not exist, cannot be read, or is no such text.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise GramError(f"{path}: expected a JSON file, found nothing there") from None
-    except (ValueError, RecursionError) as error:
-        raise GramError(f"{path}: expected JSON, found something else ({error})") from None
+        with as_gram_error(path, "cannot be read"):
+            return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise GramError(f"{path}: expected UTF-8 text, found something else ({error})") from None
+
+
+def parse_json(text: str | bytes, where: str, schema: Any = Any) -> Any:
+    """Return the value of a JSON text; `where` names it in errors, which are those of `read_json`."""
+    try:
+        value = msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        raise GramError(f"{where}: expected JSON, found something else ({error})") from None
+    level = [value]
+    for _ in range(LEVELS):
+        groups = [node.values() if isinstance(node, dict) else node for node in level if isinstance(node, dict | list)]
+        level = [child for group in groups for child in group]
+    if level:
+        raise GramError(f"{where}: expected JSON of at most {LEVELS} levels, found more")
+    return check_type(value, schema, where)
 
 
 def check_type(value: Any, schema: Any, where: str) -> Any:
@@ -163,8 +220,8 @@ def check_type(value: Any, schema: Any, where: str) -> Any:
         msgspec.convert(value, schema)
     except msgspec.ValidationError as error:
         what, _, place = str(error).replace("`", "").partition(" - at $")
-        if not what.startswith("Expected"):  # "Object missing required field format", "Invalid enum value 2"
-            what = f"expected another value ({what})"
+        what = what.replace("Object missing required field", "Expected more keys, found no")
+        what = what.replace("Invalid enum value", "Expected another value, found")
         key = f"{place.lstrip('.')}: " if place else ""
         raise GramError(f"{where}: {key}{what[0].lower()}{what[1:].replace(', got ', ', found ')}") from None
     return value
@@ -173,7 +230,7 @@ def check_type(value: Any, schema: Any, where: str) -> Any:
 def sha256_file(path: PathLike) -> str:
     """Return the hexadecimal SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with as_gram_error(path, "cannot be read"), open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -203,7 +260,7 @@ def sha256_once(path: PathLike, anew: bool = False) -> str:
 class Checksum(TypedDict):
     """A file's size in bytes and its SHA-256."""
 
-    bytes: int
+    bytes: Count
     sha256: str
 
 

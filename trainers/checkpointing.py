@@ -103,7 +103,22 @@ class Checkpointing:
                 raise GramError(f"{path}: was learned with {key} {there['reads'][key]!r}, found {value!r}")
         same = all(there[key] == here[key] for key in ("dataset", "folder", "subsample"))
         if same and there["classnames"] != here["classnames"]:
-            raise GramError(f"{path}: {saved.difference(there['classnames'], here['classnames'])}")
+            other = saved.difference(there["classnames"], here["classnames"])
+            raise GramError(f"{path}: was learned on other classes of this dataset than are here now: {other}")
+        if any(value.dim() == 3 for name, value in state["state_dict"].items() if name.endswith("ctx")):
+            self._check_classes(path, state.get("classnames") or saved.classnames_beside(path))
+
+    def _check_classes(self, path: Path, there: list[str] | None) -> None:
+        """Refuse contexts of each class (CSC) for other classes than those that they were learned for."""
+        if there is None:
+            print(
+                f"Note: {path} does not name the classes of its contexts (CSC); they are taken for those here, in order"
+            )
+        elif there != self.classnames:
+            raise GramError(
+                f"{path}: holds a context for each class of training (CSC), which knows no other classes: "
+                f"{saved.difference(there, self.classnames)}"
+            )
 
     def learned_by(self, state: dict[str, Any]) -> str:
         """Return the trainer that learned a checkpoint; if it names none, the trainer without GRAM."""

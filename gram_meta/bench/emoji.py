@@ -16,12 +16,13 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TypedDict
 
 from gram_meta.bench import matrix
 from gram_meta.bench.matrix import BenchRun, BenchSettings
 from gram_meta.config import load_meta_config
 from gram_meta.errors import GramError
-from gram_meta.files import MARK, atomic_folder, check_claimed, read_json, sha256_file
+from gram_meta.files import MARK, Count, atomic_folder, check_claimed, read_json, sha256_file
 
 SOURCE = "emoji_travel"
 DATASETS = {
@@ -67,6 +68,10 @@ def bench_runs(settings: BenchSettings, folder: Path) -> list[BenchRun]:
     return [*worlds, *jobs]
 
 
+class _Corpus(TypedDict, total=False):
+    size: Count
+
+
 def _world(settings: BenchSettings, corpus: bool) -> BenchRun:
     """Make pictures: the datasets that are asked for, and the corpus if a prompt is meta-trained."""
     root = Path(settings.root)
@@ -75,7 +80,7 @@ def _world(settings: BenchSettings, corpus: bool) -> BenchRun:
         names.add(settings.source)
     parts = sorted({_part(name) for name in names})
     made = root / "corpus" / "manifest.json"  # a corpus of another size is kept, because stores were made from it
-    size = (read_json(made).get("size", CORPUS_SIZE) if made.is_file() else CORPUS_SIZE) if corpus else 0
+    size = (read_json(made, _Corpus).get("size", CORPUS_SIZE) if made.is_file() else CORPUS_SIZE) if corpus else 0
     code = (
         f"from gram_meta.demo.world import write_world; "
         f"write_world({str(root)!r}, {json.dumps(parts)}, corpus_size={size})"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ import yaml
 
 from gram_meta.config import ELEVEN, INCIDENTAL, SHIFTED, find_config, flatten, load_meta_config, nearest
 from gram_meta.errors import GramError, in_one_line
-from gram_meta.files import read_json
+from gram_meta.files import parse_json, read_json, read_text
 from gram_meta.runs.layout import META, RUN
+from gram_meta.runs.schemas import MetaRunFile
 
 PROTOCOLS = ("base2new", "xd", "dg")
 BACKBONES = ("gram_small", "vit_b16", "vit_b32", "vit_l14")  # prefixes of config files
@@ -275,7 +275,7 @@ def meta_state(folder: Path, opts: Sequence[str] = ()) -> str:
     """
     if not (folder / RUN).is_file():
         return "finished" if (folder / META).is_file() else "new"
-    config = read_json(folder / RUN).get("config", {})
+    config = read_json(folder / RUN, MetaRunFile).get("config", {})
     stored = flatten(config)
     for key, value in flatten(_meta_config(folder.name, tuple(opts))).items():
         if key in stored and stored[key] != value and key.partition(".")[0] not in INCIDENTAL:
@@ -284,8 +284,8 @@ def meta_state(folder: Path, opts: Sequence[str] = ()) -> str:
                 "choose another --meta-dir or remove the folder"
             )
     log = folder / "log.jsonl"
-    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-    last = json.loads(lines[-1]).get("step") if lines and lines[-1].endswith("}") else None
+    lines = read_text(log).splitlines() if log.is_file() else []
+    last = parse_json(lines[-1], str(log), dict[str, Any]).get("step") if lines and lines[-1].endswith("}") else None
     whole = (folder / META).is_file() and last == config.get("OUTER", {}).get("STEPS")
     return "finished" if whole else "unfinished"
 

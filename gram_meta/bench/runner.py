@@ -15,14 +15,14 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from gram_meta import __version__
 from gram_meta.bench.matrix import BenchRun, BenchSettings, meta_state
 from gram_meta.bench.pool import Outcome, Pool, Task, handled
 from gram_meta.bench.times import in_words
 from gram_meta.errors import GramError
-from gram_meta.files import read_json, write_json
+from gram_meta.files import Number, read_json, write_json
 from gram_meta.locks import only_writer
 from gram_meta.progress import progress_bar
 from gram_meta.runs import layout
@@ -111,7 +111,7 @@ def _state(job: BenchRun, settings: BenchSettings, waits: bool) -> State:
         return State(meta_state(job.folder, settings.meta_opts))
     if job.argv[0] == "embed":
         manifest = job.folder / "manifest.json"
-        finished = manifest.is_file() and bool(read_json(manifest).get("finished"))
+        finished = manifest.is_file() and read_json(manifest, dict[str, Any]).get("finished") is True
     elif job.argv[0] == "cluster":
         finished = (job.folder / "topics.json").is_file()
     else:
@@ -271,6 +271,14 @@ class Clock:
 # ------------------------------------------------------------------------------------------------------------- manifest
 
 
+class _Manifest(TypedDict):
+    """The type of bench.json."""
+
+    format: Literal[1]
+    benches: list[Any]
+    durations: dict[str, tuple[Number, Number]]
+
+
 class Manifest:
     """`bench.json`: every bench that ran into this folder, and the durations of runs."""
 
@@ -278,9 +286,7 @@ class Manifest:
         self.path = output / MANIFEST
         self.value: dict[str, Any] = {"format": 1, "benches": [], "durations": {}}
         if self.path.is_file():
-            self.value = read_json(self.path)
-            if not isinstance(self.value, dict) or self.value.get("format") != 1:
-                raise GramError(f"{self.path}: expected the manifest of a bench, format 1, found another file")
+            self.value = read_json(self.path, _Manifest)
         self.durations: dict[str, list[float]] = self.value["durations"]
         self.entry: dict[str, Any] = {
             "command": shlex.join(["gram", *sys.argv[1:]]),

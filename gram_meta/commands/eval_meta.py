@@ -32,10 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import json
-
     from gram_meta.commands.lists import give_back_options
     from gram_meta.errors import GramError
+    from gram_meta.files import to_json
 
     give_back_options(args, "steps")
     if bad := [word for word in args.steps if not word.isdecimal()]:
@@ -53,5 +52,5 @@ def run(args: argparse.Namespace) -> int:
         opts=args.opts,
         device=args.device,
     )
-    print(json.dumps(result.as_dict(), indent=2) if args.json else result)
+    print(to_json(result.as_dict(), "--json", indent=2) if args.json else result)
     return 0

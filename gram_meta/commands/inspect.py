@@ -68,12 +68,13 @@ def run(args: argparse.Namespace) -> int:
 
 def as_json(hierarchy: Hierarchy, topics: int, report: dict[str, Any] | None) -> str:
     """Return the contents of `as_text` as JSON."""
-    import json
     from dataclasses import asdict
+
+    from gram_meta.files import to_json
 
     shown = hierarchy.topics[: topics or None]
     value = {**hierarchy.manifest, "topics": [asdict(topic) for topic in shown], "agreement": report}
-    return json.dumps(value, indent=2, ensure_ascii=False)
+    return to_json(value, "--json", indent=2)
 
 
 def as_text(hierarchy: Hierarchy, topics: int, report: dict[str, Any] | None) -> str:

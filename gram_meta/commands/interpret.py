@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import sys
 from typing import TYPE_CHECKING
+
+from gram_meta.files import to_json
 
 if TYPE_CHECKING:
     from gram_meta.tools.interpret import Interpretation
@@ -79,7 +80,7 @@ def _print_json(found: Interpretation) -> None:
         "words": [{name: getattr(word, name) for name in _COLUMNS} for word in found.words],
         "notes": found.remarks,
     }
-    print(json.dumps(facts, indent=2, ensure_ascii=False))
+    print(to_json(facts, "--format json", indent=2))
 
 
 def _print_csv(found: Interpretation) -> None:

@@ -187,12 +187,12 @@ def write_csv(file: IO[str], rows: Iterable[Prediction], topk: int) -> None:
 
 def write_json(file: IO[str], rows: Iterable[Prediction], topk: int) -> None:
     """A list with an object for each image, a line each, written as they come."""
-    import json
+    from gram_meta.files import to_json
 
     between = "[\n"
     for row in rows:
         classes = [{"class": name, "probability": _digits(value)} for name, value in row.top(topk)]
-        line = json.dumps({"image": _printable(row.image), "classes": classes}, ensure_ascii=False)
+        line = to_json({"image": _printable(row.image), "classes": classes}, row.image)
         file.write(f"{between}  {line}")
         between = ",\n"
     file.write("[]\n" if between == "[\n" else "\n]\n")

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `train.py` and return the exit status; bad input is one line on stderr and status 2."""
     try:
         run(build_parser().parse_args(expand_home(list(sys.argv[1:] if argv is None else argv))))
-    except GramError as error:
+    except (GramError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     return 0

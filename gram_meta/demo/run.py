@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import indent
-from typing import Any
+from typing import Any, TypedDict
 
 from gram_meta import __version__
 from gram_meta.bench.times import in_words
@@ -38,6 +38,7 @@ from gram_meta.errors import GramError
 from gram_meta.files import (
     atomic_write,
     check_claimed,
+    check_type,
     claim_folder,
     read_json,
     remove_claimed,
@@ -45,7 +46,7 @@ from gram_meta.files import (
     write_json,
 )
 from gram_meta.locks import only_writer
-from gram_meta.runs.layout import META, RESULTS, RUN
+from gram_meta.runs.layout import META, RESULTS, RUN, read_results
 
 TRAINER_CONFIG = "gram_small_c4_ep10_batch32_ctxv1"
 ZERO_SHOT_CONFIG = "gram_small"
@@ -271,7 +272,7 @@ class Demo:
                 _train(argv)
                 self.memory.finish(name, key)
                 fresh = True
-            accuracies.append(f"{subsample} {read_json(folder / RESULTS)['metrics']['accuracy']:.1f}")
+            accuracies.append(f"{subsample} {read_results(folder)['metrics']['accuracy']:.1f}")
         taken = time.monotonic() - begun
         self.clock.passed("run", taken if fresh else 0.0)
         if fresh:
@@ -307,7 +308,7 @@ class Demo:
         for dataset in self.settings.datasets:
             for seed in self.settings.seeds:
                 _, folder = self._train_command(GRAM, dataset, seed, "base")
-                ratios.append(read_json(folder / RESULTS)["regulator"]["text"]["mean_ratio"])
+                ratios.append(read_results(folder)["regulator"]["text"]["mean_ratio"])
         return sum(ratios) / len(ratios)
 
     def _gram(self, title: str, argv: list[str], folder: str, upon: str) -> str:
@@ -360,6 +361,18 @@ class Demo:
         return ["world", "embed", "cluster", "inspect", "pretrain", *["run"] * (2 * len(s.datasets) + trained), "table"]
 
 
+class _Stage(TypedDict):
+    key: str
+    finished: bool
+
+
+class _Memory(TypedDict):
+    """The type of demo.json."""
+
+    run: str
+    stages: dict[str, _Stage]
+
+
 class Memory:
     """The file of begun and finished stages, each with a key of its settings; `run` is the id of the demo."""
 
@@ -367,10 +380,11 @@ class Memory:
         self.path, self.run = path, uuid.uuid4().hex
         self.stages: dict[str, dict[str, Any]] = {}
         if path.exists():
-            value = read_json(path)
-            if not isinstance(value, dict) or value.get("format") != 2:
+            value = read_json(path, dict[str, Any])
+            if value.get("format") != 2:
                 expected = "expected the memory of a demo of this version, found another"
                 raise GramError(f"{path}: {expected}; choose another --out")
+            check_type(value, _Memory, str(path))
             self.run, self.stages = value["run"], value["stages"]
 
     def check(self, folders: Iterator[Path]) -> None:

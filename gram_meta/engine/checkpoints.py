@@ -22,7 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from gram_meta.errors import GramError, in_one_line
-from gram_meta.files import PathLike
+from gram_meta.files import PathLike, as_gram_error
 
 
 class Record:
@@ -69,7 +69,8 @@ def read_checkpoint(path: PathLike, map_location: Any = "cpu") -> dict[str, Any]
     path = Path(path)
     if not path.is_file():
         raise GramError(f"{path}: expected a checkpoint, found no such file")
-    _refuse_other_archives(path)
+    with as_gram_error(path, "cannot be read"):
+        _refuse_other_archives(path)
     state = _load(path, map_location)
     if not isinstance(state, dict):
         found = (
@@ -78,6 +79,20 @@ def read_checkpoint(path: PathLike, map_location: Any = "cpu") -> dict[str, Any]
         raise GramError(f"{path}: expected a checkpoint (a dict of tensors and plain values), found {found}")
     _check_tensors(path, state)
     return state
+
+
+def check_finite(path: PathLike, tensors: Mapping[str, Any]) -> None:
+    """Check that every learned tensor has finite numbers only.
+
+    Raises:
+        GramError: NaN or an infinite number in one of them.
+    """
+    import torch
+
+    for name, value in tensors.items():
+        if isinstance(value, torch.Tensor) and not value.isfinite().all():
+            bad = int((~value.isfinite()).sum())
+            raise GramError(f"{path}: expected finite numbers in {name}, found {bad} of {value.numel()} that are not")
 
 
 def schedule_state(scheduler: Any) -> dict[str, Any]:

@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from gram_meta.backbone.clip import Backbone, check_name
-from gram_meta.errors import GramError
-from gram_meta.files import PathLike, atomic_write, sha256_file
+from gram_meta.engine.checkpoints import check_finite
+from gram_meta.errors import GramError, in_one_line
+from gram_meta.files import Count, Number, PathLike, atomic_write, check_type, parse_json, sha256_file, to_json
 from gram_meta.method.regulator import GradientRegulator, RegulatorConfig
 
 FORMAT = 1
 _KEY = "gram-meta"  # where the facts stand in the file's metadata, as JSON
+
+
+class _Regulator(TypedDict):
+    widths: dict[str, Count]
+
+
+class _Backbone(TypedDict):
+    name: str
+    fingerprint: str
+
+
+class _Facts(TypedDict):
+    """The metadata of the file."""
+
+    format: int
+    backbone: _Backbone
+    regulator: _Regulator | None
+    config: dict[str, Any]
+    provenance: dict[str, Any]
+    gradient_norms: dict[str, dict[str, Number]]
 
 
 @dataclass
@@ -104,7 +124,7 @@ def save_meta_checkpoint(path: PathLike, checkpoint: MetaCheckpoint) -> None:
     }
     plain = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in tensors.items()}
     with atomic_write(path) as file:
-        file.write(save(plain, metadata={_KEY: json.dumps(facts)}))
+        file.write(save(plain, metadata={_KEY: to_json(facts, str(path))}))
 
 
 def load_meta_checkpoint(path: PathLike) -> MetaCheckpoint:
@@ -116,6 +136,7 @@ def load_meta_checkpoint(path: PathLike) -> MetaCheckpoint:
     path = Path(path)
     facts, tensors = _read(path)
     try:
+        check_type(facts, _Facts, "metadata")
         prompts = _group(tensors, "prompts.")
         checkpoint = MetaCheckpoint(
             prompts=prompts,
@@ -127,10 +148,13 @@ def load_meta_checkpoint(path: PathLike) -> MetaCheckpoint:
             path=os.fspath(path),
             sha256=sha256_file(path),
         )
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise GramError(f"{path}: expected a whole meta-checkpoint, found one with faults ({error})") from None
-    if not prompts or any(value.dim() != 2 or not value.isfinite().all() for value in prompts.values()):
-        raise GramError(f"{path}: expected prompts of finite numbers and shape (M, d), found others or none")
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise GramError(
+            f"{path}: expected a whole meta-checkpoint, found one with faults ({in_one_line(error)})"
+        ) from None
+    if not prompts or any(value.dim() != 2 for value in prompts.values()):
+        raise GramError(f"{path}: expected prompts of shape (M, d), found others or none")
+    check_finite(path, tensors)
     return checkpoint
 
 
@@ -141,10 +165,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise GramError(f"{path}: expected a meta-checkpoint (.safetensors), found no such file")
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {}).get(_KEY, "null"))
+            text = (file.metadata() or {}).get(_KEY, "null")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError) as error:
         raise GramError(f"{path}: expected a meta-checkpoint (.safetensors), found another file ({error})") from None
+    facts = parse_json(text, str(path))
     if not isinstance(facts, dict):
         raise GramError(f"{path}: expected a meta-checkpoint, found a .safetensors file of something else")
     if facts.get("format") != FORMAT:

@@ -21,14 +21,15 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, TypedDict, TypeVar
 
 import torch
 from yacs.config import CfgNode
 
 from gram_meta.config import INCIDENTAL, as_dict, stored_config
+from gram_meta.engine.checkpoints import check_finite, read_checkpoint
 from gram_meta.errors import GramError
-from gram_meta.files import atomic_write, read_json, write_json
+from gram_meta.files import Count, as_gram_error, atomic_write, check_type, read_json, read_text, to_json, write_json
 from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
 from gram_meta.processes import ALONE, ProcessGroup
 from gram_meta.progress import progress_bar
@@ -76,6 +77,23 @@ class Sigterm:
             return None
 
 
+class _Facts(TypedDict, total=False):
+    """The type of run.json."""
+
+    config: dict[str, Any]
+
+
+class _State(TypedDict):
+    """The type of state.pt."""
+
+    step: Count
+    theta: dict[str, Any]
+    regulator: dict[str, Any]
+    optimiser: dict[str, Any]
+    norms: Any
+    best: dict[str, float]
+
+
 class MetaRun:
     """Reads and writes a run folder.
 
@@ -103,7 +121,8 @@ class MetaRun:
                     f"{self.out}: expected an empty folder, found a meta-training run; --resume goes on with it"
                 )
             self._remove_unfinished()
-            write_json(self.out / FACTS, self.identity)
+            with as_gram_error(self.out):
+                write_json(self.out / FACTS, self.identity)
 
         self.group.first(begin)
 
@@ -122,13 +141,14 @@ class MetaRun:
     def save_state(self, state: Mapping[str, Any]) -> None:
         """Write state.pt, atomically."""
         if self.group.is_first:
-            with atomic_write(self.out / STATE) as file:
+            with as_gram_error(self.out / STATE), atomic_write(self.out / STATE) as file:
                 torch.save(state, file)
 
     def save_checkpoint(self, name: str, checkpoint: MetaCheckpoint) -> None:
         """Write a meta-checkpoint, atomically."""
         if self.group.is_first:
-            save_meta_checkpoint(self.out / name, checkpoint)
+            with as_gram_error(self.out / name):
+                save_meta_checkpoint(self.out / name, checkpoint)
 
     @contextmanager
     def log(self, first: int, steps: int, batch: int, progress: bool) -> Iterator[MetaLog]:
@@ -137,7 +157,8 @@ class MetaRun:
         if self.group.is_first:
             from torch.utils.tensorboard import SummaryWriter
 
-            scalars = SummaryWriter(str(self.out / "tensorboard"), purge_step=first or None)
+            with as_gram_error(self.out / "tensorboard"):
+                scalars = SummaryWriter(str(self.out / "tensorboard"), purge_step=first or None)
         try:
             with (
                 self._open_log(first) as lines,
@@ -148,7 +169,8 @@ class MetaRun:
                 yield MetaLog(lines, scalars, bar, batch)
         finally:
             if scalars is not None:
-                scalars.close()
+                with as_gram_error(self.out / "tensorboard"):
+                    scalars.close()
 
     def _open_log(self, first: int) -> IO[str]:
         """Open log.jsonl without the lines after step `first`, which will be written again."""
@@ -157,14 +179,14 @@ class MetaRun:
         path = self.out / LOG
         kept = []
         if first and path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= first]
-        with atomic_write(path, "w") as file:
+            kept = [line for line in read_text(path).splitlines() if _step_of(line) <= first]
+        with as_gram_error(path), atomic_write(path, "w") as file:
             file.writelines(line + "\n" for line in kept)
         return open(path, "a", encoding="utf-8")
 
     def _read_state(self) -> dict[str, Any] | None:
         self._remove_unfinished()
-        before, now = read_json(self.out / FACTS), dict(self.identity)
+        before, now = read_json(self.out / FACTS, _Facts), dict(self.identity)
         if "config" in before:  # if the run is older than a key, the key counts as having had its default
             before["config"] = json.loads(json.dumps(as_dict(stored_config(before["config"]))))
         for facts in (before, now):
@@ -175,7 +197,9 @@ class MetaRun:
                 raise GramError(f"{self.out}: expected the same {_first_difference(key, before.get(key), now[key])}")
         if not (self.out / STATE).exists():
             return None  # the run was interrupted before its first state
-        return torch.load(self.out / STATE, map_location="cpu", weights_only=True)
+        state = check_type(read_checkpoint(self.out / STATE), _State, str(self.out / STATE))
+        check_finite(self.out / STATE, state["theta"] | state["regulator"])
+        return state
 
     def _remove_unfinished(self) -> None:
         """Remove the partly written files of a killed process."""
@@ -199,15 +223,18 @@ class MetaLog:
         """Log the scores of the held-out tasks."""
         for key, value in scores.items():
             self._scalar(f"held_out/{key}", value, step)
-        self.lines.write(json.dumps({"step": step, **scores}) + "\n")
-        self.lines.flush()
+        finite = {key: value if math.isfinite(value) else None for key, value in scores.items()}
+        with as_gram_error(self.lines.name):
+            self.lines.write(to_json({"step": step, **finite}, LOG) + "\n")
+            self.lines.flush()
         self.bar.set_postfix(
             refresh=False, loss=f"{scores['loss_after']:.3f}", acc=f"{100 * scores['accuracy_after']:.1f}%"
         )
 
     def _scalar(self, tag: str, value: float, step: int) -> None:
         if self.scalars is not None:
-            self.scalars.add_scalar(tag, value, step)
+            with as_gram_error(self.scalars.log_dir):
+                self.scalars.add_scalar(tag, value, step)
 
 
 def _step_of(line: str) -> float:

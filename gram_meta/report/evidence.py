@@ -18,11 +18,13 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from gram_meta.config import flatten
 from gram_meta.errors import GramError
-from gram_meta.files import atomic_write, read_json, sha256_file
+from gram_meta.files import atomic_write, check_type, parse_json, read_json, read_text, sha256_file, to_json
 from gram_meta.report.logs import find_logs, result_of_log
 from gram_meta.runs import layout
 from gram_meta.runs.layout import RESULTS
+from gram_meta.runs.schemas import MetaRunFile, check_results
 
 COLLECTION = "gram-report-collection"
 FORMAT = 1
@@ -155,15 +157,8 @@ def gather(sources: Iterable[str | Path]) -> Evidence:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """Return one results.json. Raises `GramError` if it lacks a key that a report needs."""
-    result = read_json(path)
-    needed = ("trainer", "dataset", "subsample", "shots", "seed", "backbone", "split", "metrics")
-    if not isinstance(result, dict) or result.get("format") != 1:
-        found = result.get("format", "none") if isinstance(result, dict) else type(result).__name__
-        raise GramError(f"{path}: expected a result of format 1, found format {found}")
-    lacking = [key for key in needed if key not in result]
-    if lacking:
-        raise GramError(f"{path}: expected the keys of a result, found no {', '.join(lacking)}")
+    """Return one results.json."""
+    result = check_results(read_json(path), str(path))
     # Another trainer of the family may have evaluated the prompts.
     result["trainer"] = result.get("learned_by") or result["trainer"]
     return result
@@ -171,7 +166,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 def dataset_of(result: Mapping[str, Any]) -> str:
     """Return the dataset's name; folders of own images, which share one, have the folder's name added."""
-    folder = ((result.get("config") or {}).get("DATASET") or {}).get("FOLDER")
+    folder = flatten(result.get("config", {})).get("DATASET.FOLDER")
     return f"{result['dataset']} {folder}" if folder else result["dataset"]
 
 
@@ -203,14 +198,11 @@ def _add_metas_of_results(evidence: Evidence) -> None:
 def _read_meta(folder: Path) -> MetaTraining | None:
     """Read a folder of `gram pretrain`; return None if its log.jsonl is something else."""
     facts_file = folder / layout.RUN
-    facts = read_json(facts_file) if facts_file.is_file() else {}
-    log = []
-    for number, line in enumerate((folder / layout.META_LOG).read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            log.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise GramError(f"{folder / layout.META_LOG}, line {number}: expected JSON, found {error}") from None
-    if not log or not all(isinstance(row, dict) and "alignment" in row and "step" in row for row in log):
+    facts = read_json(facts_file, MetaRunFile) if facts_file.is_file() else {}
+    path = folder / layout.META_LOG
+    lines = enumerate(read_text(path).splitlines(), 1)
+    log = [parse_json(line, f"{path}, line {number}", dict[str, float | None]) for number, line in lines]
+    if not log or not all("alignment" in row and "step" in row for row in log):
         return None
     checkpoint = folder / layout.META
     sha256 = sha256_file(checkpoint) if checkpoint.is_file() else ""
@@ -267,13 +259,16 @@ def _add_collection(evidence: Evidence, path: Path) -> None:
         for packed in found["runs"]:
             beside = packed.pop("beside", False)
             where, result = _unpack(packed, found["shared"])
+            check_results(result, f"{path}: {where}")
             before = (evidence.results | evidence.beside).get(where, result)
             if before != result:
                 raise GramError(f"{path}: expected other runs than in the collections before it, found another {where}")
             (evidence.beside if beside else evidence.results)[where] = result
         for meta in found["metas"]:
-            evidence.metas.append(MetaTraining(meta["path"], meta["sha256"], meta["facts"], tuple(_rows(meta["log"]))))
-    except (KeyError, TypeError, AttributeError) as error:
+            log = check_type(tuple(_rows(meta["log"])), tuple[dict[str, float], ...], f"{path}: {meta['path']}")
+            check_type(meta["facts"], MetaRunFile, f"{path}: {meta['path']}")
+            evidence.metas.append(MetaTraining(str(meta["path"]), str(meta["sha256"]), meta["facts"], log))
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise GramError(f"{path}: expected a whole collection, found a broken one ({error!r})") from None
 
 
@@ -376,4 +371,4 @@ def _rows(columns: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
 
 
 def _compact(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    return to_json(value, "collection", separators=(",", ":"))

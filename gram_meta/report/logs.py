@@ -12,6 +12,7 @@ from typing import Any
 
 from gram_meta.runs.coop_log import Log, is_rounded, read_log
 from gram_meta.runs.layout import LOG, RESULTS
+from gram_meta.runs.schemas import check_results
 
 
 def find_logs(folder: Path) -> tuple[dict[Path, dict[str, Any]], list[Path]]:
@@ -58,13 +59,13 @@ def _result(logs: list[Log]) -> dict[str, Any] | None:
     log = ended[-1]
     final, options = log.final, log.options
     assert final is not None  # by the choice above
-    return {
+    result: dict[str, Any] = {
         "format": 1,
         "trainer": str(options["TRAINER.NAME"]),
         "dataset": str(options["DATASET.NAME"]),
         "subsample": str(options.get("DATASET.SUBSAMPLE_CLASSES") or "all"),
-        "shots": int(options.get("DATASET.NUM_SHOTS") or -1),
-        "seed": int(options.get("SEED") or 0),
+        "shots": options.get("DATASET.NUM_SHOTS") or -1,
+        "seed": options.get("SEED") or 0,
         "backbone": str(options.get("MODEL.BACKBONE.NAME") or ""),
         "split": final.split,
         "eval_only": log.eval_only,
@@ -77,3 +78,4 @@ def _result(logs: list[Log]) -> dict[str, Any] | None:
         "config": log.config,
         "log": {"file": log.path.name, "rounded": is_rounded(final.metrics)},
     }
+    return check_results(result, str(log.path))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from gram_meta.files import to_json
 from gram_meta.intervals import Estimate
 from gram_meta.report.tables import AVERAGE, Missing, Report, Row
 
@@ -16,7 +16,7 @@ from gram_meta.report.tables import AVERAGE, Missing, Report, Row
 def render(report: Report, form: str = "table", digits: int = 1) -> str:
     """Return the report as "table", "markdown", "latex", "csv" or "json"; the last two are unrounded."""
     if form == "json":
-        return json.dumps(asdict(report), indent=2, ensure_ascii=False)
+        return to_json(asdict(report), "--format json", indent=2)
     if form == "csv":
         return _csv(report)
     grid = grid_of(report, digits)
@@ -38,7 +38,7 @@ def render_all(reports: Sequence[Report], form: str = "table", digits: int = 1) 
 def render_curve(headers: Sequence[str], rows: Sequence[Sequence[Any]], form: str = "table", digits: int = 1) -> str:
     """Return a curve in one of the formats of `render`."""
     if form == "json":
-        return json.dumps([dict(zip(headers, row, strict=True)) for row in rows], indent=2, ensure_ascii=False)
+        return to_json([dict(zip(headers, row, strict=True)) for row in rows], "--format json", indent=2)
     if form == "csv":
         return write_csv([headers, *rows])
     shown = [[f"{cell:.{digits}f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]

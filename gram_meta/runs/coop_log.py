@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from gram_meta.config import flatten
+from gram_meta.files import as_gram_error
 
 # Dassl prints the first; older trainers print the second, and the parsers of some checkouts expect it
 _END = ("Finish training", "Finished training")
 _SPLIT = re.compile(r"Evaluate on the \*(\w+)\* set|Do evaluation on (\w+) set")  # the second: older Dassl
-_METRIC = re.compile(r"\* (total|correct|accuracy|error|macro_f1|average): ([\d.,eE+-]+)%?")
+_METRIC = re.compile(r"\* (total|correct|accuracy|error|macro_f1|average): (\d[\d,]*(?:\.\d+)?(?:[eE][+-]?\d+)?)%?")
 _EPOCH = re.compile(r"epoch \[(\d+)/\d+\]|\(epoch = (\d+)\)")
 _ENTRY = re.compile(r"( *)([\w.]+):(?: (.*))?")
 _NAMES = {"error": "error_rate", "average": "perclass_accuracy"}
@@ -62,7 +63,7 @@ class Log:
 
 def read_log(path: Path) -> Log | None:
     """Read a log; return None if the file is no log of a CoOp-style run, or was cut before its config."""
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with as_gram_error(path, "cannot be read"), open(path, encoding="utf-8", errors="replace") as file:
         lines = [line.rstrip("\r\n") for line in file]
     log = Log(path)
     rest = iter(lines)

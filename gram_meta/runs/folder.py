@@ -19,8 +19,9 @@ from typing import IO, Any
 from gram_meta import hooks
 from gram_meta.config import as_dict, flatten
 from gram_meta.errors import GramError
-from gram_meta.files import read_json, sha256_file, write_json
+from gram_meta.files import as_gram_error, check_type, read_json, sha256_file, write_json
 from gram_meta.runs import layout
+from gram_meta.runs.schemas import RunFile
 
 # Options that may differ in one run
 INCIDENTAL = {
@@ -91,7 +92,7 @@ def begin(cfg: Any, mode: RunMode, foreign: Path | None = None, again: bool = Fa
 
 def stored_accuracy(cfg: Any) -> float:
     """Return the accuracy of the finished run in the output folder."""
-    return float(read_json(Path(cfg.OUTPUT_DIR, layout.RESULTS))["metrics"]["accuracy"])
+    return float(layout.read_results(Path(cfg.OUTPUT_DIR))["metrics"]["accuracy"])
 
 
 def foreign_run(folder: Path, opened: bool = True) -> Path | None:
@@ -168,7 +169,7 @@ class OutputFolder:
 
     def results(self) -> dict[str, Any]:
         """Return the contents of results.json, {} without it."""
-        return read_json(self.results_path) if self.results_path.is_file() else {}
+        return layout.read_results(self.path)
 
     @contextmanager
     def log(self) -> Iterator[Tee]:
@@ -191,20 +192,11 @@ class OutputFolder:
             yield
 
 
-@contextmanager
-def as_gram_error(path: Path) -> Iterator[None]:
-    """Raise a `GramError` for a folder that cannot be written, or a full disk."""
-    try:
-        yield
-    except OSError as error:
-        raise GramError(f"{path}: cannot be written ({error.strerror or error})") from error
-
-
 def _stored(folder: Path) -> dict[str, Any]:
     stored = read_json(folder / layout.RUN)
-    if not isinstance(stored, dict) or not isinstance(stored.get("run"), dict):
+    if not isinstance(stored, dict) or "run" not in stored:
         raise GramError(f"{folder / layout.RUN}: expected the facts of a run, found something else")
-    return stored
+    return check_type(stored, RunFile, str(folder / layout.RUN))
 
 
 def _refuse_other_run(path: Path, stored: dict[str, Any], here: dict[str, Any]) -> None:
@@ -314,7 +306,7 @@ def _reaches(log: Path) -> bool:
 
 def _is_of_run(log: Path, opened: bool = True) -> bool:
     """Return whether a log has more than the arguments and options that a failed start leaves behind."""
-    with open(log, encoding="utf-8", errors="replace") as file:
+    with as_gram_error(log, "cannot be read"), open(log, encoding="utf-8", errors="replace") as file:
         lines = [line.rstrip("\n") for line in file]
     steps = ("epoch [", "=> result", "Evaluate on the *", "Finish training")
     return any(line.startswith(steps) for line in lines) or not (opened or "** Arguments **" in lines)

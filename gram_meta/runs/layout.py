@@ -19,8 +19,9 @@ from typing import Any
 
 from gram_meta.config import flatten
 from gram_meta.errors import GramError
-from gram_meta.files import read_json
+from gram_meta.files import read_json, read_text
 from gram_meta.runs.coop_log import Log, read_log
+from gram_meta.runs.schemas import RunFile, check_results
 
 RESULTS = "results.json"
 RUN = "run.json"
@@ -36,15 +37,13 @@ LOOKED_AT = 5000  # folders to search for runs, at most
 
 def read_results(run: Path) -> dict[str, Any]:
     """Return the contents of results.json; {} where there is none."""
-    found = read_json(run / RESULTS) if (run / RESULTS).is_file() else {}
-    return found if isinstance(found, dict) else {}
+    path = run / RESULTS
+    return check_results(read_json(path), str(path), whole=False) if path.is_file() else {}
 
 
 def read_run(run: Path) -> dict[str, Any]:
     """Return what run.json says of the run: its options and flags; {} where there is none."""
-    stored = read_json(run / RUN) if (run / RUN).is_file() else {}
-    facts = stored.get("run") if isinstance(stored, dict) else None
-    return facts if isinstance(facts, dict) else {}
+    return read_json(run / RUN, RunFile).get("run", {}) if (run / RUN).is_file() else {}
 
 
 def read_log_of(run: Path) -> Log | None:
@@ -128,7 +127,7 @@ def learner_in(run: Path) -> str:
 def last_checkpoint(run: str | Path) -> Path | None:
     """Return the checkpoint that was written last, as the file `checkpoint` says; None where there is none."""
     pointer = Path(run, LEARNER, "checkpoint")
-    return pointer.with_name(pointer.read_text(encoding="utf-8").strip()) if pointer.is_file() else None
+    return pointer.with_name(read_text(pointer).strip()) if pointer.is_file() else None
 
 
 def epochs_in(folder: Path) -> list[int]:

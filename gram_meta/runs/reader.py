@@ -95,13 +95,15 @@ def _read_checkpoint(path: Path, run: Path | None) -> Saved:
     """Read a checkpoint, and what the folder of its run adds (None: a file that lies in no run's folder)."""
     from torch import Tensor
 
-    from gram_meta.engine.checkpoints import read_checkpoint
+    from gram_meta.engine.checkpoints import check_finite
+    from gram_meta.runs.saved import read_facts
 
-    state = read_checkpoint(path)
+    state = read_facts(path)
     tensors = {str(name).removeprefix("module."): value for name, value in state.get("state_dict", state).items()}
     learned = {
         name: value for name, value in tensors.items() if isinstance(value, Tensor) and name not in CLASS_TENSORS
     }
+    check_finite(path, learned)
     options = (layout.options_of(run) if run else {}) | state.get("reads", {})
     saved = Saved(path, state.get("trainer") or "", options, learned)
     epoch, backbone = state.get("epoch"), state.get("backbone") or {}

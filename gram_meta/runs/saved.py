@@ -9,18 +9,26 @@ from typing import Any
 from torch import Tensor, nn
 
 from gram_meta.engine.builtin.utils import save_checkpoint
-from gram_meta.engine.checkpoints import read_checkpoint
+from gram_meta.engine.checkpoints import check_finite, read_checkpoint
 from gram_meta.errors import GramError
+from gram_meta.files import as_gram_error, check_type
 from gram_meta.method.checkpoint import check_fit
-from gram_meta.runs.layout import LEARNER, LISTED, list_runs
+from gram_meta.runs.layout import LEARNER, LISTED, list_runs, read_results
+from gram_meta.runs.schemas import CheckpointFacts
 
 
 def read(path: Path) -> dict[str, Any]:
     """Read a run's checkpoint; see `read_checkpoint`."""
-    state = read_checkpoint(path)
+    state = read_facts(path)
     if "state_dict" not in state:
         raise GramError(f"{path}: expected state_dict in it, found {', '.join(map(str, state)) or 'nothing'}")
     return state
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """Read a checkpoint with `read_checkpoint`; check the types of what this project's trainers add to it."""
+    state = read_checkpoint(path)
+    return check_type(state, CheckpointFacts, str(path)) if "reads" in state else state
 
 
 def read_start(name: str) -> dict[str, Any]:
@@ -36,7 +44,7 @@ def read_start(name: str) -> dict[str, Any]:
         there = f"there are {', '.join(files)}" if files else list_runs(path)
         expected = f"a checkpoint, such as {LEARNER}/model.pth.tar-50, found {what}"
         raise GramError(f"{name}: MODEL.INIT_WEIGHTS expects {expected}" + (f"; {there}" if there else ""))
-    state = read_checkpoint(path)
+    state = read_facts(path)
     return state if "state_dict" in state else {"state_dict": state}
 
 
@@ -46,25 +54,9 @@ def write(state: dict[str, Any], folder: str, is_best: bool, model_name: str) ->
     Raises:
         GramError: the folder cannot be written, or the disk is full. Older files stay.
     """
-    try:
+    what = f"the checkpoint of epoch {state['epoch']} cannot be written"
+    with as_gram_error(folder, what, "; older files stay, and the same command goes on from them"):
         save_checkpoint(state, folder, is_best=is_best, model_name=model_name)
-    except (OSError, RuntimeError) as error:
-        cause = _system_error(error)
-        if cause is None:
-            raise
-        raise GramError(
-            f"{folder}: the checkpoint of epoch {state['epoch']} cannot be written ({cause.strerror or cause}); older "
-            "files stay, and the same command goes on from them"
-        ) from error
-
-
-def _system_error(error: BaseException | None) -> OSError | None:
-    """Return the `OSError` behind an error: torch's writer raises another class for a failed write."""
-    while error is not None:
-        if isinstance(error, OSError):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def fit(learner: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -77,6 +69,7 @@ def fit(learner: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> dict[s
     given = {key: value for key, value in named.items() if key not in ("token_prefix", "token_suffix")}
     own, found = ({key: value.shape for key, value in state.items()} for state in (learner.state_dict(), given))
     check_fit(path, own, found)
+    check_finite(path, given)
     return given
 
 
@@ -85,10 +78,14 @@ def load(learner: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     learner.load_state_dict(fit(learner, tensors, path))
 
 
+def classnames_beside(path: Path) -> list[str] | None:
+    """Return the class names in the results.json of a checkpoint's run; None where there are none."""
+    return read_results(path.parent.parent).get("classnames")
+
+
 def difference(there: list[str], here: list[str]) -> str:
-    """Return a sentence on the difference of two lists of class names."""
-    what = "was learned on other classes of this dataset than are here now"
+    """Return in what two lists of class names differ."""
     if len(there) != len(here):
-        return f"{what}: {len(there)} there, {len(here)} here"
+        return f"{len(there)} there, {len(here)} here"
     index = next(i for i, (old, new) in enumerate(zip(there, here, strict=True)) if old != new)
-    return f"{what}: class {index} is {there[index]!r} there and {here[index]!r} here"
+    return f"class {index} is {there[index]!r} there and {here[index]!r} here"

@@ -23,6 +23,8 @@ from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
 from gram_meta.method.prompts import context_from_words
 from gram_meta.method.regulator import GradientRegulator, RegulatorConfig
 from gram_meta.runs.folder import open_folder
+from gram_meta.tools.interpret import interpret
+from gram_meta.tools.predict import Predictor
 
 CONFIG = "gram_small_c4_ep10_batch32_ctxv1"
 COLOURS = {
@@ -639,3 +641,79 @@ def test_a_missing_config_file_names_the_nearest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(GramError, match="did you mean 'datasets/emoji_food'"):
         launch.find_config("emoji_fod.yaml", "datasets")
+
+
+# ------------------------------------------------------------------------------------------ a context for each class
+
+CSC = ("TRAINER.COOP.CSC", True, "TRAINER.COOP.CTX_INIT", "''", "TRAINER.COOP.N_CTX", 2)
+
+
+def evaluate(world, out, model, *opts):
+    return launch.train(["--eval-only", "--model-dir", str(model), *flags(world, out, "CoOp", *CSC, *opts)], quiet=True)
+
+
+def test_contexts_of_each_class_know_no_other_classes(world, tmp_path, capsys):
+    """CoOp#69. The names are in the checkpoint, or in results.json beside it; without them the number is compared."""
+    trained = train(world, tmp_path / "csc", "CoOp", *CSC)
+    names = trained["classnames"]
+    assert evaluate(world, tmp_path / "same", tmp_path / "csc")["metrics"] == trained["metrics"]
+    words = r"a context for each class of training \(CSC\), which knows no other classes: class 0 is '.+' there and '.+' here"
+    path = tmp_path / "csc" / "prompt_learner" / "model.pth.tar-3"
+    state = torch.load(path, weights_only=True)
+
+    def saved_as(**changes):
+        torch.save({key: value for key, value in {**state, **changes}.items() if value is not None}, path)
+
+    saved_as(dataset="another", classnames=names[::-1])  # as if learned on another dataset
+    with pytest.raises(GramError, match=words):
+        evaluate(world, tmp_path / "other", tmp_path / "csc")
+    assert not (tmp_path / "other").exists()
+    coop = {key: None for key in ("classnames", "dataset", "folder", "subsample", "reads", "backbone", "trainer")}
+    saved_as(**coop)
+    results = tmp_path / "csc" / "results.json"
+    facts = json.loads(results.read_text())
+    results.write_text(json.dumps({**facts, "classnames": names[::-1]}))
+    with pytest.raises(GramError, match=words):
+        evaluate(world, tmp_path / "other", tmp_path / "csc")
+    results.unlink()
+    capsys.readouterr()
+    assert evaluate(world, tmp_path / "coops", tmp_path / "csc")["metrics"] == trained["metrics"]
+    log = (tmp_path / "coops" / "log.txt").read_text()
+    assert f"Note: {path} does not name the classes of its contexts (CSC)" in log
+
+
+def test_csc_beside_words_is_a_note(world, tmp_path):
+    train(world, tmp_path / "note", "CoOp", "TRAINER.COOP.CSC", True)
+    assert context(tmp_path / "note", 3).dim() == 2
+    assert "Note: TRAINER.COOP.CSC has no effect beside CTX_INIT" in (tmp_path / "note" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(("key", "value"), [("classnames", 3), ("backbone", "ViT"), ("reads", [1]), ("epoch", "x")])
+def test_a_checkpoint_with_facts_of_other_types_is_one_sentence(world, tmp_path, key, value):
+    train(world, tmp_path / "run", "CoOp")
+    path = tmp_path / "run" / "prompt_learner" / "model.pth.tar-3"
+    torch.save({**torch.load(path, weights_only=True), key: value}, path)
+    for use in (lambda: Predictor.load(tmp_path / "run"), lambda: build_and_load(world, tmp_path)):
+        with pytest.raises(GramError, match=f"{path}: {key}: expected "):
+            use()
+
+
+def build_and_load(world, tmp_path):
+    build(world, "CoOp").load_model(str(tmp_path / "run"))
+
+
+def test_prompts_with_nan_are_refused(world, tmp_path):
+    train(world, tmp_path / "run", "CoOp")
+    path = tmp_path / "run" / "prompt_learner" / "model.pth.tar-3"
+    state = torch.load(path, weights_only=True)
+    state["state_dict"]["ctx"][0, 0] = torch.nan
+    torch.save(state, path)
+    uses = [
+        lambda: build_and_load(world, tmp_path),
+        lambda: Predictor.load(tmp_path / "run"),
+        lambda: interpret(tmp_path / "run"),
+        lambda: build(world, "CoOp", "MODEL.INIT_WEIGHTS", path),
+    ]
+    for use in uses:
+        with pytest.raises(GramError, match=f"{path}: expected finite numbers in ctx, found 1 of 256 that are not"):
+            use()

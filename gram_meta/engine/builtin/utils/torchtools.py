@@ -40,7 +40,8 @@ def save_checkpoint(
         file.write(f"{name}\n")
     if is_best:
         best = os.path.join(save_dir, "model-best.pth.tar")
-        shutil.copy(path, best)
+        with atomic_write(best) as file, open(path, "rb") as source:
+            shutil.copyfileobj(source, file)
         print(f'Best checkpoint saved to "{best}"')
 
 

@@ -1,0 +1,56 @@
+"""The folder of a meta-training: damaged and unwritable files."""
+
+import errno
+
+import pytest
+import torch
+
+from gram_meta import files
+from gram_meta.config import load_meta_config
+from gram_meta.errors import GramError
+from gram_meta.method.meta_run import MetaRun
+
+
+def test_a_damaged_state_is_one_sentence(tmp_path):
+    """A truncated state.pt, one with other contents, and one with NaN; the file stays as it is."""
+    run = MetaRun(tmp_path, load_meta_config(), {"version": "0"})
+    run.begin()
+    state = {
+        "step": 3,
+        "theta": {"text": torch.zeros(2, 3)},
+        "regulator": {},
+        "optimiser": {},
+        "norms": torch.zeros(0, 1),
+    }
+    run.save_state({**state, "best": {}})
+    assert run.resume()["step"] == 3
+    whole, path = (tmp_path / "state.pt").read_bytes(), tmp_path / "state.pt"
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(GramError, match=f"^{path}: expected a checkpoint of tensors and plain values, found"):
+        run.resume()
+    assert path.read_bytes() == whole[: len(whole) // 2]
+    run.save_state(state)
+    with pytest.raises(GramError, match=f"^{path}: expected more keys, found no best"):
+        run.resume()
+    run.save_state({**state, "best": {}, "theta": {"text": torch.full((2, 3), torch.nan)}})
+    with pytest.raises(GramError, match=f"^{path}: expected finite numbers in text, found 6 of 6 that are not"):
+        run.resume()
+
+
+def test_a_full_disk_is_one_sentence_and_the_last_state_stays(tmp_path, monkeypatch):
+    run = MetaRun(tmp_path, load_meta_config(), {"version": "0"})
+    run.begin()
+    run.save_state({"step": 1})
+    before = (tmp_path / "state.pt").read_bytes()
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    for write in (
+        lambda: run.save_state({"step": 2}),
+        lambda: MetaRun(tmp_path / "new", load_meta_config(), {}).begin(),
+    ):
+        with pytest.raises(GramError, match=r"cannot be written \(No space left on device\)$"):
+            write()
+    assert (tmp_path / "state.pt").read_bytes() == before and not list(tmp_path.glob(".*.part"))
