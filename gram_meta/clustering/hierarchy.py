@@ -57,11 +57,17 @@ class Topic:
     domains: list[int]  # number of images in each domain
 
 
+class _Fingerprints(TypedDict):
+    store: str
+    clip: str
+    sentence_model: str
+
+
 class _Content(TypedDict):
     """What is read from topics.json; hierarchies of earlier versions have these keys too."""
 
     store: str
-    fingerprints: dict[str, str]
+    fingerprints: _Fingerprints
     config: dict[str, Any]
     pairs: dict[str, int]
     topics_found: int

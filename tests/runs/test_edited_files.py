@@ -14,7 +14,6 @@ from gram_meta import report
 from gram_meta.bench.matrix import BenchSettings, meta_state
 from gram_meta.bench.runner import Manifest
 from gram_meta.clustering.hierarchy import Hierarchy
-from gram_meta.commands.inspect import as_text
 from gram_meta.config import load_meta_config
 from gram_meta.coop import launch
 from gram_meta.corpus.store import PairStore
@@ -134,7 +133,6 @@ def test_store_and_hierarchy(tmp_path):
     def open_hierarchy():
         hierarchy = Hierarchy.open(folder / "hierarchy")
         hierarchy.open_store(folder / "store")
-        return as_text(hierarchy, 3, None)
 
     assert check(folder / "hierarchy" / "topics.json", [open_hierarchy])[0] > 100
 
