@@ -40,9 +40,7 @@ class CoOp(PromptTrainer):
         options = self.options
         if not options.CSC or options.CTX_INIT:
             if options.CSC:
-                print(
-                    "Note: TRAINER.COOP.CSC has no effect beside CTX_INIT, as in CoOp; CTX_INIT '' gives each class its own"
-                )
+                print("Note: TRAINER.COOP.CSC has no effect beside CTX_INIT, as in CoOp; it needs CTX_INIT ''")
             return {"text": self.initial_context(options.N_CTX)}  # (M, d)
         n, width = len(self.classnames), self.backbone.text_width
         print(f"Initial context: {options.N_CTX} random tokens per class")
