@@ -179,7 +179,7 @@ def pretrain(
         Stopped: after SIGTERM; the state is saved.
     """
     from gram_meta.method.checkpoint import load_meta_checkpoint
-    from gram_meta.method.meta_trainer import open_trainer
+    from gram_meta.method.together import open_trainer
 
     settings = load_meta_config(_files(config), _pairs(opts))
     if settings.SEEDS:

@@ -43,9 +43,8 @@ def run(args: argparse.Namespace) -> int:
 
     from gram_meta.config import load_meta_config
     from gram_meta.method.meta_run import Stopped
-    from gram_meta.method.meta_trainer import open_trainer
     from gram_meta.method.profiling import profile_steps
-    from gram_meta.method.together import open_trainers
+    from gram_meta.method.together import open_trainer, open_trainers
     from gram_meta.processes import device_for, process_group
 
     config = load_meta_config(args.config, args.opts)

@@ -26,7 +26,6 @@ from gram_meta.backbone.clip import Backbone, load_backbone
 from gram_meta.clustering.hierarchy import Hierarchy
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
-from gram_meta.files import PathLike
 from gram_meta.locks import only_writer
 from gram_meta.method.bilevel import InnerLoop
 from gram_meta.method.episodes import Episode, Episodes, TimedIterator
@@ -40,41 +39,6 @@ from gram_meta.method.tasks import StepTasks, TaskConfig, TaskSampler, images_of
 from gram_meta.processes import ALONE, ProcessGroup
 
 logger = logging.getLogger("gram")
-
-
-def open_trainer(
-    store: PathLike,
-    hierarchy: PathLike,
-    out: PathLike,
-    config: CfgNode,
-    device: str | torch.device = "cpu",
-    progress: bool = True,
-    group: ProcessGroup = ALONE,
-) -> MetaTrainer:
-    """Open a store and a hierarchy, and return a trainer for them.
-
-    Args:
-        store, hierarchy: folders written by `gram embed` and `gram cluster`.
-        out: the run folder (`meta_run`).
-        group: the processes that share the tasks of each step.
-
-    Raises:
-        GramError: inputs that do not belong together, or too few topics.
-    """
-
-    def make() -> MetaTrainer:
-        opened = open_inputs(store, hierarchy, config.BACKBONE.NAME)
-        return MetaTrainer(*opened, Path(out), config, device, progress and group.is_first, group)
-
-    return group.make_on_all_ranks(make)
-
-
-def open_inputs(store: PathLike, hierarchy: PathLike, backbone: str) -> tuple[PairStore, Hierarchy]:
-    """Open a store and a hierarchy of it; raise a `GramError` if it shows already that a backbone does not fit them."""
-    opened = PairStore.open(store), Hierarchy.open(hierarchy)
-    opened[0].check_backbone_name(backbone)
-    opened[1].check_store(opened[0])
-    return opened
 
 
 class MetaTrainer:

@@ -157,7 +157,7 @@ def profile_steps(trainer: MetaTrainer, steps: int) -> Path:
     """Time some steps, after two that are not counted; print a table and write profile.json.
 
     Args:
-        trainer: from `meta_trainer.open_trainer`; no other file is written.
+        trainer: from `together.open_trainer`; no other file is written.
         steps: number of steps to time.
 
     Returns:

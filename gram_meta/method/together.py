@@ -1,4 +1,4 @@
-"""Meta-trainings of several seeds side by side (SEEDS): their tasks go through the towers as one batch.
+"""Meta-trainings of one seed, or of several (SEEDS), whose tasks go through the towers as one batch.
 
 Each seed is a meta-training of its own, in a folder of its own, and equals the run with that SEED to rounding: it has
 its own tasks, held-out topics, theta, phi, optimiser, log and checkpoints. Only the passes through the frozen towers
@@ -25,12 +25,47 @@ from gram_meta.locks import only_writer
 from gram_meta.method.bilevel import Prompts, Regulate, adapted_losses, for_each_task
 from gram_meta.method.memory_plan import MemoryConfig, plan
 from gram_meta.method.meta_run import BEST, Stopped
-from gram_meta.method.meta_trainer import MetaTrainer, open_inputs
+from gram_meta.method.meta_trainer import MetaTrainer
 from gram_meta.method.outer import BatchResult
 from gram_meta.method.tasks import StepTasks
 from gram_meta.processes import ALONE, ProcessGroup
 
 logger = logging.getLogger("gram")
+
+
+def open_trainer(
+    store: PathLike,
+    hierarchy: PathLike,
+    out: PathLike,
+    config: CfgNode,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+    group: ProcessGroup = ALONE,
+) -> MetaTrainer:
+    """Open a store and a hierarchy, and return a trainer for them.
+
+    Args:
+        store, hierarchy: folders written by `gram embed` and `gram cluster`.
+        out: the run folder (`meta_run`).
+        group: the processes that share the tasks of each step.
+
+    Raises:
+        GramError: inputs that do not belong together, or too few topics.
+    """
+
+    def make() -> MetaTrainer:
+        opened = open_inputs(store, hierarchy, config.BACKBONE.NAME)
+        return MetaTrainer(*opened, Path(out), config, device, progress and group.is_first, group)
+
+    return group.make_on_all_ranks(make)
+
+
+def open_inputs(store: PathLike, hierarchy: PathLike, backbone: str) -> tuple[PairStore, Hierarchy]:
+    """Open a store and a hierarchy of it; raise a `GramError` if it shows already that a backbone does not fit them."""
+    opened = PairStore.open(store), Hierarchy.open(hierarchy)
+    opened[0].check_backbone_name(backbone)
+    opened[1].check_store(opened[0])
+    return opened
 
 
 def open_trainers(
@@ -44,7 +79,7 @@ def open_trainers(
 ) -> SeedsTrainer:
     """Open a store and a hierarchy, and return what trains one run for each of SEEDS, in OUT/seed1, OUT/seed2, ...
 
-    The arguments are those of `meta_trainer.open_trainer`.
+    The arguments are those of `open_trainer`.
     """
 
     def make() -> SeedsTrainer:

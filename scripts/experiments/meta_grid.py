@@ -63,7 +63,7 @@ def run_variant(args: argparse.Namespace, name: str, settings: dict[str, object]
     from gram_meta.config import load_meta_config
     from gram_meta.method.checkpoint import load_meta_checkpoint
     from gram_meta.method.meta_run import BEST
-    from gram_meta.method.meta_trainer import open_trainer
+    from gram_meta.method.together import open_trainer
 
     folder = args.out / name
     opts = [str(item) for pair in settings.items() for item in pair]
