@@ -5,7 +5,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 usage() {
     cat <<'HELP'
-Usage: bash scripts/demo.sh [--python PATH] [ARGUMENTS OF gram demo...]
+Usage: bash scripts/demo.sh [--python PATH] [--no-install] [ARGUMENTS OF gram demo...]
 
 Makes .venv in the repository, installs gram-meta[demo] into it and runs `gram demo`: image-text pairs, clustering,
 meta-training, few-shot training beside the baselines, and a table. A second run starts at once, and a run that was

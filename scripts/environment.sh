@@ -1,6 +1,6 @@
 # Sourced by the scripts beside it: finds or makes the virtual environment and installs the project into it, once.
 #
-#   environment_options "$@"     reads --python and --help; what is left is in the array REST
+#   environment_options "$@"     reads --python, --no-install and --help; what is left is in the array REST
 #   prepare_environment EXTRA    leaves the interpreter in PYTHON and the folder of its commands in BIN
 #
 # Needs bash 3.2 or later and a Python of 3.10 to 3.13. Uses uv if it is on PATH, else pip.
@@ -8,6 +8,7 @@
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 SCRIPT="$(basename "$0")"
 WANTED="${GRAM_ENV:-}"
+INSTALL=yes
 REST=()
 
 fail() {
@@ -28,6 +29,7 @@ environment_options() {
                 WANTED="$2"
                 shift 2 ;;
             --python=*) WANTED="${1#--python=}"; shift ;;
+            --no-install) INSTALL=no; shift ;;
             *) REST+=("$1"); shift ;;
         esac
     done
@@ -36,8 +38,9 @@ environment_options() {
 environment_help() {
     cat <<'HELP'
   --python PATH   use this interpreter, or this environment's folder, instead of making .venv in the repository
-                  (GRAM_ENV=PATH does the same; GRAM_ENV="$VIRTUAL_ENV" takes the active one). What the project
-                  needs and PATH lacks is installed there.
+                  (GRAM_ENV=PATH does the same; GRAM_ENV="$VIRTUAL_ENV" takes the active one). The script installs
+                  the project there, and the packages that it needs and PATH lacks.
+  --no-install    install nothing: end if the project or a package that it needs is missing
   --help          this text
 HELP
 }
@@ -79,6 +82,7 @@ find_interpreter() { # sets PYTHON
         local folder="$ROOT/.venv"
         PYTHON="$folder/bin/python"
         if [ ! -e "$PYTHON" ] || ! "$PYTHON" -c '' >/dev/null 2>&1; then
+            [ "$INSTALL" = yes ] || fail "$folder: expected an environment for --no-install, found none; give --python PATH"
             if [ -e "$folder" ] && [ ! -e "$folder/pyvenv.cfg" ] && [ -n "$(ls -A "$folder")" ]; then
                 fail "$folder: expected a virtual environment, found something else; move it away or give --python PATH"
             fi
@@ -97,7 +101,8 @@ find_interpreter() { # sets PYTHON
 install_project() { # "$1": the extra
     local quiet=()
     [ -z "${CI:-}" ] || quiet=(--quiet)
-    say "installing gram-meta[$1] and what it needs; torch comes along, which may take some minutes"
+    say "installing gram-meta[$1] and what it needs into the environment of $PYTHON (--no-install: install nothing);" \
+        "torch comes along, which may take some minutes"
     if command -v uv >/dev/null 2>&1; then
         uv pip install ${quiet[@]+"${quiet[@]}"} --python "$PYTHON" --editable "$ROOT[$1]"
     else
@@ -109,7 +114,9 @@ install_project() { # "$1": the extra
 
 prepare_environment() { # "$1": the extra
     find_interpreter
-    if ! "$PYTHON" "$ROOT/scripts/installed.py" "$1" 2>/dev/null; then
+    if [ "$INSTALL" = no ]; then
+        "$PYTHON" "$ROOT/scripts/installed.py" "$1" || fail "$PYTHON: lacks the above; without --no-install, it is installed there"
+    elif ! "$PYTHON" "$ROOT/scripts/installed.py" "$1" 2>/dev/null; then
         install_project "$1"
         "$PYTHON" "$ROOT/scripts/installed.py" "$1" || fail "$PYTHON: the installation is not complete; see the line above"
     fi

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,12 +23,13 @@ def render(report: Report, form: str = "table", digits: int = 1) -> str:
         return _csv(report)
     grid = grid_of(report, digits)
     if form == "latex":
-        comments = [f"% {line}" for line in remarks(report)]
+        comments = [f"% {_one_line(line)}" for line in remarks(report)]
         return "\n".join([_latex(grid.headers, grid.rows, report.title), *comments])
-    title = [f"**{report.title}**" if form == "markdown" else report.title, ""] if report.title else []
-    lines = remarks(report)
-    below = [f"- {line}" for line in lines] if form == "markdown" else lines
-    return "\n".join([*title, _grid(grid.headers, grid.rows, form), "", *below])
+    title, below = _one_line(report.title), [_one_line(line) for line in remarks(report)]
+    if form == "markdown":
+        title, below = f"**{_escape_markdown(title)}**", [f"- {_escape_markdown(line)}" for line in below]
+    above = [title, ""] if report.title else []
+    return "\n".join([*above, _grid(grid.headers, grid.rows, form), "", *below])
 
 
 def render_all(reports: Sequence[Report], form: str = "table", digits: int = 1) -> str:
@@ -185,7 +188,7 @@ def _seeds(seeds: Sequence[int]) -> str:
 
 
 def _grid(headers: Sequence[str], rows: Sequence[Sequence[Any]], form: str) -> str:
-    lines = [[str(cell) for cell in line] for line in (headers, *rows)]
+    lines = [[_one_line(cell) for cell in line] for line in (headers, *rows)]
     if form == "markdown":
         lines = [[_escape_markdown(cell) for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -197,8 +200,14 @@ def _grid(headers: Sequence[str], rows: Sequence[Sequence[Any]], form: str) -> s
     return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
+def _one_line(text: Any) -> str:
+    """Return text whose line breaks are spaces, so that a name cannot end a row or a comment."""
+    return " ".join(str(text).splitlines())
+
+
 def _escape_markdown(text: Any) -> str:
-    return str(text).replace("|", "\\|").strip()
+    """Return text that Markdown shows as it is: no HTML, links, code, emphasis or columns."""
+    return html.escape(re.sub(r"([\\`*\[\]|])", r"\\\1", str(text).strip()), quote=False)
 
 
 _LATEX = {
@@ -213,6 +222,11 @@ _LATEX = {
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "±": r"$\pm$",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "[": "{[}",  # behind a row's end it would be an option
+    "*": "{*}",
     '"': "''",
 }
 
@@ -220,7 +234,7 @@ _LATEX = {
 def escape_latex(text: str) -> str:
     """Return text escaped for LaTeX; spaces at its beginning become an indent."""
     indent = r"\quad " if text.startswith("  ") else ""
-    return indent + "".join(_LATEX.get(letter, letter) for letter in text.strip())
+    return indent + "".join(_LATEX.get(letter, letter) for letter in _one_line(text).strip())
 
 
 def _latex(headers: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
@@ -274,7 +288,16 @@ def _csv(report: Report) -> str:
 
 
 def write_csv(rows: Iterable[Sequence[Any]]) -> str:
-    """Return rows as CSV; floats keep all their digits."""
+    """Return rows as CSV; floats keep all their digits, and a spreadsheet takes no text for a formula."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows([[_csv_cell(cell) for cell in row] for row in rows])
     return text.getvalue().rstrip("\n")
+
+
+def _csv_cell(value: Any) -> Any:
+    """Return a cell; text that a spreadsheet would take for a formula gets an apostrophe, a number in text does not."""
+    if not isinstance(value, str):
+        return value
+    text = _one_line(value)
+    is_formula = text.lstrip()[:1] in tuple("=+-@") and not re.fullmatch(r"\s*[+-]?[\d.]+([eE][+-]?\d+)?\s*", text)
+    return f"'{text}" if is_formula else text

@@ -273,6 +273,17 @@ def test_scripts_refuse_what_is_no_environment(checkout, tmp_path):
     assert (checkout / ".venv" / "keep.txt").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [True, False])
+def test_no_install_installs_nothing(checkout, given):
+    """This environment holds another checkout's package: an installation would replace it."""
+    where = ["--python", sys.executable] if given else []
+    done = script("demo.sh", *where, "--no-install", root=checkout, PATH="/usr/bin:/bin", GRAM_ENV="")
+    assert done.returncode == 1 and "installing" not in done.stderr
+    assert ("lacks the above" if given else "expected an environment for --no-install") in done.stderr
+    assert not (checkout / ".venv").exists()
+
+
 def test_scripts_refuse_an_old_python(checkout, tmp_path):
     old = tmp_path / "python"
     old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "Python 3.8.1"\nexit 1\n')

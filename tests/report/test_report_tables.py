@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,9 +18,11 @@ from scipy import stats
 
 from gram_meta.cli import main
 from gram_meta.errors import GramError
+from gram_meta.intervals import Estimate
 from gram_meta.report import all_tables, gather, paper, paper_tables, read_runs, runs_of
 from gram_meta.report.figures import draw
 from gram_meta.report.html.page import page
+from gram_meta.report.tables import Report, Row
 from gram_meta.report.text import escape_latex, render
 
 SEEDS = (1, 2, 3)
@@ -510,6 +513,52 @@ def test_latex_is_balanced(eleven, world, number):
 
 def test_latex_letters():
     assert escape_latex("50%_a & b {c} #1 ±") == r"50\%\_a \& b \{c\} \#1 $\pm$"
+
+
+def test_the_example_of_the_guide(world, tmp_path, monkeypatch, capsys):
+    guide = Path(__file__).resolve().parents[2] / "docs" / "guide" / "report.md"
+    (code,) = re.findall(r"```python\n(.*?)```", guide.read_text("utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "output").symlink_to(world.root)
+    exec(compile(code, "report.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "| dataset" in printed and re.search(r"^\w+ UniGRAM.* \d+\.\d+$", printed, re.MULTILINE)
+
+
+NAMES = {  # a name of somebody's choice, and how it is shown in the formats
+    "=HYPERLINK(1)": {"csv": "'=HYPERLINK(1)", "latex": "=HYPERLINK(1)", "markdown": "=HYPERLINK(1)"},
+    "@cmd": {"csv": "'@cmd", "latex": "@cmd", "markdown": "@cmd"},
+    "+1+cmd|' /C'": {"csv": "'+1+cmd|' /C'", "latex": r"+1+cmd\textbar{}' /C'", "markdown": r"+1+cmd\|' /C'"},
+    "-2": {"csv": "-2", "latex": "-2", "markdown": "-2"},
+    "-a": {"csv": "'-a", "latex": "-a", "markdown": "-a"},
+    "one\ntwo\r\nthree": {"csv": "one two three", "latex": "one two three", "markdown": "one two three"},
+    "<img src=x onerror=y>": {
+        "csv": "<img src=x onerror=y>",
+        "latex": r"\textless{}img src=x onerror=y\textgreater{}",
+        "markdown": "&lt;img src=x onerror=y&gt;",
+    },
+    r"[a](b) \|*": {"csv": r"[a](b) \|*", "markdown": r"\[a\](b) \\\|\*"},
+    "[2em]": {"csv": "[2em]", "latex": "{[}2em]", "markdown": r"\[2em\]"},
+}
+
+
+@pytest.mark.parametrize(("name", "form"), [(name, form) for name in NAMES for form in NAMES[name]])
+def test_names_of_any_kind(name, form):
+    cells = {"all": Estimate(-1.5, None, 1, 1)}
+    report = Report(("all",), [Row("a", name, cells, {})], "", ("a",), (1,), [], [name], title=name)
+    text, shown = render(report, form), NAMES[name][form]
+    if form == "csv":
+        (row,) = csv.DictReader(io.StringIO(text))
+        assert (row["table"], row["trainer"], row["all"]) == (shown, shown, "-1.5")  # a negative number stays one
+    else:
+        lines = text.splitlines()
+        cells = [line for line in lines if line.startswith(("a & ", "| a"))]
+        assert len(cells) == 1 and f" {shown} " in cells[0]
+        title = rf"\caption{{{shown}}}" if form == "latex" else f"**{shown}**"
+        assert title in lines
+        notes = [line for line in lines if line.startswith(("% note: ", "- note: "))]
+        assert notes == [f"- note: {shown}" if form == "markdown" else f"% note: {' '.join(name.splitlines())}"]
+        assert not [line for line in lines if line.strip() in ("two", "three")]
 
 
 # ---------------------------------------------------------------------------------------------------------- collections
