@@ -317,7 +317,7 @@ def _state_dict_for(name: str) -> dict[str, Tensor]:
         from gram_meta.backbone.packaged import load_packaged_state_dict
 
         return load_packaged_state_dict()
-    known = getattr(clip_module().clip, "_MODELS", {})
+    known = {key: url for key, url in getattr(clip_module().clip, "_MODELS", {}).items() if key != PACKAGED}
     if name in known:
         root = os.path.expanduser("~/.cache/clip")
         try:

@@ -36,6 +36,7 @@ from gram_meta.config import (
     rename_old_keys,
 )
 from gram_meta.coop.command_line import CommandLine
+from gram_meta.coop.packaged_clip import offer_packaged_clip
 from gram_meta.engine import dassl_module
 from gram_meta.engine.options import extend_cfg
 from gram_meta.errors import GramError
@@ -70,6 +71,7 @@ class Defaults(CfgNode):
 
     def clone(self) -> Any:
         tree = super().clone()
+        offer_packaged_clip()  # now, because a train.py has imported its trainers, and they its clip
         if not tree.is_frozen() and "TRAINER" in tree:
             follow_command_line(tree, self.command_line or CommandLine())
         return tree

@@ -378,7 +378,8 @@ def check_weights(environment: Environment) -> Iterator[Check]:
 
 def _published_weights() -> dict[str, str]:
     """Return the URLs of OpenAI's weights by model name."""
-    return getattr(importlib.import_module("clip.clip"), "_MODELS", {})
+    known = getattr(importlib.import_module("clip.clip"), "_MODELS", {})
+    return {name: url for name, url in known.items() if url.startswith("http")}
 
 
 def _cached(url: str) -> Path:

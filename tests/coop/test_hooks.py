@@ -13,6 +13,7 @@ from gram_meta import hooks
 from gram_meta.coop import checkout, missing_packages, register
 from gram_meta.coop.command_line import CommandLine
 from gram_meta.coop.defaults import CHECKPOINT_VARIABLE, Defaults, follow_command_line
+from gram_meta.coop.packaged_clip import offer_packaged_clip
 from gram_meta.corpus.embedding.sentences import quiet_import
 from gram_meta.engine import get_cfg_default, registries
 from gram_meta.engine.builtin.utils.registry import Registry
@@ -134,6 +135,18 @@ def test_checkpoint_variable(off, monkeypatch, on):
     off(*[] if on else ["checkpoint-variable"])
     follow_command_line(tree, CommandLine(trainer="CoOpGRAM"))
     assert tree.TRAINER.GRAM.CHECKPOINT == ("best.safetensors" if on else "")
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_packaged_clip(off, monkeypatch, on):
+    clip = SimpleNamespace(_MODELS={"ViT-B/16": "https://a/b.pt"}, _download=lambda address, root=None: address)
+    monkeypatch.setitem(sys.modules, "clip.clip", clip)
+    download = clip._download
+    off(*[] if on else ["packaged-clip"])
+    for _ in range(2):
+        offer_packaged_clip()
+    assert list(clip._MODELS) == ["ViT-B/16", *(["gram-small"] if on else [])]
+    assert (clip._download is download) is not on and clip._download("https://a/b.pt") == "https://a/b.pt"
 
 
 def test_give_way(off):

@@ -652,6 +652,39 @@ def test_the_checkouts_own_trainer_runs_with_the_plugin(tmp_path, tiny_data):
     assert "The checkout's own EmojiFood" in run.stdout
 
 
+# How CoOp's trainers load CLIP
+LOAD_CLIP = """
+import json
+
+import torch
+from clip import clip
+
+from dassl.config import get_cfg_default
+
+cfg = get_cfg_default()
+path = clip._download(clip._MODELS["gram-small"])
+try:
+    state = torch.jit.load(path, map_location="cpu").eval().state_dict()
+except RuntimeError:
+    state = torch.load(path, map_location="cpu")
+model = clip.build_model(state, {"trainer": "CoOp", "vision_depth": 0}).float()
+from gram_meta.backbone.packaged import load_packaged_state_dict
+near = [torch.allclose(model.state_dict()[key], value, atol=1e-3) for key, value in load_packaged_state_dict().items()
+        if key in model.state_dict()]
+print(model.visual.input_resolution, len(near) > 30 and all(near), path)
+"""
+
+
+def test_a_checkouts_trainer_loads_the_packaged_clip(tmp_path):
+    """With the checkout's own `clip`; the temporary file does not outlive the process."""
+    folder = write_checkout(tmp_path / "checkout", own_clip=True)
+    (folder / "load.py").write_text(LOAD_CLIP)
+    run = in_checkout(folder, "-m", "gram_meta.plugin", "load.py")
+    assert run.returncode == 0, run.stderr
+    *_, size, same, path = run.stdout.split()
+    assert (size, same) == ("64", "True") and not Path(path).exists()
+
+
 def test_a_namesake_that_was_imported_before_is_forgotten(tmp_path, monkeypatch):
     folder = write_checkout(tmp_path / "checkout")
     hidden = [name for name in sys.modules if name.partition(".")[0] == "datasets"]
