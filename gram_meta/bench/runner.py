@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 from gram_meta import __version__
 from gram_meta.bench.matrix import BenchRun, BenchSettings, meta_state
@@ -27,9 +27,6 @@ from gram_meta.locks import only_writer
 from gram_meta.progress import progress_bar
 from gram_meta.runs import layout
 from gram_meta.runs.folder import open_folder
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 MANIFEST = "bench.json"
 LOGS = "bench_logs"  # the output of failed runs
@@ -146,7 +143,7 @@ class Bench:
         states: Mapping[Path, State],
         output: Path,
         clock: Clock,
-        bar: tqdm[Any],
+        bar: Any,
         say: Callable[[str], None],
     ) -> None:
         self.jobs = {job.folder: job for job in jobs}
