@@ -220,7 +220,7 @@ def check_type(value: Any, schema: Any, where: str) -> Any:
         msgspec.convert(value, schema)
     except msgspec.ValidationError as error:
         what, _, place = str(error).replace("`", "").partition(" - at $")
-        what = what.replace("Object missing required field", "Expected more keys, found no")
+        what = re.sub("Object missing required field (.*)", r"Expected the key \1, found none", what)
         what = what.replace("Invalid enum value", "Expected another value, found")
         key = f"{place.lstrip('.')}: " if place else ""
         raise GramError(f"{where}: {key}{what[0].lower()}{what[1:].replace(', got ', ', found ')}") from None

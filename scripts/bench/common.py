@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
-from torch.utils.benchmark import timer as wall_clock  # waits for the GPU first
 
 from gram_meta.backbone.clip import Backbone, load_backbone
 from gram_meta.files import write_json
@@ -32,6 +31,13 @@ def plain_parser(text: str) -> argparse.ArgumentParser:
     head, _, rest = text.partition("\n")
     raw = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(description=head, epilog=rest, formatter_class=raw)
+
+
+def wall_clock() -> float:
+    """Return seconds, after the GPU has finished its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def parser(text: str, precisions: Sequence[str] = ("fp32", "fp64")) -> argparse.ArgumentParser:

@@ -221,7 +221,7 @@ def test_missing_things_are_named(root, tmp_path):
         ('{"train": [["a", true, "a"]], "test": []}', "found another row"),
         ('{"train": [[null, 0, "a"]], "test": []}', "found another row"),
         ('{"train": [["a", 0, {"b": 1}]], "test": []}', "found another row"),
-        (r'{"train": [["a\ud800", 0, "a"]], "test": []}', "surrogates not allowed"),
+        (r'{"train": [["a\ud800", 0, "a"]], "test": []}', "expected JSON"),
         ('{"train": [["a", 0, "_ _"]], "test": [["a", 0, "_ _"]]}', "expected a class name for label 0, found '_ _'"),
     ],
 )

@@ -30,7 +30,7 @@ def test_a_damaged_state_is_one_sentence(tmp_path):
         run.resume()
     assert path.read_bytes() == whole[: len(whole) // 2]
     run.save_state(state)
-    with pytest.raises(GramError, match=f"^{path}: expected more keys, found no best"):
+    with pytest.raises(GramError, match=f"^{path}: expected the key best, found none"):
         run.resume()
     run.save_state({**state, "best": {}, "theta": {"text": torch.full((2, 3), torch.nan)}})
     with pytest.raises(GramError, match=f"^{path}: expected finite numbers in text, found 6 of 6 that are not"):
