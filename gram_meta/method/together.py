@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from yacs.config import CfgNode
 
 from gram_meta.backbone.clip import load_backbone
@@ -155,9 +154,8 @@ class SeedsTrainer:
             task for trainer in trainers for task in StepTasks(trainer.train_tasks, batch, step - 1, step, lead.own)[0]
         ]
         episode = next(lead.episodes.of([tasks]))
-        prompts: dict[str, Tensor] = {  # (V B, M, d): a row for each task of each seed
-            kind: torch.cat([for_each_task(trainer.theta, batch)[kind] for trainer in trainers]) for kind in lead.theta
-        }
+        starts = [for_each_task(trainer.theta, batch) for trainer in trainers]
+        prompts = {kind: torch.cat([theta[kind] for theta in starts]) for kind in lead.theta}  # (V B, M, d)
         for trainer in trainers:
             trainer.optimiser.zero_grad(set_to_none=True)
         inner = replace(lead.inner, regulate=_by_seed(trainers, batch) if lead.regulator is not None else None)
