@@ -179,7 +179,7 @@ def pretrain(
         Stopped: after SIGTERM; the state is saved.
     """
     from gram_meta.method.checkpoint import load_meta_checkpoint
-    from gram_meta.method.together import open_trainer
+    from gram_meta.method.together import MetaTrainer, open_trainer
 
     settings = load_meta_config(_files(config), _pairs(opts))
     if settings.SEEDS:
@@ -188,8 +188,8 @@ def pretrain(
         )
     with process_group(device or "auto") as group:
         used = device_for(group, device)
-        trainer = open_trainer(_folder(store), _folder(hierarchy), out, settings, used, progress, group)
-        best = trainer.run(resume)
+        folders = _folder(store), _folder(hierarchy), out
+        best = open_trainer(MetaTrainer, *folders, settings, used, progress, group).run(resume)
     return load_meta_checkpoint(best)
 
 

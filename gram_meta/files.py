@@ -139,15 +139,16 @@ def write_json(path: PathLike, value: Any) -> None:
 
 
 def to_json(value: Any, where: str, **layout: Any) -> str:
-    """Return `value` as JSON; `layout` as for `json.dumps`.
+    """Return `value` as JSON; `layout` as for `json.dumps`. Bytes of a path that are no text are escaped.
 
     Raises:
         GramError: a number in it is NaN or infinite, which JSON has no form for.
     """
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False, **layout)
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, **layout)
     except ValueError as error:
         raise GramError(f"{where}: expected finite numbers to write, found others ({error})") from None
+    return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):x}", text)
 
 
 def write_arrays(path: PathLike, arrays: Mapping[str, Any]) -> None:

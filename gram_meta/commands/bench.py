@@ -32,31 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from gram_meta.bench.matrix import BACKBONES, PROTOCOLS
 
     add = parser.add_argument
-    add(
-        "--protocol",
-        nargs="+",
-        choices=PROTOCOLS,
-        default=["base2new"],
-        metavar="NAME",
-        help="base2new, xd, dg, or several of them (default: base2new)",
-    )
-    add(
-        "--trainers",
-        nargs="+",
-        required=True,
-        metavar="TRAINER[:CFG]",
-        help="with the default config for the backbone, or with another one, by its bare name",
-    )
+    protocols = "base2new, xd, dg, or several of them (default: base2new)"
+    add("--protocol", nargs="+", choices=PROTOCOLS, default=["base2new"], metavar="NAME", help=protocols)
+    trainers = "with the default config for the backbone, or with another one, by its bare name"
+    add("--trainers", nargs="+", required=True, metavar="TRAINER[:CFG]", help=trainers)
     add("--datasets", nargs="+", metavar="NAME", help="names of dataset configs (default: those of the protocol)")
     add("--source", metavar="NAME", help="dataset that is trained on in xd and dg (default: imagenet)")
     add("--seeds", nargs="+", default=["1", "2", "3"], metavar="N", help="default: 1 2 3")
     add("--shots", type=int, default=16, metavar="N", help="images per class to train on (default: %(default)s)")
-    add(
-        "--backbone",
-        choices=BACKBONES,
-        metavar="PREFIX",
-        help=f"beginning of the default configs' names: {', '.join(BACKBONES)} (default: vit_b16)",
-    )
+    prefixes = f"beginning of the default configs' names: {', '.join(BACKBONES)} (default: vit_b16)"
+    add("--backbone", choices=BACKBONES, metavar="PREFIX", help=prefixes)
     add("--root", metavar="DATA", help="folder that holds the datasets' folders")
     add("--output", metavar="DIR", help="folder for all runs (default: output)")
     add("--meta-dir", metavar="DIR", help="folder of the meta-trainings' folders (default: OUTPUT/meta)")
@@ -72,16 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "backbone gram_small, source emoji_travel",
     )
     workers = parser.add_mutually_exclusive_group()
-    add = workers.add_argument
-    add(
-        "--jobs",
-        type=int,
-        metavar="N",
-        help="worker processes, which share the cores (default: 1; with --emoji one per core, up to 4)",
-    )
-    add("--gpus", nargs="+", metavar="N", help="a worker for each GPU; a GPU named twice has two")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands; finished ones are comments")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="options for every `gram train`")
+    jobs = "worker processes, which share the cores (default: 1; with --emoji one per core, up to 4)"
+    workers.add_argument("--jobs", type=int, metavar="N", help=jobs)
+    gpus = "a worker for each GPU; a GPU named twice has two"
+    workers.add_argument("--gpus", nargs="+", metavar="N", help=gpus)
+    add("--dry-run", action="store_true", help="print the commands; finished ones are comments")
+    add("opts", nargs="*", metavar="KEY VALUE", help="options for every `gram train`")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from gram_meta.errors import GramError
+from gram_meta.files import to_json
 
 if TYPE_CHECKING:
     from gram_meta.datasets.check import Finding
@@ -27,12 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import os
-    from pathlib import Path
-
     import gram_meta.plugin  # noqa: F401, registers the datasets
     from gram_meta.datasets.check import FINE, MISSING, PAPER, check, find_datasets
-    from gram_meta.errors import GramError
 
     root = Path(os.path.abspath(args.root))
     if not root.is_dir():
@@ -48,23 +51,16 @@ def run(args: argparse.Namespace) -> int:
 
 def as_json(found: list[Finding]) -> str:
     """Return the contents of `as_text` as JSON."""
-    import json
-    from dataclasses import asdict
-
-    return json.dumps([asdict(finding) for finding in found], indent=2, ensure_ascii=False)
+    return to_json([asdict(finding) for finding in found], "--json", indent=2)
 
 
 def as_text(found: list[Finding], absent: Sequence[Finding] = ()) -> str:
     """Return a table, below it the problems and notes, and one line for the absent datasets that nobody asked for."""
-    from collections import Counter
-
     from tabulate import tabulate
 
-    rows = [
-        [finding.name, finding.state, finding.classes, *(finding.images.get(part) for part in ("train", "val", "test"))]
-        for finding in found
-    ]
-    table = tabulate(rows, ["dataset", "", "classes", "train", "val", "test"], missingval="-", intfmt=",")
+    parts_of = ("train", "val", "test")
+    rows = [[it.name, it.state, it.classes, *map(it.images.get, parts_of)] for it in found]
+    table = tabulate(rows, ["dataset", "", "classes", *parts_of], missingval="-", intfmt=",")
     parts = [table] if found else []
     parts += [_details(finding) for finding in found if finding.problems or finding.notes]
     if absent:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gram_meta.errors import GramError
+from gram_meta.processes import ALONE, device_for
 
 if TYPE_CHECKING:
     from gram_meta.corpus.store import PairStore
@@ -33,53 +38,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("store", metavar="STORE", help="folder written by gram embed")
     add("--root", metavar="DATA", required=True, help="folder that holds the datasets' folders")
-    add(
-        "--datasets",
-        nargs="+",
-        metavar="NAME",
-        help="names of dataset configs (caltech101), or of folders of class folders in DATA",
-    )
-    add(
-        "--parts",
-        nargs="+",
-        default=["test"],
-        choices=("train", "val", "test"),
-        help="parts whose images are searched for (default: test)",
-    )
+    names = "names of dataset configs (caltech101), or of folders of class folders in DATA"
+    add("--datasets", nargs="+", metavar="NAME", help=names)
+    parts = "parts whose images are searched for (default: test)"
+    add("--parts", nargs="+", default=["test"], choices=("train", "val", "test"), help=parts)
     add("-o", "--out", metavar="TSV", default="overlap.tsv", help="file for the matches (default: %(default)s)")
     add("--image-root", metavar="FOLDER", help="folder of the corpus' images now (default: where gram embed read them)")
     add("--backbone", metavar="NAME", help="the CLIP of the store's features (default: the one the store names)")
-    add(
-        "--pixels-only",
-        action="store_true",
-        help="find candidates without CLIP, by 8 x 8 pixel thumbnails; reads every image of the corpus",
-    )
-    add(
-        "--pixels-too",
-        action="store_true",
-        help="find candidates by CLIP and by thumbnails: finds most; reads every image of the corpus once",
-    )
-    add(
-        "--neighbours",
-        type=int,
-        default=NEIGHBOURS,
-        metavar="K",
-        help="corpus images that are compared with a test image, and with its mirror image (default: %(default)s)",
-    )
-    add(
-        "--threshold",
-        type=float,
-        default=THRESHOLD,
-        metavar="COSINE",
-        help=f"least cosine of a candidate by CLIP (default: {THRESHOLD}; by thumbnails it is {PIXEL_THRESHOLD})",
-    )
-    add(
-        "--distance",
-        type=float,
-        default=DISTANCE,
-        metavar="D",
-        help="largest distance of near-duplicates, 1 - correlation of pixels (default: %(default)s)",
-    )
+    only = "find candidates without CLIP, by 8 x 8 pixel thumbnails; reads every image of the corpus"
+    add("--pixels-only", action="store_true", help=only)
+    too = "find candidates by CLIP and by thumbnails: finds most; reads every image of the corpus once"
+    add("--pixels-too", action="store_true", help=too)
+    compared = "corpus images that are compared with a test image, and with its mirror image (default: %(default)s)"
+    add("--neighbours", type=int, default=NEIGHBOURS, metavar="K", help=compared)
+    least = f"least cosine of a candidate by CLIP (default: {THRESHOLD}; by thumbnails it is {PIXEL_THRESHOLD})"
+    add("--threshold", type=float, default=THRESHOLD, metavar="COSINE", help=least)
+    largest = "largest distance of near-duplicates, 1 - correlation of pixels (default: %(default)s)"
+    add("--distance", type=float, default=DISTANCE, metavar="D", help=largest)
     add("--workers", type=int, default=4, metavar="N", help="threads that read images (default: %(default)s)")
     add("--cache", metavar="FOLDER", help="folder of the cache (default: TSV.cache)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: cuda where there is one)")
@@ -87,8 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import os
-
     from gram_meta.corpus.store import PairStore
     from gram_meta.tools.overlap import PIXEL_THRESHOLD, SearchSettings, find_overlap, write_matches
 
@@ -100,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     tests, unread = test_images(root, args.datasets, args.parts)
     if not tests:
         raise GramError(f"{root}: expected a dataset with images, found none" + "".join(f"; {why}" for why in unread))
-    device = _device(args.device)
+    device = device_for(ALONE, args.device)
     backbone = None if args.pixels_only else _backbone(store, args.backbone, device)
     settings = SearchSettings(
         args.neighbours,
@@ -121,21 +94,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name, value, least in (("neighbours", args.neighbours, 1), ("workers", args.workers, 1)):
-        if value < least:
-            raise GramError(f"--{name}: expected at least {least}, found {value}")
+    for name in ("neighbours", "workers"):
+        if (value := getattr(args, name)) < 1:
+            raise GramError(f"--{name}: expected at least 1, found {value}")
     if not 0 <= args.distance <= 2:
         raise GramError(f"--distance: expected a number from 0 to 2, found {args.distance}")
     if args.pixels_only and args.backbone:
         raise GramError("--pixels-only and --backbone: expected one of them, found both")
-
-
-def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _backbone(store: PairStore, name: str | None, device: str) -> Any:
@@ -158,9 +123,6 @@ def test_images(root: Path, names: Sequence[str] | None, parts: Sequence[str]) -
     Raises:
         GramError: a dataset in `names` is not known, or cannot be read.
     """
-    import io
-    from contextlib import redirect_stdout
-
     import gram_meta.plugin  # noqa: F401 - registers the datasets
     from gram_meta.datasets.check import find_datasets, known_datasets
     from gram_meta.tools.overlap import TestImage
@@ -194,8 +156,6 @@ def as_text(
     args: argparse.Namespace,
 ) -> str:
     """Return a table of datasets, and the counts of the search."""
-    from collections import Counter
-
     from tabulate import tabulate
 
     from gram_meta.tools.overlap import EXACT

@@ -18,22 +18,15 @@ CHC.LABELLED True takes a labelled collection (gram embed --format classes): its
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", metavar="STORE", help="folder written by gram embed")
-    parser.add_argument("-o", "--out", metavar="HIERARCHY", required=True, help="folder for the hierarchy")
-    parser.add_argument(
-        "--config-file", action="append", default=[], metavar="YAML", help="settings; may be given more than once"
-    )
-    parser.add_argument(
-        "--exclude",
-        metavar="FILE",
-        help="a .tsv file with a column image: locations of images to leave out, as gram check-overlap writes it",
-    )
-    parser.add_argument(
-        "--force",
-        action="store_true",
-        help="replace a hierarchy that was made from another store or with other settings",
-    )
-    parser.add_argument("opts", metavar="KEY VALUE", nargs="*", help="single settings")
+    add = parser.add_argument
+    add("store", metavar="STORE", help="folder written by gram embed")
+    add("-o", "--out", metavar="HIERARCHY", required=True, help="folder for the hierarchy")
+    add("--config-file", action="append", default=[], metavar="YAML", help="settings; may be given more than once")
+    left_out = "a .tsv file with a column image: locations of images to leave out, as gram check-overlap writes it"
+    add("--exclude", metavar="FILE", help=left_out)
+    replace = "replace a hierarchy that was made from another store or with other settings"
+    add("--force", action="store_true", help=replace)
+    add("opts", metavar="KEY VALUE", nargs="*", help="single settings")
 
 
 def run(args: argparse.Namespace) -> int:

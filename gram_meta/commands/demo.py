@@ -15,10 +15,11 @@ after 0, 1, 5, 20, ... steps, and controls: smaller steps instead of the regulat
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--full", action="store_true", help="all datasets, five seeds, controls and curves")
-    parser.add_argument("--out", metavar="DIR", help="default: demo-output, or demo-output-full with --full")
-    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="default: 1 2 3, or 1 2 3 4 5 with --full")
-    parser.add_argument("--datasets", nargs="+", metavar="NAME", help="animals, food, travel, ...")
+    add = parser.add_argument
+    add("--full", action="store_true", help="all datasets, five seeds, controls and curves")
+    add("--out", metavar="DIR", help="default: demo-output, or demo-output-full with --full")
+    add("--seeds", type=int, nargs="+", metavar="N", help="default: 1 2 3, or 1 2 3 4 5 with --full")
+    add("--datasets", nargs="+", metavar="NAME", help="animals, food, travel, ...")
 
 
 def run(args: argparse.Namespace) -> int:

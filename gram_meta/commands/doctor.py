@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
+
+from gram_meta.files import to_json
 
 HELP = """Report what this environment has and lacks, with a command that fixes each problem.
 
@@ -22,13 +25,8 @@ can run, else 1.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--root", default="", metavar="DATA", help="folder that holds the datasets' folders")
-    add(
-        "--meta",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="meta-checkpoints, or folders of them; default: output/meta",
-    )
+    metas = "meta-checkpoints, or folders of them; default: output/meta"
+    add("--meta", nargs="+", default=[], metavar="PATH", help=metas)
     add("--backbone", default="", metavar="NAME", help="the CLIP to use; the command loads it")
     add("--output-dir", default="output", metavar="FOLDER", help="folder for results; default: output")
     add("--verify", action="store_true", help="compare cached CLIP weights with their published SHA-256")
@@ -41,10 +39,8 @@ def run(args: argparse.Namespace) -> int:
 
     checks = examine(Environment(args.root, args.meta, args.backbone, args.output_dir, args.verify, args.traceback))
     if args.format == "json":
-        import json
-        from dataclasses import asdict
-
-        print(json.dumps({"can_run": can_run(checks), "checks": [asdict(it) for it in checks]}, indent=2))
+        value = {"can_run": can_run(checks), "checks": [asdict(check) for check in checks]}
+        print(to_json(value, "--format json", indent=2))
     else:
         print(as_text(checks))
     return 0 if can_run(checks) else 1

@@ -61,14 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sentence-model", metavar="NAME|PATH", default="all-MiniLM-L6-v2", help=bert)
     for flag, text in NAMES.items():
         add(flag.split()[0], metavar=flag.split()[1], help=text)
-    add(
-        "--format",
-        choices=formats,
-        default="auto",
-        metavar="NAME",
-        help=f"the format of SOURCE: {', '.join(formats)} (default: %(default)s, which detects it; classes must be "
-        "named)",
+    listed = (
+        f"the format of SOURCE: {', '.join(formats)} (default: %(default)s, which detects it; classes must be named)"
     )
+    add("--format", choices=formats, default="auto", metavar="NAME", help=listed)
     add(
         "--classnames",
         metavar="FILE",

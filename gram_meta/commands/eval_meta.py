@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 
+from gram_meta.commands.lists import give_back_options
+from gram_meta.errors import GramError
+from gram_meta.files import to_json
+
 HELP = """Adapt to tasks that meta-training has not seen, from theta* and from where meta-training started, with R
 on and off, and score their query sets: minutes that say whether hours downstream are worth it.
 
@@ -18,39 +22,27 @@ hierarchy of the meta-training, tasks come from the topics it held out.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a meta-checkpoint, from `gram pretrain`")
-    parser.add_argument("--store", required=True, help="pair store, from `gram embed`")
-    parser.add_argument("--hierarchy", required=True, help="hierarchy, from `gram cluster`")
-    parser.add_argument("--tasks", type=int, default=100, help="how many tasks; default: 100")
-    parser.add_argument(
-        "--steps", nargs="+", default=["0", "1", "5", "20"], help="inner steps to look after; default: 0 1 5 20"
-    )
-    parser.add_argument("--seed", type=int, default=1000, help="of the tasks; default: 1000")
-    parser.add_argument("--device", default="", help="cpu, cuda, ...; default: cuda where there is one")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON, unrounded")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="settings that replace the meta-training's")
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="a meta-checkpoint, from `gram pretrain`")
+    add("--store", required=True, help="pair store, from `gram embed`")
+    add("--hierarchy", required=True, help="hierarchy, from `gram cluster`")
+    add("--tasks", type=int, default=100, help="how many tasks; default: 100")
+    add("--steps", nargs="+", default=["0", "1", "5", "20"], help="inner steps to look after; default: 0 1 5 20")
+    add("--seed", type=int, default=1000, help="of the tasks; default: 1000")
+    add("--device", default="", help="cpu, cuda, ...; default: cuda where there is one")
+    add("--json", action="store_true", help="print everything as JSON, unrounded")
+    add("opts", nargs="*", metavar="KEY VALUE", help="settings that replace the meta-training's")
 
 
 def run(args: argparse.Namespace) -> int:
-    from gram_meta.commands.lists import give_back_options
-    from gram_meta.errors import GramError
-    from gram_meta.files import to_json
-
     give_back_options(args, "steps")
     if bad := [word for word in args.steps if not word.isdecimal()]:
         raise GramError(f"--steps: expected numbers from 0 on, found {bad[0]!r}")
 
     from gram_meta import api
 
-    result = api.evaluate(
-        args.checkpoint,
-        args.store,
-        args.hierarchy,
-        tasks=args.tasks,
-        steps=[int(word) for word in args.steps],
-        seed=args.seed,
-        opts=args.opts,
-        device=args.device,
-    )
+    steps = [int(word) for word in args.steps]
+    drawn = {"tasks": args.tasks, "steps": steps, "seed": args.seed}
+    result = api.evaluate(args.checkpoint, args.store, args.hierarchy, **drawn, opts=args.opts, device=args.device)
     print(to_json(result.as_dict(), "--json", indent=2) if args.json else result)
     return 0

@@ -14,15 +14,14 @@ Dassl leaves out what does not agree in name and size and only prints that it do
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
-    parser.add_argument("meta", metavar="META.safetensors", help="meta-checkpoint, from `gram pretrain`")
-    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="checkpoint to write")
-    parser.add_argument(
+    add = parser.add_argument
+    add("meta", metavar="META.safetensors", help="meta-checkpoint, from `gram pretrain`")
+    add("-o", "--output", required=True, metavar="FILE", help="checkpoint to write")
+    add(
         "--trainer",
         default="",
         help="that is to start from it: CoOp, CoCoOp, VPT, JointPrompt (as here and in CoOp's checkout), or of the "
-        "MaPLe "
-        "family MaPLe, MaPLe/VPT, MaPLe/IVLP, PromptSRC, ProMetaR; default: by what the meta-checkpoint holds",
+        "MaPLe family MaPLe, MaPLe/VPT, MaPLe/IVLP, PromptSRC, ProMetaR; default: by what the meta-checkpoint holds",
     )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from gram_meta.errors import GramError, system_errors
+from gram_meta.files import to_json
 
 if TYPE_CHECKING:
     from gram_meta.clustering.hierarchy import Hierarchy
@@ -22,22 +24,19 @@ PAGE_TOPICS, TABLE_TOPICS = 50, 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("hierarchy", metavar="HIERARCHY", help="folder written by gram cluster")
+    add = parser.add_argument
+    add("hierarchy", metavar="HIERARCHY", help="folder written by gram cluster")
     shown = f"show the N largest (default: {TABLE_TOPICS}, with --html {PAGE_TOPICS}; 0: all)"
-    parser.add_argument("--topics", type=int, metavar="N", help=shown)
-    parser.add_argument("--truth", metavar="FILE", help="table of known facts to compare with")
-    parser.add_argument("--store", metavar="STORE", help="present folder of the store (default: its former one)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument(
-        "--verify", action="store_true", help="read all files of hierarchy and store, check their SHA-256"
-    )
-    page = parser.add_argument_group("the page")
-    page.add_argument("--html", metavar="PAGE.html", help="write a page with images")
-    page.add_argument("--image-root", metavar="FOLDER", help="present folder of the images (default: at gram embed)")
-    page.add_argument(
-        "--images", type=int, default=8, metavar="N", help="images of each visual domain (default: %(default)s)"
-    )
-    page.add_argument("--seed", type=int, default=1, metavar="S", help="seed of all draws (default: %(default)s)")
+    add("--topics", type=int, metavar="N", help=shown)
+    add("--truth", metavar="FILE", help="table of known facts to compare with")
+    add("--store", metavar="STORE", help="present folder of the store (default: its former one)")
+    add("--json", action="store_true", help="print JSON instead of tables")
+    add("--verify", action="store_true", help="read all files of hierarchy and store, check their SHA-256")
+    add = parser.add_argument_group("the page").add_argument
+    add("--html", metavar="PAGE.html", help="write a page with images")
+    add("--image-root", metavar="FOLDER", help="present folder of the images (default: at gram embed)")
+    add("--images", type=int, default=8, metavar="N", help="images of each visual domain (default: %(default)s)")
+    add("--seed", type=int, default=1, metavar="S", help="seed of all draws (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,10 +67,6 @@ def run(args: argparse.Namespace) -> int:
 
 def as_json(hierarchy: Hierarchy, topics: int, report: dict[str, Any] | None) -> str:
     """Return the contents of `as_text` as JSON."""
-    from dataclasses import asdict
-
-    from gram_meta.files import to_json
-
     shown = hierarchy.topics[: topics or None]
     value = {**hierarchy.manifest, "topics": [asdict(topic) for topic in shown], "agreement": report}
     return to_json(value, "--json", indent=2)

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator
+import csv
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from typing import IO, TYPE_CHECKING, Any
+
+from gram_meta.errors import GramError
+from gram_meta.files import atomic_write, to_json
 
 if TYPE_CHECKING:
     from gram_meta.tools.predict import Prediction, Predictor
@@ -29,43 +37,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("images", nargs="+", metavar="IMAGE", help="image files and folders of them")
     add("--model-dir", required=True, metavar="RUN", help="folder of a run, or a checkpoint")
     add("--load-epoch", type=int, metavar="N", help="epoch of the prompts; default: the one the run was tested with")
-    add(
-        "--classes",
-        metavar="NAMES|FILE",
-        help='other classes than those of training: "cat, dog, sea lion", a file with a name a line, or a '
-        "split_zhou_*.json",
-    )
+    names = '"cat, dog, sea lion", a file with a name a line, or a split_zhou_*.json'
+    add("--classes", metavar="NAMES|FILE", help=f"other classes than those of training: {names}")
     add("--topk", type=int, default=1, metavar="K", help="classes to name for each image; default: 1")
     add("--format", choices=FORMATS, help="default: by the suffix of -o, else text")
     add("-o", "--out", metavar="FILE", help="write there instead of stdout, all of it or nothing")
     add("--backbone", default="", metavar="NAME", help="CLIP: a name or a file; default: the run's")
     add("--device", default="", help="cpu, cuda, cuda:1, mps; default: cuda where there is one")
-    add(
-        "--precision",
-        choices=("fp32", "fp16", "bf16", "amp"),
-        default="",
-        help="of CLIP; default: the run's on a GPU, fp32 on a CPU",
-    )
-    add(
-        "--batch-size",
-        type=int,
-        metavar="N",
-        help="images in one pass; default: 32 on a CPU, on a GPU by its free memory and the model, up to 256",
-    )
-    add(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="processes that read images; default: none on a CPU or for few images, else one for each core, up to 8",
-    )
+    precision = "of CLIP; default: the run's on a GPU, fp32 on a CPU"
+    add("--precision", choices=("fp32", "fp16", "bf16", "amp"), default="", help=precision)
+    batch = "images in one pass; default: 32 on a CPU, on a GPU by its free memory and the model, up to 256"
+    add("--batch-size", type=int, metavar="N", help=batch)
+    beside = "processes that read images; default: none on a CPU or for few images, else one for each core, up to 8"
+    add("--workers", type=int, metavar="N", help=beside)
 
 
 def run(args: argparse.Namespace) -> int:
-    import os
-    import sys
-
-    from gram_meta.errors import GramError
-
     if args.topk < 1:
         raise GramError(f"--topk: expected at least 1, found {args.topk}")
     from gram_meta.tools.predict import Predictor
@@ -81,24 +68,20 @@ def run(args: argparse.Namespace) -> int:
         workers=args.workers,
     )
     print(_headline(predictor), file=sys.stderr)
-    style = args.format or _style_of(args.out)
-    counted = _Counted(predictor.stream(args.images), bar=_wants_bar(args))
+    write = WRITERS[args.format or _style_of(args.out)]
+    counts: Counter[str] = Counter()
+    rows = _readable(predictor.stream(args.images), counts, bar=_wants_bar(args))
     try:
-        if args.out:
-            from gram_meta.files import atomic_write
-
-            with atomic_write(args.out, "w") as file:
-                WRITERS[style](file, counted, args.topk)
-        else:
-            WRITERS[style](sys.stdout, counted, args.topk)
-            sys.stdout.flush()
+        with atomic_write(args.out, "w") if args.out else nullcontext(sys.stdout) as file:
+            write(file, rows, args.topk)
+            file.flush()
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         raise GramError(f"{args.out or 'stdout'}: expected to be able to write there ({error.strerror})") from None
-    print(counted.summary(), file=sys.stderr)
-    return 0 if counted.classified else 1
+    print(_summary(counts), file=sys.stderr)
+    return 0 if counts[""] else 1
 
 
 def _headline(predictor: Predictor) -> str:
@@ -117,50 +100,34 @@ def _style_of(out: str | None) -> str:
 
 
 def _wants_bar(args: argparse.Namespace) -> bool:
-    """A bar on a terminal, unless the results themselves run over it."""
-    import sys
-
+    """Return whether stderr is a terminal that the results themselves do not run over."""
     return sys.stderr.isatty() and (bool(args.out) or not sys.stdout.isatty())
 
 
-class _Counted:
-    """Yield the predictions to write; print the others on stderr, and show a progress bar if it takes long."""
+def _readable(predictions: Iterable[Prediction], counts: Counter[str], bar: bool) -> Iterator[Prediction]:
+    """Yield the predictions of readable images, and print the others on stderr; count each error, and "" for none."""
+    from gram_meta.progress import progress_bar
 
-    def __init__(self, predictions: Iterable[Prediction], bar: bool) -> None:
-        self.predictions, self.bar = predictions, bar
-        self.classified = 0
-        self.skipped: dict[str, int] = {}
+    with progress_bar(predictions, unit="image", shown=bar, delay=3, smoothing=0.05) as shown:
+        for row in shown:
+            counts[row.error] += 1
+            if row.error:
+                shown.write(f"{_printable(row.image)}: {row.error}; left out", file=sys.stderr)
+            else:
+                yield row
 
-    def __iter__(self) -> Iterator[Prediction]:
-        from gram_meta.progress import progress_bar
 
-        with progress_bar(self.predictions, unit="image", shown=self.bar, delay=3, smoothing=0.05) as bar:
-            for row in bar:
-                if row.error:
-                    self.skipped[row.error] = self.skipped.get(row.error, 0) + 1
-                    bar.write(f"{_printable(row.image)}: {row.error}; left out", file=_stderr())
-                else:
-                    self.classified += 1
-                    yield row
-
-    def summary(self) -> str:
-        text = f"{self.classified} {'image' if self.classified == 1 else 'images'} classified"
-        if self.skipped:
-            reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(self.skipped.items()))
-            text += f", {sum(self.skipped.values())} left out ({reasons})"
+def _summary(counts: Counter[str]) -> str:
+    classified, skipped = counts[""], counts.total() - counts[""]
+    text = f"{classified} {'image' if classified == 1 else 'images'} classified"
+    if not skipped:
         return text
-
-
-def _stderr() -> IO[str]:
-    import sys
-
-    return sys.stderr
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(counts.items()) if reason)
+    return f"{text}, {skipped} left out ({reasons})"
 
 
 def _printable(path: str) -> str:
-    """A file's name may be no text; what stands for its stray bytes cannot be written."""
-    import os
-
+    """Return a path as text; bytes of a file's name that are no text are replaced."""
     return os.fsencode(path).decode("utf-8", "replace")
 
 
@@ -168,16 +135,14 @@ def _printable(path: str) -> str:
 
 
 def write_text(file: IO[str], rows: Iterable[Prediction], topk: int) -> None:
-    """`photo.jpg: sea lion 97.3 %, dog 1.2 %`"""
+    """Write a line like `photo.jpg: sea lion 97.3 %, dog 1.2 %` for each image."""
     for row in rows:
         classes = ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in row.top(topk))
         file.write(f"{_printable(row.image)}: {classes}\n")
 
 
 def write_csv(file: IO[str], rows: Iterable[Prediction], topk: int) -> None:
-    """A line for each of an image's classes, best first."""
-    import csv
-
+    """Write a line for each of an image's classes, best first."""
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["image", "rank", "class", "probability"])
     for row in rows:
@@ -186,9 +151,7 @@ def write_csv(file: IO[str], rows: Iterable[Prediction], topk: int) -> None:
 
 
 def write_json(file: IO[str], rows: Iterable[Prediction], topk: int) -> None:
-    """A list with an object for each image, a line each, written as they come."""
-    from gram_meta.files import to_json
-
+    """Write a list with an object for each image, a line each, as they come."""
     between = "[\n"
     for row in rows:
         classes = [{"class": name, "probability": _digits(value)} for name, value in row.top(topk)]
@@ -199,12 +162,8 @@ def write_json(file: IO[str], rows: Iterable[Prediction], topk: int) -> None:
 
 
 def _digits(probability: float) -> float:
-    """All that float32 holds, and no more."""
+    """Return the digits that float32 holds."""
     return float(f"{probability:.8g}")
 
 
-WRITERS: dict[str, Callable[[IO[str], Iterable[Prediction], int], Any]] = {
-    "text": write_text,
-    "csv": write_csv,
-    "json": write_json,
-}
+WRITERS: dict[str, Any] = {"text": write_text, "csv": write_csv, "json": write_json}

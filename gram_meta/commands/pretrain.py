@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 HELP = """Meta-learn a prompt initialisation and a gradient regulator from a hierarchy (Algorithm 1).
 
@@ -20,43 +21,34 @@ status 143; the same command with --resume goes on, with any number of processes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--store", required=True, help="pair store, from `gram embed`")
-    parser.add_argument("--hierarchy", required=True, help="hierarchy, from `gram cluster`")
-    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="folder for what is learned")
-    parser.add_argument(
-        "--config", "--config-file", action="append", default=[], metavar="YAML", help="settings; may be repeated"
-    )
-    parser.add_argument("--device", default="", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in OUT")
-    parser.add_argument(
-        "--profile",
-        type=int,
-        default=0,
-        metavar="N",
-        help="take N steps, say where their time goes (OUT/profile.json), and end",
-    )
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="settings that override the files'")
+    add = parser.add_argument
+    add("--store", required=True, help="pair store, from `gram embed`")
+    add("--hierarchy", required=True, help="hierarchy, from `gram cluster`")
+    add("-o", "--output", required=True, metavar="OUT", help="folder for what is learned")
+    add("--config", "--config-file", action="append", default=[], metavar="YAML", help="settings; may be repeated")
+    add("--device", default="", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
+    add("--resume", action="store_true", help="go on with the run in OUT")
+    profile = "take N steps, say where their time goes (OUT/profile.json), and end"
+    add("--profile", type=int, default=0, metavar="N", help=profile)
+    add("opts", nargs="*", metavar="KEY VALUE", help="settings that override the files'")
 
 
 def run(args: argparse.Namespace) -> int:
-    import sys
-
     from gram_meta.config import load_meta_config
     from gram_meta.method.meta_run import Stopped
     from gram_meta.method.profiling import profile_steps
-    from gram_meta.method.together import open_trainer, open_trainers
+    from gram_meta.method.together import MetaTrainer, SeedsTrainer, open_trainer
     from gram_meta.processes import device_for, process_group
 
     config = load_meta_config(args.config, args.opts)
     with process_group(args.device or "auto") as group:
         inputs = args.store, args.hierarchy, args.output, config, device_for(group, args.device)
         try:
-            if args.profile:
-                done = [profile_steps(open_trainer(*inputs, group=group), args.profile)]
-            elif config.SEEDS:
-                done = open_trainers(*inputs, group=group).run(args.resume)
+            if config.SEEDS and not args.profile:
+                done = open_trainer(SeedsTrainer, *inputs, group=group).run(args.resume)
             else:
-                done = [open_trainer(*inputs, group=group).run(args.resume)]
+                trainer = open_trainer(MetaTrainer, *inputs, group=group)
+                done = [profile_steps(trainer, args.profile) if args.profile else trainer.run(args.resume)]
         except Stopped as stopped:
             if group.is_first:
                 print(f"gram pretrain: {stopped}", file=sys.stderr)

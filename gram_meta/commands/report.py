@@ -27,51 +27,27 @@ there are runs of.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
-    parser.add_argument(
-        "folders",
-        nargs="+",
-        metavar="OUTPUT_DIR",
-        help="folder with results.json files or CoOp's log.txt in or below it, or a file of --collect",
-    )
-    parser.add_argument(
-        "--table",
-        action="append",
-        default=[],
-        choices=("1", "2", "3", "4", "5", "6", "7", "all"),
-        help="a table of the paper, with all its rows; may be repeated (default: those that there are runs of)",
-    )
-    parser.add_argument(
-        "--format",
-        choices=("table", "markdown", "csv", "latex", "json"),
-        default="table",
-        help="default: table; latex needs booktabs",
-    )
-    parser.add_argument(
-        "--collect", metavar="FILE.json", help="write everything that reports need into one file, and print no table"
-    )
-    parser.add_argument(
-        "--figures",
-        metavar="DIR",
-        help="write Figures 1(a), 1(b), 3(a), 3(b) as PNG, and their numbers as CSV, if the runs logged them",
-    )
-    parser.add_argument(
-        "--html", metavar="FILE.html", help="write one page with tables, figures and what every run was made with"
-    )
-    parser.add_argument("--datasets", metavar="A,B", help="only these datasets, by the names they are registered under")
-    parser.add_argument("--without", metavar="A,B", help="not these datasets, such as the one that was tuned on")
-    parser.add_argument(
-        "--reference", metavar="TRAINER", help="trainer that is subtracted in differences (default: CoOp)"
-    )
-    parser.add_argument("--metric", choices=("accuracy", "error_rate", "macro_f1"), default="accuracy")
-    parser.add_argument("--split", choices=("test", "val"), default="test")
-    parser.add_argument(
-        "--by", action="append", default=[], metavar="KEY", help="keep runs with different values of this setting apart"
-    )
-    parser.add_argument(
-        "--curve", action="store_true", help="print accuracy after 0, 1, 5, ... steps, if the runs logged it"
-    )
-    parser.add_argument("--digits", type=int, default=1, help="decimals in the table (csv and json are unrounded)")
+    add = parser.add_argument
+    folders = "folder with results.json files or CoOp's log.txt in or below it, or a file of --collect"
+    add("folders", nargs="+", metavar="OUTPUT_DIR", help=folders)
+    tables = "a table of the paper, with all its rows; may be repeated (default: those that there are runs of)"
+    add("--table", action="append", default=[], choices=(*"1234567", "all"), help=tables)
+    formats = ("table", "markdown", "csv", "latex", "json")
+    add("--format", choices=formats, default="table", help="default: table; latex needs booktabs")
+    collect = "write everything that reports need into one file, and print no table"
+    add("--collect", metavar="FILE.json", help=collect)
+    figures = "write Figures 1(a), 1(b), 3(a), 3(b) as PNG, and their numbers as CSV, if the runs logged them"
+    add("--figures", metavar="DIR", help=figures)
+    add("--html", metavar="FILE.html", help="write one page with tables, figures and what every run was made with")
+    add("--datasets", metavar="A,B", help="only these datasets, by the names they are registered under")
+    add("--without", metavar="A,B", help="not these datasets, such as the one that was tuned on")
+    add("--reference", metavar="TRAINER", help="trainer that is subtracted in differences (default: CoOp)")
+    add("--metric", choices=("accuracy", "error_rate", "macro_f1"), default="accuracy")
+    add("--split", choices=("test", "val"), default="test")
+    apart = "keep runs with different values of this setting apart"
+    add("--by", action="append", default=[], metavar="KEY", help=apart)
+    add("--curve", action="store_true", help="print accuracy after 0, 1, 5, ... steps, if the runs logged it")
+    add("--digits", type=int, default=1, help="decimals in the table (csv and json are unrounded)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -95,8 +71,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.curve:
         print(report.render_curve(*report.build_curve(runs), args.format, args.digits))
-        return 0
-    print(report.render_all(_tables(args, runs), args.format, args.digits))
+    else:
+        print(report.render_all(_tables(args, runs), args.format, args.digits))
     return 0
 
 

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from yacs.config import CfgNode
 
-from gram_meta.backbone.clip import load_backbone
 from gram_meta.clustering.hierarchy import Hierarchy
 from gram_meta.corpus.store import PairStore
 from gram_meta.files import PathLike
@@ -32,7 +32,11 @@ from gram_meta.processes import ALONE, ProcessGroup
 logger = logging.getLogger("gram")
 
 
+Trainer = TypeVar("Trainer", MetaTrainer, "SeedsTrainer")
+
+
 def open_trainer(
+    kind: type[Trainer],
     store: PathLike,
     hierarchy: PathLike,
     out: PathLike,
@@ -40,10 +44,11 @@ def open_trainer(
     device: str | torch.device = "cpu",
     progress: bool = True,
     group: ProcessGroup = ALONE,
-) -> MetaTrainer:
+) -> Trainer:
     """Open a store and a hierarchy, and return a trainer for them.
 
     Args:
+        kind: `MetaTrainer`, or `SeedsTrainer` for one run for each of SEEDS, in OUT/seed1, OUT/seed2, ...
         store, hierarchy: folders written by `gram embed` and `gram cluster`.
         out: the run folder (`meta_run`).
         group: the processes that share the tasks of each step.
@@ -52,9 +57,9 @@ def open_trainer(
         GramError: inputs that do not belong together, or too few topics.
     """
 
-    def make() -> MetaTrainer:
+    def make() -> Trainer:
         opened = open_inputs(store, hierarchy, config.BACKBONE.NAME)
-        return MetaTrainer(*opened, Path(out), config, device, progress and group.is_first, group)
+        return kind(*opened, Path(out), config, device=device, progress=progress and group.is_first, group=group)
 
     return group.make_on_all_ranks(make)
 
@@ -67,51 +72,20 @@ def open_inputs(store: PathLike, hierarchy: PathLike, backbone: str) -> tuple[Pa
     return opened
 
 
-def open_trainers(
-    store: PathLike,
-    hierarchy: PathLike,
-    out: PathLike,
-    config: CfgNode,
-    device: str | torch.device = "cpu",
-    progress: bool = True,
-    group: ProcessGroup = ALONE,
-) -> SeedsTrainer:
-    """Open a store and a hierarchy, and return what trains one run for each of SEEDS, in OUT/seed1, OUT/seed2, ...
-
-    The arguments are those of `open_trainer`.
-    """
-
-    def make() -> SeedsTrainer:
-        opened = open_inputs(store, hierarchy, config.BACKBONE.NAME)
-        return SeedsTrainer(*opened, Path(out), config, device, progress and group.is_first, group)
-
-    return group.make_on_all_ranks(make)
-
-
 class SeedsTrainer:
     """The meta-trainers of several seeds, which take each step together; arguments as for `MetaTrainer`."""
 
-    def __init__(
-        self,
-        store: PairStore,
-        hierarchy: Hierarchy,
-        out: Path,
-        config: CfgNode,
-        device: str | torch.device = "cpu",
-        progress: bool = True,
-        group: ProcessGroup = ALONE,
-    ) -> None:
+    def __init__(self, store: PairStore, hierarchy: Hierarchy, out: Path, config: CfgNode, **options: Any) -> None:
         self.out = out
-        backbone = load_backbone(config.BACKBONE.NAME, device, config.BACKBONE.PRECISION)
         self.trainers: list[MetaTrainer] = []
         for seed in config.SEEDS:
-            bar = progress and not self.trainers  # one bar shows the progress of all
             settings = config.clone()
             settings.defrost()
             settings.SEED, settings.SEEDS = seed, ()
             settings.freeze()
-            trainer = MetaTrainer(store, hierarchy, out / f"seed{seed}", settings, device, bar, group, backbone)
-            self.trainers.append(trainer)
+            self.trainers.append(MetaTrainer(store, hierarchy, out / f"seed{seed}", settings, **options))
+            # one bar shows the progress of all, and all share the first one's backbone
+            options |= {"progress": False, "backbone": self.trainers[0].backbone}
 
     def run(self, resume: bool = False) -> list[Path]:
         """Train all seeds to the last step and return the paths of their best checkpoints.

@@ -63,7 +63,7 @@ def run_variant(args: argparse.Namespace, name: str, settings: dict[str, object]
     from gram_meta.config import load_meta_config
     from gram_meta.method.checkpoint import load_meta_checkpoint
     from gram_meta.method.meta_run import BEST
-    from gram_meta.method.together import open_trainer
+    from gram_meta.method.together import MetaTrainer, open_trainer
 
     folder = args.out / name
     opts = [str(item) for pair in settings.items() for item in pair]
@@ -71,7 +71,8 @@ def run_variant(args: argparse.Namespace, name: str, settings: dict[str, object]
     config = load_meta_config([], opts)
     if not best.exists() or not _finished(folder / "meta", config.OUTER.STEPS):
         resume = (folder / "meta" / "run.json").exists()
-        open_trainer(args.store, args.hierarchy, folder / "meta", config, progress=False).run(resume)
+        inputs = args.store, args.hierarchy, folder / "meta", config
+        open_trainer(MetaTrainer, *inputs, progress=False).run(resume)
     checkpoint = load_meta_checkpoint(best)
     regulate = str(checkpoint.regulator is not None)
     gram = ["TRAINER.GRAM.CHECKPOINT", str(best), "TRAINER.GRAM.REGULATE", regulate]
