@@ -42,6 +42,19 @@ class Finding:
     sources: dict[str, str] = field(default_factory=dict)  # file or folder -> its address
 
 
+def data_root(root: str) -> Path:
+    """Return the absolute path of --root; raise `GramError` if it is no folder."""
+    path = Path(os.path.abspath(os.path.expanduser(root)))
+    if not path.is_dir():
+        raise GramError(f"{path}: expected the folder that holds the datasets' folders, found no such folder")
+    return path
+
+
+def split_names(words: Sequence[str] | None) -> list[str]:
+    """Return the names of --datasets, which may be separated by commas too."""
+    return [name for word in words or () for name in word.split(",") if name]
+
+
 def known_datasets() -> list[str]:
     """Return the names of the configs of all datasets that have a folder of their own: the paper's first."""
     names = [config for config, name in _configs() if name != "ImageFolder"]

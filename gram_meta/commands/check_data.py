@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gram_meta.errors import GramError
@@ -35,14 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     import gram_meta.plugin  # noqa: F401, registers the datasets
-    from gram_meta.datasets.check import FINE, MISSING, PAPER, check, find_datasets
+    from gram_meta.datasets.check import FINE, MISSING, PAPER, check, data_root, find_datasets, split_names
 
-    root = Path(os.path.abspath(args.root))
-    if not root.is_dir():
-        raise GramError(f"{root}: expected the folder that holds the datasets' folders, found no such folder")
+    root = data_root(args.root)
     if args.workers < 1:
         raise GramError(f"--workers: expected at least 1, found {args.workers}")
-    names = [name for word in args.datasets or PAPER for name in word.split(",") if name]
+    names = split_names(args.datasets or PAPER)
     found = [check(root, name, dataset, args.deep, args.workers) for name, dataset in find_datasets(root, names)]
     absent = [] if args.datasets else [finding for finding in found if finding.state == MISSING]
     print(as_json(found) if args.json else as_text([finding for finding in found if finding not in absent], absent))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -63,12 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from gram_meta.corpus.store import PairStore
+    from gram_meta.datasets.check import data_root
     from gram_meta.tools.overlap import PIXEL_THRESHOLD, SearchSettings, find_overlap, write_matches
 
     _check(args)
-    root = Path(os.path.abspath(args.root))
-    if not root.is_dir():
-        raise GramError(f"{root}: expected the folder that holds the datasets' folders, found no such folder")
+    root = data_root(args.root)
     store = PairStore.open(args.store)
     tests, unread = test_images(root, args.datasets, args.parts)
     if not tests:
@@ -124,10 +122,10 @@ def test_images(root: Path, names: Sequence[str] | None, parts: Sequence[str]) -
         GramError: a dataset in `names` is not known, or cannot be read.
     """
     import gram_meta.plugin  # noqa: F401 - registers the datasets
-    from gram_meta.datasets.check import find_datasets, known_datasets
+    from gram_meta.datasets.check import find_datasets, known_datasets, split_names
     from gram_meta.tools.overlap import TestImage
 
-    chosen = [name for word in names or () for name in word.split(",") if name]
+    chosen = split_names(names)
     found: list[TestImage] = []
     unread: list[str] = []
     for name, dataset in find_datasets(root, chosen or known_datasets()):

@@ -12,9 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
+from operator import getitem
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -241,12 +243,11 @@ def write_collection(evidence: Evidence, path: str | Path) -> None:
         {"path": short(meta.path, 2), "sha256": meta.sha256, "facts": meta.facts, "log": _columns(meta.log)}
         for meta in evidence.metas
     ]
+    blocks = ",\n".join(f'"{key}": {_compact(block)}' for key, block in shared.items())
+    lines = [",\n".join(map(_compact, rows)) for rows in (metas, runs)]
     with atomic_write(path, "w") as file:
-        file.write(f'{{"format": "{COLLECTION}", "version": {FORMAT},\n')
-        blocks = ",\n".join(f"{json.dumps(key)}: {_compact(block)}" for key, block in shared.items())
-        file.write(f'"shared": {{\n{blocks}\n}},\n')
-        for name, rows, end in (("metas", metas, ",\n"), ("runs", runs, "\n}\n")):
-            file.write(f'"{name}": [\n' + ",\n".join(map(_compact, rows)) + f"\n]{end}")
+        file.write(f'{{"format": "{COLLECTION}", "version": {FORMAT},\n"shared": {{\n{blocks}\n}},\n')
+        file.write(f'"metas": [\n{lines[0]}\n],\n"runs": [\n{lines[1]}\n]\n}}\n')
 
 
 def _add_collection(evidence: Evidence, path: Path) -> None:
@@ -260,7 +261,7 @@ def _add_collection(evidence: Evidence, path: Path) -> None:
             beside = packed.pop("beside", False)
             where, result = _unpack(packed, found["shared"])
             check_results(result, f"{path}: {where}")
-            before = (evidence.results | evidence.beside).get(where, result)
+            before = evidence.results.get(where) or evidence.beside.get(where, result)
             if before != result:
                 raise GramError(f"{path}: expected other runs than in the collections before it, found another {where}")
             (evidence.beside if beside else evidence.results)[where] = result
@@ -301,16 +302,13 @@ def _unpack(packed: Mapping[str, Any], shared: Mapping[str, Any]) -> tuple[Path,
     where = Path(result.pop("path"))
     for key in _SHARED:
         if isinstance(result.get(key), str) and result[key]:
-            result[key] = json.loads(json.dumps(shared[result[key]]))  # a copy for each run
+            result[key] = deepcopy(shared[result[key]])  # for each run
     if isinstance(result.get("config"), dict):
         facts = {**result, "folder": where.parent.as_posix()}
         own = {key: facts[name] for key, name in _OWN.items()} | result.pop("own", {})
         for key, value in own.items():
             *above, name = key.split(".")
-            node = result["config"]
-            for part in above:
-                node = node.setdefault(part, {})
-            node[name] = value
+            reduce(lambda node, part: node.setdefault(part, {}), above, result["config"])[name] = value
     if isinstance(result.get("curve"), dict):
         result["curve"] = _rows(result["curve"])
     return where, result
@@ -336,16 +334,13 @@ def without_own(config: Mapping[str, Any]) -> dict[str, Any]:
     return _without(config, (*_OWN, "DATASET.ROOT", "RESUME"))[0]
 
 
-def _without(config: Mapping[str, Any], keys: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _without(config: Mapping[str, Any], keys: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a copy of a nested config without some keys, and their values by dotted names."""
-    rest, taken = json.loads(json.dumps(config)), {}
-    for key in keys:
+    rest: dict[str, Any] = json.loads(json.dumps(config))  # tuples become lists
+    taken = {key: value for key, value in flatten(config).items() if key in keys}
+    for key in taken:
         *above, name = key.split(".")
-        node: Any = rest
-        for part in above:
-            node = node.get(part, {}) if isinstance(node, dict) else {}
-        if isinstance(node, dict) and name in node:
-            taken[key] = node.pop(name)
+        del reduce(getitem, above, rest)[name]
     return rest, taken
 
 
@@ -365,7 +360,7 @@ def _columns(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _rows(columns: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
-    count = max((len(column) for column in columns.values()), default=0)
+    count = max(map(len, columns.values()), default=0)
     rows = [{key: column[i] for key, column in columns.items()} for i in range(count)]
     return [{key: value for key, value in row.items() if value is not None} for row in rows]
 

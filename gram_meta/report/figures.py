@@ -59,13 +59,8 @@ def draw(runs: Sequence[Run], metas: Sequence[MetaTraining]) -> tuple[list[Drawi
         GramError: matplotlib is not installed.
     """
     need_matplotlib()
-    drawings, lacking = [], []
-    for figure in (_starts(runs), *_epochs(runs), _alignments(metas)):
-        if isinstance(figure, str):
-            lacking.append(figure)
-        else:
-            drawings.append(figure)
-    return drawings, lacking
+    figures = [_starts(runs), *_epochs(runs), _alignments(metas)]
+    return [it for it in figures if isinstance(it, Drawing)], [it for it in figures if isinstance(it, str)]
 
 
 def write_figures(drawings: Iterable[Drawing], folder: str | Path) -> list[Path]:
@@ -225,9 +220,8 @@ def _epochs_of(runs: Sequence[Run], length: int) -> Drawing | str:
             lines.append((*LINES[name], [(epoch, it[title.split()[0]]) for epoch, it in cells.items()]))
     if len(table) == 1:
         return f"Figures 1(b) and 3(a), {length} epochs: no seed has a curve on each of {', '.join(datasets)}"
-    bands = (
-        "Bands: 95 % intervals over seeds." if any(row[4] is not None for row in table[1:]) else "One seed: no bands."
-    )
+    is_spread = any(row[4] is not None for row in table[1:])
+    bands = "Bands: 95 % intervals over seeds." if is_spread else "One seed: no bands."
     return Drawing(
         f"figure_1b_3a_{length}_epochs",
         f"Base and new accuracy while training, {length} epochs (as Figures 1b and 3a)",

@@ -11,7 +11,7 @@ How the numbers are computed
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gram_meta.errors import GramError
@@ -168,28 +168,16 @@ def build(runs: Sequence[Run], plan: Plan) -> Report:
         series = {label: series_of(values, label, members, plan.columns, seeds) for label in plan.labels}
         for label in plan.labels:
             cells = {column: cell_of(series[label], column, len(seeds), label in fixed) for column in plan.columns}
-            differences = {}
-            if reference and label != reference:
-                differences = {
-                    column: paired_difference(series[label][column], series[reference][column], len(seeds))
-                    for column in plan.columns
-                }
+            differences = {
+                column: paired_difference(series[label][column], series[reference][column], len(seeds))
+                for column in plan.columns
+                if reference not in ("", label)
+            }
             printed = plan.paper(label, name, members)
             beside = {column: printed[column] for column in printed if cells.get(column) is not None}
             rows.append(Row(name, label, cells, differences, beside))
-    return Report(
-        plan.columns,
-        rows,
-        reference,
-        tuple(plan.datasets),
-        seeds,
-        _missing(plan, values, seeds),
-        notes(runs, reference),
-        plan.title,
-        plan.number,
-        plan.wide,
-        plan.averages_only,
-    )
+    found = rows, reference, tuple(plan.datasets), seeds, _missing(plan, values, seeds), notes(runs, reference)
+    return Report(plan.columns, *found, plan.title, plan.number, plan.wide, plan.averages_only)
 
 
 def _reference(labels: Collection[str], wanted: str) -> str:
@@ -209,10 +197,15 @@ def _missing(plan: Plan, values: Values, seeds: Sequence[int]) -> list[Missing]:
     ]
 
 
-def _refuse_duplicates(runs: Sequence[Run]) -> None:
-    seen: dict[tuple, Run] = {}
+def _with_first(runs: Sequence[Run], group_of: Callable[[Run], Hashable]) -> Iterator[tuple[Run, Run]]:
+    """Yield the first run of a run's group, and the run."""
+    first: dict[Hashable, Run] = {}
     for run in runs:
-        other = seen.setdefault(run.key, run)
+        yield first.setdefault(group_of(run), run), run
+
+
+def _refuse_duplicates(runs: Sequence[Run]) -> None:
+    for other, run in _with_first(runs, lambda run: run.key):
         if other is not run:
             apart = _first_difference(other, run)
             hint = f" (they differ in {apart}: --by {apart} keeps them apart)" if apart else ""
@@ -229,26 +222,21 @@ def _first_difference(one: Run, other: Run) -> str:
 
 def _refuse_conflicts(runs: Sequence[Run]) -> None:
     """Raise `GramError` if runs that are averaged or subtracted have different settings."""
-    first: dict[tuple[str, str], Run] = {}
-    for run in runs:
-        other = first.setdefault((run.label, run.dataset), run)
-        key = _first_difference(other, run)
-        if key:
+    for other, run in _with_first(runs, lambda run: (run.label, run.dataset)):
+        if key := _first_difference(other, run):
             raise GramError(
                 f"{run.label} on {run.dataset}: expected equal settings in all runs, found {key} "
                 f"{other.settings.get(key)!r} in {other.path} and {run.settings.get(key)!r} in {run.path} "
                 f"(--by {key} keeps them apart)"
             )
     for key in ("backbone", "shots"):
-        holders: dict[str, Run] = {}
-        for run in runs:
-            if key in run.settings and f"{key} " not in run.label:
-                other = holders.setdefault(run.dataset, run)
-                if other.settings[key] != run.settings[key]:
-                    raise GramError(
-                        f"{run.dataset}: expected one {key} in a table, found {other.settings[key]!r} in {other.path} "
-                        f"and {run.settings[key]!r} in {run.path} (--by {key} keeps them apart)"
-                    )
+        having = [run for run in runs if key in run.settings and f"{key} " not in run.label]
+        for other, run in _with_first(having, lambda run: run.dataset):
+            if other.settings[key] != run.settings[key]:
+                raise GramError(
+                    f"{run.dataset}: expected one {key} in a table, found {other.settings[key]!r} in {other.path} "
+                    f"and {run.settings[key]!r} in {run.path} (--by {key} keeps them apart)"
+                )
 
 
 def _spread_fixed(
@@ -298,11 +286,8 @@ def notes(runs: Sequence[Run], reference: str) -> list[str]:
     for run in runs:
         if run.few_shot and run.few_shot != shots.get((run.source, run.seed), run.few_shot):
             found.append(f"{run.label}: other training images than {reference} on {run.source}, seed {run.seed}")
-    first: dict[str, Run] = {}
-    for run in runs:
-        other = first.setdefault(run.label, run)
-        key = _first_difference(other, run)
-        if key:
+    for other, run in _with_first(runs, lambda run: run.label):
+        if key := _first_difference(other, run):
             one, two = other.settings.get(key), run.settings.get(key)
             found.append(f"{run.label}: {key} is {one!r} on {other.dataset}, {two!r} on {run.dataset}")
     return list(dict.fromkeys(found))

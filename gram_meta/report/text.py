@@ -193,10 +193,9 @@ def _grid(headers: Sequence[str], rows: Sequence[Sequence[Any]], form: str) -> s
         lines = [[_escape_markdown(cell) for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
-    if form == "markdown":
-        padded.insert(1, ["-" * width for width in widths])
-        return "\n".join(f"| {' | '.join(line)} |" for line in padded)
     padded.insert(1, ["-" * width for width in widths])
+    if form == "markdown":
+        return "\n".join(f"| {' | '.join(line)} |" for line in padded)
     return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
@@ -210,31 +209,18 @@ def _escape_markdown(text: Any) -> str:
     return html.escape(re.sub(r"([\\`*\[\]|])", r"\\\1", str(text).strip()), quote=False)
 
 
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    "[": "{[}",  # behind a row's end it would be an option
-    "*": "{*}",
-    '"': "''",
-}
+_TEXT = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum", "<": "less", ">": "greater", "|": "bar"}
+_LATEX = str.maketrans(
+    {letter: f"\\{letter}" for letter in "&%$#_{}"}
+    | {letter: rf"\text{name}{{}}" for letter, name in _TEXT.items()}
+    | {"±": r"$\pm$", '"': "''", "[": "{[}", "*": "{*}"}  # the last two would be options behind a row's end
+)
 
 
 def escape_latex(text: str) -> str:
     """Return text escaped for LaTeX; spaces at its beginning become an indent."""
     indent = r"\quad " if text.startswith("  ") else ""
-    return indent + "".join(_LATEX.get(letter, letter) for letter in _one_line(text).strip())
+    return indent + _one_line(text).strip().translate(_LATEX)
 
 
 def _latex(headers: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
@@ -249,21 +235,9 @@ def _latex(headers: Sequence[str], rows: Sequence[Sequence[str]], caption: str =
     for i, row in enumerate(rows):
         starts_a_block = "dataset" in headers and i and row[0]
         body += ([r"\midrule"] if starts_a_block else []) + [line(row)]
-    return "\n".join(
-        [
-            r"\begin{table}",
-            r"\centering",
-            *([rf"\caption{{{escape_latex(caption)}}}"] if caption else []),
-            rf"\begin{{tabular}}{{{columns}}}",
-            r"\toprule",
-            line(headers),
-            r"\midrule",
-            *body,
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-        ]
-    )
+    above = [r"\begin{table}", r"\centering", *([rf"\caption{{{escape_latex(caption)}}}"] if caption else [])]
+    head = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", line(headers), r"\midrule"]
+    return "\n".join([*above, *head, *body, r"\bottomrule", r"\end{tabular}", r"\end{table}"])
 
 
 def _csv(report: Report) -> str:
@@ -276,11 +250,8 @@ def _csv(report: Report) -> str:
         line: list[Any] = [report.number or report.title, row.dataset, row.label]
         for column in report.columns:
             found, difference = row.cells[column], row.differences.get(column)
-            line += (
-                [found.mean, found.half_width, f"{found.seeds}/{found.expected}"]
-                if found
-                else ["missing", None, f"0/{len(report.seeds)}"]
-            )
+            line += [found.mean, found.half_width] if found else ["missing", None]
+            line.append(f"{found.seeds}/{found.expected}" if found else f"0/{len(report.seeds)}")
             line += [difference.mean, difference.half_width] if difference else [None, None]
             line.append(row.paper.get(column))
         rows.append(line)

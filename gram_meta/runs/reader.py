@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ from gram_meta.runs.layout import LEARNER
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from gram_meta.backbone.clip import Backbone
 
 CLASS_TENSORS = ("token_prefix", "token_suffix")  # the class names of training; CoOp saves them too
 
@@ -70,6 +73,34 @@ def read_saved(path: PathLike, epoch: int | None = None) -> Saved:
             return _read_meta_checkpoint(path / layout.META)
     checkpoint, _ = layout.choose_checkpoint(path, epoch, learner or LEARNER)
     return _read_checkpoint(checkpoint, path)
+
+
+def load_clip_of(
+    saved: Saved, name: str, widths: Mapping[str, int], device: str = "cpu", precision: str = "fp32"
+) -> Backbone:
+    """Return the CLIP that prompts were learned with, which is compared with what the files say of it.
+
+    Args:
+        name: a name or file; "": as the files say.
+        widths, device, precision: as for `check_name` and `load_backbone`.
+
+    Raises:
+        GramError: no file names the CLIP, or it is another one.
+    """
+    from gram_meta.backbone.clip import check_name, load_backbone
+
+    name = name or saved.backbone
+    if not name:
+        raise GramError(
+            f"{saved.path}: expected a results.json or log.txt of its run, which names its CLIP, found none; name it "
+            "with --backbone"
+        )
+    if saved.fingerprint:
+        check_name(saved.path, saved.backbone, name, widths)
+    clip = load_backbone(name, device, precision)
+    if saved.fingerprint:
+        clip.check_weights(saved.path, saved.backbone, saved.fingerprint)
+    return clip
 
 
 def infer_trainer(saved: Saved) -> str:

@@ -26,7 +26,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gram_meta.errors import GramError, in_one_line
 from gram_meta.files import sha256_file
@@ -115,17 +115,14 @@ def _quiet() -> Iterator[None]:
 def check_python(environment: Environment) -> Iterator[Check]:
     from packaging.specifiers import SpecifierSet
 
-    version = platform.python_version()
+    version, supported = platform.python_version(), SpecifierSet(_supported_pythons())
     found = f"{version} on {platform.system()} {platform.machine()}, {sys.executable}"
-    supported = SpecifierSet(_supported_pythons())
     unmet = [clause for clause in supported if not clause.contains(version, prereleases=True)]
     if any(clause.operator.startswith(">") for clause in unmet):
         fix = f'make an environment with Python {supported}, such as: conda create -n gram "python{supported}"'
         yield Check("Python", PROBLEM, f"{found}; expected {supported}", fix)
-    elif unmet:
-        yield Check("Python", NOTE, f"{found}; tried on {supported}")
     else:
-        yield Check("Python", FINE, found)
+        yield Check("Python", NOTE if unmet else FINE, f"{found}; tried on {supported}" if unmet else found)
 
 
 def _supported_pythons() -> str:
@@ -139,17 +136,14 @@ def _supported_pythons() -> str:
 def check_packages(environment: Environment) -> Iterator[Check]:
     """Compare the version of every requirement of this package, and import the light ones that training needs."""
     required = _requirements()
-    version = _version(DISTRIBUTION)
     if not required:
         folder = Path(__file__).resolve().parents[2]
         found = f"used from {folder}, not installed; versions of packages are not compared"
         yield Check(DISTRIBUTION, NOTE, found, install("-e", str(folder)))
     wrong = {it.name: it for it in required if not satisfies(_version(it.name), it)}
     for name in (it.name for it in required if it.name not in (*NOT_IMPORTED, *wrong)):
-        try:
-            importlib.import_module(MODULES.get(name, name))
-        except BaseException as error:  # noqa: BLE001
-            yield _unimportable(name, error, install("--force-reinstall", name))
+        if problem := _import_problem(name, install("--force-reinstall", name), MODULES.get(name, name)):
+            yield problem
     for name, requirement in wrong.items():
         expected = f"{name}{requirement.specifier}"
         found = f"expected {expected}, found {_version(name) or 'none'}"
@@ -158,7 +152,7 @@ def check_packages(environment: Environment) -> Iterator[Check]:
         elif name != "setuptools" and (name != "clip-anytorch" or _version(name)):  # check_clip reports on these
             yield Check(name, PROBLEM, found, install(expected))
     if required and not wrong:
-        yield Check("packages", FINE, f"{DISTRIBUTION} {version} and all {len(required)} requirements")
+        yield Check("packages", FINE, f"{DISTRIBUTION} {_version(DISTRIBUTION)} and all {len(required)} requirements")
 
 
 def _requirements(extra: str = "") -> list[Requirement]:
@@ -175,8 +169,15 @@ def _requirements(extra: str = "") -> list[Requirement]:
     return [it for it in declared if it not in plain and it.marker and it.marker.evaluate({"extra": extra})]
 
 
-def _unimportable(name: str, error: BaseException, fix: str) -> Check:
-    return Check(name, PROBLEM, f"does not import: {_sentence(error)}", fix)
+def _import_problem(name: str, fix: str, module: str = "", absent: str = "", get: str = "") -> Check | None:
+    """Import a package's module; return the problem if that fails. `absent`, `get`: what and fix for no such module."""
+    try:
+        importlib.import_module(module or name)
+    except BaseException as error:  # noqa: BLE001
+        if absent and isinstance(error, ModuleNotFoundError) and error.name == name:
+            return Check(name, PROBLEM, absent, get)
+        return Check(name, PROBLEM, f"does not import: {_sentence(error)}", fix)
+    return None
 
 
 def _version(package: str) -> str:
@@ -212,14 +213,13 @@ def install(*words: str) -> str:
 
 
 def check_torch(environment: Environment) -> Iterator[Check]:
-    try:
-        import torch
-    except BaseException as error:  # noqa: BLE001
-        if isinstance(error, ModuleNotFoundError) and error.name == "torch":
-            yield Check("torch", PROBLEM, "not installed", install("torch", "torchvision"))
-        else:
-            yield _unimportable("torch", error, install("--force-reinstall", "torch", "torchvision"))
+    both = "torch", "torchvision"
+    again = install("--force-reinstall", *both)
+    if problem := _import_problem("torch", again, absent="not installed", get=install(*both)):
+        yield problem
         return
+    import torch
+
     threads = torch.get_num_threads()
     yield Check("torch", FINE, f"{torch.__version__}, {threads} CPU {'thread' if threads == 1 else 'threads'}")
     try:
@@ -229,14 +229,14 @@ def check_torch(environment: Environment) -> Iterator[Check]:
     except BaseException as error:  # noqa: BLE001
         found = f"cannot exchange arrays with NumPy {_version('numpy')} ({_sentence(error)})"
         yield Check("torch", PROBLEM, found, install("--upgrade", "numpy", "torch"))
-    try:
-        import torchvision  # noqa: F401
-    except BaseException as error:  # noqa: BLE001
-        yield _unimportable("torchvision", error, install("--upgrade", "torch", "torchvision"))
-    yield from _devices(torch)
+    if problem := _import_problem("torchvision", install("--upgrade", *both)):
+        yield problem
+    yield from _devices()
 
 
-def _devices(torch: Any) -> Iterator[Check]:
+def _devices() -> Iterator[Check]:
+    import torch
+
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(index)
@@ -314,17 +314,14 @@ def check_clip(environment: Environment) -> Iterator[Check]:
     # Both packages write into the folder clip/: after the other one is removed, clip-anytorch has to be written again.
     again = ("--force-reinstall", "--no-deps") if published else ()
     get = install(*again, "clip-anytorch", SETUPTOOLS)
-    try:
-        import clip
-    except BaseException as error:  # noqa: BLE001
-        if isinstance(error, ModuleNotFoundError) and error.name == "clip":
-            yield Check("clip", PROBLEM, "CLIP's code is not installed", get)
-        elif "pkg_resources" in str(error):
+    if problem := _import_problem("clip", get, absent="CLIP's code is not installed", get=get):
+        if "pkg_resources" in problem.found:
             found = f"needs pkg_resources, which setuptools {_version('setuptools') or '(missing)'} does not have"
-            yield Check("clip", PROBLEM, found, install(SETUPTOOLS))
-        else:
-            yield _unimportable("clip", error, get)
+            problem = Check("clip", PROBLEM, found, install(SETUPTOOLS))
+        yield problem
         return
+    import clip
+
     place = getattr(clip, "__file__", None) or next(iter(getattr(clip, "__path__", [])), "an empty folder")
     if not hasattr(clip, "tokenize"):
         python = shlex.quote(sys.executable)
@@ -354,26 +351,19 @@ def check_weights(environment: Environment) -> Iterator[Check]:
         return
     folder = Path(CLIP_CACHE).expanduser()
     own = f"sudo chown -R $(id -u) {shlex.quote(str(folder))}"
-    cached = False
-    for name, url in _published_weights().items():
-        path = _cached(url)
-        try:
-            if path.is_file():
-                cached = True
-                yield _check_weights_file(f"CLIP {name}", path, url, environment.verify)
-        except OSError as error:
-            cached = True
-            yield Check(f"CLIP {name}", NOTE, f"{path} cannot be read ({error.strerror})", own)
-    if cached:
-        return
     try:
-        os.listdir(folder)
-    except FileNotFoundError:
-        pass
+        names = os.listdir(folder) if folder.exists() else []
     except OSError as error:
         yield Check("CLIP weights", NOTE, f"{folder} cannot be read ({error.strerror})", own)
         return
-    yield Check("CLIP weights", NOTE, f"none of OpenAI's in {folder}; they are downloaded there at first use")
+    cached = {name: url for name, url in _published_weights().items() if _cached(url).name in names}
+    for name, url in cached.items():
+        try:
+            yield _check_weights_file(f"CLIP {name}", _cached(url), url, environment.verify)
+        except OSError as error:
+            yield Check(f"CLIP {name}", NOTE, f"{_cached(url)} cannot be read ({error.strerror})", own)
+    if not cached:
+        yield Check("CLIP weights", NOTE, f"none of OpenAI's in {folder}; they are downloaded there at first use")
 
 
 def _published_weights() -> dict[str, str]:
@@ -400,6 +390,7 @@ def _check_weights_file(name: str, path: Path, url: str, verify: bool) -> Check:
 
 
 def download(url: str, path: Path) -> str:
+    """Return the command that downloads a file."""
     return f"curl -L --create-dirs -o {shlex.quote(str(path))} {url}"
 
 
@@ -438,20 +429,17 @@ def check_datasets(environment: Environment) -> Iterator[Check]:
         yield Check("datasets", PROBLEM, f"{root}: no such folder", fix)
         return
     import gram_meta.plugin  # noqa: F401 - registers the datasets
-    from gram_meta.config import find_config
     from gram_meta.datasets import check as datasets
 
-    configs = sorted(path.stem for path in find_config("caltech101", "datasets").parent.glob("*.yaml"))
     command = f"gram check-data {shlex.quote(str(root))}"
     missing, present = [], 0
-    for name, dataset in datasets.find_datasets(root, [name for name in configs if name != "image_folder"]):
-        if not (root / dataset.dataset_dir).is_dir():
-            missing += [name] if name in datasets.PAPER else []
-            continue
+    for name, dataset in datasets.find_datasets(root, datasets.known_datasets()):
         finding = datasets.check(root, name, dataset)
         numbers = ", ".join(f"{part} {number:,}" for part, number in finding.images.items())
         present += bool(finding.images)
-        if finding.state == datasets.FINE:
+        if finding.state == datasets.MISSING:
+            missing += [name] if name in datasets.PAPER else []
+        elif finding.state == datasets.FINE:
             yield Check(f"dataset {name}", FINE, f"{finding.classes} classes, {numbers}")
         else:
             first, *others = finding.problems
@@ -492,7 +480,6 @@ def check_meta(environment: Environment) -> Iterator[Check]:
 
 def _check_meta_file(path: Path, environment: Environment) -> Check:
     """Report which backbone a meta-checkpoint is for, and whether that is the one of --backbone."""
-    from gram_meta.errors import GramError
     from gram_meta.method.checkpoint import load_meta_checkpoint
 
     try:
@@ -533,12 +520,11 @@ def check_output(environment: Environment) -> Iterator[Check]:
         yield Check("output", PROBLEM, f"{existing} cannot be written ({error.strerror})", fix)
         return
     free = shutil.disk_usage(existing).free
-    found = f"{path}, {_size(free)} free"
+    check = Check("output", FINE, f"{path}, {_size(free)} free")
     if free < LOW_DISK:
-        fix = f"df -h {shlex.quote(str(existing))}"
-        yield Check("output", NOTE, f"{found}; a run needs a few MB for its log and its checkpoints", fix)
-    else:
-        yield Check("output", FINE, found)
+        found = f"{check.found}; a run needs a few MB for its log and its checkpoints"
+        check = Check("output", NOTE, found, f"df -h {shlex.quote(str(existing))}")
+    yield check
 
 
 def check_training(environment: Environment) -> Iterator[Check]:

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gram_meta.backbone.clip import Backbone, check_name, clip_module, load_backbone
+from gram_meta.backbone.clip import Backbone, clip_module
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike
 from gram_meta.method.prompts import STATE_NAMES
-from gram_meta.runs.reader import Saved, read_saved
+from gram_meta.runs.reader import Saved, load_clip_of, read_saved
 
 # Names of the context: CoOp's, CoCoOp's and our trainers save it alone, MaPLe's family saves the whole model
 _CONTEXT = (STATE_NAMES["text"], "prompt_learner.ctx")
@@ -63,24 +63,14 @@ def interpret(path: PathLike, topk: int = 5, backbone: str = "", epoch: int | No
         raise GramError(f"--topk is {topk}; expected at least 1")
     saved = read_saved(path, epoch)
     context, remarks = _context_of(saved)
-    name = backbone or saved.backbone
-    if not name:
-        raise GramError(
-            f"{saved.path}: expected a results.json or log.txt of its run, which names the backbone, found none; "
-            "name it with --backbone"
-        )
-    if saved.fingerprint:
-        check_name(saved.path, saved.backbone, name, {"text": context.shape[-1]})
-    clip = load_backbone(name)
-    if saved.fingerprint:
-        clip.check_weights(saved.path, saved.backbone, saved.fingerprint)
+    clip = load_clip_of(saved, backbone, {"text": context.shape[-1]})
     if context.shape[-1] != clip.text_width:
         raise GramError(
-            f"{saved.path}: holds context tokens of width {context.shape[-1]}, but {name} has word embeddings of "
+            f"{saved.path}: holds context tokens of width {context.shape[-1]}, but {clip.name} has word embeddings of "
             f"width {clip.text_width}; name its own backbone with --backbone"
         )
     words, left_out = _near_words(context, saved.classnames or [], clip, topk)
-    return Interpretation(saved, context, name, words, remarks + left_out)
+    return Interpretation(saved, context, clip.name, words, remarks + left_out)
 
 
 def nearest_rows(context: Tensor, embedding: Tensor, topk: int) -> tuple[Tensor, Tensor]:
@@ -130,8 +120,7 @@ def _own_rows(embedding: Tensor) -> tuple[Tensor, list[str]]:
 def _context_of(saved: Saved) -> tuple[Tensor, list[str]]:
     """Return the learned text prompt, (M, d) or (N, M, d) in float32, and remarks on the other learned tensors."""
     tensors = saved.state_dict
-    context = next((tensors[name] for name in _CONTEXT if name in tensors), None)
-    visual = next((tensors[name] for name in _VISUAL if name in tensors), None)
+    context, visual = (next((tensors[it] for it in names if it in tensors), None) for names in (_CONTEXT, _VISUAL))
     if context is None:
         some = ", ".join(list(tensors)[:4]) or "no tensors"
         hint = "" if visual is None else " (a visual prompt, which has no words)"

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from gram_meta.backbone.clip import PACKAGED, RUN_PRECISIONS, Backbone, check_name, load_backbone
+from gram_meta.backbone.clip import PACKAGED, RUN_PRECISIONS, Backbone
 from gram_meta.backbone.footprint import forward_bytes
 from gram_meta.config import flatten
 from gram_meta.corpus.images import BROKEN, BadImage, as_rgb, read_image
@@ -37,7 +37,7 @@ from gram_meta.corpus.loading import iterate_loader
 from gram_meta.corpus.sources.rows import IMAGE_SUFFIXES
 from gram_meta.errors import GramError, in_one_line
 from gram_meta.files import PathLike
-from gram_meta.runs.reader import Saved, infer_trainer, read_classes, read_saved
+from gram_meta.runs.reader import Saved, infer_trainer, load_clip_of, read_classes, read_saved
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,14 +141,7 @@ class Predictor:
         of_run = cfg.TRAINER.get(trainer.node, {}).get("PREC", "fp32")
         precision = _precision(precision or of_run, asked=bool(precision), device=device)
         cfg.TRAINER[trainer.node].PREC = precision
-        name = backbone or saved.backbone
-        if not name:
-            raise GramError(f"{saved.path}: expected the name of its CLIP, found none; give it with --backbone")
-        if saved.fingerprint:
-            check_name(saved.path, saved.backbone, name, {})
-        clip = load_backbone(name, device, "fp32" if precision == "amp" else precision)
-        if saved.fingerprint:
-            clip.check_weights(saved.path, saved.backbone, saved.fingerprint)
+        clip = load_clip_of(saved, backbone, {}, device, "fp32" if precision == "amp" else precision)
         _print_unknown_words(clip, names)
         if saved.template is not None and hasattr(trainer, "template"):
             trainer = type(trainer.__name__, (trainer,), {"template": lambda self: saved.template})
@@ -177,9 +170,8 @@ class Predictor:
             for error in errors:
                 source = waiting.popleft()
                 name = os.fspath(getattr(source, "filename", "") if isinstance(source, Image.Image) else source)
-                yield Prediction(
-                    name, self.classnames, np.zeros(0, np.float32) if error else next(probabilities), error
-                )
+                found = np.zeros(0, np.float32) if error else next(probabilities)
+                yield Prediction(name, self.classnames, found, error)
 
     def _load(self, sources: Iterator[Source], waiting: deque[Source], workers: int) -> Iterator[Any]:
         """Yield the readable images (k, 3, H, W) of each batch, or None, and the errors of all its images."""

@@ -221,7 +221,10 @@ def test_an_official_run_serves_with_names_for_its_classes(official, backbone, i
 def test_a_bare_official_checkpoint_needs_a_backbone(official, image, tmp_path):
     run, _ = official
     shutil.copy(run / "prompt_learner" / "model.pth.tar-50", tmp_path / "alone.pth")
-    with pytest.raises(GramError, match="expected the name of its CLIP, found none; give it with --backbone"):
+    with pytest.raises(
+        GramError,
+        match="expected a results.json or log.txt .* which names its CLIP, found none; name it with --backbone",
+    ):
         Predictor.load(tmp_path / "alone.pth", classes=["cat", "dog"])
     row = Predictor.load(tmp_path / "alone.pth", classes=["cat", "dog"], backbone="random-tiny")(image)[0]
     assert row.probabilities.shape == (2,) and abs(row.probabilities.sum() - 1) < 1e-6
