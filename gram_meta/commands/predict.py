@@ -87,11 +87,9 @@ def run(args: argparse.Namespace) -> int:
 def _headline(predictor: Predictor) -> str:
     saved, backbone = predictor.saved, predictor.backbone
     epoch = f" of epoch {saved.epoch}" if saved.epoch else ""
-    what = f"{saved.trainer}{epoch} ({saved.path})"
-    return (
-        f"{what}, {len(predictor.classnames)} classes, {backbone.name} in {backbone.precision} on {backbone.device}, "
-        f"batches of {predictor.batch_size}"
-    )
+    what = f"{saved.trainer}{epoch} ({saved.path}), {len(predictor.classnames)} classes"
+    where = f"{backbone.name} in {backbone.precision} on {backbone.device}"
+    return f"{what}, {where}, batches of {predictor.batch_size}"
 
 
 def _style_of(out: str | None) -> str:

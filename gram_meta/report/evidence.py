@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from operator import getitem
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -59,7 +59,6 @@ class Evidence:
     metas: list[MetaTraining] = field(default_factory=list)
     folders: list[Path] = field(default_factory=list)
     unfinished: list[Path] = field(default_factory=list)  # logs without a result
-    _by_ending: dict[tuple[str, ...], Path | None] | None = field(default=None, repr=False)
 
     def training_of(self, path: Path) -> dict[str, Any]:
         """Return the result of the run that trained the tested model: its settings count, not those of the test.
@@ -108,21 +107,23 @@ class Evidence:
 
     def _same_ending(self, model: PurePosixPath, path: Path) -> Path | None:
         """Find a run by the last parts of its path, where the folder was moved or the path is relative."""
-        if self._by_ending is None:
-            self._by_ending = {}
-            for found in self.results:
-                for count in range(4, min(len(found.parts) - 1, 10) + 1):
-                    ending = found.parent.parts[-count:]
-                    # None: two runs have this ending, which identifies neither
-                    self._by_ending[ending] = None if ending in self._by_ending else found
         tested = self.results[path]
         same = ("trainer", "seed") if tested["subsample"] == "all" else ("trainer", "seed", "dataset")
         for count in range(min(len(model.parts), 10), 3, -1):
-            match = self._by_ending.get(model.parts[-count:])
-            if match is not None:
+            if match := self._by_ending.get(model.parts[-count:]):
                 fits = match != path and all(self.results[match][key] == tested[key] for key in same)
                 return match if fits else None
         return None
+
+    @cached_property
+    def _by_ending(self) -> dict[tuple[str, ...], Path | None]:
+        """The results by the last 4 to 10 parts of their folders; None where two runs have the same."""
+        endings: dict[tuple[str, ...], Path | None] = {}
+        for found in self.results:
+            for count in range(4, min(len(found.parts) - 1, 10) + 1):
+                ending = found.parent.parts[-count:]
+                endings[ending] = None if ending in endings else found
+        return endings
 
 
 def gather(sources: Iterable[str | Path]) -> Evidence:
@@ -141,9 +142,8 @@ def gather(sources: Iterable[str | Path]) -> Evidence:
         from_logs, unfinished = find_logs(source) if source.is_dir() else ({}, [])
         if not found and not logs and not from_logs:
             more = f"; {len(unfinished)} logs of runs that have not finished" if unfinished else ""
-            raise GramError(
-                f"{source}: expected results.json files, or CoOp's log.txt, in or below this folder, found none{more}"
-            )
+            expected = "results.json files, or CoOp's log.txt, in or below this folder"
+            raise GramError(f"{source}: expected {expected}, found none{more}")
         evidence.results |= from_logs
         evidence.unfinished += unfinished
         evidence.folders.append(source.resolve())

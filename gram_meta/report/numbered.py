@@ -200,10 +200,8 @@ def is_variant(target: str, source: str) -> bool:
 
 def _transfer(number: int, runs: Sequence[Run], reference: str, explicit: bool) -> list[Report]:
     variants, shots = next(key for key, value in _TRANSFER.items() if value == number)
-    tables = [
-        _transfer_table(runs, source, shots, variants, reference, explicit)
-        for source in _sources(runs, shots, explicit)
-    ]
+    sources = _sources(runs, shots, explicit)
+    tables = (_transfer_table(runs, source, shots, variants, reference, explicit) for source in sources)
     return [table for table in tables if table]
 
 

@@ -91,19 +91,13 @@ def export(meta: PathLike, path: PathLike, trainer: str = "") -> Exported:
         raise GramError(f"--trainer {trainer}: expected one of {', '.join(TARGETS)}{did_you_mean(trainer, TARGETS)}")
     target = TARGETS[trainer]
     tensors = _tensors(checkpoint, trainer, target)
+    source = {"meta_checkpoint": Path(checkpoint.path).name, "sha256": checkpoint.sha256}
     state = {
         "state_dict": tensors,
         "epoch": 0,
-        "optimizer": None,
-        "scheduler": None,
-        "val_result": None,
+        **dict.fromkeys(("optimizer", "scheduler", "val_result")),
         "backbone": {"name": checkpoint.backbone_name, "fingerprint": checkpoint.backbone_fingerprint},
-        "exported": {
-            "format": FORMAT,
-            "trainer": trainer,
-            "meta_checkpoint": Path(checkpoint.path).name,
-            "sha256": checkpoint.sha256,
-        },
+        "exported": {"format": FORMAT, "trainer": trainer, **source},
     }
     with atomic_write(path) as file:
         torch.save(state, file)
@@ -129,12 +123,9 @@ def _plain_trainer(checkpoint: MetaCheckpoint) -> str:
 
 def _tensors(checkpoint: MetaCheckpoint, trainer: str, target: Target) -> dict[str, Tensor]:
     """Return the learned tensors, float32, under the trainer's names."""
-    lacking = [kind for kind in target.names if kind not in checkpoint.prompts]
-    if lacking:
-        raise GramError(
-            f"{checkpoint.path}: expected a {' and a '.join(lacking)} prompt, which {trainer} learns, found "
-            f"{' and '.join(sorted(checkpoint.prompts))} alone"
-        )
+    if lacking := [kind for kind in target.names if kind not in checkpoint.prompts]:
+        expected, found = " and a ".join(lacking), " and ".join(sorted(checkpoint.prompts))
+        raise GramError(f"{checkpoint.path}: expected a {expected} prompt, which {trainer} learns, found {found} alone")
     tensors = {name: checkpoint.prompts[kind] for kind, name in target.names.items()}
     if target.meta_net:
         net = {name: value for name, value in checkpoint.extras.items() if name.startswith(META_NET)}

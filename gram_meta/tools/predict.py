@@ -194,9 +194,8 @@ class Predictor:
             return logits.float().softmax(dim=1).cpu().numpy()
         except torch.cuda.OutOfMemoryError:
             if len(pixels) == 1:
-                raise GramError(
-                    f"{self.backbone.device}: not enough memory for one image; expected more of it, or --device cpu"
-                ) from None
+                found = "not enough memory for one image; expected more of it, or --device cpu"
+                raise GramError(f"{self.backbone.device}: {found}") from None
         torch.cuda.empty_cache()
         return np.concatenate([self.probabilities(half) for half in pixels.tensor_split(2)])
 
@@ -317,22 +316,17 @@ def _classes(saved: Saved, given: Sequence[str] | str | None, run: str) -> list[
     """Return the class names to choose from; a context per class (CSC) allows only those of training."""
     names = read_classes(given) if isinstance(given, str) else list(given) if given else saved.classnames
     if names is None:
-        raise GramError(
-            f"{run}: expected class names in it, found none; give --classes, such as a file of them or the dataset's "
-            "split_zhou_*.json"
-        )
+        advice = "give --classes, such as a file of them or the dataset's split_zhou_*.json"
+        raise GramError(f"{run}: expected class names in it, found none; {advice}")
     context = saved.state_dict.get("ctx")
-    if context is not None and context.dim() == 3:
-        if saved.classnames is not None and names != saved.classnames:
-            raise GramError(
-                f"{saved.path}: holds a context for each class of training (CSC), and none for other classes; expected "
-                "no --classes"
-            )
-        if len(names) != len(context):
-            raise GramError(
-                f"{saved.path}: holds contexts for {len(context)} classes (CSC); expected as many names, in the order "
-                f"of training, found {len(names)}"
-            )
+    if context is None or context.dim() != 3:
+        return names
+    if saved.classnames is not None and names != saved.classnames:
+        held = "a context for each class of training (CSC), and none for other classes"
+        raise GramError(f"{saved.path}: holds {held}; expected no --classes")
+    if len(names) != len(context):
+        wanted = f"contexts for {len(context)} classes (CSC); expected as many names, in the order of training"
+        raise GramError(f"{saved.path}: holds {wanted}, found {len(names)}")
     return names
 
 

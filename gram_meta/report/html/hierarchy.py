@@ -40,6 +40,15 @@ DROPPED = 8  # pairs shown of each way to be dropped
 LISTED = 2_000  # topics in the table of all
 LONGEST = 300  # characters of a caption, as shown
 TASK_CLASSES = 16  # of the task, as shown
+SECTIONS = {
+    "pairs": "What became of the pairs",
+    "sizes": "Sizes",
+    "agreement": "Agreement with known facts",
+    "topics": "Topics",
+    "task": "A task",
+    "dropped": "Dropped pairs",
+    "settings": "Settings",
+}
 
 
 @dataclass(frozen=True)
@@ -53,8 +62,8 @@ class Summary:
     unreadable: Counter[str]
 
     def __str__(self) -> str:
-        text = f"{self.size / 1e6:.1f} MB, {self.topics} topics with up to {self.images_per_domain} images per domain, "
-        text += f"{self.images} images"
+        topics = f"{self.topics} topics with up to {self.images_per_domain} images per domain"
+        text = f"{self.size / 1e6:.1f} MB, {topics}, {self.images} images"
         if not self.unreadable:
             return text
         reasons = ", ".join(f"{reason}: {count}" for reason, count in self.unreadable.most_common())
@@ -91,21 +100,12 @@ def write_hierarchy_page(
     view = _View(hierarchy, store, store.places(image_root), seed)
     task, dropped = _task(view), _dropped(view)
     shown, images = _fitting(hierarchy, topics or len(hierarchy.topics), images, view.asked, limit)
-    sections = {
-        "pairs": "What became of the pairs",
-        "sizes": "Sizes",
-        **({"agreement": "Agreement with known facts"} if agreement else {}),
-        "topics": "Topics",
-        "task": "A task",
-        "dropped": "Dropped pairs",
-        "settings": "Settings",
-    }
     text = render(
         "hierarchy.html",
         title=f"{hierarchy.path.name if hierarchy.path else 'hierarchy'}: topics and visual domains",
         style="hierarchy.css",
         script_hash=_sha256(read("hierarchy.js")),
-        sections=sections,
+        sections={key: title for key, title in SECTIONS.items() if agreement or key != "agreement"},
         contents={},
         hierarchy=hierarchy,
         manifest=hierarchy.manifest,
@@ -240,11 +240,8 @@ def _similarity(hierarchy: Hierarchy, store: PairStore) -> dict[str, Any]:
     low, high = np.quantile(similarity, [0.001, 0.999])
     edges = np.linspace(low, max(high, low + 1e-3), 25)
     inside = similarity.clip(edges[0], edges[-1])
-    groups = {
-        "kept": fates == KEPT,
-        "filtered": fates == FILTERED,
-        "dropped later": (fates != KEPT) & (fates != FILTERED),
-    }
+    kept, filtered = fates == KEPT, fates == FILTERED
+    groups = {"kept": kept, "filtered": filtered, "dropped later": ~(kept | filtered)}
     series = {name: np.histogram(inside[mask], edges)[0] for name, mask in groups.items()}
     return _chart([f"{a:.3f} to {b:.3f}" for a, b in pairwise(edges)], [f"{edge:.2f}" for edge in edges[:-1]], series)
 
@@ -304,13 +301,9 @@ def _domain(view: _View, rows: np.ndarray, images: int, random: np.random.Genera
 # A task, and dropped pairs
 
 
-def _task_settings(hierarchy: Hierarchy) -> dict[str, Any]:
-    return {**as_dict(get_meta_config().TASKS), **hierarchy.manifest.get("config", {}).get("TASKS", {})}
-
-
 def _task(view: _View) -> dict[str, Any]:
     """Return a task drawn with the hierarchy's own settings, or the reason why none can be drawn."""
-    settings = _task_settings(view.hierarchy)
+    settings = as_dict(get_meta_config().TASKS) | view.hierarchy.manifest.get("config", {}).get("TASKS", {})
     try:
         task = TaskSampler(view.hierarchy, TaskConfig.from_config({"TASKS": settings}), abs(view.seed)).draw(0)
     except GramError as error:

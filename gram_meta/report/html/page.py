@@ -133,9 +133,7 @@ def _meta(key: str, runs: Sequence[Run], meta: MetaTraining | None) -> dict[str,
         facts.append(("used by", f"{len(runs)} runs of {trainers}"))
     facts += sorted(settings.items())
     if meta:
-        facts += [
-            (name, meta.facts[name]) for name in ("version", "topics", "store", "hierarchy") if name in meta.facts
-        ]
+        facts += [(it, meta.facts[it]) for it in ("version", "topics", "store", "hierarchy") if it in meta.facts]
     tokens = [settings.get(f"PROMPT.{kind}_TOKENS") for kind in ("TEXT", "VISUAL")]
     return {
         "key": key,
