@@ -16,11 +16,10 @@ import io
 import os
 import re
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import partial, reduce
 from itertools import chain, islice
 from operator import getitem
 from typing import TYPE_CHECKING, Any
@@ -33,16 +32,18 @@ from gram_meta.backbone.clip import PACKAGED, RUN_PRECISIONS, Backbone
 from gram_meta.backbone.footprint import forward_bytes
 from gram_meta.config import flatten
 from gram_meta.corpus.images import BROKEN, BadImage, as_rgb, read_image
-from gram_meta.corpus.loading import iterate_loader
+from gram_meta.corpus.loading import run_ahead
 from gram_meta.corpus.sources.rows import IMAGE_SUFFIXES
 from gram_meta.errors import GramError, in_one_line
 from gram_meta.files import PathLike
+from gram_meta.processes import ALONE, device_for
 from gram_meta.runs.reader import Saved, infer_trainer, load_clip_of, read_classes, read_saved
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Source = str | os.PathLike[str] | Image.Image
+Transform = Callable[[Image.Image], "Tensor"]
 
 NO_IMAGES = "no image files in this folder"
 CPU_BATCH = 32
@@ -87,7 +88,7 @@ class Predictor:
         self,
         classifier: Any,
         saved: Saved,
-        transform: Callable[[Image.Image], Tensor],
+        transform: Transform,
         batch_size: int | None = None,
         workers: int | None = None,
     ) -> None:
@@ -164,27 +165,13 @@ class Predictor:
         workers = self.workers
         if workers is None:
             workers = default_workers(self.backbone) if len(beginning) > FEW else 0
-        waiting: deque[Source] = deque()  # sources given to the loader; results come in the same order
-        for pixels, errors in self._load(chain(beginning, sources), waiting, workers):
+        batches = _batches(chain(beginning, sources), self.batch_size)
+        advice = f"expected enough memory for {workers} of them, try --workers 0"
+        for names, pixels, errors in run_ahead(partial(_read_batch, self.transform), batches, workers, advice):
             probabilities = iter(self.probabilities(pixels) if pixels is not None else ())
-            for error in errors:
-                source = waiting.popleft()
-                name = os.fspath(getattr(source, "filename", "") if isinstance(source, Image.Image) else source)
+            for name, error in zip(names, errors, strict=True):
                 found = np.zeros(0, np.float32) if error else next(probabilities)
                 yield Prediction(name, self.classnames, found, error)
-
-    def _load(self, sources: Iterator[Source], waiting: deque[Source], workers: int) -> Iterator[Any]:
-        """Yield the readable images (k, 3, H, W) of each batch, or None, and the errors of all its images."""
-        from torch.utils.data import DataLoader
-
-        def batches() -> Iterator[list[Source]]:
-            while batch := list(islice(sources, self.batch_size)):
-                waiting.extend(batch)
-                yield batch
-
-        data: tuple[Any, Any] = _Images(self.transform), batches()  # torch takes any iterable of batches
-        loader: Any = DataLoader(data[0], batch_sampler=data[1], num_workers=workers, collate_fn=_collate)
-        return iterate_loader(loader, f"expected enough memory for {workers} of them, try --workers 0")
 
     @torch.no_grad()
     def probabilities(self, pixels: Tensor) -> np.ndarray:
@@ -234,28 +221,36 @@ def _below(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
             yield entry.path
 
 
-class _Images:
-    """Map-style data set: path or PIL image -> (tensor (3, H, W) or None, error). It never raises."""
-
-    def __init__(self, transform: Callable[[Image.Image], Tensor]) -> None:
-        self.transform = transform
-
-    def __getitem__(self, source: Source) -> tuple[Tensor | None, str]:
-        try:
-            if isinstance(source, Image.Image):
-                return self.transform(as_rgb(source)), ""
-            if os.path.isdir(source):
-                return None, NO_IMAGES
-            return self.transform(read_image(source)[0]), ""
-        except BadImage as error:
-            return None, str(error)
-        except Exception:  # noqa: BLE001 - some pixels raise only when they are used
-            return None, BROKEN
+Batch = tuple[list[str], list[Source]]  # names and images
 
 
-def _collate(items: list[tuple[Tensor | None, str]]) -> tuple[Tensor | None, list[str]]:
-    pixels = [pixel for pixel, _ in items if pixel is not None]
-    return (torch.stack(pixels) if pixels else None), [error for _, error in items]
+def _batches(sources: Iterator[Source], size: int) -> Iterator[Batch]:
+    while batch := list(islice(sources, size)):
+        # a PIL image has no file's name in a worker process
+        named = (getattr(it, "filename", "") if isinstance(it, Image.Image) else it for it in batch)
+        yield list(map(os.fspath, named)), batch
+
+
+def _read_batch(transform: Transform, batch: Batch) -> tuple[list[str], Tensor | None, list[str]]:
+    """Return the names of a batch, its readable images (k, 3, H, W), None without any, and the errors of all."""
+    names, sources = batch
+    read = [_read(transform, source) for source in sources]
+    pixels = [pixel for pixel, _ in read if pixel is not None]
+    return names, torch.stack(pixels) if pixels else None, [error for _, error in read]
+
+
+def _read(transform: Transform, source: Source) -> tuple[Tensor | None, str]:
+    """Return a path or PIL image as (3, H, W), or None and the reason why it cannot be read."""
+    try:
+        if isinstance(source, Image.Image):
+            return transform(as_rgb(source)), ""
+        if os.path.isdir(source):
+            return None, NO_IMAGES
+        return transform(read_image(source)[0]), ""
+    except BadImage as error:
+        return None, str(error)
+    except Exception:  # noqa: BLE001 - some pixels raise only when they are used
+        return None, BROKEN
 
 
 def default_batch_size(backbone: Backbone) -> int:
@@ -281,8 +276,7 @@ def default_workers(backbone: Backbone) -> int:
 
 def _device(name: str) -> str:
     """Return the device `name`, checked; by default cuda if there is one, else cpu."""
-    if not name:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+    name = device_for(ALONE, name)
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -346,7 +340,7 @@ def _config(saved: Saved) -> Any:
     return cfg
 
 
-def _transform(saved: Saved, cfg: Any, backbone: Backbone) -> Callable[[Image.Image], Tensor]:
+def _transform(saved: Saved, cfg: Any, backbone: Backbone) -> Transform:
     """Return the run's transform for tests, at the backbone's size; CLIP's if no file names the run's."""
     if "INPUT.TRANSFORMS" not in saved.config:
         return backbone.preprocess()

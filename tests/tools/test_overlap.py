@@ -81,11 +81,14 @@ def corpus(data, tmp_path_factory):
     return folder
 
 
+def command(corpus, data, out):
+    return ["check-overlap", str(corpus / "store"), "--root", str(data), "-o", str(out), "--device", "cpu"]
+
+
 def check(corpus, data, out, *words):
-    argv = ["check-overlap", str(corpus / "store"), "--root", str(data), "-o", str(out), "--device", "cpu"]
     if "--pixels-only" not in words:
-        argv += ["--neighbours", "49"]  # a random CLIP does not know what is near
-    status = main([*argv, *words])
+        words = ("--neighbours", "49", *words)  # a random CLIP does not know what is near
+    status = main([*command(corpus, data, out), *words])
     with open(out, newline="", encoding="utf-8") as file:
         return status, list(csv.DictReader(file, delimiter="\t"))
 
@@ -142,17 +145,7 @@ def test_what_was_read_is_not_read_again(corpus, data, tmp_path, monkeypatch, wo
 
     monkeypatch.setattr(overlap, "small_copy", counted)
     fails.append(True)
-    argv = [
-        "check-overlap",
-        str(corpus / "store"),
-        "--root",
-        str(data),
-        "-o",
-        str(tmp_path / "o.tsv"),
-        "--workers",
-        "1",
-    ]
-    assert main([*argv, "--device", "cpu", *words]) == 130
+    assert main([*command(corpus, data, tmp_path / "o.tsv"), "--workers", "1", *words]) == 130
     assert not (tmp_path / "o.tsv").exists()
     fails.clear()
     reads.clear()
