@@ -458,23 +458,22 @@ def check_meta(environment: Environment) -> Iterator[Check]:
     from gram_meta.runs.layout import META
 
     named = [Path(os.path.expanduser(path)) for path in environment.meta]
-    found, usable = 0, 0
+    checks = []
     for path in named or [Path("output/meta")]:
         files = sorted(path.rglob(META)) if path.is_dir() else [path] if path.exists() else []
         if named and not files:
             what = f"no {META} below it" if path.is_dir() else "nothing there"
-            yield Check("meta-checkpoint", NOTE, f"{path}: {what}", "gram pretrain --help shows how to make one")
-        for file in files:
-            check = _check_meta_file(file, environment)
-            found += 1
-            usable += check.state == FINE
-            yield check
-    if usable:
+            checks.append(
+                Check("meta-checkpoint", NOTE, f"{path}: {what}", "gram pretrain --help shows how to make one")
+            )
+        checks += [_check_meta_file(file, environment) for file in files]
+    yield from checks
+    if any(check.state == FINE for check in checks):
         return
     place = "among those of --meta" if named else "below output/meta"
     use = f" for {environment.backbone}" if environment.backbone else ""
     fix = "gram pretrain --help shows how to make one; gram demo makes one in minutes"
-    state = PROBLEM if named or (found and environment.backbone) else NOTE
+    state = PROBLEM if named or (checks and environment.backbone) else NOTE
     yield Check("meta-checkpoint", state, f"none{use} {place}; the GRAM trainers start from one", fix)
 
 
