@@ -73,16 +73,10 @@ def run(args: argparse.Namespace) -> int:
         raise GramError(f"{root}: expected a dataset with images, found none" + "".join(f"; {why}" for why in unread))
     device = device_for(ALONE, args.device)
     backbone = None if args.pixels_only else _backbone(store, args.backbone, device)
-    settings = SearchSettings(
-        args.neighbours,
-        args.threshold,
-        PIXEL_THRESHOLD if args.pixels_only or args.pixels_too else None,
-        args.distance,
-        args.workers,
-        Path(args.cache or f"{args.out}.cache"),
-        device,
-        args.image_root,
-    )
+    pixels = PIXEL_THRESHOLD if args.pixels_only or args.pixels_too else None
+    limits = args.neighbours, args.threshold, pixels, args.distance
+    cache = Path(args.cache or f"{args.out}.cache")
+    settings = SearchSettings(*limits, args.workers, cache, device, args.image_root)
     matches, counts = find_overlap(store, tests, backbone, settings)
     write_matches(args.out, store, tests, matches)
     print(as_text(store, tests, matches, counts, args))
@@ -147,11 +141,7 @@ def test_images(root: Path, names: Sequence[str] | None, parts: Sequence[str]) -
 
 
 def as_text(
-    store: PairStore,
-    tests: Sequence[TestImage],
-    matches: Sequence[Match],
-    counts: dict[str, int],
-    args: argparse.Namespace,
+    store: PairStore, tests: Sequence[TestImage], matches: Sequence[Match], counts: dict[str, int], args: Any
 ) -> str:
     """Return a table of datasets, and the counts of the search."""
     from tabulate import tabulate
@@ -168,18 +158,13 @@ def as_text(
     what = " and ".join(args.parts)
     lines = [tabulate(rows, ["dataset", f"{what} images", "equal files", "near-duplicates", "share"], intfmt=",")]
     images = len({match.row for match in matches})
-    lines.append(
-        f"{images:,} of the {len(store.locations):,} images of {store.path} equal a {what} image or nearly do: "
-        f"{args.out}\n"
-        f"{counts['candidates']:,} pairs were compared pixel by pixel"
-    )
+    found = f"{images:,} of the {len(store.locations):,} images of {store.path} equal a {what} image or nearly do"
+    lines += [f"{found}: {args.out}", f"{counts['candidates']:,} pairs were compared pixel by pixel"]
     if images:
         lines.append(f"gram cluster {args.store} -o HIERARCHY --exclude {args.out} leaves them out")
     if counts["full"]:
-        lines.append(
-            f"{counts['full']:,} {what} images have {args.neighbours} or more near-duplicates: there may be more "
-            f"(--neighbours {4 * args.neighbours})"
-        )
+        full = f"{counts['full']:,} {what} images have {args.neighbours} or more near-duplicates"
+        lines.append(f"{full}: there may be more (--neighbours {4 * args.neighbours})")
     for key, where in (("unreadable tests", f"{what} images"), ("unreadable candidates", "images of the corpus")):
         if counts[key]:
             lines.append(f"{counts[key]:,} {where} could not be read and were not compared")

@@ -30,6 +30,7 @@ Results go to stdout or to -o; images that cannot be read go to stderr with the 
 The exit status is 0 if at least one image was classified, 1 if none was, 2 for bad input."""
 
 FORMATS = ("text", "csv", "json")
+OPTIONS = ("classes", "backbone", "device", "precision", "batch_size", "workers")  # also of `Predictor.load`
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,16 +58,8 @@ def run(args: argparse.Namespace) -> int:
         raise GramError(f"--topk: expected at least 1, found {args.topk}")
     from gram_meta.tools.predict import Predictor
 
-    predictor = Predictor.load(
-        args.model_dir,
-        classes=args.classes,
-        epoch=args.load_epoch,
-        backbone=args.backbone,
-        device=args.device,
-        precision=args.precision,
-        batch_size=args.batch_size,
-        workers=args.workers,
-    )
+    options = {name: getattr(args, name) for name in OPTIONS}
+    predictor = Predictor.load(args.model_dir, epoch=args.load_epoch, **options)
     print(_headline(predictor), file=sys.stderr)
     write = WRITERS[args.format or _style_of(args.out)]
     counts: Counter[str] = Counter()

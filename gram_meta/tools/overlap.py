@@ -135,9 +135,8 @@ def write_matches(path: PathLike, store: PairStore, tests: Sequence[TestImage], 
     with atomic_write(path, "w") as file:
         file.write("\t".join(COLUMNS) + "\n")
         for match in matches:
-            test = tests[match.test]
+            test, location = tests[match.test], store.locations[match.row]
             cosine = "" if np.isnan(match.cosine) else f"{match.cosine:.4f}"
-            location = store.locations[match.row]
             line = (location, test.dataset, test.name, match.kind, cosine, f"{match.distance:.4f}")
             file.write("\t".join(line) + "\n")
 
@@ -172,7 +171,8 @@ def _candidate_pairs(
         cosines.append(cosine[at, place])
 
     if by_clip:
-        blocks = _feature_blocks(store.image_features)
+        features = store.image_features
+        blocks = ((start, features[start : start + CORPUS_BLOCK]) for start in range(0, total, CORPUS_BLOCK))
         add(*candidates(seen.feature[tests], seen.mirrored[tests], blocks, total, k, device), settings.threshold)
     if settings.pixel_threshold is not None:
         tiny = thumbnails(seen.small[tests])
@@ -220,11 +220,6 @@ def nearest_rows(
         bar.update(len(block))
     bar.close()
     return rows.numpy(), best.numpy()
-
-
-def _feature_blocks(features: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    for start in range(0, len(features), CORPUS_BLOCK):
-        yield start, features[start : start + CORPUS_BLOCK]
 
 
 def _pixel_blocks(store: PairStore, settings: SearchSettings) -> Iterator[tuple[int, np.ndarray]]:
