@@ -53,7 +53,7 @@ def backbone(request):
 @pytest.fixture
 def one_loading(backbone, monkeypatch):
     """Give every trainer and predictor the same random tiny CLIP; other CLIPs and precisions are loaded."""
-    from gram_meta.tools import predict
+    from gram_meta.backbone import clip
     from gram_meta.trainers import base
 
     load = base.load_backbone
@@ -61,7 +61,7 @@ def one_loading(backbone, monkeypatch):
     def cached(name, device="cpu", precision="fp32"):
         return backbone if (name, precision) == ("random-tiny", "fp32") else load(name, device, precision)
 
-    for module in (base, predict):
+    for module in (base, clip):
         monkeypatch.setattr(module, "load_backbone", cached)
 
 
