@@ -176,9 +176,8 @@ def _candidate_pairs(
         add(*candidates(seen.feature[tests], seen.mirrored[tests], blocks, total, k, device), settings.threshold)
     if settings.pixel_threshold is not None:
         tiny = thumbnails(seen.small[tests])
-        blocks = _pixel_blocks(store, settings)
-        found = candidates(unit_vectors(tiny), unit_vectors(tiny[:, :, ::-1]), blocks, total, k, device)
-        add(*found, settings.pixel_threshold)
+        queries, corpus = (unit_vectors(tiny), unit_vectors(tiny[:, :, ::-1])), _pixel_blocks(store, settings)
+        add(*candidates(*queries, corpus, total, k, device), settings.pixel_threshold)
     different, first = np.unique(np.concatenate(pairs), axis=0, return_index=True)
     return different, np.concatenate(cosines)[first]
 
