@@ -141,7 +141,11 @@ def test_images(root: Path, names: Sequence[str] | None, parts: Sequence[str]) -
 
 
 def as_text(
-    store: PairStore, tests: Sequence[TestImage], matches: Sequence[Match], counts: dict[str, int], args: Any
+    store: PairStore,
+    tests: Sequence[TestImage],
+    matches: Sequence[Match],
+    counts: dict[str, int],
+    args: argparse.Namespace,
 ) -> str:
     """Return a table of datasets, and the counts of the search."""
     from tabulate import tabulate
