@@ -20,16 +20,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
+import multiprocessing
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import common
+import contestant
 import numpy as np
 import pandas
 import torch
@@ -53,116 +56,81 @@ TITLES = {
 }
 PER_STEP = ("step", "step_with_loader", "tower", "loader")
 WITH_PEAK = ("step", "step_with_loader", "test", "test_with_loader")
-WORKER = Path(__file__).with_name("contestant.py")
-ROOT = Path(__file__).resolve().parents[2]
+DATASET = "caltech101"
 
-# -------------------------------------------------------------------------------------------------------- contestants
+# --- contestants ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A trainer, whose it is, and the options that make its work the same as the others'."""
+    """A trainer of this project, or of a checkout ("coop" or "prometar"); its options are TRAINER.<node>."""
 
     trainer: str
-    owner: str  # "theirs" or "ours"
-    node: str  # its options are TRAINER.<node>
+    node: str
     config: str
-    checkout: str = ""  # "coop" or "prometar"
-    options: Mapping[str, Any] = field(default_factory=dict)
-    compared: bool = False  # with the first of the group: same method, so same numbers
+    checkout: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.trainer}, {'its checkout' if self.owner == 'theirs' else 'this project'}"
+        return f"{self.trainer}, {'its checkout' if self.checkout else 'this project'}"
 
 
 @dataclass(frozen=True)
 class Group:
+    """Contestants with one batch size. The first one's method is `another` than the others', or the same."""
+
     batch: int
     entries: tuple[Entry, ...]
-    conditional: bool = False
-    towers: bool = True  # whether the image tower can be measured alone (not if it learns)
+    another: bool = False  # not compared in numbers; its image tower learns, so it is not measured alone
 
 
-WORDS = {"N_CTX": 4, "CTX_INIT": "a photo of a"}
 C4 = "vit_b16_c4_ep10_batch32_ctxv1"
 C4_ONE = "vit_b16_c4_ep10_batch1_ctxv1"
 GROUPS = {
     "coop": Group(
-        32,
-        (
-            Entry("CoOp", "theirs", "COOP", "vit_b16", "coop", WORDS),
-            Entry("CoOp", "ours", "COOP", C4, options=WORDS, compared=True),
-            Entry("CoOpGRAM", "ours", "COOP", C4, options=WORDS, compared=True),
-        ),
+        32, (Entry("CoOp", "COOP", "vit_b16", "coop"), Entry("CoOp", "COOP", C4), Entry("CoOpGRAM", "COOP", C4))
     ),
     "cocoop": Group(
         1,
         (
-            Entry("CoCoOp", "theirs", "COCOOP", C4_ONE, "coop", WORDS),
-            Entry("CoCoOp", "ours", "COCOOP", C4_ONE, options=WORDS, compared=True),
-            Entry("CoCoOpGRAM", "ours", "COCOOP", C4_ONE, options=WORDS, compared=True),
+            Entry("CoCoOp", "COCOOP", C4_ONE, "coop"),
+            Entry("CoCoOp", "COCOOP", C4_ONE),
+            Entry("CoCoOpGRAM", "COCOOP", C4_ONE),
         ),
-        conditional=True,
     ),
     "prometar": Group(
         4,
         (
-            Entry("ProMetaR", "theirs", "PROMETAR", "vit_b16_c2_ep10_batch4_4+4ctx", "prometar"),
-            Entry("UniGRAM", "ours", "JOINT", "vit_b16_c2+2_ep10_batch32_ctxv1"),
-            Entry("CoOpGRAM", "ours", "COOP", C4, options=WORDS),
+            Entry("ProMetaR", "PROMETAR", "vit_b16_c2_ep10_batch4_4+4ctx", "prometar"),
+            Entry("UniGRAM", "JOINT", "vit_b16_c2+2_ep10_batch32_ctxv1"),
+            Entry("CoOpGRAM", "COOP", C4),
         ),
-        towers=False,
+        another=True,
     ),
 }
 
 
 class Process:
-    """A contestant's process: `ask` sends an order and waits for the answer."""
+    """A contestant's process."""
 
-    def __init__(self, entry: Entry, spec: dict[str, Any], environment: dict[str, str]) -> None:
-        self.entry, self.folder = entry, Path(spec["folder"])
-        self.folder.mkdir()
-        path = self.folder / "spec.json"
-        path.write_text(json.dumps(spec), encoding="utf-8")
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        command = [sys.executable, str(WORKER), str(path)]
-        self.process = subprocess.Popen(command, cwd=self.folder, env=environment, **pipes)
+    def __init__(self, spec: argparse.Namespace) -> None:
+        self.spec, self.name = spec, spec.entry.name
+        spec.folder.mkdir()
+        context = multiprocessing.get_context("spawn")
+        begin = (spec.folder, "real" if spec.dassl else "builtin")
+        self.pool = ProcessPoolExecutor(1, context, contestant.begin, begin)
 
-    def ask(self, what: str, **words: Any) -> dict[str, Any]:
-        """Send an order; return the answer, or raise GramError if the contestant failed."""
-        self.send(what, **words)
-        answer = self.answer()
-        if "error" in answer:
-            raise GramError(f"{self.entry.name}, {words.get('measure', what)}: {answer['error']}")
-        return answer
-
-    def send(self, what: str, **words: Any) -> None:
-        """Send an order."""
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps({"do": what, **words}) + "\n")
-            self.process.stdin.flush()
-
-    def answer(self) -> dict[str, Any]:
-        """Return the next answer, or {"error": sentence} if the contestant failed."""
-        if line := self.process.stdout.readline():
-            return json.loads(line)
-        log = self.folder / "log.txt"
-        last = log.read_text(errors="replace").strip().splitlines()[-1:] if log.is_file() else []
-        return {"error": f"its process ended (status {self.process.wait()}) {' '.join(last)}".strip()}
-
-    def close(self) -> None:
-        """End the process."""
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
+    def ask(self, what: str, *words: Any) -> Any:
+        """Return what a method of the contestant returns; raise GramError if the contestant fails."""
         try:
-            self.process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+            return self.pool.submit(contestant.answer, self.spec, what, *words).result()
+        except GramError as error:
+            raise GramError(f"{self.name}: left out, it stopped with {error}") from None
+        except BrokenProcessPool:
+            raise GramError(f"{self.name}: left out, its process ended (perhaps for lack of memory)") from None
 
 
-# --------------------------------------------------------------------------------------------------------------- data
+# --- data -------------------------------------------------------------------------------------------------------------
 
 
 def mirrored(data: Path, folder: Path) -> Path:
@@ -198,7 +166,7 @@ def made_up(classes: int, batch: int, tests: int, folder: Path) -> Path:
     return root
 
 
-# ---------------------------------------------------------------------------------------------------------------- run
+# --- run --------------------------------------------------------------------------------------------------------------
 
 
 class Bench:
@@ -210,6 +178,8 @@ class Bench:
         for name, path in self.checkouts.items():
             if path and not (path / "train.py").is_file():
                 raise GramError(f"--{name} {path}: expected a checkout with a train.py, found none")
+        if args.dassl:
+            sys.path.append(str(args.dassl.resolve()))  # a new process has this path, too
         self.weights = folder / "weights.pt"
         model = load_backbone(args.model).model
         torch.save({key: value.half() for key, value in model.state_dict().items()}, self.weights)  # CoOp loads fp16
@@ -220,118 +190,88 @@ class Bench:
             batch = max(GROUPS[name].batch for name in args.groups)
             self.root = made_up(args.classes, batch, args.test_images or 100, folder)
 
-    def spec(self, group: Group, entry: Entry, precision: str, folder: Path) -> dict[str, Any]:
-        """Return the specification of a contestant's process."""
-        args, size = self.args, self.backbone.image_size
-        checkout, config, dataset = "", entry.config, args.dataset
-        if entry.owner == "theirs":
-            checkout = self.checkouts[entry.checkout].resolve()
-            config = checkout / "configs" / "trainers" / entry.trainer / f"{entry.config}.yaml"
-            dataset = checkout / "configs" / "datasets" / f"{args.dataset}.yaml"
+    def start(self, group: Group, entry: Entry, precision: str, folder: Path) -> Process:
+        """Start a contestant: its process has the options, and what to build."""
+        size, node = self.backbone.image_size, f"TRAINER.{entry.node}"
         options: dict[str, Any] = {
             "INPUT.SIZE": f"({size}, {size})",
             "DATALOADER.NUM_WORKERS": 0,  # decoding and augmenting count where they are asked for
             "DATALOADER.TRAIN_X.BATCH_SIZE": group.batch,
             "DATALOADER.TEST.BATCH_SIZE": 100,
             "OPTIM.WARMUP_EPOCH": -1,  # steps that move the prompts
-            "USE_CUDA": args.device == "cuda",
-            f"TRAINER.{entry.node}.PREC": precision,
-            **{f"TRAINER.{entry.node}.{key}": value for key, value in entry.options.items()},
+            "USE_CUDA": self.args.device == "cuda",
+            f"{node}.PREC": precision,
         }
+        if entry.node in ("COOP", "COCOOP"):
+            options |= {f"{node}.N_CTX": 4, f"{node}.CTX_INIT": "a photo of a"}
         if entry.trainer.endswith("GRAM"):
-            path = self.meta_checkpoint(*((2, 2) if entry.node == "JOINT" else (4, 0)), group.conditional)
-            options |= {"TRAINER.GRAM.CHECKPOINT": path, "TRAINER.GRAM.INIT": False}
-        return {
-            "owner": entry.owner,
-            "trainer": entry.trainer,
-            "checkout": str(checkout),
-            "config": str(config),
-            "dataset_config": str(dataset),
-            "opts": [str(part) for pair in options.items() for part in pair],
-            "root": str(self.root),
-            "model": str(self.weights),
-            "precision": precision,
-            "device": args.device,
-            "threads": args.threads,
-            "test_images": args.test_images,
-            "learn2learn": str(args.learn2learn.resolve()) if args.learn2learn else "",
-            "folder": str(folder),
-        }
+            options |= {"TRAINER.GRAM.CHECKPOINT": self.meta_checkpoint(entry), "TRAINER.GRAM.INIT": False}
+        spec = argparse.Namespace(**vars(self.args))
+        spec.entry, spec.precision, spec.folder = entry, precision, folder
+        spec.root, spec.weights, spec.opts = (
+            self.root,
+            self.weights,
+            [word for pair in options.items() for word in pair],
+        )
+        spec.checkout, spec.config, spec.dataset = None, entry.config, DATASET
+        spec.learn2learn = self.args.learn2learn and self.args.learn2learn.resolve()
+        if entry.checkout:
+            spec.checkout = self.checkouts[entry.checkout].resolve()
+            configs = spec.checkout / "configs"
+            spec.config = configs / "trainers" / entry.trainer / f"{entry.config}.yaml"
+            spec.dataset = configs / "datasets" / f"{DATASET}.yaml"
+        return Process(spec)
 
-    def meta_checkpoint(self, text: int, visual: int, conditional: bool) -> Path:
+    def meta_checkpoint(self, entry: Entry) -> Path:
         """Save a meta-checkpoint that fits. Trainers take R^phi from it; prompts start as in the other contestants."""
-        path = self.folder / f"meta_{text}_{visual}_{conditional}.safetensors"
-        if not path.is_file():
-            prompts = initial_prompts(self.backbone, text, visual)
-            regulator = GradientRegulator({kind: value.shape[-1] for kind, value in prompts.items()})
-            net = initial_meta_net(self.backbone) if conditional else {}
-            extras = {f"{META_NET}{name}": value for name, value in net.items()}
-            name = {"backbone_name": self.backbone.name, "backbone_fingerprint": self.backbone.fingerprint}
-            save_meta_checkpoint(path, MetaCheckpoint(prompts=prompts, regulator=regulator, extras=extras, **name))
+        path = self.folder / f"meta_{entry.trainer}.safetensors"
+        prompts = initial_prompts(self.backbone, *((2, 2) if entry.node == "JOINT" else (4, 0)))
+        regulator = GradientRegulator({kind: value.shape[-1] for kind, value in prompts.items()})
+        net = initial_meta_net(self.backbone) if entry.node == "COCOOP" else {}
+        extras = {f"{META_NET}{name}": value for name, value in net.items()}
+        name = {"backbone_name": self.backbone.name, "backbone_fingerprint": self.backbone.fingerprint}
+        save_meta_checkpoint(path, MetaCheckpoint(prompts=prompts, regulator=regulator, extras=extras, **name))
         return path
-
-    def environment(self) -> dict[str, str]:
-        """Return a contestant's environment variables: its threads, and which Dassl it uses."""
-        paths = [str(ROOT)]  # this project, installed or not; behind a checkout's folder
-        if self.args.dassl:
-            paths.append(str(self.args.dassl.resolve()))
-        if given := os.environ.get("PYTHONPATH"):
-            paths.append(given)
-        return {
-            **os.environ,
-            "GRAM_DASSL": "real" if self.args.dassl else "builtin",
-            "PYTHONWARNINGS": "ignore",
-            "OMP_NUM_THREADS": str(self.args.threads),
-            "PYTHONPATH": os.pathsep.join(paths),
-        }
 
     def run(self, name: str, precision: str) -> dict[str, Any]:
         """Run one group in one precision; return the answers of every contestant."""
-        group, processes = GROUPS[name], []
-        for index, entry in enumerate(group.entries):
-            if entry.checkout and not self.checkouts[entry.checkout]:
-                print(f"{entry.name}: left out, as there is no --{entry.checkout}")
-                continue
-            spec = self.spec(group, entry, precision, self.folder / f"{name}_{precision}_{index}")
-            processes.append(Process(entry, spec, self.environment()))
-        try:
-            return {"group": name, "precision": precision, "batch": group.batch, **self._measure(group, processes)}
-        finally:
-            for process in processes:
-                process.close()
+        group, left_out = GROUPS[name], {}
+        with contextlib.ExitStack() as stack:
+            processes, built, checks = [], {}, {}
+            for index, entry in enumerate(group.entries):
+                if entry.checkout and not self.checkouts[entry.checkout]:
+                    left_out[entry.name] = f"{entry.name}: left out, as there is no --{entry.checkout}"
+                    continue
+                process = self.start(group, entry, precision, self.folder / f"{name}_{precision}_{index}")
+                stack.enter_context(process.pool)
+                try:
+                    built[entry.name], checks[entry.name] = process.ask("facts"), process.ask("check")
+                    processes.append(process)
+                except GramError as error:
+                    left_out[entry.name] = str(error)
+            same_batches(built)
+            rows = self._measure(group, processes)
+        for process in processes:
+            rows[process.name]["built"] = built[process.name]
+        equal = {} if group.another else compare([process.spec.entry for process in processes], checks)
+        facts = {"group": name, "precision": precision, "batch": group.batch, "left_out": left_out}
+        return {**facts, "contestants": rows, "equal": equal}
 
-    def _measure(self, group: Group, processes: list[Process]) -> dict[str, Any]:
+    def _measure(self, group: Group, processes: Sequence[Process]) -> dict[str, dict[str, Any]]:
+        """Return the times of every round, and then, once everything is warm, the peak memory."""
         args = self.args
-        for process in processes:
-            process.send("build")  # side by side
-        built = {process.entry.name: process.answer() for process in processes}
-        processes = [process for process in processes if "error" not in built[process.entry.name]]
-        same_batches({process.entry.name: built[process.entry.name] for process in processes})
-        checks = {}
-        for process in processes:
-            process.send("check")
-            checks[process.entry.name] = process.answer()
-        processes = [process for process in processes if "error" not in checks[process.entry.name]]
-        failed = {name: answer["error"] for name, answer in (built | checks).items() if "error" in answer}
-        measures = [measure for measure in args.measures if group.towers or not measure.startswith("tower")]
-        rows: dict[str, dict[str, Any]] = {
-            process.entry.name: {"built": built[process.entry.name], "rounds": {measure: [] for measure in measures}}
-            for process in processes
-        }
+        measures = [measure for measure in args.measures if not (group.another and measure.startswith("tower"))]
+        rounds: dict[str, Any] = {process.name: {measure: [] for measure in measures} for process in processes}
         for number in range(args.rounds):
             for measure in measures:
                 for process in processes:
-                    answer = process.ask("timed", measure=measure, count=args.steps)
-                    rows[process.entry.name]["rounds"][measure].append(answer)
+                    rounds[process.name][measure].append(process.ask("timed", measure, args.steps))
             print(f"  round {number + 1} of {args.rounds} done", file=sys.stderr, flush=True)
-        for process in processes:  # memory apart from time, and once everything is warm
-            rows[process.entry.name]["peak_mb"] = {
-                measure: process.ask("peak", measure=measure, count=1)["peak_mb"]
-                for measure in measures
-                if measure in WITH_PEAK
-            }
-        equal = compare([process.entry for process in processes], checks)
-        return {"left_out": failed, "contestants": rows, "equal": equal}
+        peaks = {
+            process.name: {name: process.ask("peak", name) for name in measures if name in WITH_PEAK}
+            for process in processes
+        }
+        return {name: {"rounds": rounds[name], "peak_mb": peaks[name]} for name in rounds}
 
 
 class ProMetaRStep:
@@ -341,20 +281,18 @@ class ProMetaRStep:
         flags = ["--prometar", str(args.prometar), "--model", args.backbone, "--classes", str(args.ways)]
         flags += ["--learn2learn", str(args.learn2learn)] if args.learn2learn else []
         flags += ["--device", args.device, "--threads", str(torch.get_num_threads()), "--test-images", "2"]
-        group = replace(GROUPS["prometar"], batch=images)
-        GROUPS["prometar"] = group  # so many images are made
+        group = GROUPS["prometar"] = replace(GROUPS["prometar"], batch=images)  # so many images are made
         bench = Bench(build_parser().parse_args([*flags, "--groups", "prometar"]), folder)
-        spec = bench.spec(group, group.entries[0], "fp32", folder / "prometar")
-        self.clock, self.process = args.clock, Process(group.entries[0], spec, bench.environment())
-        self.patches = self.process.ask("build")["patches"]
+        self.clock, self.process = args.clock, bench.start(group, group.entries[0], "fp32", folder / "prometar")
+        self.patches = self.process.ask("facts")["patches"]
 
     def seconds(self) -> float:
         """Return the seconds of one step."""
-        return self.process.ask("timed", measure="step", count=1)[self.clock]
+        return self.process.ask("timed", "step", 1)[self.clock]
 
     def with_peak(self) -> tuple[float, None]:
         """Return the peak memory of one step in MB."""
-        return self.process.ask("peak", measure="step", count=1)["peak_mb"], None
+        return self.process.ask("peak", "step"), None
 
 
 def same_batches(built: Mapping[str, Mapping[str, Any]]) -> None:
@@ -366,27 +304,24 @@ def same_batches(built: Mapping[str, Mapping[str, Any]]) -> None:
                 raise GramError(f"{name}: its {what} are not those of {names[0]}; expected the same work for all")
 
 
-def compare(entries: Sequence[Entry], checks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return how far a contestant's first numbers are from those of the same method in the checkout."""
-    if not entries or entries[0].owner != "theirs":
+def compare(entries: Sequence[Entry], checks: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Any]:
+    """Return how far a contestant's first numbers are from the checkout's, relative to the largest entry."""
+    if not entries or not entries[0].checkout:
         return {}
     theirs, result = checks[entries[0].name], {}
-    arrays = {entry.name: dict(np.load(checks[entry.name]["arrays"])) for entry in entries}
     for entry in entries[1:]:
-        if not entry.compared:
-            continue
-        a, b = arrays[entries[0].name], arrays[entry.name]
-        if entry.trainer != entries[0].trainer:  # a regulated gradient is another one by definition
-            a, b = {"logits": a["logits"]}, {"logits": b["logits"]}
-        if set(a) != set(b):
-            raise GramError(f"{entry.name}: learns {sorted(b)}, expected {sorted(a)} as in the checkout")
-        loss = abs(checks[entry.name]["loss"] - theirs["loss"]) / abs(theirs["loss"])
-        apart = {name: float(np.abs(b[name] - a[name]).max() / np.abs(a[name]).max()) for name in a}
-        result[entry.name] = {"loss": loss, **apart}
+        ours = checks[entry.name]
+        if entry.trainer == entries[0].trainer and set(ours) != set(theirs):
+            raise GramError(f"{entry.name}: learns {sorted(ours)}, expected {sorted(theirs)} as in the checkout")
+        # a regulated gradient is another one by definition
+        names = theirs if entry.trainer == entries[0].trainer else ("loss", "logits")
+        result[entry.name] = {
+            name: float(np.abs(ours[name] - theirs[name]).max() / np.abs(theirs[name]).max()) for name in names
+        }
     return result
 
 
-# ------------------------------------------------------------------------------------------------------------- tables
+# --- tables -----------------------------------------------------------------------------------------------------------
 
 
 def summary(table: Mapping[str, Any], steps: int, clock: str) -> dict[str, dict[str, Any]]:
@@ -407,8 +342,8 @@ def print_group(table: Mapping[str, Any]) -> None:
     """Print the tables of a group as Markdown."""
     contestants = table["contestants"]
     print(f"\n### {table['group']}, {table['precision']}\n")
-    for name, reason in table["left_out"].items():
-        print(f"{name}: left out, it stopped with {reason}\n")
+    for reason in table["left_out"].values():
+        print(f"{reason}\n")
     if not contestants:
         return
     built = next(iter(contestants.values()))["built"]
@@ -435,21 +370,15 @@ def figure(value: Mapping[str, float], digits: int = 0) -> str:
     return f"{value['median']:.{digits}f} ({value['least']:.{digits}f} to {value['most']:.{digits}f})"
 
 
-# ------------------------------------------------------------------------------------------------------- command line
+# --- command line -----------------------------------------------------------------------------------------------------
 
 
 def commit(folder: Path) -> str:
     """Return the commit of a checkout, with a star where files differ from it; "" without git."""
-    git = ["git", "-C", str(folder)]
-    orders = (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
-    try:
-        head, dirty = (
-            subprocess.run([*git, *order], capture_output=True, text=True, check=True).stdout.strip()
-            for order in orders
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return head + "*" * bool(dirty)
+    git = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=*"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return ""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -459,8 +388,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prometar", type=Path, help="a checkout of mlvlab/ProMetaR")
     add("--learn2learn", type=Path, help="sources of learn2learn, where it is not installed (ProMetaR)")
     add("--dassl", type=Path, help="a checkout of KaiyangZhou/Dassl.pytorch; default: the built-in engine for all")
-    add("--data", type=Path, help="the datasets' root; default: made-up images and class names")
-    add("--dataset", default="caltech101", help="its config file's name (%(default)s)")
+    add("--data", type=Path, help="the datasets' root, for Caltech101; default: made-up images and class names")
     add("--classes", type=int, default=100, help="of made-up data (%(default)s)")
     add("--model", default="gram-small", help="as for load_backbone; random-ViT-B/16: shapes alone (%(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cpu")
@@ -489,7 +417,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Run all groups in all precisions; the JSON file is written after each, so that an interruption loses nothing."""
-    places = {"this project": ROOT, "CoOp": args.coop, "ProMetaR": args.prometar, "Dassl": args.dassl}
+    places = {"this project": Path(__file__).parent, "CoOp": args.coop, "ProMetaR": args.prometar, "Dassl": args.dassl}
     places["learn2learn"] = args.learn2learn
     report = common.report(args) | {"tables": []}
     report["facts"]["commits"] = {name: commit(place) for name, place in places.items() if place}

@@ -245,7 +245,7 @@ def prometar(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         try:
             yield {PROMETAR: step}
         finally:
-            step.process.close()
+            step.process.pool.shutdown()
 
 
 def run(family: str, backbone: Backbone, theirs: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:

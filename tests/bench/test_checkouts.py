@@ -36,7 +36,7 @@ def test_help_says_how_to_start_it(checkouts, capsys):
 def test_a_round_over_our_own(checkouts, tmp_path, capsys, monkeypatch):
     """One contestant that works, and one that cannot be built: it is left out, with the reason."""
     theirs, _, gram = checkouts.GROUPS["cocoop"].entries
-    broken = checkouts.Entry("CoCoOp", "ours", "COCOOP", "no_such_config")
+    broken = checkouts.Entry("CoCoOp", "COCOOP", "no_such_config")
     group = replace(checkouts.GROUPS["cocoop"], entries=(theirs, broken, gram))
     monkeypatch.setitem(checkouts.GROUPS, "cocoop", group)
     measures = ("--measures", "step", "test", "tower", "loader", "loader_of_test")
