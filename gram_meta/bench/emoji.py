@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict
 
@@ -39,20 +38,15 @@ def settings(args: argparse.Namespace) -> BenchSettings:
     folder = Path(args.emoji)
     if args.root:
         raise GramError("--root and --emoji: expected one of them, found both; the root is DIR/world")
-    made = matrix.common_settings(
+    made = ("store", "hierarchy", "labelled_store", "labelled_hierarchy")
+    return matrix.common_settings(
         args,
-        backbone=args.backbone or "gram_small",
+        folder / "output",
+        backbone="gram_small",
         root=str(folder / "world"),
-        output=Path(args.output) if args.output else folder / "output",
         datasets=DATASETS,
-        source=args.source or SOURCE,
-    )
-    return replace(
-        made,
-        store=made.store or str(folder / "store"),
-        hierarchy=made.hierarchy or str(folder / "hierarchy"),
-        labelled_store=made.labelled_store or str(folder / "labelled_store"),
-        labelled_hierarchy=made.labelled_hierarchy or str(folder / "labelled_hierarchy"),
+        source=SOURCE,
+        **{name: str(folder / name) for name in made},
     )
 
 

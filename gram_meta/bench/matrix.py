@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -108,41 +108,21 @@ class BenchRun:
         return self.argv
 
 
-def common_settings(
-    args: argparse.Namespace,
-    *,
-    backbone: str,
-    root: str,
-    output: Path,
-    datasets: dict[str, tuple[str, ...]],
-    source: str,
-) -> BenchSettings:
-    """Return the settings of `gram bench` from its parsed options and the defaults of one kind of bench."""
+def common_settings(args: argparse.Namespace, output: Path, **defaults: Any) -> BenchSettings:
+    """Return the settings of `gram bench`: its parsed options, and `defaults` for those that were not given."""
+    given = {field.name: getattr(args, field.name, None) for field in fields(BenchSettings)}
+    chosen = defaults | {name: tuple(x) if isinstance(x, list) else x for name, x in given.items() if x}
     protocols = tuple(dict.fromkeys(args.protocol))
     if args.datasets:
         if len(protocols) > 1:
             raise GramError(f"--datasets: expected one protocol beside it, found {', '.join(protocols)}")
-        datasets = {protocols[0]: tuple(dict.fromkeys(args.datasets))}
+        chosen["datasets"] = {protocols[0]: tuple(dict.fromkeys(args.datasets))}
     if bad := [seed for seed in args.seeds if not seed.isdecimal()]:
         raise GramError(f"--seeds: expected numbers from 0 on, found {bad[0]!r}")
-    return BenchSettings(
-        protocols=protocols,
-        trainers=tuple(args.trainers),
-        backbone=backbone,
-        root=root,
-        output=output,
-        datasets={protocol: datasets[protocol] for protocol in protocols},
-        source=source,
-        seeds=tuple(map(int, args.seeds)),
-        shots=args.shots,
-        meta_dir=Path(args.meta_dir or output / "meta"),
-        store=args.store,
-        hierarchy=args.hierarchy,
-        labelled_store=args.labelled_store,
-        labelled_hierarchy=args.labelled_hierarchy,
-        opts=tuple(args.opts),
-        meta_opts=tuple(args.meta_opts),
-    )
+    output = Path(args.output or output)
+    chosen |= {"output": output, "meta_dir": Path(args.meta_dir or output / "meta"), "shots": args.shots}
+    chosen["datasets"] = {protocol: chosen["datasets"][protocol] for protocol in protocols}
+    return BenchSettings(protocols=protocols, **chosen | {"seeds": tuple(map(int, args.seeds))})
 
 
 # ----------------------------------------------------------------------------------------------------------------------

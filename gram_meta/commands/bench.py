@@ -93,11 +93,4 @@ def read_settings(args: argparse.Namespace) -> BenchSettings:
         return emoji.settings(args)
     if not args.root:
         raise GramError("--root: expected the folder of the datasets, found nothing; or give --emoji DIR")
-    return matrix.common_settings(
-        args,
-        backbone=args.backbone or "vit_b16",
-        root=args.root,
-        output=Path(args.output or "output"),
-        datasets=matrix.DATASETS,
-        source=args.source or matrix.SOURCE,
-    )
+    return matrix.common_settings(args, Path("output"), backbone="vit_b16", datasets=matrix.DATASETS)

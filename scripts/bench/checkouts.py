@@ -6,13 +6,12 @@
     python scripts/bench/checkouts.py --coop CoOp --prometar ProMetaR --learn2learn learn2learn --data DATA
 
 Every contestant runs in a process of its own (their `clip`, `trainers` and `datasets` clash), with the same weights,
-classes, images, batches and precision; that the work is the same is checked in the same run: the batches' SHA-256, the
-logits, the first loss and its gradients. Measures are taken in turns, A, B, C, A, B, C, ..., so that a busy machine
-hits all alike. The step is the trainer's own `forward_backward`, the test pass its own `test`, on prepared batches and
-again with the images decoded and augmented on the way. Processor time is that of the whole process (one thread by
-default). Without --data, images are made up; without a checkout, its trainers are left out. ProMetaR is another method
-than GRAM: its step does more, and stands here because its users will ask. The checkouts stay untouched: what has to be
-patched for today's torch is patched at run time and named in the output.
+classes, images, batches and precision; the same run checks that: the batches' SHA-256, the logits, the first loss and
+its gradients. Measures are taken in turns, A, B, C, A, B, C, ..., so that a busy machine hits all alike. The step is
+the trainer's own `forward_backward`, the test pass its own `test`, on prepared batches and again with the images
+decoded and augmented on the way. Processor time is that of the whole process (one thread by default). Without --data,
+images are made up; without a checkout, its trainers are left out. The checkouts stay untouched: what has to be patched
+for today's torch is patched at run time and named in the output.
 """
 
 from __future__ import annotations
@@ -20,21 +19,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import multiprocessing
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import common
 import contestant
 import numpy as np
-import pandas
 import torch
 from PIL import Image
 
@@ -116,9 +112,7 @@ class Process:
     def __init__(self, spec: argparse.Namespace) -> None:
         self.spec, self.name = spec, spec.entry.name
         spec.folder.mkdir()
-        context = multiprocessing.get_context("spawn")
-        begin = (spec.folder, "real" if spec.dassl else "builtin")
-        self.pool = ProcessPoolExecutor(1, context, contestant.begin, begin)
+        self.pool = common.own_process(contestant.begin, spec.folder, "real" if spec.dassl else "builtin")
 
     def ask(self, what: str, *words: Any) -> Any:
         """Return what a method of the contestant returns; raise GramError if the contestant fails."""
@@ -187,7 +181,7 @@ class Bench:
         if args.data:
             self.root = mirrored(args.data, folder)
         else:
-            batch = max(GROUPS[name].batch for name in args.groups)
+            batch = args.batch or max(GROUPS[name].batch for name in args.groups)
             self.root = made_up(args.classes, batch, args.test_images or 100, folder)
 
     def start(self, group: Group, entry: Entry, precision: str, folder: Path) -> Process:
@@ -196,7 +190,7 @@ class Bench:
         options: dict[str, Any] = {
             "INPUT.SIZE": f"({size}, {size})",
             "DATALOADER.NUM_WORKERS": 0,  # decoding and augmenting count where they are asked for
-            "DATALOADER.TRAIN_X.BATCH_SIZE": group.batch,
+            "DATALOADER.TRAIN_X.BATCH_SIZE": self.args.batch or group.batch,
             "DATALOADER.TEST.BATCH_SIZE": 100,
             "OPTIM.WARMUP_EPOCH": -1,  # steps that move the prompts
             "USE_CUDA": self.args.device == "cuda",
@@ -254,8 +248,7 @@ class Bench:
         for process in processes:
             rows[process.name]["built"] = built[process.name]
         equal = {} if group.another else compare([process.spec.entry for process in processes], checks)
-        facts = {"group": name, "precision": precision, "batch": group.batch, "left_out": left_out}
-        return {**facts, "contestants": rows, "equal": equal}
+        return {"group": name, "precision": precision, "left_out": left_out, "contestants": rows, "equal": equal}
 
     def _measure(self, group: Group, processes: Sequence[Process]) -> dict[str, dict[str, Any]]:
         """Return the times of every round, and then, once everything is warm, the peak memory."""
@@ -272,27 +265,6 @@ class Bench:
             for process in processes
         }
         return {name: {"rounds": rounds[name], "peak_mb": peaks[name]} for name in rounds}
-
-
-class ProMetaRStep:
-    """ProMetaR's own training step on a batch of made-up images, as a step of `common.measure` (for meta_step.py)."""
-
-    def __init__(self, args: argparse.Namespace, folder: Path, images: int) -> None:
-        flags = ["--prometar", str(args.prometar), "--model", args.backbone, "--classes", str(args.ways)]
-        flags += ["--learn2learn", str(args.learn2learn)] if args.learn2learn else []
-        flags += ["--device", args.device, "--threads", str(torch.get_num_threads()), "--test-images", "2"]
-        group = GROUPS["prometar"] = replace(GROUPS["prometar"], batch=images)  # so many images are made
-        bench = Bench(build_parser().parse_args([*flags, "--groups", "prometar"]), folder)
-        self.clock, self.process = args.clock, bench.start(group, group.entries[0], "fp32", folder / "prometar")
-        self.patches = self.process.ask("facts")["patches"]
-
-    def seconds(self) -> float:
-        """Return the seconds of one step."""
-        return self.process.ask("timed", "step", 1)[self.clock]
-
-    def with_peak(self) -> tuple[float, None]:
-        """Return the peak memory of one step in MB."""
-        return self.process.ask("peak", "step"), None
 
 
 def same_batches(built: Mapping[str, Mapping[str, Any]]) -> None:
@@ -324,21 +296,19 @@ def compare(entries: Sequence[Entry], checks: Mapping[str, Mapping[str, np.ndarr
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def summary(table: Mapping[str, Any], steps: int, clock: str) -> dict[str, dict[str, Any]]:
-    """Return, for every measure and contestant, times in ms (per step), and the first one's time over its own."""
-    result: dict[str, dict[str, Any]] = {}
-    for name, row in table["contestants"].items():
-        for measure, rounds in row["rounds"].items():
-            first = next(iter(table["contestants"].values()))["rounds"][measure]
-            times = pandas.DataFrame(rounds)[["cpu", "wall"]] * 1000 / (steps if measure in PER_STEP else 1)
-            times["ratio"] = pandas.DataFrame(first)[clock] / pandas.DataFrame(rounds)[clock]
-            times = times.rename(columns={"cpu": "cpu_ms", "wall": "wall_ms"})
-            spread = times.agg(["median", "min", "max"]).rename({"min": "least", "max": "most"})
-            result.setdefault(measure, {})[name] = spread.to_dict() | {"peak_mb": row["peak_mb"].get(measure)}
-    return result
+def cells(row: Mapping[str, Any], first: Mapping[str, Any], measure: str, args: argparse.Namespace) -> dict[str, str]:
+    """Return a contestant's times in ms (per step), the first one's time over its own by round, and its peak memory."""
+    clock, scale = "wall" if args.device == "cuda" else "cpu", 1000 / (args.steps if measure in PER_STEP else 1)
+    rounds, first_rounds = row["rounds"][measure], first["rounds"][measure]
+    return {
+        "processor time (ms)": common.spread([one["cpu"] * scale for one in rounds]),
+        "wall clock (ms)": common.spread([one["wall"] * scale for one in rounds]),
+        "ratio": common.spread([a[clock] / b[clock] for a, b in zip(first_rounds, rounds, strict=True)], 2),
+        "peak memory (MB)": f"{row['peak_mb'][measure]:.0f}" if measure in row["peak_mb"] else "",
+    }
 
 
-def print_group(table: Mapping[str, Any]) -> None:
+def print_group(table: Mapping[str, Any], args: argparse.Namespace) -> None:
     """Print the tables of a group as Markdown."""
     contestants = table["contestants"]
     print(f"\n### {table['group']}, {table['precision']}\n")
@@ -346,28 +316,20 @@ def print_group(table: Mapping[str, Any]) -> None:
         print(f"{reason}\n")
     if not contestants:
         return
-    built = next(iter(contestants.values()))["built"]
+    first = next(iter(contestants.values()))
+    built = first["built"]
     print(
         f"{built['classes']} classes, {built['pixels'][0]} x {built['pixels'][1]} pixels; a step on {built['batch']} "
         f"images, a test pass over {built['test_images']} in batches of 100; Dassl: {built['engine']}.\n"
     )
-    for measure, rows in table["summary"].items():
-        out = []
-        for name, row in rows.items():
-            cells = {TITLES[measure]: name, "processor time (ms)": figure(row["cpu_ms"])}
-            cells |= {"wall clock (ms)": figure(row["wall_ms"]), "ratio": figure(row["ratio"], 2)}
-            out.append(cells | {"peak memory (MB)": "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"})
-        common.print_table(out)
+    for measure in first["rounds"]:
+        rows = [{TITLES[measure]: name} | cells(row, first, measure, args) for name, row in contestants.items()]
+        common.print_table(rows)
     for name, row in table["equal"].items():
         print(f"{name}, apart from the checkout: " + ", ".join(f"{k} {v:.1e}" for k, v in row.items()))
     for name, row in contestants.items():
         for patch in row["built"]["patches"]:
             print(f"{name}, patched: {patch}")
-
-
-def figure(value: Mapping[str, float], digits: int = 0) -> str:
-    """Return "median (least to most)"."""
-    return f"{value['median']:.{digits}f} ({value['least']:.{digits}f} to {value['most']:.{digits}f})"
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -390,6 +352,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dassl", type=Path, help="a checkout of KaiyangZhou/Dassl.pytorch; default: the built-in engine for all")
     add("--data", type=Path, help="the datasets' root, for Caltech101; default: made-up images and class names")
     add("--classes", type=int, default=100, help="of made-up data (%(default)s)")
+    add("--batch", type=int, default=0, help="images of a training step (0: coop 32, cocoop 1, prometar 4)")
     add("--model", default="gram-small", help="as for load_backbone; random-ViT-B/16: shapes alone (%(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--precision", nargs="+", choices=RUN_PRECISIONS, default=["fp32"], help="of the towers (fp32)")
@@ -427,8 +390,7 @@ def run(args: argparse.Namespace) -> None:
         for precision in args.precision:
             for name in args.groups:
                 table = bench.run(name, precision)
-                table["summary"] = summary(table, args.steps, "wall" if args.device == "cuda" else "cpu")
-                print_group(table)
+                print_group(table, args)
                 sys.stdout.flush()
                 report["tables"].append(table)
                 common.write_report(args, report)

@@ -13,11 +13,11 @@ that is in the JSON file already is not repeated. `--repeats 0` times only the f
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import os
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # of TRAINER.MEMORY, where not its defa
 }
 TEXT, WHOLE, IMAGES = PARTS = ("text", "whole", "images")
 FEW = 10  # classes where images are counted
+MOST = 8e9  # bytes by arithmetic; what needs more without a saving is not tried
 Row = dict[str, Any]  # a measurement; "size" is the number of classes, or of images in the part "images"
 
 
@@ -56,27 +57,17 @@ def main() -> None:
     options.add_argument("--parts", nargs="+", choices=PARTS, default=[TEXT])
     options.add_argument("--images", type=int, nargs="+", default=(1, 2, 4, 8), help="batches of the part images")
     options.add_argument("--batch", type=int, default=32)
-    options.add_argument("--most", type=float, default=8.0, help="GB; larger ones by arithmetic are left out")
-    options.add_argument("--one", nargs="+", metavar="PART SETTING SIZE", help=argparse.SUPPRESS)
     args = options.parse_args()
-    if args.one:
-        part, setting, *sizes = args.one
-        backbone = common.begin(args)
-        common.product_rate(args, 64, 512)  # fills the libraries' own buffers
-        for size in map(int, sizes):
-            print(json.dumps(measure(args, backbone, size, setting, part)), flush=True)
-        return
     path = args.output.with_suffix(".json") if args.output else None
     rows: list[Row] = read_json(path) if path and path.exists() else []
     known = {(row["part"], row["setting"], row["size"]) for row in rows}
-    for part in args.parts:
-        for setting in args.settings:
-            sizes = args.images if part == IMAGES else args.classes
-            for row in in_own_process([size for size in sizes if (part, setting, size) not in known], setting, part):
-                rows.append(row)
-                rows.sort(key=lambda row: (row["part"], row["size"], list(SETTINGS).index(row["setting"])))
-                if path:
-                    write_json(path, rows)
+    for part, setting in itertools.product(args.parts, args.settings):
+        sizes = args.images if part == IMAGES else args.classes
+        for row in in_own_process(args, [size for size in sizes if (part, setting, size) not in known], setting, part):
+            rows.append(row)
+            rows.sort(key=lambda row: (row["part"], row["size"], list(SETTINGS).index(row["setting"])))
+            if path:
+                write_json(path, rows)
     print_rows(rows)
     if args.output:
         draw(rows, args.output.with_suffix(".svg"))
@@ -96,7 +87,7 @@ class Step:
         tree = CfgNode({node: CfgNode() for node in ("TRAINER", "DATASET", "TEST", "TRAIN")})
         extend_cfg(tree)
         tree.TRAINER.MEMORY.merge_from_other_cfg(CfgNode(SETTINGS[setting]))
-        self.summary = memory.arrange(self.model, tree.TRAINER.MEMORY, batch)
+        memory.arrange(self.model, tree.TRAINER.MEMORY, batch)
         prompts = self.model.prompts()
         self.optimiser = torch.optim.SGD(prompts.values(), lr=0.002, momentum=0.9, weight_decay=5e-4)
         regulator = GradientRegulator({kind: value.shape[-1] for kind, value in prompts.items()}).to(device)
@@ -121,15 +112,17 @@ class Step:
         self.loss = loss.item()
 
 
-def measure(args: argparse.Namespace, backbone: Backbone, size: int, setting: str, part: str) -> Row:
+def measure(args: argparse.Namespace, size: int, setting: str, part: str) -> Row:
     """Measure memory and time of one step; of what is too large by arithmetic, return the estimate alone."""
+    backbone = common.begin(args)
     step = Step(args, backbone, size, setting, part)
     text = step.model.class_text
     expected = memory.image_bytes(backbone, size, 2) if part == IMAGES else memory.text_bytes(text)
     row: Row = {"part": part, "size": size, "setting": setting, "estimate_mb": round(expected / 1e6)}
-    if setting == PLAIN and expected > args.most * memory.GB:
+    if setting == PLAIN and expected > MOST:
         return row
     run = step.text if part == TEXT else step.whole
+    common.product_rate(args, 64, 512)  # fills the libraries' own buffers
     peak, first = common.with_peak(lambda: common.timed(run, args), args.device)
     loss = step.loss
     seconds = [common.timed(run, args) for _ in range(args.repeats)] or [first]
@@ -139,8 +132,6 @@ def measure(args: argparse.Namespace, backbone: Backbone, size: int, setting: st
         "loss": loss,
         "chunk": text.chunk,
         "layers": bool(backbone.checkpointing),
-        "tokens": int((text.ends + 1).sum()),
-        "printed": step.summary,
         "load": os.getloadavg()[0],
         "environment": common.environment(args),
     }
@@ -149,18 +140,17 @@ def measure(args: argparse.Namespace, backbone: Backbone, size: int, setting: st
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 
-def in_own_process(sizes: Sequence[int], setting: str, part: str) -> Iterator[Row]:
+def in_own_process(args: argparse.Namespace, sizes: Sequence[int], setting: str, part: str) -> Iterator[Row]:
     """Yield the measurements of one setting, each as soon as it is there."""
-    if not sizes:
-        return
-    command = [sys.executable, *sys.argv, "--one", part, setting, *map(str, sizes)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            row = json.loads(line)
-            print(f"{part}, {setting}, {row['size']}: {cell(row)}", file=sys.stderr, flush=True)
+    with common.own_process() as process:
+        for size in sizes:
+            try:
+                row = process.submit(measure, args, size, setting, part).result()
+            except BrokenProcessPool:
+                print(f"{part}, {setting}, {size}: the process ended (perhaps for lack of memory)", file=sys.stderr)
+                return
+            print(f"{part}, {setting}, {size}: {cell(row)}", file=sys.stderr, flush=True)
             yield row
-    if process.returncode:
-        print(f"{part}, {setting}: stopped with {process.returncode}", file=sys.stderr)
 
 
 def print_rows(rows: Sequence[Row]) -> None:
@@ -185,11 +175,8 @@ def cell(row: Row) -> str:
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw the peak memory of the text part against classes, both logarithmic."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("No plot: expected matplotlib, found none; pip install 'gram-meta[figures]' brings it")
-        return
+    import matplotlib
+
     matplotlib.rcParams["svg.hashsalt"] = "classes"  # the same bytes from the same numbers
     frame = pandas.DataFrame([row for row in rows if row["part"] == TEXT])
     lines = frame.pivot(index="size", columns="setting", values="peak_mb")

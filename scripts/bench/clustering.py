@@ -9,20 +9,19 @@
     python scripts/bench/clustering.py table FOLDER                   # all rows so far, in Markdown
 
 Each prints a row of JSON, also added to FOLDER/results.jsonl. Time is wall clock and processor time of the process
-and all its threads; memory is the high-water mark of the resident set (VmHWM), which counts pages of the memory-mapped
+and all its threads; memory is the high-water mark of the resident set, which counts pages of the memory-mapped
 features that the system may drop at any time, and beside it the highest seen of the process's own pages (RssAnon).
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import subprocess
-import sys
-import tempfile
+import logging
+import multiprocessing
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +39,8 @@ class World:
 
     A sentence feature is a sum of parts. Their squared lengths are 0.06 (common to all), 0.12 (a family of four topics
     on average), 0.10 to 0.34 (the topic), 0.16 (one of its one to six sub-topics), and the rest (the caption's own).
-    This follows all-MiniLM-L6-v2 on 15,000 captions of photographs: cosines of 0.36 to 0.61 within a topic that HDBSCAN
-    finds, of 0.08 between any two captions, of 0.64 to 0.90 to the nearest other caption; 72 % of the variance in 60
-    directions. How much a caption is about its topic varies, down to nothing, so no sharp line separates topics from
-    noise. Captions of no topic are one half mixtures of two topics, one half about a family and nothing else.
+    This follows all-MiniLM-L6-v2 on 15,000 captions of photographs. How much a caption is about its topic varies, down
+    to nothing. Captions of no topic are one half mixtures of two topics, one half about a family and nothing else.
     """
 
     def __init__(self, pairs: int, seed: int) -> None:
@@ -142,7 +139,7 @@ def made_up_words(random: np.random.Generator, count: int) -> list[str]:
 
 
 def make(pairs: int, folder: Path, seed: int) -> None:
-    """Write a pair store with `truth.npz` (topic, domain) beside its files, in chunks."""
+    """Write a pair store with the truth (topic.npy, domain.npy) beside its files, in chunks."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -151,13 +148,14 @@ def make(pairs: int, folder: Path, seed: int) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     world = World(pairs, seed)
-    shapes = {"sentence_features": (SENTENCE,), "image_features": (CLIP,)}
-    arrays = {
-        name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, (pairs, *shape))
-        for name, shape in shapes.items()
+    types = {
+        "sentence_features": (np.float16, (pairs, SENTENCE)),
+        "image_features": (np.float16, (pairs, CLIP)),
+        "similarity": (np.float32, (pairs,)),
+        "topic": (np.int32, (pairs,)),
+        "domain": (np.int8, (pairs,)),
     }
-    arrays["similarity"] = np.empty(pairs, np.float32)
-    truth = {"topic": np.empty(pairs, np.int32), "domain": np.empty(pairs, np.int8)}
+    arrays = {name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", *type) for name, type in types.items()}
     caption_schema = pa.schema([("image", pa.int64()), ("caption", pa.string())])
     image_schema = pa.schema([("location", pa.string()), ("digest", pa.string())])
     with (
@@ -167,13 +165,11 @@ def make(pairs: int, folder: Path, seed: int) -> None:
         for start in range(0, pairs, CHUNK):
             rows = np.arange(start, min(start + CHUNK, pairs))
             part = world.draw(len(rows), np.random.default_rng([seed, pairs, start]))
-            for name, array in (arrays | truth).items():
+            for name, array in arrays.items():
                 array[rows] = part[name]
             captions.write_table(pa.table([rows, part["captions"]], caption_schema))
             places = [f"{row // 10_000:05d}/{row:09d}.jpg" for row in rows.tolist()]
             images.write_table(pa.table([places, ["0" * 64] * len(rows)], image_schema))
-    np.save(folder / "similarity.npy", arrays["similarity"])
-    np.savez(folder / "truth.npz", **truth)
     settings = {
         "source": {"kind": "generated", "image_root": str(folder), "pairs": pairs, "seed": seed},
         "clip": {"name": "generated", "fingerprint": "0" * 64, "width": CLIP},
@@ -188,36 +184,42 @@ def make(pairs: int, folder: Path, seed: int) -> None:
 
 # --- measuring --------------------------------------------------------------------------------------------------------
 
+Row = dict[str, Any]  # of a table, by column
 
-def measured(command: list[str], limit: float) -> dict[str, Any]:
-    """Run a command in its own process; return seconds, memory in GB, and its lines with their times."""
-    start, own = time.perf_counter(), [0.0]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+def in_own_process(function: Callable[..., Any], *words: Any) -> tuple[Row, Any]:
+    """Call a function in a new process; return what it took, and its result."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(measured_call, function, *words).result()
+
+
+def measured_call(function: Callable[..., Any], *words: Any) -> tuple[Row, Any]:
+    """Call a function in this process; return what it took, and its result."""
+    own, start, ended = [0.0], time.perf_counter(), threading.Event()
 
     def watch() -> None:
-        with contextlib.suppress(OSError, StopIteration):  # until the process has ended
-            while True:
-                lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-                own.append(next(int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("RssAnon")))
-                if time.perf_counter() - start > limit:
-                    process.kill()
-                time.sleep(0.2)
+        while not ended.wait(0.2):
+            own.append(memory("RssAnon"))
 
     threading.Thread(target=watch).start()
-    lines = []
-    for line in process.stderr:
-        lines.append((round(time.perf_counter() - start, 1), line.rstrip().split("\r")[-1]))
-        print(f"{lines[-1][0]:8.1f} s  {lines[-1][1]}", file=sys.stderr, flush=True)
-    _, status, usage = os.wait4(process.pid, 0)
-    return {
-        "rc": os.waitstatus_to_exitcode(status),
-        "wall_s": round(time.perf_counter() - start, 1),
-        "cpu_s": round(usage.ru_utime + usage.ru_stime, 1),
-        "peak_gb": round(usage.ru_maxrss * 1024 / 1e9, 2),
-        "own_gb": round(max(own), 2),
-        "load": os.getloadavg()[1],
-        "lines": lines,
+    logging.basicConfig(level=logging.INFO, format="%(relativeCreated)8.0f ms  %(message)s")
+    try:
+        result = function(*words)
+    finally:
+        ended.set()
+    row = {
+        "wall clock (s)": round(time.perf_counter() - start, 1),
+        "processor time (s)": round(time.process_time(), 1),
+        "peak memory (GB)": round(memory("VmHWM"), 2),
+        "of that its own (GB)": round(max(own), 2),
     }
+    return row, result
+
+
+def memory(field: str) -> float:
+    """Return GB from this process's status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith(field))
 
 
 def ami(truth: np.ndarray, found: np.ndarray) -> float:
@@ -227,7 +229,7 @@ def ami(truth: np.ndarray, found: np.ndarray) -> float:
     return round(float(adjusted_mutual_info_score(truth, found)), 4)
 
 
-def judged(label: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+def judged(label: np.ndarray, truth: np.ndarray) -> Row:
     """Compare topics (-1: noise) with the true ones."""
     from sklearn.metrics import adjusted_rand_score
 
@@ -235,31 +237,16 @@ def judged(label: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     return {
         "topics": int(label.max(initial=-1)) + 1,
         "noise": round(float(noise.mean()), 4),
-        "ami": ami(truth[both], label[both]),
-        "ari": round(float(adjusted_rand_score(truth[both], label[both])), 4),
-        "noise_precision": round(float((truth[noise] < 0).mean()), 4) if noise.any() else 0.0,
-        "noise_recall": round(float(noise[truth < 0].mean()), 4),
+        "AMI": ami(truth[both], label[both]),
+        "ARI": round(float(adjusted_rand_score(truth[both], label[both])), 4),
+        "noise: precision": round(float((truth[noise] < 0).mean()), 4) if noise.any() else 0.0,
+        "recall": round(float(noise[truth < 0].mean()), 4),
     }
 
 
-def alike(label: np.ndarray, other: np.ndarray) -> dict[str, float]:
-    """Return how far two clusterings agree.
-
-    `ami`: on pairs that are noise in neither. `ami_with_noise`: with noise as one more topic. `noise_agreement`: the
-    share of pairs on which they agree whether it is noise.
-    """
-    both = (label >= 0) & (other >= 0)
-    agreement = round(float(((label < 0) == (other < 0)).mean()), 4)
-    return {"ami": ami(other[both], label[both]), "ami_with_noise": ami(other, label), "noise_agreement": agreement}
-
-
-def truth_of(store: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return the true topic (-1: noise) and domain of each pair, if the store is a generated one."""
-    path = store / "truth.npz"
-    if not path.is_file():
-        return None
-    with np.load(path) as truth:
-        return truth["topic"], truth["domain"]
+def truth_of(store: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return the true topic (-1: noise) and domain of each pair."""
+    return np.load(store / "topic.npy"), np.load(store / "domain.npy")
 
 
 def domain_agreement(topic: np.ndarray, domain: np.ndarray, truth: tuple[np.ndarray, np.ndarray]) -> float:
@@ -276,117 +263,124 @@ def domain_agreement(topic: np.ndarray, domain: np.ndarray, truth: tuple[np.ndar
     return round(float(np.average(scores, weights=weights)), 4) if sum(weights) else 0.0
 
 
-def gram(store: Path, opts: list[str], limit: float) -> dict[str, Any]:
+def gram(store: Path, opts: list[str]) -> Row:
     """Run `gram cluster` on a store; measure it and compare it with the truth."""
     from gram_meta.clustering.hierarchy import FILTERED, Hierarchy
 
     out = store / "-".join(["hierarchy", *(opt.rsplit(".", 1)[-1].lower() for opt in opts)])
-    command = [sys.executable, "-m", "gram_meta", "cluster", str(store), "-o", str(out), *opts]
-    row = {"what": "gram cluster", "store": store.name, "opts": opts, **measured(command, limit)}
-    if row["rc"] == 0:
-        found, truth = Hierarchy.open(out), truth_of(store)
-        topic, domain = np.full((2, len(found.fates)), -1)
-        topic[found.pair], domain[found.pair] = found.topic, found.domain
-        if truth:
-            seen = found.fates != FILTERED
-            row |= judged(topic[seen], truth[0][seen]) | {"domain_ami": domain_agreement(topic, domain, truth)}
-        row["sample"] = json.loads((out / "topics.json").read_text()).get("sample")
-    return row
+    row, status = in_own_process(cluster, store, opts, out)
+    if status:
+        raise SystemExit(f"gram cluster {store}: ended with status {status}")
+    found, (true_topic, true_domain) = Hierarchy.open(out), truth_of(store)
+    topic, domain = np.full((2, len(found.fates)), -1)
+    topic[found.pair], domain[found.pair] = found.topic, found.domain
+    seen = found.fates != FILTERED
+    row |= judged(topic[seen], true_topic[seen])
+    row["domains: AMI"] = domain_agreement(topic, domain, (true_topic, true_domain))
+    return row | {"sample": json.loads((out / "topics.json").read_text()).get("sample")}
+
+
+def cluster(store: Path, opts: list[str], out: Path) -> int:
+    """Run `gram cluster` in this process; return its exit status."""
+    from gram_meta import cli
+
+    return cli.main(["cluster", str(store), "-o", str(out), *opts])
 
 
 # --- BERTopic, and other ways to find topics --------------------------------------------------------------------------
 
 
-def in_a_process(what: str, store: Path, opts: list[str], limit: float) -> dict[str, Any]:
-    """Measure `bertopic` or `topics` in its own process, which writes its labels into a file; return the row."""
-    with tempfile.TemporaryDirectory() as folder:
-        labels = Path(folder) / "labels.npz"
-        command = [sys.executable, __file__, f"_{what}", str(store), str(labels), *opts]
-        row = {"what": what, "store": store.name, "opts": opts, **measured(command, limit)}
-        if row["rc"] == 0:
-            found = dict(np.load(labels))
-            row["finding_cpu_s"], row["finding_wall_s"] = found["seconds"].round(1).tolist()
-            truth = truth_of(store)
-            row |= judged(found["label"], truth[0][: len(found["label"])]) if truth else {}
-    return row
+def others(store: Path, way: str, opts: list[str]) -> Row:
+    """Measure another way to find topics, and compare it with the truth."""
+    row, label = in_own_process(find, store, way, opts)
+    return row | judged(label, truth_of(store)[0])
 
 
-def find(what: str, store: Path, labels: Path, opts: list[str]) -> None:
-    """Find topics on all pairs of a store, without a filter, and write them; this runs in the process that is measured.
+def find(store: Path, way: str, opts: list[str]) -> np.ndarray:
+    """Find topics on all pairs of a store, without a filter; return a label for each (-1: noise).
 
-    `opts` of "bertopic": its min_topic_size (10). Of "topics": umap+hdbscan, umap+fast-hdbscan or evoc, and the number
-    of pairs (all).
+    `way`: bertopic, whose `opts` are its min_topic_size (10); or umap+hdbscan, umap+fast-hdbscan or evoc with KEY VALUE
+    pairs.
     """
     from gram_meta.clustering.topics import reducer, topics_of
     from gram_meta.corpus.store import PairStore
 
-    settings, pairs = chc_settings(), PairStore.open(store)
-    count = int(opts[1]) if what == "topics" and len(opts) > 1 else len(pairs)
-    features = np.asarray(pairs.sentence_features[:count], np.float32)
+    settings, pairs = chc_settings([] if way == "bertopic" else opts), PairStore.open(store)
+    features = np.asarray(pairs.sentence_features, np.float32)
     size, samples = settings.min_cluster_size, settings.min_samples
-    cpu, wall = time.process_time(), time.perf_counter()
-    if what == "bertopic":
+    if way == "bertopic":
         from bertopic import BERTopic
 
         model = BERTopic(min_topic_size=int(opts[0]) if opts else 10, calculate_probabilities=False)
         label, _ = model.fit_transform(list(pairs.captions), features)
-    elif opts[0] == "umap+hdbscan":
+    elif way == "umap+hdbscan":
         label = topics_of(features, settings)
-    elif opts[0] == "umap+fast-hdbscan":
+    elif way == "umap+fast-hdbscan":
         import fast_hdbscan
 
-        way = fast_hdbscan.HDBSCAN(min_cluster_size=size, min_samples=samples, reproducible=True)
-        label = way.fit_predict(np.ascontiguousarray(reducer(settings, len(features)).fit_transform(features)))
-    elif opts[0] == "evoc":
+        model = fast_hdbscan.HDBSCAN(min_cluster_size=size, min_samples=samples, reproducible=True)
+        label = model.fit_predict(np.ascontiguousarray(reducer(settings, len(features)).fit_transform(features)))
+    elif way == "evoc":
         from evoc import EVoC
 
         label = EVoC(base_min_cluster_size=size, min_samples=samples, random_state=settings.seed).fit_predict(features)
     else:
-        raise SystemExit(f"topics: expected umap+hdbscan, umap+fast-hdbscan or evoc, found {opts[0]}")
-    seconds = time.process_time() - cpu, time.perf_counter() - wall
-    np.savez(labels, label=np.asarray(label, np.int64), seconds=np.array(seconds))
+        raise SystemExit(f"topics: expected umap+hdbscan, umap+fast-hdbscan or evoc, found {way}")
+    return np.asarray(label)
 
 
-def chc_settings() -> Any:
-    """Return the default settings of the clustering."""
+def chc_settings(opts: list[str]) -> Any:
+    """Return the settings of the clustering: the defaults, and KEY VALUE pairs."""
     from gram_meta.clustering.settings import ChcSettings
     from gram_meta.config import load_meta_config
 
-    return ChcSettings.from_config(load_meta_config())
+    return ChcSettings.from_config(load_meta_config([], opts))
 
 
 # --- rules ------------------------------------------------------------------------------------------------------------
 
 
-def rules(store: Path, opts: list[str]) -> list[dict[str, Any]]:
-    """Compare ways to assign pairs outside a sample to topics with un-sampled clustering, and with the truth if known.
+def rules(store: Path, count: int, opts: list[str]) -> list[Row]:
+    """Compare ways to assign pairs outside a sample of `count` to topics with un-sampled clustering and with the truth.
 
-    `opts`: pairs of the sample; "transform" adds UMAP's own transform and HDBSCAN's approximate_predict.
+    `opts`: "transform" for UMAP's own transform and HDBSCAN's approximate_predict, too; KEY VALUE pairs.
     """
     from gram_meta.clustering import sample
     from gram_meta.clustering.topics import reducer, topics_of
     from gram_meta.corpus.store import PairStore
 
-    settings, truth = chc_settings(), truth_of(store)
+    transform = opts[:1] == ["transform"]
+    settings, truth = chc_settings(opts[transform:]), truth_of(store)[0]
     features = np.asarray(PairStore.open(store).sentence_features, np.float32)
     kept = store / "unsampled.npz"
     if not kept.is_file():
         np.savez(kept, label=topics_of(features, settings))
     unsampled = np.load(kept)["label"]
-    chosen = sample.draw(len(features), int(opts[0]), settings.seed)
+    chosen = sample.draw(len(features), count, settings.seed)
     rest = np.setdiff1d(np.arange(len(features)), chosen)
     rest = np.sort(np.random.default_rng(0).permutation(rest)[:20_000])
     inside, outside = features[chosen], features[rest]
     label = topics_of(inside, settings)
     noise = (label < 0).mean()
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
 
     def add(name: str, found: np.ndarray, seconds: float, of: np.ndarray = rest) -> None:
-        row = {"what": "rules", "store": store.name, "opts": opts, "rule": name}
-        row |= {"noise": round(float((found < 0).mean()), 4), "ms_per_pair": round(1000 * seconds / len(of), 3)}
-        rows.append(row | {"unsampled": alike(found, unsampled[of])})
-        if truth:
-            rows[-1]["truth"] = judged(found, truth[0][of])
+        """Add a row: AMI of pairs that are noise in neither, and with noise as one more topic; who is called noise."""
+        other = unsampled[of]
+        both = (found >= 0) & (other >= 0)
+        rows.append(
+            {
+                "what": "rules",
+                "store": f"{store.name}, sample {count:,}",
+                "rule": name,
+                "noise": f"{(found < 0).mean():.1%}",
+                "AMI with un-sampled": ami(other[both], found[both]),
+                "the same, noise a topic": ami(other, found),
+                "same verdict on noise": f"{((found < 0) == (other < 0)).mean():.1%}",
+                "AMI with truth": judged(found, truth[of])["AMI"],
+                "ms per pair": round(1000 * seconds / len(of), 3),
+            }
+        )
 
     add("(un-sampled clustering itself)", unsampled[rest], 0)
     add("(clustering of the sample, on the sample)", label, 0, chosen)
@@ -411,7 +405,7 @@ def rules(store: Path, opts: list[str]) -> list[dict[str, Any]]:
     inner, outer = (inside @ centre.T).max(1), outside @ centre.T
     nearest = np.where(outer.max(1) >= np.quantile(inner, noise), outer.argmax(1), -1)
     add("nearest topic centre, one threshold for all", nearest, time.process_time() - start)
-    if "transform" in opts:
+    if transform:
         import hdbscan
 
         reduce = reducer(settings, len(inside)).fit(inside)
@@ -427,55 +421,7 @@ def rules(store: Path, opts: list[str]) -> list[dict[str, Any]]:
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def tables(folder: Path) -> None:
-    """Print all rows of FOLDER/results.jsonl as Markdown."""
-    from common import print_table
-
-    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    runs: list[dict[str, Any]] = []
-    for row in (row for row in rows if row["what"] != "rules"):
-        runs.append({"pairs": row["store"], "what": " ".join([row["what"], *row["opts"]])})
-        if row["rc"]:
-            runs[-1]["wall clock (s)"] = f"ended after {row['wall_s']:.0f}"
-            continue
-        for title, key, form in COLUMNS:
-            runs[-1][title] = format(row[key], form) if key in row else ""
-    agreement = [
-        {
-            "store": f"{row['store']}, sample {int(row['opts'][0]):,}",
-            "rule": row["rule"],
-            "noise": f"{row['noise']:.1%}",
-            "AMI with un-sampled": row["unsampled"]["ami"],
-            "the same, noise a topic": row["unsampled"]["ami_with_noise"],
-            "same verdict on noise": f"{row['unsampled']['noise_agreement']:.1%}",
-            "AMI with truth": row.get("truth", {}).get("ami", ""),
-            "ms per pair": row["ms_per_pair"],
-        }
-        for row in rows
-        if row["what"] == "rules"
-    ]
-    for table in filter(None, (runs, agreement)):
-        print_table(table)
-
-
-COLUMNS = (
-    ("wall clock (s)", "wall_s", ",.0f"),
-    ("processor time (s)", "cpu_s", ",.0f"),
-    ("peak memory (GB)", "peak_gb", ".2f"),
-    ("of that its own (GB)", "own_gb", ".2f"),
-    ("topics", "topics", ","),
-    ("noise", "noise", ".2f"),
-    ("AMI", "ami", ".2f"),
-    ("ARI", "ari", ".2f"),
-    ("noise: precision", "noise_precision", ".2f"),
-    ("recall", "noise_recall", ".2f"),
-    ("domains: AMI", "domain_ami", ".2f"),
-)
-
-
 def main() -> None:
-    if sys.argv[1:2] in (["_bertopic"], ["_topics"]):  # the process that is measured
-        return find(sys.argv[1][1:], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
     import common  # it imports torch, which the measured processes must not
 
     options = common.plain_parser(__doc__)
@@ -484,23 +430,27 @@ def main() -> None:
     rest_help = "make: the folder; gram: KEY VALUE; topics: a way; rules: pairs of the sample"
     options.add_argument("rest", nargs="*", help=rest_help)
     options.add_argument("--seed", type=int, default=1, help="make: of the world (%(default)s)")
-    options.add_argument("--limit", type=float, default=3600, help="seconds after which a run is ended (%(default)s)")
     args = options.parse_args()
-    store = Path(args.first)
+    store, opts = Path(args.first), args.rest
     if args.what == "make":
-        return make(int(args.first), Path(args.rest[0]), args.seed)
+        return make(int(args.first), Path(opts[0]), args.seed)
     if args.what == "table":
-        return tables(store)
+        rows = [json.loads(line) for line in (store / "results.jsonl").read_text().splitlines()]
+        for kind in (False, True):
+            table = [row for row in rows if (row["what"] == "rules") == kind]
+            common.print_table([{k: v for k, v in row.items() if not isinstance(v, dict)} for row in table])
+        return None
     if args.what == "rules":
-        rows = rules(store, args.rest)
-    elif args.what == "gram":
-        rows = [gram(store, args.rest, args.limit)]
+        rows = rules(store, int(opts[0]), opts[1:])
     else:
-        rows = [in_a_process(args.what, store, args.rest, args.limit)]
+        way, *words = opts if args.what == "topics" else [args.what, *opts]
+        row = gram(store, opts) if args.what == "gram" else others(store, way, words)
+        rows = [{"what": " ".join([args.what, *opts]), "store": store.name} | row]
     with open(store.parent / "results.jsonl", "a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    for row in rows:
-        print(json.dumps({name: value for name, value in row.items() if name != "lines"}))
+        for row in rows:
+            print(json.dumps(row))
+            print(json.dumps(row), file=file)
+    return None
 
 
 if __name__ == "__main__":

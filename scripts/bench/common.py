@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import multiprocessing
 import os
 import platform
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -78,6 +80,11 @@ def environment(args: argparse.Namespace) -> str:
     return f"{args.backbone}, {args.precision}, {machine}; {software}; {clock}, median of {args.repeats} rounds"
 
 
+def own_process(begin: Callable[..., object] | None = None, *words: Any) -> ProcessPoolExecutor:
+    """Return a new process that runs functions one at a time, first `begin` with these words."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), begin, words)
+
+
 def cpu_model() -> str:
     """Return the processor's name."""
     info = Path("/proc/cpuinfo")
@@ -102,19 +109,13 @@ class Measured:
         return statistics.median(self.rounds)
 
 
-def measure(steps: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Measured]:
-    """Run every step once (warm-up, memory), then all in turns A, B, C, A, B, C, ..., so that noise hits all alike.
-
-    A step is a function, or an object that runs in its own process and has the methods `seconds` and `with_peak`.
-    """
+def measure(steps: Mapping[str, Callable[[], Any]], args: argparse.Namespace) -> dict[str, Measured]:
+    """Run every step once (warm-up, memory), then all in turns A, B, C, A, B, C, ..., so that noise hits all alike."""
     product_rate(args, 64, 512)  # fills the libraries' own buffers, which no variant should pay for
-    measured = {}
-    for name, step in steps.items():
-        peak, result = step.with_peak() if hasattr(step, "with_peak") else with_peak(step, args.device)
-        measured[name] = Measured([], peak, result)
+    measured = {name: Measured([], *with_peak(step, args.device)) for name, step in steps.items()}
     for _ in range(args.repeats):
         for name, step in steps.items():
-            measured[name].rounds.append(step.seconds() if hasattr(step, "seconds") else timed(step, args))
+            measured[name].rounds.append(timed(step, args))
     return measured
 
 
@@ -140,6 +141,27 @@ def text_flops(backbone: Backbone, positions: int) -> float:
     much.
     """
     return 2.0 * positions * 12 * backbone.text_width**2 * len(backbone.model.transformer.resblocks)
+
+
+def image_passes(backbone: Backbone, prompt_tokens: int) -> tuple[float, float, float]:
+    """Return the FLOP of one image in the cheapest exact form: forward, backward, and the tangents of both.
+
+    The tangents are what the second derivative adds to a support image whose passes are kept: how activations, then
+    gradients, change along the direction that comes back from the query set. A layer has 12 d^2 weights, with a
+    multiplication and an addition each for every position. Attention's products have 2 L^2 d each: 2 forwards, 4
+    backwards, and twice that for the tangents of each. The last layer is read at the class token alone. What no prompt
+    has touched needs no gradient: the patch embedding, and the first layer's queries, keys and values of patches.
+    """
+    tower = backbone.model.visual
+    d, layers = backbone.visual_width, len(tower.transformer.resblocks)
+    patches = tower.positional_embedding.shape[0] - 1
+    length = 1 + patches + prompt_tokens
+    patch_embedding = 2.0 * patches * tower.conv1.weight.numel()
+    last = 2.0 * d**2 * (2 * length + 10)  # keys and values of all, the rest for the class token
+    linear = (layers - 1) * 2.0 * length * 12 * d**2 + last + 2.0 * d * backbone.embed_dim
+    learned = linear - 2.0 * (length - prompt_tokens) * 3 * d**2
+    attention = 2.0 * length * d * ((layers - 1) * length + 1)  # one product in each layer
+    return patch_embedding + linear + 2 * attention, learned + 4 * attention, 2 * learned + 12 * attention
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

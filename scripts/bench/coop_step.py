@@ -25,6 +25,7 @@ from gram_meta.backbone.clip import Backbone
 from gram_meta.method.prompts import PromptedCLIP, initial_prompts, logits
 
 TEXT, WHOLE, IMAGES = "text part", "whole step", "image tower alone"
+TEST_IMAGES = 50_000  # ImageNet's
 COMPARED = ("logits", "the context's gradient")
 PLAIN, OURS, CUT = "official way", "this project", "official way, cut at the longest class"
 
@@ -80,7 +81,6 @@ def main() -> None:
     options.add_argument("--classes", type=int, default=100)
     options.add_argument("--batch", type=int, default=32)
     options.add_argument("--test", action="store_true", help="a test pass in place of a training step")
-    options.add_argument("--images", type=int, default=50_000, help="of the whole test set (ImageNet's)")
     args = options.parse_args()
     backbone = common.begin(args)
     names = common.class_names(args.classes)
@@ -121,7 +121,7 @@ def print_limits(bench: Bench, seconds: Mapping[str, float], args: argparse.Name
         f"This project takes {classes * rate / flops:.2f} times as long."
     )
     if args.test:
-        batches, each = args.images // args.batch, seconds[f"{WHOLE}, {OURS}"] - classes
+        batches, each = TEST_IMAGES // args.batch, seconds[f"{WHOLE}, {OURS}"] - classes
         ours = classes + batches * each
         print(
             f"{batches} batches: {PLAIN} {batches} x {whole:.2f} s = {batches * whole:.0f} s; {OURS} {classes:.2f} s + "

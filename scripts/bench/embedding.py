@@ -4,27 +4,23 @@
     python scripts/bench/embedding.py PAIRS.tsv --backbone gram-small --images 1000 --workers 0 1 2 --threads 1
     python scripts/bench/embedding.py PAIRS.tsv --device cuda --precision fp16 --images 50000 --workers 16
 
-Three rates in pairs a second, each round in turns:
+Three times, each round in turns:
 - towers: image tower, CLIP's text tower and Sentence-BERT on tensors and tokens that are ready, in the same batches;
 - decoding: processes that read images and bring them to the tower's size, nothing else; files and tar shards;
 - `gram embed`, from the first look at the source to the finished store, without loading the models.
 
-The goal is 0.9 of the smaller of the first two. Where decoding has no cores of its own, both share what there is, and
-the bound is 1 / (1 / towers + 1 / decoding); that holds for --workers 0 on any CPU. The processor time of the main
-process and of its workers does not depend on who else uses the machine. From it follows the ratio if each process had a
-core.
+The bound is the longer of the first two; with --workers 0, which shares one process, it is their sum. The goal is 0.9
+of the bound. With --clock cpu a time is the processor time of the main process or of one worker, whichever is more: as
+if each process had a core, whoever else uses the machine.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
-import json
 import logging
 import os
 import resource
 import shutil
-import statistics
 import tarfile
 import tempfile
 import time
@@ -41,7 +37,7 @@ from gram_meta.corpus.embedding.parts import tokens_of
 from gram_meta.corpus.embedding.run import embed_pairs
 from gram_meta.corpus.embedding.sentences import SentenceBert, load_sentence_model
 from gram_meta.corpus.loading import run_ahead
-from gram_meta.corpus.places import ImageFiles, ImageReader, Place
+from gram_meta.corpus.places import ImageFiles, ImageReader
 from gram_meta.corpus.sources import Source, all_rows, open_source
 
 
@@ -52,12 +48,15 @@ class Spent(NamedTuple):
     main: float
     workers: float
 
+    def seconds(self, clock: str, workers: int = 1) -> float:
+        """Return the seconds that count: on the clock, or of the process that takes longest."""
+        return self.wall if clock == "wall" else max(self.main, self.workers / max(workers, 1))
+
 
 def main() -> None:
     options = common.parser(__doc__, ("fp32", "fp16", "bf16"))
     options.add_argument("source", metavar="SOURCE", help="as for gram embed, with captions")
     options.add_argument("--images", type=int, default=256, help="distinct images (%(default)s)")
-    options.add_argument("--captions", type=int, default=1, help="of each image, at most (%(default)s)")
     options.add_argument("--sentence-model", default="all-MiniLM-L6-v2")
     options.add_argument("--batch-size", type=int, default=64)
     options.add_argument("--part-size", type=int, default=2048)
@@ -71,69 +70,54 @@ def main() -> None:
     logging.disable(logging.INFO)
     with tempfile.TemporaryDirectory() as folder:
         sources = make_sources(args, Path(folder))
-        rows = {kind: [row for row in all_rows(source) if not row.skip] for kind, source in sources.items()}
-        places = {kind: list(dict.fromkeys(row.place for row in of_kind)) for kind, of_kind in rows.items()}
-        bench = Bench(args, backbone, sentence_model, sources, places, [row.caption for row in rows["files"]])
+        bench = Bench(args, backbone, sentence_model, sources)
         steps = bench.steps(Path(folder) / "store")
         for name in list(steps)[:3]:  # to warm up: towers, decoding, `gram embed`, of the first kind
             steps[name]()
         rounds = [{name: spent_by(step) for name, step in steps.items()} for _ in range(args.repeats)]
-    pairs = len(bench.texts)
     print(f"{common.environment(args)}; load average {os.getloadavg()[0]:.1f}")
-    print(f"{pairs} pairs of {args.images} images, batches of {args.batch_size}, parts of {args.part_size}\n")
-    ratios = {case: [of_round(one, *case, pairs) for one in rounds] for case in bench.cases()}
-    common.print_table(
-        [{"": f"{kind}, {workers} workers"} | medians(ratios[kind, workers]) for kind, workers in ratios]
-    )
-    common.write_report(args, report | {"pairs": pairs, "rounds": rounds})
+    print(f"{args.images} pairs, batches of {args.batch_size}, parts of {args.part_size}; the least of the rounds\n")
+    common.print_table([bench.row(rounds, *case) for case in bench.cases()])
+    common.write_report(args, report | {"pairs": args.images, "rounds": rounds})
 
 
 # --- the same pairs as files and as shards ----------------------------------------------------------------------------
 
 
 def make_sources(args: argparse.Namespace, folder: Path) -> dict[str, Source]:
-    """Write a TSV of the first images of the source, and the same images and captions in tar shards."""
-    captions: dict[Path, list[str]] = {}
+    """Write a TSV of the first images of the source with a caption each, and the same pairs in tar shards."""
     source = open_source(args.source)
+    captions: dict[Path, str] = {}
     for row in all_rows(source):
-        path = source.image_root / row.location
-        if row.skip or (path not in captions and len(captions) == args.images):
-            continue
-        of_image = captions.setdefault(path, [])
-        if len(of_image) < args.captions:
-            of_image.append(row.caption)
-    lines = [f"{path}\t{text}" for path, texts in captions.items() for text in texts]
+        if not row.skip and len(captions) < args.images:
+            captions.setdefault(source.image_root / row.location, row.caption)
+    args.images = len(captions)
+    lines = [f"{path}\t{text}" for path, text in captions.items()]
     (folder / "pairs.tsv").write_text("\n".join(["image\tcaption", *lines]) + "\n")
-    tars = folder / "tars"
+    tars, caption = folder / "tars", folder / "caption.txt"
     tars.mkdir()
     for shard in range(args.shards):
         with tarfile.open(tars / f"{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-            for number, (path, texts) in enumerate(list(captions.items())[shard :: args.shards]):
-                caption = json.dumps({"caption": texts}).encode()
-                for suffix, content in ((path.suffix, path.read_bytes()), (".json", caption)):
-                    member = tarfile.TarInfo(f"{shard:05d}{number:04d}{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+            for number, (path, text) in enumerate(list(captions.items())[shard :: args.shards]):
+                caption.write_text(text)
+                for file in (path, caption):
+                    tar.add(file, f"{shard:05d}{number:04d}{file.suffix}")
     return {"files": open_source(folder / "pairs.tsv"), "tars": open_source(tars)}
 
 
-# --- the three rates --------------------------------------------------------------------------------------------------
+# --- the three times --------------------------------------------------------------------------------------------------
 
 
 class Bench:
     """The models and all that they need ready: pixels, CLIP's tokens, Sentence-BERT's tokens."""
 
     def __init__(
-        self,
-        args: argparse.Namespace,
-        backbone: Backbone,
-        sentence_model: Any,
-        sources: dict[str, Source],
-        places: dict[str, list[Place]],
-        texts: Sequence[str],
+        self, args: argparse.Namespace, backbone: Backbone, sentence_model: Any, sources: dict[str, Source]
     ) -> None:
-        self.args, self.backbone, self.sentence_model = args, backbone, sentence_model
-        self.sources, self.places, self.texts = sources, places, texts
+        self.args, self.backbone, self.sentence_model, self.sources = args, backbone, sentence_model, sources
+        rows = {kind: list(all_rows(source)) for kind, source in sources.items()}
+        self.places = {kind: [row.place for row in of_kind] for kind, of_kind in rows.items()}
+        texts = self.texts = [row.caption for row in rows["files"]]
         pixels = (images for images, _, _ in self.decoded("files", 0))
         self.pixels = [backbone.normalise(images.to(args.device)) for images in pixels]
         ordered = sorted(texts, key=len, reverse=True)
@@ -195,6 +179,18 @@ class Bench:
         store = embed_pairs(self.sources[kind], out, self.backbone, self.sentence_model, **sizes)
         assert len(store) == len(self.texts)
 
+    def row(self, rounds: Sequence[dict[str, Spent]], kind: str, workers: int) -> dict[str, str]:
+        """Return the row of one kind of source and number of workers: the least seconds of the rounds."""
+        names = {"towers": "towers", "decoding": f"decoding {kind} {workers}", "gram embed": f"embed {kind} {workers}"}
+        least = {
+            title: min(one[name].seconds(self.args.clock, workers) for one in rounds) for title, name in names.items()
+        }
+        towers, decoding, embed = least.values()
+        bound = max(towers, decoding) if workers else towers + decoding
+        cells = {f"{title} (s)": f"{seconds:.2f}" for title, seconds in least.items()}
+        shares = {"pairs/s": f"{len(self.texts) / embed:.1f}", "of the bound": f"{bound / embed:.2f}"}
+        return {"": f"{kind}, {workers} workers"} | cells | shares
+
 
 def spent_by(step: Callable[[], Any]) -> Spent:
     """Run a step; return the seconds of all processes."""
@@ -206,35 +202,6 @@ def spent_by(step: Callable[[], Any]) -> Spent:
     before = now()
     step()
     return Spent(*(after - start for after, start in zip(now(), before, strict=True)))
-
-
-# --- results ----------------------------------------------------------------------------------------------------------
-
-
-def of_round(one: dict[str, Spent], kind: str, workers: int, pairs: int) -> dict[str, float]:
-    """Return three rates in pairs a second, and `gram embed`'s as shares.
-
-    These are the share of the smaller of the others and of the bound where both share cores, on the clock; and of what
-    applies, by processor time, if each process had a core.
-    """
-    towers, decoding, embed = one["towers"], one[f"decoding {kind} {workers}"], one[f"embed {kind} {workers}"]
-    beside = max(workers, 1)
-    alone = (decoding.main + decoding.workers) / beside  # seconds of processor time of each decoding process
-    least = max(towers.main, alone) if workers else towers.main + alone
-    return {
-        "towers (pairs/s)": pairs / towers.wall,
-        "decoding (pairs/s)": pairs / decoding.wall,
-        "gram embed (pairs/s)": pairs / embed.wall,
-        "of the smaller": max(towers.wall, decoding.wall) / embed.wall,
-        "of the shared bound": (towers.wall + decoding.wall) / embed.wall,
-        "by processor time": least / max(embed.main, embed.workers / beside),
-    }
-
-
-def medians(rounds: list[dict[str, float]]) -> dict[str, str]:
-    """Return the median over rounds of each rate and share as text."""
-    middle = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
-    return {name: f"{value:.{1 if 'pairs' in name else 2}f}" for name, value in middle.items()}
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
-"""Measure a meta-training step for each family of prompts, beside learn2learn's way and beside ProMetaR's own step.
+"""Measure a meta-training step for each family of prompts, beside learn2learn's way.
 
     python scripts/bench/meta_step.py                       # ViT-B/16 shapes, random weights, CPU, all three families
     python scripts/bench/meta_step.py --family visual joint --tasks 1 --ways 2 --support 2 --query 4 --clock cpu
-    python scripts/bench/meta_step.py --prometar ProMetaR --learn2learn learn2learn -o numbers.json
     python scripts/bench/meta_step.py --device cuda
 
 All variants have the same weights, tasks and start, and compute the same losses and meta-gradients: how far these are
 apart is printed, and the memory that `memory_plan` estimates. A step is forward, backward, clipping and the optimiser.
-Clone and adapt, the way of learn2learn's MAML, is in meta_clone.py. ProMetaR's step is another method's; it is here for
-its cost at the same number of images and classes.
+Clone and adapt, the way of learn2learn's MAML, is in meta_clone.py.
 
 The script also prints what the towers set as a ceiling (their matrix products at this machine's rate, their bare
 forward pass times the passes that exact second order needs, their bare passes), and where the time of a step goes.
@@ -17,19 +15,13 @@ forward pass times the passes that exact second order needs, their bare passes),
 from __future__ import annotations
 
 import argparse
-import contextlib
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import common
 import torch
-from meta_ceiling import image_passes
 from meta_clone import PromptedModel, clone_and_adapt
 from meta_tasks import FAMILIES, MetaTasks
 from torch import Tensor
@@ -46,30 +38,18 @@ CLONE, CLONE_FIRST = "clone and adapt (learn2learn's way)", "clone and adapt, fi
 CUT = "clone and adapt, cut at the longest sentence"
 TOWER = "+ this project's text tower (no padding, last layer for end tokens alone), nothing cloned"
 OURS = "this project"
-PROMETAR = "ProMetaR, its checkout (another method)"
 
 
-@dataclass(frozen=True)
-class Way:
-    """How this project takes a step (MEMORY and INNER.FIRST_ORDER). `images`: at a time; 0: all of them."""
-
-    lean: bool = False
-    one_task: bool = False
-    images: int = 0
-    checkpointing: bool = False
-    first_order: bool = False
-
-
-WAYS = {
-    OURS: Way(),
-    f"{OURS}, one task at a time": Way(one_task=True),
-    f"{OURS}, lean": Way(lean=True),
-    f"{OURS}, checkpointing": Way(checkpointing=True),
-    f"{OURS}, lean, checkpointing": Way(lean=True, checkpointing=True),
-    f"{OURS}, lean, checkpointing, one task at a time": Way(lean=True, checkpointing=True, one_task=True),
-    f"{OURS}, lean, 4 images at a time": Way(lean=True, one_task=True, images=4),
-    f"{OURS}, lean, 1 image at a time": Way(lean=True, one_task=True, images=1),
-    f"{OURS}, first order": Way(first_order=True),
+WAYS: dict[str, dict[str, Any]] = {  # how this project takes a step: options of MemoryConfig
+    OURS: {},
+    f"{OURS}, one task at a time": {"tasks": 1},
+    f"{OURS}, lean": {"second_order": "lean"},
+    f"{OURS}, checkpointing": {"checkpointing": True},
+    f"{OURS}, lean, checkpointing": {"second_order": "lean", "checkpointing": True},
+    f"{OURS}, lean, checkpointing, one task at a time": {"second_order": "lean", "checkpointing": True, "tasks": 1},
+    f"{OURS}, lean, 4 images at a time": {"second_order": "lean", "tasks": 1, "images": 4},
+    f"{OURS}, lean, 1 image at a time": {"second_order": "lean", "tasks": 1, "images": 1},
+    f"{OURS}, first order": {"first_order": True},
 }
 
 
@@ -103,27 +83,28 @@ class Bench:
         if not self.made.prompt.visual_tokens:
             whole = self.made.episode_of(lambda some: WholeSentences(self.backbone, self.cut[some][0]))
             variants[CUT] = partial(clone, self.cut, inner)
-            variants[TOWER] = partial(self.ours, Way(one_task=True), whole)
+            variants[TOWER] = partial(self.ours, {"tasks": 1}, whole)
         for name, way in WAYS.items():
-            if (self.made.tasks > 1 or "one task" not in name) and (self.made.prompt.visual_tokens or not way.images):
+            if (self.made.tasks > 1 or "one task" not in name) and (
+                self.made.prompt.visual_tokens or "images" not in way
+            ):
                 variants[name] = partial(self.ours, way)
         return variants | {CLONE_FIRST: partial(clone, self.classes, first_order)}
 
-    def ours(self, way: Way, episode: Any = None) -> Tensor:
+    def ours(self, way: dict[str, Any], episode: Any = None) -> Tensor:
         """Add this project's meta-gradients, and return the mean query loss."""
-        size = MemoryPlan(way.lean, 1 if way.one_task else self.made.tasks, way.images, 0)
-        self.backbone.checkpointing = way.checkpointing
+        inner = self.made.inner(first_order=way.get("first_order", False))
+        self.backbone.checkpointing = way.get("checkpointing", False)
         try:
-            return self.made.add_gradients(size, self.made.inner(first_order=way.first_order), episode).losses.mean()
+            return self.made.add_gradients(self.plan(way), inner, episode).losses.mean()
         finally:
             self.backbone.checkpointing = False
 
-    def estimate(self, way: Way) -> float:
-        """Return the megabytes that a step of this project takes by `memory_plan`."""
+    def plan(self, way: dict[str, Any]) -> MemoryPlan:
+        """Return the content of a pass; its estimate is in bytes."""
         task = TaskConfig(self.args.ways, self.args.support, self.args.query)
-        kind, count = "lean" if way.lean else "whole", 1 if way.one_task else self.made.tasks
-        options = (kind, count, way.images, way.checkpointing, 0.0, task, self.made.prompt, way.first_order)
-        return plan(MemoryConfig(*options), self.backbone, self.made.tasks, 1e15).estimate / 1e6
+        options = {"second_order": "whole", "tasks": self.made.tasks, "task": task, "prompt": self.made.prompt} | way
+        return plan(MemoryConfig(**options), self.backbone, self.made.tasks, 1e15)
 
     # --- the towers alone ---------------------------------------------------------------------------------------------
 
@@ -164,9 +145,9 @@ class Bench:
         """Return the GFLOP of the matrix products that an exact step needs, by tower."""
         result = {}
         if self.made.prompt.visual_tokens:
-            each = image_passes(self.backbone, self.made.prompt.visual_tokens)
+            each = common.image_passes(self.backbone, self.made.prompt.visual_tokens)
             support, query = (images.shape[:3].numel() for images in self.made.images)
-            result["image tower"] = (support * sum(each) + query * (each.forward + each.backward)) / 1e9
+            result["image tower"] = (support * sum(each) + query * sum(each[:2])) / 1e9
         if self.made.prompt.text_tokens:  # 4 passes of the support set, 2 of the query set
             result["text tower"] = 6 * common.text_flops(self.backbone, self.positions()) / 1e9
         return result
@@ -215,8 +196,6 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_argument("--support", type=int, default=4, help="images of a class (%(default)s)")
     options.add_argument("--query", type=int, default=12, help="images of a class (%(default)s)")
     options.add_argument("--variants", nargs="+", help="parts of the variants' names to keep (all)")
-    options.add_argument("--prometar", type=Path, help="a checkout of mlvlab/ProMetaR")
-    options.add_argument("--learn2learn", type=Path, help="sources of learn2learn, where it is not installed")
     return options
 
 
@@ -225,30 +204,13 @@ def main(argv: list[str] | None = None) -> None:
     backbone = common.begin(args)
     print(common.environment(args))
     report = common.report(args) | {"families": {}}
-    with prometar(args) as theirs:
-        for family in args.family:
-            report["families"][family] = run(family, backbone, theirs, args)
-            common.write_report(args, report)
+    for family in args.family:
+        report["families"][family] = run(family, backbone, args)
+        common.write_report(args, report)
     print("load average before and after:", *(report["facts"][f"load_average_{when}"] for when in ("before", "after")))
 
 
-@contextlib.contextmanager
-def prometar(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield ProMetaR's own step on as many images and classes, in a process of its own, if its checkout is given."""
-    if not args.prometar:
-        yield {}
-        return
-    import checkouts
-
-    with tempfile.TemporaryDirectory(prefix="meta-step-") as folder:
-        step = checkouts.ProMetaRStep(args, Path(folder), args.tasks * args.ways * (args.support + args.query))
-        try:
-            yield {PROMETAR: step}
-        finally:
-            step.process.pool.shutdown()
-
-
-def run(family: str, backbone: Backbone, theirs: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+def run(family: str, backbone: Backbone, args: argparse.Namespace) -> dict[str, Any]:
     """Measure one family in turns, print its tables and return the numbers for the report."""
     bench = Bench(backbone, family, args)
     prompt, images = bench.made.prompt, [side.shape[:3].numel() for side in bench.made.images]
@@ -259,14 +221,14 @@ def run(family: str, backbone: Backbone, theirs: dict[str, Any], args: argparse.
         f"{bench.positions()} text positions a side\n"
     )
     names = [name for name in bench.variants() if kept(name, args.variants)]
-    steps = {name: partial(bench.step, name) for name in names} | theirs
+    steps = {name: partial(bench.step, name) for name in names}
     bare = {
         "support": partial(bench.forward, "support"),
         "query": partial(bench.forward, "query"),
         "passes": bench.passes,
     }
     measured = common.measure(steps | bare, args)
-    estimates = {name: f"{bench.estimate(WAYS[name]):,.0f}" for name in names if name in WAYS}
+    estimates = {name: f"{bench.plan(WAYS[name]).estimate / 1e6:,.0f}" for name in names if name in WAYS}
     common.print_comparison(measured, list(steps), **{"estimate (MB)": estimates})
     apart = {name: deviations(measured, name, len(bench.made.theta)) for name in names[1:]}
     print("Largest deviation from clone and adapt, relative to the largest entry:\n")
@@ -291,8 +253,6 @@ def run(family: str, backbone: Backbone, theirs: dict[str, Any], args: argparse.
     )
     profile = bench.profile()
     print(profile.table() + "\n")
-    for step in theirs.values():
-        print(*(f"ProMetaR, patched: {patch}" for patch in step.patches), sep="\n")
     return {
         "measured": common.numbers(measured),
         "deviations": apart,
@@ -320,4 +280,4 @@ def deviations(measured: Mapping[str, common.Measured], name: str, kinds: int) -
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

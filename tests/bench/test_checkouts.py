@@ -50,26 +50,24 @@ def test_a_round_over_our_own(checkouts, tmp_path, capsys, monkeypatch):
     assert row["built"]["engine"] == "builtin"
     assert len(row["rounds"]["step"]) == 2 and row["rounds"]["step"][0]["cpu"] > 0
     assert all(row["peak_mb"][measure] >= 0 for measure in ("step", "test"))
-    assert set(table["summary"]) == {"step", "test", "tower", "loader", "loader_of_test"}
-    summary = table["summary"]["step"]["CoCoOpGRAM, this project"]
-    assert summary["ratio"] == {"median": 1.0, "least": 1.0, "most": 1.0}
-    assert 0 < summary["cpu_ms"]["least"] <= summary["cpu_ms"]["median"] <= summary["cpu_ms"]["most"]
+    assert set(row["rounds"]) == {"step", "test", "tower", "loader", "loader_of_test"}
     assert report["facts"]["versions"]["torch"] and str(tmp_path) not in json.dumps(report)
     printed = capsys.readouterr().out
     assert "CoCoOp, its checkout: left out, as there is no --coop" in printed
     assert "| training step " in printed and "4 classes, 32 x 32 pixels" in printed
+    assert printed.count("1.00 (1.00 to 1.00)") == 5  # it is the first one
 
 
 def test_ratios_are_paired_by_round(checkouts):
     """The first contestant's time over another's, in the same round."""
-    times = {"a": [4.0, 12.0], "b": [2.0, 3.0]}
-    contestants = {
-        name: {"rounds": {"step": [{"cpu": t, "wall": t} for t in row]}, "peak_mb": {"step": 1.0}}
-        for name, row in times.items()
-    }
-    result = checkouts.summary({"contestants": contestants}, 2, "cpu")["step"]["b"]
-    assert result["ratio"] == {"median": 3.0, "least": 2.0, "most": 4.0}
-    assert result["cpu_ms"] == {"median": 1250.0, "least": 1000.0, "most": 1500.0}  # of one step of two
+    first, other = (
+        {"rounds": {"step": [{"cpu": time, "wall": time} for time in times]}, "peak_mb": {"step": 1.0}}
+        for times in ([4.0, 12.0], [2.0, 3.0])
+    )
+    args = checkouts.build_parser().parse_args(["--steps", "2"])
+    found = checkouts.cells(other, first, "step", args)
+    assert found["ratio"] == "3.00 (2.00 to 4.00)"
+    assert found["processor time (ms)"] == "1,250 (1,000 to 1,500)"  # of one step of two
 
 
 def test_other_batches_are_refused(checkouts, tmp_path):

@@ -86,15 +86,17 @@ def test_classes(run, tmp_path):
     assert (tmp_path / "out.svg").is_file()
     (tmp_path / "out.json").write_text(json.dumps([row | {"peak_mb": 7777} for row in rows]))
     assert run("classes", *TINY, *few).count("7,777 MB") == 2  # nothing is measured twice
-    for part in ("images", "whole"):
-        row = json.loads(run("classes", *TINY, "--one", part, "layers", "2"))
-        assert row["part"] == part and row["layers"] and row["seconds"] > 0
+    layers = ("--settings", "layers", "--classes", "2", "--images", "2", "--parts", "images", "whole")
+    run("classes", *TINY, *layers, "--output", tmp_path / "layers")
+    rows = json.loads((tmp_path / "layers.json").read_text())
+    assert [row["part"] for row in rows] == ["images", "whole"]
+    assert all(row["layers"] and row["seconds"] > 0 for row in rows)
 
 
 def test_embedding(run, classes, tmp_path):
     words = ("--sentence-model", "hash:16", "--images", "6", "--batch-size", "4", "--part-size", "4", "--shards", "2")
     printed = run("embedding", classes, *TINY, *words, "--workers", "0", "1", "-o", tmp_path / "out.json")
-    assert "6 pairs of 6 images" in printed and columns(printed)[-1] == "by processor time"
+    assert "6 pairs, batches of 4" in printed and columns(printed)[-1] == "of the bound"
     (one,) = json.loads((tmp_path / "out.json").read_text())["rounds"]
     assert len(one) == 1 + 2 * 2 * 2 and all(wall > 0 for wall, _, _ in one.values())
 
@@ -103,37 +105,34 @@ def test_near_duplicates(run, store):
     words = ("--images", "5", "--changes", "mirrored", "half the size")
     printed = run("near_duplicates", store, *words)
     (line,) = (line for line in printed.splitlines() if line.startswith("| mirrored"))
-    assert [float(cell) for cell in line.split("|")[2:7:2]] == [100, 100, 0]  # by CLIP, by pixels, the distance
+    assert [float(cell) for cell in line.split("|")[2:5]] == [100, 100, 0]  # by CLIP, by pixels, the distance
     assert columns(printed)[0] == "distance up to"
     assert "false alarms" in run(
         "near_duplicates", store, *words[:2], "--changes", "--against", ROOT / "docs" / "results"
     )
 
 
-def test_clustering(run, bench_script, tmp_path, monkeypatch):
+def test_clustering(run, tmp_path):
     """PCA stands in for UMAP, whose compilation takes minutes."""
-    from gram_meta.clustering.settings import ChcSettings
-    from gram_meta.config import load_meta_config
-
     pca = ("CHC.TOPICS.REDUCTION", "pca", "CHC.TOPICS.COMPONENTS", "20", "CHC.TOPICS.MIN_CLUSTER_SIZE", "5")
-    monkeypatch.setattr(
-        bench_script("clustering"), "chc_settings", lambda: ChcSettings.from_config(load_meta_config([], pca))
-    )
     folder = tmp_path / "stores"
     run("clustering", "make", "3000", folder / "small")
     run("clustering", "gram", folder / "small", *pca)
-    run("clustering", "rules", folder / "small", "2000")
-    labels = tmp_path / "labels.npz"
-    run("clustering", "_topics", folder / "small", labels, "umap+hdbscan", "1000")
-    assert len(np.load(labels)["label"]) == 1000 and (np.load(labels)["seconds"] > 0).all()
-    assert columns(run("clustering", "table", folder))[:3] == ["store", "rule", "noise"]
+    run("clustering", "topics", folder / "small", "umap+hdbscan", *pca)
+    run("clustering", "rules", folder / "small", "2000", *pca)
+    assert columns(run("clustering", "table", folder))[:3] == ["what", "store", "rule"]
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    assert [row["what"] for row in rows] == ["gram cluster"] + ["rules"] * 7
-    found, unsampled = rows[:2]
-    assert found["rc"] == 0 and found["topics"] >= 2 and 0 < found["ami"] <= 1 and 0 < found["domain_ami"] <= 1
-    assert found["own_gb"] > 0.05 and found["peak_gb"] > found["own_gb"] and found["cpu_s"] > 0
-    assert unsampled["unsampled"] == {"ami": 1.0, "ami_with_noise": 1.0, "noise_agreement": 1.0}
-    assert all(0 < row["truth"]["ami"] <= 1 for row in rows[1:])
+    assert [row["what"].split()[0] for row in rows] == ["gram", "topics"] + ["rules"] * 7
+    found, topics, unsampled = rows[:3]
+    assert 0 < found["domains: AMI"] <= 1
+    for row in (found, topics):
+        assert row["topics"] >= 2 and 0 < row["AMI"] <= 1 and row["processor time (s)"] > 0
+        assert row["peak memory (GB)"] > row["of that its own (GB)"] > 0.05
+    agreement = [
+        unsampled[name] for name in ("AMI with un-sampled", "the same, noise a topic", "same verdict on noise")
+    ]
+    assert agreement == [1.0, 1.0, "100.0%"]
+    assert all(0 < row["AMI with truth"] <= 1 for row in rows[2:])
 
 
 @pytest.fixture(scope="module")
