@@ -1,7 +1,7 @@
 """Processes that run commands of `gram`, one at a time each: one per GPU, or one per share of the cores.
 
-Workers are started anew (spawn), with their environment set before anything is imported, and stay: importing torch
-costs seconds. A worker that dies takes one run with it; the next run gets another worker. Light at import.
+Workers are started anew (spawn), with their environment set before torch is imported, and stay: importing torch costs
+seconds. A worker that dies takes one run with it; the next run gets another worker. Light at import.
 """
 
 from __future__ import annotations
@@ -156,9 +156,8 @@ class _Worker:
         self.environment = environment
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs,), daemon=False)
-        with _environment(environment):  # the first import already sees it
-            self.process.start()
+        self.process = context.Process(target=_serve, args=(theirs, dict(environment)), daemon=False)
+        self.process.start()
         theirs.close()  # or the end of the process would not be seen
         self.task: Task | None = None
         self.begun = 0.0
@@ -202,20 +201,6 @@ def _cause_of_death(status: int | None) -> str:
 
 
 @contextlib.contextmanager
-def _environment(changes: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-@contextlib.contextmanager
 def handled(handler: Any, *numbers: signal.Signals) -> Iterator[None]:
     """Give these signals a handler inside the block; only the main thread can."""
     if threading.current_thread() is not threading.main_thread():
@@ -232,8 +217,9 @@ def handled(handler: Any, *numbers: signal.Signals) -> Iterator[None]:
 # ----------------------------------------------------------------------------------------------------- in the workers
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, environment: dict[str, str]) -> None:
     """Run tasks until the main process closes the connection, ends, or sends SIGTERM."""
+    os.environ.update(environment)  # numpy and torch, which read it, are not imported yet
     os.setsid()  # Ctrl-C reaches only the main process, which then ends this one
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _leave)

@@ -175,7 +175,7 @@ class Bench:
         if args.dassl:
             sys.path.append(str(args.dassl.resolve()))  # a new process has this path, too
         self.weights = folder / "weights.pt"
-        model = load_backbone(args.model).model
+        model = load_backbone(args.backbone).model
         torch.save({key: value.half() for key, value in model.state_dict().items()}, self.weights)  # CoOp loads fp16
         self.backbone = load_backbone(str(self.weights))  # rounded: its fingerprint is the one that trainers see
         if args.data:
@@ -184,7 +184,7 @@ class Bench:
             batch = args.batch or max(GROUPS[name].batch for name in args.groups)
             self.root = made_up(args.classes, batch, args.test_images or 100, folder)
 
-    def start(self, group: Group, entry: Entry, precision: str, folder: Path) -> Process:
+    def start(self, group: Group, entry: Entry, folder: Path) -> Process:
         """Start a contestant: its process has the options, and what to build."""
         size, node = self.backbone.image_size, f"TRAINER.{entry.node}"
         options: dict[str, Any] = {
@@ -194,14 +194,14 @@ class Bench:
             "DATALOADER.TEST.BATCH_SIZE": 100,
             "OPTIM.WARMUP_EPOCH": -1,  # steps that move the prompts
             "USE_CUDA": self.args.device == "cuda",
-            f"{node}.PREC": precision,
+            f"{node}.PREC": self.args.precision,
         }
         if entry.node in ("COOP", "COCOOP"):
             options |= {f"{node}.N_CTX": 4, f"{node}.CTX_INIT": "a photo of a"}
         if entry.trainer.endswith("GRAM"):
             options |= {"TRAINER.GRAM.CHECKPOINT": self.meta_checkpoint(entry), "TRAINER.GRAM.INIT": False}
         spec = argparse.Namespace(**vars(self.args))
-        spec.entry, spec.precision, spec.folder = entry, precision, folder
+        spec.entry, spec.folder = entry, folder
         spec.root, spec.weights, spec.opts = (
             self.root,
             self.weights,
@@ -227,8 +227,8 @@ class Bench:
         save_meta_checkpoint(path, MetaCheckpoint(prompts=prompts, regulator=regulator, extras=extras, **name))
         return path
 
-    def run(self, name: str, precision: str) -> dict[str, Any]:
-        """Run one group in one precision; return the answers of every contestant."""
+    def run(self, name: str) -> dict[str, Any]:
+        """Run one group; return the answers of every contestant."""
         group, left_out = GROUPS[name], {}
         with contextlib.ExitStack() as stack:
             processes, built, checks = [], {}, {}
@@ -236,7 +236,7 @@ class Bench:
                 if entry.checkout and not self.checkouts[entry.checkout]:
                     left_out[entry.name] = f"{entry.name}: left out, as there is no --{entry.checkout}"
                     continue
-                process = self.start(group, entry, precision, self.folder / f"{name}_{precision}_{index}")
+                process = self.start(group, entry, self.folder / f"{name}_{index}")
                 stack.enter_context(process.pool)
                 try:
                     built[entry.name], checks[entry.name] = process.ask("facts"), process.ask("check")
@@ -248,18 +248,18 @@ class Bench:
         for process in processes:
             rows[process.name]["built"] = built[process.name]
         equal = {} if group.another else compare([process.spec.entry for process in processes], checks)
-        return {"group": name, "precision": precision, "left_out": left_out, "contestants": rows, "equal": equal}
+        return {"group": name, "left_out": left_out, "contestants": rows, "equal": equal}
 
     def _measure(self, group: Group, processes: Sequence[Process]) -> dict[str, dict[str, Any]]:
         """Return the times of every round, and then, once everything is warm, the peak memory."""
         args = self.args
         measures = [measure for measure in args.measures if not (group.another and measure.startswith("tower"))]
         rounds: dict[str, Any] = {process.name: {measure: [] for measure in measures} for process in processes}
-        for number in range(args.rounds):
+        for number in range(args.repeats):
             for measure in measures:
                 for process in processes:
                     rounds[process.name][measure].append(process.ask("timed", measure, args.steps))
-            print(f"  round {number + 1} of {args.rounds} done", file=sys.stderr, flush=True)
+            print(f"  round {number + 1} of {args.repeats} done", file=sys.stderr, flush=True)
         peaks = {
             process.name: {name: process.ask("peak", name) for name in measures if name in WITH_PEAK}
             for process in processes
@@ -298,7 +298,7 @@ def compare(entries: Sequence[Entry], checks: Mapping[str, Mapping[str, np.ndarr
 
 def cells(row: Mapping[str, Any], first: Mapping[str, Any], measure: str, args: argparse.Namespace) -> dict[str, str]:
     """Return a contestant's times in ms (per step), the first one's time over its own by round, and its peak memory."""
-    clock, scale = "wall" if args.device == "cuda" else "cpu", 1000 / (args.steps if measure in PER_STEP else 1)
+    scale, clock = 1000 / (args.steps if measure in PER_STEP else 1), args.clock
     rounds, first_rounds = row["rounds"][measure], first["rounds"][measure]
     return {
         "processor time (ms)": common.spread([one["cpu"] * scale for one in rounds]),
@@ -311,7 +311,7 @@ def cells(row: Mapping[str, Any], first: Mapping[str, Any], measure: str, args: 
 def print_group(table: Mapping[str, Any], args: argparse.Namespace) -> None:
     """Print the tables of a group as Markdown."""
     contestants = table["contestants"]
-    print(f"\n### {table['group']}, {table['precision']}\n")
+    print(f"\n### {table['group']}\n")
     for reason in table["left_out"].values():
         print(f"{reason}\n")
     if not contestants:
@@ -344,7 +344,8 @@ def commit(folder: Path) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = common.plain_parser(__doc__)
+    parser = common.parser(__doc__, RUN_PRECISIONS)
+    parser.set_defaults(backbone="gram-small", threads=1, clock="cpu")
     add = parser.add_argument
     add("--coop", type=Path, help="a checkout of KaiyangZhou/CoOp")
     add("--prometar", type=Path, help="a checkout of mlvlab/ProMetaR")
@@ -353,16 +354,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data", type=Path, help="the datasets' root, for Caltech101; default: made-up images and class names")
     add("--classes", type=int, default=100, help="of made-up data (%(default)s)")
     add("--batch", type=int, default=0, help="images of a training step (0: coop 32, cocoop 1, prometar 4)")
-    add("--model", default="gram-small", help="as for load_backbone; random-ViT-B/16: shapes alone (%(default)s)")
-    add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--precision", nargs="+", choices=RUN_PRECISIONS, default=["fp32"], help="of the towers (fp32)")
     add("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="(all)")
     add("--measures", nargs="+", choices=list(TITLES), default=list(TITLES), help="(all)")
-    add("--rounds", type=int, default=5, help="(%(default)s)")
     add("--steps", type=int, default=4, help="training steps in a row of one contestant (%(default)s)")
     add("--test-images", type=int, default=0, help="of a test pass; 0: all there are (made-up data: 100)")
-    add("--threads", type=int, default=1, help="processor threads of a contestant (%(default)s)")
-    add("-o", "--output", type=Path, help="JSON with all numbers, round by round")
     return parser
 
 
@@ -371,6 +366,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.device == "cuda" and not torch.cuda.is_available():
             raise GramError("--device cuda: expected a GPU that torch can use, found none")
+        args.clock = "wall" if args.device == "cuda" else args.clock
         run(args)
     except GramError as error:
         print(f"checkouts.py: {error}", file=sys.stderr)
@@ -379,21 +375,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run all groups in all precisions; the JSON file is written after each, so that an interruption loses nothing."""
+    """Run all groups; the JSON file is written after each, so that an interruption loses nothing."""
     places = {"this project": Path(__file__).parent, "CoOp": args.coop, "ProMetaR": args.prometar, "Dassl": args.dassl}
     places["learn2learn"] = args.learn2learn
     report = common.report(args) | {"tables": []}
     report["facts"]["commits"] = {name: commit(place) for name, place in places.items() if place}
+    print(common.environment(args))
     with tempfile.TemporaryDirectory(prefix="checkouts-") as folder:
         bench = Bench(args, Path(folder))
-        print(f"{args.model} on {args.device}; {report['facts']['processor']}; torch {torch.__version__}")
-        for precision in args.precision:
-            for name in args.groups:
-                table = bench.run(name, precision)
-                print_group(table, args)
-                sys.stdout.flush()
-                report["tables"].append(table)
-                common.write_report(args, report)
+        for name in args.groups:
+            table = bench.run(name)
+            print_group(table, args)
+            sys.stdout.flush()
+            report["tables"].append(table)
+            common.write_report(args, report)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def main() -> None:
             if path:
                 write_json(path, rows)
     print_rows(rows)
-    if args.output:
+    if args.output and TEXT in args.parts:
         draw(rows, args.output.with_suffix(".svg"))
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -23,6 +22,7 @@ from pathlib import Path
 import common
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from torchvision.transforms.v2.functional import jpeg
 
 from gram_meta.backbone.clip import Backbone, load_backbone
 from gram_meta.corpus.images import read_image
@@ -38,16 +38,6 @@ except ImportError:
 Picture = Image.Image
 Random = np.random.Generator
 LIMITS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6)
-
-
-def jpeg(image: Picture, quality: int) -> Picture:
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=quality)
-    return Image.open(file).convert("RGB")
-
-
-def resized(image: Picture, scale: float, how: Image.Resampling = Image.Resampling.BICUBIC) -> Picture:
-    return image.resize((round(image.width * scale), round(image.height * scale)), how)
 
 
 def cropped(image: Picture, share: float, random: Random) -> Picture:
@@ -71,8 +61,8 @@ def overlaid(image: Picture, random: Random) -> Picture:
 CHANGES: dict[str, Callable[[Picture, Random], Picture]] = {
     "JPEG, quality 75": lambda image, random: jpeg(image, 75),
     "JPEG, quality 20": lambda image, random: jpeg(image, 20),
-    "half the size": lambda image, random: resized(image, 0.5),
-    "0.7 of the size, JPEG 50": lambda image, random: jpeg(resized(image, 0.7, Image.Resampling.BILINEAR), 50),
+    "half the size": lambda image, random: ImageOps.scale(image, 0.5),
+    "0.7 of the size, JPEG 50": lambda image, random: jpeg(ImageOps.scale(image, 0.7, Image.Resampling.BILINEAR), 50),
     "cropped by 5 %": lambda image, random: cropped(image, 0.05, random),
     "cropped by 10 %": lambda image, random: cropped(image, 0.1, random),
     "cropped by 20 %": lambda image, random: cropped(image, 0.2, random),

@@ -11,7 +11,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 CHECKOUTS = os.environ.get("GRAM_CHECKOUTS", "")
-TINY = ("--model", "random-tiny", "--classes", "4", "--test-images", "6", "--rounds", "2", "--steps", "1")
+TINY = ("--backbone", "random-tiny", "--classes", "4", "--test-images", "6", "--repeats", "2", "--steps", "1")
 
 
 @pytest.fixture(scope="module")
