@@ -110,19 +110,24 @@ class BenchRun:
 
 def common_settings(args: argparse.Namespace, output: Path, **defaults: Any) -> BenchSettings:
     """Return the settings of `gram bench`: its parsed options, and `defaults` for those that were not given."""
-    given = {field.name: getattr(args, field.name, None) for field in fields(BenchSettings)}
-    chosen = defaults | {name: tuple(x) if isinstance(x, list) else x for name, x in given.items() if x}
     protocols = tuple(dict.fromkeys(args.protocol))
-    if args.datasets:
-        if len(protocols) > 1:
-            raise GramError(f"--datasets: expected one protocol beside it, found {', '.join(protocols)}")
-        chosen["datasets"] = {protocols[0]: tuple(dict.fromkeys(args.datasets))}
+    if args.datasets and len(protocols) > 1:
+        raise GramError(f"--datasets: expected one protocol beside it, found {', '.join(protocols)}")
     if bad := [seed for seed in args.seeds if not seed.isdecimal()]:
         raise GramError(f"--seeds: expected numbers from 0 on, found {bad[0]!r}")
+    given = {field.name: getattr(args, field.name, None) for field in fields(BenchSettings)}
+    chosen = defaults | {name: tuple(x) if isinstance(x, list) else x for name, x in given.items() if x}
+    datasets = {protocols[0]: args.datasets} if args.datasets else defaults["datasets"]
     output = Path(args.output or output)
-    chosen |= {"output": output, "meta_dir": Path(args.meta_dir or output / "meta"), "shots": args.shots}
-    chosen["datasets"] = {protocol: chosen["datasets"][protocol] for protocol in protocols}
-    return BenchSettings(protocols=protocols, **chosen | {"seeds": tuple(map(int, args.seeds))})
+    chosen |= {
+        "protocols": protocols,
+        "datasets": {protocol: tuple(dict.fromkeys(datasets[protocol])) for protocol in protocols},
+        "output": output,
+        "meta_dir": Path(args.meta_dir or output / "meta"),
+        "seeds": tuple(map(int, args.seeds)),
+        "shots": args.shots,
+    }
+    return BenchSettings(**chosen)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -71,39 +71,22 @@ class Entry:
         return f"{self.trainer}, {'its checkout' if self.checkout else 'this project'}"
 
 
-@dataclass(frozen=True)
-class Group:
-    """Contestants with one batch size. The first one's method is `another` than the others', or the same."""
-
-    batch: int
-    entries: tuple[Entry, ...]
-    another: bool = False  # not compared in numbers; its image tower learns, so it is not measured alone
-
-
 C4 = "vit_b16_c4_ep10_batch32_ctxv1"
 C4_ONE = "vit_b16_c4_ep10_batch1_ctxv1"
 GROUPS = {
-    "coop": Group(
-        32, (Entry("CoOp", "COOP", "vit_b16", "coop"), Entry("CoOp", "COOP", C4), Entry("CoOpGRAM", "COOP", C4))
+    "coop": (Entry("CoOp", "COOP", "vit_b16", "coop"), Entry("CoOp", "COOP", C4), Entry("CoOpGRAM", "COOP", C4)),
+    "cocoop": (
+        Entry("CoCoOp", "COCOOP", C4_ONE, "coop"),
+        Entry("CoCoOp", "COCOOP", C4_ONE),
+        Entry("CoCoOpGRAM", "COCOOP", C4_ONE),
     ),
-    "cocoop": Group(
-        1,
-        (
-            Entry("CoCoOp", "COCOOP", C4_ONE, "coop"),
-            Entry("CoCoOp", "COCOOP", C4_ONE),
-            Entry("CoCoOpGRAM", "COCOOP", C4_ONE),
-        ),
-    ),
-    "prometar": Group(
-        4,
-        (
-            Entry("ProMetaR", "PROMETAR", "vit_b16_c2_ep10_batch4_4+4ctx", "prometar"),
-            Entry("UniGRAM", "JOINT", "vit_b16_c2+2_ep10_batch32_ctxv1"),
-            Entry("CoOpGRAM", "COOP", C4),
-        ),
-        another=True,
+    "prometar": (  # its method is another: numbers are not compared; its image tower learns and cannot be run alone
+        Entry("ProMetaR", "PROMETAR", "vit_b16_c2_ep10_batch4_4+4ctx", "prometar"),
+        Entry("UniGRAM", "JOINT", "vit_b16_c2+2_ep10_batch32_ctxv1"),
+        Entry("CoOpGRAM", "COOP", C4),
     ),
 }
+BATCHES = {"coop": 32, "cocoop": 1, "prometar": 4}
 
 
 class Process:
@@ -181,16 +164,16 @@ class Bench:
         if args.data:
             self.root = mirrored(args.data, folder)
         else:
-            batch = args.batch or max(GROUPS[name].batch for name in args.groups)
+            batch = args.batch or max(BATCHES[name] for name in args.groups)
             self.root = made_up(args.classes, batch, args.test_images or 100, folder)
 
-    def start(self, group: Group, entry: Entry, folder: Path) -> Process:
+    def start(self, entry: Entry, batch: int, folder: Path) -> Process:
         """Start a contestant: its process has the options, and what to build."""
         size, node = self.backbone.image_size, f"TRAINER.{entry.node}"
         options: dict[str, Any] = {
             "INPUT.SIZE": f"({size}, {size})",
             "DATALOADER.NUM_WORKERS": 0,  # decoding and augmenting count where they are asked for
-            "DATALOADER.TRAIN_X.BATCH_SIZE": self.args.batch or group.batch,
+            "DATALOADER.TRAIN_X.BATCH_SIZE": batch,
             "DATALOADER.TEST.BATCH_SIZE": 100,
             "OPTIM.WARMUP_EPOCH": -1,  # steps that move the prompts
             "USE_CUDA": self.args.device == "cuda",
@@ -229,14 +212,14 @@ class Bench:
 
     def run(self, name: str) -> dict[str, Any]:
         """Run one group; return the answers of every contestant."""
-        group, left_out = GROUPS[name], {}
+        left_out, batch = {}, self.args.batch or BATCHES[name]
         with contextlib.ExitStack() as stack:
             processes, built, checks = [], {}, {}
-            for index, entry in enumerate(group.entries):
+            for index, entry in enumerate(GROUPS[name]):
                 if entry.checkout and not self.checkouts[entry.checkout]:
                     left_out[entry.name] = f"{entry.name}: left out, as there is no --{entry.checkout}"
                     continue
-                process = self.start(group, entry, self.folder / f"{name}_{index}")
+                process = self.start(entry, batch, self.folder / f"{name}_{index}")
                 stack.enter_context(process.pool)
                 try:
                     built[entry.name], checks[entry.name] = process.ask("facts"), process.ask("check")
@@ -244,16 +227,16 @@ class Bench:
                 except GramError as error:
                     left_out[entry.name] = str(error)
             same_batches(built)
-            rows = self._measure(group, processes)
+            measures = [one for one in self.args.measures if not (name == "prometar" and one.startswith("tower"))]
+            rows = self._measure(processes, measures)
         for process in processes:
             rows[process.name]["built"] = built[process.name]
-        equal = {} if group.another else compare([process.spec.entry for process in processes], checks)
+        equal = {} if name == "prometar" else compare([process.spec.entry for process in processes], checks)
         return {"group": name, "left_out": left_out, "contestants": rows, "equal": equal}
 
-    def _measure(self, group: Group, processes: Sequence[Process]) -> dict[str, dict[str, Any]]:
+    def _measure(self, processes: Sequence[Process], measures: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Return the times of every round, and then, once everything is warm, the peak memory."""
         args = self.args
-        measures = [measure for measure in args.measures if not (group.another and measure.startswith("tower"))]
         rounds: dict[str, Any] = {process.name: {measure: [] for measure in measures} for process in processes}
         for number in range(args.repeats):
             for measure in measures:

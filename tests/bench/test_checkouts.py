@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,10 +34,9 @@ def test_help_says_how_to_start_it(checkouts, capsys):
 
 def test_a_round_over_our_own(checkouts, tmp_path, capsys, monkeypatch):
     """One contestant that works, and one that cannot be built: it is left out, with the reason."""
-    theirs, _, gram = checkouts.GROUPS["cocoop"].entries
+    theirs, _, gram = checkouts.GROUPS["cocoop"]
     broken = checkouts.Entry("CoCoOp", "COCOOP", "no_such_config")
-    group = replace(checkouts.GROUPS["cocoop"], entries=(theirs, broken, gram))
-    monkeypatch.setitem(checkouts.GROUPS, "cocoop", group)
+    monkeypatch.setitem(checkouts.GROUPS, "cocoop", (theirs, broken, gram))
     measures = ("--measures", "step", "test", "tower", "loader", "loader_of_test")
     assert checkouts.main([*TINY, *measures, "--groups", "cocoop", "-o", str(tmp_path / "out.json")]) == 0
     report, tables = rows(tmp_path / "out.json")
