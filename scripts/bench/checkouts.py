@@ -361,6 +361,7 @@ def run(args: argparse.Namespace) -> None:
     """Run all groups; the JSON file is written after each, so that an interruption loses nothing."""
     places = {"this project": Path(__file__).parent, "CoOp": args.coop, "ProMetaR": args.prometar, "Dassl": args.dassl}
     places["learn2learn"] = args.learn2learn
+    common.use_threads(args.threads)
     report = common.report(args) | {"tables": []}
     report["facts"]["commits"] = {name: commit(place) for name, place in places.items() if place}
     print(common.environment(args))

@@ -59,8 +59,7 @@ def begin(args: argparse.Namespace) -> Backbone:
     """Apply the options and load the backbone. On CUDA, float32 products are exact, so that results can be compared."""
     if args.clock == "cpu" and torch.device(args.device).type != "cpu":
         raise SystemExit(f"--clock cpu: expected --device cpu, found {args.device}")
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    use_threads(args.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
     backbone = load_backbone(args.backbone, args.device, args.precision)
@@ -69,6 +68,12 @@ def begin(args: argparse.Namespace) -> Backbone:
             if isinstance(module, nn.LayerNorm):  # OpenAI's casts to float32
                 module.__class__ = nn.LayerNorm
     return backbone
+
+
+def use_threads(count: int) -> None:
+    """Let torch use so many CPU threads; 0: its own choice."""
+    if count:
+        torch.set_num_threads(count)
 
 
 def environment(args: argparse.Namespace) -> str:

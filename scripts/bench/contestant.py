@@ -110,7 +110,7 @@ class Contestant:
     def __init__(self, spec: Namespace) -> None:
         self.spec = spec
         self.second_order = spec.entry.trainer == "ProMetaR"
-        torch.set_num_threads(spec.threads)
+        common.use_threads(spec.threads)
         torch.backends.cudnn.benchmark = spec.device == "cuda"  # as everybody's train.py has it
         self.trainer = trainer = self._build()
         trainer.epoch = trainer.batch_idx = 0
