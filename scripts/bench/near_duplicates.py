@@ -86,10 +86,12 @@ def candidates(
     batches = [images[start : start + 64] for start in range(0, len(images), 64)]
     parts = [overlap._features(backbone, [transform(image) for image in batch]) for batch in batches]
     queries = map(np.concatenate, zip(*parts, strict=True))
-    yield overlap.candidates(*queries, overlap._feature_blocks(store.image_features), total, k, "cpu")[0]
+    size, features = overlap.CORPUS_BLOCK, store.image_features
+    blocks = ((start, features[start : start + size]) for start in range(0, total, size))
+    yield overlap.candidates(*queries, blocks, total, k, "cpu")[0]
     tiny = overlap.thumbnails(small_copies(images))
-    blocks = overlap._pixel_blocks(store, overlap.SearchSettings(cache=Path(f"{store.path}.pictures")))
-    yield overlap.candidates(*map(overlap.unit_vectors, (tiny, tiny[:, :, ::-1])), blocks, total, k, "cpu")[0]
+    small = overlap._pixel_blocks(store, overlap.SearchSettings(cache=Path(f"{store.path}.pictures")))
+    yield overlap.candidates(*map(overlap.unit_vectors, (tiny, tiny[:, :, ::-1])), small, total, k, "cpu")[0]
 
 
 def small_copies(images: Sequence[Picture]) -> np.ndarray:
