@@ -227,8 +227,7 @@ Batch = tuple[list[str], list[Source]]  # names and images
 def _batches(sources: Iterator[Source], size: int) -> Iterator[Batch]:
     while batch := list(islice(sources, size)):
         # a PIL image has no file's name in a worker process
-        named = (getattr(it, "filename", "") if isinstance(it, Image.Image) else it for it in batch)
-        yield list(map(os.fspath, named)), batch
+        yield [os.fspath(getattr(it, "filename", "") if isinstance(it, Image.Image) else it) for it in batch], batch
 
 
 def _read_batch(transform: Transform, batch: Batch) -> tuple[list[str], Tensor | None, list[str]]:

@@ -102,6 +102,17 @@ def test_pairs_to_a_meta_checkpoint(meta_checkpoint, folder):
     assert [cell.steps for cell in again.lines[0].cells] == [0, 1]
 
 
+def test_the_command_trains_several_seeds_and_profiles_one(meta_checkpoint, folder, tmp_path, capsys):
+    inputs = ["--store", str(folder / "store"), "--hierarchy", str(folder / "hierarchy"), "-o", str(tmp_path)]
+    command = ["pretrain", *inputs, "--config", str(folder / "tiny.yaml"), "--device", "cpu"]
+    assert main([*command, "OUTER.STEPS", "2", "SEEDS", "(1, 2)"]) == 0
+    best = [tmp_path / f"seed{seed}" / "best.safetensors" for seed in (1, 2)]
+    assert capsys.readouterr().out.splitlines() == [f"meta-checkpoint: {path}" for path in best]
+    assert [gram.load(path).config["SEED"] for path in best] == [1, 2]
+    assert main([*command, "--profile", "1", "SEEDS", "(1, 2)"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"profile: {tmp_path / 'profile.json'}"
+
+
 @pytest.mark.parametrize("page", [PAGE, ROOT / "README.md"])
 def test_any_training_loop(meta_checkpoint, folder, monkeypatch, page, capsys):
     monkeypatch.chdir(folder)
