@@ -161,8 +161,8 @@ class FewShot:
                     )
                     return
             write_pickle(path, wanted)
-        except OSError as error:
-            print(f"Note: {path} cannot be written ({error.strerror})")
+        except (GramError, OSError) as error:
+            print(f"Note: {error}")
 
 
 def as_entries(rows: Any) -> list[Entry]:
@@ -181,8 +181,8 @@ def as_entries(rows: Any) -> list[Entry]:
 def _written(path: Path, contents: dict[str, Any]) -> bool:
     try:
         write_json(path, contents)
-    except OSError as error:
-        print(f"Note: {path} cannot be written ({error.strerror}); the few-shot data stays in memory")
+    except GramError as error:
+        print(f"Note: {error}; the few-shot data stays in memory")
         return False
     print(f"Saving preprocessed few-shot data to {path}")
     return True

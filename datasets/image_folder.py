@@ -210,8 +210,8 @@ def _store(path: Path, splits: Splits) -> None:
     shares = ", ".join(f"{part}: {len(entries)}" for part, entries in splits.items())
     try:
         write_json(path, splits)
-    except OSError as error:
-        print(f"Note: {path} cannot be written ({error.strerror}); images were split by the same rule ({shares})")
+    except GramError as error:
+        print(f"Note: {error}; images were split by the same rule ({shares})")
     else:
         print(f"Images were split ({shares}); the split is kept in {path}")
 

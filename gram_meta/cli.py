@@ -6,11 +6,11 @@ import argparse
 import importlib
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from gram_meta import __version__
 from gram_meta.coop import checkout
-from gram_meta.errors import GramError
+from gram_meta.errors import exit_status
 from gram_meta.files import expand_home
 
 COMMANDS = {
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     typed = argv is None
     argv = expand_home(list(sys.argv[1:] if argv is None else argv))
     if typed and argv[:1] == ["train"] and (script := checkout.train_py_for(argv[1:])):
-        return _run(argv[0], lambda: checkout.run(script, argv[1:]))
+        return exit_status("gram train", lambda: checkout.run(script, argv[1:]))
     parser = argparse.ArgumentParser(
         prog="gram",
         description="Gradient-Regulated Meta-Prompt Learning (ICCV 2023) for CLIP prompt tuning.",
@@ -69,19 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    return _run(args.command, lambda: args.run(args))
-
-
-def _run(command: str, run: Callable[[], int]) -> int:
-    """Call `run`; report bad input and an interruption in one line on stderr, with an exit status."""
-    try:
-        return run()
-    except (GramError, OSError) as error:  # the second: a full disk, a file that is gone
-        print(f"gram {command}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"gram {command}: interrupted", file=sys.stderr)
-        return 130
+    return exit_status(f"gram {args.command}", lambda: args.run(args))
 
 
 if __name__ == "__main__":

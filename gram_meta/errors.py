@@ -1,7 +1,9 @@
-"""The error that this package raises for bad input, and other errors' messages as a part of its own."""
+"""The error that this package raises for bad input, and the errors of the system as such."""
 
 import errno
-from collections.abc import Iterator
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -19,18 +21,60 @@ def in_one_line(error: BaseException, most: int = 200) -> str:
 
 
 @contextmanager
-def system_errors(path: object) -> Iterator[None]:
-    """Raise an error of the system (a full disk, a vanished file) as one sentence with its file, or else with `path`.
+def as_gram_error(path: object = "", what: str = "cannot be written", end: str = "") -> Iterator[None]:
+    """Turn an error of the system, such as a full disk, into the `GramError` "path: what (the reason)end".
+
+    Args:
+        path: what the block reads or writes; "": the file that the error names.
 
     Raises:
-        GramError: the block raised an OSError, other than that of a connection.
+        GramError: the block raised an OSError, other than that of a connection, or an error of torch's writer, which
+            hides one.
     """
     try:
         yield
     except ConnectionError:
         raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise GramError(f"{path}: no space left on the device; free some and run the same command again") from None
-        reason = error.strerror or in_one_line(error)
-        raise GramError(f"{error.filename or path}: expected to read and write there, found: {reason}") from None
+    except (OSError, RuntimeError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        if cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            end = end or "; free some space and run the same command again"
+        where = f"{path or cause.filename}: " if path or cause.filename else ""
+        raise GramError(f"{where}{what} ({cause.strerror or in_one_line(cause)}){end}") from error
+
+
+@contextmanager
+def tensorboard_errors(folder: object) -> Iterator[None]:
+    """As `as_gram_error`, for a block that writes for TensorBoard: its thread prints no traceback of its own.
+
+    The thread keeps its error, and the next call of its writer raises it.
+    """
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard")):
+            before(args)
+
+    threading.excepthook = hook
+    try:
+        with as_gram_error(folder):
+            yield
+    finally:
+        threading.excepthook = before
+
+
+def exit_status(program: str, run: Callable[[], int]) -> int:
+    """Call `run` and return its exit status; report bad input and an interruption in one line on stderr."""
+    try:
+        with as_gram_error(what="cannot be read or written"):
+            return run()
+    except (GramError, ConnectionError, FloatingPointError) as error:  # the last: Dassl's, for a loss of NaN
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return 130

@@ -20,7 +20,7 @@ from typing import IO, Annotated, Any, TypedDict
 
 import msgspec
 
-from gram_meta.errors import GramError
+from gram_meta.errors import GramError, as_gram_error
 
 PathLike = str | os.PathLike[str]
 
@@ -45,39 +45,29 @@ def expand_home(value: Any) -> Any:
 
 
 @contextmanager
-def as_gram_error(path: PathLike, what: str = "cannot be written", end: str = "") -> Iterator[None]:
-    """Turn an error of the file system, such as a full disk, into the `GramError` "path: what (the reason)end"."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OSError):  # torch's writer hides the error of the system
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
-            raise
-        raise GramError(f"{path}: {what} ({cause.strerror or cause}){end}") from error
-
-
-@contextmanager
 def atomic_write(path: PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a temporary file beside `path`; rename it to `path` when the block ends without an error.
 
     A reader, also after a run was killed half-way, sees the old file or the new one, never a part of a file.
+
+    Raises:
+        GramError: the file cannot be written, such as on a full disk.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     encoding = None if "b" in mode else "utf-8"
-    handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    try:
-        os.fchmod(handle, 0o666 & ~_umask())  # mkstemp's 0600 would make results unreadable to others
-        with os.fdopen(handle, mode, encoding=encoding) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
+    with as_gram_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        try:
+            os.fchmod(handle, 0o666 & ~_umask())  # mkstemp's 0600 would make results unreadable to others
+            with os.fdopen(handle, mode, encoding=encoding) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        except BaseException:
+            Path(beside).unlink(missing_ok=True)
+            raise
 
 
 def check_claimed(folder: PathLike, owner: str) -> None:

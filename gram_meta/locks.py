@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
-from gram_meta.errors import GramError
+from gram_meta.errors import GramError, as_gram_error
 from gram_meta.files import PathLike
 
 LOCK = ".gram-lock"  # hidden: CoOp's parser and the checks for an empty folder skip it
@@ -42,13 +42,11 @@ def only_writer(folder: PathLike, here: bool = True) -> Iterator[None]:
         return
     folder = Path(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
+    if folder.is_file():
+        raise GramError(f"{folder}: expected a folder for the output, found a file")
+    with as_gram_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = _acquire(folder)
-    except FileExistsError:
-        raise GramError(f"{folder}: expected a folder for the output, found a file") from None
-    except OSError as error:
-        raise GramError(f"{folder}: cannot be written ({error.strerror or error})") from None
     try:
         yield
     finally:
@@ -88,15 +86,16 @@ def _wait_for(lock: BaseFileLock, folder: Path) -> BaseFileLock:
 
 
 def _write_holder(handle: int) -> None:
-    """Write into the lock file who holds it."""
+    """Write into the lock file who holds it; on a full disk the lock holds without that."""
     holder = {
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         "command": shlex.join(sys.argv),
     }
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, json.dumps(holder).encode(), 0)
+    with suppress(OSError):
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, json.dumps(holder).encode(), 0)
 
 
 def _holder(lock: BaseFileLock) -> str:

@@ -21,7 +21,7 @@ from gram_meta import engine
 from gram_meta.backbone.clip import Backbone, load_backbone
 from gram_meta.engine import TrainerX, build_lr_scheduler, build_optimizer, compute_accuracy
 from gram_meta.engine.options import complete_cfg
-from gram_meta.errors import GramError
+from gram_meta.errors import GramError, tensorboard_errors
 from gram_meta.images import UnreadableImage, find_problems, list_problems
 from gram_meta.locks import only_writer
 from gram_meta.method.checkpoint import check_fit
@@ -105,9 +105,15 @@ class ClipTrainer(TrainerX):
             if folder is None:
                 return
             self.claimed = RunMode()
-            with folder.continued_log():
+            with tensorboard_errors(self.cfg.OUTPUT_DIR), folder.continued_log():
                 super().train()
             folder.finish()
+
+    def detect_anomaly(self, loss: Tensor) -> None:
+        """Raise a `GramError` for a loss that is not finite."""
+        if not loss.isfinite().all():
+            found = f"found {loss.item()} in epoch {self.epoch + 1}, batch {self.batch_idx + 1}"
+            raise GramError(f"{self.cfg.OUTPUT_DIR}: expected a finite loss, {found}; try a lower OPTIM.LR")
 
     def resume_model_if_exist(self, directory: str) -> int:
         """Return 0: a trainer that learns nothing has no checkpoint."""
@@ -347,11 +353,19 @@ class PromptTrainer(Checkpointing, ClipTrainer):
     def add_to_curve(self, step: int) -> None:
         """Add accuracy on the test images of the base and of the new classes, for any DATASET.SUBSAMPLE_CLASSES.
 
-        The random generators are restored, so training continues as without this evaluation.
+        The random generators are restored, so training continues as without this evaluation. After the first step, an
+        image that cannot be read costs this evaluation alone: the test at the end names all such images.
         """
-        with kept_random_state(), torch.no_grad():
-            self.set_model_mode("eval")
-            point = {name: self._group(name).accuracy(self) for name in ("base", "new")}
+        self.set_model_mode("eval")
+        try:
+            with kept_random_state(), torch.no_grad():
+                point = {name: self._group(name).accuracy(self) for name in ("base", "new")}
+        except UnreadableImage as error:
+            if step == 0:
+                raise
+            print(f"step {step}: not evaluated: {error}")
+            return
+        finally:
             self.set_model_mode("train")
         self.record.curve.append({"step": step, "epoch": step / self.num_batches, **point})
         print(f"step {step}: base {point['base']:.1f}% new {point['new']:.1f}%")

@@ -134,7 +134,7 @@ def _topic(
         return FEW_DOMAINS, None, nowhere
     word, score = words[0]
     sizes = np.bincount(domain).tolist()
-    topic = Topic(word, score, [list(item) for item in words], len(pairs), len(images), sizes)
+    topic = Topic(word, score, list(words), len(pairs), len(images), sizes)
     return KEPT, topic, domain[images.of_pair]
 
 

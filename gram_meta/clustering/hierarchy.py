@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+import msgspec
 import numpy as np
 
 from gram_meta.config import flatten
@@ -51,7 +52,7 @@ class Topic:
 
     word: str  # its class name
     score: float  # of the word, by Eq. 3 (1 in a labelled collection)
-    words: list[list[Any]]  # the ten best, each [word, score]
+    words: list[tuple[str, float]]  # the ten best, with their scores
     size: int  # number of pairs
     images: int  # number of distinct images
     domains: list[int]  # number of images in each domain
@@ -150,7 +151,7 @@ class Hierarchy:
             raise GramError(f"{path / TOPICS}: expected SHA-256 {digest[:12]}, found {found[:12]}: it has changed")
         check_type(manifest, _WithChecksums, str(path / TOPICS))
         try:
-            topics = [Topic(**topic) for topic in manifest.pop("topics")]
+            topics = msgspec.convert(manifest.pop("topics"), list[Topic])
             table = pq.read_table(path / PAIRS)
             pair, image, topic, domain = (table[name].to_numpy() for name in ("pair", "image", "topic", "domain"))
             fates = np.load(path / FATES, allow_pickle=False)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from gram_meta.errors import system_errors
-
 HELP = """Organise a store into topics and visual domains: cross-modal hierarchical clustering (Sec. 3.2).
 
 The settings are the keys under CHC, and TASKS.SUPPORT_SHOTS and TASKS.QUERY_SHOTS: a topic that cannot fill a task is
@@ -32,6 +30,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from gram_meta.api import cluster
 
-    with system_errors(args.out):
-        cluster(args.store, args.out, config=args.config_file, opts=args.opts, exclude=args.exclude, force=args.force)
+    cluster(args.store, args.out, config=args.config_file, opts=args.opts, exclude=args.exclude, force=args.force)
     return 0

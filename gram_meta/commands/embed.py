@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from gram_meta.errors import system_errors
-
 HELP = """Turn image-text pairs into a store of CLIP and Sentence-BERT features.
 
 SOURCE is one of
@@ -82,6 +80,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from gram_meta.api import embed
 
-    with system_errors(args.out):
-        embed(args.source, args.out, **{name: getattr(args, name) for name in OPTIONS})
+    embed(args.source, args.out, **{name: getattr(args, name) for name in OPTIONS})
     return 0

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from gram_meta.errors import GramError, system_errors
+from gram_meta.errors import GramError
 from gram_meta.files import to_json
 
 if TYPE_CHECKING:
@@ -46,22 +46,21 @@ def run(args: argparse.Namespace) -> int:
         raise GramError("--html and --json: expected one of them, found both")
     topics = args.topics if args.topics is not None else PAGE_TOPICS if args.html else TABLE_TOPICS
     report = None
-    with system_errors(args.html or args.hierarchy):
-        hierarchy = Hierarchy.open(args.hierarchy, args.verify)
-        if args.truth or args.html or args.verify:
-            store = hierarchy.open_store(args.store, args.verify)
-        if args.truth:
-            from gram_meta.clustering.agreement import agreement, read_truth
+    hierarchy = Hierarchy.open(args.hierarchy, args.verify)
+    if args.truth or args.html or args.verify:
+        store = hierarchy.open_store(args.store, args.verify)
+    if args.truth:
+        from gram_meta.clustering.agreement import agreement, read_truth
 
-            report = agreement(hierarchy, store, read_truth(args.truth))
-        if args.html:
-            from gram_meta.report.html.hierarchy import write_hierarchy_page
+        report = agreement(hierarchy, store, read_truth(args.truth))
+    if args.html:
+        from gram_meta.report.html.hierarchy import write_hierarchy_page
 
-            found = _agreement(report) if report else ""
-            page = args.html, hierarchy, store, topics, args.images, args.image_root, args.seed, found
-            print(f"{args.html}: {write_hierarchy_page(*page)}")
-        else:
-            print((as_json if args.json else as_text)(hierarchy, topics, report))
+        found = _agreement(report) if report else ""
+        page = args.html, hierarchy, store, topics, args.images, args.image_root, args.seed, found
+        print(f"{args.html}: {write_hierarchy_page(*page)}")
+    else:
+        print((as_json if args.json else as_text)(hierarchy, topics, report))
     return 0
 
 

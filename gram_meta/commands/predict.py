@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from typing import IO, TYPE_CHECKING, Any
 
-from gram_meta.errors import GramError
+from gram_meta.errors import GramError, as_gram_error
 from gram_meta.files import atomic_write, to_json
 
 if TYPE_CHECKING:
@@ -65,14 +65,13 @@ def run(args: argparse.Namespace) -> int:
     counts: Counter[str] = Counter()
     rows = _readable(predictor.stream(args.images), counts, bar=_wants_bar(args))
     try:
-        with atomic_write(args.out, "w") if args.out else nullcontext(sys.stdout) as file:
+        output = atomic_write(args.out, "w") if args.out else nullcontext(sys.stdout)
+        with as_gram_error(args.out or "stdout"), output as file:
             write(file, rows, args.topk)
             file.flush()
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        raise GramError(f"{args.out or 'stdout'}: expected to be able to write there ({error.strerror})") from None
     print(_summary(counts), file=sys.stderr)
     return 0 if counts[""] else 1
 

@@ -20,7 +20,7 @@ from contextlib import redirect_stdout
 from typing import Any
 
 from gram_meta.config import check_known, find_config, merge_file, merge_opts
-from gram_meta.errors import GramError
+from gram_meta.errors import GramError, exit_status
 from gram_meta.files import expand_home
 from gram_meta.locks import only_writer
 from gram_meta.runs.folder import open_folder
@@ -63,12 +63,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `train.py` and return the exit status; bad input is one line on stderr and status 2."""
-    try:
-        run(build_parser().parse_args(expand_home(list(sys.argv[1:] if argv is None else argv))))
-    except (GramError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    args = build_parser().parse_args(expand_home(list(sys.argv[1:] if argv is None else argv)))
+    return exit_status("train.py", lambda: 0 * len(run(args)))
 
 
 def setup_cfg(args: argparse.Namespace) -> Any:

@@ -21,8 +21,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from gram_meta.errors import GramError, in_one_line
-from gram_meta.files import PathLike, as_gram_error
+from gram_meta.errors import GramError, as_gram_error, in_one_line
+from gram_meta.files import PathLike
 
 
 class Record:

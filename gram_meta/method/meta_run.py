@@ -19,7 +19,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any, TypedDict, TypeVar
 
@@ -28,8 +28,8 @@ from yacs.config import CfgNode
 
 from gram_meta.config import INCIDENTAL, as_dict, stored_config
 from gram_meta.engine.checkpoints import check_finite, read_checkpoint
-from gram_meta.errors import GramError
-from gram_meta.files import Count, as_gram_error, atomic_write, check_type, read_json, read_text, to_json, write_json
+from gram_meta.errors import GramError, as_gram_error, tensorboard_errors
+from gram_meta.files import Count, atomic_write, check_type, read_json, read_text, to_json, write_json
 from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
 from gram_meta.processes import ALONE, ProcessGroup
 from gram_meta.progress import progress_bar
@@ -121,8 +121,7 @@ class MetaRun:
                     f"{self.out}: expected an empty folder, found a meta-training run; --resume goes on with it"
                 )
             self._remove_unfinished()
-            with as_gram_error(self.out):
-                write_json(self.out / FACTS, self.identity)
+            write_json(self.out / FACTS, self.identity)
 
         self.group.first(begin)
 
@@ -141,36 +140,30 @@ class MetaRun:
     def save_state(self, state: Mapping[str, Any]) -> None:
         """Write state.pt, atomically."""
         if self.group.is_first:
-            with as_gram_error(self.out / STATE), atomic_write(self.out / STATE) as file:
+            with atomic_write(self.out / STATE) as file:
                 torch.save(state, file)
 
     def save_checkpoint(self, name: str, checkpoint: MetaCheckpoint) -> None:
         """Write a meta-checkpoint, atomically."""
         if self.group.is_first:
-            with as_gram_error(self.out / name):
-                save_meta_checkpoint(self.out / name, checkpoint)
+            save_meta_checkpoint(self.out / name, checkpoint)
 
     @contextmanager
     def log(self, first: int, steps: int, batch: int, progress: bool) -> Iterator[MetaLog]:
         """Open the logs of a run that goes on after step `first`, and close them at the end."""
-        scalars: Any = None
-        if self.group.is_first:
-            from torch.utils.tensorboard import SummaryWriter
+        bar = progress_bar(
+            total=steps * batch, initial=first * batch, unit=" tasks", desc="meta-training", shown=progress
+        )
+        with tensorboard_errors(self.out), self._scalars(first) as scalars, self._open_log(first) as lines, bar:
+            yield MetaLog(lines, scalars, bar, batch)
 
-            with as_gram_error(self.out / "tensorboard"):
-                scalars = SummaryWriter(str(self.out / "tensorboard"), purge_step=first or None)
-        try:
-            with (
-                self._open_log(first) as lines,
-                progress_bar(
-                    total=steps * batch, initial=first * batch, unit=" tasks", desc="meta-training", shown=progress
-                ) as bar,
-            ):
-                yield MetaLog(lines, scalars, bar, batch)
-        finally:
-            if scalars is not None:
-                with as_gram_error(self.out / "tensorboard"):
-                    scalars.close()
+    def _scalars(self, first: int) -> Any:
+        """Open a writer for TensorBoard; on other ranks than 0, a context of None."""
+        if not self.group.is_first:
+            return nullcontext()
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self.out / "tensorboard"), purge_step=first or None)
 
     def _open_log(self, first: int) -> IO[str]:
         """Open log.jsonl without the lines after step `first`, which will be written again."""
@@ -180,7 +173,7 @@ class MetaRun:
         kept = []
         if first and path.exists():
             kept = [line for line in read_text(path).splitlines() if _step_of(line) <= first]
-        with as_gram_error(path), atomic_write(path, "w") as file:
+        with atomic_write(path, "w") as file:
             file.writelines(line + "\n" for line in kept)
         return open(path, "a", encoding="utf-8")
 
@@ -233,8 +226,7 @@ class MetaLog:
 
     def _scalar(self, tag: str, value: float, step: int) -> None:
         if self.scalars is not None:
-            with as_gram_error(self.scalars.log_dir):
-                self.scalars.add_scalar(tag, value, step)
+            self.scalars.add_scalar(tag, value, step)
 
 
 def _step_of(line: str) -> float:

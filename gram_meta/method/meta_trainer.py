@@ -209,9 +209,10 @@ class MetaTrainer:
             number = (step - 1) * self.outer.batch + bad[0]
             words = ", ".join(self.train_tasks.draw(number).words)
             self._fail(f"a finite loss, found {losses[bad[0]].item()} at step {step} in task {number} ({words})")
-        if self.inner.scale != 1 and not all(p.grad.isfinite().all() for p in parameters if p.grad is not None):
-            found = f"found others at step {step}, under fp16 with losses scaled by {self.inner.scale:g}"
-            self._fail(f"finite gradients, {found}; lower BACKBONE.LOSS_SCALE, or take BACKBONE.PRECISION bf16")
+        if not all(p.grad.isfinite().all() for p in parameters if p.grad is not None):
+            scaled = f", under fp16 with losses scaled by {self.inner.scale:g}; lower BACKBONE.LOSS_SCALE, or take bf16"
+            scaled = scaled if self.inner.scale != 1 else ""
+            self._fail(f"finite gradients, found others at step {step}{scaled}")
 
     def _fail(self, expected: str) -> NoReturn:
         self.group.fail(f"meta-training: expected {expected}; the last good checkpoint is {self.folder.out / LAST}")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gram_meta.config import flatten
-from gram_meta.files import as_gram_error
+from gram_meta.errors import as_gram_error
 
 # Dassl prints the first; older trainers print the second, and the parsers of some checkouts expect it
 _END = ("Finish training", "Finished training")

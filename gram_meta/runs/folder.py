@@ -18,8 +18,8 @@ from typing import IO, Any
 
 from gram_meta import hooks
 from gram_meta.config import as_dict, flatten
-from gram_meta.errors import GramError
-from gram_meta.files import as_gram_error, check_type, read_json, sha256_file, write_json
+from gram_meta.errors import GramError, as_gram_error
+from gram_meta.files import check_type, read_json, sha256_file, write_json
 from gram_meta.runs import layout
 from gram_meta.runs.schemas import RunFile
 
@@ -164,8 +164,7 @@ class OutputFolder:
     def _write(self, finished: bool) -> None:
         results = finished and self.results_path.is_file()
         facts = {"finished": finished, "results": results, "run": self.identity}
-        with as_gram_error(self.path):
-            write_json(self.run_path, facts)
+        write_json(self.run_path, facts)
 
     def results(self) -> dict[str, Any]:
         """Return the contents of results.json, {} without it."""
@@ -286,15 +285,17 @@ class Tee:
     def flush(self) -> None:
         self.console.flush()
         if self.file is not None:
-            self.file.flush()
+            with as_gram_error(self.path):
+                self.file.flush()
 
     def isatty(self) -> bool:
         return self.console.isatty()
 
     def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
-            self.file = None
+        file, self.file = self.file, None
+        if file is not None:
+            with as_gram_error(self.path):
+                file.close()
 
 
 def _reaches(log: Path) -> bool:

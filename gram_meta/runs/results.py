@@ -12,7 +12,7 @@ from typing import Any
 import gram_meta
 from gram_meta import engine
 from gram_meta.config import as_dict
-from gram_meta.files import as_gram_error, write_json
+from gram_meta.files import write_json
 from gram_meta.runs import layout
 
 FORMAT = 1
@@ -76,8 +76,7 @@ def write_results(trainer: Any) -> Path:
         "seconds": record.seconds,
     }
     path = Path(cfg.OUTPUT_DIR, layout.RESULTS)
-    with as_gram_error(path):
-        write_json(path, results)
+    write_json(path, results)
     print(f"Results: {os.fspath(path)}")
     return path
 

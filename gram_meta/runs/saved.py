@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gram_meta.engine.builtin.utils import save_checkpoint
 from gram_meta.engine.checkpoints import check_finite, read_checkpoint
 from gram_meta.errors import GramError
-from gram_meta.files import as_gram_error, check_type
+from gram_meta.files import check_type
 from gram_meta.method.checkpoint import check_fit
 from gram_meta.runs.layout import LEARNER, LISTED, list_runs, read_results
 from gram_meta.runs.schemas import CheckpointFacts
@@ -49,14 +49,9 @@ def read_start(name: str) -> dict[str, Any]:
 
 
 def write(state: dict[str, Any], folder: str, is_best: bool, model_name: str) -> None:
-    """Write a checkpoint atomically, with either backend; see `save_checkpoint`.
-
-    Raises:
-        GramError: the folder cannot be written, or the disk is full. Older files stay.
-    """
-    what = f"the checkpoint of epoch {state['epoch']} cannot be written"
-    with as_gram_error(folder, what, "; older files stay, and the same command goes on from them"):
-        save_checkpoint(state, folder, is_best=is_best, model_name=model_name)
+    """Write a checkpoint atomically, with either backend; see `save_checkpoint`."""
+    check_finite(folder, state["state_dict"])
+    save_checkpoint(state, folder, is_best=is_best, model_name=model_name)
 
 
 def fit(learner: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:

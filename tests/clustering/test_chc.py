@@ -471,6 +471,9 @@ def test_changed_hierarchies_are_one_sentence(hierarchy, tmp_path):
             Hierarchy.open(tmp_path / "h")
 
 
+TOPIC = {"word": "cat", "score": 1.0, "size": 2, "images": 2, "domains": [1, 1]}
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -481,6 +484,9 @@ def test_changed_hierarchies_are_one_sentence(hierarchy, tmp_path):
         ({"fingerprints": [1, 2]}, "fingerprints: expected object, found array"),
         ({"fingerprints": {"store": 1}}, "fingerprints.*: expected str, found int"),
         ({"store": None}, "store: expected str, found null"),
+        ({"topics": [{**TOPIC, "words": [[7, 1.0]]}]}, "topics.*words.*: expected str, found int"),
+        ({"topics": [{**TOPIC, "words": ["cat"]}]}, "topics.*words.*: expected array, found str"),
+        ({"topics": [{**TOPIC, "words": [["cat"]]}]}, "topics.*words.*: expected array of length 2, found 1"),
         ({"files": {"fates.npy": {"bytes": "many", "sha256": ""}}}, "files.*bytes: expected int, found str"),
     ],
 )

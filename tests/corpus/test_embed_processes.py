@@ -374,7 +374,9 @@ def test_a_full_disk_at_any_byte(shards, undisturbed, tmp_path, monkeypatch):
             embed_pairs(shards, tmp_path / "s", backbone, model, batch_size=4, part_size=5)
             break
         except GramError as error:
-            assert "no space left on the device; free some and run the same command again" in str(error)
+            assert "cannot be written (No space left on device); free some space and run the same command again" in str(
+                error
+            )
         there = {path.name for path in (tmp_path / "s").rglob("*") if path.is_file()}
         assert not [name for name in there if name.endswith(".part")]
         stages.add(frozenset(name.rstrip("0123456789") for name in there))
@@ -403,7 +405,7 @@ def test_a_full_disk_of_one_process_of_several(forked, shards, undisturbed, tmp_
         work = embed(shards, tmp_path / "s", "--workers", workers, before=fill)
         statuses, printed = forked.run_job(2, work, tmp_path / "printed")
         assert statuses == [2, 2], printed
-        assert len(sentences(printed)) == 1 and "no space left on the device" in sentences(printed)[0]
+        assert len(sentences(printed)) == 1 and "cannot be written (No space left on device)" in sentences(printed)[0]
         assert "Traceback" not in printed[0] + printed[1]
     assert forked.run_job(2, embed(shards, tmp_path / "s"), tmp_path / "printed")[0] == [0, 0]
     assert contents(tmp_path / "s") == undisturbed

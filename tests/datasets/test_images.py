@@ -17,6 +17,7 @@ from gram_meta.corpus.images import read_image
 from gram_meta.engine.builtin.utils.tools import read_image as read_for_training
 from gram_meta.engine.options import extend_cfg
 from gram_meta.errors import GramError
+from gram_meta.trainers import base
 
 RED, BLUE = (200, 10, 10), (10, 10, 200)
 
@@ -176,6 +177,34 @@ def test_a_test_image_that_turns_out_broken_costs_no_training(data, tmp_path, ti
     assert tested["metrics"]["total"] == resumed["metrics"]["total"] == 8
     assert tested["metrics"]["accuracy"] == resumed["metrics"]["accuracy"]
     assert (out / "prompt_learner/model.pth.tar-1").read_bytes() == trained
+
+
+@pytest.mark.parametrize(("trainer", "when"), [("CoOp", "AT_STEPS (1,)"), ("VPT", "PER_EPOCH True")])
+def test_a_broken_image_costs_an_evaluation_on_the_way_alone(data, tmp_path, tiny_options, monkeypatch, trainer, when):
+    """Before the first step it ends the run; CoOp begins with a broken image, VPT's breaks after that."""
+    monkeypatch.setattr("gram_meta.datasets.base.DECODED", 0)
+    image, out, add = data / "emoji_food/images/grey_test_1.png", tmp_path / "out", base.PromptTrainer.add_to_curve
+    whole = image.read_bytes()
+
+    def then_broken(trainer, step):
+        add(trainer, step)
+        cut(image)
+
+    monkeypatch.setattr(base.PromptTrainer, "add_to_curve", then_broken)
+    if trainer == "CoOp":
+        cut(image)
+    key, value = when.split()
+    options = (*tiny_options, f"TRAINER.{trainer.upper()}.PREC", "fp32", f"TEST.{key}", value)
+    with pytest.raises(GramError, match="1 of 8 images cannot be used: grey_test_1.png .* what was trained is kept"):
+        train(data, out, options, "--trainer", trainer)
+    printed = f"step 1: not evaluated: {image}: expected an image, found: broken image"
+    assert printed in (out / "log.txt").read_text()
+    image.write_bytes(whole)
+    assert train(data, out, options, "--trainer", trainer)["metrics"]["total"] == 8
+    assert (out / "log.txt").read_text().count("epoch [1/1] batch [1/1]") == 1, "it was trained once"
+    cut(image)
+    with pytest.raises(GramError, match=f"^{image}: expected an image, found: broken image"):
+        train(data, tmp_path / "new", (*options, "TEST.AT_STEPS", "(0,)"), "--trainer", trainer)
 
 
 def test_without_few_shot_a_broken_image_is_named_by_training(data, tmp_path, tiny_options, monkeypatch):

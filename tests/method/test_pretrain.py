@@ -13,6 +13,7 @@ from gram_meta.files import read_json, write_json
 from gram_meta.method import outer as module
 from gram_meta.method.bilevel import meta_losses
 from gram_meta.method.checkpoint import load_meta_checkpoint
+from gram_meta.method.outer import BatchResult, parameters_of
 from gram_meta.method.prompts import initial_prompts
 
 
@@ -127,6 +128,17 @@ def test_a_loss_that_is_not_finite_names_step_and_task(store, tmp_path, monkeypa
     words = run.train_tasks.draw(3).words
     assert f"found nan at step 2 in task 3 ({', '.join(words)})" in str(error.value)
     assert load_meta_checkpoint(tmp_path / "last.safetensors").provenance["step"] == 0
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing(store, tmp_path):
+    run = trainer(store, tmp_path)
+    parameters = parameters_of(run.optimiser)
+    before = [parameter.clone() for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    with pytest.raises(GramError, match="expected finite gradients, found others at step 1; the last good checkpoint"):
+        run.finish_step(1, BatchResult.zeros(len(run.own), len(run.kinds), run.backbone.device))
+    assert all(map(torch.equal, before, parameters))
 
 
 @pytest.mark.slow

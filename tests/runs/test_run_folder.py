@@ -292,6 +292,22 @@ def test_an_option_that_one_side_does_not_know_decides_nothing(flags, tmp_path):
         ours(flags("out", "TRAIN.DETERMINISTIC", True))
 
 
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        (lambda zero: zero / zero, "out: expected a finite loss, found nan in epoch 1, batch 1; try a lower OPTIM.LR"),
+        (torch.sqrt, "out/prompt_learner: expected finite numbers in ctx, found 1024 of 1024 that are not"),
+    ],
+)
+def test_a_loss_or_gradient_that_is_not_finite_is_one_sentence(flags, tmp_path, capsys, monkeypatch, extra, says):
+    """No checkpoint of it is written; the square root at 0 is finite, and its derivative is not."""
+    loss = torch.nn.functional.cross_entropy
+    monkeypatch.setattr(base.F, "cross_entropy", lambda *args: loss(*args) + extra((args[0] * 0).sum()))
+    assert launch.main(flags("out", "DATALOADER.TRAIN_X.BATCH_SIZE", 8)) == 2  # one step
+    assert capsys.readouterr().err.splitlines()[-1] == f"train.py: {tmp_path}/{says}"
+    assert not list((tmp_path / "out").rglob("model*"))
+
+
 # ----------------------------------------------------------------------------------------------- what cannot be written
 
 
@@ -316,11 +332,11 @@ def test_a_full_disk_leaves_no_half_of_a_checkpoint(flags, tmp_path, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(saved, "save_checkpoint", saving)
-    says = r"the checkpoint of epoch 2 cannot be written \(No space left on device\); older files stay"
+    says = rf"{name}: cannot be written \(No space left on device\); free some space and run the same command again"
     with pytest.raises(GramError, match=says):
         ours(flags("out", *options))
     folder = tmp_path / "out/prompt_learner"
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint", "model.pth.tar-1"] and name
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint", "model.pth.tar-1"]
     monkeypatch.setattr(files.os, "fsync", sync)
     monkeypatch.setattr(saved, "save_checkpoint", save)
     ours(flags("out", *options))

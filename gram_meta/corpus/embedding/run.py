@@ -21,7 +21,7 @@ from gram_meta.corpus.embedding.parts import embed_parts, part_path
 from gram_meta.corpus.embedding.progress import SharedBar
 from gram_meta.corpus.sources import Source, open_source, shards_of
 from gram_meta.corpus.store import PairStore, read_manifest
-from gram_meta.errors import GramError, system_errors
+from gram_meta.errors import GramError, as_gram_error
 from gram_meta.files import MARK, PathLike, write_json
 from gram_meta.locks import LOCK, only_writer
 from gram_meta.processes import ALONE, ProcessGroup
@@ -78,7 +78,7 @@ def embed_pairs(
         "batch_size": batch_size,
         "part_size": part_size,
     }
-    with system_errors(out), only_writer(out, group.is_first):
+    with as_gram_error(out, "cannot be read or written"), only_writer(out, group.is_first):
         if group.first(lambda: _begin(out, settings)):
             log.info("%s: finished before, nothing to do", out)
             return PairStore.open(out)
