@@ -296,7 +296,7 @@ def test_an_option_that_one_side_does_not_know_decides_nothing(flags, tmp_path):
     ("extra", "says"),
     [
         (lambda zero: zero / zero, "out: expected a finite loss, found nan in epoch 1, batch 1; try a lower OPTIM.LR"),
-        (torch.sqrt, "out/prompt_learner: expected finite numbers in ctx, found 1024 of 1024 that are not"),
+        (torch.sqrt, "out/prompt_learner: expected finite numbers in ctx, found 256 of 256 that are not"),
     ],
 )
 def test_a_loss_or_gradient_that_is_not_finite_is_one_sentence(flags, tmp_path, capsys, monkeypatch, extra, says):
