@@ -19,6 +19,7 @@ from gram_meta.datasets.few_shot import Entry, Splits
 from gram_meta.engine import register_dataset
 from gram_meta.errors import GramError
 
+COPY = "a copy of imagenet/classnames.txt"
 NAMES_URL = f"{DRIVE}1-61f_ol79pViBFDG_IDlUQSwoLcn2XXF/view"
 
 
@@ -103,7 +104,7 @@ class ImageNetV2(ShiftedImageNet):
         counts=(1000, None, None, 10000),
         sources={
             image_dir: "https://s3-us-west-2.amazonaws.com/imagenetv2public/imagenetv2-matched-frequency.tar.gz",
-            CLASSNAMES: "a copy of imagenet/classnames.txt",
+            CLASSNAMES: COPY,
         },
         note="authors' page: https://github.com/modestyachts/ImageNetV2",
     )
@@ -119,45 +120,25 @@ class ImageNetV2(ShiftedImageNet):
         return entries
 
 
-@register_dataset
-class ImageNetSketch(ShiftedImageNet):
-    """Drawings."""
-
-    dataset_dir = "imagenet-sketch"
-    published = Published(
-        counts=(1000, None, None, 50889),
-        sources={
-            "images": "https://github.com/HaohanWang/ImageNet-Sketch",
-            CLASSNAMES: "a copy of imagenet/classnames.txt",
-        },
-    )
+def _test_set(name: str, doc: str, folders: tuple[str, str], classes: int, images: int, address: str) -> Any:
+    """Register a test set; `folders` are `dataset_dir` and `image_dir`."""
+    published = Published((classes, None, None, images), {folders[1]: address, CLASSNAMES: COPY})
+    facts = {"dataset_dir": folders[0], "image_dir": folders[1], "published": published}
+    return register_dataset(type(name, (ShiftedImageNet,), {"__module__": __name__, "__doc__": doc, **facts}))
 
 
-@register_dataset
-class ImageNetA(ShiftedImageNet):
-    """Photographs that classifiers got wrong, of 200 classes."""
-
-    dataset_dir = "imagenet-adversarial"
-    image_dir = "imagenet-a"
-    published = Published(
-        counts=(200, None, None, 7500),
-        sources={
-            image_dir: "https://github.com/hendrycks/natural-adv-examples",
-            CLASSNAMES: "a copy of imagenet/classnames.txt",
-        },
-    )
-
-
-@register_dataset
-class ImageNetR(ShiftedImageNet):
-    """Paintings, toys, tattoos and other renditions, of 200 classes."""
-
-    dataset_dir = "imagenet-rendition"
-    image_dir = "imagenet-r"
-    published = Published(
-        counts=(200, None, None, 30000),
-        sources={image_dir: "https://github.com/hendrycks/imagenet-r", CLASSNAMES: "a copy of imagenet/classnames.txt"},
-    )
+ImageNetSketch = _test_set(
+    *("ImageNetSketch", "Drawings.", ("imagenet-sketch", "images")),
+    *(1000, 50889, "https://github.com/HaohanWang/ImageNet-Sketch"),
+)
+ImageNetA = _test_set(
+    *("ImageNetA", "Photographs that classifiers got wrong, of 200 classes.", ("imagenet-adversarial", "imagenet-a")),
+    *(200, 7500, "https://github.com/hendrycks/natural-adv-examples"),
+)
+ImageNetR = _test_set(
+    *("ImageNetR", "Paintings, toys and other renditions, of 200 classes.", ("imagenet-rendition", "imagenet-r")),
+    *(200, 30000, "https://github.com/hendrycks/imagenet-r"),
+)
 
 
 def _names(folder: Path, dataset: type[SplitDataset]) -> dict[str, str]:

@@ -5,6 +5,7 @@ Training, evaluation, `gram embed`, `gram predict` and `gram check-data` read im
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import stat
@@ -31,6 +32,7 @@ NOT_IMAGE = "not an image"
 BROKEN = "broken image"
 BOMB = "too many pixels"
 
+DIGEST_BYTES = 16
 
 T = TypeVar("T")
 
@@ -68,6 +70,17 @@ def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
         return decode_image(file_content(Path(path)), _as_coop.get())
     except BadImage as error:
         raise UnreadableImage(f"{path}: expected an image, found: {error}") from None
+
+
+def read_image(path: str | os.PathLike[str]) -> tuple[Image.Image, bytes]:
+    """Return an image file as upright 8-bit RGB, and the digest of its content; raise `BadImage`."""
+    content = file_content(Path(path))
+    return decode_image(content), digest_of(content)
+
+
+def digest_of(content: bytes) -> bytes:
+    """Return a digest (16 bytes) of the content of an image file."""
+    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 
 def find_problems(paths: Iterable[Path], header_only: bool = False, workers: int = 8) -> Iterator[tuple[str, bool]]:

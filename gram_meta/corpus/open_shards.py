@@ -16,9 +16,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from gram_meta.corpus.images import BROKEN, BadImage
 from gram_meta.corpus.parquet_files import holds_images, leaf_of, open_parquet
 from gram_meta.errors import GramError
+from gram_meta.images import BROKEN, BadImage
 
 if TYPE_CHECKING:
     import pyarrow as pa

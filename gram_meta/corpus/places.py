@@ -15,26 +15,30 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image
 
-from gram_meta.corpus.images import (
+from gram_meta.corpus.open_shards import PARQUETS, TARS, ParquetImages, TarFile
+from gram_meta.corpus.parquet_files import PARQUET_SUFFIXES
+from gram_meta.corpus.sources.rows import Place
+from gram_meta.errors import GramError
+from gram_meta.images import (
     BOMB,
     BROKEN,
     DIGEST_BYTES,
     EMPTY,
     MAX_BYTES,
     MISSING,
-    REASONS,
+    NOT_IMAGE,
     BadImage,
     decode_image,
     digest_of,
     file_content,
 )
-from gram_meta.corpus.open_shards import PARQUETS, TARS, ParquetImages, TarFile
-from gram_meta.corpus.parquet_files import PARQUET_SUFFIXES
-from gram_meta.corpus.sources.rows import Place
-from gram_meta.errors import GramError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+NOT_FINITE = "features not finite"
+# A part file stores indices into this: append only.
+REASONS = ("", MISSING, EMPTY, NOT_IMAGE, BROKEN, BOMB, NOT_FINITE)
 
 
 class ImageReader:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, overload
 import numpy as np
 
 from gram_meta.corpus.places import ImageReader, Places
-from gram_meta.corpus.sources.format import open_text
-from gram_meta.errors import GramError, in_one_line
+from gram_meta.corpus.sources.format import read_table
+from gram_meta.errors import GramError, as_gram_error, in_one_line
 from gram_meta.files import Checksum, PathLike, check_type, check_unchanged, read_json
 
 if TYPE_CHECKING:
@@ -177,17 +177,11 @@ class PairStore:
         Raises:
             GramError: no such file or column, or a location that the store does not have.
         """
-        try:
-            with open_text(Path(path)) as file:
-                rows = [line.rstrip("\r\n").split("\t") for line in file if line.strip()]
-        except OSError as error:
-            raise GramError(
-                f"{path}: expected a .tsv file of images to exclude, found none ({error.strerror})"
-            ) from None
-        if not rows or "image" not in rows[0]:
-            raise GramError(f"{path}: expected a column image, found {', '.join(rows[0]) if rows else 'an empty file'}")
-        column = rows[0].index("image")
-        wanted = {row[column] for row in rows[1:] if len(row) > column}
+        with as_gram_error(path, "expected a .tsv file of images to exclude, found none"):
+            columns = read_table(Path(path))
+        if "image" not in columns:
+            raise GramError(f"{path}: expected a column image, found {', '.join(columns) or 'an empty file'}")
+        wanted = set(columns["image"])
         found = {location: row for row, location in enumerate(self.locations) if location in wanted}
         if unknown := sorted(wanted - found.keys()):
             more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""

@@ -20,11 +20,11 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from gram_meta.backbone.clip import Backbone
-from gram_meta.corpus.images import BadImage
 from gram_meta.corpus.loading import run_ahead
 from gram_meta.corpus.places import Places
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
+from gram_meta.images import BadImage
 from gram_meta.method.prompts import (
     META_NET,
     ClassText,

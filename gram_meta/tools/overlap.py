@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from gram_meta.corpus.images import DIGEST_BYTES, MISSING, BadImage, read_image
 from gram_meta.corpus.store import IMAGES, PairStore
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike, atomic_write, read_arrays, write_arrays
+from gram_meta.images import DIGEST_BYTES, MISSING, BadImage, read_image
 from gram_meta.progress import progress_bar
 
 if TYPE_CHECKING:

@@ -31,11 +31,11 @@ from PIL import Image
 from gram_meta.backbone.clip import PACKAGED, RUN_PRECISIONS, Backbone
 from gram_meta.backbone.footprint import forward_bytes
 from gram_meta.config import flatten
-from gram_meta.corpus.images import BROKEN, BadImage, as_rgb, read_image
 from gram_meta.corpus.loading import run_ahead
 from gram_meta.corpus.sources.rows import IMAGE_SUFFIXES
 from gram_meta.errors import GramError, in_one_line
 from gram_meta.files import PathLike
+from gram_meta.images import BROKEN, BadImage, as_rgb, read_image
 from gram_meta.processes import ALONE, device_for
 from gram_meta.runs.reader import Saved, infer_trainer, load_clip_of, read_classes, read_saved
 

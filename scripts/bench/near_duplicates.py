@@ -25,9 +25,9 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torchvision.transforms.v2.functional import jpeg
 
 from gram_meta.backbone.clip import Backbone, load_backbone
-from gram_meta.corpus.images import read_image
 from gram_meta.corpus.places import Places
 from gram_meta.corpus.store import PairStore
+from gram_meta.images import read_image
 from gram_meta.tools import overlap
 
 try:

@@ -17,14 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gram_meta.corpus import images
+from gram_meta import images
 from gram_meta.corpus.embedding import sentences
-from gram_meta.corpus.images import BadImage, decode_image, read_image
-from gram_meta.corpus.places import ImageFiles, ImageReader, Place
+from gram_meta.corpus.places import REASONS, ImageFiles, ImageReader, Place
 from gram_meta.corpus.sources import rows
 from gram_meta.corpus.sources.classes import read_classnames
 from gram_meta.corpus.sources.rows import Row
 from gram_meta.errors import GramError
+from gram_meta.images import BadImage, decode_image, read_image
 
 # --- TSV ----------------------------------------------------------------------------------------------------
 
@@ -306,7 +306,7 @@ def test_bad_images_of_a_batch_have_reasons_and_the_reader_travels_to_workers(tm
     files = pickle.loads(pickle.dumps(files))
     stacked, reasons, digests = files.read([Place(name) for name in ("a.png", "b.png", "c.png")])
     assert stacked.shape == (1, 3, 32, 32)
-    assert [images.REASONS[reason] for reason in reasons] == ["", images.EMPTY, images.MISSING]
+    assert [REASONS[reason] for reason in reasons] == ["", images.EMPTY, images.MISSING]
     assert [any(digest) for digest in digests] == [True, False, False]
     assert files.read([Place("b.png")]).images is None
     with pytest.raises(GramError, match="00000.tar: expected the shard"):

@@ -14,11 +14,11 @@ import pytest
 from helpers.corpora import good, rows_of, skips
 from PIL import Image
 
-from gram_meta.corpus.images import BROKEN, EMPTY, BadImage
 from gram_meta.corpus.loading import run_ahead
 from gram_meta.corpus.places import ImageReader
 from gram_meta.corpus.sources import all_rows, open_source, rows, shards_of
 from gram_meta.errors import GramError
+from gram_meta.images import BROKEN, EMPTY, BadImage
 
 
 def picture(number, kind="JPEG"):
@@ -538,7 +538,7 @@ def _faulty():
     """Images as they come, each with the reason that the manifest has to give, or "" for one that is used."""
     from PIL import ImageDraw
 
-    from gram_meta.corpus import images
+    from gram_meta import images
 
     def encoded(image, kind, **options):
         file = io.BytesIO()

@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from gram_meta import files, locks
+from gram_meta import files, images, locks
 from gram_meta.backbone.clip import load_backbone
 from gram_meta.cli import main
-from gram_meta.corpus import images
+from gram_meta.corpus import places
 from gram_meta.corpus.embedding import run as embedding
 from gram_meta.corpus.embedding.parts import fit_text, tokens_of
 from gram_meta.corpus.embedding.run import embed_pairs
@@ -148,7 +148,7 @@ def test_features_that_are_not_finite_are_skipped(corpus, backbone, sentence_mod
 
     monkeypatch.setattr(backbone, "encode_images", broken)
     store = embed_pairs(corpus, tmp_path / "s", backbone, sentence_model, batch_size=20, part_size=1000)
-    assert store.manifest["skipped_images"][images.NOT_FINITE] == 2
+    assert store.manifest["skipped_images"][places.NOT_FINITE] == 2
     assert np.isfinite(store.image_features).all() and np.isfinite(store.similarity).all()
     counts = store.manifest["counts"]
     assert counts["pairs"] + sum(store.manifest["skipped"].values()) == counts["rows"]

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from gram_meta.corpus import store as layout
 from gram_meta.corpus.embedding.index import Index
 from gram_meta.corpus.embedding.parts import cosine, load_part, part_path
-from gram_meta.corpus.images import NOT_FINITE, REASONS
+from gram_meta.corpus.places import NOT_FINITE, REASONS
 from gram_meta.corpus.store import store_fingerprint
 from gram_meta.errors import GramError
 from gram_meta.files import atomic_write, checksums, write_json

@@ -20,12 +20,12 @@ import numpy as np
 import pyarrow as pa
 
 from gram_meta.corpus.embedding.index import Index
-from gram_meta.corpus.images import DIGEST_BYTES, NOT_FINITE, REASONS
 from gram_meta.corpus.loading import run_ahead
-from gram_meta.corpus.places import ImageBatch, ImageFiles, ImageReader
+from gram_meta.corpus.places import NOT_FINITE, REASONS, ImageBatch, ImageFiles, ImageReader
 from gram_meta.corpus.sources.rows import Place
 from gram_meta.errors import GramError
 from gram_meta.files import write_arrays
+from gram_meta.images import DIGEST_BYTES
 
 if TYPE_CHECKING:
     from torch import Tensor

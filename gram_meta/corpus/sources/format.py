@@ -6,6 +6,7 @@ To add a format, write a module with a class that has the members of `Format`, a
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
@@ -177,6 +178,17 @@ def open_text(path: Path) -> TextIO:
         if start.startswith(marks):
             return open(path, encoding=encoding, errors="replace", newline="")
     return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def read_table(path: Path) -> dict[str, list[str]]:
+    """Return the columns of a TSV or a .csv file with a header; rows of another length are left out."""
+    with open_text(path) as file:
+        if path.suffix.lower() == ".csv":
+            rows = [row for row in csv.reader(file) if row]
+        else:
+            rows = [line.rstrip("\r\n").split("\t") for line in file if line.strip()]
+    rows = [row for row in rows if len(row) == len(rows[0])]
+    return {name: list(column) for name, *column in zip(*rows, strict=True)}
 
 
 def first_lines(path: Path, count: int) -> list[str]:

@@ -22,11 +22,11 @@ from PIL import Image, features
 
 from gram_meta.clustering.hierarchy import FATE_NAMES, FILTERED, KEPT, Hierarchy
 from gram_meta.config import as_dict, get_meta_config
-from gram_meta.corpus.images import BadImage
 from gram_meta.corpus.places import Places
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike, atomic_write
+from gram_meta.images import BadImage
 from gram_meta.method.tasks import Task, TaskConfig, TaskSampler
 from gram_meta.report.html.base import data_uri, read, render
 
