@@ -22,17 +22,8 @@ INCIDENTAL = ("LOADER", "MEMORY")
 
 # The paper's eleven datasets, the source of xd and dg first, and the four shifted test sets of ImageNet.
 ELEVEN = (
-    "imagenet",
-    "caltech101",
-    "oxford_pets",
-    "stanford_cars",
-    "oxford_flowers",
-    "food101",
-    "fgvc_aircraft",
-    "sun397",
-    "dtd",
-    "eurosat",
-    "ucf101",
+    *("imagenet", "caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101", "fgvc_aircraft"),
+    *("sun397", "dtd", "eurosat", "ucf101"),
 )
 SHIFTED = ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
 
@@ -282,10 +273,7 @@ def load_meta_config(files: Sequence[str | Path] = (), opts: Sequence[str] = ())
     config = get_meta_config()
     for file in files:
         merge_file(config, find_config(str(file), "gram_meta"))
-    merge_opts(config, opts)
-    check_bounds(config, META_BOUNDS)
-    config.freeze()
-    return config
+    return _finished(config, opts)
 
 
 def stored_config(values: Mapping[str, Any], opts: Sequence[str] = ()) -> CN:
@@ -293,6 +281,10 @@ def stored_config(values: Mapping[str, Any], opts: Sequence[str] = ()) -> CN:
     config = get_meta_config()
     known = flatten(config)
     _merge(config, {key: value for key, value in flatten(values).items() if key in known}, "meta-checkpoint")
+    return _finished(config, opts)
+
+
+def _finished(config: CN, opts: Sequence[str]) -> CN:
     merge_opts(config, opts)
     check_bounds(config, META_BOUNDS)
     config.freeze()

@@ -12,6 +12,7 @@ from yacs.config import CfgNode
 
 from gram_meta.engine.builtin.evaluation.build import EVALUATOR_REGISTRY
 from gram_meta.errors import GramError
+from gram_meta.files import atomic_write
 
 __all__ = ["Classification", "EvaluatorBase"]
 
@@ -95,7 +96,8 @@ class Classification(EvaluatorBase):
         np.add.at(counts, (np.searchsorted(labels, true), np.searchsorted(labels, predicted)), 1)
         matrix = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         path = os.path.join(self.cfg.OUTPUT_DIR, "cmat.pt")
-        torch.save(torch.from_numpy(matrix), path)
+        with atomic_write(path) as file:
+            torch.save(torch.from_numpy(matrix), file)
         print(f"Confusion matrix is saved to {path}")
 
 

@@ -7,22 +7,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+import torchvision.transforms as T
 import torchvision.transforms.functional as F
 from PIL import Image
-from torchvision.transforms import (
-    CenterCrop,
-    ColorJitter,
-    Compose,
-    GaussianBlur,
-    Normalize,
-    RandomApply,
-    RandomCrop,
-    RandomGrayscale,
-    RandomHorizontalFlip,
-    RandomResizedCrop,
-    Resize,
-    ToTensor,
-)
 from torchvision.transforms.functional import InterpolationMode
 from yacs.config import CfgNode
 
@@ -121,11 +108,11 @@ def build_transform(cfg: CfgNode, is_train: bool = True, choices: Sequence[str] 
     print("Building transform_train" if is_train else "Building transform_test")
     for text, _ in steps:
         print(f"+ {text}")
-    return Compose([transform for _, transform in steps])
+    return T.Compose([transform for _, transform in steps])
 
 
 Steps = list[tuple[str, Callable]]  # (its line in the log, the transform)
-TO_TENSOR = ("to torch tensor of range [0, 1]", ToTensor())
+TO_TENSOR = ("to torch tensor of range [0, 1]", T.ToTensor())
 
 
 def _train_steps(cfg: CfgNode, choices: Sequence[str]) -> Steps:
@@ -134,25 +121,25 @@ def _train_steps(cfg: CfgNode, choices: Sequence[str]) -> Steps:
     mode = INTERPOLATION_MODES[given.INTERPOLATION]
     steps: Steps = []
     if "random_crop" not in choices and "random_resized_crop" not in choices:
-        steps.append((f"resize to {size[0]}x{size[1]}", Resize(size, interpolation=mode)))
+        steps.append((f"resize to {size[0]}x{size[1]}", T.Resize(size, interpolation=mode)))
     if "random_translation" in choices:
         steps.append(("random translation", Random2DTranslation(size[0], size[1])))
     if "random_crop" in choices:
-        crop = RandomCrop(size, padding=given.CROP_PADDING)
+        crop = T.RandomCrop(size, padding=given.CROP_PADDING)
         steps.append((f"random crop (padding = {given.CROP_PADDING})", crop))
     if "random_resized_crop" in choices:
-        crop = RandomResizedCrop(size, scale=given.RRCROP_SCALE, interpolation=mode)
+        crop = T.RandomResizedCrop(size, scale=given.RRCROP_SCALE, interpolation=mode)
         steps.append((f"random resized crop (size={size}, scale={given.RRCROP_SCALE})", crop))
     if "random_flip" in choices:
-        steps.append(("random flip", RandomHorizontalFlip()))
+        steps.append(("random flip", T.RandomHorizontalFlip()))
     if "colorjitter" in choices:
         b, c, s, h = given.COLORJITTER_B, given.COLORJITTER_C, given.COLORJITTER_S, given.COLORJITTER_H
         text = f"color jitter (brightness={b}, contrast={c}, saturation={s}, hue={h})"
-        steps.append((text, ColorJitter(brightness=b, contrast=c, saturation=s, hue=h)))
+        steps.append((text, T.ColorJitter(brightness=b, contrast=c, saturation=s, hue=h)))
     if "randomgrayscale" in choices:
-        steps.append(("random gray scale", RandomGrayscale(p=given.RGS_P)))
+        steps.append(("random gray scale", T.RandomGrayscale(p=given.RGS_P)))
     if "gaussian_blur" in choices:
-        blur = RandomApply([GaussianBlur(given.GB_K)], p=given.GB_P)
+        blur = T.RandomApply([T.GaussianBlur(given.GB_K)], p=given.GB_P)
         steps.append((f"gaussian blur (kernel={given.GB_K})", blur))
     steps.append(TO_TENSOR)
     if "cutout" in choices:
@@ -168,10 +155,10 @@ def _train_steps(cfg: CfgNode, choices: Sequence[str]) -> Steps:
 
 def _test_steps(cfg: CfgNode, choices: Sequence[str]) -> Steps:
     size = cfg.INPUT.SIZE
-    resize = Resize(max(size), interpolation=INTERPOLATION_MODES[cfg.INPUT.INTERPOLATION])
+    resize = T.Resize(max(size), interpolation=INTERPOLATION_MODES[cfg.INPUT.INTERPOLATION])
     steps: Steps = [
         (f"resize the smaller edge to {max(size)}", resize),
-        (f"{size[0]}x{size[1]} center crop", CenterCrop(size)),
+        (f"{size[0]}x{size[1]} center crop", T.CenterCrop(size)),
         TO_TENSOR,
     ]
     if "normalize" in choices:
@@ -185,4 +172,4 @@ def _instance_norm(choices: Sequence[str]) -> Steps:
 
 def _normalize(cfg: CfgNode) -> tuple[str, Callable]:
     mean, std = cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD
-    return f"normalization (mean={mean}, std={std})", Normalize(mean=mean, std=std)
+    return f"normalization (mean={mean}, std={std})", T.Normalize(mean=mean, std=std)
