@@ -98,6 +98,8 @@ def _without_signal(loader: Iterable[T]) -> Iterator[T]:
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
         return iter(loader)
     handler = signal.getsignal(signal.SIGCHLD)
+    if getattr(handler, "__module__", "").startswith("torch."):  # an earlier loader has set it
+        handler = signal.SIG_DFL
     iterator = iter(loader)
     signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
     return iterator

@@ -119,11 +119,11 @@ def test_an_open_seed_is_not_stored(root):
 
 
 def test_a_read_only_root_keeps_the_draw_in_memory(root, monkeypatch, capsys):
-    def refuse(*args):
+    def refuse(*args, **options):
         raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as patch:
-        patch.setattr("gram_meta.datasets.few_shot.write_json", refuse)
+        patch.setattr(Path, "mkdir", refuse)  # the first step of every write
         data = load(root, shots=2)
     assert "cannot be written (Permission denied)" in capsys.readouterr().out
     assert data.few_shot["path"] == "" and len(data.few_shot["sha256"]) == 64
