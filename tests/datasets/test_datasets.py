@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest

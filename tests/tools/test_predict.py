@@ -515,7 +515,7 @@ def test_a_file_is_written_whole_or_not_at_all(runs, image, tmp_path, monkeypatc
     monkeypatch.setattr(Predictor, "probabilities", whole)
     (tmp_path / "file").write_text("")
     assert main([*command, str(tmp_path / "file" / "x.csv")]) == 2
-    assert "expected to be able to write there" in capsys.readouterr().err
+    assert f"{tmp_path}/file/x.csv: cannot be written (File exists)" in capsys.readouterr().err
 
 
 def test_what_cannot_be_used_is_one_sentence(runs, image, tmp_path, metas, capsys):
