@@ -294,6 +294,7 @@ class PromptTrainer(Checkpointing, ClipTrainer):
         self.register_model(LEARNER, learner, self.optim, self.sched)
         self._set_precision()
         self._groups: dict[str, _Group] = {}
+        self._unchecked: list[Tensor] = []  # losses of the steps since the last printed line
 
     def build_for_use(self, state_dict: Mapping[str, Tensor], where: str) -> None:
         prompts = {kind: state_dict[name] for kind, name in STATE_NAMES.items() if name in state_dict}
@@ -324,13 +325,12 @@ class PromptTrainer(Checkpointing, ClipTrainer):
         if self.start_epoch == 0 and (self.cfg.TEST.PER_EPOCH or 0 in self.cfg.TEST.AT_STEPS):
             self.add_to_curve(step=0)
 
-    def forward_backward(self, batch: dict[str, Any]) -> dict[str, float]:
-        """Take one step."""
+    def forward_backward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Take one step; return loss (), and accuracy (1,) in percent, unread, as reading makes a GPU wait."""
         images, labels = self.parse_batch_train(batch)
         with self.autocast:
             output = self.model(images)  # (B, N)
             loss = F.cross_entropy(output, labels)
-        self.detect_anomaly(loss)
         self.model_zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optim)  # unscales first; a regulator hooks in between
@@ -339,12 +339,19 @@ class PromptTrainer(Checkpointing, ClipTrainer):
         if last:
             self.update_lr()
         step = self.epoch * self.num_batches + self.batch_idx + 1
-        if step in self.cfg.TEST.AT_STEPS or (last and self.cfg.TEST.PER_EPOCH):
+        tests = step in self.cfg.TEST.AT_STEPS or (last and self.cfg.TEST.PER_EPOCH)
+        loss = loss.detach()
+        self._unchecked.append(loss)
+        if last or tests or (self.batch_idx + 1) % self.cfg.TRAIN.PRINT_FREQ == 0:
+            self.detect_anomaly(torch.stack(self._unchecked))
+            self._unchecked.clear()
+        if tests:
             self.add_to_curve(step)
-        return {"loss": loss.item(), "acc": compute_accuracy(output, labels)[0].item()}
+        return {"loss": loss, "acc": compute_accuracy(output.detach(), labels)[0]}
 
     def parse_batch_train(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        return batch["img"].to(self.device), batch["label"].to(self.device)
+        images, labels = (batch[key].to(self.device, non_blocking=True) for key in ("img", "label"))
+        return images, labels
 
     def model_inference(self, images: Tensor) -> Tensor:
         with self.autocast:

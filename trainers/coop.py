@@ -72,8 +72,8 @@ class PlacedText(ClassText):
         order = torch.stack([_order(total, tokens, before, int(length)) for length in lengths])  # (N, total)
         self.order = order.to(backbone.device)
 
-    def select(self, classes: Tensor) -> PlacedText:
-        chosen = super().select(classes)
+    def select(self, classes: Tensor, length: int | None = None) -> PlacedText:
+        chosen = super().select(classes, length)
         assert isinstance(chosen, PlacedText)
         # what is cut off stands behind the longest end token, and nothing is moved there
         chosen.order = self.order[classes, : 1 + self.tokens + chosen.ids.shape[-1]]

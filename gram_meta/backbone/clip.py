@@ -111,6 +111,8 @@ class Backbone(nn.Module):
     """
 
     logit_scale: Tensor
+    pixel_mean: Tensor
+    pixel_std: Tensor
     model: Any  # clip.model.CLIP, whose parts are declared in CLIP's code only
 
     def __init__(self, model: Any, name: str, device: str | torch.device, precision: str) -> None:
@@ -126,6 +128,8 @@ class Backbone(nn.Module):
         self.precision = precision
         self.checkpointing: bool | str = False
         self.packs_texts = torch.device(device).type == "cpu"
+        for name, value in (("pixel_mean", PIXEL_MEAN), ("pixel_std", PIXEL_STD)):
+            self.register_buffer(name, torch.tensor(value)[:, None, None], persistent=False)  # (3, 1, 1)
         self.register_buffer("logit_scale", model.logit_scale.detach().exp().to(_feature_dtype(precision)))
         self.model = _cast(model, PRECISIONS[precision]).requires_grad_(False)
         self.to(device).eval()
@@ -256,11 +260,9 @@ class Backbone(nn.Module):
             return T.Compose([resize, crop, T.PILToTensor()])
         return T.Compose([resize, crop, T.ToTensor(), T.Normalize(PIXEL_MEAN, PIXEL_STD)])
 
-    @staticmethod
-    def normalise(images: Tensor) -> Tensor:
-        """Turn uint8 pixels (..., 3, H, W) into the tower's float32 input, on the same device."""
-        mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (PIXEL_MEAN, PIXEL_STD))
-        return (images.float() / 255 - mean) / std
+    def normalise(self, images: Tensor) -> Tensor:
+        """Turn uint8 pixels (..., 3, H, W), on the towers' device, into the tower's float32 input."""
+        return (images.float() / 255 - self.pixel_mean) / self.pixel_std
 
     def _run(self, tower: str) -> Callable[..., Any]:
         """Return how the layers of a tower are called: activations recomputed in the backward pass, or kept."""

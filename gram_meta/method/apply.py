@@ -123,7 +123,7 @@ class Regulation:
             count.add(raw, new, parts, float(rates[id(parameter)]))
             parameter.grad = new.to(parameter.grad.dtype)
             # After 10, 20, 40, ... steps only, as the median of all norms takes longer than a step
-            times, rest = divmod(len(count.norms), ENOUGH)
+            times, rest = divmod(count.steps, ENOUGH)
             if not rest and times.bit_count() == 1:
                 self._warn(name)
 
@@ -156,7 +156,7 @@ class Regulation:
 
     def summary(self) -> dict[str, Any]:
         """Return statistics of the steps so far by the prompts' names, as JSON values; see `_Count.summary`."""
-        return {name: count.summary() for name, count in self.counts.items() if count.norms}
+        return {name: count.summary() for name, count in self.counts.items() if count.steps}
 
     def lines(self) -> list[str]:
         """Return the summary as lines for the log."""
@@ -247,37 +247,53 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 
 
 class _Count:
-    """Sums over the steps of one prompt."""
+    """Sums over the steps of one prompt. Norms stay on the device until they are asked for."""
 
     def __init__(self, parameter: Tensor) -> None:
-        zero = torch.zeros_like(
-            parameter, dtype=torch.float64, requires_grad=False
-        )  # gamma may vary in its fifth digit
-        self.norms: list[float] = []  # |g| per step
+        # Sums of lr * gated, lr * beta, gamma, beta, gamma^2, beta^2; gamma may vary in its fifth digit
+        self.totals = torch.zeros(6, *parameter.shape, dtype=torch.float64, device=parameter.device)
+        self.nets = {"gated": self.totals[0], "beta": self.totals[1]}  # sum of lr * value
+        self.sums = {name: (self.totals[2 + i], self.totals[4 + i]) for i, name in enumerate(("gamma", "beta"))}
+        self._norms: list[float] = []  # |g| per step
         self.ratios: list[float] = []  # |R(g)| / |g|
         self.paths = {"gated": 0.0, "beta": 0.0}  # sum of lr * norm
-        self.nets = {"gated": zero.clone(), "beta": zero.clone()}  # sum of lr * value
-        self.sums = {"gamma": (zero.clone(), zero.clone()), "beta": (zero.clone(), zero.clone())}  # x, x^2
+        self._unread: list[tuple[Tensor, float]] = []  # norms of g, R(g), gated, beta (4,) or (2,), and lr
         self.regulated = False
+
+    @property
+    def steps(self) -> int:
+        return len(self._norms) + len(self._unread)
+
+    @property
+    def norms(self) -> list[float]:
+        """|g| of every step so far."""
+        self._read()
+        return self._norms
 
     def add(self, raw: Tensor, new: Tensor, parts: RegulatedGradient | None, rate: float) -> None:
         """Add a step: its raw gradient, the gradient that replaces it, and the pieces of Eq. 6 where R^phi is used."""
-        norm = raw.norm().item()
-        self.norms.append(norm)
-        self.ratios.append(new.norm().item() / norm if norm > 0 else math.nan)
-        self._walk("gated", new if parts is None else parts.gated, rate)
         if parts is None:
-            return
-        self.regulated = True
-        self._walk("beta", parts.beta, rate)
-        for name, value in (("gamma", parts.gamma), ("beta", parts.beta)):
-            first, second = self.sums[name]
-            first += value
-            second += value.double().square()
+            norms = torch._foreach_norm([raw, new])
+            self.nets["gated"] += rate * new
+        else:
+            self.regulated = True
+            walks = [parts.gated, parts.beta]
+            norms = torch._foreach_norm([raw, new, *walks])
+            seen = torch.stack([*torch._foreach_mul(walks, rate), parts.gamma, parts.beta]).double()
+            self.totals += torch.cat([seen, seen[2:].square()])
+        self._unread.append((torch.stack(norms), rate))
+        if len(self._unread) == 100:
+            self._read()
 
-    def _walk(self, name: str, value: Tensor, rate: float) -> None:
-        self.paths[name] += rate * value.norm().item()
-        self.nets[name] += rate * value
+    def _read(self) -> None:
+        """Read the norms of all steps since the last call at once, as reading makes a GPU wait."""
+        unread, self._unread = self._unread, []
+        norms = torch.stack([norms for norms, _ in unread]).tolist() if unread else []
+        for (norm, new, *walks), (_, rate) in zip(norms, unread, strict=True):
+            self._norms.append(norm)
+            self.ratios.append(new / norm if norm > 0 else math.nan)
+            for name, walk in zip(self.paths, walks or [new], strict=False):
+                self.paths[name] += rate * walk
 
     def summary(self) -> dict[str, Any]:
         """Return the statistics.
@@ -286,6 +302,7 @@ class _Count:
         path_gated, path_beta: sum over steps of lr * norm (before momentum); net_*: norm of the sum of lr * value;
         *_mean: mean over steps and entries; *_variation: root mean square over entries of the deviation over steps.
         """
+        self._read()
         ratios = [ratio for ratio in self.ratios if not math.isnan(ratio)]
         result: dict[str, Any] = {
             "steps": len(self.norms),
@@ -304,14 +321,14 @@ class _Count:
         return result
 
     def state(self) -> dict[str, Any]:
-        return dict(vars(self))
+        names = ("norms", "ratios", "paths", "nets", "sums", "regulated")
+        return {name: getattr(self, name) for name in names}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        device = self.nets["gated"].device
-        self.norms, self.ratios = list(state["norms"]), list(state["ratios"])
+        self._norms, self.ratios, self._unread = list(state["norms"]), list(state["ratios"]), []
         self.paths, self.regulated = dict(state["paths"]), state["regulated"]
-        self.nets = {key: value.to(device) for key, value in state["nets"].items()}
-        self.sums = {key: (first.to(device), second.to(device)) for key, (first, second) in state["sums"].items()}
+        firsts, seconds = zip(*(state["sums"][name] for name in self.sums), strict=True)
+        self.totals.copy_(torch.stack([*(state["nets"][name] for name in self.nets), *firsts, *seconds]))
 
 
 def _quantile(values: list[float], q: float) -> float:

@@ -119,6 +119,7 @@ class Episodes:
         self.reads_pixels = prompt.visual_tokens > 0
         self.at_a_time = batch if self.reads_pixels or prompt.conditional else max(16, batch)
         self.text = ClassText(backbone, words, prompt.text_tokens) if prompt.text_tokens else None
+        self.lengths = self.text.ends.cpu().numpy() + 1 if self.text else np.empty(0)  # (L,), of the class sentences
         self.fixed = None if self.text else template_features(backbone, words, prompt.template)  # (L, D)
         if self.reads_pixels:
             self.places = store.places(loader.image_root or None)
@@ -143,18 +144,18 @@ class Episodes:
             workers, pin = min(self.loader.workers, len(batches)), device.type == "cuda"
         advice = f"expected enough memory for {workers} of them, try a smaller LOADER.WORKERS"
         for tasks, *images in run_ahead(read, range(len(batches)), workers, advice, self.loader.prefetch, pin):
-            topics = torch.from_numpy(np.stack([task.topics for task in tasks])).to(device)  # (B, K)
-            classes_of = partial(self._classes, topics)
+            classes_of = partial(self._classes, np.stack([task.topics for task in tasks]))  # (B, K)
             classes = classes_of(slice(None))
             support, query = (TaskSet(self.backbone, classes, side.to(device, non_blocking=True)) for side in images)
             yield Episode(tasks, support, query, classes_of)
 
-    def _classes(self, topics: Tensor, part: slice) -> ClassText | Tensor:
+    def _classes(self, topics: np.ndarray, part: slice) -> ClassText | Tensor:
         """Return the class prompts, or class features (b, K, D), of some of the tasks, whose topics are (B, K)."""
+        chosen = torch.from_numpy(topics[part]).to(self.backbone.device, non_blocking=True)
         if self.text is not None:
-            return self.text.select(topics[part])
+            return self.text.select(chosen, int(self.lengths[topics[part]].max()))
         assert self.fixed is not None  # one of the two, by construction
-        return self.fixed[topics[part]]
+        return self.fixed[chosen]
 
     def _features(self, batches: Batches, index: int) -> tuple[Sequence[Task], Tensor, Tensor]:
         """Return the tasks of a batch with the stored features (B, K, n, D) of their support and query images."""
@@ -163,7 +164,8 @@ class Episodes:
         for side in ("support", "query"):
             rows = np.stack([getattr(task, side) for task in tasks])  # (B, K, n)
             flat = np.ascontiguousarray(self.store.image_features[rows.reshape(-1)])
-            features = torch.from_numpy(flat).to(self.backbone.device, self.backbone.logit_scale.dtype)
+            features = torch.from_numpy(flat).to(self.backbone.device, non_blocking=True)
+            features = features.to(self.backbone.logit_scale.dtype)
             sides.append(features.unflatten(0, rows.shape))
         return tasks, sides[0], sides[1]
 

@@ -207,9 +207,12 @@ class MetaLog:
     def __init__(self, lines: IO[str], scalars: Any, bar: Any, batch: int) -> None:
         self.lines, self.scalars, self.bar, self.batch = lines, scalars, bar, batch
 
-    def step(self, step: int, loss: float) -> None:
-        """Log a step's mean query loss."""
+    def advance(self) -> None:
+        """Move the progress bar on by a step."""
         self.bar.update(self.batch)
+
+    def loss(self, step: int, loss: float) -> None:
+        """Log a step's mean query loss."""
         self._scalar("meta_train/query_loss", loss, step)
 
     def held_out(self, step: int, scores: Mapping[str, float]) -> None:

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -39,6 +39,15 @@ from gram_meta.method.tasks import StepTasks, TaskConfig, TaskSampler, images_of
 from gram_meta.processes import ALONE, ProcessGroup
 
 logger = logging.getLogger("gram")
+READ_EVERY = 10  # steps whose losses are read at once
+
+
+class Seen(NamedTuple):
+    """What a step leaves on the device."""
+
+    step: int
+    numbers: Tensor  # (2 + B,): mean loss, sum of the gradients' norms, each task's loss
+    norms: Tensor  # of `BatchResult`
 
 
 class MetaTrainer:
@@ -86,6 +95,7 @@ class MetaTrainer:
 
         # The folder
         self.saved = 0  # the step of the last saved state
+        self.unread: list[Seen] = []  # of the steps since the last call of `read`
         made_from = {"store": store.fingerprint, "hierarchy": hierarchy.fingerprint}
         topics = {"topics": len(hierarchy.topics), "held_out_topics": self.held_topics}
         self.facts = {"version": __version__, **made_from, **topics}
@@ -109,12 +119,12 @@ class MetaTrainer:
             episodes = TimedIterator(self.episodes_of(first, steps))
             coming = iter(episodes)
             for step in range(first + 1, steps + 1):
-                loss, stop = self.step(step, self.sigterm.next_of(coming))
-                if loss is None:  # a reader of images received the signal too
-                    self._stop(step - 1)
-                self.record(step, loss, log)
+                taken, stop = self.step(step, self.sigterm.next_of(coming))
+                if not taken:  # a reader of images received the signal too
+                    self._stop(step - 1, log)
+                self.record(step, log)
                 if stop and step < steps:
-                    self._stop(step)
+                    self._stop(step, log)
         if self.episodes.reads_pixels and first < steps:
             share = 100 * episodes.waiting_share()
             logger.info(f"the towers waited {share:.1f} % of the time for images (LOADER.WORKERS)")
@@ -128,14 +138,33 @@ class MetaTrainer:
             self.saved = self.state.load_state_dict(state)
         return self.saved
 
-    def record(self, step: int, loss: float, log: MetaLog) -> None:
+    def record(self, step: int, log: MetaLog) -> None:
         """Log a step; evaluate, and save the state, where it is time to."""
+        log.advance()
         last = step == self.outer.steps
-        log.step(step, loss)
-        if last or step % self.config.EVAL.EVERY == 0:
+        evaluates, saves = (last or step % node.EVERY == 0 for node in (self.config.EVAL, self.config.CHECKPOINT))
+        if evaluates or saves or len(self.unread) >= READ_EVERY:
+            self.read(log)
+        if evaluates:
             self.evaluate(step, log)
-        if last or step % self.config.CHECKPOINT.EVERY == 0:
+        if saves:
             self.save(step)
+
+    def read(self, log: MetaLog) -> None:
+        """Check and log the steps since the last call. They are read at once, as reading makes a GPU wait.
+
+        Raises:
+            GramError: a loss or a gradient is not finite.
+        """
+        unread, self.unread = self.unread, []
+        if not unread:
+            return
+        numbers = torch.stack([seen.numbers for seen in unread]).tolist()
+        for seen, (mean, size, *losses) in zip(unread, numbers, strict=True):
+            self._check_finite(losses, size, seen.step)
+            log.loss(seen.step, mean)
+        if len(unread[0].norms):
+            self.state.norms.append(torch.cat([seen.norms.flatten(0, 1) for seen in unread]).cpu())
 
     def save(self, step: int) -> None:
         """Save the state after a step for --resume."""
@@ -147,7 +176,7 @@ class MetaTrainer:
         """Yield this process's tasks of the steps after `first` up to `last`."""
         return self.episodes.of(StepTasks(self.train_tasks, self.outer.batch, first, last, self.own))
 
-    def step(self, step: int, episode: Episode | None) -> tuple[float | None, bool]:
+    def step(self, step: int, episode: Episode | None) -> tuple[bool, bool]:
         """Move theta and phi once, in all processes.
 
         Args:
@@ -155,7 +184,7 @@ class MetaTrainer:
             episode: this process's tasks; None: no process takes the step.
 
         Returns:
-            The mean query loss after adaptation, None without a step; and whether to stop after it.
+            Whether the step was taken, and whether to stop after it.
         """
         self.optimiser.zero_grad(set_to_none=True)
         parameters, given_up, stop = parameters_of(self.optimiser), episode is None, self.sigterm.received
@@ -170,17 +199,17 @@ class MetaTrainer:
                 shape = (self.inner.steps * self.outer.meta, self.outer.batch, len(self.kinds))
                 result, (given_up, stop) = exchange(self.group, parameters, result, shape, self.own, (given_up, stop))
         if given_up:
-            return None, True
-        return self.finish_step(step, result), stop
+            return False, True
+        self.finish_step(step, result)
+        return True, stop
 
-    def finish_step(self, step: int, result: BatchResult) -> float:
-        """Check the gradients in `.grad`, move theta and phi along them, and return the mean query loss."""
-        self._check_finite(result.losses, parameters_of(self.optimiser), step)
-        if len(result.norms):
-            self.state.norms.append(result.norms.flatten(0, 1).cpu())
+    def finish_step(self, step: int, result: BatchResult) -> None:
+        """Move theta and phi along the gradients in `.grad`, and keep what `read` checks and logs."""
+        gradients = [p.grad for p in parameters_of(self.optimiser) if p.grad is not None]
+        size, mean = torch.stack(torch._foreach_norm(gradients)).sum(), result.losses.mean()
+        self.unread.append(Seen(step, torch.cat([mean[None], size[None], result.losses]), result.norms))
         with self.region(OPTIMISER):
             self.state.update(self.outer, step)
-        return result.losses.mean().item()
 
     def scores(self) -> dict[str, float]:
         """Evaluate the held-out tasks."""
@@ -203,13 +232,13 @@ class MetaTrainer:
             self.state.best = {"step": step, **scores}
             self.folder.save_checkpoint(BEST, checkpoint)
 
-    def _check_finite(self, losses: Tensor, parameters: list[Tensor], step: int) -> None:
-        bad = (~losses.isfinite()).nonzero().flatten().tolist()
+    def _check_finite(self, losses: list[float], size: float, step: int) -> None:
+        bad = [index for index, loss in enumerate(losses) if not math.isfinite(loss)]
         if bad:
             number = (step - 1) * self.outer.batch + bad[0]
             words = ", ".join(self.train_tasks.draw(number).words)
-            self._fail(f"a finite loss, found {losses[bad[0]].item()} at step {step} in task {number} ({words})")
-        if not all(p.grad.isfinite().all() for p in parameters if p.grad is not None):
+            self._fail(f"a finite loss, found {losses[bad[0]]} at step {step} in task {number} ({words})")
+        if not math.isfinite(size):
             scaled = f", under fp16 with losses scaled by {self.inner.scale:g}; lower BACKBONE.LOSS_SCALE, or take bf16"
             scaled = scaled if self.inner.scale != 1 else ""
             self._fail(f"finite gradients, found others at step {step}{scaled}")
@@ -217,7 +246,8 @@ class MetaTrainer:
     def _fail(self, expected: str) -> NoReturn:
         self.group.fail(f"meta-training: expected {expected}; the last good checkpoint is {self.folder.out / LAST}")
 
-    def _stop(self, step: int) -> NoReturn:
+    def _stop(self, step: int, log: MetaLog) -> NoReturn:
+        self.read(log)
         self.save(step)
         after = f"after step {step} of {self.outer.steps}"
         raise Stopped(f"{self.folder.out}: stopped by SIGTERM {after}; --resume goes on")

@@ -126,9 +126,7 @@ def add_meta_gradients(
             result = meta_losses(part.support, part.query, theta, tasks, inner)
             done.append(result._replace(losses=add_gradients(result.losses)))
     if inner.scale != 1 and not plan.lean:
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad /= inner.scale
+        torch._foreach_div_([parameter.grad for parameter in parameters if parameter.grad is not None], inner.scale)
     results = [BatchResult.of(each, kinds) for each in done]
     return BatchResult(*(torch.cat(values, dim=dim) for dim, values in enumerate(zip(*results, strict=True))))
 

@@ -98,11 +98,15 @@ class ClassText:
         """Embeddings (..., N, L, d) of `ids`; they are not kept, as those of 20,000 classes take half a gigabyte."""
         return self.backbone.embed_tokens(self.ids)
 
-    def select(self, classes: Tensor) -> ClassText:
-        """Return the sentences of some classes, (K,) or (B, K) for K classes in each task, cut at their longest."""
+    def select(self, classes: Tensor, length: int | None = None) -> ClassText:
+        """Return the sentences of some classes, (K,) or (B, K) for K classes in each task, cut at their longest.
+
+        Args:
+            length: of the longest, where it is known; to compute it makes a GPU wait.
+        """
         chosen = copy(self)
         chosen.ends = self.ends[classes]
-        chosen.ids = self.ids[classes, : int(chosen.ends.max()) + 1]
+        chosen.ids = self.ids[classes, : length or int(chosen.ends.max()) + 1]
         chosen._packings, chosen._parts = {}, {}
         return chosen
 
@@ -307,7 +311,7 @@ class PromptedCLIP(nn.Module):
         ctx = self.prompt_learner.ctx
         self.class_text = ClassText(backbone, classnames, ctx.shape[0]) if ctx is not None else None
         self.fixed = template_features(backbone, classnames, template) if ctx is None else None  # (N, D)
-        self._kept: tuple[Tensor, Tensor] | None = None  # a prompt's value, its class features
+        self._kept: tuple[tuple[int, int], Tensor] | None = None  # a prompt's place and version, its class features
 
     def prompts(self) -> dict[str, nn.Parameter]:
         """Return the learned prompts (M, d) by kind."""
@@ -325,8 +329,9 @@ class PromptedCLIP(nn.Module):
         assert ctx is not None and self.class_text is not None  # one of the two, by construction
         if torch.is_grad_enabled():
             return self.class_text.features(ctx)
-        if self._kept is None or not torch.equal(self._kept[0], ctx):
-            self._kept = (ctx.detach().clone(), self.class_text.features(ctx))
+        state = ctx.data_ptr(), ctx._version  # to compare values would make a GPU wait
+        if self._kept is None or self._kept[0] != state:
+            self._kept = state, self.class_text.features(ctx)
         return self._kept[1]
 
     def image_features(self, images: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from gram_meta.files import PathLike
 from gram_meta.locks import only_writer
 from gram_meta.method.bilevel import Prompts, Regulate, adapted_losses, for_each_task
 from gram_meta.method.memory_plan import MemoryConfig, plan
-from gram_meta.method.meta_run import BEST, Stopped
+from gram_meta.method.meta_run import BEST, MetaLog, Stopped
 from gram_meta.method.meta_trainer import MetaTrainer
 from gram_meta.method.outer import BatchResult
 from gram_meta.method.tasks import StepTasks
@@ -113,15 +113,15 @@ class SeedsTrainer:
                     trainer.evaluate(0, logs[-1])
             for step in range(min(firsts) + 1, lead.outer.steps + 1):
                 behind = [index for index, first in enumerate(firsts) if first < step]  # after a kill between two saves
-                losses = self.step(step, [self.trainers[index] for index in behind])
-                for index, loss in zip(behind, losses, strict=True):
-                    self.trainers[index].record(step, loss, logs[index])
+                self.step(step, [self.trainers[index] for index in behind])
+                for index in behind:
+                    self.trainers[index].record(step, logs[index])
                 if lead.sigterm.received and step < lead.outer.steps:
-                    self._stop(step)
+                    self._stop(step, logs)
         return [trainer.folder.out / BEST for trainer in self.trainers]
 
-    def step(self, step: int, trainers: Sequence[MetaTrainer]) -> list[float]:
-        """Move theta and phi of these trainers once; return the mean query loss of each after adaptation."""
+    def step(self, step: int, trainers: Sequence[MetaTrainer]) -> None:
+        """Move theta and phi of these trainers once."""
         lead = trainers[0]
         batch = lead.outer.batch
         tasks = [
@@ -137,7 +137,8 @@ class SeedsTrainer:
         (seen.losses.sum() / batch).backward()  # seeds share no parameter: each has the gradient of its own mean
         losses, norms = BatchResult.of(seen, lead.kinds)
         results = zip(losses.split(batch), norms.split(batch, dim=1), strict=True)
-        return [trainer.finish_step(step, BatchResult(*own)) for trainer, own in zip(trainers, results, strict=True)]
+        for trainer, own in zip(trainers, results, strict=True):
+            trainer.finish_step(step, BatchResult(*own))
 
     def _fits_together(self) -> bool:
         """Return whether one graph holds a step of all seeds."""
@@ -147,8 +148,9 @@ class SeedsTrainer:
         alone = lead.group.size == 1 and not lead.episodes.reads_pixels
         return alone and lead.outer.meta and not whole.lean and whole.tasks >= tasks
 
-    def _stop(self, step: int) -> None:
-        for trainer in self.trainers:
+    def _stop(self, step: int, logs: Sequence[MetaLog]) -> None:
+        for trainer, log in zip(self.trainers, logs, strict=True):
+            trainer.read(log)
             trainer.save(step)
         raise Stopped(f"{self.out}: stopped by SIGTERM after step {step} of all seeds; --resume goes on")
 

@@ -212,7 +212,7 @@ class PlainClassText:
         ids = backbone.tokenize([f"{slots} {name}." for name in classnames]).to(backbone.device)
         self.ends = ids.argmax(dim=-1)
         self.length = int(self.ends.max()) + 1 if cut else ids.shape[1]
-        embeddings = self.model.token_embedding(ids[:, : self.length])
+        embeddings = self.model.token_embedding(ids[:, : self.length]).to(self.model.visual.conv1.weight.dtype)
         mask = self.model.build_attention_mask()[: self.length, : self.length]
         self.mask = mask.to(ids.device, embeddings.dtype)
         self.prefix = embeddings[:, :1]  # (N, 1, d)
@@ -223,7 +223,8 @@ class PlainClassText:
         model = model or self.model
         for block in model.transformer.resblocks:
             block.attn_mask = self.mask
-        x = self.sentences(prompt) + model.positional_embedding[: self.length]  # (N, L, d)
+        x = self.sentences(prompt)  # (N, L, d)
+        x = x + model.positional_embedding[: self.length].to(x.dtype)
         x = model.transformer(x.transpose(0, 1)).transpose(0, 1)
         x = model.ln_final(x)[torch.arange(len(x)), self.ends] @ model.text_projection
         return x / x.norm(dim=-1, keepdim=True)

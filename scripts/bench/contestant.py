@@ -214,7 +214,7 @@ class Contestant:
         for batch in batches:
             self.trainer.set_model_mode("train")
             with sdpa_kernel(SDPBackend.MATH) if self.second_order else nullcontext():
-                losses.append(self.trainer.forward_backward(batch)["loss"])
+                losses.append(float(self.trainer.forward_backward(batch)["loss"]))
             if not math.isfinite(losses[-1]):
                 raise FloatingPointError(f"the loss is {losses[-1]}")
         return {"losses": losses}

@@ -52,7 +52,8 @@ class PromptedModel(nn.Module):
         """Return (n, D), L2-normalised."""
         tower = self.visual
         x = tower.conv1(self.normalise(images).to(tower.conv1.weight.dtype)).flatten(2).transpose(1, 2)
-        x = torch.cat([tower.class_embedding.expand(len(x), 1, -1), x], dim=1) + tower.positional_embedding
+        x = torch.cat([tower.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+        x = x + tower.positional_embedding.to(x.dtype)
         x = torch.cat([x, self.prompts["visual"].expand(len(x), -1, -1)], dim=1)  # (n, 1 + patches + M, d)
         x = tower.transformer(tower.ln_pre(x).transpose(0, 1)).transpose(0, 1)
         return F.normalize(tower.ln_post(x[:, 0]) @ tower.proj, dim=-1)

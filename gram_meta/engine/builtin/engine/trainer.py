@@ -27,6 +27,7 @@ from gram_meta.engine.builtin.utils import (
     save_checkpoint,
     tolist_if_not,
 )
+from gram_meta.engine.builtin.utils.meters import as_floats
 from gram_meta.progress import progress_bar
 
 __all__ = ["SimpleNet", "SimpleTrainer", "TrainerBase", "TrainerX"]
@@ -333,7 +334,7 @@ class SimpleTrainer(TrainerBase):
         return self.model(input)
 
     def parse_batch_test(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        return batch["img"].to(self.device), batch["label"].to(self.device)
+        return batch["img"].to(self.device, non_blocking=True), batch["label"].to(self.device, non_blocking=True)
 
     def get_current_lr(self, names: Any = None) -> float:
         name = self.get_model_names(names)[0]
@@ -341,27 +342,40 @@ class SimpleTrainer(TrainerBase):
 
 
 class TrainerX(SimpleTrainer):
-    """Trains on labelled images alone. `forward_backward(batch)` makes one step and returns floats for the log."""
+    """Trains on labelled images alone. `forward_backward(batch)` makes one step and returns numbers for the log.
+
+    Numbers that are tensors are read once a printed line, as reading makes a GPU wait.
+    """
 
     def run_epoch(self) -> None:
         self.set_model_mode("train")
         losses, batch_time, data_time = MetricMeter(), AverageMeter(), AverageMeter()
         self.num_batches = len(self.train_loader_x)
+        unread: list[tuple[Any, float]] = []  # what the steps since the last printed line return, and learning rates
         end = time.time()
         for batch_idx, batch in enumerate(self.train_loader_x):
             self.batch_idx = batch_idx
             data_time.update(time.time() - end)
-            summary = self.forward_backward(batch)
+            unread.append((self.forward_backward(batch), self.get_current_lr()))
             batch_time.update(time.time() - end)
-            losses.update(summary)
             every = self.cfg.TRAIN.PRINT_FREQ
-            if (self.batch_idx + 1) % every == 0 or self.num_batches < every:
+            prints = (self.batch_idx + 1) % every == 0 or self.num_batches < every
+            if prints or self.batch_idx + 1 == self.num_batches:
+                self._write(losses, unread)
+            if prints:
                 self._print_progress(losses, batch_time, data_time)
-            step = self.epoch * self.num_batches + self.batch_idx
+            end = time.time()
+
+    def _write(self, losses: MetricMeter, unread: list[tuple[Any, float]]) -> None:
+        """Count and write what the last steps returned, up to the present one, and empty the list."""
+        step = self.epoch * self.num_batches + self.batch_idx + 1 - len(unread)
+        for summary, (_, rate) in zip(as_floats([given for given, _ in unread]), unread, strict=True):
+            losses.update(summary)
             for name, meter in losses.meters.items():
                 self.write_scalar(f"train/{name}", meter.avg, step)
-            self.write_scalar("train/lr", self.get_current_lr(), step)
-            end = time.time()
+            self.write_scalar("train/lr", rate, step)
+            step += 1
+        unread.clear()
 
     def _print_progress(self, losses: MetricMeter, batch_time: AverageMeter, data_time: AverageMeter) -> None:
         left = self.num_batches - self.batch_idx - 1 + (self.max_epoch - self.epoch - 1) * self.num_batches

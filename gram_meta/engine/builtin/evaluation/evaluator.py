@@ -47,20 +47,16 @@ class Classification(EvaluatorBase):
     def reset(self) -> None:
         self._correct = 0
         self._total = 0
-        self._y_true: list[int] = []
-        self._y_pred: list[int] = []
+        self._batches: list[tuple[torch.Tensor, torch.Tensor]] = []  # labels and predictions, read by `evaluate`
 
     def process(self, mo: torch.Tensor, gt: torch.Tensor) -> None:
-        """Count a batch of scores `mo` (B, N) with labels `gt` (B,)."""
-        predicted = mo.max(1)[1]
-        self._correct += int((predicted == gt).sum())
-        self._total += gt.shape[0]
-        self._y_true.extend(gt.tolist())
-        self._y_pred.extend(predicted.tolist())
+        """Keep a batch of scores `mo` (B, N) with labels `gt` (B,)."""
+        self._batches.append((gt, mo.max(1)[1]))
 
     def evaluate(self) -> OrderedDict[str, float]:
         """Print and return accuracy, error_rate, macro_f1 (over the classes that occur) [, perclass_accuracy]."""
-        true, predicted = np.asarray(self._y_true), np.asarray(self._y_pred)
+        true, predicted = (torch.cat(column).cpu().numpy() for column in zip(*self._batches, strict=True))
+        self._correct, self._total = int((true == predicted).sum()), len(true)
         accuracy = 100.0 * self._correct / self._total
         results = OrderedDict(
             accuracy=accuracy, error_rate=100.0 - accuracy, macro_f1=100.0 * _macro_f1(true, predicted)

@@ -30,6 +30,20 @@ class AverageMeter:
         self.avg = 0.9 * self.avg + 0.1 * self.val if self.ema else self.sum / self.count
 
 
+def as_floats(summaries: list[Any]) -> list[Any]:
+    """Return what some steps gave for the log with floats for tensors of one number each, which are read at once."""
+    given = [summary for summary in summaries if isinstance(summary, dict)]
+    tensors = [v.detach().reshape(()) for summary in given for v in summary.values() if isinstance(v, torch.Tensor)]
+    numbers = iter(torch.stack(tensors).tolist() if tensors else ())
+
+    def read(summary: Any) -> Any:
+        if not isinstance(summary, dict):
+            return summary
+        return {name: next(numbers) if isinstance(v, torch.Tensor) else v for name, v in summary.items()}
+
+    return [read(summary) for summary in summaries]
+
+
 class MetricMeter:
     """Keeps an `AverageMeter` for each name; its text is `name val (avg)` for each."""
 
