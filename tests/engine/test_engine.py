@@ -635,3 +635,38 @@ def test_data_manager_summary(tmp_path, registered, capsys):
     assert "Dataset    TinyData" in out and "# train_x  12" in out and "# val      6" in out
     assert manager.lab2cname == {0: "class 0", 1: "class 1", 2: "class 2"}
     assert json.dumps(manager.num_classes) == "3"
+
+
+@pytest.mark.parametrize("every", [2, 3, 10])
+def test_tensors_of_steps_are_written_as_floats_are(every, capsys):
+    """Five steps; lines are printed every so many of them. Every step's scalars are written, with its own rate."""
+    from gram_meta.engine.builtin.engine.trainer import TrainerX as Builtin
+
+    def scalars(make):
+        class Trainer(Builtin):
+            def __init__(self):
+                self.cfg = SimpleNamespace(TRAIN=SimpleNamespace(PRINT_FREQ=every))
+                self.epoch, self.max_epoch, self.train_loader_x, self.written = 1, 3, range(5), []
+
+            def set_model_mode(self, mode):
+                pass
+
+            def get_current_lr(self):
+                return 0.1 * self.batch_idx
+
+            def forward_backward(self, batch):
+                return None if batch == 3 else {"loss": make(1 / (1 + batch)), "acc": make([100.0 * batch]), "plain": 3}
+
+            def write_scalar(self, tag, value, step):
+                self.written.append((tag, step, value))
+
+        trainer = Trainer()
+        trainer.run_epoch()
+        return trainer.written, [line.split(" loss ")[1] for line in capsys.readouterr().out.splitlines()]
+
+    plain, lines = scalars(lambda x: torch.tensor(x).item())
+    assert scalars(torch.tensor) == (plain, lines)
+    assert len(lines) == {2: 2, 3: 1, 10: 5}[every]
+    assert [step for tag, step, _ in plain if tag == "train/loss"] == [5, 6, 7, 8, 9]
+    assert [value for tag, _, value in plain if tag == "train/acc"] == [0, 50, 100, 100, 175]
+    assert [value for tag, _, value in plain if tag == "train/lr"] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])

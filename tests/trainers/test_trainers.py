@@ -717,3 +717,19 @@ def test_prompts_with_nan_are_refused(world, tmp_path):
     for use in uses:
         with pytest.raises(GramError, match=f"{path}: expected finite numbers in ctx, found 1 of 256 that are not"):
             use()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_at_the_next_printed_line(world, tmp_path, one_loading, monkeypatch):
+    """Losses are checked once a printed line; a later finite one does not hide it, and no epoch is saved with it."""
+    seen, entropy = [], F.cross_entropy
+
+    def spoilt(scores, labels):
+        seen.append(len(seen))
+        return entropy(scores, labels) * (math.inf if len(seen) == 2 else 1.0)
+
+    monkeypatch.setattr("gram_meta.trainers.base.F.cross_entropy", spoilt)
+    monkeypatch.setattr(torch.amp.GradScaler, "step", lambda scaler, optimiser: None)  # prompts stay finite
+    with pytest.raises(FloatingPointError, match="Loss is infinite or NaN!"):
+        train(world, tmp_path / "out", "CoOp", "TRAIN.PRINT_FREQ", 10)
+    assert len(seen) == 3  # the end of the epoch
+    assert not list((tmp_path / "out").rglob("model.pth.tar*"))
