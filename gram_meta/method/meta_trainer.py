@@ -39,7 +39,7 @@ from gram_meta.method.tasks import StepTasks, TaskConfig, TaskSampler, images_of
 from gram_meta.processes import ALONE, ProcessGroup
 
 logger = logging.getLogger("gram")
-READ_EVERY = 10  # steps whose losses are read at once
+READ_EVERY = 10  # steps on a GPU whose losses are read at once
 
 
 class Seen(NamedTuple):
@@ -96,6 +96,7 @@ class MetaTrainer:
         # The folder
         self.saved = 0  # the step of the last saved state
         self.unread: list[Seen] = []  # of the steps since the last call of `read`
+        self.read_every = 1 if self.backbone.device.type == "cpu" else READ_EVERY  # 1: before a step moves anything
         made_from = {"store": store.fingerprint, "hierarchy": hierarchy.fingerprint}
         topics = {"topics": len(hierarchy.topics), "held_out_topics": self.held_topics}
         self.facts = {"version": __version__, **made_from, **topics}
@@ -143,7 +144,7 @@ class MetaTrainer:
         log.advance()
         last = step == self.outer.steps
         evaluates, saves = (last or step % node.EVERY == 0 for node in (self.config.EVAL, self.config.CHECKPOINT))
-        if evaluates or saves or len(self.unread) >= READ_EVERY:
+        if evaluates or saves or len(self.unread) >= self.read_every:
             self.read(log)
         if evaluates:
             self.evaluate(step, log)
@@ -161,7 +162,7 @@ class MetaTrainer:
             return
         numbers = torch.stack([seen.numbers for seen in unread]).tolist()
         for seen, (mean, size, *losses) in zip(unread, numbers, strict=True):
-            self._check_finite(losses, size, seen.step)
+            self._check_finite(seen.step, mean, size, *losses)
             log.loss(seen.step, mean)
         if len(unread[0].norms):
             self.state.norms.append(torch.cat([seen.norms.flatten(0, 1) for seen in unread]).cpu())
@@ -208,6 +209,8 @@ class MetaTrainer:
         gradients = [p.grad for p in parameters_of(self.optimiser) if p.grad is not None]
         size, mean = torch.stack(torch._foreach_norm(gradients)).sum(), result.losses.mean()
         self.unread.append(Seen(step, torch.cat([mean[None], size[None], result.losses]), result.norms))
+        if self.read_every == 1:
+            self._check_finite(step, *self.unread[-1].numbers.tolist())
         with self.region(OPTIMISER):
             self.state.update(self.outer, step)
 
@@ -232,7 +235,7 @@ class MetaTrainer:
             self.state.best = {"step": step, **scores}
             self.folder.save_checkpoint(BEST, checkpoint)
 
-    def _check_finite(self, losses: list[float], size: float, step: int) -> None:
+    def _check_finite(self, step: int, mean: float, size: float, *losses: float) -> None:
         bad = [index for index, loss in enumerate(losses) if not math.isfinite(loss)]
         if bad:
             number = (step - 1) * self.outer.batch + bad[0]

@@ -213,6 +213,7 @@ def meta_rows(family: str, layers: int, folder: Path) -> dict[str, Row]:
     config = load_meta_config([], ["PROMPT.WORDS", "", *(str(x) for option in options.items() for x in option)])
     with mock.patch.object(Hierarchy, "check_store"):
         trainer = MetaTrainer(store, hierarchy, folder, config, progress=False, backbone=narrow("fp32", layers))
+    trainer.read_every = READ_EVERY
     coming, numbers, towers = iter(trainer.episodes_of(0, 99)), iter(range(1, 99)), trainer.backbone
 
     def take(steps: int) -> None:

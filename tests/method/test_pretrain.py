@@ -1,6 +1,7 @@
 """Meta-training on a tiny corpus: what it learns, resumes, repeats and refuses."""
 
 import json
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -175,3 +176,19 @@ def test_the_command_names_what_is_missing(tmp_path, capsys):
     assert "expected a pair store" in capsys.readouterr().err
     assert main(["pretrain", *args, "OUTER.STEP", "3"]) == 2
     assert "did you mean 'OUTER.STEPS'" in capsys.readouterr().err
+
+
+def test_a_gpu_reads_many_steps_at_once_and_still_names_the_step(store, tmp_path):
+    """With `read_every` of a GPU: a loss of an earlier step ends the run before anything of it is saved."""
+    run, log = trainer(store, tmp_path, "EVAL.EVERY", "4", "CHECKPOINT.EVERY", "4"), MagicMock()
+    run.read_every = 10
+    coming = iter(run.episodes_of(0, 12))
+    for step in range(1, 4):
+        run.step(step, next(coming))
+        run.record(step, log)
+    assert not log.loss.called and len(run.unread) == 3
+    run.unread[1].numbers[2] = torch.nan
+    run.step(4, next(coming))
+    with pytest.raises(GramError, match="expected a finite loss, found nan at step 2 in task 2 "):
+        run.record(4, log)
+    assert [call.args[0] for call in log.loss.call_args_list] == [1] and not list(tmp_path.iterdir())
