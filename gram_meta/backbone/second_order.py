@@ -67,15 +67,12 @@ def activate_and_project(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor
     return _Activation.apply(hidden, weight.to(hidden.dtype), bias.to(hidden.dtype))
 
 
-def self_attention(qkv: Tensor, heads: int, hidden: Tensor | None = None) -> Tensor:
+def self_attention(qkv: Tensor, heads: int) -> Tensor:
     """Attend from all tokens to all: queries, keys, values side by side (B, L, 3 d) -> (B, L, d).
 
     Derivatives of 16-bit values are computed in float32, as in torch's own differentiable attention.
-
-    Args:
-        hidden: (L, L) the keys that each query does not see, those behind it; None: each query sees all keys.
     """
-    return _Attention.apply(qkv, heads, hidden)
+    return _Attention.apply(qkv, heads)
 
 
 def _last(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -172,42 +169,39 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, heads: int, hidden: Tensor | None) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, heads: int) -> Tensor:
         ctx.save_for_backward(qkv)
-        ctx.heads, ctx.hidden = heads, hidden
+        ctx.heads = heads
         q, k, v = _views(qkv, heads)
-        return _merged(F.scaled_dot_product_attention(q, k, v, is_causal=hidden is not None))
+        return _merged(F.scaled_dot_product_attention(q, k, v))
 
     @staticmethod
-    def backward(ctx: Any, *do: Tensor) -> tuple[Tensor, None, None]:
-        return _AttentionGradient.apply(do[0], *ctx.saved_tensors, ctx.heads, ctx.hidden), None, None
+    def backward(ctx: Any, *do: Tensor) -> tuple[Tensor, None]:
+        return _AttentionGradient.apply(do[0], *ctx.saved_tensors, ctx.heads), None
 
 
 class _AttentionGradient(torch.autograd.Function):
-    """With S = c Q K^T, P = softmax(S), O = P V: dV = P^T dO, dS = P (dP - r), dP = dO V^T, r = sum(dP P) over keys.
-
-    Every change of S is multiplied by P, which is zero at hidden keys.
-    """
+    """With S = c Q K^T, P = softmax(S), O = P V: dV = P^T dO, dS = P (dP - r), dP = dO V^T, r = sum(dP P) over keys."""
 
     @staticmethod
-    def forward(ctx: Any, do: Tensor, qkv: Tensor, heads: int, hidden: Tensor | None) -> Tensor:
+    def forward(ctx: Any, do: Tensor, qkv: Tensor, heads: int) -> Tensor:
         ctx.save_for_backward(do, qkv)
-        ctx.heads, ctx.hidden = heads, hidden
+        ctx.heads = heads
         q, k, v = _split(qkv, heads)
         (do,) = _split(do, heads, 1)
-        p, c = _weights(q, k, hidden)
+        p, c = _weights(q, k)
         ds = _softmax_backward(do @ v.mT, p, -1, p.dtype).mul_(c)
         return _joined((ds @ k, ds.mT @ q, p.mT @ do), qkv)
 
     @staticmethod
     @_last
-    def backward(ctx: Any, u: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, u: Tensor) -> tuple[Tensor, Tensor, None]:
         """Differentiate dQ, dK, dV along u: S', P' and so on are the changes; the gradient of dO is O'."""
         given, qkv = ctx.saved_tensors
         q, k, v = _split(qkv, ctx.heads)
         uq, uk, uv = _split(u, ctx.heads)
         (do,) = _split(given, ctx.heads, 1)
-        p, c = _weights(q, k, ctx.hidden)
+        p, c = _weights(q, k)
         p_turned = _softmax_backward((uq @ k.mT).add_(q @ uk.mT).mul_(c), p, -1, p.dtype)  # P' = P (S' - sum(P S'))
         to_do = (p_turned @ v).add_(p @ uv)
         to_v = p_turned.mT @ do
@@ -221,7 +215,7 @@ class _AttentionGradient(torch.autograd.Function):
         ds_turned = p_turned.addcmul_(p, dp_turned).mul_(c)
         to_q.add_(ds_turned @ k)
         to_k.add_(ds_turned.mT @ q)
-        return _merged(to_do).to(given.dtype), _joined((to_q, to_k, to_v), qkv), None, None
+        return _merged(to_do).to(given.dtype), _joined((to_q, to_k, to_v), qkv), None
 
 
 def _views(x: Tensor, heads: int, parts: int = 3) -> Tensor:
@@ -247,8 +241,7 @@ def _joined(parts: tuple[Tensor, ...], like: Tensor) -> Tensor:
     return out
 
 
-def _weights(q: Tensor, k: Tensor, hidden: Tensor | None) -> tuple[Tensor, float]:
+def _weights(q: Tensor, k: Tensor) -> tuple[Tensor, float]:
     """Return P (B, heads, L, L) and c."""
     c = q.shape[-1] ** -0.5
-    scores = (q @ k.mT).mul_(c)
-    return torch.softmax(scores if hidden is None else scores.masked_fill_(hidden, -torch.inf), dim=-1), c
+    return torch.softmax((q @ k.mT).mul_(c), dim=-1), c

@@ -68,7 +68,7 @@ def _dense_texts(layers: Any, tokens: Tensor, shared: Tensor | None, layout: Rec
     x = tokens.flatten(0, 1)  # (G N, P + L, d)
     *blocks, final = layers
     for block in blocks:
-        x = run(partial(_block, block, hidden=layout.hidden), x)
+        x = run(partial(_block, block, causal=True), x)
     return run(partial(_final_dense_block, final, layout), x)
 
 
@@ -112,16 +112,16 @@ def _mlp(mlp: Any, x: Tensor) -> Tensor:
     return activate_and_project(hidden, mlp.c_proj.weight, mlp.c_proj.bias).view_as(x)
 
 
-def _block(block: Any, x: Tensor, hidden: Tensor | None = None) -> Tensor:
-    """Apply one layer of a tower: (B, L, d) -> (B, L, d); `hidden` (L, L) makes it causal."""
+def _block(block: Any, x: Tensor, causal: bool = False) -> Tensor:
+    """Apply one layer of a tower: (B, L, d) -> (B, L, d)."""
     attn = block.attn
     qkv = _projected(attn, _layer_norm(block.ln_1, x))  # (B, L, 3 d)
-    if second_order_enabled() and not torch.is_autocast_enabled(qkv.device.type):
-        seen = self_attention(qkv, attn.num_heads, hidden)  # (B, L, d)
+    if second_order_enabled() and not causal and not torch.is_autocast_enabled(qkv.device.type):
+        seen = self_attention(qkv, attn.num_heads)  # (B, L, d)
         x = x + F.linear(seen, attn.out_proj.weight, attn.out_proj.bias)
     else:
         query, key, value = _split_heads(attn, qkv)
-        x = x + _merge_heads(attn, F.scaled_dot_product_attention(query, key, value, is_causal=hidden is not None))
+        x = x + _merge_heads(attn, F.scaled_dot_product_attention(query, key, value, is_causal=causal))
     return x + _mlp(block.mlp, _layer_norm(block.ln_2, x))
 
 
@@ -177,7 +177,6 @@ class Rectangle:
         ends = before + ends.flatten()  # (G N,)
         self.ends = ends + torch.arange(len(ends), device=ends.device) * len(places)  # rows of the flat rectangle
         self.visible_to_end = (places <= ends[:, None])[:, None, None]  # (G N, 1, 1, P + L)
-        self.hidden = places > places[:, None]  # (P + L, P + L), the positions behind each one
 
 
 def _text_block(block: Any, packing: Packing, tokens: Tensor, shared: Tensor | None = None) -> tuple[Tensor, ...]:

@@ -23,10 +23,10 @@ EXPECTED = {  # with two layers: operations in fp32 and in fp16, waits a step
     "JointPrompt, test batch": (41, 59, 0),
     "UniGRAM, step": (234, 293, 0.6),
     "UniGRAM, test batch": (41, 59, 0),
-    "meta-step, text": (708, None, 0.2),
-    "meta-step, conditional": (800, None, 0.2),
+    "meta-step, text": (674, None, 0.2),
+    "meta-step, conditional": (765, None, 0.2),
     "meta-step, visual": (713, None, 0.2),
-    "meta-step, joint": (1342, None, 0.2),
+    "meta-step, joint": (1308, None, 0.2),
 }
 
 
