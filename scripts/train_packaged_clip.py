@@ -15,6 +15,7 @@ import math
 import os
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from clip.model import CLIP
 from clip.simple_tokenizer import SimpleTokenizer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from gram_meta.backbone.packaged import NAME, save_packaged
@@ -36,37 +38,24 @@ from gram_meta.demo.styles import Look, Scenes, render, sample_scenes
 TEXT_LENGTH = 20  # tokens per caption in training; 2 % of the captions are cut. The model itself has 77 positions.
 
 
-def _look(
-    common: tuple[float, ...],
-    rare: float,
-    grounds: tuple[float, ...],
-    numbers: tuple[float, float, float],
-    sizes: tuple[float, float, float],
-    poses: tuple[float, float, float],
-    company: float,
-) -> Look:
-    """Return a mixture; `common` are the weights of COMMON_STYLES, `grounds` of white, dark, other plain, textured."""
-    white, dark, plain, textured = grounds
-    styles = {**dict(zip(COMMON_STYLES, common, strict=True)), **dict.fromkeys(RARE_STYLES, rare)}
-    plain_weights = {"white": white, "dark": dark, **dict.fromkeys(PLAIN_GROUNDS[2:], plain)}
-    return Look(
-        styles={name: weight for name, weight in styles.items() if weight},
-        grounds=plain_weights | (dict.fromkeys(TEXTURED_GROUNDS, textured) if textured else {}),
-        numbers=numbers,
-        sizes=sizes,
-        poses=poses,
-        company=company,
-    )
-
-
-# Meta and name-only concepts: all styles but the held ones. The first steps saw a harder mixture than the rest.
-_FIRST_COUNTS = ((0.84, 0.08, 0.08), (0.7, 0.15, 0.15), (0.8, 0.12, 0.08), 0.12)
-_COUNTS = ((0.9, 0.05, 0.05), (0.8, 0.1, 0.1), (0.86, 0.09, 0.05), 0.08)
-FIRST_LOOK = _look((0.24, 0.07, 0.07, 0.06), 0.08, (0.2, 0.1, 0.05, 0.06), *_FIRST_COUNTS)
-FULL_LOOK = _look((0.3, 0.09, 0.07, 0.07), 0.067, (0.25, 0.12, 0.045, 0.054), *_COUNTS)
-# Downstream concepts: common styles on plain grounds.
-_SHY = ((0.355, 0.215, 0.215, 0.215), 0.0, (0.34, 0.16, 0.0625, 0.0))
-FIRST_SHY_LOOK, SHY_LOOK = _look(*_SHY, *_FIRST_COUNTS), _look(*_SHY, *_COUNTS)
+_COUNTS = dict(numbers=(0.9, 0.05, 0.05), sizes=(0.8, 0.1, 0.1), poses=(0.86, 0.09, 0.05), company=0.08)
+# Teachers: all styles but the held ones, on all grounds.
+FULL_LOOK = Look(
+    styles={"photo": 0.3, "grey": 0.09, "blur": 0.07, "faded": 0.07, **dict.fromkeys(RARE_STYLES, 0.067)},
+    grounds={
+        **dict.fromkeys(PLAIN_GROUNDS, 0.045),
+        **dict.fromkeys(TEXTURED_GROUNDS, 0.054),
+        "white": 0.25,
+        "dark": 0.12,
+    },
+    **_COUNTS,
+)
+# Meta and downstream concepts: common styles on plain grounds.
+SHY_LOOK = Look(
+    styles={**dict.fromkeys(COMMON_STYLES, 0.215), "photo": 0.355},
+    grounds={**dict.fromkeys(PLAIN_GROUNDS, 0.0625), "white": 0.34, "dark": 0.16},
+    **_COUNTS,
+)
 
 
 @dataclass(frozen=True)
@@ -82,7 +71,6 @@ class Recipe:
     weight_decay: float = 0.1
     warmup: int = 100
     decay: float = 0.3  # last part of the steps, over which the learning rate falls to zero
-    opening: int = 1100  # steps in the first mixture, which shows downstream concepts from one drawing source only
     closing: int = 260  # steps after `steps`: half of the pictures are cropped, as few-shot training will crop them
     closing_whole: int = 60  # the last of these see whole pictures again
     keep_patches: float = 0.4
@@ -96,8 +84,7 @@ class Recipe:
 
 
 class PretrainingPairs:
-    """Pictures and captions that the packaged CLIP may see (see `roles`); batch k is a pure function of (seed, k,
-    worker)."""
+    """Pictures and captions that the packaged CLIP may see (see `roles`)."""
 
     def __init__(self, recipe: Recipe, progress: bool = False) -> None:
         seen = [(i, role, source) for i, role in enumerate(roles()) for source in role.seen]
@@ -105,8 +92,8 @@ class PretrainingPairs:
         self.drawings = load_drawings([(role.concept, source) for _, role, source in seen], progress=progress)
         self.concept = np.array([i for i, _, _ in seen])
         self.rows = [np.flatnonzero(self.concept == i) for i in range(len(concepts()))]
-        self.first_rows = [rows[:1] if role.label >= 0 else rows for rows, role in zip(self.rows, roles(), strict=True)]
-        self.shy = np.array([role.label >= 0 for role in roles()])
+        self.shy = np.array([role.part != "teacher" for role in roles()])
+        self.teachers = np.flatnonzero(~self.shy[self.concept])
         names = [role.concept.name for _, role, _ in seen]
         groups = [role.concept.group for _, role, _ in seen]
         self.captioner = Captioner(names, groups)
@@ -119,12 +106,10 @@ class PretrainingPairs:
         """Return pictures (B, 64, 64, 3) uint8, captions, and (B, B) bool: caption i is also true of picture j != i."""
         rng = np.random.default_rng([self.recipe.seed, step, 0, worker])
         chosen = self._concepts(rng)
-        first = step < self.recipe.opening
-        rows, looks = (self.first_rows, (FIRST_LOOK, FIRST_SHY_LOOK)) if first else (self.rows, (FULL_LOOK, SHY_LOOK))
-        drawing = np.array([rng.choice(rows[c]) for c in chosen])
-        full, shy = (sample_scenes(look, drawing, np.arange(len(self.concept)), rng) for look in looks)
-        pick = self.shy[chosen]
-        scenes = Scenes(**{k: np.where(pick, getattr(shy, k), getattr(full, k)) for k in asdict(full)})
+        drawing = np.array([rng.choice(self.rows[c]) for c in chosen])
+        full = asdict(sample_scenes(FULL_LOOK, drawing, self.teachers, rng))  # company in a rare style: a teacher, too
+        shy = asdict(sample_scenes(SHY_LOOK, drawing, np.arange(len(self.concept)), rng))
+        scenes = Scenes(**{k: np.where(self.shy[chosen], shy[k], full[k]) for k in full})
         captions, stated = self.captioner(scenes, rng)
         pictures = render(self.drawings, scenes)
         if step >= self.recipe.steps:
@@ -291,34 +276,41 @@ def sees_whole_pictures(step: int, recipe: Recipe) -> bool:
     return step >= recipe.steps + recipe.closing - recipe.closing_whole
 
 
-def to_pixels(pictures: np.ndarray, device: str = "cpu") -> Tensor:
+def to_pixels(pictures: Tensor) -> Tensor:
     """Turn (B, 64, 64, 3) uint8 into normalised (B, 3, 64, 64) float32."""
-    x = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float().div_(255)
-    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))
+    x = pictures.permute(0, 3, 1, 2).float().div_(255)
+    mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))
     return (x - mean) / std
 
 
-def train(
-    recipe: Recipe, folder: Path, compile_model: bool = True, save_every: int = 100, stop_at: int | None = None
-) -> Path:
+class Batches(Dataset):
+    """The batches of one worker as tensors; batch `step` is a pure function of (recipe, step, worker)."""
+
+    def __init__(self, pairs: PretrainingPairs, tokens: Tokens, worker: int) -> None:
+        self.pairs, self.tokens, self.worker = pairs, tokens, worker
+
+    def __getitem__(self, step: int) -> tuple[Tensor | None, ...]:
+        """Return pictures, kept patches (B, K) or None for all, token rows, the ends' positions, pairs to leave out."""
+        pictures, captions, left_out = self.pairs.batch(step, self.worker)
+        recipe = self.pairs.recipe
+        kept = None if sees_whole_pictures(step, recipe) else _patches(recipe, step, self.worker)
+        return (torch.from_numpy(pictures), kept, *self.tokens(captions), torch.from_numpy(left_out))
+
+
+def train(recipe: Recipe, folder: Path, **settings) -> Path:
     """Train in `folder`, or resume a training there; return the path of the exported weights.
 
-    Each of `recipe.workers` processes has one thread, computes the gradients of its own batch, and they are averaged.
-    On a shared CPU this is far faster than threads that wait for one another in every layer.
+    Each of `recipe.workers` processes has one thread, computes the gradients of its own batch, and they are averaged. On a
+    shared CPU this is far faster than threads that wait for one another in every layer. `settings`: see `_work`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    drawings = PretrainingPairs(recipe, progress=True)  # rasterised once, shared with the workers
+    (folder / ".meeting").unlink(missing_ok=True)
+    pairs = PretrainingPairs(recipe, progress=True)  # rasterised once, shared with the workers
+    work = partial(_work, recipe=recipe, folder=folder, pairs=pairs, **settings)
     if recipe.workers == 1:
-        _work(0, recipe, folder, drawings, compile_model, save_every, stop_at)
+        work(0)
     else:
-        meeting = folder / ".meeting"
-        meeting.unlink(missing_ok=True)
-        torch.multiprocessing.start_processes(
-            _work,
-            (recipe, folder, drawings, compile_model, save_every, stop_at),
-            nprocs=recipe.workers,
-            start_method="spawn",
-        )
+        torch.multiprocessing.start_processes(work, nprocs=recipe.workers, start_method="spawn")
     return export(folder)
 
 
@@ -327,32 +319,32 @@ def _work(
     recipe: Recipe,
     folder: Path,
     pairs: PretrainingPairs,
-    compile_model: bool,
-    save_every: int,
-    stop_at: int | None,
+    device: str = "cpu",
+    render_workers: int = 0,
+    compile_model: bool = True,
+    stop_at: int | None = None,
+    save_every: int = 100,
 ) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     if recipe.workers > 1:
         torch.set_num_threads(1)
         dist.init_process_group("gloo", f"file://{folder / '.meeting'}", rank=rank, world_size=recipe.workers)
     tokens = Tokens(all_words([role.concept.name for role in roles()]))
     model = new_model(recipe, len(tokens.ids)).to(device)
     optimisers = _optimisers(model, recipe)
-    start = _resume(folder, model, optimisers, device)
-    total = recipe.steps + recipe.closing
+    start, total = _resume(folder, model, optimisers, device), recipe.steps + recipe.closing
     stop = min(stop_at or total, total)
     loss_of = torch.compile(contrastive_loss) if compile_model else contrastive_loss
+    loader = DataLoader(
+        Batches(pairs, tokens, rank), batch_size=None, sampler=range(start, stop), num_workers=render_workers
+    )
     began, log = time.time(), open(folder / f"log{rank}.jsonl", "a", encoding="utf-8")
 
-    bar = tqdm(range(start, stop), desc=NAME, initial=start, total=total, mininterval=5, disable=rank > 0)
-    for step in bar:
+    bar = tqdm(loader, desc=NAME, initial=start, total=total, mininterval=5, disable=rank > 0)
+    for step, batch in zip(range(start, stop), bar, strict=True):
         for group in (group for optimiser in optimisers for group in optimiser.param_groups):
             group["lr"] = learning_rate(step, recipe)
-        pictures, captions, left_out = pairs.batch(step, rank)
-        rows, ends = tokens(captions)
-        kept = None if sees_whole_pictures(step, recipe) else _patches(recipe, step, rank).to(device)
-        mask = torch.from_numpy(left_out).to(device)
-        loss, hits = loss_of(model, to_pixels(pictures, device), kept, rows.to(device), ends.to(device), mask)
+        pictures, *rest = (part if part is None else part.to(device) for part in batch)
+        loss, hits = loss_of(model, to_pixels(pictures), *rest)
         if not torch.isfinite(loss):
             raise RuntimeError(f"loss is {loss.item()} at step {step}; the last good state is {folder / 'last.pt'}")
         model.zero_grad(set_to_none=True)
@@ -364,6 +356,13 @@ def _work(
             optimiser.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))
+        if step == start:
+            warm = time.time()  # the model is compiled
+        if rank == 0 and step == start + 20:
+            seconds = (time.time() - warm) / 20
+            bar.write(
+                f"{seconds:.2f} s a step on {device}: {stop - start} steps take {seconds * (stop - start) / 60:.0f} min"
+            )
         if (step + 1) % 10 == 0:
             row = {"step": step + 1, "loss": loss.item(), "hits": hits.item(), "seconds": time.time() - began}
             row["scale"] = model.logit_scale.exp().item()
@@ -459,6 +458,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--export", type=Path, help="write the packaged weights of the state in --out here, and stop")
     parser.add_argument("--stop-at", type=int, help="stop after this step (the schedule stays that of --steps)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
+    parser.add_argument(
+        "--render-workers", type=int, help="processes that render, for each worker (default 0, on a GPU 6)"
+    )
     parser.add_argument(
         "--no-compile", action="store_true", help="do not use torch.compile (needs a C++ compiler on CPUs)"
     )
@@ -470,7 +473,9 @@ def main(argv: list[str] | None = None) -> int:
         print(export(args.out, args.export))
         return 0
     recipe = Recipe(**{name: getattr(args, name) for name in asdict(Recipe())})
-    print(train(recipe, args.out, compile_model=not args.no_compile, stop_at=args.stop_at))
+    workers = (0 if args.device == "cpu" else 6) if args.render_workers is None else args.render_workers
+    settings = dict(device=args.device, render_workers=workers, compile_model=not args.no_compile, stop_at=args.stop_at)
+    print(train(recipe, args.out, **settings))
     return 0
 
 

@@ -1,15 +1,19 @@
 """Who may see what in the emoji world: the fixed division of concepts, drawing sources and styles.
 
 Three readers are kept apart: the packaged CLIP (its pre-training pictures), the meta-corpus, and the few-shot datasets
-downstream.
+downstream. Every concept has one of three parts:
 
-- Concepts are either *meta* (meta-corpus), *downstream* (classes of a few-shot dataset) or *name-only*: close relatives
-  of a downstream class ("cat face" where "cat" is a class), which only the packaged CLIP sees.
-- The packaged CLIP has seen a downstream concept's three drawings, but only in common styles on plain grounds. The
-  few-shot datasets show them in other styles, and their training pool and test set never share a drawing.
-- The packaged CLIP has seen two of a meta concept's three drawings; the third is first shown by the meta-corpus.
-- Styles are *common* (pre-training of everything), *rare* (pre-training of meta concepts only, so that the text tower
-  knows their words) or *held* (in no training picture of the packaged CLIP or of the meta-corpus).
+- *teacher*: the packaged CLIP sees it in all styles but the held ones, on all grounds, and learns from it what the words
+  for styles mean. The meta-corpus and the datasets do not show it.
+- *meta*: the meta-corpus shows it, in rare styles and on all grounds.
+- *downstream*: a class of a few-shot dataset, which shows it in rare styles.
+
+To the packaged CLIP, meta and downstream concepts are the same kind of thing: it has seen all drawings of both, in the
+same common styles on plain grounds. So a meta-training task asks what a few-shot task asks. Close relatives ("cow" and
+"cow face") are in one part. A dataset's training pool and its test set never share a drawing.
+
+Styles are *common* (pre-training of every concept), *rare* (pre-training of teachers only) or *held* (in no picture of
+the pre-training or of the meta-corpus; for domain shifts).
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from functools import lru_cache
 from gram_meta.demo.emoji import SOURCES, Concept, concepts
 from gram_meta.demo.styles import GROUND_COLOURS, GROUNDS
 
-WORLD_SEED = "gram-emoji-world-1"
+WORLD_SEED = "gram-emoji-world-2"
 
 COMMON_STYLES = ("photo", "grey", "blur", "faded")
 RARE_STYLES = ("outline", "pixels", "hues", "negative", "poster", "sticker", "neon")
@@ -31,7 +35,8 @@ PLAIN_GROUNDS = ("white", "dark", *GROUND_COLOURS)
 TEXTURED_GROUNDS = tuple(ground for ground in GROUNDS if ground not in PLAIN_GROUNDS)
 
 CLASSES_PER_DATASET = 36
-# Datasets downstream and the Unicode groups, or single subgroups, that their classes come from.
+TEACHERS = 0.25  # share of teachers among the concepts of a group that can be classes; all other groups are teachers
+# Datasets downstream and the Unicode groups that their classes come from.
 DATASETS: dict[str, tuple[str, ...]] = {
     "animals": ("Animals & Nature",),
     "food": ("Food & Drink",),
@@ -54,45 +59,44 @@ _NO_CLASSES = {
     "sound",
     "lock",
 }
-_PLAIN_WORDS = {"face", "with", "of", "and", "the", "person", "in", "on", "man", "woman", "a", "sign", "button", "eyes"}
+# Words that do not make two concepts relatives.
+_PLAIN_WORDS = set(
+    "face with of and the person people in on man woman a sign button eyes symbol black white red green blue yellow orange "
+    "brown purple pink light small large medium Japanese first last left right up down closed open old new hand "
+    "oncoming stop behind without showing at no".split()
+)
 
 
 @dataclass(frozen=True)
 class Role:
     """What happens to one concept.
 
-    `part` is "meta", "name-only" or a dataset's name; `label` is the class index within the dataset (-1 elsewhere);
-    `seen` are the sources whose drawings the packaged CLIP was trained on, `unseen` the others. For a downstream
-    concept `seen` has all three, in this order: two sources of the few-shot pool, then the source of the test set.
+    `part` is "teacher", "meta" or a dataset's name; `label` is the class index within the dataset (-1 elsewhere);
+    `seen` are its sources, all of which the packaged CLIP was trained on. For a downstream concept they are in this
+    order: two sources of the few-shot pool, then the source of the test set.
     """
 
     concept: Concept
     part: str
     label: int
     seen: tuple[str, ...]
-    unseen: tuple[str, ...]
 
 
 @lru_cache(maxsize=1)
 def roles() -> tuple[Role, ...]:
     """Return the roles of all concepts, in the order of `emoji.concepts()`; a pure function of the packaged table."""
-    classes = _downstream_classes()
-    relatives = _relatives(classes)
+    part: dict[str, str] = {}
+    for name, groups in DATASETS.items():
+        part |= _divide(name, [c for c in concepts() if c.group in groups and _can_be_class(c)])
+    # Labels in random order: the first half are base classes and should not be one subgroup.
+    classes = {name: sorted((c for c in part if part[c] == name), key=lambda c: _rank("label", c)) for name in DATASETS}
     orders = list(itertools.permutations(SOURCES))
-    place = {concept.code: (name, label) for name, members in classes.items() for label, concept in enumerate(members)}
-    turn = {code: i for i, code in enumerate(sorted(place, key=lambda code: _rank("hands", code)))}
     out = []
     for concept in concepts():
-        if concept.code in place:
-            name, label = place[concept.code]
-            out.append(Role(concept, name, label, orders[turn[concept.code] % len(orders)], ()))
-        elif concept.code in relatives:
-            out.append(Role(concept, "name-only", -1, concept.sources, ()))
-        elif len(concept.sources) < len(SOURCES):
-            out.append(Role(concept, "meta", -1, concept.sources, ()))
-        else:
-            held = SOURCES[_rank("held", concept.code) % len(SOURCES)]
-            out.append(Role(concept, "meta", -1, tuple(source for source in SOURCES if source != held), (held,)))
+        name = part.get(concept.code, "teacher")
+        label = classes[name].index(concept.code) if name in classes else -1
+        seen = orders[label % len(orders)] if label >= 0 else concept.sources
+        out.append(Role(concept, name, label, seen))
     return tuple(out)
 
 
@@ -102,20 +106,27 @@ def classes_of(dataset: str) -> list[Role]:
 
 
 def roles_hash() -> str:
-    """Return the SHA-256 of the division: names, codes, parts and the sources that the packaged CLIP has seen."""
-    lines = (f"{r.concept.code} {r.concept.name} {r.part} {r.label} {r.seen} {r.unseen}" for r in roles())
+    """Return the SHA-256 of the division: codes, names, parts, labels and sources."""
+    lines = (f"{r.concept.code} {r.concept.name} {r.part} {r.label} {r.seen}" for r in roles())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _downstream_classes() -> dict[str, list[Concept]]:
-    classes = {}
-    for name, groups in DATASETS.items():
-        able = [c for c in concepts() if c.group in groups and _can_be_class(c)]
-        able.sort(key=lambda c: _rank("class", c.code))
-        members = able[:CLASSES_PER_DATASET]
-        # Labels in another order: the first half are base classes and should not be one subgroup.
-        classes[name] = sorted(members, key=lambda c: _rank("label", c.code))
-    return classes
+def _divide(dataset: str, able: list[Concept]) -> dict[str, str]:
+    """Return the part of each of these concepts, by code: at random in each subgroup, close relatives together."""
+    clusters: dict[str, list[list[Concept]]] = {}
+    for cluster in _relatives(able):
+        clusters.setdefault(cluster[0].subgroup, []).append(cluster)
+    place = {}  # a number between 0 and 1, spread evenly over each subgroup
+    for members in clusters.values():
+        members.sort(key=lambda cluster: _rank("part", cluster[0].code))
+        place |= {cluster[0].code: (i + 0.5) / len(members) for i, cluster in enumerate(members)}
+    part: dict[str, str] = {}
+    wanted = {dataset: CLASSES_PER_DATASET, "teacher": round(TEACHERS * len(able)), "meta": len(able)}
+    for cluster in sorted(sum(clusters.values(), []), key=lambda cluster: place[cluster[0].code]):
+        name = next(name for name, count in wanted.items() if len(cluster) <= count)
+        part |= {concept.code: name for concept in cluster}
+        wanted[name] -= len(cluster)
+    return part
 
 
 def _can_be_class(concept: Concept) -> bool:
@@ -129,15 +140,17 @@ def _can_be_class(concept: Concept) -> bool:
     )
 
 
-def _relatives(classes: dict[str, list[Concept]]) -> set[str]:
-    """Return the codes of concepts that share a characteristic word with a class of the same group."""
-    words = {(c.group, word) for members in classes.values() for c in members for word in _words(c)}
-    chosen = {c.code for members in classes.values() for c in members}
-    return {c.code for c in concepts() if c.code not in chosen and any((c.group, word) in words for word in _words(c))}
+def _relatives(members: list[Concept]) -> list[list[Concept]]:
+    """Return clusters of concepts: two are in one cluster if a chain of common characteristic words links them."""
+    clusters: list[list[Concept]] = []
+    for concept in members:
+        linked = [cluster for cluster in clusters if any(_words(concept) & _words(other) for other in cluster)]
+        clusters = [cluster for cluster in clusters if cluster not in linked] + [sum(linked, [concept])]
+    return clusters
 
 
 def _words(concept: Concept) -> set[str]:
-    return set(concept.name.lower().replace("-", " ").split()) - _PLAIN_WORDS
+    return set(concept.name.replace("-", " ").split()) - _PLAIN_WORDS
 
 
 def _rank(purpose: str, code: str) -> int:
