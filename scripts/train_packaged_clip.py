@@ -62,7 +62,7 @@ SHY_LOOK = Look(
 class Recipe:
     """Everything that fixes the result of a training run."""
 
-    steps: int = 2200
+    steps: int = 2600
     workers: int = 2  # processes; each has batches of its own
     batch: int = 192
     twins: int = 64  # concepts that are in a batch twice
@@ -238,12 +238,18 @@ def encode_text(model: nn.Module, rows: Tensor, ends: Tensor) -> Tensor:
 def _block(block: nn.Module, x: Tensor, causal: bool) -> Tensor:
     b, t, d = x.shape
     y = F.layer_norm(x, (d,), block.ln_1.weight, block.ln_1.bias)
-    qkv = F.linear(y, block.attn.in_proj_weight, block.attn.in_proj_bias)
+    qkv = _linear(y, block.attn.in_proj_weight, block.attn.in_proj_bias)
     q, k, v = qkv.view(b, t, 3, d // 64, 64).permute(2, 0, 3, 1, 4)
     y = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).reshape(b, t, d)
-    x = x + F.linear(y, block.attn.out_proj.weight, block.attn.out_proj.bias)
-    y = block.mlp.c_fc(F.layer_norm(x, (d,), block.ln_2.weight, block.ln_2.bias))
-    return x + block.mlp.c_proj(y * torch.sigmoid(1.702 * y))
+    x = x + _linear(y, block.attn.out_proj.weight, block.attn.out_proj.bias)
+    y = F.layer_norm(x, (d,), block.ln_2.weight, block.ln_2.bias)
+    y = _linear(y, block.mlp.c_fc.weight, block.mlp.c_fc.bias)
+    return x + _linear(y * torch.sigmoid(1.702 * y), block.mlp.c_proj.weight, block.mlp.c_proj.bias)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Multiply in bfloat16 (more than twice as fast on CPUs with AVX512_BF16); parameters and sums stay float32."""
+    return F.linear(x.bfloat16(), weight.bfloat16()).float() + bias
 
 
 def contrastive_loss(model, pixels, kept, rows, ends, left_out):
