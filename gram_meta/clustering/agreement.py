@@ -15,8 +15,8 @@ from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError, in_one_line
 from gram_meta.files import PathLike
 
-OF_TOPICS = ("concept", "group", "subgroup", "style", "hand")
-OF_DOMAINS = ("style", "hand", "concept")
+OF_TOPICS = ("concept", "group", "subgroup", "style", "source")
+OF_DOMAINS = ("style", "source", "concept")
 WRONG = "caption_is_wrong"
 _YES, _NO = ("1", "true", "yes"), ("0", "false", "no", "")
 
@@ -26,7 +26,7 @@ Report = dict[str, Any]
 def read_truth(path: PathLike) -> dict[str, list[str]]:
     """Read the columns, as strings, of a TSV, CSV or Parquet file of known facts.
 
-    It has a column `image` (locations in the corpus), any of `concept`, `group`, `subgroup`, `style`, `hand` and
+    It has a column `image` (locations in the corpus), any of `concept`, `group`, `subgroup`, `style`, `source` and
     `caption_is_wrong`, and optionally `caption`: with it the facts are about pairs, else about images.
 
     Raises:

@@ -2,8 +2,7 @@
 
 A *concept* is an emoji without skin tone, gender variant or letter flag, with its English name and Unicode group. A
 *source* is one of three sets of drawings on the package index: OpenMoji (coloured, with outlines), Twemoji (coloured,
-flat) and Noto Emoji (black and white glyphs of a font). None of their files is part of this project. The tables of the
-world (truth.tsv) call a source a `hand`.
+flat) and Noto Emoji (black and white glyphs of a font). None of their files is part of this project.
 """
 
 from __future__ import annotations

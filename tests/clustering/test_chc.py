@@ -615,7 +615,7 @@ def test_the_commands_on_a_tiny_corpus(tmp_path, capsys):
 
     corpus, random = tmp_path / "corpus", np.random.default_rng(0)
     (corpus / "images").mkdir(parents=True)
-    pairs, truth = ["image\tcaption"], ["image\tconcept\tstyle\thand\tcaption_is_wrong"]
+    pairs, truth = ["image\tcaption"], ["image\tconcept\tstyle\tsource\tcaption_is_wrong"]
     for number in range(180):
         name, style = NAMES[number % 6], ("dark", "light")[number // 6 % 2]
         pixels = random.integers(0, 90, (24, 24, 3), dtype=np.uint8) + (160 if style == "light" else 0)

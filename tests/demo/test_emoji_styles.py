@@ -27,13 +27,13 @@ def root(tmp_path):
                 for index in range(count):
                     file = f"{CLASSES[label]}/{part}_{index}.png"
                     split[part].append([file, label, CLASSES[label]])
-                    rows.append({"image": f"images/{file}", "style": SHIFT_STYLES[index % 3], "hand": "noto"})
+                    rows.append({"image": f"images/{file}", "style": SHIFT_STYLES[index % 3], "source": "noto"})
                     path = tmp_path / folder / "images" / file
                     path.parent.mkdir(parents=True, exist_ok=True)
                     Image.new("RGB", (2, 2)).save(path)
         (tmp_path / folder / f"split_zhou_{title}.json").write_text(json.dumps(split))
         with open(tmp_path / folder / "truth.tsv", "w", newline="") as file:
-            table = csv.DictWriter(file, ["image", "style", "hand"], delimiter="\t")
+            table = csv.DictWriter(file, ["image", "style", "source"], delimiter="\t")
             table.writeheader()
             table.writerows(rows)
     return tmp_path

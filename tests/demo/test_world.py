@@ -64,26 +64,49 @@ def test_datasets_show_no_style_that_clip_has_seen_their_concepts_in():
         assert set(spec.look.styles) == set(roles.HELD_STYLES)
 
 
-def test_drawings_of_a_concept_are_each_seen_or_unseen():
+@pytest.mark.parametrize("kind", ["styles", "grounds"])
+def test_each_style_and_ground_of_a_dataset_is_in_the_corpus_and_in_another_dataset(kind):
+    shown = {name: set(getattr(spec.look, kind)) for name, spec in world.SPECS.items()}
+    for name, own in shown.items():
+        assert own <= set(getattr(world.CORPUS_LOOK, kind))
+        assert own <= set.union(*(other for key, other in shown.items() if key != name)), name
+
+
+def test_clip_has_seen_all_drawings_of_every_concept():
     for role in roles.roles():
-        assert sorted((*role.seen, *role.unseen)) == sorted(role.concept.sources)
-        if role.label >= 0:
-            assert len(role.seen) == 3
+        assert sorted(role.seen) == sorted(role.concept.sources)
+        if role.part != "teacher":
+            assert len(role.seen) == 3  # meta and downstream concepts have the same sources
 
 
-def test_downstream_hands_are_balanced():
+def test_parts_have_their_shares():
+    able = {role.concept.group for role in roles.roles() if role.part != "teacher"}
+    assert able == {group for groups in roles.DATASETS.values() for group in groups}
+    for groups in roles.DATASETS.values():
+        parts = [r.part for r in roles.roles() if r.concept.group in groups and roles._can_be_class(r.concept)]
+        assert parts.count("teacher") == pytest.approx(0.25 * len(parts), abs=3)
+        assert parts.count("meta") == len(parts) - parts.count("teacher") - roles.CLASSES_PER_DATASET
+    assert sum(role.part == "meta" for role in roles.roles()) > 500
+
+
+def test_downstream_sources_are_balanced():
     test_sources = [role.seen[2] for name in roles.DATASETS for role in roles.classes_of(name)]
     assert {source: test_sources.count(source) for source in emoji.SOURCES} == {
         source: len(test_sources) // 3 for source in emoji.SOURCES
     }
 
 
-def test_no_relative_of_a_class_is_in_the_meta_corpus():
-    by_name = {role.concept.name: role.part for role in roles.roles()}
+def test_close_relatives_are_in_one_part():
+    part = {role.concept.name: role.part for role in roles.roles()}
+    for names in (("cow", "cow face"), ("red apple", "green apple"), ("beer mug", "clinking beer mugs")):
+        assert len({part[name] for name in names}) == 1, names
+    words = defaultdict(set)
     for role in roles.roles():
-        if role.label >= 0 and role.concept.name == "fox":
-            assert role.part == "animals"
-    assert by_name["cow"] == "animals" and by_name["cow face"] == "name-only"
+        if role.part != "teacher":
+            for word in roles._words(role.concept):
+                dataset = next(name for name, groups in roles.DATASETS.items() if role.concept.group in groups)
+                words[dataset, word].add(role.part)
+    assert {word: parts for word, parts in words.items() if len(parts) > 1} == {}
 
 
 def test_styles_of_training_and_held_styles_do_not_meet():
@@ -93,8 +116,31 @@ def test_styles_of_training_and_held_styles_do_not_meet():
     held = set(roles.HELD_STYLES)
     assert not held & set(train_clip.FULL_LOOK.styles)
     assert not held & set(world.CORPUS_LOOK.styles)
-    assert set(train_clip.SHY_LOOK.styles) <= set(roles.COMMON_STYLES)
-    assert set(train_clip.SHY_LOOK.grounds) <= set(roles.PLAIN_GROUNDS)
+    assert set(train_clip.SHY_LOOK.styles) == set(roles.COMMON_STYLES)
+    assert set(train_clip.SHY_LOOK.grounds) == set(roles.PLAIN_GROUNDS)
+
+
+@needs_drawings
+def test_clip_is_shown_rare_styles_and_textured_grounds_of_teachers_only(monkeypatch):
+    """Neither the drawing nor its company in such a picture is a meta or downstream concept."""
+    train_clip = the_recipe()
+    blank = np.zeros((64, 64, 4), dtype=np.uint8)
+    monkeypatch.setattr(train_clip, "load_drawings", lambda pairs, progress: np.stack([blank] * len(pairs)))
+    scenes = []
+    monkeypatch.setattr(train_clip, "render", lambda _, s: scenes.append(s) or np.zeros((len(s), 64, 64, 3), np.uint8))
+    pairs = train_clip.PretrainingPairs(train_clip.Recipe())
+    for step in (0, 1, 2, 3):
+        pairs.batch(step)
+        pairs.batch(step, worker=1)
+    parts = np.array([role.part for role in roles.roles()])[pairs.concept]
+    seen = set()
+    for s in scenes:
+        style, ground = np.array(styles.STYLES)[s.style], np.array(styles.GROUNDS)[s.ground]
+        rare = np.isin(style, roles.RARE_STYLES) | np.isin(ground, roles.TEXTURED_GROUNDS)
+        assert (parts[s.drawing[rare]] == "teacher").all()
+        assert (parts[s.other[rare & (s.other >= 0)]] == "teacher").all()
+        seen |= set(parts[s.drawing[~rare]])
+    assert seen == {"teacher", "meta", *roles.DATASETS}
 
 
 # --- pictures and captions --------------------------------------------------------------------------------------------
@@ -190,8 +236,7 @@ def test_corpus_files(small_world):
 @needs_drawings
 def test_meta_corpus_and_datasets_share_no_concept(small_world):
     corpus = {row["code"] for row in rows_of(small_world["truth"])}
-    downstream = {role.concept.code for role in roles.roles() if role.label >= 0}
-    assert corpus and not corpus & downstream
+    assert corpus and corpus <= {role.concept.code for role in roles.roles() if role.part == "meta"}
 
 
 @needs_drawings
@@ -204,7 +249,7 @@ def test_dataset_files(small_world):
     for key, rows in split.items():
         assert all((folder / "images" / path).is_file() for path, _, _ in rows)
         assert all(names[label] == name for _, label, name in rows)
-        drawings[key] = {(truth[f"images/{path}"]["code"], truth[f"images/{path}"]["hand"]) for path, _, _ in rows}
+        drawings[key] = {(truth[f"images/{path}"]["code"], truth[f"images/{path}"]["source"]) for path, _, _ in rows}
     counts = {key: np.bincount([label for _, label, _ in rows]) for key, rows in split.items()}
     assert counts["train"].min() >= 16 and counts["val"].min() >= 4
     half = len(names) // 2
