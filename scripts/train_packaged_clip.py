@@ -67,7 +67,6 @@ class Recipe:
     batch: int = 192
     twins: int = 64  # concepts that are in a batch twice
     learning_rate: float = 2e-3
-    muon: bool = True  # orthogonalised momentum for the towers' matrices, AdamW for the rest; False: AdamW for all
     weight_decay: float = 0.1
     warmup: int = 100
     decay: float = 0.3  # last part of the steps, over which the learning rate falls to zero
@@ -94,13 +93,9 @@ class PretrainingPairs:
         self.rows = [np.flatnonzero(self.concept == i) for i in range(len(concepts()))]
         self.shy = np.array([role.part != "teacher" for role in roles()])
         self.teachers = np.flatnonzero(~self.shy[self.concept])
-        names = [role.concept.name for _, role, _ in seen]
-        groups = [role.concept.group for _, role, _ in seen]
-        self.captioner = Captioner(names, groups)
-        by_group: dict[str, list[int]] = {}
-        for i, concept in enumerate(concepts()):
-            by_group.setdefault(concept.group, []).append(i)
-        self.by_group = [np.array(members) for members in by_group.values()]
+        self.captioner = Captioner([r.concept.name for _, r, _ in seen], [r.concept.group for _, r, _ in seen])
+        groups = np.array([concept.group for concept in concepts()])
+        self.by_group = [np.flatnonzero(groups == group) for group in dict.fromkeys(groups)]
 
     def batch(self, step: int, worker: int = 0) -> tuple[np.ndarray, list[str], np.ndarray]:
         """Return pictures (B, 64, 64, 3) uint8, captions, and (B, B) bool: caption i is also true of picture j != i."""
@@ -328,7 +323,6 @@ def _work(
     device: str = "cpu",
     render_workers: int = 0,
     compile_model: bool = True,
-    stop_at: int | None = None,
     save_every: int = 100,
 ) -> None:
     if recipe.workers > 1:
@@ -337,15 +331,14 @@ def _work(
     tokens = Tokens(all_words([role.concept.name for role in roles()]))
     model = new_model(recipe, len(tokens.ids)).to(device)
     optimisers = _optimisers(model, recipe)
-    start, total = _resume(folder, model, optimisers, device), recipe.steps + recipe.closing
-    stop = min(stop_at or total, total)
+    start, stop = _resume(folder, model, optimisers, device), recipe.steps + recipe.closing
     loss_of = torch.compile(contrastive_loss) if compile_model else contrastive_loss
     loader = DataLoader(
         Batches(pairs, tokens, rank), batch_size=None, sampler=range(start, stop), num_workers=render_workers
     )
     began, log = time.time(), open(folder / f"log{rank}.jsonl", "a", encoding="utf-8")
 
-    bar = tqdm(loader, desc=NAME, initial=start, total=total, mininterval=5, disable=rank > 0)
+    bar = tqdm(loader, desc=NAME, initial=start, total=stop, mininterval=5, disable=rank > 0)
     for step, batch in zip(range(start, stop), bar, strict=True):
         for group in (group for optimiser in optimisers for group in optimiser.param_groups):
             group["lr"] = learning_rate(step, recipe)
@@ -392,21 +385,19 @@ def _average_gradients(model: nn.Module) -> None:
 
 
 def _optimisers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Return Muon (orthogonalised momentum) for the towers' matrices and AdamW for the rest."""
     matrices, decay, rest = [], [], []
     for name, p in model.named_parameters():
-        if recipe.muon and p.ndim == 2 and "resblocks" in name:
+        if p.ndim == 2 and "resblocks" in name:
             matrices.append(p)
         else:
             (decay if p.ndim >= 2 and "embedding" not in name else rest).append(p)
     groups = [{"params": decay, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    out: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98))]
-    if matrices:  # "match_rms_adamw": steps of AdamW's size, so one learning rate serves both
-        out.append(
-            torch.optim.Muon(
-                matrices, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
-        )
-    return out
+    common = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+    return [  # "match_rms_adamw": steps of AdamW's size, so one learning rate serves both
+        torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98)),
+        torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **common),
+    ]
 
 
 def _resume(folder: Path, model: nn.Module, optimisers: list[torch.optim.Optimizer], device: str) -> int:
@@ -430,12 +421,8 @@ def export(folder: Path, out: Path | None = None) -> Path:
     state = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
     ids = Tokens(all_words([role.concept.name for role in roles()])).ids
     out = out or folder / "gram-small.safetensors"
-    save_packaged(
-        shrink_text_stream(state["model"]),
-        ids,
-        out,
-        {"recipe": state["recipe"], "step": state["step"], "roles": roles_hash()},
-    )
+    training = {"recipe": state["recipe"], "step": state["step"], "roles": roles_hash()}
+    save_packaged(shrink_text_stream(state["model"]), ids, out, training)
     return out
 
 
@@ -463,7 +450,6 @@ def main(argv: list[str] | None = None) -> int:
         "--out", type=Path, required=True, help="folder for checkpoints and log; a run that it already holds is resumed"
     )
     parser.add_argument("--export", type=Path, help="write the packaged weights of the state in --out here, and stop")
-    parser.add_argument("--stop-at", type=int, help="stop after this step (the schedule stays that of --steps)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
     parser.add_argument(
         "--render-workers", type=int, help="processes that render, for each worker (default 0, on a GPU 6)"
@@ -472,15 +458,14 @@ def main(argv: list[str] | None = None) -> int:
         "--no-compile", action="store_true", help="do not use torch.compile (needs a C++ compiler on CPUs)"
     )
     for name, value in asdict(Recipe()).items():
-        kind = (lambda text: text.lower() in ("1", "true", "yes")) if isinstance(value, bool) else type(value)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value, help=f"default {value}")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"default {value}")
     args = parser.parse_args(argv)
     if args.export:
         print(export(args.out, args.export))
         return 0
     recipe = Recipe(**{name: getattr(args, name) for name in asdict(Recipe())})
     workers = (0 if args.device == "cpu" else 6) if args.render_workers is None else args.render_workers
-    settings = dict(device=args.device, render_workers=workers, compile_model=not args.no_compile, stop_at=args.stop_at)
+    settings = dict(device=args.device, render_workers=workers, compile_model=not args.no_compile)
     print(train(recipe, args.out, **settings))
     return 0
 

@@ -120,6 +120,26 @@ def test_styles_of_training_and_held_styles_do_not_meet():
     assert set(train_clip.SHY_LOOK.grounds) == set(roles.PLAIN_GROUNDS)
 
 
+@pytest.mark.parametrize("step", [3, 2599, 2700])  # patches dropped, whole pictures, crops
+def test_batches_of_clip_do_not_depend_on_who_renders_them(step, monkeypatch):
+    torch = pytest.importorskip("torch")
+    train_clip = the_recipe()
+    drawings = some_drawings()
+    monkeypatch.setattr(train_clip, "load_drawings", lambda pairs, progress: drawings[np.arange(len(pairs)) % 5])
+    recipe = train_clip.Recipe(steps=2600, batch=24, twins=8)
+    pairs, tokens = train_clip.PretrainingPairs(recipe), train_clip.Tokens(train_clip.all_words(["fox"]))
+    found = []
+    for workers in (0, 2):
+        batches = train_clip.Batches(pairs, tokens, worker=1)
+        loader = train_clip.DataLoader(batches, batch_size=None, sampler=[step - 1, step], num_workers=workers)
+        found.append(list(loader)[1])
+    for here, there in zip(*found, strict=True):
+        assert (here is None and there is None) or torch.equal(here, there)
+    pictures, kept, rows, ends, left_out = found[0]
+    assert pictures.shape == (24, 64, 64, 3) and rows.shape == (24, 20) and left_out.shape == (24, 24)
+    assert (kept is None) == (step == 2599)
+
+
 @needs_drawings
 def test_clip_is_shown_rare_styles_and_textured_grounds_of_teachers_only(monkeypatch):
     """Neither the drawing nor its company in such a picture is a meta or downstream concept."""
