@@ -140,7 +140,6 @@ def test_batches_of_clip_do_not_depend_on_who_renders_them(step, monkeypatch):
     assert (kept is None) == (step == 2599)
 
 
-@needs_drawings
 def test_clip_is_shown_rare_styles_and_textured_grounds_of_teachers_only(monkeypatch):
     """Neither the drawing nor its company in such a picture is a meta or downstream concept."""
     train_clip = the_recipe()
