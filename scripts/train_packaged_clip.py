@@ -62,7 +62,7 @@ SHY_LOOK = Look(
 class Recipe:
     """Everything that fixes the result of a training run."""
 
-    steps: int = 2600
+    steps: int = 2000
     workers: int = 2  # processes; each has batches of its own
     batch: int = 192
     twins: int = 64  # concepts that are in a batch twice
