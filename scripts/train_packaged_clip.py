@@ -301,8 +301,8 @@ class Batches(Dataset):
 def train(recipe: Recipe, folder: Path, **settings) -> Path:
     """Train in `folder`, or resume a training there; return the path of the exported weights.
 
-    Each of `recipe.workers` processes has one thread, computes the gradients of its own batch, and they are averaged. On a
-    shared CPU this is far faster than threads that wait for one another in every layer. `settings`: see `_work`.
+    Each of `recipe.workers` processes has one thread, computes the gradients of its own batch, and they are averaged.
+    On a shared CPU this is far faster than threads that wait for one another in every layer. `settings`: see `_work`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ".meeting").unlink(missing_ok=True)

@@ -3,8 +3,8 @@
 Three readers are kept apart: the packaged CLIP (its pre-training pictures), the meta-corpus, and the few-shot datasets
 downstream. Every concept has one of three parts:
 
-- *teacher*: the packaged CLIP sees it in all styles but the held ones, on all grounds, and learns from it what the words
-  for styles mean. The meta-corpus and the datasets do not show it.
+- *teacher*: the packaged CLIP sees it in all styles but the held ones, on all grounds, and learns from it what the
+  words for styles mean. The meta-corpus and the datasets do not show it.
 - *meta*: the meta-corpus shows it, in rare styles and on all grounds.
 - *downstream*: a class of a few-shot dataset, which shows it in rare styles.
 
@@ -61,8 +61,8 @@ _NO_CLASSES = {
 }
 # Words that do not make two concepts relatives.
 _PLAIN_WORDS = set(
-    "face with of and the person people in on man woman a sign button eyes symbol black white red green blue yellow orange "
-    "brown purple pink light small large medium Japanese first last left right up down closed open old new hand "
+    "face with of and the person people in on man woman a sign button eyes symbol black white red green blue yellow "
+    "orange brown purple pink light small large medium Japanese first last left right up down closed open old new hand "
     "oncoming stop behind without showing at no".split()
 )
 

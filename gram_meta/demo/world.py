@@ -38,8 +38,9 @@ from gram_meta.errors import GramError
 from gram_meta.files import atomic_folder, atomic_write, check_claimed, read_json, write_json
 from gram_meta.progress import progress_bar
 
-# Version of everything that decides a pixel, a caption or a split. Manifests and the demo's keys contain it: a change of it
-# makes every world anew. tests/pins/test_world.py fixes what it stands for; where that changes, give it a new value.
+# Version of everything that decides a pixel, a caption or a split. Manifests and the demo's keys contain it: a change
+# of it makes every world anew. tests/pins/test_world.py fixes what it stands for; where that changes, give it a new
+# value.
 RECIPE = "emoji-world-2"
 
 CORPUS_SIZE = 12_000

@@ -45,7 +45,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # before the workers import torch
     with ProcessPoolExecutor(args.jobs) as pool:
         coop = {
-            seed: pool.submit(few_shot, args, "CoOp", args.out / "coop" / f"seed{seed}", seed, [])
+            seed: pool.submit(few_shot, args.root, args.dataset, "CoOp", args.out / "coop" / f"seed{seed}", seed, [])
             for seed in args.seeds
         }
         rows = list(pool.map(run_variant, [args] * len(names), names, variants.values()))
@@ -76,11 +76,13 @@ def run_variant(args: argparse.Namespace, name: str, settings: dict[str, object]
     checkpoint = load_meta_checkpoint(best)
     regulate = str(checkpoint.regulator is not None)
     gram = ["TRAINER.GRAM.CHECKPOINT", str(best), "TRAINER.GRAM.REGULATE", regulate]
-    scores = {seed: few_shot(args, "CoOpGRAM", folder / f"seed{seed}", seed, gram) for seed in args.seeds}
+    scores = {
+        seed: few_shot(args.root, args.dataset, "CoOpGRAM", folder / f"seed{seed}", seed, gram) for seed in args.seeds
+    }
     return {"scores": scores, "held_out": checkpoint.provenance["held_out"] | {"step": checkpoint.provenance["step"]}}
 
 
-def few_shot(args: argparse.Namespace, trainer: str, out: Path, seed: int, opts: list[str]) -> dict:
+def few_shot(root: str, dataset: str, trainer: str, out: Path, seed: int, opts: list[str]) -> dict:
     """Train on 16 shots of the base classes, unless the run is finished; return base and new accuracy.
 
     They are those before the first step (`start`) and after the last (`end`).
@@ -89,8 +91,8 @@ def few_shot(args: argparse.Namespace, trainer: str, out: Path, seed: int, opts:
 
     result = train(
         [
-            *("--trainer", trainer, "--root", args.root, "--seed", str(seed), "--output-dir", str(out)),
-            *("--config-file", CONFIG, "--dataset-config-file", args.dataset, "DATASET.NUM_SHOTS", "16"),
+            *("--trainer", trainer, "--root", root, "--seed", str(seed), "--output-dir", str(out)),
+            *("--config-file", CONFIG, "--dataset-config-file", dataset, "DATASET.NUM_SHOTS", "16"),
             *("DATASET.SUBSAMPLE_CLASSES", "base", "TEST.PER_EPOCH", "True", *opts),
         ],
         quiet=True,

@@ -3,7 +3,7 @@
     python scripts/experiments/world_checks.py --out output/checks --jobs 2
 
 GRAM plays no part in it. For each dataset, in its own look:
-(a) zero-shot accuracy of random tasks of 10 and 18 classes, among downstream and among meta concepts of the same groups;
+(a) zero-shot accuracy of random tasks of 10 and 18 classes, among downstream and meta concepts of the same groups;
 (b) zero-shot accuracy on base and on new classes;
 (c) CoOp's accuracy on base classes after 10 epochs, against zero-shot;
 (d) CoOp's accuracy on new classes after 50 epochs, against 10 epochs.
@@ -18,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from common import few_shot
+from meta_grid import few_shot
 
 from gram_meta.demo.roles import DATASETS, Role, classes_of, roles
 from gram_meta.demo.world import SPECS, ZERO_SHOT_TEMPLATE, write_world
@@ -80,7 +80,7 @@ def coop(out: Path, name: str, epochs: int, seed: int) -> list[dict]:
 
 
 def zero_shot_tasks(name: str) -> dict[str, list[float]]:
-    """Return the accuracy of random tasks, for each number of ways: [downstream, meta] concepts in one dataset's look."""
+    """Return the accuracy of random tasks by number of ways: [downstream, meta] concepts in one dataset's look."""
     meta = [role for role in roles() if role.part == "meta" and role.concept.group in DATASETS[name]]
     logits = [zero_shot_logits(members, name) for members in (classes_of(name), meta)]
     return {str(ways): [100 * task_accuracy(part, ways) for part in logits] for ways in WAYS}
