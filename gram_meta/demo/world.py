@@ -85,12 +85,12 @@ def _look(styles: Sequence[str], grounds: Sequence[str], **counts) -> Look:
 SPECS: dict[str, DatasetSpec] = {
     spec.name: spec
     for spec in (
-        DatasetSpec("animals", "animals", _look(("negative", "poster"), PLAIN_GROUNDS)),
+        DatasetSpec("animals", "animals", _look(("poster", "hues"), PLAIN_GROUNDS)),
         DatasetSpec("food", "food", _look(("negative", "poster"), TEXTURED_GROUNDS)),
-        DatasetSpec("travel", "travel", _look(("negative", "poster"), TEXTURED_GROUNDS)),
-        DatasetSpec("objects", "objects", _look(("outline", "poster"), TEXTURED_GROUNDS)),
-        DatasetSpec("activities", "activities", _look(("negative", "neon"), PLAIN_GROUNDS)),
-        DatasetSpec("faces", "faces", _look(("negative", "poster"), PLAIN_GROUNDS)),
+        DatasetSpec("travel", "travel", _look(("poster", "hues"), TEXTURED_GROUNDS)),
+        DatasetSpec("objects", "objects", _look(("negative", "pixels"), TEXTURED_GROUNDS)),
+        DatasetSpec("activities", "activities", _look(("negative", "pixels"), TEXTURED_GROUNDS)),
+        DatasetSpec("faces", "faces", _look(("negative", "hues"), PLAIN_GROUNDS)),
     )
 }
 
