@@ -243,7 +243,7 @@ def evaluate_adaptation(
     regulates = _forms(regulator)
     if regulator is not None:
         others = sampler.draw_batch(tasks, tasks)
-        gates = _mean_gates(regulator, starts["theta*"], episodes, others, inner)
+        gates = mean_gates(regulator, starts["theta*"], episodes, others, inner)
         regulates[MEAN] = lambda raw: {kind: gamma * raw[kind] + beta for kind, (gamma, beta) in gates.items()}
         length = config.INNER.ALPHA * config.INNER.STEPS
         starts[MOVED] = starts["theta*"] | {k: starts["theta*"][k] - length * beta for k, (_, beta) in gates.items()}
@@ -330,7 +330,7 @@ def _forms(regulator: GradientRegulator | None) -> dict[str, Callable[[Gradients
     return {"R on": regulator.regulate_known, "R off": None, "R off, same length": stretched}
 
 
-def _mean_gates(
+def mean_gates(
     regulator: GradientRegulator, theta: Gradients, episodes: Episodes, tasks: Sequence[Task], inner: InnerLoop
 ) -> dict[str, tuple[Tensor, ...]]:
     """Return gamma and beta of each kind for the support gradients at theta, (M, d) each, averaged over tasks."""

@@ -18,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from meta_grid import few_shot
+from few_shot_batch import few_shot
 
 from gram_meta.demo.roles import DATASETS, Role, classes_of, roles
 from gram_meta.demo.world import SPECS, ZERO_SHOT_TEMPLATE, write_world
@@ -76,7 +76,7 @@ def coop(out: Path, name: str, epochs: int, seed: int) -> list[dict]:
     steps = (0, epochs * STEPS_PER_EPOCH)
     options = ["OPTIM.MAX_EPOCH", str(epochs), "TEST.AT_STEPS", str(steps)]
     folder = out / name / f"epochs{epochs}" / f"seed{seed}"
-    return few_shot(str(out / "world"), f"emoji_{name}", "CoOp", folder, seed, options)["curve"]
+    return few_shot(str(out / "world"), f"emoji_{name}", "CoOp", folder, seed, options)
 
 
 def zero_shot_tasks(name: str) -> dict[str, list[float]]:

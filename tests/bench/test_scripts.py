@@ -8,7 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+import gram_meta as gram
+from gram_meta.demo.emoji import missing_packages
+from gram_meta.demo.world import SPECS, write_dataset
+from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
+from gram_meta.method.prompts import context_from_words
+from gram_meta.method.regulator import GradientRegulator, RegulatorConfig
 
 pytestmark = pytest.mark.slow
 
@@ -44,8 +52,6 @@ def classes(tmp_path_factory):
 @pytest.fixture(scope="module")
 def store(classes, tmp_path_factory):
     """The store of the class folders, by gram-small."""
-    import gram_meta as gram
-
     out = tmp_path_factory.mktemp("store") / "store"
     gram.embed(classes, out, backbone="gram-small", sentence_model="hash:16")
     return out
@@ -156,14 +162,51 @@ def test_meta_grid(labelled, tiny_data, tmp_path):
         " TASKS.WAYS: 2, TASKS.SUPPORT_SHOTS: 1, TASKS.QUERY_SHOTS: 2, CHC.LABELLED: true}\n"
         "paper:\nplain: {REGULATOR.ENABLED: false}\n"
     )
-    common = ("--root", tiny_data, "--dataset", "emoji_food", "--seeds", "1", "--jobs", "1")
-    words = ("--store", labelled / "store", "--hierarchy", labelled / "hierarchy", "--grid", grid)
-    first = experiment("meta_grid", *common, *words, "--out", tmp_path / "out")
-    assert [line.split("|")[1].strip() for line in first.splitlines()[-3:]] == ["CoOp", "paper", "plain"]
-    log = tmp_path / "out" / "paper" / "meta" / "log.jsonl"
+    grid.write_text(grid.read_text().replace("base: {", f"base: {{HIERARCHY: {labelled / 'hierarchy'}, "))
+    few = ("--seeds", "1", "--meta-seeds", "1", "2", "--looks", "own")
+    words = ("--store", labelled / "store", "--grid", grid, *few, "--out", tmp_path / "out")
+    first = experiment("meta_grid", *words)
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in first.splitlines()]
+    controls = ["R on", "R off", "R's mean", "R without beta", "theta* moved", "R from CoOp's words"]
+    assert [row[:2] for row in cells[2:]] == [
+        ["CoOp", "CoOp"],
+        *(["paper", control] for control in controls),
+        ["plain", "R off"],
+    ]
+    log = tmp_path / "out" / "paper" / "meta" / "seed2" / "log.jsonl"
     before = log.stat().st_mtime_ns
-    assert experiment("meta_grid", *common, *words, "--out", tmp_path / "out") == first
+    assert experiment("meta_grid", *words) == first
     assert log.stat().st_mtime_ns == before
+
+
+@pytest.mark.skipif(bool(missing_packages()), reason="the demo packages are not installed")
+def test_few_shot_batch(tmp_path, monkeypatch):
+    """Many runs at once end where the trainers end: CoOp from its words, CoOpGRAM from a meta-checkpoint."""
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "experiments")
+    import few_shot_batch as batch
+
+    write_dataset(tmp_path / "emoji_animals", SPECS["animals"], progress=False)
+    backbone, random = gram.load_backbone("gram-small"), torch.Generator().manual_seed(1)
+    words = context_from_words(backbone, "a photo of a")
+    regulator = GradientRegulator({"text": 128}, RegulatorConfig(input="normalised", beta="relative"))
+    regulator.requires_grad_(False)
+    for parameter in regulator.parameters():
+        parameter += 0.02 * torch.randn(parameter.shape, generator=random)
+    theta = words + 0.01 * torch.randn(4, 128, generator=random)
+    facts = {"backbone_name": backbone.name, "backbone_fingerprint": backbone.fingerprint}
+    meta = MetaCheckpoint({"text": theta}, regulator, **facts, config={}, provenance={}, gradient_norms={})
+    save_meta_checkpoint(tmp_path / "meta.safetensors", meta)
+    opts = ["TEST.AT_STEPS", "(0,90)", "TRAINER.GRAM.CHECKPOINT", str(tmp_path / "meta.safetensors")]
+    recording = batch.record(str(tmp_path), "emoji_animals", 1)
+    trainers = {
+        "CoOp": recording.curve,
+        "CoOpGRAM": batch.few_shot(str(tmp_path), "emoji_animals", "CoOpGRAM", tmp_path / "run", 1, opts),
+    }
+    starts = {"CoOp": (words, None), "CoOpGRAM": (theta, lambda raw: regulator.parts("text", raw).regulated)}
+    found = batch.adapt(recording, batch.test_set(str(tmp_path), "emoji_animals"), starts)
+    for name, curve in trainers.items():
+        for step, point in zip((0, 90), curve, strict=True):
+            assert found[name][step] == pytest.approx((point["base"], point["new"]), abs=0.15), (name, step)
 
 
 def experiment(name, *words):

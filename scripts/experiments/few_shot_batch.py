@@ -1,0 +1,133 @@
+"""Few-shot trainings of a text prompt from many starts at once, on the packaged CLIP: what meta_grid.py measures with.
+
+`record` runs CoOp once and keeps what each of its steps saw: the features of the augmented images, their labels and the
+learning rate. `adapt` repeats CoOp's steps from those for many prompts along a leading axis, each with a regulator of
+its own. From CoOp's words with raw gradients it ends at the accuracies of the run that was recorded.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+CONFIG = "gram_small_c4_ep10_batch32_ctxv1"
+STEPS = 90  # ten epochs of 16 shots in 18 classes, batches of 32
+MOMENTUM, DECAY = 0.9, 5e-4  # Dassl's defaults for SGD
+
+Regulate = Callable[[Tensor], Tensor]  # a raw gradient (M, d) -> the gradient to step with
+Scores = dict[int, tuple[float, float]]  # by step: accuracy on base and on new classes
+
+
+@dataclass
+class Recording:
+    """What the steps of one CoOp run saw."""
+
+    features: Tensor  # (steps, B, D)
+    labels: Tensor  # (steps, B)
+    rates: list[float]
+    curve: list[dict]  # of the run itself
+
+
+@dataclass
+class TestSet:
+    """Features of the test images."""
+
+    features: Tensor  # (N, D)
+    labels: Tensor  # (N,)
+    names: list[str]  # of all classes; the first half are the base classes
+
+
+def few_shot(root: str, dataset: str, trainer: str, out: Path, seed: int, opts: list[str]) -> list[dict]:
+    """Train on 16 shots of the base classes, unless the run is finished; return its accuracies by step."""
+    from gram_meta.coop.launch import train
+
+    words = ["--trainer", trainer, "--root", root, "--seed", str(seed), "--output-dir", str(out)]
+    words += ["--config-file", CONFIG, "--dataset-config-file", dataset, "DATASET.NUM_SHOTS", "16"]
+    return train([*words, "DATASET.SUBSAMPLE_CLASSES", "base", *opts], quiet=True)["curve"]
+
+
+def record(root: str, dataset: str, seed: int) -> Recording:
+    """Run CoOp in a temporary folder, and return what its steps saw."""
+    from gram_meta.trainers.coop import CoOp
+
+    seen: list[tuple[Tensor, Tensor, float]] = []
+    step = CoOp.forward_backward
+
+    def watched(trainer: CoOp, batch: dict) -> dict[str, float]:
+        images, labels = trainer.parse_batch_train(batch)
+        with torch.no_grad():
+            seen.append((trainer.model.image_features(images), labels, trainer.optim.param_groups[0]["lr"]))
+        return step(trainer, batch)
+
+    CoOp.forward_backward = watched
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            at = ["TEST.AT_STEPS", str((0, STEPS))]
+            curve = few_shot(root, dataset, "CoOp", Path(folder) / "run", seed, at)
+    finally:
+        CoOp.forward_backward = step
+    features, labels, rates = zip(*seen, strict=True)
+    return Recording(torch.stack(features), torch.stack(labels), list(rates), curve)
+
+
+def test_set(root: str, dataset: str) -> TestSet:
+    """Return the test images' features, of a dataset of the emoji world."""
+    from PIL import Image
+
+    from gram_meta import load_backbone
+
+    folder = Path(root) / dataset
+    rows = json.loads(next(folder.glob("split_zhou_*.json")).read_text())["test"]
+    backbone = load_backbone("gram-small")
+    transform = backbone.preprocess()
+    with torch.no_grad():
+        pixels = torch.stack([transform(Image.open(folder / "images" / name)) for name, _, _ in rows])
+        features = torch.cat([backbone.encode_images(part) for part in pixels.split(256)])
+    names = {label: name for _, label, name in rows}
+    return TestSet(features, torch.tensor([label for _, label, _ in rows]), [names[i] for i in range(len(names))])
+
+
+def adapt(
+    recording: Recording, test: TestSet, starts: Mapping[str, tuple[Tensor, Regulate | None]]
+) -> dict[str, Scores]:
+    """Take the recorded steps from every start, a prompt (M, d) and what its gradients pass through (None: nothing)."""
+    from gram_meta import load_backbone
+    from gram_meta.method.prompts import ClassText, logits
+
+    backbone = load_backbone("gram-small")
+    prompts = torch.stack([prompt for prompt, _ in starts.values()])  # (V, M, d)
+    half, tokens = len(test.names) // 2, prompts.shape[1]
+    base, new = (ClassText(backbone, names, tokens) for names in (test.names[:half], test.names[half:]))
+    found: dict[str, Scores] = {name: {} for name in starts}
+
+    @torch.no_grad()
+    def score(step: int) -> None:
+        sides = []
+        for text, rows, first in ((base, test.labels < half, 0), (new, test.labels >= half, half)):
+            images = test.features[rows].expand(len(starts), -1, -1)
+            guesses = logits(images, text.features(prompts), backbone.logit_scale).argmax(dim=2)  # (V, N)
+            sides.append(100 * (guesses == test.labels[rows] - first).double().mean(dim=1))
+        for name, *accuracies in zip(starts, *sides, strict=True):
+            found[name][step] = (accuracies[0].item(), accuracies[1].item())
+
+    score(0)
+    velocity = torch.zeros_like(prompts)
+    for features, labels, rate in zip(recording.features, recording.labels, recording.rates, strict=True):
+        leaf = prompts.requires_grad_()
+        scores = logits(features.expand(len(starts), -1, -1), base.features(leaf), backbone.logit_scale)  # (V, B, K)
+        targets = labels.expand(len(starts), -1)  # (V, B)
+        losses = torch.nn.functional.cross_entropy(scores.transpose(1, 2), targets, reduction="sum")
+        (raw,) = torch.autograd.grad(losses / len(labels), leaf)
+        with torch.no_grad():
+            rows = zip(raw, starts.values(), strict=True)
+            steps = torch.stack([g if regulate is None else regulate(g) for g, (_, regulate) in rows])
+            velocity = MOMENTUM * velocity + steps + DECAY * prompts
+            prompts = (prompts - rate * velocity).detach()
+    score(STEPS)
+    return found
