@@ -4,15 +4,16 @@
 
 The grid is a YAML file: a name for each variant, HIERARCHY, and KEY: VALUE settings of `gram_meta.config` that differ
 from `base`. The script meta-trains each variant with every meta-seed, all of them at once. Then it adapts from the
-meta-checkpoints to *animals* drawn in three looks (LOOKS), with R and with the controls of `controls`, and compares
-base and new accuracy with CoOp's from the same few-shot seeds. It skips finished meta-trainings, prints a Markdown
-table and writes grid.json.
+meta-checkpoints to *animals* drawn in three looks, with R and with the controls of `controls`, and compares base and
+new accuracy with CoOp's from the same few-shot seeds. It skips finished meta-trainings, prints a Markdown table and
+writes grid.json. `--sets food travel objects activities faces` gives the controls on the reported datasets.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,9 +26,7 @@ from gram_meta import load_backbone
 from gram_meta.clustering.hierarchy import Hierarchy
 from gram_meta.config import load_meta_config, stored_config
 from gram_meta.corpus.store import PairStore
-from gram_meta.demo.roles import TEXTURED_GROUNDS
-from gram_meta.demo.styles import Look, even
-from gram_meta.demo.world import SPECS, DatasetSpec, write_dataset
+from gram_meta.demo.world import SPECS, write_dataset
 from gram_meta.files import write_json
 from gram_meta.intervals import half_width, harmonic, mean
 from gram_meta.method.bilevel import InnerLoop
@@ -39,13 +38,14 @@ from gram_meta.method.prompts import context_from_words
 from gram_meta.method.tasks import TaskConfig, TaskSampler
 from gram_meta.method.together import SeedsTrainer, open_trainer
 
-# Its own look and the looks of other datasets, so that no reported class plays a part
-LOOKS = {
-    "own": SPECS["animals"].look,
-    "as_food": Look(styles=even(("negative", "poster")), grounds=even(TEXTURED_GROUNDS)),
-    "as_objects": Look(styles=even(("negative", "pixels")), grounds=even(TEXTURED_GROUNDS)),
+# What settings are chosen on: animals in their own look and in those of other datasets, so that no reported class plays
+# a part
+TUNING = {
+    "animals": SPECS["animals"],
+    "animals_as_food": replace(SPECS["animals"], look=SPECS["food"].look),
+    "animals_as_objects": replace(SPECS["animals"], look=SPECS["objects"].look),
 }
-DATASET = "emoji_animals"
+SETS = {**SPECS, **TUNING}
 TASKS = 32  # of held-out topics, for the means of gamma and beta
 COOP = "CoOp"
 Key = tuple[str, str, int]  # variant, control, meta-seed
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--meta-seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--looks", nargs="+", default=list(LOOKS), choices=list(LOOKS))
+    parser.add_argument("--sets", nargs="+", default=list(TUNING), choices=list(SETS), help="few-shot datasets")
     parser.add_argument("--only", nargs="+", help="variants to run; default: all in the grid")
     args = parser.parse_args()
 
@@ -75,7 +75,7 @@ def main() -> None:
         for seed, path in paths.items():
             for control, start in controls(path, args.store, settings["HIERARCHY"], words).items():
                 starts[name, control, seed] = start
-    found = {look: few_shot_runs(args, look, starts) for look in args.looks}
+    found = {name: few_shot_runs(args, name, starts) for name in args.sets}
     rows = [summary(name, control, found, held.get(name, [])) for name, control in dict.fromkeys(k[:2] for k in starts)]
     write_json(args.out / "grid.json", {"settings": variants, "rows": rows})
     print(tabulate(rows, "keys", "pipe", disable_numparse=True))
@@ -121,21 +121,21 @@ def controls(path: Path, store: str, hierarchy: str, words: Tensor) -> dict[str,
     }
 
 
-def few_shot_runs(args: argparse.Namespace, look: str, starts: dict[Key, tuple]) -> dict[Key, list[Scores]]:
+def few_shot_runs(args: argparse.Namespace, name: str, starts: dict[Key, tuple]) -> dict[Key, list[Scores]]:
     """Return the accuracies of every start, by few-shot seed."""
-    root = args.out / "looks" / look
-    write_dataset(root / DATASET, DatasetSpec("animals", "animals", LOOKS[look]), progress=False)
-    test = test_set(str(root), DATASET)
-    of_seeds = [adapt(record(str(root), DATASET, seed), test, starts) for seed in args.seeds]
+    root, spec = args.out / "sets" / name, SETS[name]
+    write_dataset(root / spec.folder, spec, progress=False)
+    test = test_set(str(root), spec.folder)
+    of_seeds = [adapt(record(str(root), spec.folder, seed), test, starts) for seed in args.seeds]
     return {key: [scores[key] for scores in of_seeds] for key in starts}
 
 
 def summary(
     name: str, control: str, found: dict[str, dict[Key, list[Scores]]], held: list[dict[str, float]]
 ) -> dict[str, str]:
-    """Return one row: means over looks, meta-seeds and few-shot seeds; intervals over meta-seeds."""
+    """Return one row: means over datasets, meta-seeds and few-shot seeds; intervals over meta-seeds."""
 
-    def ends(key: Key, step: int = STEPS) -> list[tuple[float, float]]:  # of each look
+    def ends(key: Key, step: int = STEPS) -> list[tuple[float, float]]:  # of each dataset
         return [tuple(mean(one[step][side] for one in runs[key]) for side in (0, 1)) for runs in found.values()]
 
     keys = [key for key in next(iter(found.values())) if key[:2] == (name, control)]
@@ -152,7 +152,7 @@ def summary(
         return row
     half = half_width([mean(gain) for gain in gains])
     row["H - CoOp"] = f"{mean(mean(gain) for gain in gains):+.2f}" + (f" ± {half:.2f}" if half else "")
-    row["of each look"] = ", ".join(f"{mean(gain):+.1f}" for gain in zip(*gains, strict=True))
+    row["of each dataset"] = ", ".join(f"{mean(gain):+.1f}" for gain in zip(*gains, strict=True))
     row["of each meta-seed"] = ", ".join(f"{mean(gain):+.1f}" for gain in gains)
     row["held-out loss"] = " -> ".join(f"{mean(one[key] for one in held):.2f}" for key in ("loss_before", "loss_after"))
     return row

@@ -163,7 +163,7 @@ def test_meta_grid(labelled, tiny_data, tmp_path):
         "paper:\nplain: {REGULATOR.ENABLED: false}\n"
     )
     grid.write_text(grid.read_text().replace("base: {", f"base: {{HIERARCHY: {labelled / 'hierarchy'}, "))
-    few = ("--seeds", "1", "--meta-seeds", "1", "2", "--looks", "own")
+    few = ("--seeds", "1", "--meta-seeds", "1", "2", "--sets", "animals")
     words = ("--store", labelled / "store", "--grid", grid, *few, "--out", tmp_path / "out")
     first = experiment("meta_grid", *words)
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in first.splitlines()]
