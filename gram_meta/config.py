@@ -111,6 +111,7 @@ def get_meta_config() -> CN:
     c.INNER = CN()
     c.INNER.ALPHA = 0.01
     c.INNER.STEPS = 1
+    c.INNER.DETACHED = 0  # steps taken before those, which the meta-gradient passes over
     c.INNER.FIRST_ORDER = False  # True: treat the support gradient as a constant
 
     # Outer loop, Eq. 8 and 9
@@ -196,7 +197,7 @@ META_BOUNDS = {
             "TASKS.WAYS CHC.TOPICS.NEIGHBORS CHC.TOPICS.COMPONENTS CHC.TOPICS.MIN_CLUSTER_SIZE CHC.DOMAINS.K",
         ),
         (_FROM_0, "PROMPT.TEXT_TOKENS PROMPT.VISUAL_TOKENS LOADER.WORKERS MEMORY.TASKS MEMORY.IMAGES MEMORY.BUDGET"),
-        (_FROM_0, "PROMPT.VISUAL_SIZE OUTER.CLIP_NORM"),
+        (_FROM_0, "PROMPT.VISUAL_SIZE OUTER.CLIP_NORM INNER.DETACHED"),
         (_SEED, "SEED"),
         (_whole(2**32 - 1), "SEEDS"),
         (_numbers(0, 2**32 - 1, also=-1), "CHC.SEED"),

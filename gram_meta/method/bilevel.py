@@ -38,13 +38,21 @@ class InnerLoop:
     scale: float = 1.0  # loss scale under fp16, as for `task_gradients`
     # R^phi; it may leave out kinds, which then take a plain gradient step. None is plain MAML (Eq. 4)
     regulate: Regulate | None = None
+    # Steps before `steps`, so that adaptation is as long as few-shot training: on the way back theta and their result
+    # differ by a constant, and R^phi learns nothing from them
+    detached: int = 0
 
     @classmethod
     def from_config(cls, config: CfgNode, regulate: Regulate | None = None) -> InnerLoop:
         """Read INNER and, for the loss scale, BACKBONE."""
         inner = config.INNER
         scale = config.BACKBONE.LOSS_SCALE or (FP16_SCALE if config.BACKBONE.PRECISION == "fp16" else 1.0)
-        return cls(inner.ALPHA, inner.STEPS, inner.FIRST_ORDER, scale, regulate)
+        return cls(inner.ALPHA, inner.STEPS, inner.FIRST_ORDER, scale, regulate, inner.DETACHED)
+
+    @property
+    def length(self) -> int:
+        """Number of all steps."""
+        return self.detached + self.steps
 
 
 class InnerStep(NamedTuple):
@@ -107,25 +115,31 @@ def descend(prompts: Prompts, raw: Prompts, inner: InnerLoop) -> InnerStep:
 def inner_path(
     support: Sequence[Losses], prompts: Prompts, inner: InnerLoop, keep_graph: bool = False
 ) -> Iterator[InnerStep]:
-    """Yield the steps of the inner loop from `prompts` on, `inner.steps` of them.
+    """Yield the steps of the inner loop from `prompts` on: `inner.detached`, and then `inner.steps` of them.
 
     Args:
         support: functions whose sum is the support loss of each task, prompts (B, M, d) -> (B,).
         prompts: the initialisation, (B, M, d) by kind.
         inner: settings of the loop.
         keep_graph: False: each step starts from leaves, and no graph outlives it. True: `after` is differentiable with
-            respect to `prompts`, which must require gradients, and to the parameters of R^phi.
+            respect to `prompts`, which must require gradients, and, but for the detached steps, to the parameters of
+            R^phi.
     """
-    second_order = keep_graph and not inner.first_order
-    for _ in range(inner.steps):
-        if not keep_graph:
-            prompts = as_leaves(prompts)
+    for number in range(inner.length):
+        connected = keep_graph and number >= inner.detached
+        second_order = connected and not inner.first_order
+        at = prompts if connected else as_leaves(prompts)
         with twice_differentiable() if second_order else nullcontext():
-            raw = total_of(task_gradients(part, prompts, second_order, inner.scale) for part in support)
-        with torch.set_grad_enabled(keep_graph):
-            step = descend(prompts, raw, inner)
+            raw = total_of(task_gradients(part, at, second_order, inner.scale) for part in support)
+        with torch.set_grad_enabled(connected):
+            step = descend(at, raw, inner)
         yield step
-        prompts = step.after
+        prompts = step.after if connected or not keep_graph else _moved(prompts, at, step.after)
+
+
+def _moved(prompts: Prompts, before: Prompts, after: Prompts) -> dict[str, Tensor]:
+    """Return the values of `after`, with the gradient of `prompts`."""
+    return {kind: value + (after[kind] - before[kind]).detach() for kind, value in prompts.items()}
 
 
 def meta_losses(support: Losses, query: Losses, theta: Prompts, tasks: int, inner: InnerLoop) -> MetaLosses:
@@ -161,13 +175,14 @@ def lean_backward(
 ) -> MetaLosses:
     """Compute the losses of `meta_losses` and add their meta-gradients to `.grad` of theta and phi, in less memory.
 
-    The added gradient is `weight` times that of the losses' sum. The chain rule of Eq. 8 is walked by hand. First the
-    inner loop runs without a graph. Then the gradient v of the query loss is taken, and its graph is freed. Then each
-    inner step, from the last to the first, replaces v by v + H u: u is v after its way back through R^phi to the raw
-    support gradient, and H is the Hessian of the support loss. The product H u is exact (a second backward pass over
-    the support set). So the largest graph is that of the query set or that of one second derivative, not their sum.
-    Each of them is a sum over images, so it can be computed for some images at a time. Only the passes of H u need
-    attention with a second derivative. The price is one more first-order pass over the support set.
+    The added gradient is `weight` times that of the losses' sum. The chain rule of Eq. 8 is walked by hand. First
+    the inner loop runs without a graph. Then the gradient v of the query loss is taken, and its graph is freed.
+    Then each inner step that is not detached, from the last to the first, replaces v by v + H u: u is v after its
+    way back through R^phi to the raw support gradient, and H is the Hessian of the support loss. The product H u is
+    exact (a second backward pass over the support set). So the largest graph is that of the query set or that of
+    one second derivative, not their sum. Each of them is a sum over images, so it can be computed for some images
+    at a time. Only the passes of H u need attention with a second derivative. The price is one more first-order
+    pass over the support set.
 
     Under fp16 each of these passes has values of its own size: u is scaled to the size of a prompt for the product with
     H, which is linear in u, and scaled back afterwards.
@@ -195,7 +210,7 @@ def lean_backward(
     adapted = as_leaves(prompts)
     v = total_of(task_gradients(recorded(part), adapted, scale=inner.scale) for part in query)
     v = {kind: weight * value for kind, value in v.items()}
-    for step in reversed(path):
+    for step in reversed(path[inner.detached :]):
         u = _back_through_update(step, v, inner)
         if not inner.first_order:
             v = total_of([v, *(_hessian_product(part, step.prompts, u, inner.scale) for part in support)])

@@ -239,13 +239,13 @@ def evaluate_adaptation(
         _start_name(config.PROMPT.WORDS): {name: value.detach() for name, value in initial.items()},
     }
     regulator = None if checkpoint.regulator is None else checkpoint.regulator.to(backbone.device)
-    inner = replace(InnerLoop.from_config(config), steps=max(steps))
+    inner = replace(InnerLoop.from_config(config), steps=max(steps), detached=0)
     regulates = _forms(regulator)
     if regulator is not None:
         others = sampler.draw_batch(tasks, tasks)
         gates = mean_gates(regulator, starts["theta*"], episodes, others, inner)
         regulates[MEAN] = lambda raw: {kind: gamma * raw[kind] + beta for kind, (gamma, beta) in gates.items()}
-        length = config.INNER.ALPHA * config.INNER.STEPS
+        length = config.INNER.ALPHA * InnerLoop.from_config(config).length
         starts[MOVED] = starts["theta*"] | {k: starts["theta*"][k] - length * beta for k, (_, beta) in gates.items()}
     forms = {form: replace(inner, regulate=regulate) for form, regulate in regulates.items()}
     rows = [(start, form) for start in starts for form in forms if start != MOVED or form == "R off"]

@@ -197,7 +197,7 @@ class MetaTrainer:
                 parameter.grad = torch.zeros_like(parameter)
         if self.group.size > 1:
             with self.region(EXCHANGE):
-                shape = (self.inner.steps * self.outer.meta, self.outer.batch, len(self.kinds))
+                shape = (self.inner.length * self.outer.meta, self.outer.batch, len(self.kinds))
                 result, (given_up, stop) = exchange(self.group, parameters, result, shape, self.own, (given_up, stop))
         if given_up:
             return False, True

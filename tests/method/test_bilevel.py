@@ -84,6 +84,28 @@ def test_lean_is_exact(form, steps, backbone):
                 torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize("lean", [False, True])
+def test_the_way_back_passes_over_detached_steps(lean, backbone):
+    """The meta-gradient is that of one step from where two detached ones lead, as if theta stood there."""
+    step = Step("text", backbone)
+    plain, inner = InnerLoop(0.05, 2, regulate=step.regulator), InnerLoop(0.05, 1, regulate=step.regulator, detached=2)
+    *_, last = bilevel.inner_path([step.support], bilevel.for_each_task(step.theta, 2), plain)
+    there = {kind: value.detach().requires_grad_() for kind, value in last.after.items()}  # (2, M, d)
+    losses = bilevel.adapted_losses(step.support, step.query, there, InnerLoop(0.05, 1, regulate=step.regulator)).losses
+    losses.sum().backward()
+    expected = [there["text"].grad.sum(dim=0), *(p.grad.clone() for p in step.regulator.parameters())]
+    step.regulator.zero_grad()
+    if lean:
+        found = lean_backward([step.support], [step.query], step.theta, 2, inner)
+    else:
+        found = meta_losses(step.support, step.query, step.theta, 2, inner)
+        found.losses.sum().backward()
+    assert len(found.norms) == 3
+    torch.testing.assert_close(found.losses.detach(), losses.detach(), rtol=1e-12, atol=0)
+    for value, reference in zip((p.grad for p in step.parameters), expected, strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-10, atol=1e-14)
+
+
 def test_lean_without_a_regulator_adds_to_what_is_there(backbone):
     step = Step("joint", backbone)
     expected = step.whole(1)
