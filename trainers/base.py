@@ -110,9 +110,10 @@ class ClipTrainer(TrainerX):
             folder.finish()
 
     def detect_anomaly(self, loss: Tensor) -> None:
-        """Raise a `GramError` for a loss that is not finite."""
-        if not loss.isfinite().all():
-            found = f"found {loss.item()} in epoch {self.epoch + 1}, batch {self.batch_idx + 1}"
+        """Raise a `GramError` for a loss, or for losses (n,) of which one is not finite."""
+        wrong = loss.flatten()[~loss.flatten().isfinite()]
+        if len(wrong):
+            found = f"found {wrong[0].item()} in epoch {self.epoch + 1}, by batch {self.batch_idx + 1}"
             raise GramError(f"{self.cfg.OUTPUT_DIR}: expected a finite loss, {found}; try a lower OPTIM.LR")
 
     def resume_model_if_exist(self, directory: str) -> int:

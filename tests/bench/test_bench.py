@@ -128,19 +128,19 @@ def test_a_missing_checkpoint_is_one_sentence(tmp_path):
     folder.mkdir(parents=True)
     (folder / "best.safetensors").touch()  # a copy: nothing beside it
     assert matrix.bench_runs(settings(tmp_path, "CoOpGRAM"))
-    (folder / "run.json").write_text(json.dumps({"config": {"OUTER": {"STEPS": 300}}}))
+    (folder / "run.json").write_text(json.dumps({"config": {"OUTER": {"STEPS": 600}}}))
     (folder / "log.jsonl").write_text('{"step": 0}\n{"step": 5}\n')
     with pytest.raises(GramError, match="not finished; go on with `gram pretrain --resume"):
         matrix.bench_runs(settings(tmp_path, "CoOpGRAM"))
-    (folder / "log.jsonl").write_text('{"step": 0}\n{"step": 300}\n')
+    (folder / "log.jsonl").write_text('{"step": 0}\n{"step": 600}\n')
     assert matrix.meta_state(folder) == "finished"
-    with pytest.raises(GramError, match="holds a meta-training with OUTER.STEPS 300, expected 8; .*--meta-dir"):
+    with pytest.raises(GramError, match="holds a meta-training with OUTER.STEPS 600, expected 8; .*--meta-dir"):
         matrix.meta_state(folder, ("OUTER.STEPS", "8"))
     assert matrix.meta_state(folder, ("LOADER.WORKERS", "8")) == "finished"
-    (folder / "run.json").write_text(json.dumps({"config": {"OUTER": {"STEPS": 300}, "TASKS": {"WAYS": 3}}}))
+    (folder / "run.json").write_text(json.dumps({"config": {"OUTER": {"STEPS": 600}, "TASKS": {"WAYS": 3}}}))
     with pytest.raises(GramError, match="holds a meta-training with TASKS.WAYS 3, expected 10"):
         matrix.meta_state(folder)  # the config file has changed since
-    (folder / "run.json").write_text(json.dumps({"config": {"OUTER": {"STEPS": 300}}}))
+    (folder / "run.json").write_text(json.dumps({"config": {"OUTER": {"STEPS": 600}}}))
     jobs = matrix.bench_runs(settings(tmp_path, "CoOpGRAM", opts=("TRAINER.GRAM.CHECKPOINT", "mine.safetensors")))
     assert {job.argv[0] for job in jobs} == {"train"}
 

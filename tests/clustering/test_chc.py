@@ -471,7 +471,7 @@ def test_changed_hierarchies_are_one_sentence(hierarchy, tmp_path):
             Hierarchy.open(tmp_path / "h")
 
 
-TOPIC = {"word": "cat", "score": 1.0, "size": 2, "images": 2, "domains": [1, 1]}
+TOPIC_ENTRY = {"word": "cat", "score": 1.0, "size": 2, "images": 2, "domains": [1, 1]}
 
 
 @pytest.mark.parametrize(
@@ -484,9 +484,9 @@ TOPIC = {"word": "cat", "score": 1.0, "size": 2, "images": 2, "domains": [1, 1]}
         ({"fingerprints": [1, 2]}, "fingerprints: expected object, found array"),
         ({"fingerprints": {"store": 1}}, "fingerprints.*: expected str, found int"),
         ({"store": None}, "store: expected str, found null"),
-        ({"topics": [{**TOPIC, "words": [[7, 1.0]]}]}, "topics.*words.*: expected str, found int"),
-        ({"topics": [{**TOPIC, "words": ["cat"]}]}, "topics.*words.*: expected array, found str"),
-        ({"topics": [{**TOPIC, "words": [["cat"]]}]}, "topics.*words.*: expected array of length 2, found 1"),
+        ({"topics": [{**TOPIC_ENTRY, "words": [[7, 1.0]]}]}, "topics.*words.*: expected str, found int"),
+        ({"topics": [{**TOPIC_ENTRY, "words": ["cat"]}]}, "topics.*words.*: expected array, found str"),
+        ({"topics": [{**TOPIC_ENTRY, "words": [["cat"]]}]}, "topics.*words.*: expected array of length 2, found 1"),
         ({"files": {"fates.npy": {"bytes": "many", "sha256": ""}}}, "files.*bytes: expected int, found str"),
     ],
 )

@@ -58,7 +58,7 @@ def test_nothing_half_written_stays(backbone, tmp_path, monkeypatch):
     save_meta_checkpoint(tmp_path / "meta.safetensors", make(backbone))
     before = (tmp_path / "meta.safetensors").read_bytes()
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(GramError, match="cannot be written .disk full"):
         save_meta_checkpoint(tmp_path / "meta.safetensors", make(backbone, regulator=False))
     assert [p.name for p in tmp_path.iterdir()] == ["meta.safetensors"]
     assert (tmp_path / "meta.safetensors").read_bytes() == before

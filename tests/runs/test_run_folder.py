@@ -295,7 +295,10 @@ def test_an_option_that_one_side_does_not_know_decides_nothing(flags, tmp_path):
 @pytest.mark.parametrize(
     ("extra", "says"),
     [
-        (lambda zero: zero / zero, "out: expected a finite loss, found nan in epoch 1, batch 1; try a lower OPTIM.LR"),
+        (
+            lambda zero: zero / zero,
+            "out: expected a finite loss, found nan in epoch 1, by batch 1; try a lower OPTIM.LR",
+        ),
         (torch.sqrt, "out/prompt_learner: expected finite numbers in ctx, found 256 of 256 that are not"),
     ],
 )
