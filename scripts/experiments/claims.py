@@ -1,6 +1,7 @@
-"""Write docs/results/claims.json, and its table in docs/results/emoji-world.md, from the runs of emoji_evidence.sh.
+"""Fill docs/results/emoji-world.md and claims.json from the runs of emoji_evidence.sh.
 
-    python scripts/experiments/claims.py docs/results/emoji.json     # or folders of runs
+    python scripts/experiments/claims.py                # from docs/results/emoji.json
+    python scripts/experiments/claims.py --check        # say whether page and claims are as the results are
 
 A claim is a difference from base to new between two kinds of runs, such as "CoOpGRAM - CoOp, H". For each meta-seed it
 is averaged over few-shot seeds and datasets; mean and 95 % interval (Student's t) are over meta-seeds. A claim is
@@ -10,20 +11,22 @@ confirmed if its interval lies above 0. H is the harmonic mean of a dataset's ba
 from __future__ import annotations
 
 import argparse
+import re
+import sys
 from collections import defaultdict
 from pathlib import Path
 
 from tabulate import tabulate
 
-from gram_meta.config import flatten
-from gram_meta.files import write_json
+from gram_meta.files import read_json, write_json
 from gram_meta.intervals import half_width, harmonic, mean
-from gram_meta.report import read_runs
+from gram_meta.report import paper_tables, read_runs, render
 from gram_meta.report.runs import Run
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "results"
-BEGIN, END = "<!-- claims -->\n", "\n<!-- end of claims -->"
+PLACE = re.compile(r"(<!-- (claims|table \d) -->\n).*?(<!-- end -->)", re.DOTALL)
 METRICS = ("base", "new", "H")
+SEED = re.compile(r"seed(\d+)/best")  # in the path of a meta-checkpoint of SEEDS
 # ours, what it is compared with
 CLAIMS = (
     ("CoOpGRAM", "CoOp"),
@@ -43,8 +46,9 @@ Table = dict[str, dict[int, dict[str, dict[int, dict[str, float]]]]]
 
 def kind_of(run: Run) -> tuple[str, int]:
     """Return what kind of run it is, and the seed of its meta-training."""
-    meta, gram = flatten((run.result.get("meta_checkpoint") or {}).get("settings", {})), "TRAINER.GRAM."
-    words = [run.trainer]
+    made = run.result.get("meta_checkpoint") or {}
+    meta, gram, words = made.get("settings", {}), "TRAINER.GRAM.", [run.trainer]
+    seed = SEED.search(made.get("path", ""))
     if run.trainer.endswith("GRAM"):
         if not meta.get("REGULATOR.ENABLED", True):
             words.append("meta-trained without R")
@@ -52,13 +56,13 @@ def kind_of(run: Run) -> tuple[str, int]:
             words.append("R off")
         if not run.settings.get(f"{gram}INIT", True):
             words.append("R from CoOp's words")
-    return ", ".join(words), int(meta.get("SEED", 0))
+    return ", ".join(words), int(seed[1]) if seed else 0
 
 
-def read(paths: list[Path]) -> Table:
+def read(runs: list[Run]) -> Table:
     """Return the accuracies of all base-to-new runs."""
     table: Table = defaultdict(lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(dict))))
-    for run in read_runs(paths):
+    for run in runs:
         if run.subsample in ("base", "new") and not run.transferred:
             kind, meta = kind_of(run)
             table[kind][meta][run.dataset][run.seed][run.subsample] = run.value
@@ -109,22 +113,44 @@ def as_markdown(claims: list[dict]) -> str:
     return tabulate(rows, "keys", "pipe", disable_numparse=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("-o", "--out", type=Path, default=DOCS / "claims.json")
-    args = parser.parse_args()
-    table = read(args.runs)
+def all_claims(runs: list[Run]) -> list[dict]:
+    """Return the claims that the runs allow."""
+    table = read(runs)
     pairs = [(ours, theirs) for ours, theirs in CLAIMS if ours in table and theirs in table]
-    claims = [claim(ours, theirs, metric, table) for ours, theirs in pairs for metric in METRICS]
-    write_json(args.out, claims)
-    print(as_markdown(claims))
-    page = DOCS / "emoji-world.md"
-    text = page.read_text(encoding="utf-8")
-    if args.out == DOCS / "claims.json" and BEGIN in text:
-        before, rest = text.split(BEGIN, 1)
-        page.write_text(f"{before}{BEGIN}\n{as_markdown(claims)}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+    return [claim(ours, theirs, metric, table) for ours, theirs in pairs for metric in METRICS]
+
+
+def filled(page: str, runs: list[Run]) -> str:
+    """Return the page with its claims and tables as the runs give them; tables are of meta-seed 1."""
+    first = [run for run in runs if kind_of(run) in ((run.trainer, 0), (run.trainer, 1))]
+
+    def fill(place: re.Match) -> str:
+        if place[2] == "claims":
+            text = as_markdown(all_claims(runs))
+        else:
+            found = paper_tables(first, [int(place[2].split()[1])])
+            text = "\n\n".join(render(one, "markdown") for one in found)
+            text = "\n".join(line for line in text.splitlines() if "missing" not in line)
+        return f"{place[1]}\n{text}\n\n{place[3]}"
+
+    return PLACE.sub(fill, page)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if a file is out of date")
+    args = parser.parse_args()
+    runs, page, claims = read_runs([DOCS / "emoji.json"]), DOCS / "emoji-world.md", DOCS / "claims.json"
+    before = page.read_text(encoding="utf-8")
+    after = filled(before, runs)
+    if args.check:
+        stale = after != before or all_claims(runs) != read_json(claims, list)
+        print("out of date" if stale else "up to date")
+        return int(stale)
+    page.write_text(after, encoding="utf-8")
+    write_json(claims, all_claims(runs))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,31 +1,58 @@
-"""docs/results/emoji-world.md says what docs/results/emoji.json says."""
+"""docs/results/emoji-world.md and claims.json say what docs/results/emoji.json says."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 
+from gram_meta.report import read_runs
+
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "docs" / "results"
 
 
-def fill_results():
-    spec = importlib.util.spec_from_file_location("fill_results", ROOT / "scripts/experiments/fill_results.py")
+@pytest.fixture(scope="module")
+def claims():
+    """scripts/experiments/claims.py, as a module."""
+    spec = importlib.util.spec_from_file_location("claims", ROOT / "scripts/experiments/claims.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-@pytest.mark.slow
-def test_the_tables_are_those_of_the_committed_results():
-    module, page = fill_results(), (ROOT / "docs/results/emoji-world.md").read_text(encoding="utf-8")
-    assert len(module.PLACE.findall(page)) >= 4
-    assert module.filled(page, ROOT / "docs/results/emoji.json") == page
+@pytest.fixture(scope="module")
+def runs():
+    return read_runs([RESULTS / "emoji.json"])
 
 
-@pytest.mark.slow
-def test_a_changed_number_would_be_seen():
-    module, page = fill_results(), (ROOT / "docs/results/emoji-world.md").read_text(encoding="utf-8")
-    place = module.PLACE.search(page)
-    digits = place.start() + next(i for i, c in enumerate(place[0]) if c == "." and place[0][i + 1].isdigit()) + 1
-    forged = page[:digits] + str((int(page[digits]) + 1) % 10) + page[digits + 1 :]
-    assert module.filled(forged, ROOT / "docs/results/emoji.json") != forged
+def test_page_and_claims_are_those_of_the_committed_results(claims, runs):
+    page = (RESULTS / "emoji-world.md").read_text(encoding="utf-8")
+    assert [place[1] for place in claims.PLACE.findall(page)] == ["claims", "table 1"]
+    assert claims.filled(page, runs) == page
+    assert claims.all_claims(runs) == json.loads((RESULTS / "claims.json").read_text())
+
+
+def test_a_changed_number_would_be_seen(claims, runs):
+    page = (RESULTS / "emoji-world.md").read_text(encoding="utf-8")
+    for place in claims.PLACE.finditer(page):
+        digits = place.start() + next(i for i, c in enumerate(place[0]) if c == "." and place[0][i + 1].isdigit()) + 1
+        forged = page[:digits] + str((int(page[digits]) + 1) % 10) + page[digits + 1 :]
+        assert claims.filled(forged, runs) == page
+
+
+def test_a_claim_by_hand(claims):
+    """Two datasets, two meta-seeds; the reference has no meta-training, so its seed 0 serves for both."""
+    theirs = {0: {"a": {1: {"base": 60.0, "new": 40.0}}, "b": {1: {"base": 50.0, "new": 50.0}}}}
+    ours = {
+        1: {"a": {1: {"base": 62.0, "new": 44.0}}, "b": {1: {"base": 50.0, "new": 50.0}}},
+        2: {"a": {1: {"base": 60.0, "new": 40.0}}, "b": {1: {"base": 50.0, "new": 60.0}}},
+    }
+    found = claims.claim("ours", "theirs", "new", {"ours": ours, "theirs": theirs})
+    assert found["each_meta_seed"] == [2.0, 5.0] and found["mean"] == 3.5
+    assert found["high"] == pytest.approx(3.5 + 12.7062 * 1.5, abs=0.01) and not found["confirmed"]
+    h = claims.claim("ours", "theirs", "H", {"ours": ours, "theirs": theirs})
+    expected = [(2 * 62 * 44 / 106 - 48) / 2, (2 * 50 * 60 / 110 - 50) / 2]
+    assert h["each_meta_seed"] == [round(value, 2) for value in expected]
