@@ -79,7 +79,7 @@ setup(
     packages=[*find_packages(include=["gram_meta", "gram_meta.*"]), *MAPPED],
     package_dir=MAPPED,
     package_data={
-        "gram_meta": ["py.typed", "backbone/*.safetensors", "**/*.tsv", "**/*.json"],
+        "gram_meta": ["py.typed", "backbone/*.safetensors", "method/shipped/*", "**/*.tsv", "**/*.json"],
         "gram_meta.coop": ["HOOKS.md"],
         "gram_meta.report.html": ["*.html", "*.css", "*.js"],
         "gram_meta.configs": ["**/*.yaml"],

@@ -127,13 +127,21 @@ def save_meta_checkpoint(path: PathLike, checkpoint: MetaCheckpoint) -> None:
         file.write(save(plain, metadata={_KEY: to_json(facts, str(path))}))
 
 
+def shipped() -> dict[str, Path]:
+    """Return the meta-checkpoints that come with the package, by name; a card, NAME.md, lies beside each."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "shipped").glob("*.safetensors"))}
+
+
 def load_meta_checkpoint(path: PathLike) -> MetaCheckpoint:
     """Read a checkpoint to the CPU, with a frozen regulator.
+
+    Args:
+        path: a file, or the name of a meta-checkpoint that comes with the package (`shipped`).
 
     Raises:
         GramError: no file, another file, or a damaged one.
     """
-    path = Path(path)
+    path = shipped().get(os.fspath(path), Path(path))
     facts, tensors = _read(path)
     try:
         check_type(facts, _Facts, "metadata")
@@ -162,7 +170,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise GramError(f"{path}: expected a meta-checkpoint (.safetensors), found no such file")
+        raise GramError(
+            f"{path}: expected a meta-checkpoint (.safetensors) or one of {', '.join(shipped())}, found no such file"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(_KEY, "null")

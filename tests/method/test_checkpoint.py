@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from gram_meta.backbone.clip import load_backbone
 from gram_meta.errors import GramError
-from gram_meta.method.checkpoint import MetaCheckpoint, load_meta_checkpoint, save_meta_checkpoint
+from gram_meta.method.checkpoint import MetaCheckpoint, load_meta_checkpoint, save_meta_checkpoint, shipped
 from gram_meta.method.regulator import GradientRegulator, RegulatorConfig
 
 
@@ -47,6 +47,18 @@ def test_round_trip(backbone, saved):
     assert not any(p.requires_grad for p in after.regulator.parameters())
     assert len(after.sha256) == 64 and after.tokens == {"text": 4, "visual": 2}
     after.check(backbone, {"text": 4, "visual": 2})
+
+
+def test_what_comes_with_the_package_is_found_by_name_and_fits_its_backbone_only(backbone):
+    assert list(shipped()) == ["gram-small-text"]
+    for name, path in shipped().items():
+        checkpoint = load_meta_checkpoint(name)
+        assert path.with_suffix(".md").read_text().startswith(f"# {name}\n")
+        checkpoint.check(load_backbone("gram-small"), checkpoint.tokens, checkpoint.extras)
+        with pytest.raises(GramError, match="made with, gram-small"):
+            checkpoint.check(backbone, checkpoint.tokens, checkpoint.extras)
+    with pytest.raises(GramError, match=r"gram-large: expected .* one of gram-small-text, found no such file"):
+        load_meta_checkpoint("gram-large")
 
 
 def test_a_checkpoint_without_a_regulator(backbone, tmp_path):
