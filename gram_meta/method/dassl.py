@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
+from gram_meta.config import flatten
 from gram_meta.errors import GramError
-from gram_meta.method.apply import Prompts, Regulation, start_from
+from gram_meta.method.apply import FAR, Prompts, Regulation, start_from
 from gram_meta.method.checkpoint import MetaCheckpoint, load_meta_checkpoint
 
 
@@ -115,6 +116,11 @@ class WithGRAM:
 
     def before_train(self) -> None:
         self.check_training()
+        if self.regulation.regulator is not None and self.meta is not None:
+            optim = self.cfg.OPTIM
+            mean_rate = optim.LR / 2 if optim.LR_SCHEDULER == "cosine" else optim.LR
+            steps = optim.MAX_EPOCH * len(self.train_loader_x)
+            warn_of_length(self.meta, steps * mean_rate / (1 - optim.MOMENTUM))
         super().before_train()  # type: ignore[misc]
 
     def load_model(self, directory: str, epoch: int | None = None) -> None:
@@ -126,3 +132,22 @@ class WithGRAM:
         for line in self.regulation.lines():
             print(f"regulator: {line}")
         super().after_train()  # type: ignore[misc]
+
+
+def warn_of_length(meta: MetaCheckpoint, path: float) -> None:
+    """Print a note if R^phi with an absolute beta is used in a training far longer than the one it was learned for.
+
+    Args:
+        meta: the meta-checkpoint whose R^phi is used.
+        path: sum of learning rates of the training, divided by 1 - momentum.
+    """
+    settings = flatten(meta.config)
+    if settings.get("REGULATOR.BETA") != "absolute":
+        return
+    learned = settings["INNER.ALPHA"] * (settings["INNER.STEPS"] + settings.get("INNER.DETACHED", 0))
+    if path > FAR * learned:
+        print(
+            f"Note: the regulator was learned on steps that sum to {learned:.2g} (INNER.ALPHA x steps), and those of "
+            f"this training sum to about {path:.2g}. Its beta does not shrink with the gradient, and may lead away; "
+            "meta-training with REGULATOR.BETA relative avoids that"
+        )

@@ -19,7 +19,7 @@ from gram_meta.coop import launch
 from gram_meta.engine import build_trainer, set_random_seed
 from gram_meta.errors import GramError
 from gram_meta.method.apply import Regulation
-from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
+from gram_meta.method.checkpoint import MetaCheckpoint, load_meta_checkpoint, save_meta_checkpoint
 from gram_meta.method.prompts import context_from_words
 from gram_meta.method.regulator import GradientRegulator, RegulatorConfig
 from gram_meta.runs.folder import open_folder
@@ -268,6 +268,26 @@ def test_one_warning_when_gradients_are_far_from_those_of_meta_training(
     out = capsys.readouterr().out
     assert out.count("Warning: the text gradient's norm is") == int(warns)
     assert "regulator: text gradient norm" in out
+
+
+@pytest.mark.parametrize(
+    ("beta", "steps", "notes"), [("absolute", 1, True), ("absolute", 10, False), ("relative", 1, False)]
+)
+def test_a_note_if_an_absolute_beta_is_used_in_a_far_longer_training(
+    world, backbone, tmp_path, capsys, beta, steps, notes
+):
+    """A step counts 0.002 / 2 / (1 - 0.9) = 0.01 along a cosine; the inner loop's path is 0.01 times its steps."""
+    meta = load_meta_checkpoint(save_meta(tmp_path / "meta.safetensors", backbone))
+    meta.config = {"REGULATOR": {"BETA": beta}, "INNER": {"ALPHA": 0.01, "STEPS": steps}}
+    save_meta_checkpoint(tmp_path / "meta.safetensors", meta)
+    trainer = build(world, "CoOpGRAM", "TRAINER.GRAM.CHECKPOINT", tmp_path / "meta.safetensors", "OPTIM.MAX_EPOCH", 5)
+    trainer.before_train()
+    text = (
+        "the regulator was learned on steps that sum to 0.01 (INNER.ALPHA x steps), and those of this training sum to"
+    )
+    taken = 5 * len(trainer.train_loader_x)
+    assert trainer.cfg.OPTIM.LR == 0.002 and 3 < taken < 30
+    assert (f"{text} about {0.01 * taken:.2g}." in capsys.readouterr().out) == notes
 
 
 def test_deep_prompts_are_regulated_layer_by_layer():
