@@ -280,7 +280,8 @@ def test_a_note_if_an_absolute_beta_is_used_in_a_far_longer_training(
     meta = load_meta_checkpoint(save_meta(tmp_path / "meta.safetensors", backbone))
     meta.config = {"REGULATOR": {"BETA": beta}, "INNER": {"ALPHA": 0.01, "STEPS": steps}}
     save_meta_checkpoint(tmp_path / "meta.safetensors", meta)
-    trainer = build(world, "CoOpGRAM", "TRAINER.GRAM.CHECKPOINT", tmp_path / "meta.safetensors", "OPTIM.MAX_EPOCH", 5)
+    opts = ("TRAINER.GRAM.CHECKPOINT", tmp_path / "meta.safetensors", "OPTIM.MAX_EPOCH", 5, "OUTPUT_DIR", tmp_path)
+    trainer = build(world, "CoOpGRAM", *opts)
     trainer.before_train()
     text = (
         "the regulator was learned on steps that sum to 0.01 (INNER.ALPHA x steps), and those of this training sum to"
