@@ -42,7 +42,9 @@ def fixes() -> list[Fix]:
 def dassl_module(name: str) -> ModuleType:
     """Import the module that Dassl calls `name` (`dassl.engine`) from the backend in use."""
     if backend() == "builtin":
-        name = f"gram_meta.engine.builtin{name.removeprefix('dassl')}"
+        from gram_meta.engine import builtin
+
+        return builtin.module(name)
     return importlib.import_module(name)
 
 

@@ -569,7 +569,6 @@ from PIL import Image
 from torch import nn
 import dassl.config.defaults
 from dassl.data.datasets import DatasetBase, Datum
-from dassl.data.samplers import build_sampler
 from dassl.data.transforms import build_transform
 from dassl.evaluation import build_evaluator
 from dassl.metrics import compute_accuracy
@@ -605,29 +604,19 @@ def optimised(name):
         optimizer.zero_grad(); model(x).square().mean().backward(); optimizer.step()
     return torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
 
-def staged():
-    model = nn.Sequential(); model.add_module("old", nn.Linear(1, 1)); model.add_module("new", nn.Linear(1, 1))
-    cfg = config("OPTIM.STAGED_LR", True, "OPTIM.NEW_LAYERS", ("new",), "OPTIM.LR", 1.0).OPTIM
-    return [[group["lr"], len(group["params"])] for group in build_optimizer(model, cfg).param_groups]
-
-def sampled(name, **kwargs):
-    set_random_seed(4)
-    sampler = build_sampler(name, data_source=images, **kwargs)
-    return [[int(index) for index in sampler] for _ in range(2)]
-
 def transformed(names, is_train):
-    cfg = config("INPUT.SIZE", (16, 20), "INPUT.TRANSFORMS", names, "INPUT.GB_K", 3, "INPUT.INTERPOLATION", "bicubic")
+    cfg = config("INPUT.SIZE", (16, 20), "INPUT.TRANSFORMS", names, "INPUT.INTERPOLATION", "bicubic")
     transform = build_transform(cfg, is_train=is_train)
     set_random_seed(3)
     return [transform(image).double().sum().item() for _ in range(6)]
 
 def evaluated():
-    cfg = config("TEST.PER_CLASS_RESULT", True, "TEST.COMPUTE_CMAT", True, "OUTPUT_DIR", ".")
+    cfg = config("TEST.PER_CLASS_RESULT", True)
     evaluator = build_evaluator(cfg, lab2cname={i: f"c{i}" for i in range(5)})
     torch.manual_seed(1)
     for _ in range(3):
         evaluator.process(torch.randn(30, 5), torch.randint(0, 4, (30,)))
-    return [evaluator.evaluate(), torch.load("cmat.pt").tolist()]
+    return evaluator.evaluate()
 
 def loaded(count, batch, is_train):
     cfg = config("INPUT.SIZE", (8, 8))
@@ -649,15 +638,10 @@ with contextlib.redirect_stdout(printed):
               "OPTIM.WARMUP_RECOUNT", recount)
         for kind in ("cosine", "single_step", "multi_step") for warmup in ("constant", "linear")
         for epochs in (-1, 1, 3) for recount in (True, False)]
-    seen["optimisers"] = [optimised(name) for name in ("sgd", "adam", "amsgrad", "rmsprop", "adamw")]
-    seen["staged"] = staged()
-    seen["samplers"] = [
-        sampled("RandomSampler"), sampled("SequentialSampler"), sampled("RandomDomainSampler", batch_size=6, n_domain=2),
-        sampled("SeqDomainSampler", batch_size=6), sampled("RandomClassSampler", batch_size=6, n_ins=3)]
+    seen["optimisers"] = [optimised(name) for name in ("sgd", "adam", "adamw")]
     seen["transforms"] = [transformed(names, is_train) for is_train in (True, False) for names in (
-        ("random_resized_crop", "random_flip", "normalize"), ("random_crop",), ("random_translation",), ("cutout",),
-        ("gaussian_noise",), ("colorjitter",), ("randomgrayscale", "gaussian_blur"), ("instance_norm",),
-        ("random_flip", "cutout", "normalize", "gaussian_noise"), ())]
+        ("random_resized_crop", "random_flip", "normalize"), ("random_crop",), ("center_crop",), ("instance_norm",),
+        ("random_flip", "normalize"), ())]
     seen["evaluator"] = evaluated()
     set_random_seed(2)
     seen["few shots"] = [[item.impath for item in data.generate_fewshot_dataset(images, num_shots=count, repeat=repeat)]
@@ -665,7 +649,7 @@ with contextlib.redirect_stdout(printed):
     seen["dataset"] = [data.num_classes, data.lab2cname, data.classnames]
     seen["loaders"] = [loaded(24, 5, True), loaded(24, 5, False), loaded(3, 5, True)]
     meter = MetricMeter(); meter.update({"loss": 1.5, "acc": torch.tensor(3.0)}); meter.update({"loss": 2.25, "acc": 1})
-    average = AverageMeter(ema=True); [average.update(value) for value in (1.0, 2.0, 5.0)]
+    average = AverageMeter(); [average.update(value) for value in (1.0, 2.0, 5.0)]
     seen["meters"] = [str(meter), average.val, average.avg]
     scores = torch.randn(6, 5, generator=torch.Generator().manual_seed(1))
     seen["accuracy"] = [value.tolist() for value in compute_accuracy(scores, torch.tensor([0, 1, 2, 3, 4, 0]), topk=(1, 3))]
@@ -677,7 +661,7 @@ print("FACTS" + json.dumps(seen))
 
 @needs_dassl
 def test_both_backends_agree_part_by_part(tmp_path):
-    """Schedules, optimisers, samplers, transforms, evaluator, few-shot draws, loaders, meters, and what they print."""
+    """Schedules, optimisers, transforms, evaluator, few-shot draws, loaders, meters, and what they print."""
     seen = {}
     for backend in ("real", "builtin"):
         (tmp_path / backend).mkdir()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-from gram_meta.engine.builtin.metrics.accuracy import compute_accuracy
+from gram_meta.engine.builtin.metrics import compute_accuracy
 from gram_meta.engine.real.fix import Fix, rebind
 
 

@@ -11,23 +11,17 @@ __all__ = ["AverageMeter", "MetricMeter"]
 
 
 class AverageMeter:
-    """Keeps the latest value (`val`) and the mean so far (`avg`; with `ema`, a moving average that keeps 0.9)."""
+    """Keeps the latest value (`val`) and the mean so far (`avg`)."""
 
-    def __init__(self, ema: bool = False) -> None:
-        self.ema = ema
-        self.reset()
-
-    def reset(self) -> None:
-        self.val: float = 0
-        self.avg: float = 0
-        self.sum: float = 0
+    def __init__(self) -> None:
+        self.val = self.avg = self.sum = 0.0
         self.count = 0
 
     def update(self, val: Any, n: int = 1) -> None:
         self.val = val.item() if isinstance(val, torch.Tensor) else val
         self.sum += self.val * n
         self.count += n
-        self.avg = 0.9 * self.avg + 0.1 * self.val if self.ema else self.sum / self.count
+        self.avg = self.sum / self.count
 
 
 def as_floats(summaries: list[Any]) -> list[Any]:
@@ -47,9 +41,8 @@ def as_floats(summaries: list[Any]) -> list[Any]:
 class MetricMeter:
     """Keeps an `AverageMeter` for each name; its text is `name val (avg)` for each."""
 
-    def __init__(self, delimiter: str = " ") -> None:
+    def __init__(self) -> None:
         self.meters: dict[str, AverageMeter] = defaultdict(AverageMeter)
-        self.delimiter = delimiter
 
     def update(self, input_dict: dict[str, Any] | None) -> None:
         if input_dict is None:
@@ -60,4 +53,4 @@ class MetricMeter:
             self.meters[name].update(value)
 
     def __str__(self) -> str:
-        return self.delimiter.join(f"{name} {m.val:.4f} ({m.avg:.4f})" for name, m in self.meters.items())
+        return " ".join(f"{name} {m.val:.4f} ({m.avg:.4f})" for name, m in self.meters.items())

@@ -1,11 +1,10 @@
-"""Checkpoints of tensors and plain values, and the parameters of models."""
+"""Checkpoints of tensors and plain values."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,8 +13,7 @@ from torch import nn
 from gram_meta.engine.checkpoints import read_checkpoint
 from gram_meta.files import atomic_write
 
-__all__ = ["count_num_param", "load_checkpoint", "load_pretrained_weights", "open_all_layers", "open_specified_layers"]
-__all__ += ["resume_from_checkpoint", "save_checkpoint"]
+__all__ = ["load_checkpoint", "load_pretrained_weights", "resume_from_checkpoint", "save_checkpoint"]
 
 
 def save_checkpoint(
@@ -90,29 +88,3 @@ def load_pretrained_weights(model: nn.Module, weight_path: str) -> None:
     print(f"Successfully loaded pretrained weights from {weight_path}")
     if discarded:
         print(f"Layers discarded due to unmatched keys or size: {discarded}")
-
-
-def open_all_layers(model: nn.Module) -> None:
-    """Train all of `model`."""
-    model.train()
-    model.requires_grad_(True)
-
-
-def open_specified_layers(model: nn.Module, open_layers: str | list[str]) -> None:
-    """Train the named children of `model` and freeze the others."""
-    names = [open_layers] if isinstance(open_layers, str) else open_layers
-    for name in names:
-        if not hasattr(model, name):
-            raise AssertionError(f'"{name}" is not an attribute of the model')
-    for name, child in model.named_children():
-        child.train(name in names)
-        child.requires_grad_(name in names)
-
-
-def count_num_param(model: nn.Module | None = None, params: Iterable[Any] | None = None) -> int:
-    """Return the number of values in a model's parameters, or in a list of parameters (or of groups of one)."""
-    if model is not None:
-        return sum(p.numel() for p in model.parameters())
-    if params is not None:
-        return sum(p["params"].numel() if isinstance(p, dict) else p.numel() for p in params)
-    raise ValueError("model and params must provide at least one.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from typing import Any
 
@@ -10,11 +9,17 @@ import numpy as np
 import torch
 from yacs.config import CfgNode
 
-from gram_meta.engine.builtin.evaluation.build import EVALUATOR_REGISTRY
+from gram_meta.engine.builtin.utils.registry import Registry, build
 from gram_meta.errors import GramError
-from gram_meta.files import atomic_write
 
-__all__ = ["Classification", "EvaluatorBase"]
+__all__ = ["EVALUATOR_REGISTRY", "Classification", "EvaluatorBase", "build_evaluator"]
+
+EVALUATOR_REGISTRY = Registry("EVALUATOR")
+
+
+def build_evaluator(cfg: CfgNode, **kwargs: Any) -> Any:
+    """Build the evaluator that TEST.EVALUATOR names."""
+    return build(EVALUATOR_REGISTRY, "Loading evaluator", cfg.TEST.EVALUATOR, cfg.VERBOSE, cfg, **kwargs)
 
 
 class EvaluatorBase:
@@ -65,8 +70,6 @@ class Classification(EvaluatorBase):
         print(f"* error: {results['error_rate']:.1f}%\n* macro_f1: {results['macro_f1']:.1f}%")
         if self.cfg.TEST.PER_CLASS_RESULT:
             results["perclass_accuracy"] = self._print_classes(true, predicted)
-        if self.cfg.TEST.COMPUTE_CMAT:
-            self._save_confusion(true, predicted)
         return results
 
     def _print_classes(self, true: np.ndarray, predicted: np.ndarray) -> float:
@@ -84,17 +87,6 @@ class Classification(EvaluatorBase):
         mean = float(np.mean(accuracies))
         print(f"* average: {mean:.1f}%")
         return mean
-
-    def _save_confusion(self, true: np.ndarray, predicted: np.ndarray) -> None:
-        """Write the matrix of true classes (rows) and predicted ones; rows sum to 1, or to 0 for an absent class."""
-        labels = np.unique(np.concatenate([true, predicted]))
-        counts = np.zeros((len(labels), len(labels)))
-        np.add.at(counts, (np.searchsorted(labels, true), np.searchsorted(labels, predicted)), 1)
-        matrix = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-        path = os.path.join(self.cfg.OUTPUT_DIR, "cmat.pt")
-        with atomic_write(path) as file:
-            torch.save(torch.from_numpy(matrix), file)
-        print(f"Confusion matrix is saved to {path}")
 
 
 def _macro_f1(true: np.ndarray, predicted: np.ndarray) -> float:

@@ -1,17 +1,42 @@
-"""Learning-rate schedules from OPTIM.*, counted in epochs."""
+"""Optimisers and learning-rate schedules (counted in epochs) from OPTIM.*."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, StepLR
 from yacs.config import CfgNode
 
+from gram_meta.engine import builtin
 from gram_meta.engine.checkpoints import restore_schedule, schedule_state
 from gram_meta.errors import GramError
 
+__all__ = ["build_lr_scheduler", "build_optimizer"]
+
+AVAI_OPTIMS = ["adam", "adamw", "sgd"]
 AVAI_SCHEDS = ["single_step", "multi_step", "cosine"]
+
+
+def build_optimizer(model: nn.Module | Iterable[Any], optim_cfg: CfgNode, param_groups: Any = None) -> Optimizer:
+    """Build the optimiser OPTIM.NAME over `param_groups`, else over `model` (a module or its parameters)."""
+    c = optim_cfg
+    if c.NAME not in AVAI_OPTIMS:
+        raise builtin.not_built_in("OPTIM.NAME", c.NAME, AVAI_OPTIMS)
+    if c.STAGED_LR:
+        raise builtin.not_built_in("OPTIM.STAGED_LR", True, ["False"])
+    if param_groups is None:
+        param_groups = model.parameters() if isinstance(model, nn.Module) else model
+    shared = {"lr": c.LR, "weight_decay": c.WEIGHT_DECAY}
+    if c.NAME == "sgd":
+        return torch.optim.SGD(
+            param_groups, momentum=c.MOMENTUM, dampening=c.SGD_DAMPNING, nesterov=c.SGD_NESTEROV, **shared
+        )
+    kind = torch.optim.AdamW if c.NAME == "adamw" else torch.optim.Adam
+    return kind(param_groups, betas=(c.ADAM_BETA1, c.ADAM_BETA2), **shared)
 
 
 class WarmupScheduler(LRScheduler):
@@ -85,7 +110,7 @@ def build_lr_scheduler(optimizer: Optimizer, optim_cfg: CfgNode) -> LRScheduler:
     elif c.LR_SCHEDULER == "cosine":
         scheduler = CosineAnnealingLR(optimizer, float(c.MAX_EPOCH))  # type: ignore[arg-type]
     else:
-        raise GramError(f"OPTIM.LR_SCHEDULER is {c.LR_SCHEDULER!r}; expected one of {', '.join(AVAI_SCHEDS)}")
+        raise builtin.not_built_in("OPTIM.LR_SCHEDULER", c.LR_SCHEDULER, AVAI_SCHEDS)
     if c.WARMUP_EPOCH <= 0:
         return scheduler
     if not c.WARMUP_RECOUNT:
@@ -94,7 +119,7 @@ def build_lr_scheduler(optimizer: Optimizer, optim_cfg: CfgNode) -> LRScheduler:
         return ConstantWarmupScheduler(optimizer, scheduler, c.WARMUP_EPOCH, c.WARMUP_CONS_LR)
     if c.WARMUP_TYPE == "linear":
         return LinearWarmupScheduler(optimizer, scheduler, c.WARMUP_EPOCH, c.WARMUP_MIN_LR)
-    raise GramError(f"OPTIM.WARMUP_TYPE is {c.WARMUP_TYPE!r}; expected constant or linear")
+    raise builtin.not_built_in("OPTIM.WARMUP_TYPE", c.WARMUP_TYPE, ["constant", "linear"])
 
 
 def _step_size(c: CfgNode) -> int:

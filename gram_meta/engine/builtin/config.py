@@ -2,6 +2,10 @@
 
 from yacs.config import CfgNode as CN
 
+from gram_meta.engine import builtin
+
+__all__ = ["get_cfg_default"]
+
 _C = CN()
 _C.VERSION = 1
 _C.OUTPUT_DIR = "./output"  # log.txt, checkpoints, results.json
@@ -78,7 +82,7 @@ _C.MODEL.HEAD.BN = True
 _C.MODEL.HEAD.DROPOUT = 0.0
 
 _C.OPTIM = CN()
-_C.OPTIM.NAME = "adam"  # adam, adamw, amsgrad, radam, rmsprop or sgd
+_C.OPTIM.NAME = "adam"  # adam, adamw or sgd
 _C.OPTIM.LR = 0.0003
 _C.OPTIM.WEIGHT_DECAY = 5e-4
 _C.OPTIM.MOMENTUM = 0.9  # sgd, rmsprop
@@ -115,3 +119,20 @@ _C.TEST.FINAL_MODEL = "last_step"  # last_step or best_val
 
 _C.TRAINER = CN()
 _C.TRAINER.NAME = ""
+
+
+# Options of the real Dassl whose defaults are all that the built-in engine follows.
+FIXED = ("DATALOADER.K_TRANSFORMS", "DATALOADER.RETURN_IMG0", "TEST.COMPUTE_CMAT")
+
+
+def get_cfg_default() -> CN:
+    """Return a fresh copy of the defaults, to be extended and merged into."""
+    return _C.clone()
+
+
+def check_options(cfg: CN) -> None:
+    """Raise a `GramError` for an option that only the real Dassl follows."""
+    for key in FIXED:
+        node, name = key.split(".")
+        if cfg[node][name] != _C[node][name]:
+            raise builtin.not_built_in(key, cfg[node][name], [repr(_C[node][name])])

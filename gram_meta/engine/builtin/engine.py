@@ -9,70 +9,37 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
-from torch import nn
 from yacs.config import CfgNode
 
+from gram_meta.engine.builtin.config import check_options
 from gram_meta.engine.builtin.data import DataManager
 from gram_meta.engine.builtin.evaluation import build_evaluator
-from gram_meta.engine.builtin.modeling import build_backbone, build_head
-from gram_meta.engine.builtin.optim import build_lr_scheduler, build_optimizer
 from gram_meta.engine.builtin.utils import (
     AverageMeter,
     MetricMeter,
-    count_num_param,
     load_checkpoint,
-    load_pretrained_weights,
     mkdir_if_missing,
     resume_from_checkpoint,
     save_checkpoint,
     tolist_if_not,
 )
 from gram_meta.engine.builtin.utils.meters import as_floats
+from gram_meta.engine.builtin.utils.registry import Registry, build
 from gram_meta.progress import progress_bar
 
-__all__ = ["SimpleNet", "SimpleTrainer", "TrainerBase", "TrainerX"]
+__all__ = ["TRAINER_REGISTRY", "TrainerX", "build_trainer"]
 
 
-class SimpleNet(nn.Module):
-    """A registered backbone, a head if one is named, and a linear classifier."""
+TRAINER_REGISTRY = Registry("TRAINER")
 
-    def __init__(self, cfg: CfgNode, model_cfg: CfgNode, num_classes: int, **kwargs: Any) -> None:
-        super().__init__()
-        self.backbone = build_backbone(
-            model_cfg.BACKBONE.NAME, verbose=cfg.VERBOSE, pretrained=model_cfg.BACKBONE.PRETRAINED, **kwargs
-        )
-        self._fdim = self.backbone.out_features
-        self.head = None
-        if model_cfg.HEAD.NAME and model_cfg.HEAD.HIDDEN_LAYERS:
-            self.head = build_head(
-                model_cfg.HEAD.NAME,
-                verbose=cfg.VERBOSE,
-                in_features=self._fdim,
-                hidden_layers=model_cfg.HEAD.HIDDEN_LAYERS,
-                activation=model_cfg.HEAD.ACTIVATION,
-                bn=model_cfg.HEAD.BN,
-                dropout=model_cfg.HEAD.DROPOUT,
-                **kwargs,
-            )
-            self._fdim = self.head.out_features
-        self.classifier = nn.Linear(self._fdim, num_classes) if num_classes > 0 else None
 
-    @property
-    def fdim(self) -> int:
-        return self._fdim
-
-    def forward(self, x: torch.Tensor, return_feature: bool = False) -> Any:
-        features = self.backbone(x)
-        if self.head is not None:
-            features = self.head(features)
-        if self.classifier is None:
-            return features
-        scores = self.classifier(features)
-        return (scores, features) if return_feature else scores
+def build_trainer(cfg: CfgNode) -> Any:
+    """Build the trainer that TRAINER.NAME names."""
+    return build(TRAINER_REGISTRY, "Loading trainer", cfg.TRAINER.NAME, cfg.VERBOSE, cfg)
 
 
 class TrainerBase:
-    """Named models with their optimisers and schedulers, and the loop over epochs."""
+    """Named models with their optimisers, schedulers and checkpoints."""
 
     def __init__(self) -> None:
         self._models: OrderedDict[str, Any] = OrderedDict()
@@ -150,48 +117,6 @@ class TrainerBase:
             print(f"Load {path} to {name} (epoch={checkpoint['epoch']}, val_result={result})")
             self._models[name].load_state_dict(checkpoint["state_dict"])
 
-    def train(self, start_epoch: int, max_epoch: int) -> None:
-        """Train all epochs from `start_epoch` (from 0) up to `max_epoch`."""
-        self.start_epoch = start_epoch
-        self.max_epoch = max_epoch
-        self.before_train()  # may move start_epoch, when a run is resumed
-        for epoch in range(self.start_epoch, self.max_epoch):
-            self.epoch = epoch
-            self.before_epoch()
-            self.run_epoch()
-            self.after_epoch()
-        self.after_train()
-
-    def before_train(self) -> None:
-        pass
-
-    def after_train(self) -> None:
-        pass
-
-    def before_epoch(self) -> None:
-        pass
-
-    def after_epoch(self) -> None:
-        pass
-
-    def run_epoch(self) -> None:
-        raise NotImplementedError
-
-    def test(self) -> Any:
-        raise NotImplementedError
-
-    def parse_batch_train(self, batch: Any) -> Any:
-        raise NotImplementedError
-
-    def parse_batch_test(self, batch: Any) -> Any:
-        raise NotImplementedError
-
-    def forward_backward(self, batch: Any) -> Any:
-        raise NotImplementedError
-
-    def model_inference(self, input: Any) -> Any:
-        raise NotImplementedError
-
     def model_zero_grad(self, names: Any = None) -> None:
         for name in self.get_model_names(names):
             if self._optims[name] is not None:
@@ -240,11 +165,16 @@ class TrainerBase:
             self._writer.add_scalar(tag, scalar_value, global_step)
 
 
-class SimpleTrainer(TrainerBase):
-    """A trainer with data, one model and an evaluator, from a config."""
+class TrainerX(TrainerBase):
+    """A trainer with labelled data, one model and an evaluator, from a config.
+
+    `forward_backward(batch)` makes one step and returns numbers for the log. Numbers that are tensors are read once a
+    printed line, as reading makes a GPU wait.
+    """
 
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
+        check_options(cfg)
         self.check_cfg(cfg)
         self.device = torch.device("cuda" if torch.cuda.is_available() and cfg.USE_CUDA else "cpu")
         self.start_epoch = self.epoch = 0
@@ -261,26 +191,28 @@ class SimpleTrainer(TrainerBase):
 
     def build_data_loader(self) -> None:
         self.dm = dm = DataManager(self.cfg)
-        self.train_loader_x, self.train_loader_u = dm.train_loader_x, dm.train_loader_u  # the second may be None
-        self.val_loader, self.test_loader = dm.val_loader, dm.test_loader  # the first may be None
-        self.num_classes, self.num_source_domains = dm.num_classes, dm.num_source_domains
-        self.lab2cname = dm.lab2cname
+        self.train_loader_x, self.val_loader, self.test_loader = dm.train_loader_x, dm.val_loader, dm.test_loader
+        self.num_classes, self.lab2cname = dm.num_classes, dm.lab2cname
 
     def build_model(self) -> None:
-        """Build and register the model, its optimiser and its scheduler; trainers have their own."""
-        cfg = self.cfg
-        print("Building model")
-        self.model = SimpleNet(cfg, cfg.MODEL, self.num_classes)
-        if cfg.MODEL.INIT_WEIGHTS:
-            load_pretrained_weights(self.model, cfg.MODEL.INIT_WEIGHTS)
-        self.model.to(self.device)
-        print(f"# params: {count_num_param(self.model):,}")
-        self.optim = build_optimizer(self.model, cfg.OPTIM)
-        self.sched = build_lr_scheduler(self.optim, cfg.OPTIM)
-        self.register_model("model", self.model, self.optim, self.sched)
+        """Build and register the model, its optimiser and its scheduler."""
+        raise NotImplementedError
 
-    def train(self) -> None:  # type: ignore[override]
-        super().train(self.start_epoch, self.max_epoch)
+    def forward_backward(self, batch: Any) -> Any:
+        raise NotImplementedError
+
+    def train(self) -> None:
+        """Train all epochs up to `max_epoch`."""
+        self.before_train()  # may move start_epoch, when a run is resumed
+        for epoch in range(self.start_epoch, self.max_epoch):
+            self.epoch = epoch
+            self.before_epoch()
+            self.run_epoch()
+            self.after_epoch()
+        self.after_train()
+
+    def before_epoch(self) -> None:
+        pass
 
     def before_train(self) -> None:
         self.start_epoch = self.resume_model_if_exist(self.cfg.RESUME or self.cfg.OUTPUT_DIR)
@@ -339,13 +271,6 @@ class SimpleTrainer(TrainerBase):
     def get_current_lr(self, names: Any = None) -> float:
         name = self.get_model_names(names)[0]
         return self._optims[name].param_groups[0]["lr"]
-
-
-class TrainerX(SimpleTrainer):
-    """Trains on labelled images alone. `forward_backward(batch)` makes one step and returns numbers for the log.
-
-    Numbers that are tensors are read once a printed line, as reading makes a GPU wait.
-    """
 
     def run_epoch(self) -> None:
         self.set_model_mode("train")

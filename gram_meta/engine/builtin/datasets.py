@@ -1,19 +1,26 @@
-"""One image with its label, and the base of datasets."""
+"""One image with its label, the base of datasets, and the datasets by name."""
 
 from __future__ import annotations
 
 import operator
-import os
 import random
-import tarfile
-import zipfile
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from gram_meta.engine.builtin.utils import check_isfile, mkdir_if_missing
+from yacs.config import CfgNode
 
-__all__ = ["DatasetBase", "Datum"]
+from gram_meta.engine.builtin.utils import check_isfile
+from gram_meta.engine.builtin.utils.registry import Registry, build
+
+__all__ = ["DATASET_REGISTRY", "DatasetBase", "Datum", "build_dataset"]
+
+DATASET_REGISTRY = Registry("DATASET")
+
+
+def build_dataset(cfg: CfgNode) -> Any:
+    """Build the dataset that DATASET.NAME names."""
+    return build(DATASET_REGISTRY, "Loading dataset", cfg.DATASET.NAME, cfg.VERBOSE, cfg)
 
 
 def _attribute(name: str) -> Any:
@@ -42,22 +49,14 @@ class DatasetBase:
     """Training, validation and test images as lists of `Datum`; classes are those of `train_x`."""
 
     dataset_dir = ""  # folder of the dataset under DATASET.ROOT
-    domains: Sequence[str] = []  # names of all domains, where there are any
 
-    train_x, train_u, val, test = map(_attribute, ("_train_x", "_train_u", "_val", "_test"))
+    train_x, val, test = map(_attribute, ("_train_x", "_val", "_test"))
     lab2cname, classnames, num_classes = map(_attribute, ("_lab2cname", "_classnames", "_num_classes"))
 
     def __init__(
-        self,
-        train_x: list[Datum] | None = None,
-        train_u: list[Datum] | None = None,
-        val: list[Datum] | None = None,
-        test: list[Datum] | None = None,
+        self, *, train_x: list[Datum] | None = None, val: list[Datum] | None = None, test: list[Datum] | None = None
     ) -> None:
-        self._train_x = train_x  # labelled
-        self._train_u = train_u  # unlabelled (optional)
-        self._val = val
-        self._test = test
+        self._train_x, self._val, self._test = train_x, val, test
         self._num_classes = self.get_num_classes(train_x or [])
         self._lab2cname, self._classnames = self.get_lab2cname(train_x or [])
 
@@ -71,37 +70,6 @@ class DatasetBase:
         """Return the class names by label, and in the order of their labels."""
         mapping = {item.label: item.classname for item in data_source}
         return mapping, [mapping[label] for label in sorted(mapping)]
-
-    def check_input_domains(self, source_domains: Sequence[str], target_domains: Sequence[str]) -> None:
-        assert len(source_domains) > 0, "source_domains (list) is empty"
-        assert len(target_domains) > 0, "target_domains (list) is empty"
-        self.is_input_domain_valid(source_domains)
-        self.is_input_domain_valid(target_domains)
-
-    def is_input_domain_valid(self, input_domains: Sequence[str]) -> None:
-        for domain in input_domains:
-            if domain not in self.domains:
-                raise ValueError(f"Input domain must belong to {list(self.domains)}, but got [{domain}]")
-
-    def download_data(self, url: str, dst: str, from_gdrive: bool = True) -> None:
-        """Fetch an archive from Google Drive (needs `gdown`) and unpack it beside `dst`."""
-        if not from_gdrive:
-            raise NotImplementedError("download_data fetches from Google Drive only")
-        import gdown
-
-        folder = os.path.dirname(dst)
-        mkdir_if_missing(folder)
-        gdown.download(url, dst, quiet=False)
-        print("Extracting file ...")
-        if dst.endswith(".zip"):
-            with zipfile.ZipFile(dst) as archive:
-                archive.extractall(folder)
-        elif dst.endswith((".tar", ".tar.gz")):
-            with tarfile.open(dst) as archive:
-                archive.extractall(folder, filter="data")
-        else:
-            raise NotImplementedError(f"{dst}: expected .zip, .tar or .tar.gz")
-        print(f"File extracted to {folder}")
 
     def generate_fewshot_dataset(
         self, *data_sources: list[Datum], num_shots: int = -1, repeat: bool = False
@@ -127,15 +95,7 @@ class DatasetBase:
 
     def split_dataset_by_label(self, data_source: Sequence[Datum]) -> dict[int, list[Datum]]:
         """Return the images of each label, labels in the order of their first image."""
-        return _grouped(data_source, "label")
-
-    def split_dataset_by_domain(self, data_source: Sequence[Datum]) -> dict[int, list[Datum]]:
-        """Return the images of each domain, domains in the order of their first image."""
-        return _grouped(data_source, "domain")
-
-
-def _grouped(items: Sequence[Datum], key: str) -> dict[int, list[Datum]]:
-    output = defaultdict(list)
-    for item in items:
-        output[getattr(item, key)].append(item)
-    return output
+        output = defaultdict(list)
+        for item in data_source:
+            output[item.label].append(item)
+        return output

@@ -1,0 +1,85 @@
+"""Training and test transforms from INPUT.*: which ones, in which order, and their lines in the log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torchvision.transforms as T
+from torchvision.transforms.functional import InterpolationMode
+from yacs.config import CfgNode
+
+from gram_meta.engine import builtin
+
+__all__ = ["INTERPOLATION_MODES", "build_transform"]
+
+INTERPOLATION_MODES = {mode: InterpolationMode(mode) for mode in ("bilinear", "bicubic", "nearest")}
+
+# center_crop is part of every test transform; naming it changes nothing
+AVAI_CHOICES = ["random_flip", "random_resized_crop", "normalize", "instance_norm", "random_crop", "center_crop"]
+
+
+class InstanceNormalization:
+    """Normalise each channel of each image to mean 0 and deviation 1."""
+
+    def __init__(self, eps: float = 1e-8) -> None:
+        self.eps = eps
+
+    def __call__(self, img: torch.Tensor) -> torch.Tensor:
+        mean = img.mean((1, 2), keepdim=True)  # (C, 1, 1)
+        std = img.flatten(1).std(1).view(-1, 1, 1)
+        return (img - mean) / (std + self.eps)
+
+
+def build_transform(cfg: CfgNode, is_train: bool = True, choices: Sequence[str] | None = None) -> Callable | None:
+    """Return the transform that INPUT.* describes; `choices` replaces INPUT.TRANSFORMS. None for INPUT.NO_TRANSFORM."""
+    if cfg.INPUT.NO_TRANSFORM:
+        print("Note: no transform is applied!")
+        return None
+    choices = cfg.INPUT.TRANSFORMS if choices is None else choices
+    for choice in choices:
+        if choice not in AVAI_CHOICES:
+            raise builtin.not_built_in("INPUT.TRANSFORMS", choice, AVAI_CHOICES)
+    if cfg.INPUT.INTERPOLATION not in INTERPOLATION_MODES:
+        raise builtin.not_built_in("INPUT.INTERPOLATION", cfg.INPUT.INTERPOLATION, INTERPOLATION_MODES)
+    steps = _train_steps(cfg, choices) if is_train else _test_steps(cfg)
+    steps.append(("to torch tensor of range [0, 1]", T.ToTensor()))
+    if "normalize" in choices:
+        mean, std = cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD
+        steps.append((f"normalization (mean={mean}, std={std})", T.Normalize(mean=mean, std=std)))
+    if "instance_norm" in choices:
+        steps.append(("instance normalization", InstanceNormalization()))
+    print("Building transform_train" if is_train else "Building transform_test")
+    for text, _ in steps:
+        print(f"+ {text}")
+    return T.Compose([transform for _, transform in steps])
+
+
+Steps = list[tuple[str, Callable]]  # (its line in the log, the transform)
+
+
+def _train_steps(cfg: CfgNode, choices: Sequence[str]) -> Steps:
+    """Return the steps before the tensor in Dassl's order, so that equal seeds give the same crops."""
+    given, size = cfg.INPUT, cfg.INPUT.SIZE
+    mode = INTERPOLATION_MODES[given.INTERPOLATION]
+    steps: Steps = []
+    if "random_crop" not in choices and "random_resized_crop" not in choices:
+        steps.append((f"resize to {size[0]}x{size[1]}", T.Resize(size, interpolation=mode)))
+    if "random_crop" in choices:
+        crop = T.RandomCrop(size, padding=given.CROP_PADDING)
+        steps.append((f"random crop (padding = {given.CROP_PADDING})", crop))
+    if "random_resized_crop" in choices:
+        crop = T.RandomResizedCrop(size, scale=given.RRCROP_SCALE, interpolation=mode)
+        steps.append((f"random resized crop (size={size}, scale={given.RRCROP_SCALE})", crop))
+    if "random_flip" in choices:
+        steps.append(("random flip", T.RandomHorizontalFlip()))
+    return steps
+
+
+def _test_steps(cfg: CfgNode) -> Steps:
+    size = cfg.INPUT.SIZE
+    resize = T.Resize(max(size), interpolation=INTERPOLATION_MODES[cfg.INPUT.INTERPOLATION])
+    return [
+        (f"resize the smaller edge to {max(size)}", resize),
+        (f"{size[0]}x{size[1]} center crop", T.CenterCrop(size)),
+    ]
