@@ -19,7 +19,7 @@ from gram_meta.images import coop_decoding
 
 __all__ = ["DataManager", "DatasetWrapper", "build_data_loader"]
 
-SAMPLERS = {"RandomSampler": RandomSampler, "SequentialSampler": SequentialSampler}
+SAMPLERS: dict[str, Any] = {"RandomSampler": RandomSampler, "SequentialSampler": SequentialSampler}
 
 
 def build_data_loader(
