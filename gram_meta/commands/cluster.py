@@ -29,6 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from gram_meta.api import cluster
+    from gram_meta.config import load_meta_config
+    from gram_meta.method.tasks import TaskConfig, what_tasks_allow
 
-    cluster(args.store, args.out, config=args.config_file, opts=args.opts, exclude=args.exclude, force=args.force)
+    hierarchy = cluster(
+        args.store, args.out, config=args.config_file, opts=args.opts, exclude=args.exclude, force=args.force
+    )
+    print(what_tasks_allow(hierarchy, TaskConfig.from_config(load_meta_config(args.config_file, args.opts))))
     return 0

@@ -7,7 +7,7 @@ from all of them, so that adapting to the support set and scoring on the query s
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -148,6 +148,20 @@ class StepTasks:
 
     def __getitem__(self, index: int) -> list[Task]:
         return self.sampler.draw_batch((self.first + index) * self.batch + self.own.start, len(self.own))
+
+
+def what_tasks_allow(hierarchy: Hierarchy, config: TaskConfig) -> str:
+    """Return a sentence: how many topics can fill a task, the most ways that meta-training allows, and what to do."""
+    sampler = TaskSampler(hierarchy, replace(config, ways=0), seed=0)
+    words = len({sampler.words[topic].lower() for topic in sampler.domains})
+    images = f"{config.support_shots} support and {config.query_shots} query images"
+    found = f"tasks: {len(sampler.domains)} of {len(sampler.words)} topics, with {words} different words, hold {images}"
+    if words // 2 >= config.ways:
+        return f"{found}; meta-training can take TASKS.WAYS up to {words // 2}, and has {config.ways}"
+    return (
+        f"{found}, which allows TASKS.WAYS {words // 2} and not {config.ways}: half of the words may be held out. Lower "
+        "TASKS.WAYS or the shots, or make more topics (a smaller CHC.TOPICS.MIN_CLUSTER_SIZE, SELECTION leaf)"
+    )
 
 
 def split_topics(hierarchy: Hierarchy, share: float, ways: int, seed: int) -> tuple[list[int], list[int]]:

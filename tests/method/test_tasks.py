@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gram_meta.errors import GramError
-from gram_meta.method.tasks import TaskConfig, TaskSampler, images_of, split_topics
+from gram_meta.method.tasks import TaskConfig, TaskSampler, images_of, split_topics, what_tasks_allow
 
 WAYS, SUPPORT, QUERY = 3, 2, 5
 
@@ -126,3 +126,14 @@ def test_images_with_captions_in_several_topics_occur_once_in_a_task():
         task = sampler.draw(number)
         images = np.concatenate([task.support.ravel(), task.query.ravel()])
         assert len(np.unique(images)) == len(images)
+
+
+def test_what_tasks_allow():
+    """Five of six topics are large enough, [2, 2] is not; two of them share a word, so that there are four words."""
+    sizes = [[6, 6], [6, 6], [6, 6], [6, 6], [2, 2], [9, 1]]
+    hierarchy = make_hierarchy(sizes, ["cat", "dog", "sea", "Sea", "sky", "hut"])
+    found = "tasks: 5 of 6 topics, with 4 different words, hold 2 support and 5 query images"
+    assert what_tasks_allow(hierarchy, TaskConfig(2, 2, 5)) == (
+        f"{found}; meta-training can take TASKS.WAYS up to 2, and has 2"
+    )
+    assert what_tasks_allow(hierarchy, TaskConfig(3, 2, 5)).startswith(f"{found}, which allows TASKS.WAYS 2 and not 3")
