@@ -116,7 +116,7 @@ def _divide(dataset: str, able: list[Concept]) -> dict[str, str]:
     clusters: dict[str, list[list[Concept]]] = {}
     for cluster in _relatives(able):
         clusters.setdefault(cluster[0].subgroup, []).append(cluster)
-    place = {}  # a number between 0 and 1, spread evenly over each subgroup
+    place: dict[str, float] = {}  # a number between 0 and 1, spread evenly over each subgroup
     for members in clusters.values():
         members.sort(key=lambda cluster: _rank("part", cluster[0].code))
         place |= {cluster[0].code: (i + 0.5) / len(members) for i, cluster in enumerate(members)}

@@ -40,6 +40,7 @@ class WithGRAM:
     # The trainer beside which this stands; only what is used here
     cfg: Any
     device: Any
+    train_loader_x: Any
     _models: Any
     _optims: Any
 

@@ -159,8 +159,8 @@ def what_tasks_allow(hierarchy: Hierarchy, config: TaskConfig) -> str:
     if words // 2 >= config.ways:
         return f"{found}; meta-training can take TASKS.WAYS up to {words // 2}, and has {config.ways}"
     return (
-        f"{found}, which allows TASKS.WAYS {words // 2} and not {config.ways}: half of the words may be held out. Lower "
-        "TASKS.WAYS or the shots, or make more topics (a smaller CHC.TOPICS.MIN_CLUSTER_SIZE, SELECTION leaf)"
+        f"{found}, which allows TASKS.WAYS {words // 2} and not {config.ways}: half of the words may be held out. "
+        "Lower TASKS.WAYS or the shots, or make more topics (a smaller CHC.TOPICS.MIN_CLUSTER_SIZE, SELECTION leaf)"
     )
 
 

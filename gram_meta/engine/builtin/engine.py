@@ -172,6 +172,8 @@ class TrainerX(TrainerBase):
     printed line, as reading makes a GPU wait.
     """
 
+    model: Any  # of `build_model`
+
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
         check_options(cfg)
