@@ -2,31 +2,30 @@
 
     bash scripts/gpu/check.sh -o OUT                  # 8 minutes, random ViT-B/16, random pictures
     bash scripts/gpu/check.sh -o OUT --only CoOp      # the checks with this in their names, and those that they need
-    bash scripts/gpu/check.sh -o OUT --device cpu     # random-tiny: to try the script itself
 
-No weights, data or network are needed. checks.yaml lists the checks. Each has a process of its own (Linux alone), in
-which nn.DataParallel fails. OUT/check.md and check.json have the results, OUT/logs what the checks printed, OUT/*.json
-the numbers of scripts/bench. The exit status is 1 if a check failed.
+No weights, data or network are needed. checks.yaml lists the checks; each has a process of its own (Linux alone).
+OUT/check.md and check.json have the results, OUT/logs the output of each. The exit status is 1 if a check failed.
 """
 
-import argparse
-import json
+import itertools
 import multiprocessing
 import os
 import runpy
 import shlex
-import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 import torch
 import yaml
+from contestant import Contestant
+from meta_tasks import MetaTasks
 from PIL import Image
 from tabulate import tabulate
 
@@ -35,20 +34,15 @@ from gram_meta.backbone.clip import load_backbone
 from gram_meta.files import write_json
 from gram_meta.method.memory_plan import MemoryPlan
 
-HERE = Path(__file__).resolve().parent
-BENCH = HERE.parent / "bench"
-sys.path.insert(0, str(BENCH))
 ERRORS = {"fp32": 1e-3, "fp16": 0.05, "amp": 0.05, "bf16": 0.2}  # largest relative L2 errors of losses and gradients
-WORDS = ("cat", "dog", "house", "tree", "boat", "lamp")
 Check = dict[str, Any]  # an entry of checks.yaml, and the texts that it may name
 
 
-def checks_of(args: argparse.Namespace) -> dict[str, Check]:
+def checks_of(args: Namespace) -> dict[str, Check]:
     """Return the checks by name, in the order of checks.yaml; with --only, these and those that they need."""
-    book = yaml.safe_load((HERE / "checks.yaml").read_text(encoding="utf-8"))
-    texts = book["texts"] | book["cpu" if args.device == "cpu" else "gpu"]
-    texts |= {"device": args.device, "cuda": args.device != "cpu", "needs": ""}
-    checks = {}
+    book = yaml.safe_load(Path(__file__).with_name("checks.yaml").read_text(encoding="utf-8"))
+    checks, gpu = {}, args.device != "cpu"
+    texts = book["texts"] | book["gpu" if gpu else "cpu"] | {"device": args.device, "cuda": gpu}
     for template, entry in book["checks"].items():
         kind = next((kind for kind in ("family", "trainer") if f"{{{kind}}}" in template), "")
         for one, its in book.get(kind, {"": {}}).items():
@@ -71,44 +65,32 @@ def filled(check: Check, key: str) -> str:
 
 def draw(folder: Path) -> None:
     """Write random pictures of six classes, each with a caption: a corpus, and a dataset for training."""
-    random = np.random.default_rng(1)
-    for number, word in enumerate(WORDS):
-        for part, count in (("train", 16), ("test", 4)):
-            (folder / part / word).mkdir(parents=True)
-            for index in range(count):
-                pixels = random.integers(0, 256, (40, 32, 3), dtype=np.uint8) // 2 + 20 * number
-                Image.fromarray(pixels).save(folder / part / word / f"{index}.png")
-                (folder / part / word / f"{index}.txt").write_text(f"a {word} {word} photo", encoding="utf-8")
+    random, words = np.random.default_rng(1), ("cat", "dog", "house", "tree", "boat", "lamp")
+    for part, index, (number, word) in itertools.product(("train", "test"), range(16), enumerate(words)):
+        (folder / part / word).mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, 256, (40, 32, 3), dtype=np.uint8) // 2 + 20 * number
+        Image.fromarray(pixels).save(folder / part / word / f"{index}.png")
+        (folder / part / word / f"{index}.txt").write_text(f"a {word} {word} photo", encoding="utf-8")
 
 
-def run(name: str, check: Check, output: Path, work: Path) -> None:
-    """Run a check in the folder `work`; its output goes to logs/NAME.txt, and what it measured to logs/NAME.json."""
-    log = os.open(output / "logs" / f"{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1), os.dup2(log, 2), os.chdir(work)
-    torch.nn.DataParallel.__init__ = None
+def run(name: str, check: Check, output: Path, work: Path, log: Path) -> None:
+    """Run a check in the folder `work`, with its output in a file; the process ends with status 0 if it passed."""
+    file, found = os.open(log, os.O_WRONLY), ""
+    os.dup2(file, 1), os.dup2(file, 2), os.chdir(work)
+    torch.nn.DataParallel.__init__ = None  # Dassl's default where there are several GPUs: no check may use it
     if "compare" in check:
-        found = compare(check)
+        found = f"relative errors {compare(check)}; "
     elif "script" in check:
-        found = measure(filled(check, "script").split(), output / f"{name.replace(' ', '_')}.json")
+        sys.argv = [*filled(check, "script").split(), "-o", str(output / f"{name.replace(' ', '_')}.json")]
+        runpy.run_module(sys.argv[0], run_name="__main__")
     elif status := cli.main(shlex.split(filled(check, "gram"))):
         sys.exit(status)
-    else:
-        found = {}
     if check["cuda"]:
-        found["peak"] = f"{torch.cuda.max_memory_allocated(check['device']) / 1e6:,.0f} MB"
-    write_json(output / "logs" / f"{name}.json", found)
+        found += f"peak memory {torch.cuda.max_memory_allocated(check['device']) / 1e6:,.0f} MB"
+    print(found)
 
 
-def measure(words: list[str], out: Path) -> dict[str, str]:
-    """Run a script of scripts/bench; return the median time and the peak memory of each variant."""
-    sys.argv = [*words, "-o", str(out)]
-    runpy.run_path(str(BENCH / f"{words[0]}.py"), run_name="__main__")
-    report = json.loads(out.read_text(encoding="utf-8"))
-    rows = [row for part in report.get("families", {"": report}).values() for row in part.get("measured", {}).items()]
-    return {key: f"{1000 * statistics.median(row['seconds']):.1f} ms, {row['peak_mb']:.0f} MB" for key, row in rows}
-
-
-def compare(check: Check) -> dict[str, str]:
+def compare(check: Check) -> str:
     """Return the largest error of a step's numbers in each precision, relative to float32 on the CPU."""
     torch.backends.cudnn.allow_tf32 = False  # of the patch embedding
     true, largest = numbers(check, "fp32", "cpu"), {}
@@ -117,7 +99,7 @@ def compare(check: Check) -> dict[str, str]:
         errors = {what: np.linalg.norm(found[what] - it) / np.linalg.norm(it) for what, it in true.items()}
         print(f"{precision}:", ", ".join(f"{what} {error:.1e}" for what, error in errors.items()))
         largest[precision] = np.max([*errors.values()])  # NaN if one is
-    text = {precision: f"{error:.1e}" for precision, error in largest.items()}
+    text = ", ".join(f"{precision} {error:.1e}" for precision, error in largest.items())
     if not all(error <= ERRORS[precision] for precision, error in largest.items()):
         sys.exit(f"relative errors {text}, expected at most {ERRORS}")
     return text
@@ -127,81 +109,73 @@ def numbers(check: Check, precision: str, device: str) -> dict[str, np.ndarray]:
     """Return losses and gradients of a meta-step on two tasks, or of a trainer's first step, and its test logits."""
     kind, name = filled(check, "compare").split()
     if kind == "step":
-        from contestant import Contestant
-
-        prec = f"TRAINER.{check['node']}.PREC", precision, "USE_CUDA", device != "cpu"
-        its = {"entry": argparse.Namespace(trainer=name), "config": check["config"], "weights": check["clip"]}
-        its |= {"opts": [*filled(check, "options").split(), *prec], "device": device, "precision": precision}
-        its |= {"root": ".", "dataset": "image_folder", "checkout": None, "threads": 0, "test_images": 4}
-        return Contestant(argparse.Namespace(**its, folder=f"{name} {precision} {device}")).check()
-    from meta_tasks import MetaTasks
-
+        words = f"TRAINER.{check['node']}.PREC {precision} USE_CUDA {device != 'cpu'} {filled(check, 'options')}"
+        its = {"entry": Namespace(trainer=name), "config": check["config"], "weights": check["clip"], "root": "."}
+        its |= {"folder": f"{name} {precision} {device}", "dataset": "image_folder", "checkout": None, "threads": 0}
+        its |= {"device": device, "precision": precision, "test_images": 4, "opts": words.split()}
+        return Contestant(Namespace(**its)).check()
     made = MetaTasks(load_backbone(check["clip"], device, precision), name, 2, 2, (1, 2))
     inner = made.inner(scale=256.0 if precision == "fp16" else 1.0)
-    found = {"losses": made.add_gradients(MemoryPlan(False, 2, 0, 0), inner).losses}
-    for kind, learned in (("theta", made.theta.values()), ("phi", made.regulator.parameters())):
-        found[kind] = torch.cat([one.grad.flatten() for one in learned])
-    return {name: value.cpu().numpy() for name, value in found.items()}
+    losses = made.add_gradients(MemoryPlan(False, 2, 0, 0), inner).losses
+    gradients = {f"gradient {index}": one.grad for index, one in enumerate(made.parameters)}  # of theta, of phi
+    return {name: value.cpu().numpy() for name, value in {"losses": losses, **gradients}.items()}
 
 
 def attempt(name: str, check: Check, output: Path, work: Path, limit: float) -> dict[str, Any]:
     """Run a check in a process of its own, for so many seconds at most; return how it ended."""
     log, began = output / "logs" / f"{name}.txt", time.perf_counter()
-    process = multiprocessing.get_context("fork").Process(target=run, args=(name, check, output, work))
+    log.write_bytes(b"")
+    process = multiprocessing.get_context("fork").Process(target=run, args=(name, check, output, work, log))
     process.start()
     process.join(limit)
-    status, row = process.exitcode, {"state": "failed", "seconds": time.perf_counter() - began}
-    if status == 0:
-        return row | {"state": "passed", "found": json.loads(log.with_suffix(".json").read_text(encoding="utf-8"))}
-    process.kill()
-    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
-    last = next((line for line in reversed(lines) if line.strip()), f"it ended with status {status}")
-    return row | {"error": f"stopped after {limit:.0f} s; {last}" if status is None else last}
+    status, seconds = process.exitcode, time.perf_counter() - began
+    lines = ["", *(line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip())]
+    if status is None or status < 0:
+        lines.append(f"killed after {limit:g} s" if status is None else f"ended by signal {-status}")
+        process.kill()
+    return {"state": "failed" if status != 0 else "passed", "seconds": seconds, "last line": lines[-1]}
 
 
 def write(output: Path, facts: dict[str, Any], rows: dict[str, dict[str, Any]]) -> str:
     """Write check.json and check.md; return the latter's text."""
     write_json(output / "check.json", {"facts": facts, "checks": rows})
-    states, table = [row["state"] for row in rows.values()], []
-    for name, row in rows.items():
-        found = row.get("error") or "; ".join(f"{key} {value}" for key, value in row.get("found", {}).items())
-        table.append((name, row["state"], row.get("seconds"), found.replace("|", "/")))
-    text = "\n".join(f"- {key}: {value}" for key, value in facts.items()) + "\n\n"
-    text += ", ".join(f"{states.count(state)} {state}" for state in ("passed", "failed", "not run")) + "\n\n"
-    text += tabulate(table, ("check", "state", "seconds", "found"), "pipe", floatfmt=".1f") + "\n"
+    table = [{"check": name} | row | {"last line": row["last line"].replace("|", "/")} for name, row in rows.items()]
+    head = [f"- {key}: {value}" for key, value in facts.items()]
+    text = "\n".join([*head, "", tabulate(table, "keys", "pipe", floatfmt=".1f"), ""])
+    for log in (output / "logs" / f"{name}.txt" for name in rows if rows[name]["state"] == "passed"):
+        text += f"\n## {log.stem}\n\n{log.read_text()}" if log.stem.startswith("time") else ""
     (output / "check.md").write_text(text, encoding="utf-8")
     return text
 
 
 def main() -> int:
-    import common
-
     options = common.plain_parser(__doc__)
     options.add_argument("-o", "--output", type=Path, required=True, help="folder for the results")
     options.add_argument("--minutes", type=float, default=8, help="no check starts later (%(default)s)")
     options.add_argument("--limit", type=float, default=120, help="most seconds of one check (%(default)s)")
-    options.add_argument("--device", default="cuda", help="cuda, cuda:1, ..., cpu (%(default)s)")
+    options.add_argument(
+        "--device", default="cuda", help="cuda, cuda:1, ...; cpu: random-tiny, to try the script (%(default)s)"
+    )
     options.add_argument("--only", nargs="+", metavar="PART", help="checks with one of these in their names (all)")
     args = options.parse_args()
     end, output, checks = time.monotonic() + 60 * args.minutes, args.output.resolve(), checks_of(args)
     (output / "logs").mkdir(parents=True, exist_ok=True)
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]  # CUDA stays unused
-    gpu = subprocess.run(query, capture_output=True, text=True).stdout.strip() if shutil.which(query[0]) else "none"
-    facts = common.report(argparse.Namespace(device="cpu"))["facts"]
-    facts |= {"gpu": gpu, "cuda": torch.version.cuda, "device": args.device}
-    rows = {name: {"state": "not run", "error": "no time was left"} for name in checks}
+    facts = common.report(Namespace(device="cpu"))["facts"]  # asking a GPU here would keep the checks from using it
+    facts["gpu"] = subprocess.getoutput("nvidia-smi --query-gpu=name,driver_version --format=csv,noheader")
+    rows = {name: {"state": "not run", "seconds": None, "last line": "no time was left"} for name in checks}
     with tempfile.TemporaryDirectory() as work:
         draw(Path(work, "pictures"))
         for name, check in checks.items():
             left, needs = end - time.monotonic(), filled(check, "needs")
             if needs and rows[needs]["state"] != "passed":
-                rows[name]["error"] = f"needs {needs}"
+                rows[name]["last line"] = f"needs {needs}"
             elif left > 0:
                 rows[name] = attempt(name, check, output, Path(work), min(args.limit, left + 30))
             text = write(output, facts, rows)
             print(f"{rows[name]['state']}: {name}", file=sys.stderr, flush=True)
-    print(text)
-    return int(any(row["state"] == "failed" for row in rows.values()))
+    states = [row["state"] for row in rows.values()]
+    print(text, *(f"{states.count(state)} {state}" for state in ("passed", "failed", "not run")), sep="\n")
+    return int("failed" in states)
 
 
 if __name__ == "__main__":

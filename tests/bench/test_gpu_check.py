@@ -1,0 +1,48 @@
+"""scripts/gpu: the check of a GPU, on the CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "gpu" / "check.sh"
+
+
+def check(out, *words):
+    """Run the script; return its process, and the rows of check.json."""
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    argv = ["bash", SCRIPT, "--device", "cpu", "-o", out, "--minutes", "30", *words]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True)
+    return done, json.loads((out / "check.json").read_text())["checks"]
+
+
+def test_a_selection_on_the_cpu(tmp_path):
+    """What a check needs runs before it; a comparison prints its errors; the table has every check."""
+    done, rows = check(tmp_path, "--limit", "900", "--only", "step CoOpGRAM", "meta-step text")
+    assert done.returncode == 0, done.stdout
+    compared = {"compare step CoOpGRAM", "compare meta-step text"}
+    assert set(rows) == {"embed", "cluster", "pretrain text fp32", "time meta-step text", *compared}
+    assert list(rows)[:3] == ["embed", "cluster", "pretrain text fp32"]
+    assert all(row["state"] == "passed" and row["seconds"] > 0 for row in rows.values())
+    for name in compared:
+        errors = dict(
+            pair.split() for pair in rows[name]["last line"].removeprefix("relative errors ")[:-1].split(", ")
+        )
+        assert float(errors["fp32"]) == 0 < float(errors["fp16"]) < 0.05
+    table = (tmp_path / "check.md").read_text()
+    assert "| compare step CoOpGRAM " in table and "## time meta-step text" in table and "| this project " in table
+    assert (tmp_path / "time_meta-step_text.json").is_file() and table in done.stdout
+
+
+def test_a_failure_is_named_and_what_needs_it_does_not_run(tmp_path):
+    """A check that is stopped has failed; the exit status is 1."""
+    done, rows = check(tmp_path, "--limit", "0.01", "--only", "cluster", "check-data")
+    assert done.returncode == 1
+    assert rows["embed"]["state"] == "failed" and rows["embed"]["last line"] == "killed after 0.01 s"
+    assert rows["cluster"] == {"state": "not run", "seconds": None, "last line": "needs embed"}
+    assert rows["check-data"]["state"] == "failed" and "2 failed" in done.stdout
