@@ -100,8 +100,7 @@ def compare(check: Check) -> str:
         print(f"{precision}:", ", ".join(f"{what} {error:.1e}" for what, error in errors.items()))
         largest[precision] = np.max([*errors.values()])  # NaN if one is
     text = ", ".join(f"{precision} {error:.1e}" for precision, error in largest.items())
-    if not all(error <= ERRORS[precision] for precision, error in largest.items()):
-        sys.exit(f"relative errors {text}, expected at most {ERRORS}")
+    assert all(error <= ERRORS[key] for key, error in largest.items()), f"{text}; expected at most {ERRORS}"
     return text
 
 
@@ -112,8 +111,8 @@ def numbers(check: Check, precision: str, device: str) -> dict[str, np.ndarray]:
         words = f"TRAINER.{check['node']}.PREC {precision} USE_CUDA {device != 'cpu'} {filled(check, 'options')}"
         its = {"entry": Namespace(trainer=name), "config": check["config"], "weights": check["clip"], "root": "."}
         its |= {"folder": f"{name} {precision} {device}", "dataset": "image_folder", "checkout": None, "threads": 0}
-        its |= {"device": device, "precision": precision, "test_images": 4, "opts": words.split()}
-        return Contestant(Namespace(**its)).check()
+        its |= {"device": device, "precision": precision, "test_images": 4}
+        return Contestant(Namespace(**its, opts=words.split())).check()
     made = MetaTasks(load_backbone(check["clip"], device, precision), name, 2, 2, (1, 2))
     inner = made.inner(scale=256.0 if precision == "fp16" else 1.0)
     losses = made.add_gradients(MemoryPlan(False, 2, 0, 0), inner).losses
@@ -128,7 +127,7 @@ def attempt(name: str, check: Check, output: Path, work: Path, limit: float) -> 
     process = multiprocessing.get_context("fork").Process(target=run, args=(name, check, output, work, log))
     process.start()
     process.join(limit)
-    status, seconds = process.exitcode, time.perf_counter() - began
+    status, seconds = process.exitcode, round(time.perf_counter() - began, 1)
     lines = ["", *(line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip())]
     if status is None or status < 0:
         lines.append(f"killed after {limit:g} s" if status is None else f"ended by signal {-status}")
@@ -140,8 +139,7 @@ def write(output: Path, facts: dict[str, Any], rows: dict[str, dict[str, Any]]) 
     """Write check.json and check.md; return the latter's text."""
     write_json(output / "check.json", {"facts": facts, "checks": rows})
     table = [{"check": name} | row | {"last line": row["last line"].replace("|", "/")} for name, row in rows.items()]
-    head = [f"- {key}: {value}" for key, value in facts.items()]
-    text = "\n".join([*head, "", tabulate(table, "keys", "pipe", floatfmt=".1f"), ""])
+    text = "\n".join([*(f"- {key}: {value}" for key, value in facts.items()), "", tabulate(table, "keys", "pipe"), ""])
     for log in (output / "logs" / f"{name}.txt" for name in rows if rows[name]["state"] == "passed"):
         text += f"\n## {log.stem}\n\n{log.read_text()}" if log.stem.startswith("time") else ""
     (output / "check.md").write_text(text, encoding="utf-8")
