@@ -114,7 +114,7 @@ def test_near_duplicates(run, store):
     assert [float(cell) for cell in line.split("|")[2:5]] == [100, 100, 0]  # by CLIP, by pixels, the distance
     assert columns(printed)[0] == "distance up to"
     assert "false alarms" in run(
-        "near_duplicates", store, *words[:2], "--changes", "--against", ROOT / "docs" / "results"
+        "near_duplicates", store, *words[:2], "--changes", "--against", ROOT / "tests" / "pins" / "golden"
     )
 
 

@@ -316,7 +316,7 @@ def test_invariants_of_a_hierarchy(seed, topics, domains, per_domain, captions_p
         assert sum(images) == topic.images
         assert 2 <= len(images) <= k
         assert min(images) >= domain_minimum(ChcSettings.from_config(config), len(images))
-        assert topic.words[0] == [topic.word, topic.score] and topic.score > 0
+        assert topic.words[0] == (topic.word, topic.score) and topic.score > 0
 
 
 def test_an_image_with_many_captions_counts_once():

@@ -216,7 +216,7 @@ def steps(trainer, batches, count=3):
     trainer.set_model_mode("train")
     losses = []
     for trainer.batch_idx in range(count):
-        losses.append(trainer.forward_backward(batches[trainer.batch_idx % len(batches)])["loss"])
+        losses.append(trainer.forward_backward(batches[trainer.batch_idx % len(batches)])["loss"].item())
     return losses
 
 
