@@ -1,12 +1,12 @@
 """Every edit of one value in a JSON file is refused in one sentence, or changes nothing that a reader relies on."""
 
-import copy
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.edits import edits
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -31,30 +31,6 @@ from gram_meta.runs.reader import read_saved
 pytestmark = pytest.mark.slow
 
 OLD = Path(__file__).resolve().parents[1] / "pins" / "version_0.1"
-DEEP = []
-for _ in range(300):
-    DEEP = [DEEP]
-VALUES = [None, "x", -1, 1e308, float("nan"), [], {}, True, DEEP]
-
-
-def places(value, path=()):
-    """Yield the path of every value; of a list, of the first two."""
-    yield path
-    keys = value if isinstance(value, dict) else range(min(len(value), 2)) if isinstance(value, list) else ()
-    for key in keys:
-        yield from places(value[key], (*path, key))
-
-
-def edits(value):
-    """Yield copies of a JSON value with one value in it replaced."""
-    for path in places(value):
-        for new in VALUES:
-            edited = {"": copy.deepcopy(value)}
-            node = edited
-            for key in ("", *path)[:-1]:
-                node = node[key]
-            node[("", *path)[-1]] = new
-            yield path, new, edited[""]
 
 
 def check(file, readers):

@@ -1,0 +1,158 @@
+"""Disturb the commands for some minutes, and count what survives.
+
+    python tests/soak --minutes 20 --seed 1 -o soak.json      # and soak.md beside it
+    python tests/soak --trial kill embed 17 --seed 1          # one trial again, by the name in the failures
+
+Each trial draws from (seed, kind, name, number) alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+for threads in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
+    os.environ[threads] = "1"  # threads do not survive a fork, and results are equal at equal numbers of them
+os.environ |= {"NUMBA_THREADING_LAYER": "workqueue", "HF_HUB_OFFLINE": "1"}  # the first can be forked
+sys.path[0] = str(ROOT / "tests")  # for `soak` and `helpers`, in place of tests/soak
+
+
+def main() -> int:
+    from soak import trials
+    from soak.edits import Targets
+    from soak.world import World
+
+    args = read_arguments()
+    warm_up()
+    with tempfile.TemporaryDirectory(prefix="soak") as folder:
+        os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
+        started = time.monotonic()
+        world = World(Path(folder))
+        targets = Targets(world)
+        kinds = {
+            "kill": (trials.kill, list(world.commands)),
+            "writers": (trials.writers, list(world.commands)),
+            "disk": (trials.disk, list(world.commands)),
+            "edit": (targets.trial, list(targets.targets)),
+            "fault": (trials.fault, list(trials.FAULTS)),
+        }
+        skipped = {"disk": why} if (why := trials.mounting_fails()) else {}
+        for kind, reason in skipped.items():
+            print(f"{kind}: skipped: {reason}")
+            del kinds[kind]
+        print(f"set up in {time.monotonic() - started:.0f} s", flush=True)
+        soak = Soak(world, kinds, args.seed)
+        if args.trial:
+            kind, *name, number = args.trial
+            return int(bool(soak.attempt(kind, " ".join(name), int(number))))
+        soak.run(started + 60 * args.minutes, args.kinds or list(kinds))
+        other = sorted(set(targets.other))
+    facts = {
+        "command": f"python tests/soak --minutes {args.minutes:g} --seed {args.seed}",
+        "machine": f"{platform.system()}, Python {platform.python_version()}, {os.cpu_count()} cores",
+        "minutes": round((time.monotonic() - started) / 60, 1),
+        "skipped": skipped,
+        "counts": soak.counts,
+        "failures": soak.failures,
+        "other_output": other,
+    }
+    if args.output:
+        args.output.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        args.output.with_suffix(".md").write_text(table(soak.counts), encoding="utf-8")
+    print(table(soak.counts))
+    return int(bool(soak.failures))
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python tests/soak", description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=20, help="how long to go on (default: 20)")
+    parser.add_argument("--seed", type=int, default=1, help="of all draws (default: 1)")
+    parser.add_argument("-o", "--output", type=Path, help="JSON file of the counts; a table goes beside it, as .md")
+    parser.add_argument("--kinds", nargs="+", choices=("kill", "writers", "disk", "edit", "fault"), help="some alone")
+    parser.add_argument("--trial", nargs="+", metavar="WORD", help="one trial: KIND NAME NUMBER")
+    return parser.parse_args()
+
+
+def warm_up() -> None:
+    """Import what the commands import, so that a fork starts in no time, and let meta-training print where it begins."""
+    import importlib
+
+    import numpy as np
+    import pynndescent
+    import sklearn.cluster  # noqa: F401
+    import torch
+    import torch.utils.tensorboard  # noqa: F401
+
+    import gram_meta.plugin  # noqa: F401
+    from gram_meta.cli import COMMANDS
+    from gram_meta.coop import launch  # noqa: F401
+    from gram_meta.method.meta_trainer import MetaTrainer
+
+    torch.set_num_threads(1)
+    pynndescent.NNDescent(np.eye(64, dtype=np.float32), metric="cosine", n_neighbors=5).prepare()  # compiles it
+    for name in COMMANDS:
+        importlib.import_module(f"gram_meta.commands.{name.replace('-', '_')}")
+    begin = MetaTrainer.begin
+
+    def printed(self, resume: bool) -> int:
+        first = begin(self, resume)
+        print(f"soak: goes on after step {first}", flush=True)
+        return first
+
+    MetaTrainer.begin = printed  # type: ignore[method-assign]
+
+
+class Soak:
+    """Trials in turn, and their counts."""
+
+    def __init__(self, world, kinds, seed: int) -> None:
+        self.world, self.kinds, self.seed = world, kinds, seed
+        self.counts: dict[str, dict[str, dict[str, int]]] = {}
+        self.failures: list[dict[str, str]] = []
+
+    def run(self, deadline: float, kinds: list[str]) -> None:
+        """Go round the kinds and names until the deadline; each reproducer of a fault is run once."""
+        number = 0
+        while time.monotonic() < deadline:
+            for kind in kinds:
+                for name in self.kinds[kind][1]:
+                    if time.monotonic() < deadline and not (kind == "fault" and number):
+                        self.attempt(kind, name, number)
+            number += 1
+
+    def attempt(self, kind: str, name: str, number: int) -> str:
+        """Make one trial and count it; return what was lost."""
+        draw = random.Random(f"{self.seed} {kind} {name} {number}")
+        try:
+            lost = self.kinds[kind][0](self.world, name, draw)
+        except Exception as error:  # the result cannot even be read
+            lost = f"{type(error).__name__}: {error}"
+        counts = self.counts.setdefault(kind, {}).setdefault(name, {"tried": 0, "survived": 0, "lost": 0})
+        counts["tried"] += 1
+        counts["lost" if lost else "survived"] += 1
+        if lost:
+            self.failures.append({"trial": f"{kind} {name} {number}", "what": lost})
+            print(f"LOST {kind} {name} {number}: {lost}", flush=True)
+        return lost
+
+
+def table(counts: dict[str, dict[str, dict[str, int]]]) -> str:
+    """Return the counts as a Markdown table."""
+    lines = ["| kind | on | tried | survived | lost |", "|---|---|---|---|---|"]
+    for kind, names in counts.items():
+        for name, count in names.items():
+            lines.append(f"| {kind} | {name} | {count['tried']} | {count['survived']} | {count['lost']} |")
+    sums = [sum(count[key] for names in counts.values() for count in names.values()) for key in ("tried", "survived", "lost")]
+    return "\n".join([*lines, "| all | | {} | {} | {} |".format(*sums)]) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

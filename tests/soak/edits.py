@@ -1,0 +1,194 @@
+"""Wrong edits of the JSON files that the commands read: one sentence, or the result as without the edit."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from helpers.edits import VALUES, places, replaced
+
+from .processes import Process
+from .trials import faults_in, trial_folder
+from .world import SHARDS, World
+
+Reader = list[str] | Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A file, and the commands that read it.
+
+    Attributes:
+        folder: what is copied for a trial.
+        file: the file in it.
+        readers: returns the commands for a copy of the folder.
+    """
+
+    folder: Path
+    file: str
+    readers: Callable[[Path], list[Reader]]
+
+
+class Targets:
+    """Every kind of JSON file that this program writes and reads, each with its readers."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.expected = world, {}
+        root, made = world.root, world.made
+        tasks = ("--store", str(made("embed")), "--hierarchy", str(made("cluster")))
+        self._write_more()
+
+        def store(copy: Path) -> list[Reader]:
+            meta = ["--store", str(copy), "--hierarchy", str(made("cluster"))]
+            out = ["-o", str(copy.parent / "new"), *world.cluster(copy)[4:]]
+            return [["cluster", str(copy), *out], ["eval-meta", str(best(made("pretrain"))), *meta, "--tasks", "2"]]
+
+        def hierarchy(copy: Path) -> list[Reader]:
+            meta = ["--store", str(made("embed")), "--hierarchy", str(copy)]
+            return [
+                ["inspect", str(copy)],
+                ["inspect", str(copy), "--json"],
+                ["eval-meta", str(best(made("pretrain"))), *meta, "--tasks", "2"],
+            ]
+
+        def meta(copy: Path) -> list[Reader]:
+            return [world.pretrain(copy), ["report", str(copy)], ["report", str(copy), "--format", "json"]]
+
+        def checkpoint(copy: Path) -> list[Reader]:
+            file, new = str(best(copy)), str(copy.parent / "new")
+            return [["interpret", file], ["eval-meta", file, *tasks, "--tasks", "2"], ["export", file, "-o", new]]
+
+        def run(copy: Path) -> list[Reader]:
+            pictures = str(root / "data" / "emoji_food" / "images")
+            predict = ["predict", pictures, "--model-dir", str(copy), "--format", "json"]
+            collect = ["report", str(copy), "--collect", str(copy.parent / "all.json")]
+            return [world.train(copy), predict, ["interpret", str(copy)], ["report", str(copy)], collect]
+
+        def data(copy: Path) -> list[Reader]:
+            argv = world.train(copy.parent / "new")
+            argv[argv.index("--root") + 1] = str(copy)
+            return [["check-data", str(copy), "--datasets", "emoji_food"], argv]
+
+        few_shot = "emoji_food/split_fewshot/shot_2-seed_1.json"
+        self.targets = {
+            "store's manifest.json": Target(made("embed"), "manifest.json", store),
+            "plan.json of an embedding": Target(root / "half", "parts/plan.json", lambda copy: [world.embed(copy)]),
+            "index of an embedding": Target(root / "half", "parts/index/*.json", lambda copy: [world.embed(copy)]),
+            "hierarchy's topics.json": Target(made("cluster"), "topics.json", hierarchy),
+            "run.json of a meta-training": Target(made("pretrain"), "run.json", meta),
+            "log.jsonl": Target(made("pretrain"), "log.jsonl", meta),
+            "metadata of a meta-checkpoint": Target(made("pretrain"), "best.safetensors", checkpoint),
+            "results.json": Target(made("train"), "results.json", run),
+            "run.json": Target(made("train"), "run.json", run),
+            "collected results": Target(root / "collected", "all.json", lambda copy: [["report", str(copy / "all.json")]]),
+            "bench.json": Target(made("bench"), "bench.json", lambda copy: [world.bench(copy)]),
+            "demo.json": Target(root / "demo", "demo.json", lambda copy: [lambda: _read_demo(copy / "demo.json")]),
+            "split of a dataset": Target(root / "data", "emoji_food/split_zhou_EmojiFood.json", data),
+            "few-shot file": Target(root / "data", few_shot, data),
+        }
+        for name, target in self.targets.items():
+            with trial_folder(world) as folder:
+                copy = shutil.copytree(target.folder, folder / "copy")
+                self.expected[name] = [self._read(reader, folder) for reader in target.readers(copy)]
+            bad = [text for status, text in self.expected[name] if status not in (0, 1)]
+            assert not bad, f"{name}, not edited: {bad}"
+
+    def _write_more(self) -> None:
+        """Write collected results, the memory of a demo, and an embedding that was killed."""
+        root, world = self.world.root, self.world
+        for folder in ("collected", "demo"):
+            (root / folder).mkdir()
+        argv = ["report", *map(str, (world.made("train"), world.made("pretrain"), world.made("bench")))]
+        process = Process([*argv, "--collect", str(root / "collected" / "all.json")], root)
+        assert process.wait() == 0, process.printed()
+        stages = {"embed": {"key": "k", "finished": True}, "world": {"key": "w", "finished": False}}
+        (root / "demo" / "demo.json").write_text(json.dumps({"format": 2, "run": "r", "stages": stages}))
+        process = Process(world.embed(root / "half"), root)
+        while len(list((root / "half" / "parts").glob("0*.npz"))) < SHARDS and process.process.is_alive():
+            process.process.join(0.01)
+        process.kill_after(0)
+        assert process.killed
+
+    def trial(self, world: World, name: str, draw: random.Random) -> str:
+        """Edit the file of a target once; run its readers."""
+        target = self.targets[name]
+        with trial_folder(world) as folder:
+            copy = shutil.copytree(target.folder, folder / "copy")
+            what = edit(draw.choice(sorted(copy.glob(target.file))), draw)
+            for reader, (before, wanted) in zip(target.readers(copy), self.expected[name], strict=True):
+                status, text = self._read(reader, folder)
+                command = "soak" if callable(reader) else reader[0]
+                if fault := faults_in(status, text, command):
+                    return f"{what}: {command}: {fault}: {text[-900:]}"
+                if status == before and text != wanted and "edited" not in text:
+                    self.other.append(f"{what}: {command}: {text[-600:]}")
+        return ""
+
+    other: list[str] = []
+
+    def _read(self, reader: Reader, folder: Path) -> tuple[int | str, str]:
+        process = Process(reader, folder)
+        status = process.wait()
+        text = process.printed().replace(str(folder), "TRIAL")
+        return status, re.sub(r"\d+\.\d+ ?s|\d\d:\d\d:\d\d|time [\d.]+ \([\d.]+\)|data [\d.]+ \([\d.]+\)", "TIME", text)
+
+
+def best(folder: Path) -> Path:
+    return folder / "best.safetensors"
+
+
+def _read_demo(path: Path) -> None:
+    from gram_meta.demo.run import Memory
+
+    memory = Memory(path)
+    print(memory.run, memory.finished("embed", "k"), memory.finished("world", "w"))
+
+
+def edit(file: Path, draw: random.Random) -> str:
+    """Edit a file: cut it off, or replace or remove one value; return what was done."""
+    if draw.random() < 0.15:
+        content = file.read_bytes()
+        count = draw.randrange(len(content))
+        file.write_bytes(content[:count] + draw.choice([b"", b"\xff", b"}"]))
+        return f"{file.name} cut off after {count} of {len(content)} bytes"
+    if file.suffix == ".safetensors":
+        return _edit_metadata(file, draw)
+    if file.suffix == ".jsonl":
+        lines = file.read_text().splitlines()
+        number = draw.randrange(len(lines))
+        value, what = _edited(json.loads(lines[number]), draw)
+        lines[number] = json.dumps(value)
+        file.write_text("\n".join(lines) + "\n")
+        return f"{file.name}, line {number + 1}: {what}"
+    value, what = _edited(json.loads(file.read_text()), draw)
+    file.write_text(json.dumps(value))
+    return f"{file.name}: {what}"
+
+
+def _edited(value: Any, draw: random.Random) -> tuple[Any, str]:
+    path = draw.choice(list(places(value)))
+    if path and isinstance(path[-1], str) and draw.random() < 0.2:
+        node = edited = replaced(value, path, None)
+        for key in path[:-1]:
+            node = node[key]
+        del node[path[-1]]
+        return edited, f"{path} removed"
+    new = draw.choice(VALUES)
+    return replaced(value, path, new), f"{path} = {str(new)[:20]}"
+
+
+def _edit_metadata(file: Path, draw: random.Random) -> str:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(file, framework="pt") as opened:
+        facts, tensors = opened.metadata(), {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    value, what = _edited(json.loads(facts["gram-meta"]), draw)
+    save_file(tensors, file, metadata={"gram-meta": json.dumps(value)})
+    return f"{file.name}: {what}"
