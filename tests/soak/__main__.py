@@ -1,7 +1,7 @@
 """Disturb the commands for some minutes, and count what survives.
 
     python tests/soak --minutes 20 --seed 1 -o soak.json      # and soak.md beside it
-    python tests/soak --trial kill embed 17 --seed 1          # one trial again, by the name in the failures
+    python tests/soak --trials "kill embed 17" --seed 1         # single trials again, by their names in the JSON file
 
 Each trial draws from (seed, kind, name, number) alone.
 """
@@ -23,6 +23,8 @@ for threads in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "N
     os.environ[threads] = "1"  # threads do not survive a fork, and results are equal at equal numbers of them
 os.environ |= {"NUMBA_THREADING_LAYER": "workqueue", "HF_HUB_OFFLINE": "1"}  # the first can be forked
 sys.path[0] = str(ROOT / "tests")  # for `soak` and `helpers`, in place of tests/soak
+
+KINDS = ("kill", "writers", "disk", "edit", "fault")
 
 
 def main() -> int:
@@ -48,13 +50,13 @@ def main() -> int:
         for kind, reason in skipped.items():
             print(f"{kind}: skipped: {reason}")
             del kinds[kind]
-        print(f"set up in {time.monotonic() - started:.0f} s", flush=True)
         soak = Soak(world, kinds, args.seed)
-        if args.trial:
-            kind, *name, number = args.trial
-            return int(bool(soak.attempt(kind, " ".join(name), int(number))))
-        soak.run(started + 60 * args.minutes, args.kinds or list(kinds))
-        other = sorted(set(targets.other))
+        for trial in args.trials:
+            kind, *name, number = trial.split()
+            if kind not in skipped:
+                soak.attempt(kind, " ".join(name), int(number))
+        if not args.trials:
+            soak.run(started + 60 * args.minutes, [kind for kind in args.kinds if kind not in skipped])
     facts = {
         "command": f"python tests/soak --minutes {args.minutes:g} --seed {args.seed}",
         "machine": f"{platform.system()}, Python {platform.python_version()}, {os.cpu_count()} cores",
@@ -62,7 +64,7 @@ def main() -> int:
         "skipped": skipped,
         "counts": soak.counts,
         "failures": soak.failures,
-        "other_output": other,
+        "other_output": sorted(targets.other),
     }
     if args.output:
         args.output.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -76,13 +78,13 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=20, help="how long to go on (default: 20)")
     parser.add_argument("--seed", type=int, default=1, help="of all draws (default: 1)")
     parser.add_argument("-o", "--output", type=Path, help="JSON file of the counts; a table goes beside it, as .md")
-    parser.add_argument("--kinds", nargs="+", choices=("kill", "writers", "disk", "edit", "fault"), help="some alone")
-    parser.add_argument("--trial", nargs="+", metavar="WORD", help="one trial: KIND NAME NUMBER")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="some alone")
+    parser.add_argument("--trials", nargs="+", default=[], metavar="'KIND NAME NUMBER'", help="only these trials")
     return parser.parse_args()
 
 
 def warm_up() -> None:
-    """Import what the commands import, so that a fork starts in no time, and let meta-training print where it begins."""
+    """Import what the commands import, for a fork to have it; let meta-training print where it begins."""
     import importlib
 
     import numpy as np
@@ -150,7 +152,10 @@ def table(counts: dict[str, dict[str, dict[str, int]]]) -> str:
     for kind, names in counts.items():
         for name, count in names.items():
             lines.append(f"| {kind} | {name} | {count['tried']} | {count['survived']} | {count['lost']} |")
-    sums = [sum(count[key] for names in counts.values() for count in names.values()) for key in ("tried", "survived", "lost")]
+    sums = [
+        sum(count[key] for names in counts.values() for count in names.values())
+        for key in ("tried", "survived", "lost")
+    ]
     return "\n".join([*lines, "| all | | {} | {} | {} |".format(*sums)]) + "\n"
 
 

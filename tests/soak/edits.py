@@ -15,7 +15,7 @@ from helpers.edits import VALUES, places, replaced
 
 from .processes import Process
 from .trials import faults_in, trial_folder
-from .world import SHARDS, World
+from .world import World
 
 Reader = list[str] | Callable[[], object]
 
@@ -25,12 +25,12 @@ class Target:
     """A file, and the commands that read it.
 
     Attributes:
-        folder: what is copied for a trial.
+        folder: returns what is copied for a trial.
         file: the file in it.
         readers: returns the commands for a copy of the folder.
     """
 
-    folder: Path
+    folder: Callable[[], Path]
     file: str
     readers: Callable[[Path], list[Reader]]
 
@@ -39,10 +39,9 @@ class Targets:
     """Every kind of JSON file that this program writes and reads, each with its readers."""
 
     def __init__(self, world: World) -> None:
-        self.world, self.expected = world, {}
+        self.world, self.other = world, set()  # outputs of status 0 that differ from those without the edit
+        self._expected: dict[str, list[tuple[int | str, str]]] = {}
         root, made = world.root, world.made
-        tasks = ("--store", str(made("embed")), "--hierarchy", str(made("cluster")))
-        self._write_more()
 
         def store(copy: Path) -> list[Reader]:
             meta = ["--store", str(copy), "--hierarchy", str(made("cluster"))]
@@ -62,6 +61,7 @@ class Targets:
 
         def checkpoint(copy: Path) -> list[Reader]:
             file, new = str(best(copy)), str(copy.parent / "new")
+            tasks = ("--store", str(made("embed")), "--hierarchy", str(made("cluster")))
             return [["interpret", file], ["eval-meta", file, *tasks, "--tasks", "2"], ["export", file, "-o", new]]
 
         def run(copy: Path) -> list[Reader]:
@@ -75,62 +75,86 @@ class Targets:
             argv[argv.index("--root") + 1] = str(copy)
             return [["check-data", str(copy), "--datasets", "emoji_food"], argv]
 
+        def made_of(command: str, file: str, readers: Callable[[Path], list[Reader]]) -> Target:
+            return Target(lambda: made(command), file, readers)
+
         few_shot = "emoji_food/split_fewshot/shot_2-seed_1.json"
         self.targets = {
-            "store's manifest.json": Target(made("embed"), "manifest.json", store),
-            "plan.json of an embedding": Target(root / "half", "parts/plan.json", lambda copy: [world.embed(copy)]),
-            "index of an embedding": Target(root / "half", "parts/index/*.json", lambda copy: [world.embed(copy)]),
-            "hierarchy's topics.json": Target(made("cluster"), "topics.json", hierarchy),
-            "run.json of a meta-training": Target(made("pretrain"), "run.json", meta),
-            "log.jsonl": Target(made("pretrain"), "log.jsonl", meta),
-            "metadata of a meta-checkpoint": Target(made("pretrain"), "best.safetensors", checkpoint),
-            "results.json": Target(made("train"), "results.json", run),
-            "run.json": Target(made("train"), "run.json", run),
-            "collected results": Target(root / "collected", "all.json", lambda copy: [["report", str(copy / "all.json")]]),
-            "bench.json": Target(made("bench"), "bench.json", lambda copy: [world.bench(copy)]),
-            "demo.json": Target(root / "demo", "demo.json", lambda copy: [lambda: _read_demo(copy / "demo.json")]),
-            "split of a dataset": Target(root / "data", "emoji_food/split_zhou_EmojiFood.json", data),
-            "few-shot file": Target(root / "data", few_shot, data),
+            "store's manifest.json": made_of("embed", "manifest.json", store),
+            "plan.json of an embedding": Target(self._half, "parts/plan.json", lambda copy: [world.embed(copy)]),
+            "index of an embedding": Target(self._half, "parts/index/*.json", lambda copy: [world.embed(copy)]),
+            "hierarchy's topics.json": made_of("cluster", "topics.json", hierarchy),
+            "run.json of a meta-training": made_of("pretrain", "run.json", meta),
+            "log.jsonl": made_of("pretrain", "log.jsonl", meta),
+            "metadata of a meta-checkpoint": made_of("pretrain", "best.safetensors", checkpoint),
+            "results.json": made_of("train", "results.json", run),
+            "run.json": made_of("train", "run.json", run),
+            "collected results": Target(self._collected, "all.json", lambda copy: [["report", str(copy / "all.json")]]),
+            "bench.json": made_of("bench", "bench.json", lambda copy: [world.bench(copy)]),
+            "demo.json": Target(self._demo, "demo.json", lambda copy: [lambda: _read_demo(copy / "demo.json")]),
+            "split of a dataset": Target(self._data, "emoji_food/split_zhou_EmojiFood.json", data),
+            "few-shot file": Target(self._data, few_shot, data),
         }
-        for name, target in self.targets.items():
-            with trial_folder(world) as folder:
-                copy = shutil.copytree(target.folder, folder / "copy")
-                self.expected[name] = [self._read(reader, folder) for reader in target.readers(copy)]
-            bad = [text for status, text in self.expected[name] if status not in (0, 1)]
-            assert not bad, f"{name}, not edited: {bad}"
 
-    def _write_more(self) -> None:
-        """Write collected results, the memory of a demo, and an embedding that was killed."""
-        root, world = self.world.root, self.world
-        for folder in ("collected", "demo"):
-            (root / folder).mkdir()
-        argv = ["report", *map(str, (world.made("train"), world.made("pretrain"), world.made("bench")))]
-        process = Process([*argv, "--collect", str(root / "collected" / "all.json")], root)
-        assert process.wait() == 0, process.printed()
+    def _collected(self) -> Path:
+        """Return a folder with collected results."""
+        folder = self.world.root / "collected"
+        if not folder.exists():
+            folder.mkdir()
+            argv = ["report", str(self.world.made("train")), str(self.world.made("pretrain"))]
+            process = Process([*argv, "--collect", str(folder / "all.json")], folder.parent)
+            assert process.wait() == 0, process.printed()
+        return folder
+
+    def _demo(self) -> Path:
+        """Return a folder with the memory of a demo."""
+        folder = self.world.root / "demo"
+        folder.mkdir(exist_ok=True)
         stages = {"embed": {"key": "k", "finished": True}, "world": {"key": "w", "finished": False}}
-        (root / "demo" / "demo.json").write_text(json.dumps({"format": 2, "run": "r", "stages": stages}))
-        process = Process(world.embed(root / "half"), root)
-        while len(list((root / "half" / "parts").glob("0*.npz"))) < SHARDS and process.process.is_alive():
-            process.process.join(0.01)
-        process.kill_after(0)
-        assert process.killed
+        (folder / "demo.json").write_text(json.dumps({"format": 2, "run": "r", "stages": stages}))
+        return folder
+
+    def _data(self) -> Path:
+        """Return the datasets, with a few-shot file."""
+        self.world.made("train")
+        return self.world.root / "data"
+
+    def _half(self) -> Path:
+        """Return an embedding that was killed."""
+        folder = self.world.root / "half"
+        if not folder.exists():
+            process = Process(self.world.embed(folder), folder.parent)
+            while len(list((folder / "parts").glob("0*.npz"))) < 2 and process.process.is_alive():
+                process.process.join(0.01)
+            process.kill_after(0)
+            assert process.killed
+        return folder
+
+    def expected(self, name: str) -> list[tuple[int | str, str]]:
+        """Return status and output of each reader of a target that was not edited."""
+        if name not in self._expected:
+            target = self.targets[name]
+            with trial_folder(self.world) as folder:
+                copy = shutil.copytree(target.folder(), folder / "copy")
+                found = [self._read(reader, folder) for reader in target.readers(copy)]
+            assert all(status in (0, 1) for status, _ in found), f"{name}, not edited: {found}"
+            self._expected[name] = found
+        return self._expected[name]
 
     def trial(self, world: World, name: str, draw: random.Random) -> str:
         """Edit the file of a target once; run its readers."""
         target = self.targets[name]
         with trial_folder(world) as folder:
-            copy = shutil.copytree(target.folder, folder / "copy")
+            copy = shutil.copytree(target.folder(), folder / "copy")
             what = edit(draw.choice(sorted(copy.glob(target.file))), draw)
-            for reader, (before, wanted) in zip(target.readers(copy), self.expected[name], strict=True):
+            for reader, (before, wanted) in zip(target.readers(copy), self.expected(name), strict=True):
                 status, text = self._read(reader, folder)
                 command = "soak" if callable(reader) else reader[0]
                 if fault := faults_in(status, text, command):
                     return f"{what}: {command}: {fault}: {text[-900:]}"
-                if status == before and text != wanted and "edited" not in text:
-                    self.other.append(f"{what}: {command}: {text[-600:]}")
+                if status == before and text != wanted:
+                    self.other.add(f"{what}: {command}: {text[-600:]}")
         return ""
-
-    other: list[str] = []
 
     def _read(self, reader: Reader, folder: Path) -> tuple[int | str, str]:
         process = Process(reader, folder)

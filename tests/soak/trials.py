@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
@@ -30,7 +29,7 @@ def kill(world: World, name: str, draw: random.Random) -> str:
         for _ in range(draw.randint(1, 3)):
             had = command.progress(out)
             process = Process(command.argv(out), folder, fresh=command.fresh)
-            process.kill_after(draw.uniform(0.02, 1.0) * world.seconds[name])
+            process.kill_after(draw.uniform(0.02, 1.0) * world.seconds(name))
             if not process.killed:
                 break
             if command.progress(out) < had:
@@ -44,11 +43,11 @@ def writers(world: World, name: str, draw: random.Random) -> str:
     with trial_folder(world) as folder:
         out = folder / "out"
         first = Process(command.argv(out), folder, fresh=command.fresh)
-        first.process.join(draw.uniform(0, 0.9) * world.seconds[name])
+        first.process.join(draw.uniform(0, 0.9) * world.seconds(name))
         second = Process(command.argv(out), folder, None if patient else _lose_patience, fresh=command.fresh)
         killed = patient and draw.random() < 0.3
         if killed:
-            first.kill_after(draw.uniform(0, 1) * world.seconds[name])
+            first.kill_after(draw.uniform(0, 1) * world.seconds(name))
         statuses = [process.wait() for process in (first, second)]
         for process, status in zip((first, second), statuses, strict=True):
             text = process.printed()
@@ -101,11 +100,11 @@ def _ends_well(world: World, command: Command, out: Path, had: int) -> str:
     process = Process(command.argv(out), out.parent, fresh=command.fresh)
     status = process.wait()
     text = process.printed()
-    if status != 0 or (fault := faults_in(status, text, command.name)):
-        return f"the same command again: status {status}: {text[-900:]}"
+    if status != 0 or faults_in(status, text, command.name):
+        return f"the same command again: status {status}, {faults_in(status, text, command.name)}: {text[-900:]}"
     if (found := command.resumed(text)) < had:
         return f"{had} were done before, the same command found {found}: {text[:900]}"
-    return differences(world.expected[command.name], command.products(out))
+    return differences(world.expected(command.name), command.products(out))
 
 
 def differences(expected: dict[str, Any], found: dict[str, Any]) -> str:
@@ -179,5 +178,3 @@ def fault(world: World, name: str, draw: random.Random) -> str:
     argv = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests / FAULTS[name])]
     done = subprocess.run(argv, cwd=tests.parent, capture_output=True, text=True, env={**os.environ})
     return "" if done.returncode == 0 and " passed" in done.stdout else done.stdout[-900:]
-
-
