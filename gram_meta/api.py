@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gram_meta.clustering.hierarchy import Hierarchy, check_same, check_target
+from gram_meta.clustering.hierarchy import Hierarchy, check_target, finished_before
 from gram_meta.config import load_meta_config, stored_config
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
@@ -130,10 +130,10 @@ def cluster(
 
     Args:
         store: the store, or its folder.
-        out: folder of the hierarchy. An interrupted run over a sample continues there.
+        out: folder of the hierarchy. An interrupted run over a sample continues there; a finished one is not repeated.
         config, opts: settings; the keys under CHC and the shots of TASKS are read.
         exclude: a .tsv file with a column `image`: locations of images to leave out.
-        force: replace a hierarchy that was made from another store or with other settings.
+        force: make the hierarchy again, also if it was made from another store or with other settings.
 
     Raises:
         GramError: unknown settings, a folder that holds something else, too few pairs or topics.
@@ -147,10 +147,13 @@ def cluster(
     excluded = opened.rows_of_images(exclude) if exclude else None
     with only_writer(out):
         folder = check_target(out)  # before the work, not after it
-        if not force:
-            check_same(folder, opened, ChcSettings.from_config(settings), excluded)
-        hierarchy = cluster_pairs(opened, settings, excluded=excluded, scratch=folder, progress=progress)
-        hierarchy.save(folder)
+        same = (opened, ChcSettings.from_config(settings), excluded)
+        hierarchy = None if force else finished_before(folder, *same)
+        if hierarchy is not None:
+            print(f"{os.fspath(out)}: finished before, nothing to do", file=sys.stderr)
+        else:
+            hierarchy = cluster_pairs(opened, settings, excluded=excluded, scratch=folder, progress=progress)
+            hierarchy.save(folder)
         Steps(folder).forget()
     return hierarchy
 

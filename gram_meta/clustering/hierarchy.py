@@ -238,16 +238,21 @@ def check_target(path: PathLike) -> Path:
     return path
 
 
-def check_same(path: Path, store: PairStore, settings: ChcSettings, excluded: np.ndarray | None) -> None:
-    """Raise `GramError` if `path` holds a hierarchy of another store or with other settings.
+def finished_before(
+    path: Path, store: PairStore, settings: ChcSettings, excluded: np.ndarray | None
+) -> Hierarchy | None:
+    """Return the hierarchy in `path` if it was made from this store with these settings; None if there is none.
 
     Meta-checkpoints refer to a hierarchy by its fingerprint, so it is not replaced unasked.
 
     Args:
         excluded: rows of images that are left out now.
+
+    Raises:
+        GramError: `path` holds a hierarchy of another store or with other settings.
     """
     if not (path / TOPICS).is_file():
-        return
+        return None
     before = Hierarchy.open(path)
     left_out = np.isin(store.image, [] if excluded is None else excluded)
     same = np.array_equal(before.fates == EXCLUDED, left_out)
@@ -261,3 +266,4 @@ def check_same(path: Path, store: PairStore, settings: ChcSettings, excluded: np
             f"{path}: holds a hierarchy made with {other}{values}; meta-checkpoints may refer to it: choose another "
             "folder, or replace it with --force"
         )
+    return before

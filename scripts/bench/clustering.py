@@ -284,7 +284,7 @@ def cluster(store: Path, opts: list[str], out: Path) -> int:
     """Run `gram cluster` in this process; return its exit status."""
     from gram_meta import cli
 
-    return cli.main(["cluster", str(store), "-o", str(out), *opts])
+    return cli.main(["cluster", str(store), "-o", str(out), "--force", *opts])
 
 
 # --- BERTopic, and other ways to find topics --------------------------------------------------------------------------

@@ -530,13 +530,14 @@ def test_a_hierarchy_is_not_replaced_by_another_unasked(store, hierarchy, tmp_pa
     """Meta-checkpoints refer to it. Settings of TASKS that `gram cluster` does not read make no other hierarchy."""
     hierarchy.save(tmp_path / "h")
     same = ChcSettings.from_config(make_config("TASKS.WAYS", "7"))
-    h.check_same(tmp_path / "h", store, same, None)
-    h.check_same(tmp_path / "new", store, same, None)
+    found = h.finished_before(tmp_path / "h", store, same, None)
+    assert found is not None and found.fingerprint == hierarchy.fingerprint
+    assert h.finished_before(tmp_path / "new", store, same, None) is None
     with pytest.raises(GramError, match=f"^{tmp_path / 'h'}: holds a hierarchy {words}; .* --force"):
-        h.check_same(tmp_path / "h", store, ChcSettings.from_config(make_config(*opts)), excluded)
+        h.finished_before(tmp_path / "h", store, ChcSettings.from_config(make_config(*opts)), excluded)
     other = SimpleNamespace(**{**store.__dict__, "fingerprint": "f" * 64})
     with pytest.raises(GramError, match="made with the store 'aaaaaaaaaaaa', expected the same, found 'ffffffffffff'"):
-        h.check_same(tmp_path / "h", other, same, None)
+        h.finished_before(tmp_path / "h", other, same, None)
 
 
 # --- agreement with a truth ---------------------------------------------------------------------------------

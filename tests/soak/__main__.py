@@ -25,6 +25,7 @@ os.environ |= {"NUMBA_THREADING_LAYER": "workqueue", "HF_HUB_OFFLINE": "1"}  # t
 sys.path[0] = str(ROOT / "tests")  # for `soak` and `helpers`, in place of tests/soak
 
 KINDS = ("kill", "writers", "disk", "edit", "fault")
+COUNTED = ("tried", "disturbed", "survived", "lost")
 
 
 def main() -> int:
@@ -93,6 +94,7 @@ def warm_up() -> None:
     import torch
     import torch.utils.tensorboard  # noqa: F401
 
+    import gram_meta.api  # noqa: F401
     import gram_meta.plugin  # noqa: F401
     from gram_meta.cli import COMMANDS
     from gram_meta.coop import launch  # noqa: F401
@@ -130,33 +132,30 @@ class Soak:
                         self.attempt(kind, name, number)
             number += 1
 
-    def attempt(self, kind: str, name: str, number: int) -> str:
-        """Make one trial and count it; return what was lost."""
+    def attempt(self, kind: str, name: str, number: int) -> None:
+        """Make one trial and count it."""
         draw = random.Random(f"{self.seed} {kind} {name} {number}")
-        try:
-            lost = self.kinds[kind][0](self.world, name, draw)
-        except Exception as error:  # the result cannot even be read
-            lost = f"{type(error).__name__}: {error}"
-        counts = self.counts.setdefault(kind, {}).setdefault(name, {"tried": 0, "survived": 0, "lost": 0})
+        counts = self.counts.setdefault(kind, {}).setdefault(name, dict.fromkeys(COUNTED, 0))
         counts["tried"] += 1
-        counts["lost" if lost else "survived"] += 1
-        if lost:
-            self.failures.append({"trial": f"{kind} {name} {number}", "what": lost})
-            print(f"LOST {kind} {name} {number}: {lost}", flush=True)
-        return lost
+        try:
+            counts["disturbed"] += self.kinds[kind][0](self.world, name, draw)
+            counts["survived"] += 1
+        except Exception as error:  # `Lost`; or a result that cannot even be read
+            counts["lost"] += 1
+            self.failures.append({"trial": f"{kind} {name} {number}", "what": f"{type(error).__name__}: {error}"})
+            print("LOST", *self.failures[-1].values(), flush=True)
 
 
 def table(counts: dict[str, dict[str, dict[str, int]]]) -> str:
     """Return the counts as a Markdown table."""
-    lines = ["| kind | on | tried | survived | lost |", "|---|---|---|---|---|"]
-    for kind, names in counts.items():
-        for name, count in names.items():
-            lines.append(f"| {kind} | {name} | {count['tried']} | {count['survived']} | {count['lost']} |")
-    sums = [
-        sum(count[key] for names in counts.values() for count in names.values())
-        for key in ("tried", "survived", "lost")
+    lines = [f"| kind | on | {' | '.join(COUNTED)} |", "|---|---|---|---|---|---|"]
+    rows = [(kind, name, count) for kind, names in counts.items() for name, count in names.items()]
+    total = {key: sum(count[key] for _, _, count in rows) for key in COUNTED}
+    lines += [
+        f"| {kind} | {name} | {' | '.join(map(str, count.values()))} |"
+        for kind, name, count in [*rows, ("all", "", total)]
     ]
-    return "\n".join([*lines, "| all | | {} | {} | {} |".format(*sums)]) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

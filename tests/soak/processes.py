@@ -74,17 +74,23 @@ class Process:
 
     def kill_after(self, seconds: float) -> None:
         """Send SIGKILL after so many seconds from the start, unless the process ends before."""
-        self.process.join(max(self.started + seconds - time.monotonic(), 0))
+        self.join(self.started + seconds - time.monotonic())
         self.process.kill()
         self.wait()
 
+    def join(self, seconds: float) -> None:
+        """Wait for the end, for so many seconds at most; Process.join has no limit after execv closed its pipe."""
+        until = time.monotonic() + seconds
+        while self.process.exitcode is None and time.monotonic() < until:
+            time.sleep(0.005)
+
     def wait(self) -> int | str:
         """Return the exit status, minus the signal that ended it; "hangs" after `LIMIT` seconds."""
-        self.process.join(LIMIT)
+        self.join(LIMIT)
         self.seconds = time.monotonic() - self.started
         if self.process.exitcode is None:
             self.process.kill()
-            self.process.join()
+            self.join(LIMIT)
             return "hangs"
         return self.process.exitcode
 

@@ -18,4 +18,4 @@ def test_one_trial_of_each_kind(tmp_path):
     counts = json.loads((tmp_path / "soak.json").read_text())["counts"]
     assert sum(count["tried"] for kind in counts.values() for count in kind.values()) in (len(names) - 1, len(names))
     assert all(count["lost"] == 0 for kind in counts.values() for count in kind.values())
-    assert (tmp_path / "soak.md").read_text().startswith("| kind | on | tried | survived | lost |")
+    assert (tmp_path / "soak.md").read_text().startswith("| kind | on | tried | disturbed | survived | lost |")

@@ -1,11 +1,15 @@
-"""The trials of the soak. Each takes the world, a name and a random generator, and returns what was lost, or ""."""
+"""The trials of the soak: functions of the world, a name and a random generator.
+
+Each raises `Lost` where something does not hold, and returns whether the disturbance took effect: whether a process was
+killed, waited for another or was refused, met a full disk, or read an edited file.
+"""
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,9 +25,19 @@ Status = int | str
 PAGE = 4096
 
 
-def kill(world: World, name: str, draw: random.Random) -> str:
+class Lost(Exception):
+    """Something that a trial expects does not hold."""
+
+
+def expect(holds: object, otherwise: str) -> None:
+    """Raise `Lost` unless something holds."""
+    if not holds:
+        raise Lost(otherwise)
+
+
+def kill(world: World, name: str, draw: random.Random) -> bool:
     """SIGKILL a command at random moments, one to three times, then let it end."""
-    command = world.commands[name]
+    command, kills = world.commands[name], 0
     with trial_folder(world) as folder:
         out = folder / "out"
         for _ in range(draw.randint(1, 3)):
@@ -32,36 +46,37 @@ def kill(world: World, name: str, draw: random.Random) -> str:
             process.kill_after(draw.uniform(0.02, 1.0) * world.seconds(name))
             if not process.killed:
                 break
-            if command.progress(out) < had:
-                return f"{had} were done before the kill, {command.progress(out)} after it"
-        return _ends_well(world, command, out, command.progress(out))
+            kills += 1
+            has = command.progress(out)
+            expect(has >= had, f"{had} were done before the kill, {has} after it")
+        _ends_well(world, command, out, command.progress(out))
+    return kills > 0
 
 
-def writers(world: World, name: str, draw: random.Random) -> str:
+def writers(world: World, name: str, draw: random.Random) -> bool:
     """Start a command twice on one folder; sometimes the second has no patience, sometimes the first is killed."""
     command, patient = world.commands[name], draw.random() < 0.6
     with trial_folder(world) as folder:
         out = folder / "out"
         first = Process(command.argv(out), folder, fresh=command.fresh)
-        first.process.join(draw.uniform(0, 0.9) * world.seconds(name))
+        first.join(draw.uniform(0, 0.9) * world.seconds(name))
         second = Process(command.argv(out), folder, None if patient else _lose_patience, fresh=command.fresh)
         killed = patient and draw.random() < 0.3
         if killed:
             first.kill_after(draw.uniform(0, 1) * world.seconds(name))
-        statuses = [process.wait() for process in (first, second)]
-        for process, status in zip((first, second), statuses, strict=True):
+        statuses = {process: process.wait() for process in (first, second)}
+        for process, status in statuses.items():
             text = process.printed()
             refused = status == 2 and "another run is writing to this folder" in text
-            if status != 0 and not refused and not (killed and process is first):
-                return f"status {status} of two writers: {text[-600:]}"
-            if fault := faults_in(status, text, name):
-                return f"{fault} of two writers: {text[-600:]}"
-        if all(status != 0 for status in statuses) and not killed:
-            return "both writers were refused"
-        return _ends_well(world, command, out, command.progress(out))
+            fine = status == 0 or refused or (process is first and process.killed)
+            expect(fine, f"status {status} of two writers: {text[-600:]}")
+            check_output(status, text, name)
+        expect(0 in statuses.values() or killed, "both writers were refused")
+        _ends_well(world, command, out, command.progress(out))
+        return "another run is writing" in second.printed() + first.printed()
 
 
-def disk(world: World, name: str, draw: random.Random) -> str:
+def disk(world: World, name: str, draw: random.Random) -> bool:
     """Run a command on a disk that is too small, then make space."""
     command = world.commands[name]
     with trial_folder(world) as folder, _small_disk(folder, draw.randint(1, command.bytes // PAGE) * PAGE) as grow:
@@ -70,48 +85,44 @@ def disk(world: World, name: str, draw: random.Random) -> str:
         status = process.wait()
         text = process.printed()
         if status != 0:
-            if "no space left" not in text.lower():
-                return f"status {status} without the reason: {text[-600:]}"
-            if fault := faults_in(status, text, name):
-                return f"{fault} on a full disk: {text[-900:]}"
-            if left := [path.name for path in out.rglob(".*.part")]:
-                return f"half-written files on a full disk: {left}"
+            expect("no space left" in text.lower(), f"status {status} without the reason: {text[-600:]}")
+            check_output(status, text, name)
+            left = [path.name for path in out.rglob(".*.part")]
+            expect(not left, f"half-written files on a full disk: {left}")
         had = command.progress(out)
         grow()
-        return _ends_well(world, command, out, had)
+        _ends_well(world, command, out, had)
+    return status != 0
 
 
-def faults_in(status: Status, text: str, name: str) -> str:
-    """Return what a command must never print, or ""; a failure is one sentence that begins with the command."""
-    if "Traceback" in text:
-        return "a traceback"
-    if status not in (0, 1, 2, -9):
-        return f"status {status}"
-    if re.search(r"(?<![\w-])nan(?![\w-])", text, re.IGNORECASE):
-        return "nan"
+def check_output(status: Status, text: str, name: str) -> None:
+    """Raise `Lost` for what a command must never print; bad input is one sentence that begins with the command."""
+    end = text[-900:]
+    expect("Traceback" not in text, f"a traceback: {end}")
+    expect(status in (0, 1, 2, -signal.SIGKILL), f"status {status}: {end}")
+    expect(not re.search(r"(?<![\w-])nan(?![\w-])", text, re.IGNORECASE), f"nan: {end}")
     sentences = len(re.findall(rf"^gram {name}: ", text, re.MULTILINE))
-    if status == 2 and sentences != 1:
-        return f"{sentences} sentences"
-    return ""
+    expect(status != 2 or sentences == 1, f"{sentences} sentences: {end}")
 
 
-def _ends_well(world: World, command: Command, out: Path, had: int) -> str:
-    """Run a command to its end; return what differs from the undisturbed run."""
+def _ends_well(world: World, command: Command, out: Path, had: int) -> None:
+    """Run a command to its end; compare with the undisturbed run, and what it found with what was done before."""
     process = Process(command.argv(out), out.parent, fresh=command.fresh)
     status = process.wait()
     text = process.printed()
-    if status != 0 or faults_in(status, text, command.name):
-        return f"the same command again: status {status}, {faults_in(status, text, command.name)}: {text[-900:]}"
-    if (found := command.resumed(text)) < had:
-        return f"{had} were done before, the same command found {found}: {text[:900]}"
-    return differences(world.expected(command.name), command.products(out))
+    expect(status == 0, f"the same command again: status {status}: {text[-900:]}")
+    check_output(status, text, command.name)
+    found = command.resumed(text)
+    expect(found >= had, f"{had} were done before, the same command found {found}: {text[:900]}")
+    expect_equal(world, command.name, out)
 
 
-def differences(expected: dict[str, Any], found: dict[str, Any]) -> str:
-    """Return the names of what two runs do not have in common."""
-    names = [name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)]
-    kinds = [f"{name} ({'other' if name in found and name in expected else 'extra or missing'})" for name in names]
-    return f"not as undisturbed: {', '.join(kinds)}" if kinds else ""
+def expect_equal(world: World, name: str, out: Path) -> None:
+    """Raise `Lost` where a folder differs from the undisturbed run of a command."""
+    expected, found = world.expected(name), world.commands[name].products(out)
+    names = [key for key in sorted({*expected, *found}) if expected.get(key) != found.get(key)]
+    kinds = [f"{key} ({'other' if key in found and key in expected else 'extra or missing'})" for key in names]
+    expect(not kinds, f"not as undisturbed: {', '.join(kinds)}")
 
 
 def _lose_patience() -> None:
@@ -172,9 +183,10 @@ FAULTS = {
 }
 
 
-def fault(world: World, name: str, draw: random.Random) -> str:
+def fault(world: World, name: str, draw: random.Random) -> bool:
     """Run the test of a fault that users of other programs have reported."""
     tests = Path(__file__).resolve().parents[1]
     argv = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests / FAULTS[name])]
-    done = subprocess.run(argv, cwd=tests.parent, capture_output=True, text=True, env={**os.environ})
-    return "" if done.returncode == 0 and " passed" in done.stdout else done.stdout[-900:]
+    done = subprocess.run(argv, cwd=tests.parent, capture_output=True, text=True)
+    expect(done.returncode == 0 and " passed" in done.stdout, done.stdout[-900:])
+    return True

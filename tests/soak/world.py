@@ -61,7 +61,7 @@ class Command:
 
 
 class World:
-    """Shards, a store, a hierarchy, a meta-checkpoint and a dataset below `root`; the undisturbed run of each command."""
+    """Shards, a store, a hierarchy, a meta-checkpoint and a dataset below `root`, and each command undisturbed."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
