@@ -641,6 +641,15 @@ def test_the_commands_on_a_tiny_corpus(tmp_path, capsys):
     assert main([*command, "CHC.TOPIC.NEIGHBORS", "3"]) == 2
     assert "did you mean 'CHC.TOPICS.NEIGHBORS'" in capsys.readouterr().err
 
+    # Meta-checkpoints refer to a finished hierarchy: the same command does not make it again; hidden files go.
+    times = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    (out / ".sample.npz").write_bytes(b"left by a kill at the end")
+    assert main(command) == 0
+    assert "finished before, nothing to do" in capsys.readouterr().err
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == times
+    assert main([*command, "--force"]) == 0
+    assert (out / "topics.json").stat().st_mtime_ns > times["topics.json"]
+
     assert main(["inspect", str(out), "--truth", str(corpus / "truth.tsv"), "--topics", "2"]) == 0
     text = capsys.readouterr().out
     assert "and 4 smaller topics" in text and "6 topics with 6 different words, of 6 found; reproducible" in text

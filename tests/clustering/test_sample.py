@@ -304,22 +304,6 @@ def test_the_command_excludes_images(on_disk, tmp_path, capsys):
     assert "expected a .tsv file of images to exclude" in capsys.readouterr().err
 
 
-def test_a_finished_hierarchy_is_not_made_again(on_disk, tmp_path, monkeypatch, capsys):
-    """UMAP on many threads would give another one, and meta-checkpoints refer to this one."""
-    assert main(command(on_disk, tmp_path / "h")) == 0
-    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "h").iterdir()}
-    (tmp_path / "h" / ".sample.npz").write_bytes(b"left by a kill at the end")
-
-    def stop(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(topics, "topics_of", stop)
-    assert main(command(on_disk, tmp_path / "h")) == 0
-    assert "finished before, nothing to do" in capsys.readouterr().err
-    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "h").iterdir()} == times
-    assert main(command(on_disk, tmp_path / "h", "--force")) == 130, "it is made again"
-
-
 def test_an_interrupted_run_goes_on(on_disk, tmp_path, monkeypatch, caplog):
     assert main(command(on_disk, tmp_path / "whole")) == 0
     whole = contents(tmp_path / "whole")
