@@ -88,8 +88,6 @@ def warm_up() -> None:
     """Import what the commands import, for a fork to have it; let meta-training print where it begins."""
     import importlib
 
-    import numpy as np
-    import pynndescent
     import sklearn.cluster  # noqa: F401
     import torch
     import torch.utils.tensorboard  # noqa: F401
@@ -101,7 +99,6 @@ def warm_up() -> None:
     from gram_meta.method.meta_trainer import MetaTrainer
 
     torch.set_num_threads(1)
-    pynndescent.NNDescent(np.eye(64, dtype=np.float32), metric="cosine", n_neighbors=5).prepare()  # compiles it
     for name in COMMANDS:
         importlib.import_module(f"gram_meta.commands.{name.replace('-', '_')}")
     begin = MetaTrainer.begin

@@ -83,6 +83,8 @@ class World:
         """Return the folder of the undisturbed run of a command, which is made when it is first asked for."""
         out = self.root / "made" / name
         if name not in self._undisturbed:
+            if name == "cluster":
+                _compile_search()
             command = self.commands[name]
             process = Process(command.argv(out), self.root, fresh=command.fresh)
             status = process.wait()
@@ -131,6 +133,13 @@ class World:
         what = ("--trainers", "CoOp", "--datasets", "emoji_food", "--seeds", "1", "--shots", "2")
         where = ("--root", str(self.root / "data"), "--output", str(out), "--backbone", "gram_small", "--jobs", "1")
         return ["bench", *what, *where, *RUN, "OPTIM.MAX_EPOCH", "2"]
+
+
+def _compile_search() -> None:
+    """Let numba compile pynndescent in this process, so that a fork has it."""
+    from gram_meta.clustering.sample import nearest_index
+
+    nearest_index(np.eye(64, dtype=np.float32), 1).query(np.eye(64, dtype=np.float32), k=5)
 
 
 def _write_shards(folder: Path) -> None:
