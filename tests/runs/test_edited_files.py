@@ -16,6 +16,8 @@ from gram_meta.bench.runner import Manifest
 from gram_meta.clustering.hierarchy import Hierarchy
 from gram_meta.config import load_meta_config
 from gram_meta.coop import launch
+from gram_meta.corpus.embedding.index import write_index
+from gram_meta.corpus.sources.rows import Row, Shard
 from gram_meta.corpus.store import PairStore
 from gram_meta.demo.run import Memory
 from gram_meta.errors import GramError
@@ -111,6 +113,26 @@ def test_store_and_hierarchy(tmp_path):
         hierarchy.open_store(folder / "store")
 
     assert check(folder / "hierarchy" / "topics.json", [open_hierarchy])[0] > 100
+
+
+def test_plan_and_counts_of_an_embedding(tmp_path):
+    def rows(shard):
+        return [Row(f"{shard}/{i}.png", f"caption {i}") for i in range(4)] + [Row("", "", "bad UTF-8")]
+
+    shards = [Shard(str(number), lambda number=number: rows(number)) for number in range(2)]
+    folder = tmp_path / "parts"
+
+    def read():
+        index = write_index(shards, tmp_path, folder, 3)
+        assert (index.pairs, index.sizes, index.bounds) == (8, [3, 1, 3, 1], [0, 3, 4, 7, 8])
+
+    def count():
+        (folder / "plan.json").unlink(missing_ok=True)
+        read()
+
+    read()
+    assert check(folder / "plan.json", [read])[0] > 60
+    assert check(folder / "index" / "000000.json", [count])[0] > 60
 
 
 def test_meta_checkpoint(tmp_path):

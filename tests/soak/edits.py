@@ -209,7 +209,10 @@ def _edited(value: Any, draw: random.Random) -> tuple[Any, str]:
             node = node[key]
         del node[path[-1]]
         return edited, f"{path} removed"
-    new = draw.choice(VALUES)
+    old = value
+    for key in path:
+        old = old[key]
+    new = draw.choice([new for new in VALUES if not (isinstance(new, dict | list) and type(new) is type(old))])
     return replaced(value, path, new), f"{path} = {str(new)[:20]}"
 
 

@@ -66,9 +66,10 @@ class Process:
 
     def _work(self) -> object:
         from gram_meta import cli
+        from gram_meta.errors import exit_status
 
         if callable(self.argv):
-            return cli._run("soak", lambda: self.argv() and 0)  # type: ignore[operator, return-value]
+            return exit_status("gram soak", lambda: self.argv() or 0)  # type: ignore[operator, return-value]
         sys.argv = ["gram", *self.argv]
         return cli.main()
 

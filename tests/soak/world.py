@@ -179,7 +179,9 @@ def _write_dataset(folder: Path) -> None:
 
 
 def _parts(out: Path) -> int:
-    return ALL if (out / "manifest.json").is_file() else len(list((out / "parts").glob("0*.npz")))
+    if (out / "manifest.json").is_file() and json.loads((out / "manifest.json").read_text())["finished"]:
+        return ALL
+    return len(list((out / "parts").glob("0*.npz")))
 
 
 def _embed_resumed(text: str) -> int:

@@ -17,7 +17,7 @@ from collections import Counter
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -28,7 +28,7 @@ from gram_meta.corpus.loading import run_ahead
 from gram_meta.corpus.open_shards import check_shard
 from gram_meta.corpus.sources.rows import Place, Shard
 from gram_meta.errors import GramError, in_one_line
-from gram_meta.files import atomic_write, read_json, write_json
+from gram_meta.files import Count, atomic_write, read_json, write_json
 from gram_meta.processes import ALONE, ProcessGroup
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,24 @@ SCHEMA = pa.schema(
 )
 
 
+class _Counts(TypedDict):
+    """The type of a shard's counts."""
+
+    rows: Count
+    images: Count
+    skipped: dict[str, Count]
+    bounds: list[Count]
+    sizes: list[Count]
+    shard_bytes: dict[str, Count]
+
+
+class _Plan(_Counts):
+    """The type of plan.json."""
+
+    pairs: Count
+    first_parts: list[Count]
+
+
 class Index:
     """The usable pairs in the order of their source, in parts.
 
@@ -58,10 +76,13 @@ class Index:
         sizes: (parts,) pairs of each.
         first_parts: (shards of the source + 1,) shard s has the parts from first_parts[s] up to first_parts[s + 1].
         shard_bytes: the size of every tar or Parquet file that contains images; {} if each image is its own file.
+
+    Raises:
+        GramError: the plan is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
-        plan = read_json(folder / PLAN)
+        plan = read_json(folder / PLAN, _Plan)
         self.folder = folder
         self.rows: int = plan["rows"]
         self.pairs: int = plan["pairs"]
@@ -72,6 +93,18 @@ class Index:
         self.first_parts: list[int] = plan["first_parts"]
         self.shard_bytes: dict[str, int] = plan["shard_bytes"]
         self._open: tuple[int, pq.ParquetFile] | None = None  # parts are mostly read in their order
+        sums = (
+            len(self.bounds) - 1,
+            self.first_parts[-1:],
+            self.bounds[-1:],
+            sum(self.sizes),
+            sum(self.skipped.values()),
+        )
+        if sums != (self.parts, [self.parts], [self.images], self.pairs, self.rows - self.pairs):
+            raise GramError(
+                f"{folder / PLAN}: expected counts that agree with each other, found others; delete {folder} and run "
+                "the same command again"
+            )
 
     @property
     def parts(self) -> int:
@@ -160,7 +193,7 @@ def _is_written(folder: Path) -> bool:
     """Return whether the index is complete; one of an earlier version is removed, together with its parts."""
     if not (folder / PLAN).exists():
         return False
-    if read_json(folder / PLAN).get("format") == PLAN_FORMAT:
+    if read_json(folder / PLAN, dict[str, Any]).get("format") == PLAN_FORMAT:
         return True
     log.info("%s: was begun by an earlier version, which cut parts differently: starting again", folder)
     shutil.rmtree(folder)
@@ -225,7 +258,7 @@ def _write_plan(folder: Path, shards: int) -> None:
         "shard_bytes": {},
     }
     for shard in range(shards):
-        counts = read_json(_index_path(folder, shard).with_suffix(".json"))
+        counts = read_json(_index_path(folder, shard).with_suffix(".json"), _Counts)
         images = plan["bounds"][-1]
         plan["rows"] += counts["rows"]
         plan["bounds"] += [images + bound for bound in counts["bounds"][1:]]
