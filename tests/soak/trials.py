@@ -120,9 +120,17 @@ def _ends_well(world: World, command: Command, out: Path, had: int) -> None:
 def expect_equal(world: World, name: str, out: Path) -> None:
     """Raise `Lost` where a folder differs from the undisturbed run of a command."""
     expected, found = world.expected(name), world.commands[name].products(out)
-    names = [key for key in sorted({*expected, *found}) if expected.get(key) != found.get(key)]
-    kinds = [f"{key} ({'other' if key in found and key in expected else 'extra or missing'})" for key in names]
-    expect(not kinds, f"not as undisturbed: {', '.join(kinds)}")
+    expect(expected == found, f"not as undisturbed: {', '.join(_differing(expected, found))}")
+
+
+def _differing(expected: dict[str, Any], found: dict[str, Any], within: str = "") -> Iterator[str]:
+    """Yield the keys in which two results differ, and the values if they are short."""
+    for key in sorted({*expected, *found}):
+        before, now = expected.get(key), found.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            yield from _differing(before, now, f"{within}{key}: ")
+        elif before != now:
+            yield f"{within}{key} ({str(before)[:150]} | {str(now)[:150]})"
 
 
 def _lose_patience() -> None:
