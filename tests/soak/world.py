@@ -247,7 +247,8 @@ def _meta_files(out: Path) -> dict[str, bytes]:
 
 
 def _run_files(out: Path) -> dict[str, Any]:
-    """Return a run's learned tensors, its results without times and versions, and the names of its files."""
+    """Return a run's learned tensors, its results without times and versions, the names of its files, and what CoOp's
+    parser takes from its log: the last accuracy."""
     from gram_meta.engine.checkpoints import read_checkpoint
 
     results = json.loads((out / "results.json").read_text())
@@ -257,7 +258,7 @@ def _run_files(out: Path) -> dict[str, Any]:
         found[path.name] = {name: tensor.numpy().tobytes() for name, tensor in state.items()}
     names = [path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()]
     found["files"] = sorted(name for name in names if "tensorboard/" not in name)
-    found["log"] = (out / "log.txt").read_text().count("Finish training")
+    found["log"] = re.findall(r"^\* accuracy: .*", (out / "log.txt").read_text(), re.MULTILINE)[-1:]
     return found
 
 
