@@ -70,6 +70,13 @@ def atomic_write(path: PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
             raise
 
 
+def remove_unfinished(folder: PathLike) -> None:
+    """Remove what `atomic_write` left in a folder when its process was killed; no other process may write there."""
+    for path in Path(folder).glob(".*.????????.part"):
+        if path.is_file():
+            path.unlink(missing_ok=True)
+
+
 def check_claimed(folder: PathLike, owner: str) -> None:
     """Check that a folder does not exist, is empty, or carries the mark of `owner`.
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from gram_meta.errors import GramError, as_gram_error
-from gram_meta.files import PathLike
+from gram_meta.files import PathLike, remove_unfinished
 
 LOCK = ".gram-lock"  # hidden: CoOp's parser and the checks for an empty folder skip it
 MARKER = ".gram-lock-marker"  # instead of LOCK, on a file system without flock: its existence is the lock
@@ -26,7 +26,9 @@ _NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 @contextmanager
 def only_writer(folder: PathLike, here: bool = True) -> Iterator[None]:
-    """Hold the lock of an output folder; create the folder, and remove it again if it is empty at the end.
+    """Hold the lock of an output folder, without the half-written files of a killed process.
+
+    The folder is created, and removed again if it is empty at the end.
 
     Args:
         folder: the output folder.
@@ -48,6 +50,8 @@ def only_writer(folder: PathLike, here: bool = True) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _acquire(folder)
     try:
+        if lock.lock_counter == 1:
+            remove_unfinished(folder)
         yield
     finally:
         if lock.lock_counter == 1 and isinstance(lock, FileLock):

@@ -120,7 +120,6 @@ class MetaRun:
                 raise GramError(
                     f"{self.out}: expected an empty folder, found a meta-training run; --resume goes on with it"
                 )
-            self._remove_unfinished()
             write_json(self.out / FACTS, self.identity)
 
         self.group.first(begin)
@@ -178,7 +177,6 @@ class MetaRun:
         return open(path, "a", encoding="utf-8")
 
     def _read_state(self) -> dict[str, Any] | None:
-        self._remove_unfinished()
         before, now = read_json(self.out / FACTS, _Facts), dict(self.identity)
         if "config" in before:  # if the run is older than a key, the key counts as having had its default
             before["config"] = json.loads(json.dumps(as_dict(stored_config(before["config"]))))
@@ -193,12 +191,6 @@ class MetaRun:
         state = check_type(read_checkpoint(self.out / STATE), _State, str(self.out / STATE))
         check_finite(self.out / STATE, state["theta"] | state["regulator"])
         return state
-
-    def _remove_unfinished(self) -> None:
-        """Remove the partly written files of a killed process."""
-        for name in (BEST, LAST, STATE, FACTS, LOG, PROFILE):
-            for path in self.out.glob(f".{name}.*.part"):
-                path.unlink(missing_ok=True)
 
 
 class MetaLog:

@@ -19,7 +19,7 @@ from typing import IO, Any
 from gram_meta import hooks
 from gram_meta.config import as_dict, flatten
 from gram_meta.errors import GramError, as_gram_error
-from gram_meta.files import check_type, read_json, sha256_file, write_json
+from gram_meta.files import check_type, read_json, remove_unfinished, sha256_file, write_json
 from gram_meta.runs import layout
 from gram_meta.runs.schemas import RunFile
 
@@ -155,6 +155,8 @@ class OutputFolder:
 
     def claim(self) -> None:
         """Write run.json: the folder is this run's from now on."""
+        for checkpoints in filter(Path.is_dir, self.path.iterdir()):
+            remove_unfinished(checkpoints)
         self._write(finished=False)
 
     def finish(self) -> None:

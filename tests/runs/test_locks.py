@@ -56,9 +56,12 @@ def test_the_lock_excludes_others_names_its_holder_and_leaves_nothing(tmp_path, 
             pass
         assert f"{folder}: another run is writing to it (process {facts['pid']}" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
+    folder.mkdir(parents=True)
+    (folder / ".results.json.9qtdisnj.part").touch()  # of a process that was killed
+    (folder / ".draft.part").touch()
     with only_writer(folder), only_writer(folder):  # a command that calls another
         (folder / "result").touch()
-    assert [path.name for path in folder.iterdir()] == ["result"]
+    assert sorted(path.name for path in folder.iterdir()) == [".draft.part", "result"]
 
 
 def test_a_requeued_job_waits_for_the_former_process(tmp_path, monkeypatch):

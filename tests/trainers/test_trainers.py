@@ -427,7 +427,10 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_end(world, backbone, tmp_pat
         patch.setattr(PromptTrainer, "forward_backward", stopping)
         with pytest.raises(Stop):
             train(world, tmp_path / "parts", trainer, *opts)
+    half = tmp_path / "parts" / "prompt_learner" / ".checkpoint.9qtdisnj.part"
+    half.write_text("model.pth")  # as SIGKILL leaves it
     parts = train(world, tmp_path / "parts", trainer, *opts)
+    assert not half.exists()
     assert torch.equal(context(tmp_path / "whole", 5), context(tmp_path / "parts", 5))
     assert parts["metrics"] == whole["metrics"] and parts["curve"] == whole["curve"]
     assert parts["regulator"] == whole["regulator"]

@@ -111,7 +111,7 @@ def _begin(out: Path, settings: dict[str, Any]) -> bool:
     """Write the manifest of a new store, or compare an earlier run's; return whether that has finished."""
     check_folder(out)
     finished = is_finished(out, settings)
-    for leftover in [*out.glob(".*.part"), *(out / layout.PARTS).rglob(".*.part")]:  # of a run that was killed
+    for leftover in (out / layout.PARTS).rglob(".*.part"):  # of a run that was killed
         leftover.unlink()
     if not (out / layout.MANIFEST).exists():
         manifest = {"kind": "pair store", "format": layout.FORMAT, "finished": False, "settings": settings}
