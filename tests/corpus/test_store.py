@@ -271,6 +271,10 @@ def test_a_killed_run_goes_on_and_a_second_one_is_refused(store, corpus, backbon
     assert main(command(corpus, out)) == 0
     assert "nothing to do" in capsys.readouterr().err
     assert contents(out) == expected
+    (out / "parts").mkdir()  # as a kill after the last file of the store leaves them
+    (out / locks.LOCK).touch()
+    assert main(command(corpus, out)) == 0
+    assert contents(out) == expected and not (out / "parts").exists()
 
 
 def test_a_dead_image_worker_is_one_sentence_and_costs_nothing(
