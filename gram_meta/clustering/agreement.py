@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gram_meta.clustering.hierarchy import EXCLUDED, FILTERED, NOISE, Hierarchy
-from gram_meta.corpus.sources.format import read_table
+from gram_meta.corpus.sources.format import read_rows
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError, in_one_line
 from gram_meta.files import PathLike
@@ -34,7 +34,7 @@ def read_truth(path: PathLike) -> dict[str, list[str]]:
     """
     path = Path(path)
     try:
-        columns = _parquet_columns(path) if path.suffix.lower() in (".parquet", ".pq") else read_table(path)
+        columns = _parquet_columns(path) if path.suffix.lower() in (".parquet", ".pq") else _text_columns(path)
     except OSError as error:
         raise GramError(f"{path}: expected a table of known facts, found none ({error.strerror or error})") from None
     facts = [name for name in columns if name in {*OF_TOPICS, WRONG}]
@@ -56,6 +56,12 @@ def _parquet_columns(path: Path) -> dict[str, list[str]]:
         raise GramError(f"{path}: expected a Parquet file, found {in_one_line(error)}") from None
     values = {name: table[name].to_pylist() for name in table.column_names}
     return {name: ["" if v is None else str(v) for v in column] for name, column in values.items()}
+
+
+def _text_columns(path: Path) -> dict[str, list[str]]:
+    rows = read_rows(path)
+    rows = [row for row in rows if len(row) == len(rows[0])]
+    return {name: list(column) for name, *column in zip(*rows, strict=True)}
 
 
 def agreement(hierarchy: Hierarchy, store: PairStore, truth: Mapping[str, Sequence[str]]) -> Report:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, overload
 import numpy as np
 
 from gram_meta.corpus.places import ImageReader, Places
-from gram_meta.corpus.sources.format import read_table
+from gram_meta.corpus.sources.format import read_rows
 from gram_meta.errors import GramError, as_gram_error, in_one_line
 from gram_meta.files import Checksum, PathLike, check_type, check_unchanged, read_json
 
@@ -178,10 +178,11 @@ class PairStore:
             GramError: no such file or column, or a location that the store does not have.
         """
         with as_gram_error(path, "expected a .tsv file of images to exclude, found none"):
-            columns = read_table(Path(path))
-        if "image" not in columns:
-            raise GramError(f"{path}: expected a column image, found {', '.join(columns) or 'an empty file'}")
-        wanted = set(columns["image"])
+            header, *rows = read_rows(Path(path)) or [[]]
+        if "image" not in header:
+            raise GramError(f"{path}: expected a column image, found {', '.join(header) or 'an empty file'}")
+        column = header.index("image")
+        wanted = {row[column] for row in rows if len(row) > column}
         found = {location: row for row, location in enumerate(self.locations) if location in wanted}
         if unknown := sorted(wanted - found.keys()):
             more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""

@@ -277,3 +277,6 @@ def test_gram_cluster_takes_the_file(corpus, data, tmp_path):
     store = PairStore.open(corpus / "store")
     excluded = store.rows_of_images(tmp_path / "overlap.tsv")
     assert {store.locations[int(row)] for row in excluded} == {row["image"] for row in rows}
+    shorter = tmp_path / "shorter.tsv"  # lines without their last cells, as people write them by hand
+    shorter.write_text("image\tdataset\n" + "".join(f"{row['image']}\n" for row in rows))
+    assert store.rows_of_images(shorter).tolist() == excluded.tolist()

@@ -180,15 +180,12 @@ def open_text(path: Path) -> TextIO:
     return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
-def read_table(path: Path) -> dict[str, list[str]]:
-    """Return the columns of a TSV or a .csv file with a header; rows of another length are left out."""
+def read_rows(path: Path) -> list[list[str]]:
+    """Return the cells of a TSV or a .csv file line by line, without empty lines; lines may differ in length."""
     with open_text(path) as file:
         if path.suffix.lower() == ".csv":
-            rows = [row for row in csv.reader(file) if row]
-        else:
-            rows = [line.rstrip("\r\n").split("\t") for line in file if line.strip()]
-    rows = [row for row in rows if len(row) == len(rows[0])]
-    return {name: list(column) for name, *column in zip(*rows, strict=True)}
+            return [row for row in csv.reader(file) if row]
+        return [line.rstrip("\r\n").split("\t") for line in file if line.strip()]
 
 
 def first_lines(path: Path, count: int) -> list[str]:
