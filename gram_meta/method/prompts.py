@@ -311,7 +311,8 @@ class PromptedCLIP(nn.Module):
         ctx = self.prompt_learner.ctx
         self.class_text = ClassText(backbone, classnames, ctx.shape[0]) if ctx is not None else None
         self.fixed = template_features(backbone, classnames, template) if ctx is None else None  # (N, D)
-        self._kept: tuple[tuple[int, int], Tensor] | None = None  # a prompt's place and version, its class features
+        # A prompt's place and version, the prompt (so that no other takes its place), its class features
+        self._kept: tuple[tuple[int, int], Tensor, Tensor] | None = None
 
     def prompts(self) -> dict[str, nn.Parameter]:
         """Return the learned prompts (M, d) by kind."""
@@ -331,8 +332,8 @@ class PromptedCLIP(nn.Module):
             return self.class_text.features(ctx)
         state = ctx.data_ptr(), ctx._version  # to compare values would make a GPU wait
         if self._kept is None or self._kept[0] != state:
-            self._kept = state, self.class_text.features(ctx)
-        return self._kept[1]
+            self._kept = state, ctx.detach(), self.class_text.features(ctx)
+        return self._kept[2]
 
     def image_features(self, images: Tensor) -> Tensor:
         """Return the features (B, D) of images (B, 3, H, W)."""

@@ -127,6 +127,17 @@ def test_low_precision_keeps_prompts_float32_and_features_close(backbone, precis
     assert model.prompt_learner.ctx.grad.dtype == torch.float32 and model.prompt_learner.ctx.grad.abs().max() > 0
 
 
+def test_class_features_follow_a_prompt_that_is_replaced(backbone):
+    """A new parameter may lie where the old one lay, with as many writes: its features are its own."""
+    model = PromptedCLIP(backbone, ["cat", "sea lion"], {"text": context_from_words(backbone, "a photo of a")})
+    random = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _ in range(5):
+            model.prompt_learner.ctx = None  # frees the old one before the new one is made
+            model.prompt_learner.ctx = torch.nn.Parameter(torch.randn(4, backbone.text_width, generator=random))
+            torch.testing.assert_close(model.class_features(), model.class_text.features(model.prompt_learner.ctx))
+
+
 def test_class_features_follow_the_prompt_without_gradients(backbone):
     model = PromptedCLIP(backbone, NAMES, initial_prompts(backbone, 2, 0))
     with torch.no_grad():
