@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 from gram_meta.clustering.hierarchy import Hierarchy, check_target, finished_before
 from gram_meta.config import load_meta_config, stored_config
-from gram_meta.corpus.store import PARTS, PairStore
+from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike
-from gram_meta.locks import LOCK, only_writer
+from gram_meta.locks import only_writer
 from gram_meta.processes import device_for, process_group
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def embed(
     Raises:
         GramError: a source that cannot be read, or a folder that holds another store.
     """
-    from gram_meta.corpus.embedding.run import check_folder, embed_pairs, is_finished
+    from gram_meta.corpus.embedding.run import check_folder, embed_pairs, is_finished, remove_leftovers
     from gram_meta.corpus.sources import Source, open_source
 
     # The tokenizer's threads do not survive the forking of image workers.
@@ -89,8 +89,8 @@ def embed(
         }
         # A name stands for its weights, so a finished run is recognised before they are loaded; a file may change.
         by_name = not os.path.exists(backbone) and not os.path.exists(sentence_model)
-        left = any(Path(out, name).exists() for name in (PARTS, LOCK))  # a kill at the end left them: removed below
-        if is_finished(out, settings) and by_name and not left:
+        if is_finished(out, settings) and by_name:
+            remove_leftovers(out)
             print(f"{os.fspath(out)}: finished before, nothing to do", file=sys.stderr)
             return None
         return opened

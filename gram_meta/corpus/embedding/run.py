@@ -119,8 +119,15 @@ def _begin(out: Path, settings: dict[str, Any]) -> bool:
         return False
     if not finished:
         return False
-    shutil.rmtree(out / layout.PARTS, ignore_errors=True)  # the run was killed between writing the manifest and this
+    remove_leftovers(out)
     return True
+
+
+def remove_leftovers(out: PathLike) -> None:
+    """Remove from a finished store what a process that was killed at its very end has left."""
+    if any(Path(out, name).exists() for name in (layout.PARTS, LOCK)):
+        with only_writer(out):
+            shutil.rmtree(Path(out, layout.PARTS), ignore_errors=True)
 
 
 def is_finished(out: PathLike, settings: dict[str, Any]) -> bool:
