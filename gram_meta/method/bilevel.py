@@ -54,6 +54,11 @@ class InnerLoop:
         """Number of all steps."""
         return self.detached + self.steps
 
+    @property
+    def path(self) -> float:
+        """Sum of all steps' sizes."""
+        return self.alpha * self.length
+
 
 class InnerStep(NamedTuple):
     """One step of the inner loop; each field (B, M, d) by kind.

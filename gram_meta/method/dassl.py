@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
-from gram_meta.config import flatten
+from gram_meta.config import flatten, stored_config
 from gram_meta.errors import GramError
 from gram_meta.method.apply import FAR, Prompts, Regulation, start_from
+from gram_meta.method.bilevel import InnerLoop
 from gram_meta.method.checkpoint import MetaCheckpoint, load_meta_checkpoint
 
 
@@ -142,10 +143,9 @@ def warn_of_length(meta: MetaCheckpoint, path: float) -> None:
         meta: the meta-checkpoint whose R^phi is used.
         path: sum of learning rates of the training, divided by 1 - momentum.
     """
-    settings = flatten(meta.config)
-    if settings.get("REGULATOR.BETA") != "absolute":
+    if flatten(meta.config).get("REGULATOR.BETA") != "absolute":
         return
-    learned = settings["INNER.ALPHA"] * (settings["INNER.STEPS"] + settings.get("INNER.DETACHED", 0))
+    learned = InnerLoop.from_config(stored_config(meta.config)).path
     if path > FAR * learned:
         print(
             f"Note: the regulator was learned on steps that sum to {learned:.2g} (INNER.ALPHA x steps), and those of "

@@ -245,7 +245,7 @@ def evaluate_adaptation(
         others = sampler.draw_batch(tasks, tasks)
         gates = mean_gates(regulator, starts["theta*"], episodes, others, inner)
         regulates[MEAN] = lambda raw: {kind: gamma * raw[kind] + beta for kind, (gamma, beta) in gates.items()}
-        length = config.INNER.ALPHA * InnerLoop.from_config(config).length
+        length = InnerLoop.from_config(config).path
         starts[MOVED] = starts["theta*"] | {k: starts["theta*"][k] - length * beta for k, (_, beta) in gates.items()}
     forms = {form: replace(inner, regulate=regulate) for form, regulate in regulates.items()}
     rows = [(start, form) for start in starts for form in forms if start != MOVED or form == "R off"]

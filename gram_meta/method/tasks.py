@@ -69,13 +69,17 @@ class TaskSampler:
         wanted = range(len(hierarchy.topics)) if topics is None else topics
         images = _images_by_domain(hierarchy, without_images)
         self.domains = {topic: images[topic] for topic in wanted if self._fills(images[topic])}
-        different = len({self.words[topic].lower() for topic in self.domains})
-        if different < config.ways:
+        if self.different < config.ways:
             raise GramError(
                 f"TASKS.WAYS: expected at least {config.ways} topics with different words that hold "
                 f"{config.support_shots} support and {config.query_shots} query images in two or more domains, found "
-                f"{different}"
+                f"{self.different}"
             )
+
+    @property
+    def different(self) -> int:
+        """Number of different words among the topics that can fill a task."""
+        return len({self.words[topic].lower() for topic in self.domains})
 
     def draw(self, number: int) -> Task:
         """Return task `number`."""
@@ -153,7 +157,7 @@ class StepTasks:
 def what_tasks_allow(hierarchy: Hierarchy, config: TaskConfig) -> str:
     """Return a sentence: how many topics can fill a task, the most ways that meta-training allows, and what to do."""
     sampler = TaskSampler(hierarchy, replace(config, ways=0), seed=0)
-    words = len({sampler.words[topic].lower() for topic in sampler.domains})
+    words = sampler.different
     images = f"{config.support_shots} support and {config.query_shots} query images"
     found = f"tasks: {len(sampler.domains)} of {len(sampler.words)} topics, with {words} different words, hold {images}"
     if words // 2 >= config.ways:

@@ -116,7 +116,7 @@ def controls(path: Path, store: str, hierarchy: str, words: Tensor) -> dict[str,
         "R off": (theta, None),
         "R's mean": (theta, lambda raw: gamma * raw + beta),
         "R without beta": (theta, lambda raw: regulator.parts("text", raw).gated),
-        "theta* moved": (theta - inner.alpha * inner.steps * beta, None),
+        "theta* moved": (theta - inner.path * beta, None),
         "R from CoOp's words": (words, regulate),
     }
 
