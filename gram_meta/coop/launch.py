@@ -64,7 +64,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `train.py` and return the exit status; bad input is one line on stderr and status 2."""
     args = build_parser().parse_args(expand_home(list(sys.argv[1:] if argv is None else argv)))
-    return exit_status("train.py", lambda: 0 * len(run(args)))
+
+    def start() -> int:
+        run(args)
+        return 0
+
+    return exit_status("train.py", start)
 
 
 def setup_cfg(args: argparse.Namespace) -> Any:

@@ -118,13 +118,12 @@ class _Gate(nn.Module):
             self.bias_beta.requires_grad_(False).zero_()
 
     def forward(self, g: Tensor) -> RegulatedGradient:
-        scaled = self.config.input == "normalised" or self.config.beta == "relative"
-        rms = (
-            g.square().mean(dim=(-2, -1), keepdim=True).add(_TINY).sqrt() if scaled else g
-        )  # (..., 1, 1), over M and d
-        x = g / rms if self.config.input == "normalised" else g  # (..., M, d)
+        normalised, relative = self.config.input == "normalised", self.config.beta == "relative"
+        if normalised or relative:
+            rms = g.square().mean(dim=(-2, -1), keepdim=True).add(_TINY).sqrt()  # (..., 1, 1), over M and d
+        x = g / rms if normalised else g  # (..., M, d)
         gamma = torch.tanh(x @ self.weight_gamma.T + self.bias_gamma)
         beta = torch.tanh(x @ self.weight_beta.T + self.bias_beta)
-        if self.config.beta == "relative":
+        if relative:
             beta = beta * rms
         return RegulatedGradient(gamma, beta, gamma * g)
