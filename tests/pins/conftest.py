@@ -17,6 +17,7 @@ import re
 from pathlib import Path
 
 import pytest
+from helpers.emoji_food import write_emoji_food
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -120,7 +121,6 @@ def _numbers(value, path=""):
 # --- the whole path on tiny inputs ------------------------------------------------------------------------------------
 
 WORDS = ("cat", "dog", "house", "tree", "boat", "lamp")
-COLOURS = ("red", "green", "blue", "grey")
 CLUSTER = (
     *(
         "CHC.TOPICS.REDUCTION",
@@ -201,7 +201,7 @@ class Made:
         self.root = root
         self.printed: dict[str, str] = {}
         self._write_corpus(root / "corpus")
-        self._write_dataset(root / "data" / "emoji_food")
+        write_emoji_food(root / "data" / "emoji_food")
         store = ("--store", f"{root}/store", "--hierarchy", f"{root}/hierarchy", "--device", "cpu")
         clip = ("--backbone", "random-tiny", "--sentence-model", "hash:16", "--device", "cpu")
         self.gram("embed", f"{root}/corpus/pairs.tsv", "-o", f"{root}/store", *clip)
@@ -293,23 +293,6 @@ class Made:
             Image.fromarray(pixels).save(folder / f"{i:02d}.png")
             lines.append(f"{i:02d}.png\ta {word} {word} photo")
         (folder / "pairs.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-    @staticmethod
-    def _write_dataset(folder: Path) -> None:
-        """EmojiFood of four classes, noise around a brightness: 3 / 1 / 2 pictures each."""
-        import numpy as np
-        from PIL import Image
-
-        (folder / "images").mkdir(parents=True)
-        rng = np.random.default_rng(0)
-        split = {"train": [], "val": [], "test": []}
-        for label, name in enumerate(COLOURS):
-            for part, count in (("train", 3), ("val", 1), ("test", 2)):
-                for i in range(count):
-                    pixels = rng.integers(0, 160, (32, 32, 3)) + 30 * label
-                    Image.fromarray(pixels.astype(np.uint8)).save(folder / "images" / f"{name}_{part}_{i}.png")
-                    split[part].append([f"{name}_{part}_{i}.png", label, name])
-        (folder / "split_zhou_EmojiFood.json").write_text(json.dumps(split), encoding="utf-8")
 
 
 # --- what of a value is pinned ----------------------------------------------------------------------------------------

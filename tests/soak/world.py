@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from helpers.emoji_food import write_emoji_food
 from PIL import Image
 
 from .processes import Process
 
 WORDS = ("cat", "dog", "house", "tree", "boat", "lamp")
 OTHERS = "red blue old new small large dark light soft hard wet dry near far left right".split()
-COLOURS = ("red", "green", "blue", "grey")
 SHARDS, PER_SHARD = 4, 30
 ALL = 10**9  # progress of a command that has found its own result finished
 
@@ -66,7 +66,7 @@ class World:
     def __init__(self, root: Path) -> None:
         self.root = root
         _write_shards(root / "shards")
-        _write_dataset(root / "data" / "emoji_food")
+        write_emoji_food(root / "data" / "emoji_food")
         self.commands = {
             command.name: command
             for command in (
@@ -159,20 +159,6 @@ def _write_shards(folder: Path) -> None:
                     info = tarfile.TarInfo(f"{shard:05d}{number:04d}.{suffix}")
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
-
-
-def _write_dataset(folder: Path) -> None:
-    """Write EmojiFood of four classes, noise around a brightness: 3 / 1 / 2 pictures each."""
-    (folder / "images").mkdir(parents=True)
-    pixels = np.random.default_rng(0)
-    split: dict[str, list[list[Any]]] = {"train": [], "val": [], "test": []}
-    for label, name in enumerate(COLOURS):
-        for part, count in (("train", 3), ("val", 1), ("test", 2)):
-            for i in range(count):
-                noise = pixels.integers(0, 160, (32, 32, 3)) + 30 * label
-                Image.fromarray(noise.astype(np.uint8)).save(folder / "images" / f"{name}_{part}_{i}.png")
-                split[part].append([f"{name}_{part}_{i}.png", label, name])
-    (folder / "split_zhou_EmojiFood.json").write_text(json.dumps(split), encoding="utf-8")
 
 
 # --- progress, and what a further start printed of it -----------------------------------------------------------------
