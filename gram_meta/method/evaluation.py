@@ -22,6 +22,7 @@ from gram_meta.clustering.hierarchy import Hierarchy
 from gram_meta.config import stored_config
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
+from gram_meta.files import Count, check_type
 from gram_meta.intervals import half_width, mean
 from gram_meta.method.bilevel import (
     InnerLoop,
@@ -227,8 +228,11 @@ def evaluate_adaptation(
     hierarchy.check_store(store)
     if tasks < 1 or min(steps, default=-1) < 0:
         raise GramError(f"--tasks, --steps: expected at least one task and steps of 0 or more, found {tasks}, {steps}")
-    held = checkpoint.provenance.get("held_out_topics") or []
+    where = f"{checkpoint.path}: held_out_topics"
+    held = check_type(checkpoint.provenance.get("held_out_topics", []), list[Count], where)
     same = bool(held) and checkpoint.provenance.get("hierarchy") == hierarchy.fingerprint
+    if same and max(held) >= len(hierarchy.topics):
+        raise GramError(f"{where}: expected numbers below {len(hierarchy.topics)}, found {max(held)}")
     sampler = TaskSampler(hierarchy, TaskConfig.from_config(config), seed, held if same else None)
     drawn = sampler.draw_batch(0, tasks)
     episodes = Episodes.from_config(backbone, store, [topic.word for topic in hierarchy.topics], config)

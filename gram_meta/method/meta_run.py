@@ -29,7 +29,7 @@ from yacs.config import CfgNode
 from gram_meta.config import INCIDENTAL, as_dict, stored_config
 from gram_meta.engine.checkpoints import check_finite, read_checkpoint
 from gram_meta.errors import GramError, as_gram_error, tensorboard_errors
-from gram_meta.files import Count, atomic_write, check_type, read_json, read_text, to_json, write_json
+from gram_meta.files import Count, atomic_write, check_type, parse_json, read_json, read_text, to_json, write_json
 from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
 from gram_meta.processes import ALONE, ProcessGroup
 from gram_meta.progress import progress_bar
@@ -81,6 +81,12 @@ class _Facts(TypedDict, total=False):
     """The type of run.json."""
 
     config: dict[str, Any]
+
+
+class _Line(TypedDict):
+    """The type of a line of log.jsonl."""
+
+    step: Count
 
 
 class _State(TypedDict):
@@ -225,10 +231,10 @@ class MetaLog:
 
 
 def _step_of(line: str) -> float:
-    """Return the step of a line of log.jsonl; a line that was cut off comes after all steps."""
+    """Return the step of a line of log.jsonl; a line that was cut off or edited comes after all steps."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        return parse_json(line, LOG, _Line)["step"]
+    except GramError:
         return math.inf
 
 

@@ -148,6 +148,13 @@ def test_another_hierarchy_gives_all_its_topics(runs, pixel_corpus, monkeypatch)
     assert "all topics" in measure(checkpoint, pixel_corpus, opts=["TASKS.WAYS", "5"]).topics
 
 
+@pytest.mark.parametrize("held", [[[]], [1e308], [-1], [99], None, {}, "0"])
+def test_held_out_topics_that_were_edited_are_one_sentence(runs, pixel_corpus, monkeypatch, held):
+    monkeypatch.setitem(runs["raw"].provenance, "held_out_topics", held)
+    with pytest.raises(GramError, match="held_out_topics: "):
+        measure(runs["raw"], pixel_corpus)
+
+
 def test_bad_input_is_one_sentence(runs, pixel_corpus, tmp_path, capsys):
     with pytest.raises(GramError, match="--tasks"):
         measure(runs["raw"], pixel_corpus, tasks=0)

@@ -385,10 +385,12 @@ def test_killed_at_any_moment_of_writing_it_goes_on_and_ends_the_same(pixel_corp
     assert k > 7, "run.json, log.jsonl, a state twice, last and best at least"
 
 
-def test_a_line_that_was_not_written_to_its_end_is_written_again(pixel_corpus, tmp_path):
+@pytest.mark.parametrize("line", ['{"step": 3, "loss_bef', '{"step": []}', '{"step": -1}', "3"])
+def test_a_line_that_was_not_written_to_its_end_is_written_again(pixel_corpus, tmp_path, line):
+    """Nor is a line that was edited kept."""
     trained(pixel_corpus, tmp_path / "whole")
     trained(pixel_corpus, tmp_path / "torn")
     with open(tmp_path / "torn" / "log.jsonl", "a") as file:
-        file.write('{"step": 3, "loss_bef')
+        file.write(line)
     trained(pixel_corpus, tmp_path / "torn", resume=True)
     assert log_of(tmp_path / "torn") == log_of(tmp_path / "whole")

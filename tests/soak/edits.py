@@ -75,6 +75,10 @@ class Targets:
             argv[argv.index("--root") + 1] = str(copy)
             return [["check-data", str(copy), "--datasets", "emoji_food"], argv]
 
+        def without_plan(copy: Path) -> list[Reader]:
+            (copy / "parts" / "plan.json").unlink()  # it is made of the indices, which are read only then
+            return [world.embed(copy)]
+
         def made_of(command: str, file: str, readers: Callable[[Path], list[Reader]]) -> Target:
             return Target(lambda: made(command), file, readers)
 
@@ -82,7 +86,7 @@ class Targets:
         self.targets = {
             "store's manifest.json": made_of("embed", "manifest.json", store),
             "plan.json of an embedding": Target(self._half, "parts/plan.json", lambda copy: [world.embed(copy)]),
-            "index of an embedding": Target(self._half, "parts/index/*.json", lambda copy: [world.embed(copy)]),
+            "index of an embedding": Target(self._half, "parts/index/*.json", without_plan),
             "hierarchy's topics.json": made_of("cluster", "topics.json", hierarchy),
             "run.json of a meta-training": made_of("pretrain", "run.json", meta),
             "log.jsonl": made_of("pretrain", "log.jsonl", meta),
