@@ -1,4 +1,4 @@
-"""README.md, ARCHITECTURE.md, CONTRIBUTING.md and docs/: every link leads somewhere, and every option of a command exists."""
+"""The documents: every link leads somewhere, and every option of a command exists."""
 
 import argparse
 import functools
@@ -55,4 +55,3 @@ def test_options(page):
                 assert name in known, f"gram {name}: no such command"
                 unknown = set(re.findall(r"(?<=\s)-{1,2}[a-z][\w-]*", rest)) - known[name]
                 assert not unknown, f"gram {name}: no option {unknown}"
-
