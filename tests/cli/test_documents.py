@@ -55,3 +55,24 @@ def test_options(page):
                 assert name in known, f"gram {name}: no such command"
                 unknown = set(re.findall(r"(?<=\s)-{1,2}[a-z][\w-]*", rest)) - known[name]
                 assert not unknown, f"gram {name}: no option {unknown}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_options_of_scripts(page):
+    for block in CODE.findall(page.read_text(encoding="utf-8")):
+        block = re.sub(r'([A-Z]+)="(.*?)"\n(.*)', _replaced, re.sub(r"\\\n", " ", block), flags=re.DOTALL)
+        for script, rest in re.findall(r"\b(?:python|bash) ((?:scripts|tests)/[\w/.]+)([^\n#;]*)", block):
+            path = ROOT / script
+            assert path.exists(), f"{script} does not exist"
+            folder = path if path.is_dir() else path.parent
+            code = "".join(
+                file.read_text(encoding="utf-8") for file in folder.iterdir() if file.suffix in {".py", ".sh"}
+            )
+            unknown = [option for option in re.findall(r"(?<=\s)--[a-z][\w-]*", rest) if option not in code]
+            assert not unknown, f"{script}: no option {unknown}"
+
+
+def _replaced(assignment: re.Match) -> str:
+    """Return a block with the value in the place of a shell variable."""
+    name, value, rest = assignment.groups()
+    return rest.replace("$" + name, value)
