@@ -57,7 +57,7 @@ class CoOp(PromptTrainer):
 
 
 class PlacedText(ClassText):
-    """Class sentences whose context stands before (end), around (middle) or behind (front) the class name.
+    """Class prompts whose context stands before (end), around (middle) or behind (front) the class name.
 
     The context may be one for all classes, (M, d), or one per class, (N, M, d).
     """
@@ -83,7 +83,7 @@ class PlacedText(ClassText):
         return 1  # its leading axis are classes
 
     def _features(self, prompt: Tensor) -> Tensor:
-        """Class features (N, D)."""
+        """Return the class features (N, D)."""
         own = self.own  # (N, L, d)
         n, _, width = own.shape
         context = prompt.to(own.dtype).expand(n, -1, -1)  # (N, M, d)
@@ -99,7 +99,7 @@ class PlacedText(ClassText):
 
 
 def _order(total: int, tokens: int, before: int, name: int) -> Tensor:
-    """Where each place of a sentence takes its token from [start, context, name, rest]; `before` tokens come first."""
+    """Return the source in [start, context, name, rest] of each place; `before` context tokens precede the name."""
     places = list(range(total))
     context, names = places[1 : 1 + tokens], places[1 + tokens : 1 + tokens + name]
     rest = places[1 + tokens + name :]

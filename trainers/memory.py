@@ -1,6 +1,6 @@
 """The activations that a training step keeps for its backward pass or computes twice (TRAINER.MEMORY.*).
 
-The class sentences of a learned text prompt, and the images of a learned visual one, leave activations in every layer
+The class prompts of a learned text prompt, and the images of a learned visual one, leave activations in every layer
 of their tower. Their size follows from shapes (`backbone.footprint`), so the choice made here is the same in every run.
 
 - *Text*: if all classes together would take more than TEXT_BUDGET, they are encoded in equal parts that take less. Each
@@ -54,10 +54,10 @@ def arrange(model: PromptedCLIP, options: Any, batch: int) -> list[str]:
 
 
 def class_chunk(text: ClassText, options: Any, images: int = 1) -> int:
-    """Return the class sentences at a time (`ClassText.chunk`): CLASSES, or as few equal parts as fit; 0: all at once.
+    """Return the class prompts at a time (`ClassText.chunk`): CLASSES, or as few equal parts as fit; 0: all at once.
 
     Args:
-        images: how often each class is encoded; with a prompt per image, every image has its own sentences.
+        images: how often each class is encoded; with a prompt per image, every image has its own class prompts.
     """
     classes, each, most = len(text.ends), text_bytes(text), options.TEXT_BUDGET * GB
     if options.CLASSES:
@@ -81,18 +81,18 @@ def checkpoints_images(backbone: Backbone, options: Any, batch: int, prompt: int
 
 
 def text_bytes(text: ClassText, ends: Tensor | None = None) -> int:
-    """Return what the text tower keeps of class sentences for a backward pass.
+    """Return what the text tower keeps of class prompts for a backward pass.
 
     Args:
-        ends: (N,) of some of the sentences; default: all.
+        ends: (N,) of some of the class prompts; default: all.
     """
     slots = 1 + text.tokens  # the start token and the prompt
-    shared, unshared = (0, slots) if text.placed else (slots, 0)  # a placed prompt is in every sentence anew
+    shared, unshared = (0, slots) if text.placed else (slots, 0)  # a placed prompt is repeated in every class prompt
     return footprint.text_bytes(text.backbone, text.ends if ends is None else ends, shared, unshared)
 
 
 def _largest_part(text: ClassText, size: int) -> int:
-    """Return the most that a part takes if the sentences are sorted by length."""
+    """Return the most that a part takes if the class prompts are sorted by length."""
     return max(text_bytes(text, ends) for ends in text.ends.sort().values.split(size))
 
 

@@ -35,7 +35,7 @@ class VPT(PromptTrainer):
         return {"visual": self.initial_visual_prompt()}
 
     def template(self) -> str:
-        """The class sentence; nothing in it is learned."""
+        """The class prompt; nothing in it is learned."""
         words = self.options.CTX_INIT.replace("_", " ")
         return f"{words} {{}}." if words else "{}."
 

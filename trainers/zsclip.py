@@ -1,4 +1,4 @@
-"""ZeroshotCLIP: hand-written class sentences, nothing learned."""
+"""ZeroshotCLIP: written class prompts, nothing learned."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gram_meta.engine import register_trainer
 from gram_meta.method.prompts import TEMPLATE, logits, template_features
 from gram_meta.trainers.base import ClipTrainer
 
-# The sentences that CoOp's authors use; TEMPLATE for every other dataset
+# The class prompts that CoOp's authors use; TEMPLATE for every other dataset
 CUSTOM_TEMPLATES = {
     "OxfordPets": "a photo of a {}, a type of pet.",
     "OxfordFlowers": "a photo of a {}, a type of flower.",

@@ -75,7 +75,7 @@ def domain_minimum(settings: ChcSettings, domains: int) -> int:
 def domains_of(features: np.ndarray | Images, settings: ChcSettings) -> np.ndarray | None:
     """Return the visual domain of each image of a topic: k-means on L2-normalised CLIP features.
 
-    There are `CHC.DOMAINS.K` domains; if one of them would be too small to serve as support domain, fewer, down to two.
+    There are `CHC.DOMAINS.K` domains. If one would be too small to be a support domain, there are fewer, at least two.
     In a topic of more than `CHC.DOMAINS.SAMPLE` images, the centres are found on that many random ones, and every image
     is assigned to the nearest centre, batch by batch.
 

@@ -41,7 +41,7 @@ def vote(label: np.ndarray, similarity: np.ndarray) -> tuple[np.ndarray, np.ndar
     same = label[:, :, None] == label[:, None, :]  # (n, k, k)
     votes = np.einsum("nij,nj->ni", same, weight)
     votes[label < 0] = 0
-    rows, best = np.arange(len(label)), votes.argmax(1)  # of equals the nearest
+    rows, best = np.arange(len(label)), votes.argmax(1)  # of topics with equal votes, that of the nearest neighbour
     share = votes[rows, best]
     return np.where(share > 0, label[rows, best], -1), share
 
@@ -51,7 +51,7 @@ def thresholds(topic: np.ndarray, share: np.ndarray, label: np.ndarray, topics: 
 
     With the common threshold, as many of these pairs are noise as by clustering. With a topic's own threshold, it has
     as many pairs as by clustering. The result is the mean of both, weighted by SHRINK and by the topic's number of
-    members, which keeps small topics from following chance.
+    members, so that chance has little influence on small topics.
 
     Args:
         topic, share: (n,) from `vote`, where no pair is its own neighbour.

@@ -25,7 +25,7 @@ from gram_meta.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
-LEAST_SAMPLE = 100  # different captions; of fewer no sample is drawn, as it would have too few neighbours
+LEAST_SAMPLE = 100  # different captions; with fewer no sample is drawn, as pairs would have too few neighbours
 Words = list[list[tuple[str, float]]]  # for each topic, the best words with their scores, best first
 
 
@@ -60,7 +60,7 @@ def find_topics(
     Writes the fate of pairs that are filtered out or noise into `fates`.
 
     Returns:
-        What the manifest records about a sample; the other pairs; the topic of each; the words of each topic.
+        The manifest's record of a sample; the pairs in topics; the topic of each; the words of each topic.
     """
     if store.manifest["settings"]["source"]["kind"] == "classes":
         log.info("%s: is a labelled collection; CHC.LABELLED True makes its classes the topics", store.path)
@@ -106,7 +106,7 @@ def find_topics(
 def filtered(similarity: np.ndarray, keep: float, threshold: float) -> np.ndarray:
     """Return the rows of the pairs with the lowest similarity, which are dropped.
 
-    These are the rows below `threshold` if that is above -1, else a share of 1 - `keep`; of equals the later rows.
+    These are the rows below `threshold` if that is above -1, else a share of 1 - `keep` (ties: the later rows).
     """
     if threshold > -1:
         return np.flatnonzero(np.asarray(similarity) < threshold)

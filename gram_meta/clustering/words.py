@@ -97,8 +97,8 @@ def topic_words(
 
     The captions of a topic are one document. The score of word w in topic l is N_wl / N_l * log(L / (L_w + 1)): w
     occurs N_wl times among the N_l words of topic l, and L_w of the L topics contain w. Among equal scores, the word
-    that occurs more often comes first, then the alphabet decides. Of `characters`, the longer piece comes before the
-    alphabet, and pieces of a better one are left out.
+    that occurs more often comes first, then the alphabet decides. With `characters`, the longer piece comes first, and
+    pieces of a better word are left out.
 
     Args:
         captions: n texts. topic: n topic numbers in 0 ... topics - 1; -1: in no topic.

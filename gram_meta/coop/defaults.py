@@ -50,7 +50,7 @@ MISMATCH = re.compile(r"Type mismatch \(<class '(?:[\w.]*\.)?(\w+)'> vs.* vs\. (
 
 
 def extend_defaults(command_line: CommandLine | None = None) -> CommandLine:
-    """Extend the tree that every `get_cfg_default()` copies, whoever has imported it; return the command line in use.
+    """Extend the tree that every `get_cfg_default()` copies; return the command line in use.
 
     Args:
         command_line: the flags that copies of the tree follow; None: those of an earlier call, at first the process's
@@ -65,13 +65,13 @@ def extend_defaults(command_line: CommandLine | None = None) -> CommandLine:
 
 
 class Defaults(CfgNode):
-    """The root of such a tree; its nodes stay ordinary ones."""
+    """The root of the extended tree; its nodes are ordinary ones."""
 
     command_line: ClassVar[CommandLine | None] = None  # a class attribute, so that copies made earlier follow it too
 
     def clone(self) -> Any:
         tree = super().clone()
-        offer_packaged_clip()  # now, because a train.py has imported its trainers, and they its clip
+        offer_packaged_clip()  # now: a train.py has imported its trainers, and these have imported its clip
         if not tree.is_frozen() and "TRAINER" in tree:
             follow_command_line(tree, self.command_line or CommandLine())
         return tree

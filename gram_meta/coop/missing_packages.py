@@ -46,7 +46,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader(Loader):
-    """Another loader, under which a missing package is a note if the module does not hold the trainer asked for."""
+    """A loader that turns a missing package into a note, unless the module holds the trainer that was asked for."""
 
     def __init__(self, loader: Any, trainer: str) -> None:
         self.loader, self.trainer = loader, trainer

@@ -38,7 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "TRAINER.MEMORY": {  # activations kept for a backward pass, and computed twice; see docs/reference/defaults.md
         "CHECKPOINTING": "auto",  # auto: if more than the budgets below would be kept; always; never
-        "CLASSES": 0,  # class sentences in one pass; 0: as many as TEXT_BUDGET allows
+        "CLASSES": 0,  # class prompts in one pass; 0: as many as TEXT_BUDGET allows
         "TEXT_BUDGET": 1.0,  # GB of the text tower
         "IMAGE_BUDGET": 0.0,  # GB of the image tower, for visual prompts; 0: half of the device's memory
     },

@@ -247,7 +247,7 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 
 
 class _Count:
-    """Sums over the steps of one prompt. Norms stay on the device until they are asked for."""
+    """Sums over the steps of one prompt. Norms stay on the device until `norms` or `summary` needs them."""
 
     def __init__(self, parameter: Tensor) -> None:
         # Sums of lr * gated, lr * beta, gamma, beta, gamma^2, beta^2; gamma may vary in its fifth digit

@@ -38,8 +38,8 @@ class InnerLoop:
     scale: float = 1.0  # loss scale under fp16, as for `task_gradients`
     # R^phi; it may leave out kinds, which then take a plain gradient step. None is plain MAML (Eq. 4)
     regulate: Regulate | None = None
-    # Steps before `steps`, so that adaptation is as long as few-shot training: on the way back theta and their result
-    # differ by a constant, and R^phi learns nothing from them
+    # Steps before `steps`, which make adaptation as long as few-shot training. The backward pass takes their sum as a
+    # constant, so R^phi learns nothing from them
     detached: int = 0
 
     @classmethod
@@ -127,7 +127,7 @@ def inner_path(
         prompts: the initialisation, (B, M, d) by kind.
         inner: settings of the loop.
         keep_graph: False: each step starts from leaves, and no graph outlives it. True: `after` is differentiable with
-            respect to `prompts`, which must require gradients, and, but for the detached steps, to the parameters of
+            respect to `prompts`, which must require gradients, and, except in the detached steps, to the parameters of
             R^phi.
     """
     for number in range(inner.length):
@@ -155,7 +155,7 @@ def meta_losses(support: Losses, query: Losses, theta: Prompts, tasks: int, inne
     Args:
         support, query: prompts (tasks, M, d) -> loss of each task (tasks,).
         theta: the initialisation, (M, d) by kind; must require gradients.
-        tasks: how many tasks the losses are of.
+        tasks: number of tasks.
         inner: settings of the adaptation.
     """
     return adapted_losses(support, query, for_each_task(theta, tasks), inner)
@@ -180,7 +180,7 @@ def lean_backward(
 ) -> MetaLosses:
     """Compute the losses of `meta_losses` and add their meta-gradients to `.grad` of theta and phi, in less memory.
 
-    The added gradient is `weight` times that of the losses' sum. The chain rule of Eq. 8 is walked by hand. First
+    The added gradient is `weight` times that of the losses' sum. The chain rule of Eq. 8 is applied in parts. First
     the inner loop runs without a graph. Then the gradient v of the query loss is taken, and its graph is freed.
     Then each inner step that is not detached, from the last to the first, replaces v by v + H u: u is v after its
     way back through R^phi to the raw support gradient, and H is the Hessian of the support loss. The product H u is

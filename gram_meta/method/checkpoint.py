@@ -1,4 +1,4 @@
-"""The meta-checkpoint: theta* and R^phi* in one .safetensors file, with the facts by which a wrong use is refused."""
+"""The meta-checkpoint: theta* and R^phi* in one .safetensors file, with the facts that loading checks."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class MetaCheckpoint:
         return prompts | {name: tuple(value.shape) for name, value in self.extras.items()}
 
     def check_name(self, name: str) -> None:
-        """Raise a `GramError` for another backbone, as far as that shows without its weights."""
+        """Raise a `GramError` for another backbone, by its name and widths, without its weights."""
         widths = {kind: value.shape[1] for kind, value in self.prompts.items()}
         check_name(self.path or "meta-checkpoint", self.backbone_name, name, widths)
 

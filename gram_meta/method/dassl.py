@@ -24,12 +24,12 @@ from gram_meta.method.checkpoint import MetaCheckpoint, load_meta_checkpoint
 class WithGRAM:
     """GRAM for a Dassl prompt trainer: `class MyTrainerGRAM(WithGRAM, MyTrainer)`. Options: TRAINER.GRAM.*.
 
-    Say which parameters are prompts in `gram_prompts`. What else the trainer learns keeps its raw gradients and is
+    `gram_prompts` returns the prompts. Every other learned parameter keeps its raw gradient and is
     listed in the log and in `raw_parameters`. The trainer's own code stays as it is: the prompts take theta* after its
     `build_model`, and every optimiser that it has registered passes their gradients through R^phi* before it steps.
 
     Attributes:
-        meta: the meta-checkpoint; None where TRAINER.GRAM.CHECKPOINT is empty, which an evaluation may leave so.
+        meta: the meta-checkpoint; None if TRAINER.GRAM.CHECKPOINT is empty, as an evaluation allows.
         regulation: what regulates and counts.
         raw_parameters: names of learned parameters that R^phi does not know.
     """
@@ -38,7 +38,7 @@ class WithGRAM:
     regulation: Regulation
     raw_parameters: list[str]
 
-    # The trainer beside which this stands; only what is used here
+    # What the mixin uses of the trainer
     cfg: Any
     device: Any
     train_loader_x: Any
@@ -54,7 +54,7 @@ class WithGRAM:
         return {}
 
     def check_meta(self, meta: MetaCheckpoint) -> None:
-        """Refuse a meta-checkpoint of another backbone, by its name; a trainer that can tell more says so here."""
+        """Refuse a meta-checkpoint of another backbone, by its name; a trainer that knows more can override this."""
         name = self.cfg.MODEL.BACKBONE.NAME
         if name != meta.backbone_name:
             raise GramError(
@@ -113,7 +113,7 @@ class WithGRAM:
                 f"TRAINER.GRAM.CHECKPOINT is empty; {type(self).__name__} expects the meta-checkpoint of `gram "
                 "pretrain`"
             )
-        if hasattr(super(), "check_training"):  # of the trainer beside which this stands
+        if hasattr(super(), "check_training"):  # the trainer has it
             super().check_training()  # type: ignore[misc]
 
     def before_train(self) -> None:
@@ -126,7 +126,7 @@ class WithGRAM:
         super().before_train()  # type: ignore[misc]
 
     def load_model(self, directory: str, epoch: int | None = None) -> None:
-        if not directory:  # what is evaluated is the start
+        if not directory:  # the initial prompts are evaluated
             self.check_training()
         super().load_model(directory, epoch=epoch)  # type: ignore[misc]
 

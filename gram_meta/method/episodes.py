@@ -119,7 +119,7 @@ class Episodes:
         self.reads_pixels = prompt.visual_tokens > 0
         self.at_a_time = batch if self.reads_pixels or prompt.conditional else max(16, batch)
         self.text = ClassText(backbone, words, prompt.text_tokens) if prompt.text_tokens else None
-        self.lengths = self.text.ends.cpu().numpy() + 1 if self.text else np.empty(0)  # (L,), of the class sentences
+        self.lengths = self.text.ends.cpu().numpy() + 1 if self.text else np.empty(0)  # (L,), of the class prompts
         self.fixed = None if self.text else template_features(backbone, words, prompt.template)  # (L, D)
         if self.reads_pixels:
             self.places = store.places(loader.image_root or None)
@@ -234,7 +234,7 @@ class TaskSet:
 
     Args:
         backbone: frozen CLIP.
-        classes: the tasks' class sentences (with leading axes (B, K)), or fixed class features (B, K, D).
+        classes: the tasks' class prompts (with leading axes (B, K)), or fixed class features (B, K, D).
         images: features (B, K, n, D), or bytes (B, K, n, 3, H, W); `images[:, k]` belong to class k.
         labels, count: for a part of the images, (B, c, D) or (B, c, 3, H, W): their classes (B, c), and the number of
             images of the whole task; losses are then the part's share of the mean.

@@ -1,10 +1,10 @@
 """Evaluation of adaptation on held-out tasks: during meta-training (`evaluate`), and by `gram eval-meta`.
 
 `evaluate_adaptation` adapts to the same tasks from theta* and from the initialisation of meta-training, with the
-regulated gradient and with the controls that tell what R^phi does: the raw gradient; the raw gradient scaled to the
+regulated gradient and with controls that show what R^phi does: the raw gradient; the raw gradient scaled to the
 regulated one's length (what it lacks is direction); R^phi with gamma and beta replaced by their means over tasks (what
-it lacks is dependence on the gradient); and raw gradients from theta* moved by the mean beta (a better initialisation
-would do as well).
+it lacks is dependence on the gradient); and raw gradients from theta* moved by the mean beta (whether a better
+initialisation has the same effect).
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from gram_meta.progress import progress_bar
 Gradients = Mapping[str, Tensor]
 Scores = dict[tuple[str, str, int], list[tuple[Tensor, Tensor]]]  # (start, gradient, steps): losses, accuracies by task
 
-SOLVED = 0.95  # accuracy before any step from which on tasks teach little
-HOPELESS = 1.2  # times chance, below which tasks teach little
+SOLVED = 0.95  # accuracy before any step; tasks above it can show little
+HOPELESS = 1.2  # times chance; tasks below it can show little
 
 MEAN, MOVED = "R's mean", "theta* moved by the mean beta"  # controls in the table of `gram eval-meta`
 
@@ -288,7 +288,7 @@ def evaluate_adaptation(
 
 
 def _verdict(seen: Scores, learned: tuple[str, str], plain: tuple[str, str], steps: int, ways: int) -> list[str]:
-    """Return sentences: whether the learned start and gradient beat the plain ones, and whether the tasks can tell."""
+    """Return sentences: whether theta* and R^phi help, and whether the tasks can show it."""
     (ours, accuracy), (theirs, _) = (_values(seen[row + (steps,)]) for row in (learned, plain))
     gains = [b - a for a, b in zip(ours, theirs, strict=True)]
     gain, half = mean(gains), half_width(gains) or math.inf

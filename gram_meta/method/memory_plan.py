@@ -21,7 +21,7 @@ class MemoryConfig:
     """How a step may be divided, and the settings that determine its size.
 
     Raises:
-        GramError: values that have no meaning.
+        GramError: values that contradict each other.
     """
 
     second_order: str = "auto"  # `whole` (all in one graph), `lean` (one graph at a time) or `auto` (whole if it fits)

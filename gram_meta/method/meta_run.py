@@ -131,7 +131,7 @@ class MetaRun:
         self.group.first(begin)
 
     def resume(self) -> dict[str, Any] | None:
-        """Return the last saved state; None where there is none, and the run begins at its first step.
+        """Return the last saved state; if there is none, None, and the run begins at its first step.
 
         Raises:
             GramError: the folder holds another run.
@@ -155,7 +155,7 @@ class MetaRun:
 
     @contextmanager
     def log(self, first: int, steps: int, batch: int, progress: bool) -> Iterator[MetaLog]:
-        """Open the logs of a run that goes on after step `first`, and close them at the end."""
+        """Open the logs of a run that continues after step `first`, and close them at the end."""
         bar = progress_bar(
             total=steps * batch, initial=first * batch, unit=" tasks", desc="meta-training", shown=progress
         )

@@ -140,7 +140,7 @@ class MetaTrainer:
         return self.saved
 
     def record(self, step: int, log: MetaLog) -> None:
-        """Log a step; evaluate, and save the state, where it is time to."""
+        """Log a step; evaluate and save the state when they are due."""
         log.advance()
         last = step == self.outer.steps
         evaluates, saves = (last or step % node.EVERY == 0 for node in (self.config.EVAL, self.config.CHECKPOINT))

@@ -63,7 +63,7 @@ class OuterLoop:
 
 
 class BatchResult(NamedTuple):
-    """What a step knows of its tasks.
+    """Results of a step's tasks.
 
     `losses` (b,): query losses after adaptation. `norms` (inner steps, b, kinds): norms of the raw support gradients.
     """
@@ -143,7 +143,7 @@ def exchange(
 
     Args:
         parameters: their `.grad` are summed in place.
-        result: of this process's tasks; without norms if it gave the step up.
+        result: of this process's tasks; without norms if the process cannot take the step.
         shape: of all norms: inner steps, B, kinds.
         own: this process's tasks, of 0 to B - 1.
         flags: this process's.

@@ -1,4 +1,4 @@
-"""Where the time of a meta-training step goes: the towers, the regulator, the optimiser, waiting, and what is left.
+"""Where the time of a meta-training step goes: the towers, the regulator, the optimiser, waiting, and the rest.
 
     profile = Profile()
     with profile.watching(backbone, regulator):

@@ -26,7 +26,7 @@ KINDS = tuple(STATE_NAMES)
 META_NET = "meta_net."  # prefix of the names of the meta-net's weights beside prompts
 TEMPLATE = "a photo of a {}."
 
-# Class sentences in one pass of the text tower without gradients: 1,024 need a third of the memory of 4,096, and take
+# Class prompts in one pass of the text tower without gradients: 1,024 need a third of the memory of 4,096, and take
 # 15 to 25 % less time on a CPU.
 SENTENCES = 1024
 
@@ -61,9 +61,9 @@ class PromptConfig:
 
 
 class ClassText:
-    """Class sentences with M open slots for a text prompt: start token, M slots, class name, full stop, end token.
+    """Class prompts with M open slots for a text prompt: start token, M slots, class name, full stop, end token.
 
-    All sentences are cut behind the longest one's end token: the text tower is causal, so logits and gradients stay
+    All are cut behind the longest one's end token: the text tower is causal, so logits and gradients stay
     the same. Start token and prompt are the same for all classes and are computed once.
 
     Attributes:
@@ -71,10 +71,10 @@ class ClassText:
             indices (B, K): (B, K, L) and (B, K).
         start: (1, d) embedding of the start token.
         tokens: M.
-        chunk: while the prompt is learned, the number of class sentences whose activations are kept at a time; those of
-            the others are recomputed in the backward pass. 0: all are kept. Tasks (`select` with (B, K)) are always
+        chunk: while the prompt is learned, number of class prompts whose activations are kept at a time; those of the
+            others are recomputed in the backward pass. 0: all are kept. Tasks (`select` with (B, K)) are always
             encoded at once. Without gradients at most `SENTENCES` are encoded at a time.
-        placed: whether the M slots are separate positions of each sentence, not shared by all of them.
+        placed: whether the M slots are separate positions of each class prompt, not shared by all of them.
     """
 
     placed = False
@@ -102,7 +102,7 @@ class ClassText:
         """Return the sentences of some classes, (K,) or (B, K) for K classes in each task, cut at their longest.
 
         Args:
-            length: of the longest, where it is known; to compute it makes a GPU wait.
+            length: tokens of the longest, if known; computing it makes a GPU wait.
         """
         chosen = copy(self)
         chosen.ends = self.ends[classes]
@@ -148,7 +148,7 @@ class ClassText:
         return self.backbone.encode_text(own, ends, shared, self._packing(ends, own.shape[-2], shared.shape[-2]))
 
     def _packing(self, ends: Tensor, length: int, before: int) -> Packing | Rectangle:
-        """Return the packing; it is kept, as it depends on the sentences alone and its computation makes a GPU wait."""
+        """Return the packing; it is kept, as it depends on the class prompts alone and computing it makes a GPU wait."""
         key = ends.shape[:-1], before
         if key not in self._packings:
             if len(self._packings) >= 4:  # batches of other sizes
@@ -174,7 +174,7 @@ class ClassText:
 
 
 class Parts(NamedTuple):
-    """Class sentences in parts."""
+    """Class prompts in parts."""
 
     texts: list[ClassText]
     order: Tensor  # (N,) classes in the order of the parts

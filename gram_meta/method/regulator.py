@@ -82,7 +82,7 @@ class GradientRegulator(nn.Module):
         return self({kind: gradient for kind, gradient in gradients.items() if kind in self.gates})
 
     def describe(self) -> dict[str, Any]:
-        """Return what it takes to build it again, as JSON values."""
+        """Return what is needed to build it again, as JSON values."""
         return {"widths": self.widths, **asdict(self.config)}
 
 

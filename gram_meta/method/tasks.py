@@ -89,7 +89,7 @@ class TaskSampler:
         chosen: list[tuple[int, np.ndarray, np.ndarray]] = []
         for topic in random.permutation(list(self.domains)):
             if self.words[topic].lower() in (word.lower() for word in words):
-                continue  # two classes of one name cannot be told apart
+                continue  # no classifier can distinguish two classes with one name
             sets = self._draw_sets(topic, taken, random)
             if sets is None:
                 continue  # its images are in this task already, under other topics
@@ -129,7 +129,7 @@ class TaskSampler:
     def _fills(self, domains: Sequence[np.ndarray]) -> bool:
         """Return whether the domains can fill a task.
 
-        They need two domains or more, one of which fills the support set with an image left for the query set, and
+        They need two domains or more, one of which can fill the support set and still has a query image, and
         enough images in total.
         """
         sizes = [len(images) for images in domains if len(images)]

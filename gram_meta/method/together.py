@@ -65,7 +65,7 @@ def open_trainer(
 
 
 def open_inputs(store: PathLike, hierarchy: PathLike, backbone: str) -> tuple[PairStore, Hierarchy]:
-    """Open a store and a hierarchy of it; raise a `GramError` if it shows already that a backbone does not fit them."""
+    """Open a store and a hierarchy of it; raise a `GramError` for a backbone whose name or width does not fit."""
     opened = PairStore.open(store), Hierarchy.open(hierarchy)
     opened[0].check_backbone_name(backbone)
     opened[1].check_store(opened[0])

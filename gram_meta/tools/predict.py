@@ -113,7 +113,7 @@ class Predictor:
         batch_size: int | None = None,
         workers: int | None = None,
     ) -> Predictor:
-        """Build the classifier of a run. The class sentences are encoded here, once (CoCoOp's depend on the image).
+        """Build the classifier of a run. The class prompts are encoded here, once (CoCoOp's depend on the image).
 
         Args:
             run: an output folder of this project's or of an official CoOp's trainer, a checkpoint in one, or a
