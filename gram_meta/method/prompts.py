@@ -148,7 +148,7 @@ class ClassText:
         return self.backbone.encode_text(own, ends, shared, self._packing(ends, own.shape[-2], shared.shape[-2]))
 
     def _packing(self, ends: Tensor, length: int, before: int) -> Packing | Rectangle:
-        """Return the packing; it is kept, as it depends on the class prompts alone and computing it makes a GPU wait."""
+        """Return the packing; it is kept: it depends on the class prompts alone, and computing it makes a GPU wait."""
         key = ends.shape[:-1], before
         if key not in self._packings:
             if len(self._packings) >= 4:  # batches of other sizes
