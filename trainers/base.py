@@ -95,7 +95,7 @@ class ClipTrainer(TrainerX):
             self.images_checked = True
 
     def check_resume(self, directory: str) -> None:
-        raise GramError(f"--resume {directory}: {type(self).__name__} learns nothing that could go on")
+        raise GramError(f"--resume {directory}: {type(self).__name__} learns nothing that could be resumed")
 
     def train(self) -> None:
         """Train and test, unless this run is finished in the output folder already."""

@@ -48,7 +48,7 @@ def given_topics(store: PairStore, fates: np.ndarray) -> tuple[np.ndarray, np.nd
     names = store.captions.take(kept[first])
     log.info("labelled collection: %d classes are the topics, no filter, nothing is noise", len(names))
     if same := same_names(dict(zip(number, names, strict=True))):
-        log.warning("%s: no task holds two of one name", same)
+        log.warning("%s: no task holds two classes with one name", same)
     return kept, label, [[(name, 1.0)] for name in names]
 
 

@@ -137,7 +137,7 @@ class MetaRun:
             GramError: the folder holds another run.
         """
         if not self.group.first((self.out / FACTS).exists):
-            logger.info(f"{self.out}: holds no meta-training yet; it begins")
+            logger.info(f"{self.out}: holds no meta-training yet; a new one begins")
             self.begin()
             return None
         return self.group.first(self._read_state)

@@ -418,7 +418,7 @@ def test_resume_of_something_that_is_not_there_leaves_no_folder(flags, tmp_path)
     ):
         ours(["--resume", str(tmp_path / "none"), *flags("out")])
     resume = ["--resume", str(tmp_path / "run")]
-    with pytest.raises(GramError, match="ZeroshotCLIP learns nothing that could go on"):
+    with pytest.raises(GramError, match="ZeroshotCLIP learns nothing that could be resumed"):
         ours([*resume, *flags("out", trainer="ZeroshotCLIP")])
     with pytest.raises(GramError, match=r"expected a checkpoint of VPT \(--trainer\) to go on from, found one of CoOp"):
         ours([*resume, *flags("out", trainer="VPT")])

@@ -185,7 +185,7 @@ def test_a_foreign_trainer_with_deep_half_precision_prompts(
     ("opts", "says"),
     [
         (["MODEL.BACKBONE.NAME", "ViT-B/16"], "expected the backbone it was made with, random-tiny, found 'ViT-B/16'"),
-        (["MODEL.INIT_WEIGHTS", "some.pth"], "MODEL.INIT_WEIGHTS and TRAINER.GRAM.INIT both name a start"),
+        (["MODEL.INIT_WEIGHTS", "some.pth"], "MODEL.INIT_WEIGHTS and TRAINER.GRAM.INIT both set the initial prompts"),
         (["TRAINER.GRAM.CHECKPOINT", "''"], "TRAINER.GRAM.CHECKPOINT is empty; ForeignGRAM expects"),
         (["TRAINER.GRAM.STEP_SCALE", 0.5], "STEP_SCALE scales raw gradients"),
     ],
