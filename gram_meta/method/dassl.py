@@ -74,7 +74,7 @@ class WithGRAM:
             raise GramError("TRAINER.GRAM.STEP_SCALE scales raw gradients; it expects TRAINER.GRAM.REGULATE False")
         if gram.INIT and cfg.MODEL.INIT_WEIGHTS:
             raise GramError(
-                "MODEL.INIT_WEIGHTS and TRAINER.GRAM.INIT both set the initial prompts; empty one or set the other False"
+                "MODEL.INIT_WEIGHTS and TRAINER.GRAM.INIT both set the initial prompts; leave one empty (or INIT False)"
             )
 
     def build_model(self) -> None:
