@@ -34,7 +34,7 @@ COMMANDS = {
 EPILOG = """the path:  gram embed SOURCE -o STORE  ->  gram cluster STORE -o HIERARCHY  ->  gram pretrain ... -o META
            ->  gram train --trainer CoOpGRAM ... TRAINER.GRAM.CHECKPOINT META/best.safetensors  ->  gram report OUTPUT
 
-`gram COMMAND --help` says more about each."""
+`gram COMMAND --help` describes each."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

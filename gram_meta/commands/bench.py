@@ -17,15 +17,15 @@ HELP = """Run many trainers on many datasets and seeds over the paper's protocol
   xd        train on the source (imagenet), test on the ten other datasets
   dg        train on the source (imagenet), test on its four variants; shares the trainings of xd
 
-Finished runs are skipped, unfinished ones go on, a run that fails is reported and the others go on: give the same
+Finished runs are skipped, unfinished ones resume, a run that fails is reported and the others continue: give the same
 command again after an interruption. GRAM trainers start from META_DIR/<META>/best.safetensors, where META is named in
-their config file; with --store and --hierarchy it is meta-trained first if it is not there. Runs lie in CoOp's folders.
+their config file; with --store and --hierarchy it is meta-trained first if it is not there. The folders are CoOp's.
 
   gram bench --protocol base2new --trainers CoOp CoOpGRAM UniGRAM --root DATA --gpus 0 1 2 3
   gram bench --protocol xd dg --trainers CoOp UniGRAM --root DATA --store STORE --hierarchy HIERARCHY
   gram bench --emoji DIR --trainers UniGRAM UniGRAM:gram_small_c2+2_ep10_batch32_ctxv1_no_regulator
 
-KEY VALUE pairs at the end go to every `gram train`. docs/guide/bench.md says more."""
+KEY VALUE pairs at the end go to every `gram train`. See docs/guide/bench.md."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

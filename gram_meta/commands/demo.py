@@ -8,7 +8,7 @@ HELP = """The whole path on the emoji world, from drawings to a table: image-tex
 and few-shot training of CoOpGRAM beside ZeroshotCLIP and CoOp, on base and new classes.
 
 Needs no data, no GPU and no model hub: only the extra `demo`. Every stage is one command, which is printed. Finished
-stages are kept: a second run prints the table at once, and an interrupted one goes on. Remove the folder to start anew.
+stages are kept: a second run prints the table at once, and an interrupted one resumes. Remove the folder to start anew.
 
 The plain version takes up to 15 minutes on 2 cores. --full takes an hour or two: all datasets, five seeds, accuracy
 after 0, 1, 5, 20, ... steps, and controls: smaller steps instead of the regulator, other initialisations."""

@@ -8,13 +8,13 @@ from gram_meta.commands.lists import give_back_options
 from gram_meta.errors import GramError
 from gram_meta.files import to_json
 
-HELP = """Adapt to tasks that meta-training has not seen, from theta* and from where meta-training started, with R
-on and off, and score their query sets: minutes that say whether hours downstream are worth it.
+HELP = """Adapt to held-out tasks from theta* and from the initialisation of meta-training, with R on and off, and score
+their query sets. This takes minutes and shows whether hours of few-shot training are worth it.
 
-"R off, same length" stretches each raw gradient to the length of the regulated one: what it lacks against "R on" is
-the direction that R gives. "R's mean" has gamma and beta fixed at their means over other tasks: what it lacks is R's
-dependence on the gradient. "theta* moved by the mean beta" starts where the constant part of R leads. With the
-hierarchy of the meta-training, tasks come from the topics it held out.
+"R off, same length" scales each raw gradient to the length of the regulated one: its difference from "R on" is the
+effect of R's direction. "R's mean" fixes gamma and beta at their means over other tasks: its difference from "R on" is
+the effect of R's dependence on the gradient. "theta* moved by the mean beta" starts where the constant part of R leads.
+With the hierarchy of the meta-training, tasks come from its held-out topics.
 
   gram eval-meta meta/best.safetensors --store STORE --hierarchy HIERARCHY
   gram eval-meta meta/best.safetensors --store STORE --hierarchy HIERARCHY --steps 0 1 10 TASKS.WAYS 10
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--store", required=True, help="pair store, from `gram embed`")
     add("--hierarchy", required=True, help="hierarchy, from `gram cluster`")
     add("--tasks", type=int, default=100, help="how many tasks; default: 100")
-    add("--steps", nargs="+", default=["0", "1", "5", "20"], help="inner steps to look after; default: 0 1 5 20")
+    add("--steps", nargs="+", default=["0", "1", "5", "20"], help="inner steps before scoring; default: 0 1 5 20")
     add("--seed", type=int, default=1000, help="of the tasks; default: 1000")
     add("--device", default="", help="cpu, cuda, ...; default: cuda where there is one")
     add("--json", action="store_true", help="print everything as JSON, unrounded")

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the file, and say how it is used."""
+    """Write the file, and print how to use it."""
     from gram_meta.tools.export import export
 
     done = export(args.meta, args.output, args.trainer)

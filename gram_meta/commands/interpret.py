@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = "output folder, checkpoint file, or meta-checkpoint (.safetensors)"
     add("source", metavar="RUN|CHECKPOINT", help=source)
     add("--topk", type=int, default=5, help="words per context token; default: 5")
-    backbone = "CLIP that the prompt was learned with: a name, file or folder; default: as its run says"
+    backbone = "CLIP that the prompt was learned with: a name, file or folder; default: the run's"
     add("--backbone", default="", help=backbone)
     add("--load-epoch", type=int, help="of a run's checkpoints; default: the one it is tested with")
     unrounded = "default: text; json and csv have the distances unrounded"

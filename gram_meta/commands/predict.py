@@ -17,7 +17,7 @@ from gram_meta.files import atomic_write, to_json
 if TYPE_CHECKING:
     from gram_meta.tools.predict import Prediction, Predictor
 
-HELP = """Say which class each IMAGE is, with the prompts of a run; no dataset is needed.
+HELP = """Classify each IMAGE with the prompts of a run; no dataset is needed.
 
 IMAGE is a file, or a folder, whose images are found by their suffixes, subfolders too, in sorted order. RUN is the
 output folder of `gram train` or of CoOp's own train.py, a checkpoint in it, or a meta-checkpoint (.safetensors).

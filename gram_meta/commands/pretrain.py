@@ -16,7 +16,7 @@ TRAINER.GRAM.CHECKPOINT); last.safetensors; log.jsonl, the held-out scores; Tens
   torchrun --nproc_per_node 8 -m gram_meta pretrain --store ...     # the tasks of each step shared among 8 processes
 
 SIGTERM (Slurm sends it before a job's time is up) ends it after the step under way, with the state saved and exit
-status 143; the same command with --resume goes on, with any number of processes.
+status 143; the same command with --resume continues, with any number of processes.
 """
 
 
@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", required=True, metavar="OUT", help="folder for what is learned")
     add("--config", "--config-file", action="append", default=[], metavar="YAML", help="settings; may be repeated")
     add("--device", default="", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
-    add("--resume", action="store_true", help="go on with the run in OUT")
-    profile = "take N steps, say where their time goes (OUT/profile.json), and end"
+    add("--resume", action="store_true", help="continue the run in OUT")
+    profile = "take N steps, write where their time goes to OUT/profile.json, and end"
     add("--profile", type=int, default=0, metavar="N", help=profile)
     add("opts", nargs="*", metavar="KEY VALUE", help="settings that override the files'")
 

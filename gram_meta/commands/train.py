@@ -12,7 +12,7 @@ HELP = """Train or evaluate a trainer on a dataset: CoOp's train.py, flag by fla
   with GRAM  CoOpGRAM, CoCoOpGRAM, VPTGRAM, UniGRAM: start from TRAINER.GRAM.CHECKPOINT, made by `gram pretrain`
 
 Config files are found by name in the package when there is no such file here. A finished run is not run again, an
-unfinished one goes on, and a folder that holds another run is refused.
+unfinished one resumes, and a folder that holds another run is refused.
 
 In a CoOp-style checkout, a folder whose train.py imports Dassl, the command runs that train.py with all of its flags,
 and adds these trainers, options and config files; the checkout's own trainers and datasets replace those of the same

@@ -40,7 +40,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--root", default="", help="folder that holds the datasets' folders")
     add("--output-dir", default="", help="where log.txt, checkpoints and results.json go")
-    add("--resume", default="", help="folder of an earlier run from which training goes on")
+    add("--resume", default="", help="folder of an earlier run to resume")
     add("--seed", type=int, default=-1, help="0 or more: fixed; the default is a different one every time")
     add("--source-domains", nargs="+", help="source domains for DA/DG")
     add("--target-domains", nargs="+", help="target domains for DA/DG")
