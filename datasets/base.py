@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from gram_meta.datasets.few_shot import Entry, FewShot, Splits, as_entries
-from gram_meta.engine import DatasetBase, Datum
+from gram_meta.engine import DatasetBase, Datum, register_dataset
 from gram_meta.errors import GramError
 from gram_meta.files import read_json, sha256_file
 from gram_meta.images import find_problems, list_problems
@@ -162,6 +162,11 @@ class SplitDataset(DatasetBase):
         if self.split_file or not made:
             return "restore them"
         return f"restore them, or remove them and {' and '.join(made)} in {self.folder}, which are then made anew"
+
+
+def define(module: str, name: str, doc: str, base: type[SplitDataset] = SplitDataset, **facts: Any) -> Any:
+    """Make and register a dataset of `module`: a subclass of `base` with these class attributes."""
+    return register_dataset(type(name, (base,), {"__module__": module, "__doc__": doc, **facts}))
 
 
 def read_split(path: Path, advice: str = "") -> Splits:

@@ -1,4 +1,4 @@
-"""The benchmarks of CoOp that a split file describes; the others are in `fgvc_aircraft` and `imagenet`.
+"""The benchmarks of CoOp but `imagenet`: those that a split file describes, and FGVCAircraft, which has lists.
 
 Class names are those of the split files, which contain CoOp's renamings (EuroSAT's "Annual Crop Land", Caltech's
 "face"). Numbers of images are those of the published files.
@@ -6,12 +6,18 @@ Class names are those of the split files, which contain CoOp's renamings (EuroSA
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from gram_meta.datasets.base import Published, SplitDataset
+from gram_meta.corpus.sources.classes import read_lines
+from gram_meta.datasets.base import PARTS, Published, SplitDataset, check_splits, define
+from gram_meta.datasets.few_shot import Entry, Splits
 from gram_meta.engine import register_dataset
+from gram_meta.errors import GramError
 
 DRIVE = "https://drive.google.com/file/d/"
+ARCHIVE = "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz"
+EXPECTED = f"the file that comes with the images ({ARCHIVE})"
 
 
 def _benchmark(
@@ -30,8 +36,8 @@ def _benchmark(
     """
     split_file = f"split_zhou_{name}.json"
     published = Published(counts, {**sources, split_file: f"{DRIVE}{split_id}/view"}, note)
-    facts = {"dataset_dir": folders[0], "image_dir": folders[1], "split_file": split_file, "published": published}
-    return register_dataset(type(name, (SplitDataset,), {"__module__": __name__, "__doc__": doc, **facts}))
+    places = {"dataset_dir": folders[0], "image_dir": folders[1], "split_file": split_file}
+    return define(__name__, name, doc, **places, published=published)
 
 
 Caltech101 = _benchmark(
@@ -115,3 +121,34 @@ UCF101 = _benchmark(
     "1I0S0q91hJfsV9Gf4xDIjgDq4AqBNJb1y",
     {"UCF-101-midframes": "https://drive.google.com/file/d/10Jqome3vtUA2keJkNanAiFpgbyC9Hc2O/view"},
 )
+
+
+@register_dataset
+class FGVCAircraft(SplitDataset):
+    """Labels are the lines of variants.txt; images_variant_<part>.txt has lines "image variant"."""
+
+    dataset_dir = "fgvc_aircraft"
+    source = "images_variant_{train,val,test}.txt"
+    published = Published(
+        counts=(100, 3334, 3333, 3333),
+        sources={"images, variants.txt and images_variant_*.txt": ARCHIVE},
+        note="keep the archive's folder data/ alone and call it fgvc_aircraft",
+    )
+
+    @classmethod
+    def read(cls, path: Path) -> Splits:
+        variants = read_lines(path / "variants.txt", EXPECTED)
+        labels = {name: label for label, (_, name) in enumerate(variants)}
+        splits = {part: _entries(path / f"images_variant_{part}.txt", labels) for part in PARTS}
+        check_splits(splits, path)
+        return splits
+
+
+def _entries(path: Path, labels: dict[str, int]) -> list[Entry]:
+    entries = []
+    for number, line in read_lines(path, EXPECTED):
+        image, _, name = line.partition(" ")
+        if name not in labels:
+            raise GramError(f'{path}, line {number}: expected "image variant", found {line[:60]!r}')
+        entries.append((f"{image}.jpg", labels[name], name))
+    return entries

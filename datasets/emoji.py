@@ -10,8 +10,7 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from gram_meta.datasets.base import SplitDataset, Splits, read_split
-from gram_meta.engine import register_dataset
+from gram_meta.datasets.base import SplitDataset, Splits, define, read_split
 from gram_meta.errors import GramError
 
 # "animals": the dataset EmojiAnimals, in the folder emoji_animals
@@ -55,14 +54,9 @@ def read_styles(path: Path) -> dict[str, str]:
 
 
 def _dataset(title: str, folder: str, split: str, **style: str) -> type[SplitDataset]:
-    facts = {
-        "__module__": __name__,
-        "__doc__": f"Emoji in {folder}{', style ' + style['style'] if style else ''}.",
-        "dataset_dir": folder,
-        "split_file": f"split_zhou_{split}.json",
-        **style,
-    }
-    return register_dataset(type(title, (StyleDataset if style else SplitDataset,), facts))
+    doc = f"Emoji in {folder}{', style ' + style['style'] if style else ''}."
+    base = StyleDataset if style else SplitDataset
+    return define(__name__, title, doc, base, dataset_dir=folder, split_file=f"split_zhou_{split}.json", **style)
 
 
 def _all() -> Iterator[type[SplitDataset]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gram_meta.corpus.sources.classes import CLASSNAMES, images_in, read_classnames, subfolders
-from gram_meta.datasets.base import Published, SplitDataset, check_splits
+from gram_meta.datasets.base import Published, SplitDataset, check_splits, define
 from gram_meta.datasets.benchmarks import DRIVE
 from gram_meta.datasets.few_shot import Entry, Splits
 from gram_meta.engine import register_dataset
@@ -123,8 +123,8 @@ class ImageNetV2(ShiftedImageNet):
 def _test_set(name: str, doc: str, folders: tuple[str, str], classes: int, images: int, address: str) -> Any:
     """Register a test set; `folders` are `dataset_dir` and `image_dir`."""
     published = Published((classes, None, None, images), {folders[1]: address, CLASSNAMES: COPY})
-    facts = {"dataset_dir": folders[0], "image_dir": folders[1], "published": published}
-    return register_dataset(type(name, (ShiftedImageNet,), {"__module__": __name__, "__doc__": doc, **facts}))
+    places = {"dataset_dir": folders[0], "image_dir": folders[1]}
+    return define(__name__, name, doc, ShiftedImageNet, **places, published=published)
 
 
 ImageNetSketch = _test_set(

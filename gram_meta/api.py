@@ -140,8 +140,8 @@ def cluster(
         GramError: unknown settings, a folder that holds something else, too few pairs or topics.
     """
     from gram_meta.clustering.chc import cluster_pairs
+    from gram_meta.clustering.sample import Steps
     from gram_meta.clustering.settings import ChcSettings
-    from gram_meta.clustering.steps import Steps
 
     settings = load_meta_config(_files(config), _pairs(opts))
     opened = _store(store)

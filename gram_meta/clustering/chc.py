@@ -29,8 +29,8 @@ from gram_meta.clustering.hierarchy import (
     Hierarchy,
     Topic,
 )
+from gram_meta.clustering.sample import Steps
 from gram_meta.clustering.settings import ChcSettings
-from gram_meta.clustering.steps import Steps
 from gram_meta.clustering.topics import find_topics, given_topics
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from gram_meta.files import PathLike, read_arrays, write_arrays
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +24,7 @@ SHARPNESS = 10.0  # a neighbour whose cosine is 0.1 below the nearest one's has 
 SHRINK = 30  # weight of the common threshold, in pairs, beside that of a topic's own members
 SEARCH = 0.1  # pynndescent's epsilon: how far it searches beyond the best found so far
 BATCH = 1 << 14  # pairs that are assigned at once
+STEPS = ("sample", "assigned")  # what `Steps` keeps
 
 
 def vote(label: np.ndarray, similarity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -203,3 +207,38 @@ def draw(pairs: int, size: int, seed: int) -> np.ndarray:
 def batches(rows: int, size: int = BATCH) -> Iterator[slice]:
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
+
+
+class Steps:
+    """Results of a long clustering, kept in hidden files of a folder so that an interrupted run can continue.
+
+    Each is an array with a key: a hash of what it was computed from.
+
+    Args:
+        folder: None: no array is kept.
+    """
+
+    def __init__(self, folder: PathLike | None) -> None:
+        self.folder = None if folder is None else Path(folder)
+
+    def once(self, name: str, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """Return the array that an earlier run with this key kept under `name`; else keep the result of `make`."""
+        if self.folder is None:
+            return make()
+        kept = read_arrays(self.path(name))
+        if str(kept.get("key")) == key:
+            log.info("%s: found by an earlier run that was interrupted", name)
+            return kept["value"]
+        value = make()
+        write_arrays(self.path(name), {"key": np.array(key), "value": value})
+        return value
+
+    def path(self, name: str) -> Path:
+        assert self.folder is not None and name in STEPS
+        return self.folder / f".{name}.npz"
+
+    def forget(self) -> None:
+        """Remove the files."""
+        if self.folder is not None:
+            for name in STEPS:
+                self.path(name).unlink(missing_ok=True)

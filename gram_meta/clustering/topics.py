@@ -16,8 +16,8 @@ import numpy as np
 
 from gram_meta.clustering import sample, words
 from gram_meta.clustering.hierarchy import FILTERED, KEPT, NOISE
+from gram_meta.clustering.sample import Steps
 from gram_meta.clustering.settings import ChcSettings
-from gram_meta.clustering.steps import Steps
 from gram_meta.corpus.sources.classes import class_of, same_names
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError

@@ -16,15 +16,16 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from gram_meta.corpus.parquet_files import holds_images, leaf_of, open_parquet
-from gram_meta.errors import GramError
+from gram_meta.errors import GramError, in_one_line
 from gram_meta.images import BROKEN, BadImage
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 T = TypeVar("T")
 
+PARQUET_SUFFIXES = (".parquet", ".pq")
 MAX_OPEN = 64  # files; the usual limit of a process is 1,024
 MAX_GROUPS = 256 << 20  # bytes of images, in row groups of Parquet files
 
@@ -158,3 +159,50 @@ class ParquetImages:
 TARS: Cache[TarFile] = Cache(MAX_OPEN)
 PARQUETS: Cache[ParquetImages] = Cache(MAX_OPEN)
 GROUPS: Cache[pa.ChunkedArray] = Cache(MAX_GROUPS, lambda images: images.nbytes)
+
+
+# --- Parquet files ------------------------------------------------------------------------------------------
+
+
+def is_parquet(path: Path) -> bool:
+    """Return whether a file has the name of a Parquet file."""
+    return path.suffix.lower() in PARQUET_SUFFIXES and not path.name.startswith(".")
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """Open a Parquet file and read its footer; raise `GramError` for another kind of file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise GramError(f"{path}: expected a Parquet file, found {in_one_line(error)}") from None
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def is_struct(kind: pa.DataType) -> bool:
+    """Return whether a type is a struct that contains the bytes of an image."""
+    import pyarrow as pa
+
+    if not pa.types.is_struct(kind):
+        return False
+    at = kind.get_field_index("bytes")
+    return at >= 0 and _is_binary(kind.field(at).type)
+
+
+def holds_images(schema: pa.Schema, image: int) -> bool:
+    """Return whether a column holds images, as bytes or as structs."""
+    kind = schema.field(image).type
+    return is_struct(kind) or _is_binary(kind)
+
+
+def leaf_of(schema: pa.Schema, image: int) -> str:
+    """Return the name that Parquet gives the column of bytes."""
+    name = schema.names[image]
+    return f"{name}.bytes" if is_struct(schema.field(image).type) else name

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image
 
-from gram_meta.corpus.open_shards import PARQUETS, TARS, ParquetImages, TarFile
-from gram_meta.corpus.parquet_files import PARQUET_SUFFIXES
+from gram_meta.corpus.open_shards import PARQUET_SUFFIXES, PARQUETS, TARS, ParquetImages, TarFile
 from gram_meta.corpus.sources.rows import Place
 from gram_meta.errors import GramError
 from gram_meta.images import (

@@ -22,8 +22,8 @@ from gram_meta.clustering import hierarchy as h
 from gram_meta.clustering.chc import cluster_pairs
 from gram_meta.clustering.domains import domains_of
 from gram_meta.clustering.hierarchy import Hierarchy
+from gram_meta.clustering.sample import Steps
 from gram_meta.clustering.settings import ChcSettings
-from gram_meta.clustering.steps import Steps
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
 

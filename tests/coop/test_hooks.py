@@ -16,7 +16,7 @@ from gram_meta.coop.defaults import CHECKPOINT_VARIABLE, Defaults, follow_comman
 from gram_meta.coop.packaged_clip import offer_packaged_clip
 from gram_meta.corpus.embedding.sentences import quiet_import
 from gram_meta.engine import get_cfg_default, registries
-from gram_meta.engine.builtin.utils.registry import Registry
+from gram_meta.engine.builtin.utils import Registry
 from gram_meta.errors import GramError
 from gram_meta.runs.folder import OutputFolder
 

@@ -18,7 +18,7 @@ from gram_meta.coop import checkout, missing_packages, register
 from gram_meta.coop.command_line import CommandLine
 from gram_meta.coop.defaults import CHECKPOINT_VARIABLE, Defaults, config_path, extend_defaults
 from gram_meta.engine import TRAINER_REGISTRY, get_cfg_default, registries
-from gram_meta.engine.builtin.utils.registry import Registry as BuiltinRegistry
+from gram_meta.engine.builtin.utils import Registry as BuiltinRegistry
 from gram_meta.engine.options import complete_cfg
 from gram_meta.errors import GramError
 

@@ -13,8 +13,7 @@ from gram_meta.commands import embed
 from gram_meta.corpus import sources
 from gram_meta.corpus.places import ImageReader
 from gram_meta.corpus.sources import FORMATS, all_rows, open_source, rows
-from gram_meta.corpus.sources.rows import Shard
-from gram_meta.corpus.sources.source import Source
+from gram_meta.corpus.sources.rows import Shard, Source
 from gram_meta.errors import GramError
 
 

@@ -13,7 +13,7 @@ import gram_meta.plugin  # noqa: F401, fills the registries
 from gram_meta import engine
 from gram_meta.cli import main
 from gram_meta.coop import launch
-from gram_meta.engine.builtin.utils.tools import read_image as read_for_training
+from gram_meta.engine.builtin.utils import read_image as read_for_training
 from gram_meta.engine.options import extend_cfg
 from gram_meta.errors import GramError
 from gram_meta.images import read_image

@@ -261,11 +261,11 @@ def test_the_payloads_here_do_run_where_nobody_looks(tmp_path):
 
 
 def warmup_and_cosine(epochs=6):
-    from gram_meta.engine.builtin.optim import ConstantWarmupScheduler
+    from gram_meta.engine.builtin.optim import WarmupScheduler
 
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.002)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, float(epochs))
-    return optimizer, ConstantWarmupScheduler(optimizer, cosine, 1, 1e-5)
+    return optimizer, WarmupScheduler(optimizer, cosine, 1, 1e-5)
 
 
 def rates(optimizer, scheduler, epochs):

@@ -23,13 +23,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from gram_meta.corpus.embedding.progress import SharedBar
 from gram_meta.corpus.loading import run_ahead
 from gram_meta.corpus.open_shards import check_shard
 from gram_meta.corpus.sources.rows import Place, Shard
 from gram_meta.errors import GramError, in_one_line
 from gram_meta.files import Count, atomic_write, read_json, write_json
 from gram_meta.processes import ALONE, ProcessGroup
+from gram_meta.progress import SharedBar
 
 log = logging.getLogger(__name__)
 

@@ -18,13 +18,13 @@ from gram_meta.corpus import store as layout
 from gram_meta.corpus.embedding.index import PLAN, Index, write_index
 from gram_meta.corpus.embedding.joining import join_parts
 from gram_meta.corpus.embedding.parts import embed_parts, part_path
-from gram_meta.corpus.embedding.progress import SharedBar
 from gram_meta.corpus.sources import Source, open_source, shards_of
 from gram_meta.corpus.store import PairStore, read_manifest
 from gram_meta.errors import GramError, as_gram_error
 from gram_meta.files import MARK, PathLike, write_json
 from gram_meta.locks import LOCK, only_writer
 from gram_meta.processes import ALONE, ProcessGroup
+from gram_meta.progress import SharedBar
 
 if TYPE_CHECKING:
     from gram_meta.backbone.clip import Backbone

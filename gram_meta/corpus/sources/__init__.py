@@ -16,8 +16,7 @@ from gram_meta.corpus.sources.folders import Folder
 from gram_meta.corpus.sources.format import LABELS, Format, Options, Peek
 from gram_meta.corpus.sources.json import Coco, Karpathy, Records, describe
 from gram_meta.corpus.sources.parquet import Parquet
-from gram_meta.corpus.sources.rows import Row, Shard
-from gram_meta.corpus.sources.source import Source
+from gram_meta.corpus.sources.rows import Row, Shard, Source
 from gram_meta.corpus.sources.tables import Csv, Tokens, Tsv
 from gram_meta.corpus.sources.webdataset import WebDataset
 from gram_meta.errors import GramError

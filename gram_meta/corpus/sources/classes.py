@@ -13,8 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from gram_meta.corpus.sources.format import OnePiece, Options, Peek, open_text
-from gram_meta.corpus.sources.rows import IMAGE_SUFFIXES, Row, checked, is_broken
-from gram_meta.corpus.sources.source import Source
+from gram_meta.corpus.sources.rows import IMAGE_SUFFIXES, Row, Source, checked, is_broken
 from gram_meta.errors import GramError
 
 log = logging.getLogger(__name__)

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gram_meta.corpus.sources.format import OnePiece, Options, Peek, existing_file, first_lines, open_text
-from gram_meta.corpus.sources.rows import BAD_UTF8, COLUMN_COUNT, NO_IMAGE, Row, checked, is_broken
-from gram_meta.corpus.sources.source import Source
+from gram_meta.corpus.sources.rows import BAD_UTF8, COLUMN_COUNT, NO_IMAGE, Row, Source, checked, is_broken
 from gram_meta.errors import GramError
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""The interface of a source format, and what a format may look at to recognise its files.
+"""The interface of a source format, and what formats share: how they recognise, find and choose their files.
 
 To add a format, write a module with a class that has the members of `Format`, and add an instance of it to
 `gram_meta.corpus.sources.FORMATS`.
@@ -8,20 +8,30 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from gram_meta.corpus.parquet_files import is_parquet
+from gram_meta.corpus.open_shards import is_parquet
 from gram_meta.corpus.sources.patterns import expand, is_pattern
-from gram_meta.corpus.sources.rows import Row, Shard
-from gram_meta.corpus.sources.source import Source
+from gram_meta.corpus.sources.rows import Row, Shard, Source
 from gram_meta.errors import GramError
 
+log = logging.getLogger(__name__)
+
+TRAIN = ("train", "restval")  # the splits that are read if the user names none
+# Folders that usually hold the images of a file of captions, relative to its own folder or the one above.
+IMAGE_FOLDERS = (
+    *("", "images", "Images", "Flicker8k_Dataset", "Flickr8k_Dataset", "flickr8k_images", "flickr30k_images"),
+    *("flickr30k-images", "train2014", "val2014", "train2017", "val2017"),
+)
+TRIED = 200  # images looked for in each folder
 TEXT_SUFFIXES = (".tsv", ".tab", ".csv", ".txt", ".token")
 LABELS = {
     "image_column": "an image column",
@@ -200,3 +210,76 @@ def load_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise GramError(f"{path}: expected JSON, found something else ({error})") from None
+
+
+# --- where the images of a file of captions lie -------------------------------------------------------------
+
+
+def find_images(path: Path, given: Path | None, forms: Mapping[str, Sequence[str]]) -> tuple[Path, str]:
+    """Return the folder that image names start from, and the form of names of which most were found there.
+
+    Looks up TRIED names of each form in the folders that usually hold such images: in `given`, or (None) beside the
+    file and one level above it. The folder that has most of them is chosen.
+
+    Raises:
+        GramError: no image was found anywhere.
+    """
+    bases = [given] if given else [path.parent, path.parent.parent]
+    folders = [folder for base in bases for name in IMAGE_FOLDERS if (folder := base / name).is_dir()]
+    best, most = None, 0
+    for folder in dict.fromkeys(folders):
+        for form, names in forms.items():
+            hits = sum((folder / name).is_file() for name in _spread(names))
+            if hits > most:
+                best, most = (folder, form), hits
+    if best is None:
+        first = next((name for names in forms.values() for name in names), "")
+        tried = ", ".join(str(folder) for folder in bases)
+        raise GramError(
+            f"{path}: expected its images, such as {first}, below {tried}, found none of {TRIED} that were looked for; "
+            "name their folder with --image-root"
+        )
+    log.info("%s: images are in %s", path, best[0])
+    return best[0].resolve(), best[1]
+
+
+def _spread(names: Sequence[str]) -> Iterable[str]:
+    """Return up to TRIED names, spread over the whole list, that are safe to look up."""
+    some = names[:: max(1, len(names) // TRIED)][:TRIED]
+    return [name for name in some if "\0" not in name and len(name) < 1000]
+
+
+# --- splits -------------------------------------------------------------------------------------------------
+
+
+def choose_split(path: Path, found: Counter[str], given: str | None) -> str | None:
+    """Return the splits to read, separated by commas; None: all.
+
+    Without `--split` only training data is read: captions of test images in a meta-corpus are a leak.
+
+    Args:
+        found: split -> number of images; "" for images without a split.
+        given: as `--split`, `all` for every split; None: train (and restval, which the Karpathy split of COCO adds to
+            it) if there is one, else all.
+    """
+    named = {split: count for split, count in found.items() if split}
+    if given == "all":
+        return None
+    if given:
+        missing = [split for split in given.split(",") if split not in named]
+        if missing:
+            has = ", ".join(f"{split} ({count})" for split, count in named.items()) or "none"
+            raise GramError(f"{path}: expected the split {missing[0]!r}, found {has}; --split all takes every one")
+        return given
+    chosen = [split for split in TRAIN if split in named]
+    if "train" not in chosen:
+        return None
+    rest = [split for split in named if split not in chosen]
+    if rest:
+        log.info("%s: split %s taken, not %s (--split all takes every one)", path, ", ".join(chosen), ", ".join(rest))
+    return ",".join(chosen)
+
+
+def is_chosen(split: str, chosen: str | None) -> bool:
+    """Return whether `split` is one of the splits to read."""
+    return chosen is None or split in chosen.split(",")

@@ -13,11 +13,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gram_meta.corpus.sources.format import OnePiece, Options, Peek, existing_file, load_json, open_text
-from gram_meta.corpus.sources.image_root import find_images
-from gram_meta.corpus.sources.rows import EMPTY_CAPTION, NO_IMAGE, UNREADABLE, Row, checked
-from gram_meta.corpus.sources.source import Source
-from gram_meta.corpus.sources.splits import choose_split, is_chosen
+from gram_meta.corpus.sources.format import (
+    OnePiece,
+    Options,
+    Peek,
+    choose_split,
+    existing_file,
+    find_images,
+    is_chosen,
+    load_json,
+    open_text,
+)
+from gram_meta.corpus.sources.rows import EMPTY_CAPTION, NO_IMAGE, UNREADABLE, Row, Source, checked
 from gram_meta.corpus.sources.tables import CAPTION_COLUMNS, IMAGE_COLUMNS, find_column
 from gram_meta.errors import GramError
 

@@ -15,11 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gram_meta.corpus.parquet_files import holds_images, is_parquet, is_struct, leaf_of, open_parquet
-from gram_meta.corpus.sources.format import Options, Peek, common_folder, named_shards
-from gram_meta.corpus.sources.rows import BAD_UTF8, NO_IMAGE, UNREADABLE, Row, Shard, checked
-from gram_meta.corpus.sources.source import Source, relative_name
-from gram_meta.corpus.sources.splits import choose_split, is_chosen
+from gram_meta.corpus.open_shards import holds_images, is_parquet, is_struct, leaf_of, open_parquet
+from gram_meta.corpus.sources.format import Options, Peek, choose_split, common_folder, is_chosen, named_shards
+from gram_meta.corpus.sources.rows import BAD_UTF8, NO_IMAGE, UNREADABLE, Row, Shard, Source, checked, relative_name
 from gram_meta.corpus.sources.tables import CAPTION_COLUMNS, IMAGE_COLUMNS, find_column
 from gram_meta.errors import GramError
 

@@ -8,10 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from gram_meta.corpus.sources.format import OnePiece, Options, Peek, existing_file, open_text
-from gram_meta.corpus.sources.image_root import find_images
-from gram_meta.corpus.sources.rows import COLUMN_COUNT, UNREADABLE, Row, checked
-from gram_meta.corpus.sources.source import Source
+from gram_meta.corpus.sources.format import OnePiece, Options, Peek, existing_file, find_images, open_text
+from gram_meta.corpus.sources.rows import COLUMN_COUNT, UNREADABLE, Row, Source, checked
 from gram_meta.errors import GramError
 
 IMAGE_COLUMNS = ("image", "image_path", "image_name", "path", "filename", "file_name", "filepath", "file")

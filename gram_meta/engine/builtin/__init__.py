@@ -23,19 +23,13 @@ from gram_meta.errors import GramError
 
 # Each module, with the names of Dassl's modules that it stands for; parents come before children.
 MODULES = {
-    "utils": "utils",
-    "utils.tools": "utils.tools",
-    "utils.logger": "utils.logger",
-    "utils.meters": "utils.meters",
-    "utils.registry": "utils.registry",
-    "utils.torchtools": "utils.torchtools",
+    "utils": "utils utils.tools utils.logger utils.meters utils.registry utils.torchtools",
     "config": "config config.defaults",
     "data": "data data.data_manager data.samplers",
     "datasets": "data.datasets data.datasets.build data.datasets.base_dataset",
     "transforms": "data.transforms data.transforms.transforms",
     "optim": "optim optim.optimizer optim.lr_scheduler",
-    "metrics": "metrics metrics.accuracy",
-    "evaluation": "evaluation evaluation.build evaluation.evaluator",
+    "evaluation": "evaluation evaluation.build evaluation.evaluator metrics metrics.accuracy",
     "engine": "engine engine.build engine.trainer",
 }
 

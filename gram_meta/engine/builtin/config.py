@@ -4,8 +4,6 @@ from yacs.config import CfgNode as CN
 
 from gram_meta.engine import builtin
 
-__all__ = ["get_cfg_default"]
-
 _C = CN()
 _C.VERSION = 1
 _C.OUTPUT_DIR = "./output"  # log.txt, checkpoints, results.json

@@ -17,8 +17,6 @@ from gram_meta.engine.builtin.utils import read_image
 from gram_meta.errors import GramError
 from gram_meta.images import coop_decoding
 
-__all__ = ["DataManager", "DatasetWrapper", "build_data_loader"]
-
 SAMPLERS: dict[str, Any] = {"RandomSampler": RandomSampler, "SequentialSampler": SequentialSampler}
 
 

@@ -10,10 +10,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from gram_meta.engine.builtin.utils import check_isfile
-from gram_meta.engine.builtin.utils.registry import Registry, build
-
-__all__ = ["DATASET_REGISTRY", "DatasetBase", "Datum", "build_dataset"]
+from gram_meta.engine.builtin.utils import Registry, build, check_isfile
 
 DATASET_REGISTRY = Registry("DATASET")
 

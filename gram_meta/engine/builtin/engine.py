@@ -17,18 +17,16 @@ from gram_meta.engine.builtin.evaluation import build_evaluator
 from gram_meta.engine.builtin.utils import (
     AverageMeter,
     MetricMeter,
+    Registry,
+    as_floats,
+    build,
     load_checkpoint,
     mkdir_if_missing,
     resume_from_checkpoint,
     save_checkpoint,
     tolist_if_not,
 )
-from gram_meta.engine.builtin.utils.meters import as_floats
-from gram_meta.engine.builtin.utils.registry import Registry, build
 from gram_meta.progress import progress_bar
-
-__all__ = ["TRAINER_REGISTRY", "TrainerX", "build_trainer"]
-
 
 TRAINER_REGISTRY = Registry("TRAINER")
 
@@ -38,14 +36,31 @@ def build_trainer(cfg: CfgNode) -> Any:
     return build(TRAINER_REGISTRY, "Loading trainer", cfg.TRAINER.NAME, cfg.VERBOSE, cfg)
 
 
-class TrainerBase:
-    """Named models with their optimisers, schedulers and checkpoints."""
+class TrainerX:
+    """A trainer with labelled data, named models and an evaluator, from a config.
 
-    def __init__(self) -> None:
+    `forward_backward(batch)` makes one step and returns numbers for the log. Numbers that are tensors are read once a
+    printed line, as reading makes a GPU wait.
+    """
+
+    model: Any  # of `build_model`
+
+    def __init__(self, cfg: CfgNode) -> None:
         self._models: OrderedDict[str, Any] = OrderedDict()
         self._optims: OrderedDict[str, Any] = OrderedDict()
         self._scheds: OrderedDict[str, Any] = OrderedDict()
         self._writer: Any = None
+        check_options(cfg)
+        self.check_cfg(cfg)
+        self.device = torch.device("cuda" if torch.cuda.is_available() and cfg.USE_CUDA else "cpu")
+        self.start_epoch = self.epoch = 0
+        self.max_epoch = cfg.OPTIM.MAX_EPOCH
+        self.output_dir = cfg.OUTPUT_DIR
+        self.cfg = cfg
+        self.build_data_loader()
+        self.build_model()
+        self.evaluator = build_evaluator(cfg, lab2cname=self.lab2cname)
+        self.best_result = -float("inf")
 
     def register_model(self, name: str = "model", model: Any = None, optim: Any = None, sched: Any = None) -> None:
         """Make a model known by `name`: to checkpoints, train/eval mode and the learning-rate schedule."""
@@ -163,30 +178,6 @@ class TrainerBase:
     def write_scalar(self, tag: str, scalar_value: float, global_step: int | None = None) -> None:
         if self._writer is not None:
             self._writer.add_scalar(tag, scalar_value, global_step)
-
-
-class TrainerX(TrainerBase):
-    """A trainer with labelled data, one model and an evaluator, from a config.
-
-    `forward_backward(batch)` makes one step and returns numbers for the log. Numbers that are tensors are read once a
-    printed line, as reading makes a GPU wait.
-    """
-
-    model: Any  # of `build_model`
-
-    def __init__(self, cfg: CfgNode) -> None:
-        super().__init__()
-        check_options(cfg)
-        self.check_cfg(cfg)
-        self.device = torch.device("cuda" if torch.cuda.is_available() and cfg.USE_CUDA else "cpu")
-        self.start_epoch = self.epoch = 0
-        self.max_epoch = cfg.OPTIM.MAX_EPOCH
-        self.output_dir = cfg.OUTPUT_DIR
-        self.cfg = cfg
-        self.build_data_loader()
-        self.build_model()
-        self.evaluator = build_evaluator(cfg, lab2cname=self.lab2cname)
-        self.best_result = -float("inf")
 
     def check_cfg(self, cfg: CfgNode) -> None:
         """Raise an error for a config that this trainer cannot follow."""

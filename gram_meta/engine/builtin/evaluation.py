@@ -1,18 +1,18 @@
-"""Accuracy, error and macro F1 over a test set, in the log lines that CoOp's tools read."""
+"""Accuracy of a batch; accuracy, error and macro F1 over a test set, in the log lines that CoOp's tools read."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from sklearn.metrics import f1_score
 from yacs.config import CfgNode
 
-from gram_meta.engine.builtin.utils.registry import Registry, build
+from gram_meta.engine.builtin.utils import Registry, build
 from gram_meta.errors import GramError
-
-__all__ = ["EVALUATOR_REGISTRY", "Classification", "EvaluatorBase", "build_evaluator"]
 
 EVALUATOR_REGISTRY = Registry("EVALUATOR")
 
@@ -22,29 +22,21 @@ def build_evaluator(cfg: CfgNode, **kwargs: Any) -> Any:
     return build(EVALUATOR_REGISTRY, "Loading evaluator", cfg.TEST.EVALUATOR, cfg.VERBOSE, cfg, **kwargs)
 
 
-class EvaluatorBase:
-    """Called as reset(), then process() for each batch, then evaluate()."""
-
-    def __init__(self, cfg: CfgNode) -> None:
-        self.cfg = cfg
-
-    def reset(self) -> None:
-        raise NotImplementedError
-
-    def process(self, mo: torch.Tensor, gt: torch.Tensor) -> None:
-        raise NotImplementedError
-
-    def evaluate(self) -> OrderedDict[str, float]:
-        raise NotImplementedError
+def compute_accuracy(output: torch.Tensor, target: torch.Tensor, topk: Sequence[int] = (1,)) -> list[torch.Tensor]:
+    """Return the percentage of rows of `output` (B, N) whose `target` (B,) is among the k highest, (1,) for each k."""
+    if isinstance(output, list | tuple):
+        output = output[0]
+    best = output.topk(max(topk), dim=1).indices  # (B, max k)
+    hits = best == target.view(-1, 1)
+    return [hits[:, :k].any(1).float().mean().mul(100.0).view(1) for k in topk]
 
 
 @EVALUATOR_REGISTRY.register()
-class Classification(EvaluatorBase):
-    """Scores single-label classification; all results are percentages."""
+class Classification:
+    """Scores single-label classification, in percent: reset(), then process() for each batch, then evaluate()."""
 
     def __init__(self, cfg: CfgNode, lab2cname: dict[int, str] | None = None, **kwargs: Any) -> None:
-        super().__init__(cfg)
-        self._lab2cname: Any = lab2cname
+        self.cfg, self._lab2cname = cfg, lab2cname or {}
         self.reset()
         if cfg.TEST.PER_CLASS_RESULT and lab2cname is None:
             raise GramError("TEST.PER_CLASS_RESULT needs the names of the classes, and the evaluator got none")
@@ -63,11 +55,10 @@ class Classification(EvaluatorBase):
         true, predicted = (torch.cat(column).cpu().numpy() for column in zip(*self._batches, strict=True))
         self._correct, self._total = int((true == predicted).sum()), len(true)
         accuracy = 100.0 * self._correct / self._total
-        results = OrderedDict(
-            accuracy=accuracy, error_rate=100.0 - accuracy, macro_f1=100.0 * _macro_f1(true, predicted)
-        )
+        macro_f1 = 100.0 * float(f1_score(true, predicted, average="macro", labels=np.unique(true)))
+        results = OrderedDict(accuracy=accuracy, error_rate=100.0 - accuracy, macro_f1=macro_f1)
         print(f"=> result\n* total: {self._total:,}\n* correct: {self._correct:,}\n* accuracy: {accuracy:.1f}%")
-        print(f"* error: {results['error_rate']:.1f}%\n* macro_f1: {results['macro_f1']:.1f}%")
+        print(f"* error: {results['error_rate']:.1f}%\n* macro_f1: {macro_f1:.1f}%")
         if self.cfg.TEST.PER_CLASS_RESULT:
             results["perclass_accuracy"] = self._print_classes(true, predicted)
         return results
@@ -87,12 +78,3 @@ class Classification(EvaluatorBase):
         mean = float(np.mean(accuracies))
         print(f"* average: {mean:.1f}%")
         return mean
-
-
-def _macro_f1(true: np.ndarray, predicted: np.ndarray) -> float:
-    """Return the mean over the classes in `true` of 2 TP / (2 TP + FP + FN)."""
-    scores = []
-    for label in np.unique(true):
-        is_true, is_predicted = true == label, predicted == label
-        scores.append(2.0 * np.sum(is_true & is_predicted) / (is_true.sum() + is_predicted.sum()))
-    return float(np.mean(scores))

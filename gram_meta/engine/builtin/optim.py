@@ -15,8 +15,6 @@ from gram_meta.engine import builtin
 from gram_meta.engine.checkpoints import restore_schedule, schedule_state
 from gram_meta.errors import GramError
 
-__all__ = ["build_lr_scheduler", "build_optimizer"]
-
 AVAI_OPTIMS = ["adam", "adamw", "sgd"]
 AVAI_SCHEDS = ["single_step", "multi_step", "cosine"]
 
@@ -40,21 +38,31 @@ def build_optimizer(model: nn.Module | Iterable[Any], optim_cfg: CfgNode, param_
 
 
 class WarmupScheduler(LRScheduler):
-    """Runs `warmup_epoch` epochs at the rates of `warmup_lr`, then the successor's schedule from its beginning."""
+    """Runs `warmup_epoch` epochs at a rate of their own, then the successor's schedule from its beginning.
 
-    def __init__(self, optimizer: Optimizer, successor: LRScheduler, warmup_epoch: int, last_epoch: int = -1) -> None:
-        self.successor = successor
-        self.warmup_epoch = warmup_epoch
+    Args:
+        rate: of the whole warm-up; of a linear one only of its first epoch: epoch e then has e / warmup_epoch of the
+            full rate.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        successor: LRScheduler,
+        warmup_epoch: int,
+        rate: float,
+        is_linear: bool = False,
+        last_epoch: int = -1,
+    ) -> None:
+        self.successor, self.warmup_epoch, self.rate, self.is_linear = successor, warmup_epoch, rate, is_linear
         super().__init__(optimizer, last_epoch)
-
-    def warmup_lr(self, base_lr: Any) -> float:
-        """Return the rate in epoch `self.last_epoch` (from 0) of the warm-up."""
-        raise NotImplementedError
 
     def get_lr(self) -> list[Any]:
         if self.last_epoch >= self.warmup_epoch:
             return self.successor.get_last_lr()
-        return [self.warmup_lr(float(lr)) for lr in self.base_lrs]
+        if self.is_linear and self.last_epoch:
+            return [float(lr) * self.last_epoch / self.warmup_epoch for lr in self.base_lrs]
+        return [self.rate] * len(self.base_lrs)
 
     def step(self, epoch: int | None = None) -> None:
         if self.last_epoch >= self.warmup_epoch:
@@ -70,32 +78,6 @@ class WarmupScheduler(LRScheduler):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore from `state_dict()`, or from what Dassl saved: the successor as an object."""
         restore_schedule(self, state_dict)
-
-
-class ConstantWarmupScheduler(WarmupScheduler):
-    """Keeps one rate through the whole warm-up."""
-
-    def __init__(
-        self, optimizer: Optimizer, successor: LRScheduler, warmup_epoch: int, cons_lr: float, last_epoch: int = -1
-    ) -> None:
-        self.cons_lr = cons_lr
-        super().__init__(optimizer, successor, warmup_epoch, last_epoch)
-
-    def warmup_lr(self, base_lr: float) -> float:
-        return self.cons_lr
-
-
-class LinearWarmupScheduler(WarmupScheduler):
-    """Takes `min_lr` in the first epoch, then e / warmup_epoch of the full rate in epoch e."""
-
-    def __init__(
-        self, optimizer: Optimizer, successor: LRScheduler, warmup_epoch: int, min_lr: float, last_epoch: int = -1
-    ) -> None:
-        self.min_lr = min_lr
-        super().__init__(optimizer, successor, warmup_epoch, last_epoch)
-
-    def warmup_lr(self, base_lr: float) -> float:
-        return base_lr * self.last_epoch / self.warmup_epoch if self.last_epoch else self.min_lr
 
 
 def build_lr_scheduler(optimizer: Optimizer, optim_cfg: CfgNode) -> LRScheduler:
@@ -115,11 +97,11 @@ def build_lr_scheduler(optimizer: Optimizer, optim_cfg: CfgNode) -> LRScheduler:
         return scheduler
     if not c.WARMUP_RECOUNT:
         scheduler.last_epoch = c.WARMUP_EPOCH
-    if c.WARMUP_TYPE == "constant":
-        return ConstantWarmupScheduler(optimizer, scheduler, c.WARMUP_EPOCH, c.WARMUP_CONS_LR)
-    if c.WARMUP_TYPE == "linear":
-        return LinearWarmupScheduler(optimizer, scheduler, c.WARMUP_EPOCH, c.WARMUP_MIN_LR)
-    raise builtin.not_built_in("OPTIM.WARMUP_TYPE", c.WARMUP_TYPE, ["constant", "linear"])
+    first_rates = {"constant": c.WARMUP_CONS_LR, "linear": c.WARMUP_MIN_LR}
+    if c.WARMUP_TYPE not in first_rates:
+        raise builtin.not_built_in("OPTIM.WARMUP_TYPE", c.WARMUP_TYPE, first_rates)
+    rate, is_linear = first_rates[c.WARMUP_TYPE], c.WARMUP_TYPE == "linear"
+    return WarmupScheduler(optimizer, scheduler, c.WARMUP_EPOCH, rate, is_linear)
 
 
 def _step_size(c: CfgNode) -> int:

@@ -11,8 +11,6 @@ from yacs.config import CfgNode
 
 from gram_meta.engine import builtin
 
-__all__ = ["INTERPOLATION_MODES", "build_transform"]
-
 INTERPOLATION_MODES = {mode: InterpolationMode(mode) for mode in ("bilinear", "bicubic", "nearest")}
 
 # center_crop is part of every test transform; naming it changes nothing

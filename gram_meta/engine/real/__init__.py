@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from gram_meta.engine.real import files, images, imports, metrics, schedules, transforms
+from gram_meta.engine.real import imports
 from gram_meta.engine.real.fix import Fix
+from gram_meta.engine.real.fixes import fixes
 
 __all__ = ["Fix", "import_as_it_is", "import_fixed"]
 
@@ -25,9 +26,7 @@ def import_fixed(restore: Callable[[str, str], Any]) -> list[Fix]:
     Raises:
         GramError: Dassl does not import; the message names the missing package.
     """
-    found = imports.import_dassl(restore)
-    for part in (schedules, files, transforms, metrics, images):
-        found += part.fixes()
+    found = [*imports.import_dassl(restore), *fixes()]
     for fix in found:
         fix.apply()
     return found
