@@ -295,8 +295,7 @@ def _finished(config: CN, opts: Sequence[str]) -> CN:
 def find_config(name: str, folder: str, project: PathLike = ".") -> Path:
     """Return a YAML file: as a path, or by that path or its bare name in configs/ of `project`, then of the package.
 
-    Raises:
-        GramError: there is none; the nearest name in the package is named.
+    Raises `GramError` if there is none, with the nearest name in the package.
     """
     if Path(name).is_file():
         return Path(name)

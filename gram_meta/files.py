@@ -48,10 +48,8 @@ def expand_home(value: Any) -> Any:
 def atomic_write(path: PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a temporary file beside `path`; rename it to `path` when the block ends without an error.
 
-    A reader, also after a run was killed half-way, sees the old file or the new one, never a part of a file.
-
-    Raises:
-        GramError: the file cannot be written, such as on a full disk.
+    A reader, also after a run was killed half-way, sees the old file or the new one, never a part of a file. Raises
+    `GramError` if the file cannot be written, such as on a full disk.
     """
     path = Path(path)
     encoding = None if "b" in mode else "utf-8"
@@ -78,11 +76,7 @@ def remove_unfinished(folder: PathLike) -> None:
 
 
 def check_claimed(folder: PathLike, owner: str) -> None:
-    """Check that a folder does not exist, is empty, or carries the mark of `owner`.
-
-    Raises:
-        GramError: there is something else.
-    """
+    """Raise `GramError` unless a folder does not exist, is empty, or carries the mark of `owner`."""
     folder = Path(folder)
     mark = folder / MARK
     if mark.is_file() and mark.read_text(encoding="utf-8", errors="replace") == owner:
@@ -138,8 +132,7 @@ def write_json(path: PathLike, value: Any) -> None:
 def to_json(value: Any, where: str, **layout: Any) -> str:
     """Return `value` as JSON; `layout` as for `json.dumps`. Bytes of a path that are no text are escaped.
 
-    Raises:
-        GramError: a number in it is NaN or infinite, which JSON has no form for.
+    Raises `GramError` for a number that is NaN or infinite, which JSON has no form for.
     """
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, **layout)
@@ -181,11 +174,7 @@ def read_json(path: PathLike, schema: Any = Any) -> Any:
 
 
 def read_text(path: PathLike) -> str:
-    """Return the contents of a file of UTF-8 text.
-
-    Raises:
-        GramError: the file does not exist, cannot be read, or is no such text.
-    """
+    """Return the contents of a file of UTF-8 text; raise `GramError` if it cannot be read, or is no such text."""
     try:
         with as_gram_error(path, "cannot be read"):
             return Path(path).read_text(encoding="utf-8")
@@ -211,8 +200,7 @@ def parse_json(text: str | bytes, where: str, schema: Any = Any) -> Any:
 def check_type(value: Any, schema: Any, where: str) -> Any:
     """Return `value` if it has the type `schema`; keys that a TypedDict does not name may have any value.
 
-    Raises:
-        GramError: another type, a number out of range, or a missing key; the sentence names its place.
+    Raises `GramError` for another type, a number out of range, or a missing key; the sentence names its place.
     """
     try:
         msgspec.convert(value, schema)
@@ -268,10 +256,9 @@ def checksums(folder: Path, names: Iterable[str]) -> dict[str, Checksum]:
 
 
 def check_unchanged(folder: Path, expected: Mapping[str, Checksum], anew: bool = False) -> None:
-    """Compare files in a folder with their `checksums`; `anew`: read them also if size and time are unchanged.
+    """Compare files in a folder with their `checksums`; raise `GramError` if one has changed.
 
-    Raises:
-        GramError: a file has changed.
+    `anew`: read them also if size and time are unchanged.
     """
     for name, facts in expected.items():
         size = (folder / name).stat().st_size

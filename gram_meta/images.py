@@ -122,11 +122,7 @@ def _check_pixels(path: Path) -> tuple[str, bool]:
 
 
 def file_content(path: Path) -> bytes:
-    """Return the bytes of an image file.
-
-    Raises:
-        BadImage: no such file, an empty one, or one that is too large to be a photograph.
-    """
+    """Return the bytes of an image file; raise `BadImage` for none, an empty one, or one too large for a photograph."""
     _check_size(path)
     try:
         return path.read_bytes()

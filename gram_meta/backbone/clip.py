@@ -156,11 +156,7 @@ class Backbone(nn.Module):
             )
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Return token ids (n, 77).
-
-        Raises:
-            GramError: a text has more tokens than there are positions.
-        """
+        """Return token ids (n, 77); raise `GramError` for a text with more tokens than there are positions."""
         clip = clip_module()
         try:
             return clip.tokenize(list(texts), context_length=self.context_length)
@@ -282,11 +278,7 @@ def end_positions(tokens: Tensor) -> Tensor:
 
 
 def clip_module() -> ModuleType:
-    """Import the `clip` package: a checkout's own folder if it is first on the path, else clip-anytorch.
-
-    Raises:
-        GramError: there is none, or another package has that name.
-    """
+    """Import the `clip` package: a checkout's own folder, else clip-anytorch; raise `GramError` if there is none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pkg_resources warns of its removal on every import

@@ -34,10 +34,8 @@ def weights_path() -> Path:
 def load_packaged_state_dict(path: Path | None = None) -> dict[str, torch.Tensor]:
     """Return the full state dict under OpenAI's names, float32, as `clip.model.build_model` expects it.
 
-    Embedding rows of tokens that were never trained hold the mean of the trained rows (see `untrained_tokens`).
-
-    Raises:
-        GramError: the file is missing or not of this format.
+    Embedding rows of tokens that were never trained hold the mean of the trained rows (see `untrained_tokens`). Raises
+    `GramError` if the file is missing or not of this format.
     """
     import torch
 

@@ -98,11 +98,7 @@ def read_widths(path: Path) -> dict[str, int]:
 
 
 def build_clip(clip: ModuleType, state: Mapping[str, Tensor], name: str) -> Any:
-    """Return CLIP's modules with these weights, in float32, built by the `clip` package.
-
-    Raises:
-        GramError: keys or shapes that are no whole CLIP of OpenAI's architecture.
-    """
+    """Return CLIP's modules, float32, with these weights; raise `GramError` for no whole CLIP of OpenAI's kind."""
     weights = {key: value.to(torch.float32) for key, value in state.items() if key not in _EXTRA}
     if "text_projection" not in weights or "visual.conv1.weight" not in weights:
         some = ", ".join(list(weights)[:3]) or "nothing"

@@ -57,8 +57,7 @@ def characters(text: str) -> Iterator[str]:
 def tokenizer(name: str) -> Tokenizer:
     """Return the function that cuts a text into words: `words`, `characters`, or one to import, such as `jieba.lcut`.
 
-    Raises:
-        GramError: no such function, or one that does not return strings.
+    Raises `GramError` for no such function, or one that does not return strings.
     """
     if name in ("words", "characters"):
         return words if name == "words" else characters

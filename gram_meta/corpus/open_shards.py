@@ -94,11 +94,7 @@ def pread(descriptor: int, size: int, offset: int) -> bytes:
 
 
 def check_shard(path: Path, size: int | None) -> int:
-    """Return the size of a shard.
-
-    Raises:
-        GramError: it does not exist, or its size is not `size` (None: any).
-    """
+    """Return the size of a shard; raise `GramError` if there is none, or if its size is not `size` (None: any)."""
     try:
         found = path.stat().st_size
     except OSError as error:

@@ -78,12 +78,7 @@ class ImageReader:
         return content
 
     def image(self, place: Place) -> tuple[Image.Image, bytes]:
-        """Return an image as upright 8-bit RGB (`images.read_image`), and the digest of its file's content.
-
-        Raises:
-            BadImage: with its reason.
-            GramError: as `content`.
-        """
+        """Return an image as upright 8-bit RGB, and the digest of its file's content; raise as `content` does."""
         content = self.content(place)
         return decode_image(content), digest_of(content)
 
@@ -142,8 +137,7 @@ class ImageFiles:
     def read(self, places: Sequence[Place]) -> ImageBatch:
         """Read the images at these places; an image that cannot be used is left out, with its reason.
 
-        Raises:
-            GramError: a shard is missing or has changed.
+        Raises `GramError` if a shard is missing or has changed.
         """
         import torch
 

@@ -174,8 +174,7 @@ class PairStore:
     def rows_of_images(self, path: PathLike) -> np.ndarray:
         """Return the rows, ascending, of the images whose locations stand in the column `image` of a TSV.
 
-        Raises:
-            GramError: no such file or column, or a location that the store does not have.
+        Raises `GramError` for no such file or column, or a location that the store does not have.
         """
         with as_gram_error(path, "expected a .tsv file of images to exclude, found none"):
             header, *rows = read_rows(Path(path)) or [[]]

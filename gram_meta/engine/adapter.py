@@ -23,8 +23,7 @@ _fixes: list[Fix] = []
 def backend() -> str:
     """Return the backend in use, "real" or "builtin". The first call chooses and imports it.
 
-    Raises:
-        GramError: GRAM_DASSL asks for a backend that cannot be had, or GRAM_HOOKS names an unknown hook.
+    Raises `GramError` if GRAM_DASSL asks for a backend that cannot be had, or GRAM_HOOKS names an unknown hook.
     """
     global _backend
     if not _backend:

@@ -82,11 +82,7 @@ def read_checkpoint(path: PathLike, map_location: Any = "cpu") -> dict[str, Any]
 
 
 def check_finite(path: PathLike, tensors: Mapping[str, Any]) -> None:
-    """Check that every learned tensor has finite numbers only.
-
-    Raises:
-        GramError: NaN or an infinite number in one of them.
-    """
+    """Raise a `GramError` for the first learned tensor that has NaN or an infinite number."""
     import torch
 
     for name, value in tensors.items():

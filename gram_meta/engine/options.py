@@ -75,12 +75,9 @@ def extend_cfg(cfg: CN) -> None:
 
 
 def complete_cfg(cfg: CN) -> None:
-    """Add what is missing to a tree that may be frozen, and check the values.
+    """Add what is missing to a tree that may be frozen; raise `GramError` for a value out of its bounds.
 
     A train.py may have replaced a whole node (`TRAINER.VPT = CN()`).
-
-    Raises:
-        GramError: a value out of its bounds.
     """
     frozen = cfg.is_frozen()
     cfg.defrost()

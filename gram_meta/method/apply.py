@@ -77,8 +77,7 @@ class Regulation:
     def attach(self, *optimizers: Optimizer) -> list[Any]:
         """Register the hook before the optimisers' steps, and return handles whose `remove()` removes it.
 
-        Raises:
-            GramError: a prompt that none of the optimisers holds.
+        Raises `GramError` for a prompt that none of the optimisers holds.
         """
         held = {id(parameter) for optimizer in optimizers for parameter in _parameters(optimizer)}
         for name, parameter in self.prompts.items():

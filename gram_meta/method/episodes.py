@@ -134,8 +134,7 @@ class Episodes:
     def of(self, batches: Batches) -> Iterator[Episode]:
         """Yield the episodes of these batches of tasks, in order; LOADER.WORKERS processes decode pixels ahead.
 
-        Raises:
-            GramError: an image cannot be read any more, or a worker process died.
+        Raises `GramError` if an image cannot be read any more, or if a worker process died.
         """
         device, workers, pin = self.backbone.device, 0, False
         read: Callable[[int], tuple[Sequence[Task], Tensor, Tensor]] = partial(self._features, batches)
@@ -185,10 +184,8 @@ def read_pixels(
 ) -> tuple[Sequence[Task], Tensor, Tensor]:
     """Return the tasks of a batch with their support and query images, as bytes (B, K, n, 3, H, W).
 
-    Worker processes run this function, so it takes no towers and no features.
-
-    Raises:
-        GramError: an image cannot be read any more.
+    Worker processes run this function, so it takes no towers and no features. Raises `GramError` for an image that
+    cannot be read any more.
     """
     tasks = batches[index]
     sides = []

@@ -115,11 +115,7 @@ class MetaRun:
         self.identity = json.loads(json.dumps({"config": as_dict(config), **facts}))
 
     def begin(self) -> None:
-        """Write the identity of a new run.
-
-        Raises:
-            GramError: the folder holds a run.
-        """
+        """Write the identity of a new run; raise `GramError` if the folder holds a run."""
 
         def begin() -> None:
             if (self.out / FACTS).exists():
@@ -131,11 +127,7 @@ class MetaRun:
         self.group.first(begin)
 
     def resume(self) -> dict[str, Any] | None:
-        """Return the last saved state; if there is none, None, and the run begins at its first step.
-
-        Raises:
-            GramError: the folder holds another run.
-        """
+        """Return the last saved state, None if there is none; raise `GramError` if the folder holds another run."""
         if not self.group.first((self.out / FACTS).exists):
             logger.info(f"{self.out}: holds no meta-training yet; a new one begins")
             self.begin()

@@ -154,8 +154,7 @@ class MetaTrainer:
     def read(self, log: MetaLog) -> None:
         """Check and log the steps since the last call. They are read at once, as reading makes a GPU wait.
 
-        Raises:
-            GramError: a loss or a gradient is not finite.
+        Raises `GramError` if a loss or a gradient is not finite.
         """
         unread, self.unread = self.unread, []
         if not unread:

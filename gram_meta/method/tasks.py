@@ -172,9 +172,7 @@ def split_topics(hierarchy: Hierarchy, share: float, ways: int, seed: int) -> tu
     """Return the topics for meta-training, and those held out for choosing the checkpoint.
 
     Topics with the same word stay together, so that a held-out class name is new. At least `ways` words are held out.
-
-    Raises:
-        GramError: too few words for both sides.
+    Raises `GramError` for too few words.
     """
     words = sorted({topic.word.lower() for topic in hierarchy.topics})
     count = max(ways, round(share * len(words)))

@@ -118,8 +118,7 @@ class Index:
     def read(self, part: int, *columns: str) -> pa.Table:
         """Return columns of `SCHEMA` for the pairs of a part; `image` is the global image id.
 
-        Raises:
-            GramError: the shard's index is missing or damaged.
+        Raises `GramError` if the shard's index is missing or damaged.
         """
         shard = bisect_right(self.first_parts, part) - 1
         path = _index_path(self.folder, shard)

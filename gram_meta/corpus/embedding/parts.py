@@ -43,11 +43,7 @@ def part_path(folder: Path, part: int) -> Path:
 
 
 def load_part(folder: Path, part: int, name: str) -> np.ndarray:
-    """Return one array of a part's file.
-
-    Raises:
-        GramError: it is missing or damaged.
-    """
+    """Return one array of a part's file; raise `GramError` if the file is missing or damaged."""
     path = part_path(folder, part)
     try:
         with np.load(path, allow_pickle=False) as arrays:

@@ -133,8 +133,7 @@ def remove_leftovers(out: PathLike) -> None:
 def is_finished(out: PathLike, settings: dict[str, Any]) -> bool:
     """Return whether `out` contains the finished result of a run with these settings (those that are given).
 
-    Raises:
-        GramError: it contains a run with other settings.
+    Raises `GramError` if it contains a run with other settings.
     """
     out = Path(out)
     if not (out / layout.MANIFEST).exists():

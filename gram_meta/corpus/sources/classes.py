@@ -109,8 +109,7 @@ def class_name(folder: str, names: Mapping[str, str] | None = None) -> str:
 def read_classnames(path: Path) -> dict[str, str]:
     """Return folder -> class name, in the order of the file's lines: "n01440764 tench", with a space or a tab.
 
-    Raises:
-        GramError: no such file, a line without a name, a folder named twice.
+    Raises `GramError` for no such file, a line without a name, or a folder named twice.
     """
     expected = f'lines of "folder class name", as in ImageNet\'s {CLASSNAMES}'
     names: dict[str, str] = {}
@@ -130,8 +129,7 @@ def read_classnames(path: Path) -> dict[str, str]:
 def read_lines(path: Path, expected: str) -> list[tuple[int, str]]:
     """Return the lines of a UTF-8 file that are not blank, stripped, with their numbers from 1.
 
-    Raises:
-        GramError: no such file (the message names what was `expected`), or not UTF-8.
+    Raises `GramError` for no such file (the message names what was `expected`), or another encoding.
     """
     try:
         with open_text(path) as file:

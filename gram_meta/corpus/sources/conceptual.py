@@ -126,8 +126,7 @@ def _is_url(text: str) -> bool:
 def find_rule(path: Path, root: Path) -> str:
     """Return how the images below `root` are named, by looking for those of the first rows.
 
-    Raises:
-        GramError: by none of `RULES`; or by row numbers that may be counted from 0 or from 1.
+    Raises `GramError` if none of `RULES` fits, or if row numbers may be counted from 0 or from 1.
     """
     rows = [row for row in islice(_url_rows(path), TRIED) if not row.skip]
     folders = [folder for folder in FOLDERS if (root / folder).is_dir()]

@@ -109,11 +109,7 @@ class Format(Protocol):
         ...
 
     def open(self, path: Path, options: Options) -> Source:
-        """Describe the source at `path`.
-
-        Raises:
-            GramError: the path is not of this format.
-        """
+        """Describe the source at `path`; raise `GramError` if the path is not of this format."""
         ...
 
     def shards(self, source: Source) -> list[Shard]:
@@ -219,10 +215,7 @@ def find_images(path: Path, given: Path | None, forms: Mapping[str, Sequence[str
     """Return the folder that image names start from, and the form of names of which most were found there.
 
     Looks up TRIED names of each form in the folders that usually hold such images: in `given`, or (None) beside the
-    file and one level above it. The folder that has most of them is chosen.
-
-    Raises:
-        GramError: no image was found anywhere.
+    file and one level above it. The folder that has most of them is chosen. Raises `GramError` if no image was found.
     """
     bases = [given] if given else [path.parent, path.parent.parent]
     folders = [folder for base in bases for name in IMAGE_FOLDERS if (folder := base / name).is_dir()]

@@ -101,11 +101,7 @@ def _has_images(path: Path, image_column: str | None) -> bool:
 
 
 def _footer(path: Path, image_column: str | None) -> Footer:
-    """Read the footer of a file.
-
-    Raises:
-        GramError: not a Parquet file, or no column of images or paths.
-    """
+    """Read the footer of a file; raise `GramError` for another kind of file, or no column of images or paths."""
     with open_parquet(path) as file:
         schema = file.schema_arrow
         image = find_image(path, schema, image_column)

@@ -22,8 +22,7 @@ def is_pattern(path: Path) -> bool:
 def expand(path: Path) -> list[Path]:
     """Return the files that match a pattern: braces in the order of their numbers, wildcards in the order of names.
 
-    Raises:
-        GramError: a file of a brace range is missing, or no file matches a wildcard.
+    Raises `GramError` if a file of a brace range is missing, or no file matches a wildcard.
     """
     files: list[Path] = []
     for name in _expand_braces(str(path)):

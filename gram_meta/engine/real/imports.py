@@ -32,11 +32,7 @@ _without_tensorboard = False
 
 
 def import_dassl(restore: Callable[[str, str], Any]) -> list[Fix]:
-    """Import `dassl.engine`, which imports all of Dassl that trainers use; return the fixes B6, B7 and B8.
-
-    Raises:
-        GramError: it does not import.
-    """
+    """Import `dassl.engine`, and so all that trainers use; return B6, B7 and B8. Raise `GramError` if that fails."""
     muted = _muted_by_dassl()
     level = logging.root.manager.disable
     try:
