@@ -43,10 +43,8 @@ class SplitDataset(DatasetBase):
     """Base class: subclasses name `dataset_dir` (under DATASET.ROOT), `image_dir` and `split_file` (in `dataset_dir`).
 
     A dataset without a split file overrides `read`, which then gets the dataset's folder. A dataset without
-    `few_shot_parts` is only for testing.
-
-    Attributes:
-        few_shot: {"path", "sha256"} of the few-shot subset; both are empty without one, path also if it was not stored.
+    `few_shot_parts` is only for testing. `few_shot` is {"path", "sha256"} of the few-shot subset; both are empty
+    without one, path also if it was not stored.
     """
 
     dataset_dir = ""
@@ -127,11 +125,8 @@ class SplitDataset(DatasetBase):
     def check_images(self, as_coop: bool) -> None:
         """Look for broken images before training: decode few-shot images and a small test set, of others read headers.
 
-        Args:
-            as_coop: images are decoded as CoOp does; otherwise a note says how many CoOp would read differently.
-
-        Raises:
-            GramError: names the images that cannot be used, and what to do.
+        Unless images are decoded `as_coop` (as CoOp does), a note says how many CoOp would read differently. Raises
+        `GramError` for images that cannot be used; it names them, and what to do.
         """
         drawn, test = [*(self.train_x or []), *(self.val or [])], list(self.test or [])
         if not self.few_shot["sha256"]:

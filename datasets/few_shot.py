@@ -36,13 +36,10 @@ class FewShot:
     parts: tuple[str, ...] = ("train", "val")  # "train" and "val", or "train" alone if all validation images are used
 
     def subset(self, splits: Splits, shots: int, seed: int) -> tuple[Splits, dict[str, str]]:
-        """Return the splits with `shots` training images per class (validation: at most 4), and their file.
+        """Return the splits with `shots` training images per class (validation: at most 4), and their JSON file.
 
-        An existing file is used. Otherwise the subset is drawn and stored; it stays in memory if the folder cannot be
-        written or the seed is negative.
-
-        Returns:
-            The splits, and {"path", "sha256"} of the JSON file; path is empty if it could not be written.
+        The file is {"path", "sha256"}. An existing one is used. Otherwise the subset is drawn and stored; it stays in
+        memory, and the path is empty, if the folder cannot be written or the seed is negative.
         """
         path = self.folder / f"shot_{shots}-seed_{seed}.json"
         pickled = path.with_suffix(".pkl")

@@ -24,12 +24,8 @@ def in_one_line(error: BaseException, most: int = 200) -> str:
 def as_gram_error(path: object = "", what: str = "cannot be written", end: str = "") -> Iterator[None]:
     """Turn an error of the system, such as a full disk, into the `GramError` "path: what (the reason)end".
 
-    Args:
-        path: what the block reads or writes; "": the file that the error names.
-
-    Raises:
-        GramError: the block raised an OSError, other than that of a connection, or an error of torch's writer, which
-            hides one.
+    Without `path`, the sentence names the file that the error names. Errors of the system are `OSError`, but for those
+    of a connection, and what torch's writer raises in their place.
     """
     try:
         yield

@@ -102,12 +102,8 @@ def remove_claimed(folder: PathLike, owner: str) -> None:
 def atomic_folder(folder: PathLike, owner: str) -> Iterator[Path]:
     """Yield a new folder beside `folder` to fill; rename it to `folder` when the block ends without an error.
 
-    Args:
-        folder: does not exist yet, is empty, or is of the same owner.
-        owner: text that names what is made, in the mark; what the same owner made before is replaced.
-
-    Raises:
-        GramError: there are other files in `folder`, or in the unfinished folder beside it.
+    `owner` names in the mark what is made; what the same owner made before is replaced. Raises `GramError` for other
+    files in `folder`, or in the unfinished folder beside it.
     """
     folder = Path(folder)
     check_claimed(folder, owner)
@@ -161,14 +157,9 @@ def read_arrays(path: PathLike) -> dict[str, Any]:
 
 
 def read_json(path: PathLike, schema: Any = Any) -> Any:
-    """Return the contents of a JSON file.
+    """Return the contents of a JSON file of the type `schema`, such as a TypedDict; see `check_type`.
 
-    Args:
-        path: the file.
-        schema: the type that the contents have, such as a TypedDict; see `check_type`.
-
-    Raises:
-        GramError: the file does not exist or cannot be read, is not JSON, or is of another type.
+    Raises `GramError` for a file that does not exist or cannot be read, is not JSON, or is of another type.
     """
     return parse_json(read_text(path), str(path), schema)
 

@@ -86,9 +86,7 @@ def digest_of(content: bytes) -> bytes:
 def find_problems(paths: Iterable[Path], header_only: bool = False, workers: int = 8) -> Iterator[tuple[str, bool]]:
     """Yield for each image file why it cannot be used ("" if it can), and whether CoOp's code would see other pixels.
 
-    Args:
-        header_only: do not decode, which finds files that are missing, empty or no images; the second value is False.
-        workers: threads.
+    `header_only`: do not decode, which finds files that are missing, empty or no images; the second value is False.
     """
     from concurrent.futures import ThreadPoolExecutor
 
@@ -144,16 +142,10 @@ def _check_size(path: Path) -> None:
 
 
 def decode_image(content: bytes, as_coop: bool = False) -> Image.Image:
-    """Return the content of an image file as upright 8-bit RGB.
+    """Return the content of an image file as upright 8-bit RGB; raise `BadImage` with its reason.
 
     Applies the EXIF orientation, scales 16-bit and float grey to 8 bits, puts transparent images on white, and takes
-    the first frame of an animation.
-
-    Args:
-        as_coop: none of these, as CoOp and Dassl read images; the pixels of ordinary 8-bit images are the same.
-
-    Raises:
-        BadImage: with its reason.
+    the first frame of an animation; `as_coop`: none of these. The pixels of ordinary 8-bit images are the same.
     """
     return _decode(content, _plain_rgb if as_coop else as_rgb)
 

@@ -174,10 +174,7 @@ def process_group(device: str | torch.device = "cpu") -> Iterator[ProcessGroup]:
     """Connect to the processes that `torchrun` started with this one, and disconnect at the end.
 
     If the block fails in one process, the others exit silently at their next exchange, with status 2. All ranks but the
-    first log warnings only.
-
-    Args:
-        device: of this process's tensors, as `device_for` takes it; a GPU uses nccl.
+    first log warnings only. `device` is that of this process's tensors, as `device_for` takes it; a GPU uses nccl.
     """
     group = ranks()
     if group.size == 1:

@@ -17,14 +17,10 @@ _BARS = itertools.count()  # all processes of a group create their bars in the s
 
 
 def progress_bar(iterable: Iterable[Any] | None = None, *, shown: bool = True, **options: Any) -> tqdm:
-    """Return a progress bar on stderr.
+    """Return a progress bar of tqdm on stderr; without `shown` it shows nothing.
 
     Where stderr is no terminal, the bar writes whole lines: at most one for each tenth of the work and each 30 seconds,
     and one at the end of what took longer.
-
-    Args:
-        iterable, options: as for tqdm.
-        shown: False: show nothing.
     """
     if not shown or sys.stderr.isatty():
         return tqdm(iterable, disable=not shown, **options)
@@ -57,12 +53,9 @@ class _Lines(tqdm):
 
 
 class SharedBar:
-    """A progress bar on rank 0 that counts what all processes of a group have done.
+    """A progress bar on rank 0 of what all processes of a group have done, beside what an earlier run has `done`.
 
     Updates also tell a process that works by itself for long that another one has failed: then it ends.
-
-    Args:
-        total, unit: as for tqdm. shown: whether rank 0 shows the bar. done: what an earlier run has done.
     """
 
     def __init__(self, group: ProcessGroup, total: int, unit: str, shown: bool, done: int = 0) -> None:

@@ -164,11 +164,9 @@ class Checkpointing:
         return state["epoch"]
 
     def load_model(self, directory: str, epoch: int | None = None) -> None:
-        """Load the prompts of a run of this trainer or of its family.
+        """Load the prompts in the output folder of a run of this trainer or its family; "" keeps the initial ones.
 
-        Args:
-            directory: the run's output folder; "" keeps the initial prompts.
-            epoch: of the checkpoint; None: see `layout.choose_checkpoint`.
+        Without an epoch, `layout.choose_checkpoint` chooses the checkpoint.
         """
         self.mode = RunMode(True, os.fspath(directory), epoch)
         if not directory:

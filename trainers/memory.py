@@ -56,8 +56,7 @@ def arrange(model: PromptedCLIP, options: Any, batch: int) -> list[str]:
 def class_chunk(text: ClassText, options: Any, images: int = 1) -> int:
     """Return the class prompts at a time (`ClassText.chunk`): CLASSES, or as few equal parts as fit; 0: all at once.
 
-    Args:
-        images: how often each class is encoded; with a prompt per image, every image has its own class prompts.
+    With a prompt per image, each of `images` has its own class prompts.
     """
     classes, each, most = len(text.ends), text_bytes(text), options.TEXT_BUDGET * GB
     if options.CLASSES:
@@ -81,11 +80,7 @@ def checkpoints_images(backbone: Backbone, options: Any, batch: int, prompt: int
 
 
 def text_bytes(text: ClassText, ends: Tensor | None = None) -> int:
-    """Return what the text tower keeps of class prompts for a backward pass.
-
-    Args:
-        ends: (N,) of some of the class prompts; default: all.
-    """
+    """Return what the text tower keeps for a backward pass of class prompts: all, or those of `ends` (N,)."""
     slots = 1 + text.tokens  # the start token and the prompt
     shared, unshared = (0, slots) if text.placed else (slots, 0)  # a placed prompt is repeated in every class prompt
     return footprint.text_bytes(text.backbone, text.ends if ends is None else ends, shared, unshared)

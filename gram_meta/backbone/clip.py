@@ -245,8 +245,7 @@ class Backbone(nn.Module):
     def preprocess(self, as_bytes: bool = False) -> Callable[[Any], Tensor]:
         """Return CLIP's evaluation transform: PIL image -> (3, H, W), resized (bicubic), centre-cropped, normalised.
 
-        Args:
-            as_bytes: return uint8 pixels, which take a quarter of the memory, and leave the last step to `normalise`.
+        `as_bytes`: return uint8 pixels, which take a quarter of the memory, and leave the last step to `normalise`.
         """
         from torchvision import transforms as T
 

@@ -73,12 +73,9 @@ def text_bytes(backbone: Backbone, ends: Tensor, shared: int, unshared: int) -> 
 
 
 def pass_bytes(backbone: Backbone, tower: str, positions: int, second_order: bool, checkpointing: bool) -> float:
-    """Return the peak of a forward and backward pass over `positions` positions.
+    """Return the peak of a forward and backward pass over `positions` positions of a tower, "text" or "images".
 
-    Args:
-        tower: "text" or "images".
-        second_order: for a gradient of the gradient.
-        checkpointing: for layers that are computed again in backward passes.
+    `second_order`: for a gradient of the gradient. `checkpointing`: for layers that backward passes compute again.
     """
     text, model = tower == "text", backbone.model
     layers = len((model if text else model.visual).transformer.resblocks)

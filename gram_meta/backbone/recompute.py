@@ -54,11 +54,7 @@ class _Recomputed(torch.autograd.Function):
 
 
 def _pull_back(function: Run, wanted: Sequence[bool], *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return the gradients of `function` with respect to its wanted inputs.
-
-    Args:
-        tensors: the inputs, then the cotangents of the outputs.
-    """
+    """Return the gradients of `function` by its wanted inputs; `tensors` are all inputs, then cotangents of outputs."""
     further = torch.is_grad_enabled()  # in a backward pass: whether it runs under create_graph=True
     inputs, cotangents = tensors[: len(wanted)], tensors[len(wanted) :]
     with torch.enable_grad():

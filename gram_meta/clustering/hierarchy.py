@@ -125,13 +125,9 @@ class Hierarchy:
 
     @classmethod
     def open(cls, path: PathLike, verify: bool = False) -> Hierarchy:
-        """Read a hierarchy.
+        """Read a hierarchy; `verify`: compare checksums of files even if their sizes and modification times are known.
 
-        Args:
-            verify: compare the files' checksums even if their sizes and modification times are known.
-
-        Raises:
-            GramError: no hierarchy, one of another format, files that have changed or do not belong together.
+        Raises `GramError` for no hierarchy, another format, or files that have changed or do not belong together.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -243,13 +239,8 @@ def finished_before(
 ) -> Hierarchy | None:
     """Return the hierarchy in `path` if it was made from this store with these settings; None if there is none.
 
-    Meta-checkpoints refer to a hierarchy by its fingerprint, so it is not replaced unasked.
-
-    Args:
-        excluded: rows of images that are left out now.
-
-    Raises:
-        GramError: `path` holds a hierarchy of another store or with other settings.
+    Meta-checkpoints refer to a hierarchy by its fingerprint, so it is not replaced unasked: a `GramError` is raised if
+    `path` holds one of another store, with other settings, or with other `excluded` rows of images.
     """
     if not (path / TOPICS).is_file():
         return None

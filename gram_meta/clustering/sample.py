@@ -98,9 +98,8 @@ class Rule:
     def learn(cls, features: np.ndarray, label: np.ndarray, seed: int) -> Rule:
         """Learn the thresholds from a clustered sample.
 
-        Args:
-            features: (s, S) float32, L2-normalised, of different captions. label: (s,) topics; -1 is noise.
-            seed: of the approximate search, or -1.
+        The sample has `features` (s, S) float32, L2-normalised, of different captions, and in `label` (s,) their topics
+        or -1 for noise. `seed` is that of the approximate search, or -1.
         """
         topics = int(label.max(initial=-1)) + 1
         index = nearest_index(features, seed)
@@ -184,8 +183,7 @@ def captions_by_number(captions: Iterable[str], wanted: np.ndarray) -> np.ndarra
 def spread(points: np.ndarray, copies: np.ndarray, seed: int) -> np.ndarray:
     """Return each point, followed by its copies at random places not farther away than the nearest other point.
 
-    Args:
-        points: (n, C). copies: (n,) how often each point is returned.
+    `points` are (n, C); `copies` (n,) says how often each is returned.
     """
     from sklearn.neighbors import NearestNeighbors
 
@@ -212,10 +210,7 @@ def batches(rows: int, size: int = BATCH) -> Iterator[slice]:
 class Steps:
     """Results of a long clustering, kept in hidden files of a folder so that an interrupted run can continue.
 
-    Each is an array with a key: a hash of what it was computed from.
-
-    Args:
-        folder: None: no array is kept.
+    Each is an array with a key: a hash of what it was computed from. Without a folder, no array is kept.
     """
 
     def __init__(self, folder: PathLike | None) -> None:

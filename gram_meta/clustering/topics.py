@@ -204,8 +204,7 @@ def _sampled_topics(
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Return the topics of many captions, -1 is noise, and what the manifest records about how they were found.
 
-    Args:
-        rows: (n,) of the captions in the store. pairs: the caption of each pair, 0 ... n - 1.
+    `rows` (n,) are those of the captions in the store, `pairs` the caption of each pair, 0 ... n - 1.
     """
     size = settings.sample
     chosen, copies = np.unique(pairs[sample.draw(len(pairs), size, settings.seed)], return_counts=True)

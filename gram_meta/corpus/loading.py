@@ -76,7 +76,7 @@ def _results(loader: Iterable[Any], advice: str) -> Iterator[Any]:
 
 
 def iterate_loader(loader: Iterable[T], advice: str) -> Iterator[T]:
-    """Yield the items of a `DataLoader`; if a process of it dies (mostly of memory), raise `GramError` with `advice`."""
+    """Yield the items of a `DataLoader`; if a process of it dies (often of memory), raise `GramError` with `advice`."""
     try:
         yield from _without_signal(loader)
     except (RuntimeError, ConnectionError, EOFError) as error:

@@ -41,11 +41,9 @@ REASONS = ("", MISSING, EMPTY, NOT_IMAGE, BROKEN, BOMB, NOT_FINITE)
 
 
 class ImageReader:
-    """Reads images by their places below a folder. It is small and can be sent to worker processes.
+    """Reads images by their places below the folder `root`. It is small and can be sent to worker processes.
 
-    Attributes:
-        root: the folder that locations and shards are relative to.
-        shard_sizes: shard -> its size in bytes when it was embedded, to detect changes; None: unknown.
+    `shard_sizes` are the bytes of the shards when they were embedded, to detect changes; None: unknown.
     """
 
     def __init__(self, root: Path, shard_sizes: Mapping[str, int] | None = None) -> None:
@@ -123,12 +121,7 @@ class ImageBatch(NamedTuple):
 
 
 class ImageFiles:
-    """Reads batches of images; it can be sent to worker processes.
-
-    Args:
-        reader: reads an image by its place.
-        transform: image -> tensor (3, H, W).
-    """
+    """Reads batches of images as tensors, `transform` (image) -> (3, H, W); it can be sent to worker processes."""
 
     def __init__(self, reader: ImageReader, transform: Callable[[Image.Image], Tensor]) -> None:
         self.reader = reader

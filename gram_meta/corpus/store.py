@@ -133,15 +133,9 @@ class PairStore:
 
     @classmethod
     def open(cls, path: PathLike, verify: bool = False) -> PairStore:
-        """Open a finished store.
+        """Open a finished store; `verify`: compare all checksums, not only of files of new size or modification time.
 
-        Args:
-            verify: read all files and compare their checksums. Otherwise only files whose size or modification time
-                is new are read.
-
-        Raises:
-            GramError: no store there, an unfinished one, one of another format, or a file that is missing, damaged or
-                changed.
+        Raises `GramError` for no store, an unfinished one, another format, or a missing, damaged or changed file.
         """
         path = Path(path)
         if not (path / MANIFEST).is_file():

@@ -133,13 +133,9 @@ def shipped() -> dict[str, Path]:
 
 
 def load_meta_checkpoint(path: PathLike) -> MetaCheckpoint:
-    """Read a checkpoint to the CPU, with a frozen regulator.
+    """Read a checkpoint, by its path or the name of one in the package (`shipped`), to the CPU; R^phi is frozen.
 
-    Args:
-        path: a file, or the name of a meta-checkpoint that comes with the package (`shipped`).
-
-    Raises:
-        GramError: no file, another file, or a damaged one.
+    Raises `GramError` for no file, another file, or a damaged one.
     """
     path = shipped().get(os.fspath(path), Path(path))
     facts, tensors = _read(path)

@@ -139,9 +139,7 @@ class WithGRAM:
 def warn_of_length(meta: MetaCheckpoint, path: float) -> None:
     """Print a note if R^phi with an absolute beta is used in a training far longer than the one it was learned for.
 
-    Args:
-        meta: the meta-checkpoint whose R^phi is used.
-        path: sum of learning rates of the training, divided by 1 - momentum.
+    `path` is the sum of the training's learning rates, divided by 1 - momentum.
     """
     if flatten(meta.config).get("REGULATOR.BETA") != "absolute":
         return

@@ -101,14 +101,7 @@ class _State(TypedDict):
 
 
 class MetaRun:
-    """Reads and writes a run folder.
-
-    Args:
-        out: the folder.
-        config: settings of the run.
-        facts: other parts of the run's identity, as JSON values; `provenance` of its checkpoints.
-        group: the processes of the run.
-    """
+    """Reads and writes the folder `out` of a run; `facts`, JSON values, belong to its identity beside its settings."""
 
     def __init__(self, out: Path, config: CfgNode, facts: Mapping[str, Any], group: ProcessGroup = ALONE) -> None:
         self.out, self.group = out, group

@@ -177,14 +177,9 @@ class MetaTrainer:
         return self.episodes.of(StepTasks(self.train_tasks, self.outer.batch, first, last, self.own))
 
     def step(self, step: int, episode: Episode | None) -> tuple[bool, bool]:
-        """Move theta and phi once, in all processes.
+        """Move theta and phi once in all processes; `episode` has this process's tasks of step number `step`, from 1 on.
 
-        Args:
-            step: number of the step, from 1 on.
-            episode: this process's tasks; None: no process takes the step.
-
-        Returns:
-            Whether the step was taken, and whether to stop after it.
+        If one is None, no process takes the step. Returns whether the step was taken, and whether to stop after it.
         """
         self.optimiser.zero_grad(set_to_none=True)
         parameters, given_up, stop = parameters_of(self.optimiser), episode is None, self.sigterm.received

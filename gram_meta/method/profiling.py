@@ -38,14 +38,9 @@ ORDER = (*TOWERS, REGULATOR, OTHER, OPTIMISER, EXCHANGE, WAITING, EVALUATION)
 
 
 class Profile:
-    """Seconds by region, summed over steps.
+    """Seconds by region, summed over steps; a GPU is synchronised at every change of region.
 
-    Args:
-        device: of the towers; a GPU is synchronised at every change of region, which makes it a little slower.
-        clock: seconds; `time.process_time` with one thread on a machine that others use too.
-
-    Attributes:
-        seconds: by region. steps: number of steps.
+    `clock` gives seconds; with one thread on a machine that others use too, it may be `time.process_time`.
     """
 
     def __init__(self, device: str | torch.device = "cpu", clock: Callable[[], float] = time.perf_counter) -> None:
@@ -154,15 +149,7 @@ class Profile:
 
 
 def profile_steps(trainer: MetaTrainer, steps: int) -> Path:
-    """Time some steps, after two that are not counted; print a table and write profile.json.
-
-    Args:
-        trainer: from `together.open_trainer`; no other file is written.
-        steps: number of steps to time.
-
-    Returns:
-        The path of profile.json.
-    """
+    """Time some steps, after two that are not counted; print a table, write profile.json, and return its path."""
     profile, warm = Profile(trainer.backbone.device), 2
     coming = iter(trainer.episodes_of(0, steps + warm))
     for step in range(1, warm + 1):

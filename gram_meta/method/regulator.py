@@ -47,13 +47,7 @@ class RegulatorConfig:
 
 
 class GradientRegulator(nn.Module):
-    """R^phi for one or several kinds of prompt.
-
-    Args:
-        widths: d of each kind, e.g. `{"text": 512, "visual": 768}`.
-        config: form and start.
-        generator: of a `random` start.
-    """
+    """R^phi for one or several kinds of prompt, whose widths d are given: `{"text": 512, "visual": 768}`."""
 
     def __init__(
         self, widths: Mapping[str, int], config: RegulatorConfig | None = None, generator: torch.Generator | None = None

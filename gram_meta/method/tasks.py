@@ -138,11 +138,7 @@ class TaskSampler:
 
 
 class StepTasks:
-    """One process's tasks of each step after step `first` up to step `last`, drawn on access.
-
-    Args:
-        batch: B, tasks of a step. own: this process's part of 0 to B - 1.
-    """
+    """The tasks `own`, of 0 to `batch` - 1, of each step after step `first` up to step `last`, drawn on access."""
 
     def __init__(self, sampler: TaskSampler, batch: int, first: int, last: int, own: range) -> None:
         self.sampler, self.batch, self.first, self.last, self.own = sampler, batch, first, last, own

@@ -169,8 +169,7 @@ def subfolders(folder: Path) -> list[Path]:
 def images_below(folder: Path, with_hidden: bool = False) -> Iterator[Path]:
     """Yield image files in the order of their names, folder by folder; links to folders below are not followed.
 
-    Args:
-        with_hidden: also look into hidden folders and __MACOSX; hidden files are never yielded.
+    `with_hidden`: also look into hidden folders and __MACOSX; hidden files are never yielded.
     """
     with os.scandir(folder) as entries:
         listed = sorted(entries, key=lambda entry: entry.name)

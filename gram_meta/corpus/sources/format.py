@@ -93,12 +93,7 @@ class Peek:
 
 
 class Format(Protocol):
-    """A format of image-text pairs.
-
-    Attributes:
-        name: for `--format`, and for `Source.kind`. title: how messages name it.
-        options: the fields of `Options` that it accepts.
-    """
+    """A format of image-text pairs, with its name for `--format`, title for messages, and fields of `Options`."""
 
     name: str
     title: str

@@ -147,11 +147,9 @@ class _Sample:
 def _shard_rows(root: Path, name: str, caption: str | None = None) -> Iterator[Row]:
     """Yield the samples of the tar `root/name`, in the order in which their keys begin; their members may be apart.
 
-    Of two members of one kind under a key the first is taken; a second image is counted as a duplicate.
-
-    Args:
-        caption: where captions are: the suffix of a text member, or a key of the JSON. None: `.txt`, and if that is
-            missing or empty, "caption" in `.json`. A text member is one caption; a list in the JSON is several.
+    `caption` is the suffix of a text member, or a key of the JSON; None: `.txt`, and if that is missing or empty,
+    "caption" in `.json`. A text member is one caption; a list in the JSON is several. Of two members of one kind under
+    a key the first is taken; a second image is counted as a duplicate.
     """
     with _open_shard(root / name) as file:
         end = os.fstat(file.fileno()).st_size

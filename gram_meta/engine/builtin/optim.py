@@ -40,9 +40,8 @@ def build_optimizer(model: nn.Module | Iterable[Any], optim_cfg: CfgNode, param_
 class WarmupScheduler(LRScheduler):
     """Runs `warmup_epoch` epochs at a rate of their own, then the successor's schedule from its beginning.
 
-    Args:
-        rate: of the whole warm-up; of a linear one only of its first epoch: epoch e then has e / warmup_epoch of the
-            full rate.
+    `rate` is that of the whole warm-up; of a linear one only of its first epoch: epoch e then has e / warmup_epoch of
+    the full rate.
     """
 
     def __init__(

@@ -20,11 +20,8 @@ __all__ = ["Fix", "import_as_it_is", "import_fixed"]
 def import_fixed(restore: Callable[[str, str], Any]) -> list[Fix]:
     """Import `dassl.engine` and repair what is broken; return every known fix, with `applied` set where it was needed.
 
-    Args:
-        restore: makes an empty object of a class from module and name; spawned processes unpickle with it.
-
-    Raises:
-        GramError: Dassl does not import; the message names the missing package.
+    `restore` makes an empty object of a class from module and name; spawned processes unpickle with it. Raises
+    `GramError` if Dassl does not import; the message names the missing package.
     """
     found = [*imports.import_dassl(restore), *fixes()]
     for fix in found:
