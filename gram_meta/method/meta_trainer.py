@@ -177,7 +177,7 @@ class MetaTrainer:
         return self.episodes.of(StepTasks(self.train_tasks, self.outer.batch, first, last, self.own))
 
     def step(self, step: int, episode: Episode | None) -> tuple[bool, bool]:
-        """Move theta and phi once in all processes; `episode` has this process's tasks of step number `step`, from 1 on.
+        """Move theta and phi once in all processes; `episode` has this process's tasks of step `step`, from 1 on.
 
         If one is None, no process takes the step. Returns whether the step was taken, and whether to stop after it.
         """
