@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from gram_meta.datasets.few_shot import Entry, FewShot, Splits, as_entries
+from gram_meta.datasets.few_shot import FewShot, Splits, as_entries
 from gram_meta.engine import DatasetBase, Datum, register_dataset
 from gram_meta.errors import GramError
 from gram_meta.files import read_json, sha256_file
@@ -110,7 +110,10 @@ class SplitDataset(DatasetBase):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Dassl warns before it fails
-                train, val, test = ([_datum(images, entry) for entry in splits[part]] for part in PARTS)
+                train, val, test = (
+                    [Datum(os.fspath(images / image), label, classname=name) for image, label, name in splits[part]]
+                    for part in PARTS
+                )
         except AssertionError:  # Datum looks for its image
             named = [entry[0] for part in PARTS for entry in splits[part]]
             missing = [image for image in named if not (images / image).is_file()]
@@ -230,11 +233,6 @@ def subsample(splits: Splits, group: str) -> Splits:
         part: [(image, relabelled[label], name) for image, label, name in entries if label in relabelled]
         for part, entries in splits.items()
     }
-
-
-def _datum(images: Path, entry: Entry) -> Datum:
-    image, label, name = entry
-    return Datum(impath=os.fspath(images / image), label=label, classname=name)
 
 
 def _some(labels: set[int]) -> str:

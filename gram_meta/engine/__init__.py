@@ -22,30 +22,21 @@ from gram_meta.engine.registries import register_trainer as register_trainer
 
 # name -> the module of Dassl that holds it; the adapter offers no other name
 EXPORTS = {
-    "get_cfg_default": "dassl.config",
-    "DATASET_REGISTRY": "dassl.data.datasets",
-    "DatasetBase": "dassl.data.datasets",
-    "Datum": "dassl.data.datasets",
-    "build_dataset": "dassl.data.datasets",
-    "DataManager": "dassl.data",
-    "DatasetWrapper": "dassl.data",
-    "build_data_loader": "dassl.data.data_manager",
-    "build_transform": "dassl.data.transforms",
-    "TRAINER_REGISTRY": "dassl.engine",
-    "TrainerX": "dassl.engine",
-    "build_trainer": "dassl.engine",
-    "EVALUATOR_REGISTRY": "dassl.evaluation",
-    "build_evaluator": "dassl.evaluation",
-    "compute_accuracy": "dassl.metrics",
-    "build_lr_scheduler": "dassl.optim",
-    "build_optimizer": "dassl.optim",
-    "collect_env_info": "dassl.utils",
-    "load_checkpoint": "dassl.utils",
-    "load_pretrained_weights": "dassl.utils",
-    "mkdir_if_missing": "dassl.utils",
-    "save_checkpoint": "dassl.utils",
-    "set_random_seed": "dassl.utils",
-    "setup_logger": "dassl.utils",
+    name: f"dassl.{module}"
+    for module, names in {
+        "config": "get_cfg_default",
+        "data": "DataManager DatasetWrapper",
+        "data.data_manager": "build_data_loader",
+        "data.datasets": "DATASET_REGISTRY DatasetBase Datum build_dataset",
+        "data.transforms": "build_transform",
+        "engine": "TRAINER_REGISTRY TrainerX build_trainer",
+        "evaluation": "EVALUATOR_REGISTRY build_evaluator",
+        "metrics": "compute_accuracy",
+        "optim": "build_lr_scheduler build_optimizer",
+        "utils": "collect_env_info load_checkpoint load_pretrained_weights mkdir_if_missing save_checkpoint "
+        "set_random_seed setup_logger",
+    }.items()
+    for name in names.split()
 }
 
 _RENAMED = {"room": backend, "repairs": fixes}  # names of version 0.1

@@ -18,7 +18,7 @@ FITS = 0.5  # share of the device's memory that an estimate may take
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """How a step may be divided, and what determines its size; raise `GramError` for values that contradict each other."""
+    """How a step may be divided, and what determines its size; `GramError` for values that contradict each other."""
 
     second_order: str = "auto"  # `whole` (all in one graph), `lean` (one graph at a time) or `auto` (whole if it fits)
     tasks: int = 0  # tasks in one pass; 0: as many as fit

@@ -190,18 +190,10 @@ class MetaLog:
     def __init__(self, lines: IO[str], scalars: Any, bar: Any, batch: int) -> None:
         self.lines, self.scalars, self.bar, self.batch = lines, scalars, bar, batch
 
-    def advance(self) -> None:
-        """Move the progress bar on by a step."""
-        self.bar.update(self.batch)
-
-    def loss(self, step: int, loss: float) -> None:
-        """Log a step's mean query loss."""
-        self._scalar("meta_train/query_loss", loss, step)
-
     def held_out(self, step: int, scores: Mapping[str, float]) -> None:
         """Log the scores of the held-out tasks."""
         for key, value in scores.items():
-            self._scalar(f"held_out/{key}", value, step)
+            self.scalar(f"held_out/{key}", value, step)
         finite = {key: value if math.isfinite(value) else None for key, value in scores.items()}
         with as_gram_error(self.lines.name):
             self.lines.write(to_json({"step": step, **finite}, LOG) + "\n")
@@ -210,7 +202,8 @@ class MetaLog:
             refresh=False, loss=f"{scores['loss_after']:.3f}", acc=f"{100 * scores['accuracy_after']:.1f}%"
         )
 
-    def _scalar(self, tag: str, value: float, step: int) -> None:
+    def scalar(self, tag: str, value: float, step: int) -> None:
+        """Write a number for TensorBoard, on rank 0."""
         if self.scalars is not None:
             self.scalars.add_scalar(tag, value, step)
 

@@ -141,7 +141,7 @@ class MetaTrainer:
 
     def record(self, step: int, log: MetaLog) -> None:
         """Log a step; evaluate and save the state when they are due."""
-        log.advance()
+        log.bar.update(log.batch)
         last = step == self.outer.steps
         evaluates, saves = (last or step % node.EVERY == 0 for node in (self.config.EVAL, self.config.CHECKPOINT))
         if evaluates or saves or len(self.unread) >= self.read_every:
@@ -162,7 +162,7 @@ class MetaTrainer:
         numbers = torch.stack([seen.numbers for seen in unread]).tolist()
         for seen, (mean, size, *losses) in zip(unread, numbers, strict=True):
             self._check_finite(seen.step, mean, size, *losses)
-            log.loss(seen.step, mean)
+            log.scalar("meta_train/query_loss", mean, seen.step)
         if len(unread[0].norms):
             self.state.norms.append(torch.cat([seen.norms.flatten(0, 1) for seen in unread]).cpu())
 

@@ -89,7 +89,8 @@ def embed_pairs(
         missing = group.first(lambda: _missing(index, parts))
         done = index.pairs - sum(index.sizes[part] for part in missing)
         with SharedBar(group, index.pairs, "pair", progress, done) as bar:
-            mine = _share(missing, group)
+            # consecutive parts, so that this process reads whole shards; those at its share's borders part by part
+            mine = [missing[number] for number in group.share_range(len(missing))]
             embed_parts(index, mine, source.image_root, parts, backbone, sentence_model, batch_size, workers, bar.add)
             group.wait(bar.show)
         group.first(lambda: join_parts(index, out, settings))
@@ -168,11 +169,3 @@ def _missing(index: Index, parts: Path) -> list[int]:
     if len(missing) < index.parts:
         log.info("%s: going on after %d of %d parts", parts.parent, index.parts - len(missing), index.parts)
     return missing
-
-
-def _share(parts: list[int], group: ProcessGroup) -> list[int]:
-    """Return this process's parts, which are consecutive, so that it reads whole shards from beginning to end.
-
-    A shard at the border of two shares is divided between their processes, part by part.
-    """
-    return [parts[number] for number in group.share_range(len(parts))]

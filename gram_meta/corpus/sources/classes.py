@@ -10,6 +10,7 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 
 from gram_meta.corpus.sources.format import OnePiece, Options, Peek, open_text
@@ -74,8 +75,9 @@ class ClassFolders(OnePiece):
         *_, folders = _levels(source.path, source.class_depth)
         named = {folder: class_name(folder.name, names) for folder in folders}
         _log_classes(source, {folder.name: name for folder, name in named.items() if name})
-        for image in _images_above(source.path, source.class_depth):
-            yield Row(image.relative_to(source.path).as_posix(), "", NO_CLASS)
+        for folder in chain.from_iterable(_levels(source.path, source.class_depth - 1)):  # above the class folders
+            for image in images_in(folder):
+                yield Row((folder / image).relative_to(source.path).as_posix(), "", NO_CLASS)
         found, empty = False, []
         for folder, name in named.items():
             images = list(images_below(folder))
@@ -211,13 +213,6 @@ def _levels(base: Path, depth: int) -> Iterator[list[Path]]:
     for _ in range(depth):
         level = [child for folder in level for child in subfolders(folder)]
         yield level
-
-
-def _images_above(base: Path, depth: int) -> Iterator[Path]:
-    """Yield the images above the class folders."""
-    for folders in _levels(base, depth - 1):
-        for folder in folders:
-            yield from (folder / name for name in images_in(folder))
 
 
 def _log_classes(source: Source, names: Mapping[str, str]) -> None:

@@ -122,11 +122,6 @@ def _split_of(path: Path) -> str:
 # --- columns ------------------------------------------------------------------------------------------------
 
 
-def _columns(path: Path, schema: pa.Schema, image_column: str | None, caption_column: str | None) -> Columns:
-    image = find_image(path, schema, image_column)
-    return Columns(image, holds_images(schema, image), _captions(path, schema, caption_column))
-
-
 def find_image(path: Path, schema: pa.Schema, given: str | None) -> int:
     """Return the column of images or paths: the given one, one with a usual name, or the only struct of bytes."""
     usual = [*IMAGE_COLUMNS, *INSIDE_COLUMNS]
@@ -180,7 +175,9 @@ def _file_rows(source: Source, *names: str) -> Iterator[Row]:
     for name in names:
         path = source.image_root / name
         with open_parquet(path) as file:
-            columns = _columns(path, file.schema_arrow, source.image_column, source.caption_column)
+            schema = file.schema_arrow
+            image = find_image(path, schema, source.image_column)
+            columns = Columns(image, holds_images(schema, image), _captions(path, schema, source.caption_column))
             first = 0
             for group in range(file.num_row_groups):
                 rows, read = file.metadata.row_group(group).num_rows, 0

@@ -42,7 +42,9 @@ class _Table(OnePiece):
                 if not header:
                     found = "none" if header is None else "no text"
                     raise GramError(f"{source.path}: expected a header line, found {found}")
-                columns, width = _named(source, header), len(header)
+                image = find_column(source.path, header, source.image_column, IMAGE_COLUMNS, "image")
+                caption = find_column(source.path, header, source.caption_column, CAPTION_COLUMNS, "caption")
+                columns, width = (image, caption), len(header)
             for record in records:
                 if record is None:
                     yield Row("", "", UNREADABLE)
@@ -129,11 +131,6 @@ def _numbered(source: Source) -> tuple[int, int] | None:
         for name in (source.image_column, source.caption_column)
     )
     return (image, caption) if image >= 0 and caption >= 0 else None
-
-
-def _named(source: Source, header: Sequence[str]) -> tuple[int, int]:
-    image = find_column(source.path, header, source.image_column, IMAGE_COLUMNS, "image")
-    return image, find_column(source.path, header, source.caption_column, CAPTION_COLUMNS, "caption")
 
 
 def find_column(path: Path, header: Sequence[str], given: str | None, usual: Sequence[str], what: str) -> int:

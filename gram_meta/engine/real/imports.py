@@ -33,8 +33,9 @@ _without_tensorboard = False
 
 def import_dassl(restore: Callable[[str, str], Any]) -> list[Fix]:
     """Import `dassl.engine`, and so all that trainers use; return B6, B7 and B8. Raise `GramError` if that fails."""
-    muted = _muted_by_dassl()
     level = logging.root.manager.disable
+    # a Dassl that was imported before has muted logging, to the level that it sets
+    muted = f"{WILDS}.wilds_base" in sys.modules and level == logging.WARNING
     try:
         with clear_errors(), _filled_by({WILDS: _fill_wilds, "dassl.engine.trainer": _fill_trainer}):
             import_engine()
@@ -65,11 +66,6 @@ def clear_errors() -> Iterator[None]:
         yield
     except Exception as error:  # also what an old Dassl, or a fork of it, does that a new Python or torch refuses
         raise GramError(_why_not(error)) from error
-
-
-def _muted_by_dassl() -> bool:
-    """Return whether a Dassl that was imported before has muted logging, to the level that it sets."""
-    return f"{WILDS}.wilds_base" in sys.modules and logging.root.manager.disable == logging.WARNING
 
 
 def _why_not(error: Exception) -> str:
