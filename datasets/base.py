@@ -125,11 +125,10 @@ class SplitDataset(DatasetBase):
             ) from None
         return {"train_x": train, "val": val, "test": test}
 
-    def check_images(self, as_coop: bool) -> None:
+    def check_images(self) -> None:
         """Look for broken images before training: decode few-shot images and a small test set, of others read headers.
 
-        Unless images are decoded `as_coop` (as CoOp does), a note says how many CoOp would read differently. Raises
-        `GramError` for images that cannot be used; it names them, and what to do.
+        Raises `GramError` for images that cannot be used; it names them, and what to do.
         """
         drawn, test = [*(self.train_x or []), *(self.val or [])], list(self.test or [])
         if not self.few_shot["sha256"]:
@@ -140,14 +139,9 @@ class SplitDataset(DatasetBase):
             whole |= dict.fromkeys(others)
         header = sorted(others - set(whole))[:HEADERS]
         found = [*find_problems(map(Path, whole)), *find_problems(map(Path, header), header_only=True)]
-        bad = list_problems([*whole, *header], [why for why, _ in found], self.folder / self.image_dir)
+        bad = list_problems([*whole, *header], found, self.folder / self.image_dir)
         if bad:
             raise GramError(f"{bad}; {self._remedy()}")
-        if (differing := sum(differs for _, differs in found)) and not as_coop:
-            print(
-                f"Note: CoOp would read {differing} of {len(whole)} images differently (EXIF turn, more than 8 bits, "
-                "transparency, long strip); DATALOADER.COOP_DECODING True reads them as CoOp does"
-            )
 
     def _source(self) -> str:
         """Return what names the images."""

@@ -160,7 +160,7 @@ def _broken(images: Path, named: Sequence[str], workers: int) -> list[str]:
     bad: dict[str, list[str]] = {}
     results = find_problems((images / image for image in named), workers=workers)
     bar = progress_bar(results, total=len(named), unit="image", desc=images.name, leave=False)
-    for image, (why, _) in zip(named, bar, strict=True):
+    for image, why in zip(named, bar, strict=True):
         if why:
             bad.setdefault(why, []).append(image)
     return [f"{images}: {why}: {len(found)}: {', '.join(found)}" for why, found in sorted(bad.items())]

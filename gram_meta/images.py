@@ -10,11 +10,11 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -33,8 +33,6 @@ BROKEN = "broken image"
 BOMB = "too many pixels"
 
 DIGEST_BYTES = 16
-
-T = TypeVar("T")
 
 
 class BadImage(Exception):
@@ -83,15 +81,26 @@ def digest_of(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 
-def find_problems(paths: Iterable[Path], header_only: bool = False, workers: int = 8) -> Iterator[tuple[str, bool]]:
-    """Yield for each image file why it cannot be used ("" if it can), and whether CoOp's code would see other pixels.
+def find_problems(paths: Iterable[Path], header_only: bool = False, workers: int = 8) -> Iterator[str]:
+    """Yield for each image file why it cannot be used, "" if it can, in `workers` threads.
 
-    `header_only`: do not decode, which finds files that are missing, empty or no images; the second value is False.
+    `header_only`: do not decode, which finds files that are missing, empty or no images.
     """
     from concurrent.futures import ThreadPoolExecutor
 
+    def problem(path: Path) -> str:
+        try:
+            if header_only:
+                _check_size(path)
+                _open(path).close()
+            else:
+                decode_image(file_content(path))
+        except BadImage as error:
+            return str(error)
+        return ""
+
     with ThreadPoolExecutor(workers) as pool:
-        yield from pool.map(_check_header if header_only else _check_pixels, paths)
+        yield from pool.map(problem, paths)
 
 
 def list_problems(paths: Sequence[str], problems: Iterable[str], base: Path) -> str:
@@ -100,23 +109,6 @@ def list_problems(paths: Sequence[str], problems: Iterable[str], base: Path) -> 
     more = f", and {len(bad) - SHOWN} more (gram check-data --deep lists all)" if len(bad) > SHOWN else ""
     listed = ", ".join(bad[:SHOWN]) + more
     return f"{base}: {len(bad)} of {len(paths)} images cannot be used: {listed}" if bad else ""
-
-
-def _check_header(path: Path) -> tuple[str, bool]:
-    try:
-        _check_size(path)
-        _open(path).close()
-    except BadImage as error:
-        return str(error), False
-    return "", False
-
-
-def _check_pixels(path: Path) -> tuple[str, bool]:
-    try:
-        content = file_content(path)
-        return "", _decode(content, lambda image: as_rgb(image).tobytes() != _plain_rgb(image).tobytes())
-    except BadImage as error:
-        return str(error), False
 
 
 def file_content(path: Path) -> bytes:
@@ -147,16 +139,12 @@ def decode_image(content: bytes, as_coop: bool = False) -> Image.Image:
     Applies the EXIF orientation, scales 16-bit and float grey to 8 bits, puts transparent images on white, and takes
     the first frame of an animation; `as_coop`: none of these. The pixels of ordinary 8-bit images are the same.
     """
-    return _decode(content, _plain_rgb if as_coop else as_rgb)
-
-
-def _decode(content: bytes, convert: Callable[[Image.Image], T]) -> T:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of damaged metadata and of large images
         image = _open(io.BytesIO(content))
         try:
             image.load()
-            return convert(image)
+            return image.convert("RGB") if as_coop else as_rgb(image)
         except Exception:  # noqa: BLE001 - truncated or damaged pixels: each decoder of Pillow raises its own errors
             raise BadImage(BROKEN) from None
 
@@ -187,10 +175,6 @@ def as_rgb(image: Image.Image) -> Image.Image:
     if max(image.size) > MAX_ASPECT * min(image.size):
         image = _cut_strip(image)
     return image
-
-
-def _plain_rgb(image: Image.Image) -> Image.Image:
-    return image.convert("RGB")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -91,7 +91,7 @@ class ClipTrainer(TrainerX):
         if self.cfg.RESUME:
             self.check_resume(self.cfg.RESUME)
         if not self.images_checked and hasattr(self.dm.dataset, "check_images"):
-            self.dm.dataset.check_images(self.cfg.DATALOADER.get("COOP_DECODING", False))
+            self.dm.dataset.check_images()
             self.images_checked = True
 
     def check_resume(self, directory: str) -> None:
@@ -164,7 +164,7 @@ class ClipTrainer(TrainerX):
         """Return which test images cannot be used, and how to test without training again."""
         paths = [item.impath for item in self.test_loader.dataset.data_source]
         base = Path(os.path.commonpath([os.path.dirname(path) for path in paths]))
-        bad = list_problems(paths, (why for why, _ in find_problems(map(Path, paths))), base) or str(error)
+        bad = list_problems(paths, find_problems(map(Path, paths)), base) or str(error)
         again = "restore or replace the images, then run the same command again"
         if self.claimed != RunMode():
             return f"{bad}; {again}"

@@ -50,11 +50,6 @@ def load_packaged_state_dict(path: Path | None = None) -> dict[str, torch.Tensor
     return state | {name: torch.tensor(size) for name, size in sizes.items()}
 
 
-def metadata(path: Path | None = None) -> dict:
-    """Return how the packaged weights were made: recipe, steps, version of the world's recipe."""
-    return json.loads(_read(str(path or weights_path()))[1]["training"])
-
-
 def untrained_tokens(texts: list[str]) -> dict[str, list[str]]:
     """Return the texts with tokens that were never trained, each with these tokens as words."""
     tensors, _ = _read(str(weights_path()))

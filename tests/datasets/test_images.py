@@ -244,17 +244,6 @@ def test_after_removing_a_broken_image_the_way_on_is_named(tmp_path, tiny_option
     assert train(tmp_path, tmp_path / "out", options)["metrics"]["total"] == 5
 
 
-def test_what_coop_would_read_differently_is_counted_once(tmp_path, tiny_options, capsys):
-    folder = own_folder(tmp_path)
-    deep(np.uint16, 3000, 40000).resize((32, 32)).save(folder / "apple/0.png")
-    options = ("DATASET.NAME", "ImageFolder", "DATASET.FOLDER", "mine", *tiny_options)
-    for as_coop, expected in ((False, 1), (True, 0)):
-        out = tmp_path / str(as_coop)
-        train(tmp_path, out, ("DATASET.NUM_SHOTS", 9, *options, "DATALOADER.COOP_DECODING", as_coop))
-        text = (out / "log.txt").read_text()
-        assert text.count("CoOp would read 1 of 20 images differently (EXIF turn, more than 8 bits") == expected
-
-
 def test_pipes_and_dangling_links_among_images_do_not_hang(tmp_path, tiny_options):
     folder = own_folder(tmp_path)
     os.mkfifo(folder / "apple/pipe.png")
