@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from tabulate import tabulate
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from torch.utils.data import Dataset as TorchDataset
 from yacs.config import CfgNode
@@ -85,9 +86,7 @@ class DataManager:
         for name in ("train_x", "val", "test"):
             if items := getattr(self.dataset, name):
                 rows.append((f"# {name}", f"{len(items):,}"))
-        left, right = (max(len(row[i]) for row in rows) for i in (0, 1))
-        rule = f"{'-' * left}  {'-' * right}"
-        print("\n".join([rule, *(f"{name:<{left}}  {value}" for name, value in rows), rule]))
+        print(tabulate(rows, disable_numparse=True))
 
 
 class DatasetWrapper(TorchDataset):
