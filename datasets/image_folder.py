@@ -16,6 +16,7 @@ from typing import Any
 
 from gram_meta.corpus.sources.classes import (
     CLASSNAMES,
+    SPLIT_NAMES,
     class_name,
     images_below,
     images_in,
@@ -23,6 +24,7 @@ from gram_meta.corpus.sources.classes import (
     same_names,
     subfolders,
 )
+from gram_meta.corpus.sources.rows import is_broken
 from gram_meta.datasets.base import PARTS, SplitDataset, check_splits, read_split
 from gram_meta.datasets.few_shot import Entry, Splits
 from gram_meta.engine import register_dataset
@@ -32,11 +34,7 @@ from gram_meta.files import write_json
 SPLIT = "split.json"  # in CoOp's format; the user may also provide it
 SHARES = {"train": 0.5, "val": 0.2}  # of each class, as CoOp splits datasets whose authors have not
 SPLIT_SEED = 1
-SPLIT_NAMES = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-}
+FEW_SHOT = SplitDataset.few_shot_dir
 
 
 @register_dataset
@@ -88,7 +86,9 @@ def _look(path: Path) -> tuple[Splits, bool]:
         splits = _read_parts(path, folders, names)
         how = "folders " + ", ".join(folders[part].name for part in PARTS if part in folders)
     else:
-        splits, how = _divide(_listed(path, unwrap(folders.get("train", path)), names)), ""
+        base = unwrap(folders.get("train", path))
+        _check_inside(_class_folders(base))
+        splits, how = _divide(_listed(path, base, names)), ""
     check_splits(splits, path)
     classes = {str(label): name for _, label, name in sorted(splits["train"], key=lambda entry: entry[1])}
     if set(map(str.lower, classes.values())) <= set(SPLIT_NAMES):
@@ -96,6 +96,8 @@ def _look(path: Path) -> tuple[Splits, bool]:
             f"{path / SPLIT}: expected classes, found the names of splits ({', '.join(classes.values())}); remove it "
             "to split anew"
         )
+    if len(classes) < 2:
+        raise GramError(f"{path}: expected at least two classes, found {classes['0']} alone")
     first = ", ".join(list(classes.values())[:5]) + (", ..." if len(classes) > 5 else "")
     counts = ", ".join(f"{part} {len(splits[part])}" for part in splits if splits[part])
     print(f"{path}: {len(classes)} classes ({first}); images: {counts} ({how or 'split by a fixed rule'})")
@@ -136,8 +138,26 @@ def _split_folders(path: Path) -> dict[str, Path]:
 
 def _split_of(name: str) -> str:
     """Return the split that a folder's name means, "" if none."""
-    found = {SPLIT_NAMES[word] for word in re.split(r"[\W_]+", name.lower()) if word in SPLIT_NAMES}
+    words = re.findall(r"[A-Z]?[^\W\d_A-Z]+|[A-Z]+", name)  # trainImages, test_2
+    found = {SPLIT_NAMES[word.lower()] for word in words if word.lower() in SPLIT_NAMES}
     return found.pop() if len(found) == 1 else ""
+
+
+def _check_inside(classes: list[Path]) -> None:
+    """Refuse class folders that hold splits; print a note about folders that every class holds."""
+    inside = {folder: {inner.name for inner in _class_folders(folder)} for folder in classes}
+    for folder, names in inside.items():
+        if len({SPLIT_NAMES.get(name.lower()) for name in names} - {None}) > 1:
+            raise GramError(
+                f"{folder}: expected a class folder, found the splits {', '.join(sorted(names))} in it; expected "
+                f"folders of splits with class folders in each, or a {SPLIT}"
+            )
+    common = set.intersection(*inside.values()) if len(inside) > 1 else set()
+    if len(common) > 1:
+        print(
+            f"Note: each of the classes {classes[0].name}, {classes[1].name}, ... holds the folders "
+            f"{', '.join(sorted(common)[:5])}; if those are the classes, name one of their folders as DATASET.FOLDER"
+        )
 
 
 def _holds_classes(path: Path) -> bool:
@@ -166,6 +186,9 @@ def _listed(
     folders = _class_folders(base)
     if not folders:
         raise GramError(f"{base}: expected class folders with images, found none")
+    others = [folder.name for folder in subfolders(base) if folder not in folders and folder.name != FEW_SHOT]
+    if others:
+        print(f"Note: {base}: folders without an image that can be read are left out: {', '.join(others)}")
     if labels is None:
         labels = {folder.name: label for label, folder in enumerate(folders)}
     entries: list[Entry] = []
@@ -178,12 +201,14 @@ def _listed(
             raise GramError(f"{folder}: expected a class folder {wanted}, found another")
         label = labels[folder.name]
         entries += [(image.relative_to(path).as_posix(), label, name) for image in images_below(folder)]
+    if broken := [image for image, _, _ in entries if is_broken(image)]:
+        raise GramError(f"{path / broken[0]}: expected a name in UTF-8, found another; rename the file or its folder")
     return entries
 
 
 def _class_folders(base: Path) -> list[Path]:
     """Return the folders with an image in or below them; split_fewshot holds subsets, not a class."""
-    folders = [folder for folder in subfolders(base) if folder.name != "split_fewshot"]
+    folders = [folder for folder in subfolders(base) if folder.name != FEW_SHOT]
     return [folder for folder in folders if next(images_below(folder), None) is not None]
 
 

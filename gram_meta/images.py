@@ -161,6 +161,8 @@ def _open(source: Any) -> Image.Image:
         raise BadImage(BROKEN) from None
     if image.width * image.height > MAX_PIXELS:
         raise BadImage(BOMB)
+    if image.format == "EPS":  # a program, which Pillow has Ghostscript run
+        raise BadImage(NOT_IMAGE)
     return image
 
 

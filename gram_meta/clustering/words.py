@@ -17,6 +17,8 @@ Tokenizer = Callable[[str], Iterable[str]]
 
 LONGEST = 4  # characters in the pieces that `characters` cuts
 _JOINERS = "\u200c\u200d"  # stand between letters of one word in Persian and in scripts of India
+_UNSEEN = regex.compile(r"[\u00ad\u2060\ufe00-\ufe0f]")  # in words: soft hyphens, word joiners, variation selectors
+_SYLLABLE = regex.compile(r"[\p{Hang}\p{Hani}]")  # one such sign may be a word
 _WORD = regex.compile(rf"\p{{L}}[\p{{L}}\p{{M}}{_JOINERS}]*")
 _LETTER = r"[\p{scx=Hani}\p{scx=Hira}\p{scx=Kana}\p{scx=Thai}\p{scx=Laoo}\p{scx=Khmr}\p{scx=Mymr}&&\p{L}]\p{M}*"
 _UNSPACED = regex.compile(_LETTER, regex.VERSION1)
@@ -33,11 +35,13 @@ def stop_words() -> frozenset[str]:
 def words(text: str) -> Iterator[str]:
     """Yield runs of two or more letters of any script, with the marks on them (accents, vowel signs).
 
+    A sign of Chinese or Korean alone is also a word.
     Digits, underscores and punctuation separate words: "dog's" gives "dog", as its "s" is one letter.
     """
     for word in _WORD.findall(text):
         word = word.rstrip(_JOINERS)
-        if len(word) > 1 and (word.isascii() or sum(not combining(sign) for sign in word) > 1):  # accents do not count
+        letters = len(word) if word.isascii() else sum(not combining(sign) for sign in word)  # accents do not count
+        if letters > 1 or _SYLLABLE.match(word):
             yield word
 
 
@@ -78,7 +82,7 @@ def tokenizer(name: str) -> Tokenizer:
 
 def tokens(text: str, split: Tokenizer = words) -> Iterator[str]:
     """Yield the words of a text in lower case and in Unicode's composed form (NFC), without stop words."""
-    for word in split(normalize("NFC", text).lower()):
+    for word in split(_UNSEEN.sub("", normalize("NFC", text)).lower()):
         if word not in stop_words() and _WORD.search(word):
             yield word.strip()
 

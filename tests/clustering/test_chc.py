@@ -85,6 +85,9 @@ def test_tokens():
         ("می‌خواهم", ["می\u200cخواهم"]),  # Persian, with a joiner
         ("ශ්‍රී", ["ශ්\u200dරී"]),  # Sinhala, likewise
         ("une FORÊT à x̂", ["une", "forêt"]),  # of two words, the accent is no letter
+        ("검은 개", ["검은", "개"]),  # Korean: a sign is a syllable, and may be a word
+        ("黑色 的 狗", ["黑色", "的", "狗"]),  # Chinese, cut into words before
+        ("but\u00adter dog\ufe0f", ["butter", "dog"]),  # a soft hyphen, a variation selector
     ],
 )
 @pytest.mark.parametrize("form", ["NFC", "NFD"])

@@ -45,6 +45,8 @@ COCO = {
         {"image_id": 25, "id": 3, "caption": "Two giraffes"},
         {"image_id": 77, "id": 4, "caption": "of no image"},
         {"image_id": 9, "id": 5, "caption": ""},
+        {"image_id": None, "id": 6, "caption": "of no image"},
+        {"id": 7, "caption": "of no image either"},
     ],
 }
 
@@ -61,7 +63,7 @@ def test_captions_of_coco(tmp_path, caplog):
         ("000025.jpg", "A giraffe."),
         ("000025.jpg", "Two giraffes"),
     ]
-    assert skips(found) == {rows.EMPTY_CAPTION: 2, rows.NO_IMAGE: 1}
+    assert skips(found) == {rows.EMPTY_CAPTION: 2, rows.NO_IMAGE: 3}
     assert ImageReader(source.image_root).content(found[0].place)
     assert "images are in" in caplog.text and "--format coco" in caplog.text
 
@@ -128,6 +130,18 @@ def test_splits_of_karpathy(tmp_path, caplog):
     with pytest.raises(GramError, match="expected the split 'dev', found train .1., restval .1., test .1., val .1."):
         open_source(path, split="dev")
     assert source.identity() != open_source(path, split="train").identity()
+
+
+@pytest.mark.parametrize(
+    ("sentences", "captions"), [("a dog", ["a dog"]), ({"raw": "a dog"}, ["a dog"]), (5, []), (True, []), (None, [])]
+)
+def test_sentences_of_another_type_are_one_caption_or_counted(tmp_path, sentences, captions):
+    images = [{"filename": "a.jpg", "sentences": [{"raw": "one"}]}, {"filename": "a.jpg", "sentences": sentences}]
+    path = write_json(tmp_path / "dataset.json", {"images": images})
+    pictures(tmp_path, "a.jpg")
+    found = rows_of(path)
+    assert good(found) == [("a.jpg", text) for text in ["one", *captions]]
+    assert skips(found) == ({} if captions else {rows.EMPTY_CAPTION: 1})
 
 
 def test_karpathy_without_folders_and_with_all_images_in_one(tmp_path):

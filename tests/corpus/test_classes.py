@@ -40,7 +40,7 @@ def test_folders_name_the_classes(tmp_path):
     assert skips(rows) == {classes.NO_CLASS: 1}
 
 
-@pytest.mark.parametrize("below", ["train", "images/train"])
+@pytest.mark.parametrize("below", ["train", "images/train", "Training", "images/trainset"])
 def test_training_images_of_a_collection_with_splits(tmp_path, below):
     """ImageNet's layout: val/ is not read, and classnames.txt names the synsets."""
     tree(tmp_path / below, "n01440764/a.JPEG", "n02012849/b.JPEG", "n99999999/c.JPEG")

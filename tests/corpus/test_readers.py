@@ -207,9 +207,13 @@ def test_folder_reads_captions_beside_images(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"bad \xff\ngood\n")
     (tmp_path / "b" / "c.txt").write_bytes(b" \n")
     (tmp_path / "b" / "d.txt").write_text("a dog")
+    (tmp_path / "b" / "photo.heic").write_bytes(b"")  # a format that is not read
+    (tmp_path / "b" / "photo.txt").write_text("a cat")
+    (tmp_path / "b" / "d.png").write_bytes(b"")  # another image with d.txt
     found = rows_of(tmp_path)
-    assert good(found) == [("a.PNG", "good"), ("b/d.webp", "a dog"), ("z.jpg", "last"), ("z.jpg", "of all")]
-    assert skips(found) == {rows.BAD_UTF8: 1, rows.EMPTY_CAPTION: 1, rows.NO_CAPTION_FILE: 1}
+    dogs = [("b/d.png", "a dog"), ("b/d.webp", "a dog")]
+    assert good(found) == [("a.PNG", "good"), *dogs, ("z.jpg", "last"), ("z.jpg", "of all")]
+    assert skips(found) == {rows.BAD_UTF8: 1, rows.EMPTY_CAPTION: 1, rows.NO_CAPTION_FILE: 1, rows.NO_MEMBER: 1}
 
 
 def test_file_names_that_are_not_utf8_are_counted(tmp_path):
@@ -271,6 +275,7 @@ def test_broken_images_say_why(tmp_path, monkeypatch):
         "text.jpg": (b"<html>not found</html>", images.NOT_IMAGE),
         "cut.jpg": (jpeg[: len(jpeg) // 2], images.BROKEN),
         "cut.png": (png[: len(png) // 2], images.BROKEN),
+        "program.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", images.NOT_IMAGE),
         "noise.png": (png[:60] + bytes(1000) + png[1060:], images.BROKEN),
     }
     for name, (content, reason) in cases.items():

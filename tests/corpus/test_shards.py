@@ -219,6 +219,7 @@ def test_duplicate_keys_are_counted_and_the_first_is_taken(tmp_path):
         # one key is the beginning of the other
         (["a.left.jpg", "a.right.jpg", "a.txt"], {"a.left.jpg": "a.txt"}, {rows.EXTRA_IMAGE: 1}),
         (["a.jpg", "a.txt", "a.mask.png"], {"a.jpg": "a.txt"}, {rows.EXTRA_IMAGE: 1}),
+        (["a.jpg", "a.png", "a.txt"], {"a.jpg": "a.txt"}, {rows.EXTRA_IMAGE: 1}),
         (["a.jpg", "a.caption.txt"], {"a.jpg": "a.caption.txt"}, {}),
         (["a.b.c.jpg", "a.txt", "a.b.txt"], {"a.b.c.jpg": "a.b.txt"}, {rows.NO_MEMBER: 1}),
         # of two samples, each lost a member

@@ -1,5 +1,6 @@
 """ImageFolder: which folders are classes, which are splits, and what is refused because it may be both."""
 
+import os
 import re
 from types import SimpleNamespace
 
@@ -45,6 +46,9 @@ def counts(data):
         ({"training_set/training_set": 4, "test_set/test_set": 2}, (12, 0, 6)),
         ({"Training": 10}, (15, 6, 9)),
         ({"images/photos": 10}, (15, 6, 9)),
+        ({"trn": 4, "tst": 2}, (12, 0, 6)),
+        ({"trainset": 4, "ValSet": 2}, (12, 0, 6)),
+        ({"TrainImages": 4, "test_1": 2}, (12, 0, 6)),
     ],
 )
 def test_the_usual_names_of_splits_are_no_classes(tmp_path, capsys, folders, expected):
@@ -82,6 +86,9 @@ def test_a_class_may_be_called_like_a_split(tmp_path, names, nested):
         (["train"], ["test"], "test: expected class folders with images, found none"),
         ([], ["train", "test"], "train: expected class folders with images, found none"),
         ([], ["train", "test", "extra"], "found test beside extra"),
+        (["train1", "train2", "test"], [], "expected one folder each .* found test, train1, train2"),
+        (["setA/train", "setA/test", "setB/train"], [], "setA: expected a class folder, found the splits test, train"),
+        ([], ["only"], "expected at least two classes, found only alone"),
     ],
 )
 def test_what_may_be_classes_or_splits_is_refused(tmp_path, folders, flat, says):
@@ -93,6 +100,39 @@ def test_what_may_be_classes_or_splits_is_refused(tmp_path, folders, flat, says)
         load(tmp_path)
     assert not (tmp_path / "mine/split.json").exists()
     assert main(["check-data", str(tmp_path), "--datasets", "mine"]) == 1
+
+
+def test_what_is_left_out_or_may_be_meant_otherwise_is_printed(tmp_path, capsys):
+    for domain in ("art", "photo"):
+        plant(tmp_path / "mine" / domain, 4)
+    (tmp_path / "mine/phone").mkdir()
+    (tmp_path / "mine/phone/a.heic").touch()
+    assert load(tmp_path).classnames == ["art", "photo"]
+    out = capsys.readouterr().out
+    assert (
+        "each of the classes art, photo, ... holds the folders apple, banana, carrot; if those are the classes" in out
+    )
+    assert f"{tmp_path / 'mine'}: folders without an image that can be read are left out: phone" in out
+
+
+@pytest.mark.parametrize("name", [b"apple/\xff.png", b"\xff/0.png"])
+def test_a_name_that_is_not_utf8_is_one_sentence(tmp_path, name):
+    plant(tmp_path / "mine", 2)
+    path = os.fsencode(tmp_path / "mine") + b"/" + name
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        open(path, "wb").close()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    with pytest.raises(GramError, match="expected a name in UTF-8, found another; rename the file or its folder"):
+        load(tmp_path)
+    assert not (tmp_path / "mine/split.json").exists()
+
+
+def test_two_spellings_of_one_name_are_the_same_class_name(tmp_path, capsys):
+    plant(tmp_path / "mine", 2, classes=("caf\u00e9", "cafe\u0301"))
+    load(tmp_path)
+    assert "classes of the same name" in capsys.readouterr().out
 
 
 def test_an_old_split_file_whose_classes_are_splits_is_refused(tmp_path):

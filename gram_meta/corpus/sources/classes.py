@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
+from unicodedata import normalize
 
 from gram_meta.corpus.sources.format import OnePiece, Options, Peek, open_text
 from gram_meta.corpus.sources.rows import IMAGE_SUFFIXES, Row, Source, checked, is_broken
@@ -20,7 +21,16 @@ from gram_meta.errors import GramError
 log = logging.getLogger(__name__)
 
 CLASSNAMES = "classnames.txt"
-TRAIN_FOLDERS = ("train", "images/train")  # where the training images of a collection with splits lie
+SPLIT_NAMES = {  # usual names of folders, in lower case
+    f"{name}{end}": split
+    for split, names in {
+        "train": "train training trn",
+        "val": "val valid validation validate dev",
+        "test": "test testing tst eval evaluation",
+    }.items()
+    for name in names.split()
+    for end in ("", "set")
+}
 MAX_DEPTH = 4  # levels below the collection that are searched for the folders of a list
 
 NO_CLASS = "not in a class folder"
@@ -147,17 +157,20 @@ def same_names(names: Mapping[str, str]) -> str:
     """Return which names several classes share, given class -> name; "" if there are none."""
     classes: dict[str, list[str]] = defaultdict(list)
     for folder, name in names.items():
-        classes[name.lower()].append(folder)
+        classes[normalize("NFC", name).lower()].append(folder)
     same = [f"{names[of_name[0]]!r} ({_some(of_name)})" for of_name in classes.values() if len(of_name) > 1]
     return f"classes of the same name: {_some(same)}" if same else ""
 
 
 def train_folder(path: Path) -> Path:
-    """Return `path`, or the folder of training images in it; a folder "train" that itself holds images is a class."""
-    for name in TRAIN_FOLDERS:
-        folder = path / name
-        if folder.is_dir() and subfolders(folder) and not images_in(folder):
-            return folder
+    """Return `path`, or the folder of training images in it or in its `images/`, such as `train` and `Training`.
+
+    A folder "train" that itself holds images is a class.
+    """
+    for base in filter(Path.is_dir, (path, path / "images")):
+        for folder in subfolders(base):
+            if SPLIT_NAMES.get(folder.name.lower()) == "train" and subfolders(folder) and not images_in(folder):
+                return folder
     return path
 
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from gram_meta.corpus.sources.classes import images_below
 from gram_meta.corpus.sources.format import OnePiece, Options, Peek, found_at
-from gram_meta.corpus.sources.rows import BAD_UTF8, EMPTY_CAPTION, NO_CAPTION_FILE, Row, Source, checked
+from gram_meta.corpus.sources.rows import (
+    BAD_UTF8,
+    EMPTY_CAPTION,
+    NO_CAPTION_FILE,
+    NO_MEMBER,
+    Row,
+    Source,
+    checked,
+)
 from gram_meta.errors import GramError
 
 TABLES = (".tsv", ".tab", ".csv", ".parquet", ".pq", ".json", ".jsonl", ".token", ".tar")
@@ -30,7 +39,7 @@ class Folder(OnePiece):
 
     def rows(self, source: Source) -> Iterator[Row]:
         root = source.path
-        found = False
+        read, last = 0, None  # captions' files, and the last of them
         for image in images_below(root, with_hidden=True):
             location = image.relative_to(root).as_posix()
             try:
@@ -41,7 +50,7 @@ class Folder(OnePiece):
             if content is None:
                 yield Row(location, "", NO_CAPTION_FILE)
                 continue
-            found = True
+            read, last = read + (text != last), text  # a.jpg and a.png have one
             lines = [line for line in content.splitlines() if line.strip()]
             if not lines:
                 yield Row(location, "", EMPTY_CAPTION)
@@ -50,8 +59,16 @@ class Folder(OnePiece):
                     yield checked(location, line.decode("utf-8-sig"))
                 except UnicodeDecodeError:
                     yield Row(location, "", BAD_UTF8)
-        if not found:
+        if not read:
             raise GramError(f"{root}: expected images with a same-named .txt beside them, found none{_tables_in(root)}")
+        for _ in range(_count_texts(root) - read):
+            yield Row("", "", NO_MEMBER)
+
+
+def _count_texts(root: Path) -> int:
+    """Return how many `.txt` files are in and below a folder."""
+    texts = (f"{folder}/{name}" for folder, _, names in os.walk(root) for name in names if name[0] != ".")
+    return sum(text.endswith(".txt") and os.path.isfile(text) for text in texts)
 
 
 def _tables_in(root: Path) -> str:

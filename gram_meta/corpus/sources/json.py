@@ -98,8 +98,9 @@ class Coco(_Captions):
             raise GramError(f"{path}: expected COCO's images and annotations, found {describe(content)}")
         captions: dict[Any, list[Any]] = {}
         for annotation in content["annotations"]:
-            if isinstance(annotation, dict) and "caption" in annotation and _is_key(annotation.get("image_id")):
-                captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
+            if isinstance(annotation, dict) and "caption" in annotation:
+                image_id = annotation.get("image_id")
+                captions.setdefault(image_id if _is_key(image_id) else None, []).append(annotation["caption"])
         if not captions:
             raise GramError(
                 f"{path}: expected annotations with captions, as in captions_train2017.json, found none with a caption"
@@ -136,8 +137,9 @@ class Karpathy(_Captions):
             if not isinstance(image, dict):
                 yield CaptionedImage(None)
                 continue
-            sentences = image.get("sentences")
-            texts = [item.get("raw") if isinstance(item, dict) else item for item in sentences or NOTHING]
+            sentences = image.get("sentences") or []
+            listed = sentences if isinstance(sentences, list) else [sentences]
+            texts = [item.get("raw") if isinstance(item, dict) else item for item in listed]
             folder, split = (_text(image.get(key)) for key in ("filepath", "split"))
             yield CaptionedImage(image.get("filename"), folder, split, texts)
 

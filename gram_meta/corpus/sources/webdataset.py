@@ -189,8 +189,8 @@ def _sample_rows(file: BinaryIO, end: int, shard: str, caption: str | None) -> I
         sample = samples.setdefault(key, _Sample())
         if is_image and sample.image is None:
             sample.image, sample.suffix = member, suffix
-        elif is_image and suffix == sample.suffix:  # `.jpg` and `.png` with one key are one sample
-            yield Row("", "", DUPLICATE)
+        elif is_image:  # `.jpg` and `.png` with one key are one sample
+            yield Row("", "", DUPLICATE if suffix == sample.suffix else EXTRA_IMAGE)
         elif is_text and sample.text is None:
             sample.text = _content(file, member, MAX_TEXT)  # mostly in the file's buffer now
         elif suffix == "json" and sample.json is None:
