@@ -173,17 +173,25 @@ def _names(*names: str) -> Bound:
 
 
 def _is_template(value: str) -> bool:
-    try:
-        return "\0" in value.format("\0")
-    except (ValueError, LookupError, AttributeError):
-        return False
+    return value.count("{}") == 1 and not set("{}") & set(value.replace("{}", ""))
 
 
 def _is_size(value: Any) -> bool:
     return len(value) == 2 and all(type(side) is int and 1 <= side <= 10_000 for side in value)
 
 
+def _is_range(value: Any) -> bool:
+    return len(value) == 2 and all(isinstance(end, int | float) for end in value) and 0 < value[0] <= value[1] <= 1
+
+
+def _colour(low: float, above: bool = False) -> Bound:
+    """Bound of three numbers, of red, green and blue."""
+    number = _numbers(low, 1000, above=above)
+    return Bound(lambda value: len(value) == 3 and number.is_fine(value), f"{number.expected}, for red, green and blue")
+
+
 _COUNT, _AT_LEAST_2, _FROM_0, _SHARE = _numbers(1), _numbers(2), _numbers(0), _numbers(0, 1)
+_WORKERS = _numbers(0, 512)  # far more processes than cores only fill the memory
 _SEED, _RATE, _DECAY = _numbers(0, 2**32 - 1), _numbers(0, 1000), _numbers(0, 1, below=True)
 _PREC = _names("fp32", "fp16", "bf16", "amp")
 
@@ -195,7 +203,8 @@ META_BOUNDS = {
         (_COUNT, "TASKS.SUPPORT_SHOTS TASKS.QUERY_SHOTS CHC.TOPICS.MIN_SAMPLES CHC.DOMAINS.STARTS"),
         (_AT_LEAST_2, "TASKS.WAYS CHC.TOPICS.NEIGHBORS CHC.TOPICS.COMPONENTS CHC.TOPICS.MIN_CLUSTER_SIZE"),
         (_AT_LEAST_2, "CHC.DOMAINS.K"),
-        (_FROM_0, "PROMPT.TEXT_TOKENS PROMPT.VISUAL_TOKENS LOADER.WORKERS MEMORY.TASKS MEMORY.IMAGES MEMORY.BUDGET"),
+        (_FROM_0, "PROMPT.TEXT_TOKENS PROMPT.VISUAL_TOKENS MEMORY.TASKS MEMORY.IMAGES MEMORY.BUDGET"),
+        (_WORKERS, "LOADER.WORKERS"),
         (_FROM_0, "PROMPT.VISUAL_SIZE OUTER.CLIP_NORM INNER.DETACHED"),
         (_SEED, "SEED"),
         (_whole(2**32 - 1), "SEEDS"),
@@ -226,7 +235,8 @@ RUN_BOUNDS = {
         (_COUNT, "DATALOADER.TEST.BATCH_SIZE DATALOADER.K_TRANSFORMS"),
         (_COUNT, "TRAINER.COOP.N_CTX TRAINER.COCOOP.N_CTX TRAINER.VPT.N_CTX_VISION"),
         (_COUNT, "TRAINER.JOINT.N_CTX_VISION TRAINER.JOINT.N_CTX_TEXT"),
-        (_FROM_0, "DATALOADER.NUM_WORKERS TRAINER.MEMORY.CLASSES TRAINER.MEMORY.IMAGE_BUDGET"),
+        (_WORKERS, "DATALOADER.NUM_WORKERS"),
+        (_FROM_0, "TRAINER.MEMORY.CLASSES TRAINER.MEMORY.IMAGE_BUDGET"),
         (_FROM_0, "INPUT.CROP_PADDING INPUT.CUTOUT_N INPUT.CUTOUT_LEN INPUT.GN_STD DATALOADER.TRAIN_X.N_DOMAIN"),
         (_FROM_0, "INPUT.COLORJITTER_B INPUT.COLORJITTER_C INPUT.COLORJITTER_S DATALOADER.TRAIN_U.N_DOMAIN"),
         (_COUNT, "DATALOADER.TRAIN_X.N_INS DATALOADER.TRAIN_U.N_INS"),
@@ -236,8 +246,12 @@ RUN_BOUNDS = {
         (_RATE, "OPTIM.LR OPTIM.WARMUP_CONS_LR OPTIM.WARMUP_MIN_LR OPTIM.WEIGHT_DECAY OPTIM.GAMMA OPTIM.BASE_LR_MULT"),
         (_RATE, "TRAINER.GRAM.STEP_SCALE"),
         (_DECAY, "OPTIM.MOMENTUM OPTIM.ADAM_BETA1 OPTIM.ADAM_BETA2 OPTIM.RMSPROP_ALPHA"),
-        (_SHARE, "INPUT.RRCROP_SCALE INPUT.RGS_P INPUT.GB_P"),
-        (_numbers(0, above=True), "INPUT.PIXEL_STD TRAINER.MEMORY.TEXT_BUDGET"),
+        (_SHARE, "INPUT.RGS_P INPUT.GB_P"),
+        (Bound(_is_range, "(low, high), more than 0 and at most 1"), "INPUT.RRCROP_SCALE"),
+        (_colour(-1000), "INPUT.PIXEL_MEAN"),
+        (_colour(0, above=True), "INPUT.PIXEL_STD"),
+        (_numbers(0, above=True), "TRAINER.MEMORY.TEXT_BUDGET"),
+        (Bound(lambda value: not value, "False, as a trainer needs tensors"), "INPUT.NO_TRANSFORM"),
         (Bound(_is_size, "(height, width) of at least 1 pixel"), "INPUT.SIZE"),
         (_names("bilinear", "bicubic", "nearest"), "INPUT.INTERPOLATION"),
         (_names("val", "test"), "TEST.SPLIT"),
@@ -250,8 +264,16 @@ RUN_BOUNDS = {
 }
 
 
+COMMAND_BOUNDS = {
+    **dict.fromkeys(("batch size", "part size", "--neighbours"), _COUNT),
+    **dict.fromkeys(("--workers", "--jobs"), _numbers(1, 512)),
+    "workers": _WORKERS,
+}
+
+
 def check_bounds(config: Mapping[str, Any], bounds: Mapping[str, Bound]) -> None:
-    """Raise a `GramError` for the first value in a tree of settings that is out of its bounds; absent keys are fine."""
+    """Raise a `GramError` for the first value in a tree of settings that is out of its bounds; absent keys are fine,
+    and None where it is a default."""
     for key, value in flatten(config).items():
         if key in bounds and not bounds[key].is_fine(value):
             raise GramError(f"{key}: expected {bounds[key].expected}, found {value!r}")

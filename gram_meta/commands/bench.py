@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gram_meta.config import COMMAND_BOUNDS, check_bounds
 from gram_meta.errors import GramError
 
 if TYPE_CHECKING:
@@ -74,8 +75,7 @@ def run(args: argparse.Namespace) -> int:
     settings = read_settings(args)
     jobs = emoji.bench_runs(settings, Path(args.emoji)) if args.emoji else matrix.bench_runs(settings)
     count = args.jobs if args.jobs is not None else min(pool.cores(), 4) if args.emoji else 1
-    if count < 1:
-        raise GramError(f"--jobs: expected a number from 1 on, found {count}")
+    check_bounds({"--jobs": count}, COMMAND_BOUNDS)
     environments = pool.places(count, args.gpus or ())
     if args.dry_run:
         runner.show(jobs, settings, environments)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from gram_meta.errors import GramError
+from gram_meta.config import COMMAND_BOUNDS, check_bounds
 from gram_meta.files import to_json
 
 if TYPE_CHECKING:
@@ -36,8 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from gram_meta.datasets.check import FINE, MISSING, PAPER, check, data_root, find_datasets, split_names
 
     root = data_root(args.root)
-    if args.workers < 1:
-        raise GramError(f"--workers: expected at least 1, found {args.workers}")
+    check_bounds({"--workers": args.workers}, COMMAND_BOUNDS)
     names = split_names(args.datasets or PAPER)
     found = [check(root, name, dataset, args.deep, args.workers) for name, dataset in find_datasets(root, names)]
     absent = [] if args.datasets else [finding for finding in found if finding.state == MISSING]

@@ -11,6 +11,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gram_meta.config import COMMAND_BOUNDS, check_bounds
 from gram_meta.errors import GramError
 from gram_meta.processes import ALONE, device_for
 
@@ -86,9 +87,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ("neighbours", "workers"):
-        if (value := getattr(args, name)) < 1:
-            raise GramError(f"--{name}: expected at least 1, found {value}")
+    check_bounds({"--neighbours": args.neighbours, "--workers": args.workers}, COMMAND_BOUNDS)
     if not 0 <= args.distance <= 2:
         raise GramError(f"--distance: expected a number from 0 to 2, found {args.distance}")
     if args.pixels_only and args.backbone:

@@ -30,7 +30,7 @@ from PIL import Image
 
 from gram_meta.backbone.clip import PACKAGED, RUN_PRECISIONS, Backbone
 from gram_meta.backbone.footprint import forward_bytes
-from gram_meta.config import flatten
+from gram_meta.config import COMMAND_BOUNDS, check_bounds, flatten
 from gram_meta.corpus.loading import run_ahead
 from gram_meta.corpus.sources.rows import IMAGE_SUFFIXES
 from gram_meta.errors import GramError, in_one_line
@@ -130,9 +130,7 @@ class Predictor:
         Raises:
             GramError: no classifier at `run`, another backbone than that of the prompts, missing class names.
         """
-        for name, value, least in (("batch size", batch_size, 1), ("workers", workers, 0)):
-            if value is not None and value < least:
-                raise GramError(f"{name}: expected at least {least}, found {value}")
+        check_bounds({"batch size": batch_size, "workers": workers}, COMMAND_BOUNDS)
         saved = read_saved(run, epoch)
         saved.trainer = saved.trainer or infer_trainer(saved)
         trainer = _trainer(saved)

@@ -155,7 +155,7 @@ def test_a_missing_checkpoint_is_one_sentence(tmp_path):
         ("--trainers CoOp --seeds one --root .", "--seeds: expected numbers from 0 on, found 'one'"),
         ("--trainers CoOp --root . --seeds OPTIM.LR 0.1", "--seeds: expected a value, found OPTIM.LR"),
         ("--trainers CoOp --shots 0 --root .", "--shots: expected a number from 1 on, found 0"),
-        ("--trainers CoOp --jobs 0 --root .", "--jobs: expected a number from 1 on, found 0"),
+        ("--trainers CoOp --jobs 0 --root .", "--jobs: expected at least 1 and at most 512, found 0"),
         ("--trainers CoOp", "--root: expected the folder of the datasets"),
         ("--trainers CoOp --root nowhere", "--root nowhere: expected the folder"),
         ("--trainers CoOp --store s --root .", "--store and --hierarchy belong together"),

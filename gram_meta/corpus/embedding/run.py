@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gram_meta.config import COMMAND_BOUNDS, check_bounds
 from gram_meta.corpus import store as layout
 from gram_meta.corpus.embedding.index import PLAN, Index, write_index
 from gram_meta.corpus.embedding.joining import join_parts
@@ -63,9 +64,7 @@ def embed_pairs(
         GramError: `out` contains something else, or a run with other settings; another process is writing to it;
             no usable pair; no space left.
     """
-    for name, value, least in (("batch size", batch_size, 1), ("part size", part_size, 1), ("workers", workers, 0)):
-        if value < least:
-            raise GramError(f"{name}: expected at least {least}, found {value}")
+    check_bounds({"batch size": batch_size, "part size": part_size, "workers": workers}, COMMAND_BOUNDS)
     source = source if isinstance(source, Source) else open_source(source)
     out, parts = Path(out), Path(out, layout.PARTS)
     settings = {
