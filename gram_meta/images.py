@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,11 @@ def find_problems(paths: Iterable[Path], header_only: bool = False, workers: int
             return str(error)
         return ""
 
+    size, rest = 100 if header_only else 1, iter(paths)  # a header takes less time than handing it to a thread
+    groups = iter(lambda: list(islice(rest, size)), [])
     with ThreadPoolExecutor(workers) as pool:
-        yield from pool.map(problem, paths)
+        for found in pool.map(lambda group: list(map(problem, group)), groups):
+            yield from found
 
 
 def list_problems(paths: Sequence[str], problems: Iterable[str], base: Path) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gram_meta.backbone.clip import Backbone
+from gram_meta.engine.checkpoints import restoring
 from gram_meta.errors import GramError
 from gram_meta.method.prompts import PromptedCLIP
 from gram_meta.random_state import random_state, set_random_state
@@ -152,15 +153,16 @@ class Checkpointing:
         print(f"Found checkpoint at {path} (will resume training from epoch {state['epoch'] + 1})")
         saved.load(self._models[LEARNER], state["state_dict"], path)
         self.meta_facts = state.get("meta_checkpoint")
-        self.optim.load_state_dict(state["optimizer"])
-        self.sched.load_state_dict(state["scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.record.curve = list(state["curve"])
-        self.load_saved_state(state)
-        best = path.with_name(layout.BEST)
-        if self.cfg.TEST.FINAL_MODEL == "best_val" and best.is_file():
-            self.best_result = saved.read(best)["val_result"]
-        set_random_state(state["random"])
+        with restoring(path):
+            self.optim.load_state_dict(state["optimizer"])
+            self.sched.load_state_dict(state["scheduler"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.record.curve = list(state["curve"])
+            self.load_saved_state(state)
+            best = path.with_name(layout.BEST)
+            if self.cfg.TEST.FINAL_MODEL == "best_val" and best.is_file():
+                self.best_result = saved.read(best)["val_result"]
+            set_random_state(state["random"])
         return state["epoch"]
 
     def load_model(self, directory: str, epoch: int | None = None) -> None:

@@ -16,7 +16,8 @@ import os
 import pickle
 import struct
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,13 +83,33 @@ def read_checkpoint(path: PathLike, map_location: Any = "cpu") -> dict[str, Any]
 
 
 def check_finite(path: PathLike, tensors: Mapping[str, Any]) -> None:
-    """Raise a `GramError` for the first learned tensor that has NaN or an infinite number."""
+    """Raise a `GramError` for the first learned tensor with NaN, or a number that 16 bits have no form for."""
     import torch
 
     for name, value in tensors.items():
-        if isinstance(value, torch.Tensor) and not value.isfinite().all():
-            bad = int((~value.isfinite()).sum())
-            raise GramError(f"{path}: expected finite numbers in {name}, found {bad} of {value.numel()} that are not")
+        if (
+            isinstance(value, torch.Tensor)
+            and not (fine := value.float().abs() <= torch.finfo(torch.float16).max).all()
+        ):
+            found = f"{int((~fine).sum())} of {value.numel()} that are not, or are above 65,504"
+            raise GramError(f"{path}: expected finite numbers in {name}, found {found}")
+
+
+@contextmanager
+def restoring(path: PathLike) -> Iterator[None]:
+    """Turn any error of restoring a state, such as a missing part, into one sentence.
+
+    Raises:
+        GramError: the block raised an error.
+    """
+    try:
+        yield
+    except GramError:
+        raise
+    except Exception as error:
+        raise GramError(
+            f"{path}: expected a whole state that training can go on from, found another ({in_one_line(error)})"
+        ) from error
 
 
 def schedule_state(scheduler: Any) -> dict[str, Any]:
@@ -166,13 +187,20 @@ def _refuse_other_archives(path: Path) -> None:
 
 
 def _check_tensors(path: Path, state: dict[str, Any]) -> None:
-    """Raise if the state dict holds something else than tensors, which would fail later and less clearly."""
-    tensors = state.get("state_dict")
-    if tensors is not None and not isinstance(tensors, Mapping):
+    """Raise if the state dict holds something else than dense tensors of real numbers, which would fail later."""
+    import torch
+
+    tensors = state.get("state_dict", {})
+    if not isinstance(tensors, Mapping) or not all(isinstance(name, str) for name in tensors):
         raise GramError(f"{path}: expected tensors by name as state_dict, found {_kind(tensors)}")
-    for name, value in (tensors or {}).items():
+    for name, value in tensors.items():
         if isinstance(value, Record):
             raise GramError(f"{path}: expected a tensor as {name} in state_dict, found {value.of} as an object")
+        if not isinstance(value, torch.Tensor):
+            raise GramError(f"{path}: expected a tensor as {name} in state_dict, found {_kind(value)}")
+        if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_complex():
+            kind = f"{value.layout}, {value.dtype} on {value.device}"
+            raise GramError(f"{path}: expected a dense tensor of real numbers as {name}, found {kind}")
 
 
 def _kind(value: Any) -> str:

@@ -109,8 +109,9 @@ def evaluate(
         pieces = [piece for of_one in group.gather(parts[kind]) for piece in of_one]
         if pieces:
             gammas, betas = (torch.cat(values) for values in zip(*pieces, strict=True))  # (tasks, M, d)
-            scores[f"spread_gamma_{kind}"] = gammas.std(dim=0).mean().item()
-            scores[f"spread_beta_{kind}"] = betas.std(dim=0).mean().item()
+            correction = min(len(gammas) - 1, 1)  # of a single task the spread is 0
+            scores[f"spread_gamma_{kind}"] = gammas.std(dim=0, correction=correction).mean().item()
+            scores[f"spread_beta_{kind}"] = betas.std(dim=0, correction=correction).mean().item()
     return scores
 
 

@@ -27,7 +27,7 @@ import torch
 from yacs.config import CfgNode
 
 from gram_meta.config import INCIDENTAL, as_dict, stored_config
-from gram_meta.engine.checkpoints import check_finite, read_checkpoint
+from gram_meta.engine.checkpoints import check_finite, read_checkpoint, restoring
 from gram_meta.errors import GramError, as_gram_error, tensorboard_errors
 from gram_meta.files import Count, atomic_write, check_type, parse_json, read_json, read_text, to_json, write_json
 from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
@@ -180,7 +180,8 @@ class MetaRun:
         if not (self.out / STATE).exists():
             return None  # the run was interrupted before its first state
         state = check_type(read_checkpoint(self.out / STATE), _State, str(self.out / STATE))
-        check_finite(self.out / STATE, state["theta"] | state["regulator"])
+        with restoring(self.out / STATE):
+            check_finite(self.out / STATE, state["theta"] | state["regulator"])
         return state
 
 

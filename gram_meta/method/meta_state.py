@@ -76,8 +76,8 @@ class MetaState:
     def load_state_dict(self, state: Mapping[str, Any]) -> int:
         """Restore what `state_dict` returned, and return its step."""
         with torch.no_grad():
-            for kind, value in state["theta"].items():
-                self.theta[kind].copy_(value)
+            for kind, value in self.theta.items():
+                value.copy_(state["theta"][kind])
         if self.regulator is not None:
             self.regulator.load_state_dict(state["regulator"])
         self.optimiser.load_state_dict(state["optimiser"])

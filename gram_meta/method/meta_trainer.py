@@ -25,13 +25,14 @@ from gram_meta import __version__
 from gram_meta.backbone.clip import Backbone, load_backbone
 from gram_meta.clustering.hierarchy import Hierarchy
 from gram_meta.corpus.store import PairStore
+from gram_meta.engine.checkpoints import restoring
 from gram_meta.errors import GramError
 from gram_meta.locks import only_writer
 from gram_meta.method.bilevel import InnerLoop
 from gram_meta.method.episodes import Episode, Episodes, TimedIterator
 from gram_meta.method.evaluation import evaluate
 from gram_meta.method.memory_plan import MemoryConfig, plan
-from gram_meta.method.meta_run import BEST, LAST, MetaLog, MetaRun, Sigterm, Stopped
+from gram_meta.method.meta_run import BEST, LAST, STATE, MetaLog, MetaRun, Sigterm, Stopped
 from gram_meta.method.meta_state import MetaState
 from gram_meta.method.outer import BatchResult, OuterLoop, add_meta_gradients, exchange, parameters_of
 from gram_meta.method.profiling import EXCHANGE, OPTIMISER
@@ -136,7 +137,8 @@ class MetaTrainer:
         if not resume:
             self.folder.begin()
         elif state := self.folder.resume():
-            self.saved = self.state.load_state_dict(state)
+            with restoring(self.folder.out / STATE):
+                self.saved = self.state.load_state_dict(state)
         return self.saved
 
     def record(self, step: int, log: MetaLog) -> None:

@@ -102,7 +102,11 @@ class CheckpointFacts(TypedDict, total=False):
     epoch: Count
     trainer: str
     backbone: Clip
-    reads: dict[str, Any]
+    reads: dict[str, Literal["end", "middle", "front"]]
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any]
+    scaler: dict[str, Any]
+    random: dict[str, Any]
     dataset: str
     folder: str
     subsample: str

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from gram_meta.engine.checkpoints import Record, read_checkpoint, restore_schedule, schedule_state
+from gram_meta.engine.checkpoints import Record, check_finite, read_checkpoint, restore_schedule, schedule_state
 from gram_meta.errors import GramError
 
 BOTH_FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
@@ -163,6 +163,30 @@ def test_what_is_no_checkpoint():
         read_checkpoint(save("tensor", torch.ones(2)))
     with pytest.raises(GramError, match="found torch.nn.modules.linear.Linear as an object"):
         read_checkpoint(save("model", nn.Linear(1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        (None, "expected tensors by name as state_dict, found a NoneType"),
+        ({5: torch.ones(2)}, "expected tensors by name as state_dict, found a dict"),
+        ({"ctx": "x"}, "expected a tensor as ctx in state_dict, found a str"),
+        ({"ctx": torch.ones(2).to_sparse()}, "expected a dense tensor of real numbers as ctx, found torch.sparse_coo"),
+        ({"ctx": torch.ones(2, device="meta")}, "expected a dense tensor of real numbers as ctx, found .* on meta"),
+        ({"ctx": torch.ones(2, dtype=torch.complex64)}, "expected a dense tensor of real numbers as ctx, .*complex64"),
+    ],
+)
+def test_what_is_no_tensor_of_numbers_is_one_sentence(tensors, says):
+    with pytest.raises(GramError, match=f"odd: {says}"):
+        read_checkpoint(save("odd", {"state_dict": tensors}))
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf, 1e38, 1e300, 70_000.0])
+def test_numbers_that_a_tower_makes_infinite_are_refused(value):
+    tensors = {"ctx": torch.tensor([[1.0, value]], dtype=torch.float64), "flags": torch.tensor([True])}
+    with pytest.raises(GramError, match="a file: expected finite numbers in ctx, found 1 of 2 that are not, or are ab"):
+        check_finite("a file", tensors)
+    check_finite("a file", {"ctx": torch.tensor([65_504.0]), "number": torch.tensor(3)})
 
 
 def test_other_archives():

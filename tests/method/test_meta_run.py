@@ -4,6 +4,7 @@ import errno
 
 import pytest
 import torch
+from helpers.meta_training import Store, trainer
 
 from gram_meta import files
 from gram_meta.config import load_meta_config
@@ -35,6 +36,16 @@ def test_a_damaged_state_is_one_sentence(tmp_path):
     run.save_state({**state, "best": {}, "theta": {"text": torch.full((2, 3), torch.nan)}})
     with pytest.raises(GramError, match=f"^{path}: expected finite numbers in text, found 6 of 6 that are not"):
         run.resume()
+
+
+@pytest.mark.parametrize(("part", "value"), [("theta", {}), ("optimiser", {}), ("norms", 5), ("regulator", {})])
+def test_a_state_with_a_broken_part_is_one_sentence(tmp_path, backbone, part, value):
+    run = trainer(Store(backbone), tmp_path, "OUTER.STEPS", "1", "EVAL.EVERY", "1", "EVAL.TASKS", "1")
+    run.run()
+    path = tmp_path / "state.pt"
+    torch.save({**torch.load(path, weights_only=True), part: value}, path)
+    with pytest.raises(GramError, match=f"^{path}: expected a whole state that training can go on from, found another"):
+        trainer(Store(backbone), tmp_path, "OUTER.STEPS", "1", "EVAL.EVERY", "1", "EVAL.TASKS", "1").begin(True)
 
 
 def test_a_full_disk_is_one_sentence_and_the_last_state_stays(tmp_path, monkeypatch):

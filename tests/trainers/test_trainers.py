@@ -743,6 +743,17 @@ def test_prompts_with_nan_are_refused(world, tmp_path):
             use()
 
 
+@pytest.mark.parametrize(("part", "value"), [("optimizer", {}), ("random", {}), ("scheduler", 5), ("curve", None)])
+def test_a_state_with_a_broken_part_is_one_sentence(world, tmp_path, part, value):
+    train(world, tmp_path / "run", "CoOp")
+    path = tmp_path / "run" / "prompt_learner" / "model.pth.tar-3"
+    torch.save({**torch.load(path, weights_only=True), part: value}, path)
+    with pytest.raises(
+        GramError, match=f"^{path}: (expected a whole state that training can|{part}: expected object|cur)"
+    ):
+        build(world, "CoOp").resume_model_if_exist(str(tmp_path / "run"))
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_at_the_next_printed_line(world, tmp_path, one_loading, monkeypatch):
     """Losses are checked once a printed line; a later finite one does not hide it, and no epoch is saved with it."""
     seen, entropy = [], F.cross_entropy
