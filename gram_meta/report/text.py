@@ -200,8 +200,8 @@ def _grid(headers: Sequence[str], rows: Sequence[Sequence[Any]], form: str) -> s
 
 
 def _one_line(text: Any) -> str:
-    """Return text whose line breaks are spaces, so that a name cannot end a row or a comment."""
-    return " ".join(str(text).splitlines())
+    """Return text with spaces for line breaks and control characters: a name ends no row, and moves no cursor."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", str(text)).rstrip()
 
 
 def _escape_markdown(text: Any) -> str:

@@ -532,6 +532,7 @@ NAMES = {  # a name of somebody's choice, and how it is shown in the formats
     "-2": {"csv": "-2", "latex": "-2", "markdown": "-2"},
     "-a": {"csv": "'-a", "latex": "-a", "markdown": "-a"},
     "one\ntwo\r\nthree": {"csv": "one two three", "latex": "one two three", "markdown": "one two three"},
+    "a\x1b[2Jb\x85\u2028c": {"csv": "a [2Jb c", "latex": "a {[}2Jb c", "markdown": r"a \[2Jb c"},  # moves a cursor
     "<img src=x onerror=y>": {
         "csv": "<img src=x onerror=y>",
         "latex": r"\textless{}img src=x onerror=y\textgreater{}",
@@ -557,7 +558,8 @@ def test_names_of_any_kind(name, form):
         title = rf"\caption{{{shown}}}" if form == "latex" else f"**{shown}**"
         assert title in lines
         notes = [line for line in lines if line.startswith(("% note: ", "- note: "))]
-        assert notes == [f"- note: {shown}" if form == "markdown" else f"% note: {' '.join(name.splitlines())}"]
+        plain = re.sub(r"[\x00-\x1f\x85\u2028]+", " ", name)
+        assert notes == [f"- note: {shown}" if form == "markdown" else f"% note: {plain}"]
         assert not [line for line in lines if line.strip() in ("two", "three")]
 
 

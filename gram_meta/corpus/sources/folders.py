@@ -8,15 +8,7 @@ from pathlib import Path
 
 from gram_meta.corpus.sources.classes import images_below
 from gram_meta.corpus.sources.format import OnePiece, Options, Peek, found_at
-from gram_meta.corpus.sources.rows import (
-    BAD_UTF8,
-    EMPTY_CAPTION,
-    NO_CAPTION_FILE,
-    NO_MEMBER,
-    Row,
-    Source,
-    checked,
-)
+from gram_meta.corpus.sources.rows import BAD_UTF8, EMPTY_CAPTION, NO_CAPTION_FILE, NO_MEMBER, Row, Source, checked
 from gram_meta.errors import GramError
 
 TABLES = (".tsv", ".tab", ".csv", ".parquet", ".pq", ".json", ".jsonl", ".token", ".tar")
