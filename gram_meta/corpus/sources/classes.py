@@ -86,8 +86,8 @@ class ClassFolders(OnePiece):
         named = {folder: class_name(folder.name, names) for folder in folders}
         _log_classes(source, {folder.name: name for folder, name in named.items() if name})
         for folder in chain.from_iterable(_levels(source.path, source.class_depth - 1)):  # above the class folders
-            for image in images_in(folder):
-                yield Row((folder / image).relative_to(source.path).as_posix(), "", NO_CLASS)
+            for file in images_in(folder):
+                yield Row((folder / file).relative_to(source.path).as_posix(), "", NO_CLASS)
         found, empty = False, []
         for folder, name in named.items():
             images = list(images_below(folder))
