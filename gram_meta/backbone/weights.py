@@ -37,7 +37,10 @@ _EXTRA = {
 }
 
 # Names of files in a folder of weights: (the config that describes them, the weights, best first)
-_HUGGING_FACE = ("config.json", ("model.safetensors", "pytorch_model.bin"))
+_HUGGING_FACE = (
+    "config.json",
+    ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
 _OPEN_CLIP = (
     "open_clip_config.json",
     ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"),
@@ -145,6 +148,8 @@ def _file_of(folder: Path) -> Path:
 
 def _read_file(path: Path) -> dict[str, Tensor]:
     """Return tensors by name from a .safetensors file, a TorchScript archive, or a plain torch file; run no code."""
+    if path.name.endswith(".index.json"):
+        return _read_parts(path)
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -168,6 +173,17 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise GramError(f"{expected} no tensors")
     return tensors
+
+
+def _read_parts(index: Path) -> dict[str, Tensor]:
+    """Return weights that Hugging Face has split over several files."""
+    parts = read_json(index).get("weight_map")
+    if not isinstance(parts, dict):
+        raise GramError(f"{index}: expected a weight_map that names the parts, found none")
+    state: dict[str, Tensor] = {}
+    for name in sorted(set(parts.values())):
+        state |= _read_file(index.parent / Path(name).name)  # beside the index, never in another folder
+    return state
 
 
 def _plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -340,6 +340,20 @@ def test_hugging_face_names_in_a_folder_or_a_file(tmp_path, weights):
     assert load_backbone(str(folder)).fingerprint != fingerprint(weights)  # safetensors come first
 
 
+def test_weights_in_parts_load(tmp_path, backbone, weights):
+    from safetensors.torch import save_file
+
+    other = in_hugging_face_names(weights)
+    names = sorted(other)
+    parts = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for file, keys in parts.items():
+        save_file({key: other[key] for key in keys}, tmp_path / file)
+    index = {"weight_map": {key: file for file, keys in parts.items() for key in keys}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "config.json").write_text(hugging_face_config())
+    assert load_backbone(str(tmp_path)).fingerprint == backbone.fingerprint
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["", "module.", "text.", "module.text."])
 def test_open_clips_names_with_and_without_prefixes(tmp_path, backbone, weights, prefix):

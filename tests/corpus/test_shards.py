@@ -464,6 +464,19 @@ def test_columns_of_parquet_are_found(tmp_path, columns, expected):
     assert ImageReader(tmp_path).content(found[0].place) == b"x"
 
 
+def test_large_row_groups_are_warned_of(tmp_path, monkeypatch, caplog):
+    from gram_meta.corpus.sources import parquet
+
+    path = write_parquet(
+        tmp_path / "a.parquet", [(picture(n), "") for n in range(8)], list("abcdefgh"), row_group_size=4
+    )
+    open_source(path)
+    assert "row groups" not in caplog.text
+    monkeypatch.setattr(parquet, "LARGE_GROUP", 3000)
+    open_source(path)
+    assert "a.parquet: row groups of up to" in caplog.text
+
+
 def test_damage_in_parquet_costs_the_row_group(tmp_path):
     images = [(picture(number), "") for number in range(12)]
     path = write_parquet(

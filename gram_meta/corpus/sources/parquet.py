@@ -6,6 +6,7 @@ statistics report no null, rows are read without the bytes.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections import Counter
@@ -24,10 +25,13 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+log = logging.getLogger(__name__)
+
 INSIDE_COLUMNS = ("jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes")  # besides the usual names
 NUMBERED = re.compile(r"captions?_?\d+")  # caption_0 ... caption_4
 TEXT_OF = ("raw", "caption", "text")  # where the text stands in a list of structs: COCO's and Flickr's sentences
 PART = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?\.parquet")  # SPLIT-00000-of-00005.parquet
+LARGE_GROUP = 16 << 20  # bytes of images in a row group
 ROWS_AT_ONCE = 4096
 IMAGES_AT_ONCE = 32  # rows, where bytes have to be looked at
 
@@ -51,8 +55,15 @@ class Parquet:
         files = [file for file in files if is_chosen(_split_of(file), split)]
         root = common_folder(files, options.image_root)
         columns = options.image_column, options.caption_column
-        insides = [_footer(file, options.image_column).inside for file in files]  # reads them all: errors come early
-        if len(files) == 1 and path.is_file() and not insides[0]:
+        footers = [_footer(file, options.image_column) for file in files]
+        if footers[0].largest > LARGE_GROUP:
+            log.warning(
+                "%s: row groups of up to %d MB; to read one image at random, a whole row group is read (meta-training "
+                "with visual prompts is faster from smaller row groups, or from tars)",
+                files[0],
+                footers[0].largest >> 20,
+            )
+        if len(files) == 1 and path.is_file() and not footers[0].inside:
             return Source(files[0], self.name, root, *columns)  # a table of paths
         return Source(Path(os.path.abspath(path)), self.name, root, *columns, files=tuple(files), split=split)
 
@@ -66,10 +77,11 @@ class Parquet:
 
 
 class Footer(NamedTuple):
-    """What a footer says: whether images are inside, and whether all of them are."""
+    """What a footer says: whether images are inside, all of them, and the most bytes of images in a row group."""
 
     inside: bool
     all_inside: bool
+    largest: int
 
 
 class Columns(NamedTuple):
@@ -94,11 +106,11 @@ def _footer(path: Path, image_column: str | None) -> Footer:
         schema = file.schema_arrow
         image = find_image(path, schema, image_column)
         if not holds_images(schema, image):
-            return Footer(False, False)
+            return Footer(False, False, 0)
         chunks = [_chunk(file, group, leaf_of(schema, image)) for group in range(file.num_row_groups)]
         # A null in a column of bytes is no image at all; beside a struct of nulls, `path` may name a file.
         all_inside = not is_struct(schema.field(image).type) or not any(map(_may_have_nulls, chunks))
-        return Footer(True, all_inside)
+        return Footer(True, all_inside, max((chunk.total_uncompressed_size for chunk in chunks if chunk), default=0))
 
 
 def _split_of(path: Path) -> str:
