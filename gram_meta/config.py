@@ -161,10 +161,12 @@ def _numbers(
 
 
 def _whole(high: int) -> Bound:
-    """Bound of a tuple of whole numbers from 0."""
+    """Bound of a tuple of different whole numbers from 0."""
     return Bound(
-        lambda values: all(type(value) is int and 0 <= value <= high for value in values),
-        f"whole numbers from 0 to {high:,}, such as (0, 1, 5)",
+        lambda values: (
+            all(type(value) is int and 0 <= value <= high for value in values) and len(set(values)) == len(values)
+        ),
+        f"whole numbers from 0 to {high:,}, each once, such as (0, 1, 5)",
     )
 
 
@@ -203,14 +205,15 @@ META_BOUNDS = {
         (_COUNT, "TASKS.SUPPORT_SHOTS TASKS.QUERY_SHOTS CHC.TOPICS.MIN_SAMPLES CHC.DOMAINS.STARTS"),
         (_AT_LEAST_2, "TASKS.WAYS CHC.TOPICS.NEIGHBORS CHC.TOPICS.COMPONENTS CHC.TOPICS.MIN_CLUSTER_SIZE"),
         (_AT_LEAST_2, "CHC.DOMAINS.K"),
-        (_FROM_0, "PROMPT.TEXT_TOKENS PROMPT.VISUAL_TOKENS MEMORY.TASKS MEMORY.IMAGES MEMORY.BUDGET"),
+        (_FROM_0, "PROMPT.TEXT_TOKENS MEMORY.TASKS MEMORY.IMAGES MEMORY.BUDGET"),
         (_WORKERS, "LOADER.WORKERS"),
+        (_numbers(0, 1000), "PROMPT.VISUAL_TOKENS"),  # attention grows with their square
         (_FROM_0, "PROMPT.VISUAL_SIZE OUTER.CLIP_NORM INNER.DETACHED"),
         (_SEED, "SEED"),
         (_whole(2**32 - 1), "SEEDS"),
         (_numbers(0, 2**32 - 1, also=-1), "CHC.SEED"),
         (_RATE, "INNER.ALPHA OUTER.LR_PROMPT OUTER.LR_REGULATOR"),
-        (_SHARE, "TASKS.HELD_OUT"),
+        (_DECAY, "TASKS.HELD_OUT"),
         (_numbers(0, 1, above=True), "CHC.FILTER.KEEP"),
         (_numbers(-1, 1), "CHC.FILTER.THRESHOLD"),
         (_numbers(100, also=0), "CHC.TOPICS.SAMPLE CHC.DOMAINS.SAMPLE"),  # a smaller sample has too few neighbours
@@ -233,8 +236,8 @@ RUN_BOUNDS = {
     for bound, keys in (
         (_COUNT, "OPTIM.MAX_EPOCH TRAIN.PRINT_FREQ DATALOADER.TRAIN_X.BATCH_SIZE DATALOADER.TRAIN_U.BATCH_SIZE"),
         (_COUNT, "DATALOADER.TEST.BATCH_SIZE DATALOADER.K_TRANSFORMS"),
-        (_COUNT, "TRAINER.COOP.N_CTX TRAINER.COCOOP.N_CTX TRAINER.VPT.N_CTX_VISION"),
-        (_COUNT, "TRAINER.JOINT.N_CTX_VISION TRAINER.JOINT.N_CTX_TEXT"),
+        (_COUNT, "TRAINER.COOP.N_CTX TRAINER.COCOOP.N_CTX TRAINER.JOINT.N_CTX_TEXT"),
+        (_numbers(1, 1000), "TRAINER.JOINT.N_CTX_VISION TRAINER.VPT.N_CTX_VISION"),
         (_WORKERS, "DATALOADER.NUM_WORKERS"),
         (_FROM_0, "TRAINER.MEMORY.CLASSES TRAINER.MEMORY.IMAGE_BUDGET"),
         (_FROM_0, "INPUT.CROP_PADDING INPUT.CUTOUT_N INPUT.CUTOUT_LEN INPUT.GN_STD DATALOADER.TRAIN_X.N_DOMAIN"),

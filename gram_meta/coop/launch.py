@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any
 
 from gram_meta.config import check_known, find_config, merge_file, merge_opts
@@ -24,6 +25,7 @@ from gram_meta.errors import GramError, exit_status
 from gram_meta.files import expand_home
 from gram_meta.locks import only_writer
 from gram_meta.runs.folder import open_folder
+from gram_meta.runs.layout import options_of
 
 __all__ = ["add_flags", "build_parser", "find_config", "main", "run", "setup_cfg", "train"]
 
@@ -120,6 +122,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         _check_names(trainer=args.trainer)  # before its config file is looked for
     cfg = setup_cfg(args)
     _check_names(trainer=cfg.TRAINER.NAME, dataset=cfg.DATASET.NAME)
+    _check_backbone(cfg.MODEL.BACKBONE.NAME, args.model_dir)
     if args.no_train or open_folder(cfg, args).finished:
         return _run(cfg, args)
     with only_writer(cfg.OUTPUT_DIR):
@@ -194,6 +197,15 @@ def _check_flags(args: argparse.Namespace) -> None:
         )
     if args.load_epoch is not None and not args.model_dir:
         raise GramError(f"--load-epoch {args.load_epoch}: expected --model-dir with it, found none")
+
+
+def _check_backbone(name: str, model_dir: str) -> None:
+    """Refuse another CLIP than that of the prompts to evaluate, before it is loaded or downloaded."""
+    made_with = options_of(Path(model_dir)).get("MODEL.BACKBONE.NAME") if model_dir else ""
+    if made_with and name:
+        from gram_meta.backbone.clip import check_name
+
+        check_name(model_dir, made_with, name, {})
 
 
 def _check_names(**names: str) -> None:

@@ -299,7 +299,10 @@ def test_an_option_that_one_side_does_not_know_decides_nothing(flags, tmp_path):
             lambda zero: zero / zero,
             "out: expected a finite loss, found nan in epoch 1, by batch 1; try a lower OPTIM.LR",
         ),
-        (torch.sqrt, "out/prompt_learner: expected finite numbers in ctx, found 256 of 256 that are not"),
+        (
+            torch.sqrt,
+            "out/prompt_learner: expected finite numbers in ctx, found 256 of 256 that are not, or are above 65,504",
+        ),
     ],
 )
 def test_a_loss_or_gradient_that_is_not_finite_is_one_sentence(flags, tmp_path, capsys, monkeypatch, extra, says):
@@ -484,6 +487,14 @@ def test_mismatched_names_and_shapes_are_named(flags, tmp_path):
     assert f"was learned with {key} 'front', found 'end'" in refused(reads={key: "front"})
     torch.save({**state, "state_dict": {"module.ctx": context}}, path)  # of a DataParallel
     ours(["--eval-only", "--model-dir", str(tmp_path / "run"), *flags("tested")])
+
+
+def test_another_backbone_is_refused_before_it_is_loaded(flags, tmp_path, monkeypatch):
+    train_py(flags("run"))
+    monkeypatch.setattr(base, "load_backbone", lambda *_: pytest.fail("it was loaded"))
+    other = flags("other", "MODEL.BACKBONE.NAME", "ViT-B/16", "INPUT.SIZE", "(224, 224)")
+    with pytest.raises(GramError, match="run: expected the backbone it was made with, random-tiny, found 'ViT-B/16'"):
+        launch.train(["--eval-only", "--model-dir", str(tmp_path / "run"), *other])
 
 
 def test_a_start_for_another_backbone_is_reported(flags, tmp_path, capsys):
