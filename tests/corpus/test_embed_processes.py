@@ -183,7 +183,7 @@ def test_every_process_has_a_part_of_the_work(forked, shards, undisturbed, tmp_p
 def test_shares_are_whole_and_even():
     for count in (0, 1, 5, 17):
         for size in (1, 2, 3, 8):
-            shares = [embedding._share(list(range(count)), ProcessGroup(rank, size)) for rank in range(size)]
+            shares = [list(ProcessGroup(rank, size).share_range(count)) for rank in range(size)]
             assert sum(shares, []) == list(range(count))
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
