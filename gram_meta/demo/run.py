@@ -1,8 +1,7 @@
 """`gram demo`: the whole path on the emoji world, ending in a table.
 
-The demo runs the commands that a user would type, one after another, in one process: each stage is a list of arguments
-for `gram`, which is printed, written to commands.sh and run. A finished stage is not run again; an interrupted stage
-continues. No result is stored in this file.
+Each stage is a list of arguments for `gram`, which is printed, written to commands.sh and run in this process. A
+finished stage is not run again; an interrupted stage continues.
 
     OUT/world/        pictures and captions; few-shot datasets in CoOp's layout
     OUT/store/        features of the corpus                       (gram embed)
@@ -11,8 +10,7 @@ continues. No result is stored in this file.
     OUT/runs/         trainers, in CoOp's folders                  (gram train)
     OUT/table.md, table.json, topics.txt, commands.sh, demo.json   (demo.json: what is finished)
 
-demo.json names this demo by an id, and every folder that the demo makes carries it. The demo starts in an empty OUT or
-in its own, and removes no folder without its id.
+demo.json names this demo by an id, which every folder that the demo makes carries. The demo removes no other folder.
 """
 
 from __future__ import annotations
@@ -27,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from textwrap import indent
 from typing import Any, TypedDict
@@ -45,6 +44,7 @@ from gram_meta.files import (
     sha256_file,
     write_json,
 )
+from gram_meta.intervals import mean
 from gram_meta.locks import only_writer
 from gram_meta.runs.layout import META, RESULTS, RUN, read_results
 
@@ -215,14 +215,14 @@ class Demo:
         """Run every trainer on every dataset and seed; the controls come last, as one needs results of the others."""
         self.say("trainers: zero-shot, CoOp, CoOpGRAM and its start without a step; base and new classes")
         self.shown: set[str] = set()
-        for dataset in self.settings.datasets:
-            for variant in (ZERO_SHOT, NO_STEP):
-                self._run(variant, dataset, self.settings.seeds[0], upon)
-        self._run_all([COOP, GRAM], upon)
-        if self.settings.full:
-            ratio = self._mean_ratio()
+        plain, controls = self._runs()
+        for run in plain:
+            self._run(*run, upon)
+        if controls:
+            ratio = mean(self._ratios())
             self.say(f"controls: the regulator's mean |R(g)|/|g| was {ratio:.3g}; raw gradients are scaled by that")
-            self._run_all(_controls(ratio), upon)
+            for run in self._runs(ratio)[1]:
+                self._run(*run, upon)
 
     def table(self) -> Path:
         """Print and write the table of all runs."""
@@ -249,17 +249,18 @@ class Demo:
         self.say(f"The table again, in other forms: gram report {folder} --format markdown")
         return self.out / "table.md"
 
-    def _run_all(self, variants: Sequence[Variant], upon: str) -> None:
-        for seed in self.settings.seeds:
-            for dataset in self.settings.datasets:
-                for variant in variants:
-                    self._run(variant, dataset, seed, upon)
+    def _runs(self, ratio: float = 1.0) -> tuple[list[tuple[int, str, Variant]], list[tuple[int, str, Variant]]]:
+        """Return seed, dataset and variant of every run, in order: the plain runs, and the controls of --full."""
+        s = self.settings
+        starts = product(s.seeds[:1], s.datasets, (ZERO_SHOT, NO_STEP))
+        controls = _controls(ratio) if s.full else []
+        return [*starts, *product(s.seeds, s.datasets, (COOP, GRAM))], list(product(s.seeds, s.datasets, controls))
 
-    def _run(self, variant: Variant, dataset: str, seed: int, upon: str) -> None:
+    def _run(self, seed: int, dataset: str, variant: Variant, upon: str) -> None:
         """Run the base classes (training, or the initialisation), then the new classes; print one line about both."""
         begun, accuracies, fresh = time.monotonic(), [], False
         for subsample in ("base", "new"):
-            argv, folder = self._train_command(variant, dataset, seed, subsample)
+            argv, folder = self._train_command(seed, dataset, variant, subsample)
             self.commands.append(_line(argv))
             name = folder.relative_to(self.out).as_posix()
             needs_meta = upon if variant.trainer.endswith("GRAM") else ""
@@ -279,7 +280,7 @@ class Demo:
             after = f"({taken:.0f} s; about {in_words(self.clock.left())} left)"
             self.say(f"  {dataset}, seed {seed}, {variant.title}: {', '.join(accuracies)}  {after}")
 
-    def _train_command(self, variant: Variant, dataset: str, seed: int, subsample: str) -> tuple[list[str], Path]:
+    def _train_command(self, seed: int, dataset: str, variant: Variant, subsample: str) -> tuple[list[str], Path]:
         """Return the arguments of `gram train`, and its output folder in CoOp's base-to-new layout."""
         s = self.settings
         config = ZERO_SHOT_CONFIG if variant.trainer == "ZeroshotCLIP" else TRAINER_CONFIG
@@ -302,14 +303,11 @@ class Demo:
             argv += ["MODEL.BACKBONE.NAME", s.backbone]
         return [*argv, *variant.opts, *s.train_opts], folder
 
-    def _mean_ratio(self) -> float:
-        """Return |R(g)|/|g| of CoOpGRAM, averaged over datasets and seeds, for the control with a smaller step."""
-        ratios = []
-        for dataset in self.settings.datasets:
-            for seed in self.settings.seeds:
-                _, folder = self._train_command(GRAM, dataset, seed, "base")
-                ratios.append(read_results(folder)["regulator"]["text"]["mean_ratio"])
-        return sum(ratios) / len(ratios)
+    def _ratios(self) -> Iterator[float]:
+        """Yield |R(g)|/|g| of each run of CoOpGRAM."""
+        for seed, dataset in product(self.settings.seeds, self.settings.datasets):
+            _, folder = self._train_command(seed, dataset, GRAM, "base")
+            yield read_results(folder)["regulator"]["text"]["mean_ratio"]
 
     def _gram(self, title: str, argv: list[str], folder: str, upon: str) -> str:
         """Run the command of `gram` that fills a folder if it is not finished; return the key of its outcome."""
@@ -348,17 +346,12 @@ class Demo:
     def _folders(self) -> Iterator[Path]:
         """Yield every folder that this demo fills."""
         yield from (self.out / name for name in ("world", "store", "hierarchy", "meta"))
-        for variant in (ZERO_SHOT, NO_STEP, COOP, GRAM, *(_controls(1.0) if self.settings.full else ())):
-            for dataset in self.settings.datasets:
-                for seed in self.settings.seeds:
-                    for subsample in ("base", "new"):
-                        yield self._train_command(variant, dataset, seed, subsample)[1]
+        for run, subsample in product(sum(self._runs(), []), ("base", "new")):
+            yield self._train_command(*run, subsample)[1]
 
     def _expected(self) -> list[str]:
         """Return the kinds of all steps, in order."""
-        s = self.settings
-        trained = (2 + 5 * s.full) * len(s.seeds) * len(s.datasets)
-        return ["world", "embed", "cluster", "inspect", "pretrain", *["run"] * (2 * len(s.datasets) + trained), "table"]
+        return ["world", "embed", "cluster", "inspect", "pretrain", *["run"] * len(sum(self._runs(), [])), "table"]
 
 
 class _Stage(TypedDict):

@@ -1,19 +1,17 @@
 """Scenes: drawings placed, multiplied and rendered in styles on grounds.
 
-A `Scenes` holds the attributes of a batch of pictures, all of them facts a caption can state: style, ground, number,
-size, pose and company. `sample_scenes` draws them, `render` turns them into pixels. Everything is vectorised over the
-batch and deterministic for a seed.
+`sample_scenes` draws the attributes of a batch of pictures, `render` turns them into pixels. Both are vectorised over
+the batch and deterministic for a seed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import torch
+import torch
+import torch.nn.functional as F
 
 SIZE = 64  # pixels of a rendered picture
 
@@ -88,7 +86,7 @@ class Look:
 
 
 def even(names) -> dict[str, float]:
-    """Equal weights over `names`."""
+    """Return equal weights over `names`."""
     return {name: 1.0 / len(names) for name in names}
 
 
@@ -111,15 +109,11 @@ def sample_scenes(look: Look, drawing: np.ndarray, others: np.ndarray, rng: np.r
 
 
 def render(drawings: np.ndarray, scenes: Scenes, chunk: int = 256) -> np.ndarray:
-    """Pictures of `scenes`: (B, 64, 64, 3) uint8 from drawings (N, 64, 64, 4) uint8 with straight alpha."""
-    import torch
-
+    """Return pictures (B > 0, 64, 64, 3) uint8 of scenes, from drawings (N, 64, 64, 4) uint8 with straight alpha."""
     parts = [scenes[slice(i, i + chunk)] for i in range(0, len(scenes), chunk)]
     with torch.no_grad():
-        pictures = [_render(drawings, part) for part in parts]
-    if not pictures:
-        return np.empty((0, SIZE, SIZE, 3), dtype=np.uint8)
-    return torch.cat(pictures).permute(0, 2, 3, 1).contiguous().numpy()
+        pictures = torch.cat([_render(drawings, part) for part in parts])
+    return pictures.permute(0, 2, 3, 1).contiguous().numpy()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,13 +148,11 @@ def _between(u: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def _render(drawings: np.ndarray, s: Scenes) -> torch.Tensor:  # (B, 3, 64, 64) uint8
-    import torch
-
     chance = _Chance(s.seed)
     objects = _compose(drawings, s, chance)  # (B, 4, S, S), premultiplied
     ground = _grounds(s, chance)  # (B, 3, S, S)
     rgb, alpha = objects[:, :3], objects[:, 3:]
-    pick = {name: torch.from_numpy(np.flatnonzero(s.style == i)) for i, name in enumerate(STYLES)}
+    pick = {name: np.flatnonzero(s.style == i) for i, name in enumerate(STYLES)}
 
     # Styles of the drawing, before it lies on its ground.
     rows = pick["grey"]
@@ -170,32 +162,20 @@ def _render(drawings: np.ndarray, s: Scenes) -> torch.Tensor:  # (B, 3, 64, 64) 
     rows = pick["shadow"]
     rgb[rows] = _ink(ground[rows]) * alpha[rows]
     rows = pick["sticker"]
-    border = torch.nn.functional.max_pool2d(alpha[rows], 7, stride=1, padding=3)
+    border = F.max_pool2d(alpha[rows], 7, stride=1, padding=3)
     rgb[rows], alpha[rows] = rgb[rows] + 0.97 * (border - alpha[rows]), border
     for name in ("outline", "neon"):
         rows = pick[name]
         edges = _edges(rgb[rows] + 0.5 * (1 - alpha[rows]), alpha[rows])
-        rgb[rows] = edges * (_ink(ground[rows]) if name == "outline" else _neon(chance(3)[rows.numpy()]))
+        rgb[rows] = edges * (_ink(ground[rows]) if name == "outline" else _neon(chance(3)[rows]))
         alpha[rows] = edges
     rows = pick["neon"]
     ground[rows] = 0.25 * ground[rows]
 
     picture = rgb + ground * (1 - alpha)
 
-    # Styles of the whole picture.
-    rows = pick["negative"]
-    picture[rows] = 1 - picture[rows]
-    rows = pick["blur"]
-    picture[rows] = _blur(picture[rows])
-    rows = pick["pixels"]
-    coarse = torch.nn.functional.avg_pool2d(picture[rows], 4)
-    picture[rows] = coarse.repeat_interleave(4, 2).repeat_interleave(4, 3)
-    rows = pick["poster"]
-    picture[rows] = (picture[rows] * 2.999).floor() / 2
-    rows = pick["faded"]
-    picture[rows] = 0.62 + 0.28 * (picture[rows] - 0.5)
-    rows = pick["halftone"]
-    picture[rows] = _halftone(picture[rows])
+    for name, change in _OF_PICTURE.items():
+        picture[pick[name]] = change(picture[pick[name]])
     rows = pick["mosaic"]
     tint = torch.from_numpy(_between(chance(3, 8, 8), -0.22, 0.22))[rows]
     picture[rows] += tint.repeat_interleave(8, 2).repeat_interleave(8, 3)
@@ -204,8 +184,6 @@ def _render(drawings: np.ndarray, s: Scenes) -> torch.Tensor:  # (B, 3, 64, 64) 
 
 def _compose(drawings: np.ndarray, s: Scenes, chance: _Chance) -> torch.Tensor:  # (B, 4, S, S) premultiplied, float32
     """Place up to three drawings per picture, later ones above earlier ones."""
-    import torch
-
     b = len(s)
     count = np.array(NUMBERS)[s.number]
     company = s.other >= 0
@@ -250,20 +228,18 @@ def _compose(drawings: np.ndarray, s: Scenes, chance: _Chance) -> torch.Tensor: 
     ).astype(np.float32)  # (M, 2, 3)
     source = torch.from_numpy(drawings[which[row, slot]]).permute(0, 3, 1, 2).float().div_(255)
     source[:, :3] *= source[:, 3:]
-    grid = torch.nn.functional.affine_grid(torch.from_numpy(theta), [len(row), 4, SIZE, SIZE], align_corners=False)
-    placed = torch.nn.functional.grid_sample(source, grid, align_corners=False)  # (M, 4, S, S)
+    grid = F.affine_grid(torch.from_numpy(theta), [len(row), 4, SIZE, SIZE], align_corners=False)
+    placed = F.grid_sample(source, grid, align_corners=False)  # (M, 4, S, S)
 
     out = torch.zeros(b, 4, SIZE, SIZE)
     for i in range(3):
-        here = torch.from_numpy(np.flatnonzero(slot == i))
-        rows = torch.from_numpy(row[here.numpy()])
+        here = np.flatnonzero(slot == i)
+        rows = row[here]
         out[rows] = placed[here] + out[rows] * (1 - placed[here, 3:])
     return out
 
 
 def _grounds(s: Scenes, chance: _Chance) -> torch.Tensor:  # (B, 3, S, S) float32
-    import torch
-
     b = len(s)
     u = chance(8)
     name = np.array(GROUNDS)[s.ground]
@@ -281,15 +257,11 @@ def _grounds(s: Scenes, chance: _Chance) -> torch.Tensor:  # (B, 3, S, S) float3
         rows = np.flatnonzero(name == kind)
         mix = torch.from_numpy(_pattern(kind, u[rows, 5:]))[:, None]  # (R, 1, S, S)
         other = torch.from_numpy(colours[second[rows]])[:, :, None, None]
-        ground[torch.from_numpy(rows)] = ground[torch.from_numpy(rows)] * mix + other * (1 - mix)
-
+        ground[rows] = ground[rows] * mix + other * (1 - mix)
     rows = np.flatnonzero(name == "noise")
-    ground[torch.from_numpy(rows)] = torch.from_numpy(_Chance(s.seed[rows] ^ 0x5EED)(3, SIZE, SIZE))
+    ground[rows] = torch.from_numpy(_Chance(s.seed[rows] ^ 0x5EED)(3, SIZE, SIZE))
     rows = np.flatnonzero(name == "confetti")
-    if len(rows):
-        ground[torch.from_numpy(rows)] = _confetti(
-            ground[torch.from_numpy(rows)], _Chance(s.seed[rows] ^ 0xC0FE), colours
-        )
+    ground[rows] = _confetti(ground[rows], _Chance(s.seed[rows] ^ 0xC0FE), colours)
     return ground
 
 
@@ -309,8 +281,6 @@ def _pattern(kind: str, u: np.ndarray) -> np.ndarray:  # (R, S, S) float32 in [0
 
 
 def _confetti(ground: torch.Tensor, chance: _Chance, colours: np.ndarray) -> torch.Tensor:
-    import torch
-
     xx = torch.arange(SIZE, dtype=torch.float32)
     for _ in range(14):
         u = chance(4)
@@ -327,43 +297,43 @@ def _luma(rgb: torch.Tensor) -> torch.Tensor:
 
 def _edges(rgb: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:  # (B, 1, S, S) in [0, 1]
     """Strength of contours in colour and alpha: morphological gradient (largest minus smallest neighbour)."""
-    import torch
-    import torch.nn.functional as F
-
     planes = torch.cat([rgb, alpha], 1)
     gradient = F.max_pool2d(planes, 3, 1, 1) + F.max_pool2d(-planes, 3, 1, 1)
     return (gradient.amax(1, keepdim=True) * 2.2 - 0.3).clamp(0, 1)
 
 
 def _ink(ground: torch.Tensor) -> torch.Tensor:  # (B, 1, 1, 1): black on light grounds, white on dark ones
-    import torch
-
     return torch.where(ground.mean((1, 2, 3), keepdim=True) > 0.3, 0.1, 0.95)
 
 
 def _neon(u: np.ndarray) -> torch.Tensor:  # (B, 3, 1, 1): one channel off, one full
-    import torch
-
-    order = np.argsort(u, axis=1)
-    colour = np.take(np.array([0.1, 0.9, 1.0], dtype=np.float32), order)
+    colour = np.array([0.1, 0.9, 1.0], dtype=np.float32)[np.argsort(u, axis=1)]
     return torch.from_numpy(colour)[:, :, None, None]
 
 
 def _blur(picture: torch.Tensor) -> torch.Tensor:
-    import torch
-    import torch.nn.functional as F
-
     taps = torch.exp(-0.5 * (torch.arange(-5, 6).float() / 2.1) ** 2)
     taps = (taps / taps.sum()).view(1, 1, 1, 11).expand(3, 1, 1, 11)
     padded = F.pad(picture, (5, 5, 5, 5), mode="replicate")
     return F.conv2d(F.conv2d(padded, taps, groups=3), taps.transpose(2, 3), groups=3)
 
 
-def _halftone(picture: torch.Tensor) -> torch.Tensor:
-    import torch
-    import torch.nn.functional as F
+def _pixels(picture: torch.Tensor) -> torch.Tensor:
+    return F.avg_pool2d(picture, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
 
-    tone = F.avg_pool2d(picture, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
+
+def _halftone(picture: torch.Tensor) -> torch.Tensor:
+    tone = _pixels(picture)
     axis = (torch.arange(SIZE) % 4 - 1.5) ** 2
     distance = (axis[None] + axis[:, None]).sqrt() / 2.2
     return torch.where(distance[None, None] < (1 - tone).sqrt(), 0.15, 1.0) * 0.75 + 0.25 * tone
+
+
+_OF_PICTURE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # styles of the whole picture
+    "negative": lambda picture: 1 - picture,
+    "blur": _blur,
+    "pixels": _pixels,
+    "poster": lambda picture: (picture * 2.999).floor() / 2,
+    "faded": lambda picture: 0.62 + 0.28 * (picture - 0.5),
+    "halftone": _halftone,
+}

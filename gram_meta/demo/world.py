@@ -6,8 +6,7 @@
     ROOT/emoji_<name>/images/...        pictures of a few-shot dataset
     ROOT/emoji_<name>/split_zhou_Emoji<Name>.json
 
-Every part is written to a temporary folder beside its place and renamed when it is complete. A part whose manifest has
-the same RECIPE and settings is kept. The same recipe gives the same files.
+A part whose manifest has the same RECIPE and settings is kept. The same recipe gives the same files.
 """
 
 from __future__ import annotations
@@ -15,11 +14,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from gram_meta.demo.captions import Captioner
 from gram_meta.demo.emoji import Concept, load_drawings, require_packages
@@ -49,14 +49,9 @@ WRONG_CAPTIONS = 0.12  # share of the meta-corpus whose caption describes anothe
 ZERO_SHOT_TEMPLATE = "a photo of a {}."  # of ZeroshotCLIP on these datasets, as of CoOp's start
 
 _COUNTS: dict[str, Any] = dict(numbers=(0.84, 0.08, 0.08), sizes=(0.8, 0.1, 0.1), poses=(0.8, 0.12, 0.08), company=0.1)
-CORPUS_LOOK = Look(
-    styles={
-        **{style: 0.3 / len(COMMON_STYLES) for style in COMMON_STYLES},
-        **{s: 0.7 / len(RARE_STYLES) for s in RARE_STYLES},
-    },
-    grounds=even(GROUNDS),
-    **_COUNTS,
-)
+_STYLES = {style: 0.3 / len(COMMON_STYLES) for style in COMMON_STYLES}
+_STYLES |= {style: 0.7 / len(RARE_STYLES) for style in RARE_STYLES}
+CORPUS_LOOK = Look(styles=_STYLES, grounds=even(GROUNDS), **_COUNTS)
 
 
 @dataclass(frozen=True)
@@ -77,28 +72,20 @@ class DatasetSpec:
         return f"split_zhou_Emoji{self.name.title().replace('_', '')}.json"
 
 
-def _look(styles: Sequence[str], grounds: Sequence[str], **counts) -> Look:
-    return Look(styles=even(styles), grounds=even(grounds), **counts)
-
-
 # Each dataset has its own look, in styles that the packaged CLIP has not seen these concepts in.
-SPECS: dict[str, DatasetSpec] = {
-    spec.name: spec
-    for spec in (
-        DatasetSpec("animals", "animals", _look(("poster", "hues"), PLAIN_GROUNDS)),
-        DatasetSpec("food", "food", _look(("negative", "poster"), TEXTURED_GROUNDS)),
-        DatasetSpec("travel", "travel", _look(("poster", "hues"), TEXTURED_GROUNDS)),
-        DatasetSpec("objects", "objects", _look(("negative", "pixels"), TEXTURED_GROUNDS)),
-        DatasetSpec("activities", "activities", _look(("negative", "pixels"), TEXTURED_GROUNDS)),
-        DatasetSpec("faces", "faces", _look(("negative", "hues"), PLAIN_GROUNDS)),
-    )
+_LOOKS = {
+    "animals": (("poster", "hues"), PLAIN_GROUNDS),
+    "food": (("negative", "poster"), TEXTURED_GROUNDS),
+    "travel": (("poster", "hues"), TEXTURED_GROUNDS),
+    "objects": (("negative", "pixels"), TEXTURED_GROUNDS),
+    "activities": (("negative", "pixels"), TEXTURED_GROUNDS),
+    "faces": (("negative", "hues"), PLAIN_GROUNDS),
 }
+SPECS = {name: DatasetSpec(name, name, Look(*map(even, look))) for name, look in _LOOKS.items()}
 
 # Domain-shift targets: the same classes in styles of no training picture.
-SHIFTS: dict[str, DatasetSpec] = {
-    f"{spec.name}_shift": DatasetSpec(f"{spec.name}_shift", spec.source, _look(HELD_STYLES, PLAIN_GROUNDS))
-    for spec in SPECS.values()
-}
+_HELD = Look(even(HELD_STYLES), even(PLAIN_GROUNDS))
+SHIFTS = {f"{name}_shift": DatasetSpec(f"{name}_shift", name, _HELD) for name in SPECS}
 
 
 def write_world(
@@ -163,10 +150,9 @@ def write_dataset(folder: Path, spec: DatasetSpec, progress: bool = True) -> Pat
         names = [f"images/{name}" for name in entries.names]
         _save_pictures(part, names, pixels, progress, spec.folder)
         split: dict[str, list] = {key: [] for key in ("train", "val", "test")}
-        for name, key, label, classname in zip(
-            entries.names, entries.split, entries.label, entries.classname, strict=True
-        ):
-            split[key].append([name, int(label), classname])
+        columns = (entries.split, entries.names, entries.label.tolist(), entries.classname)
+        for key, *row in zip(*columns, strict=True):
+            split[key].append(row)
         write_json(part / spec.split_file, split)
         rows = _truth(names, entries.scenes, drawings, np.zeros(len(names), dtype=bool))
         _write_tsv(part / "truth.tsv", TRUTH_COLUMNS, rows)
@@ -242,26 +228,15 @@ def _swap_drawings(
     others[wrong] = rng.integers(0, len(drawings), wrong.sum())
     while (same := wrong & (code[others] == code[scenes.drawing])).any():
         others[same] = rng.integers(0, len(drawings), same.sum())
-    return Scenes(**{**{k: getattr(scenes, k) for k in scenes.__dataclass_fields__}, "drawing": others})
+    return replace(scenes, drawing=others)
 
 
 def _truth(names: list[str], scenes: Scenes, drawings: list[tuple[Concept, str]], wrong: np.ndarray):
     for i, name in enumerate(names):
         concept, source = drawings[scenes.drawing[i]]
-        yield (
-            name,
-            concept.name,
-            concept.code,
-            concept.group,
-            concept.subgroup,
-            STYLES[scenes.style[i]],
-            GROUNDS[scenes.ground[i]],
-            source,
-            NUMBERS[scenes.number[i]],
-            SIZES[scenes.size[i]],
-            POSES[scenes.pose[i]],
-            int(wrong[i]),
-        )
+        look = STYLES[scenes.style[i]], GROUNDS[scenes.ground[i]], source
+        counts = NUMBERS[scenes.number[i]], SIZES[scenes.size[i]], POSES[scenes.pose[i]]
+        yield name, concept.name, concept.code, concept.group, concept.subgroup, *look, *counts, int(wrong[i])
 
 
 def _is_whole(folder: Path, facts: dict) -> bool:
@@ -278,8 +253,6 @@ def _owner(facts: dict) -> str:
 
 
 def _save_pictures(folder: Path, names: list[str], pixels: np.ndarray, progress: bool, what: str) -> None:
-    from PIL import Image
-
     for parent in {(folder / name).parent for name in names}:
         parent.mkdir(parents=True, exist_ok=True)
     pairs = zip(names, pixels, strict=True)
