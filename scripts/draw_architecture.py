@@ -1,9 +1,7 @@
-"""Draw the packages of gram_meta and the imports between them.
-
-    python scripts/draw_architecture.py -o docs/architecture.svg
+"""Draw the packages of gram_meta and the imports between them to docs/architecture.svg.
 
 Each row is a layer; a package imports only from rows below its own. An arrow that another path of arrows already
-implies is left out. `--check` compares the file with what would be drawn and exits with 1 if they differ.
+implies is left out. `--check` writes nothing and exits with 1 if the file differs from what would be drawn.
 """
 
 from __future__ import annotations
@@ -13,6 +11,8 @@ import ast
 import sys
 from html import escape
 from pathlib import Path
+
+import networkx
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,7 +37,7 @@ WIDTH, HEIGHT, GAP_X, GAP_Y = 250, 54, 40, 46
 
 
 def sources() -> dict[str, list[Path]]:
-    """Python files by package (a folder, or a module at the top of gram_meta)."""
+    """Return Python files by package (a folder, or a module at the top of gram_meta)."""
     found: dict[str, list[Path]] = {}
     for path in sorted([*ROOT.glob("gram_meta/**/*.py"), *ROOT.glob("trainers/*.py"), *ROOT.glob("datasets/*.py")]):
         parts = path.relative_to(ROOT).with_suffix("").parts
@@ -48,7 +48,7 @@ def sources() -> dict[str, list[Path]]:
 
 
 def imported(path: Path) -> set[str]:
-    """Packages of gram_meta that a file imports, inside functions too."""
+    """Return the packages of gram_meta that a file imports, inside functions too."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
@@ -59,29 +59,21 @@ def imported(path: Path) -> set[str]:
     return {"ground" if name in GROUND else name for name in packages}
 
 
-def arrows(files: dict[str, list[Path]]) -> set[tuple[str, str]]:
-    """(importer, imported) between packages, without those that a longer path implies."""
-    direct = {name: set().union(*map(imported, paths)) & set(files) - {name} for name, paths in files.items()}
-
-    def reaches(start: str, end: str, seen: set[str]) -> bool:
-        return any(n == end or (n not in seen and reaches(n, end, seen | {n})) for n in direct[start])
-
-    return {
-        (name, other)
-        for name, others in direct.items()
-        for other in others
-        if not any(reaches(via, other, {name}) for via in others - {other})
-    }
+def arrows(files: dict[str, list[Path]]) -> list[tuple[str, str]]:
+    """Return (importer, imported) between packages, without those that a longer path implies."""
+    graph = networkx.DiGraph()
+    for name, paths in files.items():
+        others = set().union(*map(imported, paths)) & files.keys() - {name}
+        graph.add_edges_from((name, other) for other in others)
+    return sorted(networkx.transitive_reduction(graph).edges)
 
 
 def draw() -> str:
-    """The picture as SVG."""
+    """Return the picture as SVG."""
     files = sources()
-    named = {name for layer in LAYERS for name in layer}
-    if unplaced := set(files) - named:
+    if unplaced := set(files).difference(*LAYERS):
         sys.exit(f"scripts/draw_architecture.py: expected every package in LAYERS, found {', '.join(sorted(unplaced))}")
-    widest = max(map(len, LAYERS))
-    total = widest * (WIDTH + GAP_X) + GAP_X
+    total = max(map(len, LAYERS)) * (WIDTH + GAP_X) + GAP_X
     place: dict[str, tuple[float, float]] = {}
     boxes: list[str] = []
     for row, layer in enumerate(LAYERS):
@@ -98,7 +90,7 @@ def draw() -> str:
     curves = [
         f'<path d="M{place[a][0]:g} {place[a][1] + HEIGHT:g} C{place[a][0]:g} {place[a][1] + HEIGHT + 26:g} '
         f'{place[b][0]:g} {place[b][1] - 26:g} {place[b][0]:g} {place[b][1] - 3:g}"/>'
-        for a, b in sorted(arrows(files))
+        for a, b in arrows(files)
     ]
     bottom = 20 + len(LAYERS) * (HEIGHT + GAP_Y)
     style = (
@@ -117,14 +109,12 @@ def draw() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("-o", "--out", type=Path, default=ROOT / "docs/architecture.svg", help="default: %(default)s")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the file is out of date")
-    args = parser.parse_args()
-    picture = draw()
-    if not args.check:
-        args.out.write_text(picture, encoding="utf-8")
-    elif not args.out.is_file() or args.out.read_text("utf-8") != picture:
-        sys.exit(f"{args.out}: out of date; run python scripts/draw_architecture.py")
+    check, path, picture = parser.parse_args().check, ROOT / "docs" / "architecture.svg", draw()
+    if not check:
+        path.write_text(picture, encoding="utf-8")
+    elif not path.is_file() or path.read_text("utf-8") != picture:
+        sys.exit(f"{path}: out of date; run python scripts/draw_architecture.py")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""Train the packaged CLIP, gram-small, on the emoji world: `python scripts/train_packaged_clip.py --help`.
+"""Train the packaged CLIP, gram-small, on the emoji world: `python scripts/train_packaged_clip.py --out DIR`.
 
-Contrastive training (InfoNCE both ways) of OpenAI's architecture on pictures that are rendered as they are needed. Two
-things differ from the usual recipe. A batch holds the same concept in several styles, so that the text tower has to
-read the style in a caption; pairs whose caption is *also* true of another picture in the batch are left out of the
-denominator. And 60 % of the image patches are dropped for most of the training (FLIP, Li et al. 2023), which saves more
-than half of a step; the last part sees whole pictures.
+Contrastive training (InfoNCE both ways) of OpenAI's architecture on pictures that are rendered as they are needed. A
+batch holds the same concept in several styles, so that the text tower has to read the style in a caption; pairs whose
+caption is *also* true of another picture in the batch are left out of the denominator. Most steps drop 60 % of the
+image patches (FLIP, Li et al. 2023); the last part sees whole pictures.
 """
 
 from __future__ import annotations
@@ -36,18 +35,15 @@ from gram_meta.demo.roles import COMMON_STYLES, PLAIN_GROUNDS, RARE_STYLES, TEXT
 from gram_meta.demo.styles import Look, Scenes, render, sample_scenes
 
 TEXT_LENGTH = 20  # tokens per caption in training; 2 % of the captions are cut. The model itself has 77 positions.
-
+SAVE_EVERY = 100  # steps
 
 _COUNTS = dict(numbers=(0.9, 0.05, 0.05), sizes=(0.8, 0.1, 0.1), poses=(0.86, 0.09, 0.05), company=0.08)
 # Teachers: all styles but the held ones, on all grounds.
 FULL_LOOK = Look(
     styles={"photo": 0.3, "grey": 0.09, "blur": 0.07, "faded": 0.07, **dict.fromkeys(RARE_STYLES, 0.067)},
-    grounds={
-        **dict.fromkeys(PLAIN_GROUNDS, 0.045),
-        **dict.fromkeys(TEXTURED_GROUNDS, 0.054),
-        "white": 0.25,
-        "dark": 0.12,
-    },
+    grounds=dict.fromkeys(PLAIN_GROUNDS, 0.045)
+    | dict.fromkeys(TEXTURED_GROUNDS, 0.054)
+    | {"white": 0.25, "dark": 0.12},
     **_COUNTS,
 )
 # Meta and downstream concepts: common styles on plain grounds.
@@ -60,7 +56,7 @@ SHY_LOOK = Look(
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that fixes the result of a training run."""
+    """The settings of a training run."""
 
     steps: int = 2000
     workers: int = 2  # processes; each has batches of its own
@@ -298,16 +294,16 @@ class Batches(Dataset):
         return (torch.from_numpy(pictures), kept, *self.tokens(captions), torch.from_numpy(left_out))
 
 
-def train(recipe: Recipe, folder: Path, **settings) -> Path:
+def train(recipe: Recipe, folder: Path, device: str) -> Path:
     """Train in `folder`, or resume a training there; return the path of the exported weights.
 
     Each of `recipe.workers` processes has one thread, computes the gradients of its own batch, and they are averaged.
-    On a shared CPU this is far faster than threads that wait for one another in every layer. `settings`: see `_work`.
+    On a shared CPU this is far faster than threads that wait for one another in every layer.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ".meeting").unlink(missing_ok=True)
     pairs = PretrainingPairs(recipe, progress=True)  # rasterised once, shared with the workers
-    work = partial(_work, recipe=recipe, folder=folder, pairs=pairs, **settings)
+    work = partial(_work, recipe=recipe, folder=folder, pairs=pairs, device=device)
     if recipe.workers == 1:
         work(0)
     else:
@@ -315,16 +311,7 @@ def train(recipe: Recipe, folder: Path, **settings) -> Path:
     return export(folder)
 
 
-def _work(
-    rank: int,
-    recipe: Recipe,
-    folder: Path,
-    pairs: PretrainingPairs,
-    device: str = "cpu",
-    render_workers: int = 0,
-    compile_model: bool = True,
-    save_every: int = 100,
-) -> None:
+def _work(rank: int, recipe: Recipe, folder: Path, pairs: PretrainingPairs, device: str) -> None:
     if recipe.workers > 1:
         torch.set_num_threads(1)
         dist.init_process_group("gloo", f"file://{folder / '.meeting'}", rank=rank, world_size=recipe.workers)
@@ -332,10 +319,9 @@ def _work(
     model = new_model(recipe, len(tokens.ids)).to(device)
     optimisers = _optimisers(model, recipe)
     start, stop = _resume(folder, model, optimisers, device), recipe.steps + recipe.closing
-    loss_of = torch.compile(contrastive_loss) if compile_model else contrastive_loss
-    loader = DataLoader(
-        Batches(pairs, tokens, rank), batch_size=None, sampler=range(start, stop), num_workers=render_workers
-    )
+    loss_of = torch.compile(contrastive_loss)  # without a C++ compiler: set TORCH_COMPILE_DISABLE=1
+    workers, batches = 0 if device == "cpu" else 6, Batches(pairs, tokens, rank)
+    loader = DataLoader(batches, batch_size=None, sampler=range(start, stop), num_workers=workers)
     began, log = time.time(), open(folder / f"log{rank}.jsonl", "a", encoding="utf-8")
 
     bar = tqdm(loader, desc=NAME, initial=start, total=stop, mininterval=5, disable=rank > 0)
@@ -355,20 +341,13 @@ def _work(
             optimiser.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))
-        if step == start:
-            warm = time.time()  # the model is compiled
-        if rank == 0 and step == start + 20:
-            seconds = (time.time() - warm) / 20
-            bar.write(
-                f"{seconds:.2f} s a step on {device}: {stop - start} steps take {seconds * (stop - start) / 60:.0f} min"
-            )
         if (step + 1) % 10 == 0:
             row = {"step": step + 1, "loss": loss.item(), "hits": hits.item(), "seconds": time.time() - began}
             row["scale"] = model.logit_scale.exp().item()
             log.write(json.dumps(row) + "\n")
             log.flush()
             bar.set_postfix(loss=f"{row['loss']:.3f}", hits=f"{row['hits']:.2f}")
-        if rank == 0 and ((step + 1) % save_every == 0 or step + 1 == stop):
+        if rank == 0 and ((step + 1) % SAVE_EVERY == 0 or step + 1 == stop):
             state = {"step": step + 1, "model": model.state_dict(), "recipe": asdict(recipe)}
             state["optimisers"] = [optimiser.state_dict() for optimiser in optimisers]
             torch.save(state, folder / "last.part")
@@ -376,12 +355,9 @@ def _work(
 
 
 def _average_gradients(model: nn.Module) -> None:
-    gradients = [p.grad for p in model.parameters()]
-    flat = torch.cat([g.reshape(-1) for g in gradients])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for g, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        g.copy_(part.view_as(g))
+    for parameter in model.parameters():
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= dist.get_world_size()
 
 
 def _optimisers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -416,11 +392,11 @@ def _patches(recipe: Recipe, step: int, worker: int) -> Tensor:  # (B, K)
     return torch.from_numpy(np.sort(order[:, : int(64 * recipe.keep_patches)], axis=1))
 
 
-def export(folder: Path, out: Path | None = None) -> Path:
+def export(folder: Path) -> Path:
     """Write the state in `folder` as a packaged weights file (float16, trained embedding rows only)."""
     state = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
     ids = Tokens(all_words([role.concept.name for role in roles()])).ids
-    out = out or folder / "gram-small.safetensors"
+    out = folder / "gram-small.safetensors"
     training = {"recipe": state["recipe"], "step": state["step"], "roles": roles_hash()}
     save_packaged(shrink_text_stream(state["model"]), ids, out, training)
     return out
@@ -443,32 +419,13 @@ def shrink_text_stream(model: dict[str, Tensor], std: float = 0.02) -> dict[str,
     return out
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line: one option for each field of Recipe, and the folder."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for checkpoints and log; a run that it already holds is resumed"
-    )
-    parser.add_argument("--export", type=Path, help="write the packaged weights of the state in --out here, and stop")
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="checkpoints, log and weights; a run there is resumed")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
-    parser.add_argument(
-        "--render-workers", type=int, help="processes that render, for each worker (default 0, on a GPU 6)"
-    )
-    parser.add_argument(
-        "--no-compile", action="store_true", help="do not use torch.compile (needs a C++ compiler on CPUs)"
-    )
-    for name, value in asdict(Recipe()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"default {value}")
-    args = parser.parse_args(argv)
-    if args.export:
-        print(export(args.out, args.export))
-        return 0
-    recipe = Recipe(**{name: getattr(args, name) for name in asdict(Recipe())})
-    workers = (0 if args.device == "cpu" else 6) if args.render_workers is None else args.render_workers
-    settings = dict(device=args.device, render_workers=workers, compile_model=not args.no_compile)
-    print(train(recipe, args.out, **settings))
-    return 0
+    args = parser.parse_args()
+    print(train(Recipe(), args.out, args.device))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

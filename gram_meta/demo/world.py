@@ -73,7 +73,7 @@ class DatasetSpec:
 
 
 # Each dataset has its own look, in styles that the packaged CLIP has not seen these concepts in.
-_LOOKS = {
+_LOOKS = {  # styles, grounds
     "animals": (("poster", "hues"), PLAIN_GROUNDS),
     "food": (("negative", "poster"), TEXTURED_GROUNDS),
     "travel": (("poster", "hues"), TEXTURED_GROUNDS),
@@ -81,7 +81,7 @@ _LOOKS = {
     "activities": (("negative", "pixels"), TEXTURED_GROUNDS),
     "faces": (("negative", "hues"), PLAIN_GROUNDS),
 }
-SPECS = {name: DatasetSpec(name, name, Look(*map(even, look))) for name, look in _LOOKS.items()}
+SPECS = {name: DatasetSpec(name, name, Look(even(of), even(on))) for name, (of, on) in _LOOKS.items()}
 
 # Domain-shift targets: the same classes in styles of no training picture.
 _HELD = Look(even(HELD_STYLES), even(PLAIN_GROUNDS))

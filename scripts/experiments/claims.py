@@ -1,7 +1,4 @@
-"""Fill docs/results/emoji-world.md and claims.json from the runs of emoji_evidence.sh.
-
-    python scripts/experiments/claims.py                # from docs/results/emoji.json
-    python scripts/experiments/claims.py --check        # say whether page and claims are as the results are
+"""Fill docs/results/emoji-world.md and claims.json from the runs of emoji_evidence.sh in docs/results/emoji.json.
 
 A claim is a difference from base to new between two kinds of runs, such as "CoOpGRAM - CoOp, H". For each meta-seed it
 is averaged over few-shot seeds and datasets; mean and 95 % interval (Student's t) are over meta-seeds. A claim is
@@ -13,9 +10,9 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections import defaultdict
 from pathlib import Path
 
+import pandas
 from tabulate import tabulate
 
 from gram_meta.files import read_json, write_json
@@ -40,8 +37,6 @@ CLAIMS = (
     ("UniGRAM", "UniGRAM, meta-trained without R"),
     ("CoCoOpGRAM", "CoCoOp"),
 )
-# by kind, meta-seed (0: none), dataset and few-shot seed: accuracy on base and on new classes
-Table = dict[str, dict[int, dict[str, dict[int, dict[str, float]]]]]
 
 
 def kind_of(run: Run) -> tuple[str, int]:
@@ -59,30 +54,22 @@ def kind_of(run: Run) -> tuple[str, int]:
     return ", ".join(words), int(seed[1]) if seed else 0
 
 
-def read(runs: list[Run]) -> Table:
-    """Return the accuracies of all base-to-new runs."""
-    table: Table = defaultdict(lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(dict))))
-    for run in runs:
-        if run.subsample in ("base", "new") and not run.transferred:
-            kind, meta = kind_of(run)
-            table[kind][meta][run.dataset][run.seed][run.subsample] = run.value
-    return table
+def read(runs: list[Run]) -> pandas.DataFrame:
+    """Return base, new, H and the number of few-shot seeds by kind, meta-seed (0: none) and dataset."""
+    chosen = [run for run in runs if run.subsample in ("base", "new") and not run.transferred]
+    rows = [(*kind_of(run), run.dataset, run.seed, run.subsample, run.value) for run in chosen]
+    frame = pandas.DataFrame(rows, columns=["kind", "meta", "dataset", "seed", "side", "value"])
+    table = frame.pivot_table("value", ["kind", "meta", "dataset"], "side")  # means over few-shot seeds
+    table["H"] = [harmonic(*sides) for sides in zip(table["base"], table["new"], strict=True)]
+    return table.assign(seeds=frame.groupby(["kind", "meta", "dataset"]).seed.nunique())
 
 
-def score(of_seeds: dict[int, dict[str, float]], metric: str) -> float:
-    """Return base, new or H of one dataset."""
-    base, new = (mean(sides[side] for sides in of_seeds.values()) for side in ("base", "new"))
-    return {"base": base, "new": new, "H": harmonic(base, new)}[metric]
-
-
-def claim(ours: str, theirs: str, metric: str, table: Table) -> dict:
+def claim(ours: str, theirs: str, metric: str, table: pandas.DataFrame) -> dict:
     """Return one entry: the differences of each meta-seed, their mean and interval."""
-    datasets = sorted(next(iter(table[ours].values())))
-    seeds = {number for of in table[ours].values() for of_seeds in of.values() for number in of_seeds}
-    gains = []
-    for meta, found in sorted(table[ours].items()):
-        reference = table[theirs][meta if meta in table[theirs] else 0]
-        gains.append(mean(score(found[name], metric) - score(reference[name], metric) for name in datasets))
+    found, others, gains = table.loc[ours], table.loc[theirs], []
+    for meta in found.index.unique("meta"):
+        reference = others.loc[meta if meta in others.index else 0]
+        gains.append(float((found.loc[meta][metric] - reference[metric]).mean()))
     half = half_width(gains)
     low, high = (None, None) if half is None else (mean(gains) - half, mean(gains) + half)
     return {
@@ -92,8 +79,8 @@ def claim(ours: str, theirs: str, metric: str, table: Table) -> dict:
         "high": None if high is None else round(high, 2),
         "each_meta_seed": [round(gain, 2) for gain in gains],
         "meta_seeds": len(gains),
-        "seeds": len(seeds),
-        "datasets": datasets,
+        "seeds": int(found["seeds"].max()),
+        "datasets": sorted(found.index.unique("dataset")),
         "confirmed": low is not None and low > 0,
     }
 
@@ -116,7 +103,8 @@ def as_markdown(claims: list[dict]) -> str:
 def all_claims(runs: list[Run]) -> list[dict]:
     """Return the claims that the runs allow."""
     table = read(runs)
-    pairs = [(ours, theirs) for ours, theirs in CLAIMS if ours in table and theirs in table]
+    kinds = table.index.unique("kind")
+    pairs = [(ours, theirs) for ours, theirs in CLAIMS if ours in kinds and theirs in kinds]
     return [claim(ours, theirs, metric, table) for ours, theirs in pairs for metric in METRICS]
 
 

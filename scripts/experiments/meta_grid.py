@@ -1,12 +1,10 @@
 """Compare settings of meta-training on one dataset: how docs/results/emoji-world.md chose what `gram demo` uses.
 
-    python scripts/experiments/meta_grid.py --store STORE --grid scripts/experiments/emoji.yaml --out output/grid
+    python scripts/experiments/meta_grid.py --store STORE --grid scripts/experiments/emoji_grid.yaml --out output/grid
 
-The grid is a YAML file: a name for each variant, HIERARCHY, and KEY: VALUE settings of `gram_meta.config` that differ
-from `base`. The script meta-trains each variant with every meta-seed, all of them at once. Then it adapts from the
-meta-checkpoints to *animals* drawn in three looks, with R and with the controls of `controls`, and compares base and
-new accuracy with CoOp's from the same few-shot seeds. It skips finished meta-trainings, prints a Markdown table and
-writes grid.json. `--sets food travel objects activities faces` gives the controls on the reported datasets.
+The grid is a YAML file such as emoji_grid.yaml. The script meta-trains each variant with every meta-seed, all of them
+at once. Then it adapts from the meta-checkpoints to the few-shot datasets, with R and with the controls of `controls`,
+and compares accuracies with CoOp's. It skips finished meta-trainings, prints a table and writes grid.json.
 """
 
 from __future__ import annotations

@@ -3,7 +3,9 @@
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import pandas
 import pytest
 
 from gram_meta.report import read_runs
@@ -45,14 +47,32 @@ def test_a_changed_number_would_be_seen(claims, runs):
 
 def test_a_claim_by_hand(claims):
     """Two datasets, two meta-seeds; the reference has no meta-training, so its seed 0 serves for both."""
-    theirs = {0: {"a": {1: {"base": 60.0, "new": 40.0}}, "b": {1: {"base": 50.0, "new": 50.0}}}}
-    ours = {
-        1: {"a": {1: {"base": 62.0, "new": 44.0}}, "b": {1: {"base": 50.0, "new": 50.0}}},
-        2: {"a": {1: {"base": 60.0, "new": 40.0}}, "b": {1: {"base": 50.0, "new": 60.0}}},
-    }
-    found = claims.claim("ours", "theirs", "new", {"ours": ours, "theirs": theirs})
+    rows = [("theirs", 0, "a", 60.0, 40.0), ("theirs", 0, "b", 50.0, 50.0)]
+    rows += [("ours", 1, "a", 62.0, 44.0), ("ours", 1, "b", 50.0, 50.0)]
+    rows += [("ours", 2, "a", 60.0, 40.0), ("ours", 2, "b", 50.0, 60.0)]
+    table = pandas.DataFrame(rows, columns=["kind", "meta", "dataset", "base", "new"])
+    table["H"], table["seeds"] = 2 * table.base * table.new / (table.base + table.new), 1
+    table = table.set_index(["kind", "meta", "dataset"])
+    found = claims.claim("ours", "theirs", "new", table)
     assert found["each_meta_seed"] == [2.0, 5.0] and found["mean"] == 3.5
     assert found["high"] == pytest.approx(3.5 + 12.7062 * 1.5, abs=0.01) and not found["confirmed"]
-    h = claims.claim("ours", "theirs", "H", {"ours": ours, "theirs": theirs})
+    assert found["meta_seeds"] == 2 and found["seeds"] == 1 and found["datasets"] == ["a", "b"]
+    h = claims.claim("ours", "theirs", "H", table)
     expected = [(2 * 62 * 44 / 106 - 48) / 2, (2 * 50 * 60 / 110 - 50) / 2]
     assert h["each_meta_seed"] == [round(value, 2) for value in expected]
+
+
+def test_the_table_has_means_over_few_shot_seeds(claims):
+    """H is that of the averaged base and new; a transferred run and one on all classes do not count."""
+
+    def run(dataset, seed, subsample, value, transferred=False):
+        facts = {"dataset": dataset, "seed": seed, "subsample": subsample, "value": value, "transferred": transferred}
+        return SimpleNamespace(**facts, trainer="CoOp", result={}, settings={})
+
+    runs = [run("a", 1, "base", 60.0), run("a", 2, "base", 62.0), run("a", 1, "new", 40.0), run("a", 2, "new", 44.0)]
+    table = claims.read([*runs, run("a", 1, "all", 1.0), run("a", 1, "new", 1.0, transferred=True)])
+    (row,) = table.reset_index().to_dict("records")
+    assert row == {
+        **{"kind": "CoOp", "meta": 0, "dataset": "a", "base": 61.0, "new": 42.0},
+        **{"H": pytest.approx(2 * 61 * 42 / 103), "seeds": 2},
+    }
