@@ -5,13 +5,9 @@
     git clone https://github.com/learnables/learn2learn     # ProMetaR needs two files of it
     python scripts/bench/checkouts.py --coop CoOp --prometar ProMetaR --learn2learn learn2learn --data DATA
 
-Every contestant runs in a process of its own (their `clip`, `trainers` and `datasets` clash), with the same weights,
-classes, images, batches and precision; the same run checks that: the batches' SHA-256, the logits, the first loss and
-its gradients. Measures are taken in turns, A, B, C, A, B, C, ..., so that a busy machine hits all alike. The step is
-the trainer's own `forward_backward`, the test pass its own `test`, on prepared batches and again with the images
-decoded and augmented on the way. Processor time is that of the whole process (one thread by default). Without --data,
-images are made up; without a checkout, its trainers are left out. The checkouts stay untouched: what has to be patched
-for today's torch is patched at run time and named in the output.
+Every contestant runs in a process of its own, with the same weights, classes, images, batches and precision; the run
+checks that. Measures are taken in turns. Without --data, images are made up; without a checkout, its trainers are left
+out. No file of a checkout is changed. docs/results/benchmarks.md explains what is measured.
 """
 
 from __future__ import annotations
@@ -36,9 +32,6 @@ from PIL import Image
 
 from gram_meta.backbone.clip import RUN_PRECISIONS, load_backbone
 from gram_meta.errors import GramError
-from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
-from gram_meta.method.prompts import META_NET, initial_meta_net, initial_prompts
-from gram_meta.method.regulator import GradientRegulator
 
 TITLES = {
     "step": "training step",
@@ -53,8 +46,6 @@ TITLES = {
 PER_STEP = ("step", "step_with_loader", "tower", "loader")
 WITH_PEAK = ("step", "step_with_loader", "test", "test_with_loader")
 DATASET = "caltech101"
-
-# --- contestants ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -107,9 +98,6 @@ class Process:
             raise GramError(f"{self.name}: left out, its process ended (perhaps for lack of memory)") from None
 
 
-# --- data -------------------------------------------------------------------------------------------------------------
-
-
 def mirrored(data: Path, folder: Path) -> Path:
     """Make a root with links to the contents of `data`, so that trainers write nothing into the user's folders."""
     if not data.is_dir():
@@ -141,9 +129,6 @@ def made_up(classes: int, batch: int, tests: int, folder: Path) -> Path:
     split = {part: draw(part, count) for part, count in counts.items()}
     (images.parent / "split_zhou_Caltech101.json").write_text(json.dumps(split), encoding="utf-8")
     return root
-
-
-# --- run --------------------------------------------------------------------------------------------------------------
 
 
 class Bench:
@@ -182,14 +167,13 @@ class Bench:
         if entry.node in ("COOP", "COCOOP"):
             options |= {f"{node}.N_CTX": 4, f"{node}.CTX_INIT": "a photo of a"}
         if entry.trainer.endswith("GRAM"):
-            options |= {"TRAINER.GRAM.CHECKPOINT": self.meta_checkpoint(entry), "TRAINER.GRAM.INIT": False}
+            tokens = (2, 2) if entry.node == "JOINT" else (4, 0)
+            meta = folder.with_suffix(".safetensors")  # R^phi; prompts start as in the other contestants
+            meta = common.save_start(meta, self.backbone, *tokens, conditional=entry.node == "COCOOP")
+            options |= {"TRAINER.GRAM.CHECKPOINT": meta, "TRAINER.GRAM.INIT": False}
         spec = argparse.Namespace(**vars(self.args))
-        spec.entry, spec.folder = entry, folder
-        spec.root, spec.weights, spec.opts = (
-            self.root,
-            self.weights,
-            [word for pair in options.items() for word in pair],
-        )
+        spec.entry, spec.folder, spec.root, spec.weights = entry, folder, self.root, self.weights
+        spec.opts = [word for pair in options.items() for word in pair]
         spec.checkout, spec.config, spec.dataset = None, entry.config, DATASET
         spec.learn2learn = self.args.learn2learn and self.args.learn2learn.resolve()
         if entry.checkout:
@@ -198,17 +182,6 @@ class Bench:
             spec.config = configs / "trainers" / entry.trainer / f"{entry.config}.yaml"
             spec.dataset = configs / "datasets" / f"{DATASET}.yaml"
         return Process(spec)
-
-    def meta_checkpoint(self, entry: Entry) -> Path:
-        """Save a meta-checkpoint that fits. Trainers take R^phi from it; prompts start as in the other contestants."""
-        path = self.folder / f"meta_{entry.trainer}.safetensors"
-        prompts = initial_prompts(self.backbone, *((2, 2) if entry.node == "JOINT" else (4, 0)))
-        regulator = GradientRegulator({kind: value.shape[-1] for kind, value in prompts.items()})
-        net = initial_meta_net(self.backbone) if entry.node == "COCOOP" else {}
-        extras = {f"{META_NET}{name}": value for name, value in net.items()}
-        name = {"backbone_name": self.backbone.name, "backbone_fingerprint": self.backbone.fingerprint}
-        save_meta_checkpoint(path, MetaCheckpoint(prompts=prompts, regulator=regulator, extras=extras, **name))
-        return path
 
     def run(self, name: str) -> dict[str, Any]:
         """Run one group; return the answers of every contestant."""
@@ -243,11 +216,11 @@ class Bench:
                 for process in processes:
                     rounds[process.name][measure].append(process.ask("timed", measure, args.steps))
             print(f"  round {number + 1} of {args.repeats} done", file=sys.stderr, flush=True)
-        peaks = {
-            process.name: {name: process.ask("peak", name) for name in measures if name in WITH_PEAK}
-            for process in processes
-        }
-        return {name: {"rounds": rounds[name], "peak_mb": peaks[name]} for name in rounds}
+        with_peak, rows = [name for name in measures if name in WITH_PEAK], {}
+        for process in processes:
+            peaks = {name: process.ask("peak", name) for name in with_peak}
+            rows[process.name] = {"rounds": rounds[process.name], "peak_mb": peaks}
+        return rows
 
 
 def same_batches(built: Mapping[str, Mapping[str, Any]]) -> None:
@@ -274,9 +247,6 @@ def compare(entries: Sequence[Entry], checks: Mapping[str, Mapping[str, np.ndarr
             name: float(np.abs(ours[name] - theirs[name]).max() / np.abs(theirs[name]).max()) for name in names
         }
     return result
-
-
-# --- tables -----------------------------------------------------------------------------------------------------------
 
 
 def cells(row: Mapping[str, Any], first: Mapping[str, Any], measure: str, args: argparse.Namespace) -> dict[str, str]:
@@ -313,9 +283,6 @@ def print_group(table: Mapping[str, Any], args: argparse.Namespace) -> None:
     for name, row in contestants.items():
         for patch in row["built"]["patches"]:
             print(f"{name}, patched: {patch}")
-
-
-# --- command line -----------------------------------------------------------------------------------------------------
 
 
 def commit(folder: Path) -> str:
@@ -361,7 +328,7 @@ def run(args: argparse.Namespace) -> None:
     """Run all groups; the JSON file is written after each, so that an interruption loses nothing."""
     places = {"this project": Path(__file__).parent, "CoOp": args.coop, "ProMetaR": args.prometar, "Dassl": args.dassl}
     places["learn2learn"] = args.learn2learn
-    common.use_threads(args.threads)
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     report = common.report(args) | {"tables": []}
     report["facts"]["commits"] = {name: commit(place) for name, place in places.items() if place}
     print(common.environment(args))

@@ -4,10 +4,9 @@
     python scripts/bench/classes.py --classes 1000 --settings plain automatic --parts whole
     python scripts/bench/classes.py --images 1 4 8 --settings plain layers --parts images
 
-The text part is: class sentences, features, logits against fixed image features, loss, gradient of the context, R^phi,
-SGD. The whole step has the image tower in front. The part "images" is a UniGRAM step (2 + 2 tokens) over 10 classes,
-against the images in its batch. Every setting runs in a process of its own, from few classes to many. A measurement
-that is in the JSON file already is not repeated. `--repeats 0` times only the first step, whose memory is measured.
+The text part has fixed image features, the whole step the image tower in front. The part "images" is a UniGRAM step
+(2 + 2 tokens) over 10 classes, against the images in its batch. A measurement that is in the JSON file already is not
+repeated. `--repeats 0` times only the first step, whose memory is measured.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -73,9 +73,6 @@ def main() -> None:
         draw(rows, args.output.with_suffix(".svg"))
 
 
-# --- one measurement --------------------------------------------------------------------------------------------------
-
-
 class Step:
     """A CoOpGRAM training step, or a UniGRAM step in the part "images", as the trainer takes it."""
 
@@ -124,20 +121,9 @@ def measure(args: argparse.Namespace, size: int, setting: str, part: str) -> Row
     run = step.text if part == TEXT else step.whole
     common.product_rate(args, 64, 512)  # fills the libraries' own buffers
     peak, first = common.with_peak(lambda: common.timed(run, args), args.device)
-    loss = step.loss
-    seconds = [common.timed(run, args) for _ in range(args.repeats)] or [first]
-    return row | {
-        "peak_mb": round(peak),
-        "seconds": sorted(seconds)[len(seconds) // 2],
-        "loss": loss,
-        "chunk": text.chunk,
-        "layers": bool(backbone.checkpointing),
-        "load": os.getloadavg()[0],
-        "environment": common.environment(args),
-    }
-
-
-# --- all of them ------------------------------------------------------------------------------------------------------
+    row |= {"peak_mb": round(peak), "loss": step.loss, "chunk": text.chunk, "layers": bool(backbone.checkpointing)}
+    seconds = statistics.median([common.timed(run, args) for _ in range(args.repeats)] or [first])
+    return row | {"seconds": seconds, "load": os.getloadavg()[0], "environment": common.environment(args)}
 
 
 def in_own_process(args: argparse.Namespace, sizes: Sequence[int], setting: str, part: str) -> Iterator[Row]:
@@ -157,10 +143,9 @@ def print_rows(rows: Sequence[Row]) -> None:
     """Print a table for each part: a line for a number of classes, peak memory and time for each setting."""
     for part in PARTS:
         lines: dict[int, Row] = {}
-        for row in rows:
-            if row["part"] == part:
-                title = "images" if part == IMAGES else "classes"
-                lines.setdefault(row["size"], {title: f"{row['size']:,}"})[row["setting"]] = cell(row)
+        for row in (row for row in rows if row["part"] == part):
+            title = "images" if part == IMAGES else "classes"
+            lines.setdefault(row["size"], {title: f"{row['size']:,}"})[row["setting"]] = cell(row)
         if lines:
             print(f"{part}: peak memory, time, and classes at a time\n")
             common.print_table([lines[size] for size in sorted(lines)])

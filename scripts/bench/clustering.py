@@ -1,16 +1,13 @@
 """Measure `gram cluster` and other ways on 10^4 to 3.1 * 10^6 pairs of generated features with known topics.
 
     python scripts/bench/clustering.py make 100000 FOLDER/100k        # a pair store with its truth, nothing to download
-    python scripts/bench/clustering.py gram FOLDER/100k               # gram cluster in a process of its own, measured
-    python scripts/bench/clustering.py gram FOLDER/100k CHC.TOPICS.SAMPLE 0           # with other settings
-    python scripts/bench/clustering.py bertopic FOLDER/100k           # BERTopic's own pipeline on the same features
+    python scripts/bench/clustering.py gram FOLDER/100k [KEY VALUE...]
+    python scripts/bench/clustering.py bertopic FOLDER/100k [MIN_TOPIC_SIZE]
     python scripts/bench/clustering.py topics FOLDER/100k evoc        # evoc, umap+hdbscan or umap+fast-hdbscan
-    python scripts/bench/clustering.py rules FOLDER/100k 30000 transform   # ways to assign pairs to topics of a sample
+    python scripts/bench/clustering.py rules FOLDER/100k 30000 [transform]   # ways to assign pairs to topics
     python scripts/bench/clustering.py table FOLDER                   # all rows so far, in Markdown
 
-Each prints a row of JSON, also added to FOLDER/results.jsonl. Time is wall clock and processor time of the process
-and all its threads; memory is the high-water mark of the resident set, which counts pages of the memory-mapped
-features that the system may drop at any time, and beside it the highest seen of the process's own pages (RssAnon).
+Each prints a row of JSON, also added to FOLDER/results.jsonl. Times and memory are those of a process of its own.
 """
 
 from __future__ import annotations
@@ -26,6 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score, precision_score, recall_score
+
+from gram_meta import cli
+from gram_meta.clustering import sample
+from gram_meta.clustering.hierarchy import FILTERED, Hierarchy
+from gram_meta.clustering.settings import ChcSettings
+from gram_meta.clustering.topics import reducer, topics_of
+from gram_meta.config import load_meta_config
+from gram_meta.corpus.store import PairStore, store_fingerprint
+from gram_meta.files import write_json
 
 SENTENCE, CLIP = 384, 512  # all-MiniLM-L6-v2, ViT-B/16
 CHUNK = 50_000  # pairs that are generated at once
@@ -140,12 +149,6 @@ def made_up_words(random: np.random.Generator, count: int) -> list[str]:
 
 def make(pairs: int, folder: Path, seed: int) -> None:
     """Write a pair store with the truth (topic.npy, domain.npy) beside its files, in chunks."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from gram_meta.corpus.store import store_fingerprint
-    from gram_meta.files import write_json
-
     folder.mkdir(parents=True, exist_ok=True)
     world = World(pairs, seed)
     types = {
@@ -207,13 +210,9 @@ def measured_call(function: Callable[..., Any], *words: Any) -> tuple[Row, Any]:
         result = function(*words)
     finally:
         ended.set()
-    row = {
-        "wall clock (s)": round(time.perf_counter() - start, 1),
-        "processor time (s)": round(time.process_time(), 1),
-        "peak memory (GB)": round(memory("VmHWM"), 2),
-        "of that its own (GB)": round(max(own), 2),
-    }
-    return row, result
+    times = {"wall clock (s)": time.perf_counter() - start, "processor time (s)": time.process_time()}
+    sizes = {"peak memory (GB)": memory("VmHWM"), "of that its own (GB)": max(own)}
+    return {name: round(value, 2) for name, value in (times | sizes).items()}, result
 
 
 def memory(field: str) -> float:
@@ -224,24 +223,20 @@ def memory(field: str) -> float:
 
 def ami(truth: np.ndarray, found: np.ndarray) -> float:
     """Return the adjusted mutual information of two labellings."""
-    from sklearn.metrics import adjusted_mutual_info_score
-
     return round(float(adjusted_mutual_info_score(truth, found)), 4)
 
 
 def judged(label: np.ndarray, truth: np.ndarray) -> Row:
     """Compare topics (-1: noise) with the true ones."""
-    from sklearn.metrics import adjusted_rand_score
-
-    both, noise = (label >= 0) & (truth >= 0), label < 0
-    return {
-        "topics": int(label.max(initial=-1)) + 1,
-        "noise": round(float(noise.mean()), 4),
+    both, noise, true_noise = (label >= 0) & (truth >= 0), label < 0, truth < 0
+    scores = {
+        "noise": noise.mean(),
         "AMI": ami(truth[both], label[both]),
-        "ARI": round(float(adjusted_rand_score(truth[both], label[both])), 4),
-        "noise: precision": round(float((truth[noise] < 0).mean()), 4) if noise.any() else 0.0,
-        "recall": round(float(noise[truth < 0].mean()), 4),
+        "ARI": adjusted_rand_score(truth[both], label[both]),
+        "noise: precision": precision_score(true_noise, noise, zero_division=0),
+        "recall": recall_score(true_noise, noise),
     }
+    return {"topics": int(label.max(initial=-1)) + 1} | {name: round(float(score), 4) for name, score in scores.items()}
 
 
 def truth_of(store: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -251,22 +246,20 @@ def truth_of(store: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def domain_agreement(topic: np.ndarray, domain: np.ndarray, truth: tuple[np.ndarray, np.ndarray]) -> float:
     """Return the AMI of domains with those of a topic's main true topic: the mean over topics, weighted by pairs."""
+    import pandas  # not in the measured processes
+
+    frame = pandas.DataFrame({"topic": topic, "domain": domain, "true": truth[0], "look": truth[1]})
     scores, weights = [0.0], [0]
-    for number in range(topic.max() + 1):
-        rows = np.flatnonzero(topic == number)
-        known = truth[0][rows]
-        if (known >= 0).any():
-            rows = rows[known == np.bincount(known[known >= 0]).argmax()]
-            if len(np.unique(truth[1][rows])) > 1:
-                scores.append(ami(truth[1][rows], domain[rows]))
-                weights.append(len(rows))
+    for _, rows in frame[(frame.topic >= 0) & (frame.true >= 0)].groupby("topic"):
+        main = rows[rows.true == rows.true.mode()[0]]
+        if main.look.nunique() > 1:
+            scores.append(ami(main.look, main.domain))
+            weights.append(len(main))
     return round(float(np.average(scores, weights=weights)), 4) if sum(weights) else 0.0
 
 
 def gram(store: Path, opts: list[str]) -> Row:
     """Run `gram cluster` on a store; measure it and compare it with the truth."""
-    from gram_meta.clustering.hierarchy import FILTERED, Hierarchy
-
     out = store / "-".join(["hierarchy", *(opt.rsplit(".", 1)[-1].lower() for opt in opts)])
     row, status = in_own_process(cluster, store, opts, out)
     if status:
@@ -282,8 +275,6 @@ def gram(store: Path, opts: list[str]) -> Row:
 
 def cluster(store: Path, opts: list[str], out: Path) -> int:
     """Run `gram cluster` in this process; return its exit status."""
-    from gram_meta import cli
-
     return cli.main(["cluster", str(store), "-o", str(out), "--force", *opts])
 
 
@@ -297,14 +288,7 @@ def others(store: Path, way: str, opts: list[str]) -> Row:
 
 
 def find(store: Path, way: str, opts: list[str]) -> np.ndarray:
-    """Find topics on all pairs of a store, without a filter; return a label for each (-1: noise).
-
-    `way`: bertopic, whose `opts` are its min_topic_size (10); or umap+hdbscan, umap+fast-hdbscan or evoc with KEY VALUE
-    pairs.
-    """
-    from gram_meta.clustering.topics import reducer, topics_of
-    from gram_meta.corpus.store import PairStore
-
+    """Find topics on all pairs of a store, without a filter; return a label for each (-1: noise)."""
     settings, pairs = chc_settings([] if way == "bertopic" else opts), PairStore.open(store)
     features = np.asarray(pairs.sentence_features, np.float32)
     size, samples = settings.min_cluster_size, settings.min_samples
@@ -331,9 +315,6 @@ def find(store: Path, way: str, opts: list[str]) -> np.ndarray:
 
 def chc_settings(opts: list[str]) -> Any:
     """Return the settings of the clustering: the defaults, and KEY VALUE pairs."""
-    from gram_meta.clustering.settings import ChcSettings
-    from gram_meta.config import load_meta_config
-
     return ChcSettings.from_config(load_meta_config([], opts))
 
 
@@ -341,14 +322,7 @@ def chc_settings(opts: list[str]) -> Any:
 
 
 def rules(store: Path, count: int, opts: list[str]) -> list[Row]:
-    """Compare ways to assign pairs outside a sample of `count` to topics with un-sampled clustering and with the truth.
-
-    `opts`: "transform" for UMAP's own transform and HDBSCAN's approximate_predict, too; KEY VALUE pairs.
-    """
-    from gram_meta.clustering import sample
-    from gram_meta.clustering.topics import reducer, topics_of
-    from gram_meta.corpus.store import PairStore
-
+    """Compare ways to assign pairs outside a sample to topics with un-sampled clustering and with the truth."""
     transform = opts[:1] == ["transform"]
     settings, truth = chc_settings(opts[transform:]), truth_of(store)[0]
     features = np.asarray(PairStore.open(store).sentence_features, np.float32)

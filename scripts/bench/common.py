@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import platform
 import random
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,8 +25,9 @@ from torch import Tensor, nn
 
 from gram_meta.backbone.clip import Backbone, load_backbone
 from gram_meta.files import write_json
-
-# --- command line -----------------------------------------------------------------------------------------------------
+from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
+from gram_meta.method.prompts import META_NET, initial_meta_net, initial_prompts
+from gram_meta.method.regulator import GradientRegulator
 
 
 def plain_parser(text: str) -> argparse.ArgumentParser:
@@ -33,13 +35,6 @@ def plain_parser(text: str) -> argparse.ArgumentParser:
     head, _, rest = text.partition("\n")
     raw = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(description=head, epilog=rest, formatter_class=raw)
-
-
-def wall_clock() -> float:
-    """Return seconds, after the GPU has finished its work."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def parser(text: str, precisions: Sequence[str] = ("fp32", "fp64")) -> argparse.ArgumentParser:
@@ -59,7 +54,7 @@ def begin(args: argparse.Namespace) -> Backbone:
     """Apply the options and load the backbone. On CUDA, float32 products are exact, so that results can be compared."""
     if args.clock == "cpu" and torch.device(args.device).type != "cpu":
         raise SystemExit(f"--clock cpu: expected --device cpu, found {args.device}")
-    use_threads(args.threads)
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
     backbone = load_backbone(args.backbone, args.device, args.precision)
@@ -68,12 +63,6 @@ def begin(args: argparse.Namespace) -> Backbone:
             if isinstance(module, nn.LayerNorm):  # OpenAI's casts to float32
                 module.__class__ = nn.LayerNorm
     return backbone
-
-
-def use_threads(count: int) -> None:
-    """Let torch use so many CPU threads; 0: its own choice."""
-    if count:
-        torch.set_num_threads(count)
 
 
 def environment(args: argparse.Namespace) -> str:
@@ -96,9 +85,6 @@ def cpu_model() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.processor() or platform.machine()
-
-
-# --- time -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -124,12 +110,24 @@ def measure(steps: Mapping[str, Callable[[], Any]], args: argparse.Namespace) ->
     return measured
 
 
+def spent(step: Callable[[], Any]) -> tuple[dict[str, float], Any]:
+    """Run a step; return its seconds (wall clock, processor time here and of child processes), and its result."""
+    before, result = clocks(), step()
+    return {clock: after - before[clock] for clock, after in clocks().items()}, result
+
+
+def clocks() -> dict[str, float]:
+    """Return the seconds of each clock, after the GPU has finished its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    processes = {"cpu": time.process_time(), "children": children.ru_utime + children.ru_stime}
+    return {"wall": time.perf_counter(), **processes}
+
+
 def timed(step: Callable[[], object], args: argparse.Namespace) -> float:
-    """Run a step and return its seconds."""
-    clock = time.process_time if args.clock == "cpu" else wall_clock
-    start = clock()
-    step()
-    return clock() - start
+    """Run a step and return its seconds on --clock."""
+    return spent(step)[0][args.clock]
 
 
 def product_rate(args: argparse.Namespace, rows: int, width: int) -> float:
@@ -169,9 +167,6 @@ def image_passes(backbone: Backbone, prompt_tokens: int) -> tuple[float, float, 
     return patch_embedding + linear + 2 * attention, learned + 4 * attention, 2 * learned + 12 * attention
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
-
-
 def with_peak(step: Callable[[], Any], device: str) -> tuple[float, Any]:
     """Run a step; return its peak in MB above the level before it, and its result.
 
@@ -191,13 +186,10 @@ def with_peak(step: Callable[[], Any], device: str) -> tuple[float, Any]:
     return (status_bytes("VmHWM") - before) / 1e6, result
 
 
-def status_bytes(field: str, process: int | str = "self") -> int:
-    """Return a size from /proc/PROCESS/status, such as VmRSS or VmHWM."""
-    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+def status_bytes(field: str) -> int:
+    """Return a size from /proc/self/status, such as VmRSS or VmHWM."""
+    lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
-
-
-# --- the official way -------------------------------------------------------------------------------------------------
 
 
 class PlainClassText:
@@ -234,7 +226,14 @@ class PlainClassText:
         return torch.cat([self.prefix, prompt.expand(len(self.ends), -1, -1), self.suffix], dim=1)
 
 
-# --- class names ------------------------------------------------------------------------------------------------------
+def save_start(path: Path, backbone: Backbone, text: int, visual: int, conditional: bool = False) -> Path:
+    """Save a meta-checkpoint of initial prompts with so many tokens and of a new R^phi; return its path."""
+    theta = initial_prompts(backbone, text, visual)
+    regulator = GradientRegulator({kind: value.shape[-1] for kind, value in theta.items()})
+    net = initial_meta_net(backbone) if conditional else {}
+    extras = {f"{META_NET}{name}": value for name, value in net.items()}
+    save_meta_checkpoint(path, MetaCheckpoint(theta, regulator, backbone.name, backbone.fingerprint, extras=extras))
+    return path
 
 
 def class_names(count: int) -> list[str]:
@@ -258,9 +257,6 @@ def length_facts(backbone: Backbone, names: Sequence[str]) -> str:
     """Return the number of CLIP tokens of the names as text."""
     counts = [int(end) - 1 for end in backbone.tokenize(names).argmax(dim=-1)]
     return f"{len(names)} names of {min(counts)} to {max(counts)} tokens, {statistics.mean(counts):.2f} on average"
-
-
-# --- results ----------------------------------------------------------------------------------------------------------
 
 
 def deviation(ours: Tensor, theirs: Tensor) -> float:

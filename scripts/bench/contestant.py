@@ -1,7 +1,7 @@
 """One contestant of checkouts.py, in a process of its own: a trainer of a checkout as it is, or one of this project.
 
-The trainer's own `forward_backward` and `test` do all the work. If a checkout cannot run with this machine's torch,
-this module patches it at run time and lists each patch among the facts; no file of a checkout is changed.
+The trainer's own `forward_backward` and `test` do all the work. What a checkout needs on today's torch is patched at
+run time and listed among the facts; no file of a checkout is changed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import itertools
 import math
 import os
 import sys
-import time
 import traceback
 import types
 import warnings
@@ -27,12 +26,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Subset
 
+from gram_meta import engine
 from gram_meta.errors import GramError
 
 BATCHES = 4  # prepared training batches, taken in turns
 COMPARED = 4  # test images whose logits are compared
-
-# --- the process ------------------------------------------------------------------------------------------------------
 
 built: list[Contestant] = []  # at most one
 
@@ -61,9 +59,6 @@ def answer(spec: Namespace, what: str, *words: Any) -> Any:
         traceback.print_exc()
         text = str(error).strip() or traceback.extract_tb(error.__traceback__)[-1].line or ""
         raise GramError(f"{type(error).__name__}: {text.splitlines()[0]}") from None
-
-
-# --- patches ----------------------------------------------------------------------------------------------------------
 
 
 def local_weights(path: str) -> str:
@@ -97,20 +92,13 @@ def patched_for_prometar(spec: Namespace) -> Iterator[str]:
     yield "the training step runs under sdpa_kernel(SDPBackend.MATH): fused attention has no second derivative"
 
 
-# --- one contestant ---------------------------------------------------------------------------------------------------
-
-
 class Contestant:
-    """A built trainer, prepared batches, and what is measured of it.
-
-    Args:
-        spec: see `Bench.start` in checkouts.py.
-    """
+    """A built trainer, prepared batches, and what is measured of it; `Bench.start` in checkouts.py makes its `spec`."""
 
     def __init__(self, spec: Namespace) -> None:
         self.spec = spec
         self.second_order = spec.entry.trainer == "ProMetaR"
-        common.use_threads(spec.threads)
+        torch.set_num_threads(spec.threads or torch.get_num_threads())
         torch.backends.cudnn.benchmark = spec.device == "cuda"  # as everybody's train.py has it
         self.trainer = trainer = self._build()
         trainer.epoch = trainer.batch_idx = 0
@@ -131,7 +119,6 @@ class Contestant:
 
     def _build(self) -> Any:
         """Build the trainer: a checkout's through its own train.py's configuration, or this project's."""
-        from gram_meta import engine
         from gram_meta.coop import launch
 
         spec, self.patches = self.spec, []
@@ -153,8 +140,6 @@ class Contestant:
 
     def _prepare(self) -> None:
         """Make batches with the trainer's own loaders, from one seed for all contestants."""
-        from gram_meta import engine
-
         engine.set_random_seed(1)
         self.batches = list(itertools.islice(self.trainer.train_loader_x, BATCHES))
         whole = self.trainer.test_loader
@@ -165,8 +150,6 @@ class Contestant:
 
     def facts(self) -> dict[str, Any]:
         """Return the facts by which checkouts.py verifies that all contestants do the same work."""
-        from gram_meta import engine
-
         digest, names = hashlib.sha256(), self.trainer.dm.dataset.classnames
         for batch in (*self.batches, *self.tests):
             digest.update(batch["img"].numpy().data)
@@ -198,11 +181,9 @@ class Contestant:
         return arrays
 
     def timed(self, measure: str, count: int) -> dict[str, Any]:
-        """Run a measure; return its seconds of processor time (all threads) and wall clock, and its results."""
-        wall, cpu = common.wall_clock(), time.process_time()
-        result = self.measures[measure](count)
-        wall = common.wall_clock() - wall
-        return {"cpu": time.process_time() - cpu, "wall": wall, **(result if isinstance(result, dict) else {})}
+        """Run a measure; return its seconds of each clock, and its results."""
+        seconds, result = common.spent(lambda: self.measures[measure](count))
+        return seconds | (result if isinstance(result, dict) else {})
 
     def peak(self, measure: str) -> float:
         """Return a measure's peak in MB above the level before: of the process (CPU), or allocated on the GPU."""

@@ -1,13 +1,11 @@
 """Measure a CoOp training step, or a test pass, beside the official computation.
 
     python scripts/bench/coop_step.py                # ViT-B/16 shapes, random weights, 100 classes, batch 32, CPU
-    python scripts/bench/coop_step.py --device cuda
     python scripts/bench/coop_step.py --test --classes 1000 --batch 100
 
-The official way: all 77 positions of every class through clip's own modules, and clip's own image tower (in a training
-step under gradient mode; its weights are frozen, so it makes no graph). A training step ends in the gradient of the
-context; the SGD update of 4 x 512 numbers is left out. A test pass is one batch without gradients. The official way
-encodes all classes anew for it, this project once for all batches: a whole test set follows by the arithmetic printed.
+The official way: all 77 positions of every class through clip's own modules, and clip's own image tower. A training
+step ends in the gradient of the context. A test pass is one batch without gradients: the official way encodes all
+classes anew for it, this project once for all batches, so a whole test set follows by the arithmetic printed.
 """
 
 from __future__ import annotations
@@ -93,9 +91,7 @@ def main() -> None:
         common.print_comparison(measured, [name for name in measured if name.startswith(part)])
     ours, plain = (measured[f"{WHOLE}, {way}"].result for way in (OURS, PLAIN))
     apart = {what: common.deviation(*pair) for what, *pair in zip(COMPARED, ours, plain, strict=False)}
-    print(
-        "Largest deviation, relative to the largest entry:", ", ".join(f"{what} {x:.1e}" for what, x in apart.items())
-    )
+    print("Largest deviation, relative to the largest entry:", *(f"{what} {x:.1e}" for what, x in apart.items()))
     print_limits(bench, {name: one.seconds for name, one in measured.items()}, args)
     common.write_report(args, report | {"measured": common.numbers(measured), "deviation": apart})
 
@@ -110,14 +106,11 @@ def print_limits(bench: Bench, seconds: Mapping[str, float], args: argparse.Name
     )
     text, passes = bench.model.class_text, 1 if args.test else 2
     positions = 1 + text.tokens + int((text.ends + 1).sum())
-    flops, rate = (
-        passes * common.text_flops(bench.backbone, positions),
-        common.product_rate(args, positions, bench.backbone.text_width),
-    )
+    each, rate = common.text_flops(bench.backbone, 1), common.product_rate(args, positions, bench.backbone.text_width)
+    flops = passes * positions * each
     print(
-        f"Floor of the text part: {positions} positions up to each class's end token x "
-        f"{common.text_flops(bench.backbone, 1) / 1e6:.1f} MFLOP x {passes} = {flops / 1e9:.0f} GFLOP; at the measured "
-        f"{rate / 1e9:.0f} GFLOP/s {1000 * flops / rate:.0f} ms. "
+        f"Floor of the text part: {positions} positions up to each class's end token x {each / 1e6:.1f} MFLOP x "
+        f"{passes} = {flops / 1e9:.0f} GFLOP; at the measured {rate / 1e9:.0f} GFLOP/s {1000 * flops / rate:.0f} ms. "
         f"This project takes {classes * rate / flops:.2f} times as long."
     )
     if args.test:

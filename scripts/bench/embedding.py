@@ -1,17 +1,14 @@
 """Measure `gram embed` beside its towers alone and image decoding alone, on this machine, in turns.
 
     python scripts/bench/embedding.py PAIRS.tsv                                  # ViT-B/16 shapes, random weights
-    python scripts/bench/embedding.py PAIRS.tsv --backbone gram-small --images 1000 --workers 0 1 2 --threads 1
     python scripts/bench/embedding.py PAIRS.tsv --device cuda --precision fp16 --images 50000 --workers 16
 
-Three times, each round in turns:
 - towers: image tower, CLIP's text tower and Sentence-BERT on tensors and tokens that are ready, in the same batches;
 - decoding: processes that read images and bring them to the tower's size, nothing else; files and tar shards;
 - `gram embed`, from the first look at the source to the finished store, without loading the models.
 
-The bound is the longer of the first two; with --workers 0, which shares one process, it is their sum. The goal is 0.9
-of the bound. With --clock cpu a time is the processor time of the main process or of one worker, whichever is more: as
-if each process had a core, whoever else uses the machine.
+The bound is the longer of the first two; with --workers 0, which shares one process, it is their sum. With --clock cpu
+a time is the processor time of the main process or of one worker, whichever is more.
 """
 
 from __future__ import annotations
@@ -19,15 +16,13 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import resource
 import shutil
 import tarfile
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import common
 import torch
@@ -41,16 +36,9 @@ from gram_meta.corpus.places import ImageFiles, ImageReader
 from gram_meta.corpus.sources import Source, all_rows, open_source
 
 
-class Spent(NamedTuple):
-    """Seconds of one step: on the clock, of the main process, and of its workers."""
-
-    wall: float
-    main: float
-    workers: float
-
-    def seconds(self, clock: str, workers: int = 1) -> float:
-        """Return the seconds that count: on the clock, or of the process that takes longest."""
-        return self.wall if clock == "wall" else max(self.main, self.workers / max(workers, 1))
+def seconds(spent: Mapping[str, float], clock: str, workers: int) -> float:
+    """Return the seconds that count: on the clock, or of the process that takes longest."""
+    return spent["wall"] if clock == "wall" else max(spent["cpu"], spent["children"] / max(workers, 1))
 
 
 def main() -> None:
@@ -74,14 +62,11 @@ def main() -> None:
         steps = bench.steps(Path(folder) / "store")
         for name in list(steps)[:3]:  # to warm up: towers, decoding, `gram embed`, of the first kind
             steps[name]()
-        rounds = [{name: spent_by(step) for name, step in steps.items()} for _ in range(args.repeats)]
+        rounds = [{name: common.spent(step)[0] for name, step in steps.items()} for _ in range(args.repeats)]
     print(f"{common.environment(args)}; load average {os.getloadavg()[0]:.1f}")
     print(f"{args.images} pairs, batches of {args.batch_size}, parts of {args.part_size}; the least of the rounds\n")
     common.print_table([bench.row(rounds, *case) for case in bench.cases()])
     common.write_report(args, report | {"pairs": args.images, "rounds": rounds})
-
-
-# --- the same pairs as files and as shards ----------------------------------------------------------------------------
 
 
 def make_sources(args: argparse.Namespace, folder: Path) -> dict[str, Source]:
@@ -105,9 +90,6 @@ def make_sources(args: argparse.Namespace, folder: Path) -> dict[str, Source]:
     return {"files": open_source(folder / "pairs.tsv"), "tars": open_source(tars)}
 
 
-# --- the three times --------------------------------------------------------------------------------------------------
-
-
 class Bench:
     """The models and all that they need ready: pixels, CLIP's tokens, Sentence-BERT's tokens."""
 
@@ -125,12 +107,11 @@ class Bench:
         self.tokens = [tokens_of(backbone, batch)[0] for batch in lists]
         self.sentences: list[Any] = lists
         if isinstance(sentence_model, SentenceBert):
+            from sentence_transformers.util import batch_to_device
+
             model = sentence_model.model
             tokens = getattr(model, "preprocess", None) or model.tokenize  # its name up to sentence-transformers 5.1
-            self.sentences = [
-                {key: x.to(args.device) if isinstance(x, torch.Tensor) else x for key, x in tokens(batch).items()}
-                for batch in lists
-            ]
+            self.sentences = [batch_to_device(tokens(batch), args.device) for batch in lists]
 
     def cases(self) -> list[tuple[str, int]]:
         """Return every kind of source with every number of workers."""
@@ -179,29 +160,16 @@ class Bench:
         store = embed_pairs(self.sources[kind], out, self.backbone, self.sentence_model, **sizes)
         assert len(store) == len(self.texts)
 
-    def row(self, rounds: Sequence[dict[str, Spent]], kind: str, workers: int) -> dict[str, str]:
+    def row(self, rounds: Sequence[Mapping[str, Mapping[str, float]]], kind: str, workers: int) -> dict[str, str]:
         """Return the row of one kind of source and number of workers: the least seconds of the rounds."""
         names = {"towers": "towers", "decoding": f"decoding {kind} {workers}", "gram embed": f"embed {kind} {workers}"}
         least = {
-            title: min(one[name].seconds(self.args.clock, workers) for one in rounds) for title, name in names.items()
+            title: min(seconds(one[name], self.args.clock, workers) for one in rounds) for title, name in names.items()
         }
         towers, decoding, embed = least.values()
         bound = max(towers, decoding) if workers else towers + decoding
-        cells = {f"{title} (s)": f"{seconds:.2f}" for title, seconds in least.items()}
         shares = {"pairs/s": f"{len(self.texts) / embed:.1f}", "of the bound": f"{bound / embed:.2f}"}
-        return {"": f"{kind}, {workers} workers"} | cells | shares
-
-
-def spent_by(step: Callable[[], Any]) -> Spent:
-    """Run a step; return the seconds of all processes."""
-
-    def now() -> tuple[float, float, float]:
-        workers = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return common.wall_clock(), time.process_time(), workers.ru_utime + workers.ru_stime
-
-    before = now()
-    step()
-    return Spent(*(after - start for after, start in zip(now(), before, strict=True)))
+        return {"": f"{kind}, {workers} workers"} | {f"{title} (s)": f"{s:.2f}" for title, s in least.items()} | shares
 
 
 if __name__ == "__main__":

@@ -3,9 +3,8 @@
     python scripts/bench/launches.py -o launches.json
 
 An operation that is no view is at least one kernel launch; a cast changes the number type alone. The processor waits
-where it reads a value: `.item()`, `.cpu()`, `.tolist()`, `nonzero`, `equal`, an index by a mask. Counts are not times.
-Layout and optimisers are those for GPUs. The official ways are CoOp's step through clip's own modules, and a meta-step
-with a cloned model for each task (meta_clone.py). The towers are narrow and have twelve layers, as ViT-B/16.
+where it reads a value. Counts are not times. The official ways are CoOp's step through clip's own modules, and a
+meta-step with a cloned model for each task (meta_clone.py). The towers are narrow and have twelve layers, as ViT-B/16.
 """
 
 from __future__ import annotations
@@ -35,13 +34,11 @@ from gram_meta.clustering.hierarchy import Hierarchy, Topic
 from gram_meta.config import load_meta_config
 from gram_meta.coop import launch
 from gram_meta.files import write_json
-from gram_meta.method import episodes, prompts
+from gram_meta.method import episodes
 from gram_meta.method.apply import Regulation
-from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
 from gram_meta.method.meta_trainer import READ_EVERY, MetaTrainer
 from gram_meta.method.outer import OuterLoop
 from gram_meta.method.profiling import IMAGE_TOWER, OPTIMISER, OTHER, REGULATOR, TEXT_TOWER, Profile
-from gram_meta.method.regulator import GradientRegulator
 
 REGIONS = (TEXT_TOWER, IMAGE_TOWER, REGULATOR, OPTIMISER, OTHER)
 FAMILIES = {"text": (4, 0, False), "conditional": (4, 0, True), "visual": (0, 4, False), "joint": (2, 2, False)}
@@ -160,13 +157,8 @@ def build_trainer(name: str, precision: str, layers: int, folder: Path) -> Any:
     options |= {"INPUT.SIZE": "(32,32)", f"TRAINER.{node}.PREC": precision, "TRAIN.PRINT_FREQ": 5, "USE_CUDA": False}
     options |= {"TRAINER.COOP.N_CTX": 4, "TRAINER.COCOOP.N_CTX": 4, "OPTIM.NAME": "sgd"}
     if name.endswith("GRAM"):
-        text, visual, conditional = FAMILIES[family]
-        theta, net = prompts.initial_prompts(backbone, text, visual), prompts.initial_meta_net(backbone)
-        regulator = GradientRegulator({kind: value.shape[-1] for kind, value in theta.items()})
-        extras = {f"{prompts.META_NET}{key}": value for key, value in net.items()} if conditional else {}
-        meta = MetaCheckpoint(theta, regulator, backbone.name, backbone.fingerprint, extras=extras)
-        options["TRAINER.GRAM.CHECKPOINT"] = folder / f"{name}.safetensors"
-        save_meta_checkpoint(options["TRAINER.GRAM.CHECKPOINT"], meta)
+        start = common.save_start(folder / f"{name}.safetensors", backbone, *FAMILIES[family])
+        options["TRAINER.GRAM.CHECKPOINT"] = start
     words = ["--trainer", name, "--output-dir", folder / name, "--seed", 1, *(x for o in options.items() for x in o)]
     cfg = launch.setup_cfg(launch.build_parser().parse_args([str(word) for word in words]))
 

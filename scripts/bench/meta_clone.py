@@ -1,11 +1,9 @@
 """The meta-step as it is written with learn2learn: clone the prompted model, adapt the clone, backward, next task.
 
 In our own words after its `MAML.clone` and `MAML.adapt` (learn2learn 0.2): a clone is a module of the same structure
-whose parameters are `torch.clone`s, so that gradients of the clone reach the original. Frozen weights are cloned too.
-Adapting replaces each learned parameter by itself minus alpha times its gradient (here the regulated one, Eq. 7), and
-keeps the gradient's own graph. The model is clip's own modules around prompts: 77 positions through its text
-transformer, images through its image tower with the prompt tokens behind the patches. It has only the towers that its
-family of prompts runs.
+whose parameters are `torch.clone`s, frozen ones too, so that gradients of the clone reach the original. Adapting
+replaces each learned parameter by itself minus alpha times its regulated gradient (Eq. 7), with the gradient's graph.
+The model has clip's own modules around prompts, and only the towers that its family of prompts runs.
 """
 
 from __future__ import annotations

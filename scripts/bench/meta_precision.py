@@ -1,12 +1,10 @@
 """Measure how far the meta-gradient under bf16 and fp16 towers is from float32, with and without a loss scale.
 
     python scripts/bench/meta_precision.py --backbone gram-small --prompts text visual
-    python scripts/bench/meta_precision.py --backbone random-ViT-B/16 --prompts text
     python scripts/bench/meta_precision.py --backbone random-ViT-B/16 --prompts visual --image-layers 2
 
-Prompts, regulator and gradients are float32 everywhere. Errors are relative L2 norms: of the whole meta-gradient of
-theta and of phi, and of theta's second-order term alone (what goes through the support gradient). Two tasks of random
-images.
+Errors are relative L2 norms on two tasks of random images: of the whole meta-gradient of theta and of phi, and of
+theta's second-order term alone (what goes through the support gradient). docs/results/meta-training.md has the runs.
 """
 
 from __future__ import annotations

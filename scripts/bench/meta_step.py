@@ -2,14 +2,10 @@
 
     python scripts/bench/meta_step.py                       # ViT-B/16 shapes, random weights, CPU, all three families
     python scripts/bench/meta_step.py --family visual joint --tasks 1 --ways 2 --support 2 --query 4 --clock cpu
-    python scripts/bench/meta_step.py --device cuda
 
-All variants have the same weights, tasks and start, and compute the same losses and meta-gradients: how far these are
-apart is printed, and the memory that `memory_plan` estimates. A step is forward, backward, clipping and the optimiser.
-Clone and adapt, the way of learn2learn's MAML, is in meta_clone.py.
-
-The script also prints what the towers set as a ceiling (their matrix products at this machine's rate, their bare
-forward pass times the passes that exact second order needs, their bare passes), and where the time of a step goes.
+All variants have the same weights, tasks and start: how far their losses and meta-gradients are apart is printed, and
+the memory that `memory_plan` estimates. A step is forward, backward, clipping and the optimiser. meta_clone.py has
+learn2learn's way. The script also prints what the towers set as a ceiling, and where the time of a step goes.
 """
 
 from __future__ import annotations
@@ -38,8 +34,6 @@ CLONE, CLONE_FIRST = "clone and adapt (learn2learn's way)", "clone and adapt, fi
 CUT = "clone and adapt, cut at the longest sentence"
 TOWER = "+ this project's text tower (no padding, last layer for end tokens alone), nothing cloned"
 OURS = "this project"
-
-
 WAYS: dict[str, dict[str, Any]] = {  # how this project takes a step: options of MemoryConfig
     OURS: {},
     f"{OURS}, one task at a time": {"tasks": 1},
@@ -65,8 +59,6 @@ class Bench:
         fixed = [made.classes_of(slice(None))[task] for task in range(made.tasks)] if not text else []
         self.classes = [common.PlainClassText(backbone, words, text) for words in made.words] if text else fixed
 
-    # --- one step -----------------------------------------------------------------------------------------------------
-
     def step(self, name: str) -> tuple[Tensor, list[Tensor]]:
         """Take one step of a variant; return the mean query loss, and the meta-gradients of theta and of phi."""
         self.made.optimiser.zero_grad(set_to_none=True)
@@ -84,10 +76,9 @@ class Bench:
             whole = self.made.episode_of(lambda some: WholeSentences(self.backbone, self.cut[some][0]))
             variants[CUT] = partial(clone, self.cut, inner)
             variants[TOWER] = partial(self.ours, {"tasks": 1}, whole)
+        images = bool(self.made.prompt.visual_tokens)
         for name, way in WAYS.items():
-            if (self.made.tasks > 1 or "one task" not in name) and (
-                self.made.prompt.visual_tokens or "images" not in way
-            ):
+            if (images or "images" not in way) and (self.made.tasks > 1 or "one task" not in name):
                 variants[name] = partial(self.ours, way)
         return variants | {CLONE_FIRST: partial(clone, self.classes, first_order)}
 
@@ -105,8 +96,6 @@ class Bench:
         task = TaskConfig(self.args.ways, self.args.support, self.args.query)
         options = {"second_order": "whole", "tasks": self.made.tasks, "task": task, "prompt": self.made.prompt} | way
         return plan(MemoryConfig(**options), self.backbone, self.made.tasks, 1e15)
-
-    # --- the towers alone ---------------------------------------------------------------------------------------------
 
     def _features(self, side: TaskSet, prompts: Mapping[str, Tensor]) -> list[Tensor]:
         """Return what the towers compute of one side: images if they are pixels, class prompts if they are learned."""
@@ -185,9 +174,6 @@ class WholeSentences:
         return self.backbone.encode_text(self.text.sentences(prompts[0])[None], self.text.ends)
 
 
-# ----------------------------------------------------------------------------------------------------------------- run
-
-
 def build_parser() -> argparse.ArgumentParser:
     options = common.parser(__doc__)
     options.add_argument("--family", nargs="+", choices=list(FAMILIES), default=list(FAMILIES), help="(all)")
@@ -222,18 +208,13 @@ def run(family: str, backbone: Backbone, args: argparse.Namespace) -> dict[str, 
     )
     names = [name for name in bench.variants() if kept(name, args.variants)]
     steps = {name: partial(bench.step, name) for name in names}
-    bare = {
-        "support": partial(bench.forward, "support"),
-        "query": partial(bench.forward, "query"),
-        "passes": bench.passes,
-    }
-    measured = common.measure(steps | bare, args)
+    bare: dict[str, Any] = {side: partial(bench.forward, side) for side in ("support", "query")}
+    measured = common.measure(steps | bare | {"passes": bench.passes}, args)
     estimates = {name: f"{bench.plan(WAYS[name]).estimate / 1e6:,.0f}" for name in names if name in WAYS}
     common.print_comparison(measured, list(steps), **{"estimate (MB)": estimates})
     apart = {name: deviations(measured, name, len(bench.made.theta)) for name in names[1:]}
     print("Largest deviation from clone and adapt, relative to the largest entry:\n")
-    rows = [{"": name} | {what: f"{value:.1e}" for what, value in row.items()} for name, row in apart.items()]
-    common.print_table(rows)
+    common.print_table([{"": name} | {what: f"{x:.1e}" for what, x in row.items()} for name, row in apart.items()])
 
     rates, gflop = sorted(bench.rate() for _ in range(3)), bench.gflop()
     products = " + ".join(f"{value:.1f} GFLOP ({name})" for name, value in gflop.items())
@@ -244,13 +225,9 @@ def run(family: str, backbone: Backbone, args: argparse.Namespace) -> dict[str, 
         "the towers' passes with nothing around them": measured["passes"].seconds,
     }
     print("What the towers set as a ceiling:\n")
-    whole = measured[OURS].seconds
-    common.print_table(
-        [
-            {"": name, "time (ms)": f"{1000 * seconds:.0f}", "of this project's step": f"{seconds / whole:.2f}"}
-            for name, seconds in ceilings.items()
-        ]
-    )
+    share = {name: f"{seconds / measured[OURS].seconds:.2f}" for name, seconds in ceilings.items()}
+    rows = [{"": name, "time (ms)": f"{1000 * seconds:.0f}"} for name, seconds in ceilings.items()]
+    common.print_table([row | {"of this project's step": share[row[""]]} for row in rows])
     profile = bench.profile()
     print(profile.table() + "\n")
     return {
@@ -272,11 +249,8 @@ def deviations(measured: Mapping[str, common.Measured], name: str, kinds: int) -
     """Return how far a variant's loss and meta-gradients are from clone and adapt's, relative to the largest entry."""
     (loss, gradients), (true_loss, true) = measured[name].result, measured[CLONE].result
     apart = [common.deviation(a, b) for a, b in zip(gradients, true, strict=True)]
-    return {
-        "query loss": abs(float(loss / true_loss) - 1),
-        "gradient of theta": max(apart[:kinds]),
-        "gradient of phi": max(apart[kinds:]),
-    }
+    largest = {"gradient of theta": max(apart[:kinds]), "gradient of phi": max(apart[kinds:])}
+    return {"query loss": abs(float(loss / true_loss) - 1)} | largest
 
 
 if __name__ == "__main__":

@@ -26,16 +26,10 @@ Classes = ClassText | Tensor
 
 
 class MetaTasks:
-    """B tasks of random images and topic words, theta and phi of one family of prompts, and the step of Algorithm 1.
+    """B tasks (`ways` classes, `shots`: support and query images of a class), theta and phi, and a step of Algorithm 1.
 
-    Text prompts take image features on both sides, as they do not change. Visual prompts take pixels. Learning rates
-    are zero, so that every step starts at the same point.
-
-    Args:
-        backbone: the towers.
-        family: a key of `FAMILIES`.
-        tasks, ways: B and K.
-        shots: support and query images of a class.
+    Images are random. Text prompts take image features, as they do not change; visual prompts take pixels. Learning
+    rates are zero, so that every step starts at the same point.
     """
 
     def __init__(self, backbone: Backbone, family: str, tasks: int, ways: int, shots: tuple[int, int]) -> None:

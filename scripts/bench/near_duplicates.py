@@ -2,17 +2,14 @@
 
     python scripts/bench/near_duplicates.py STORE [--images N] [--against FOLDER ...] [--half tune|report]
 
-The script draws N images from the store, changes them in each way below and searches the store for the results as if
-they were test images. It prints the share whose original is among the candidates (by CLIP features, by thumbnails of
-8 x 8 pixels), and the distance that decides; also that of imagehash's 64-bit pHash if that package is installed. False
-alarms: the same images unchanged, searched in the store without themselves; with --against, images of folders that are
-known not to be in the store. `--half` splits images by a hash of their names: set the distance on one half and report
-on the other.
+The script draws N images from the store, changes them and searches the store for the results as if they were test
+images. False alarms are of the same images, searched in the store without themselves; with --against, of images of
+folders that are known not to be in the store. `--half`: a half of the images by a hash of their names, so that the
+distance is set on one and reported on the other. docs/results/corpus.md explains the columns.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -109,7 +106,6 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--against", nargs="+", default=[], metavar="FOLDER")
     parser.add_argument("--half", choices=("tune", "report"))
-    parser.add_argument("--changes", nargs="*", default=list(CHANGES), metavar="NAME", help="none: false alarms alone")
     args = parser.parse_args()
     random = np.random.default_rng(0)
     store = PairStore.open(args.store)
@@ -120,8 +116,8 @@ def main() -> None:
     originals = [places.image(row) for row in rows.tolist()]
     print(f"{len(rows)} of {len(places):,} images, half: {args.half}\n")
     lines = []
-    for name in args.changes:
-        changed = [CHANGES[name](image, random) for image in originals]
+    for name, change in CHANGES.items():
+        changed = [change(image, random) for image in originals]
         line: dict[str, object] = {"change": name}
         for way, found in zip(("CLIP", "pixels"), search(changed), strict=True):
             line[f"candidate by {way} (%)"] = f"{100 * (found == rows[:, None]).any(1).mean():.1f}"
@@ -131,30 +127,22 @@ def main() -> None:
             far = [imagehash.phash(a) - imagehash.phash(b) for a, b in zip(changed, originals, strict=True)]
             line["pHash <= 8 (%)"] = f"{100 * np.mean(np.array(far) <= 8):.1f}"
         lines.append(line)
-    if lines:
-        common.print_table(lines)
-    print_false_alarms(args, search, originals, rows, random, places)
-
-
-def print_false_alarms(
-    args: argparse.Namespace,
-    search: Callable[..., Iterator[np.ndarray]],
-    originals: Sequence[Picture],
-    rows: np.ndarray,
-    random: Random,
-    places: Places,
-) -> None:
-    """Print, for several limits of the distance, how many other images are reported."""
+    common.print_table(lines)
     others = originals
     if args.against:
         paths = [p for folder in args.against for p in sorted(Path(folder).rglob("*")) if p.suffix in (".png", ".jpg")]
         paths = [path for path in paths if in_half(path.name + path.parent.name, args.half)]
         others = [read_image(paths[i])[0] for i in random.permutation(len(paths))[: 3 * args.images]]
     found = np.concatenate(list(search(others, k=overlap.NEIGHBOURS + 1)), axis=1)  # (T, 4 k)
+    print_false_alarms(others, found, places, None if args.against else rows)
+
+
+def print_false_alarms(others: Sequence[Picture], found: np.ndarray, places: Places, own: np.ndarray | None) -> None:
+    """Print, for several limits of the distance, how many images are reported; `own`: their rows in the store."""
     pairs = np.stack([np.repeat(np.arange(len(others)), found.shape[1]), found.ravel()], axis=1)
     pairs = np.unique(pairs[found.ravel() >= 0], axis=0)  # a store of fewer images has -1 at the end
-    if not args.against:
-        pairs = pairs[pairs[:, 1] != rows[pairs[:, 0]]]
+    if own is not None:
+        pairs = pairs[pairs[:, 1] != own[pairs[:, 0]]]
     needed = np.unique(pairs[:, 1])
     of_corpus = small_copies([places.image(row) for row in needed.tolist()])
     began = time.process_time()
