@@ -25,6 +25,7 @@ from clip.model import CLIP
 from clip.simple_tokenizer import SimpleTokenizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2.functional import normalize
 from tqdm import tqdm
 
 from gram_meta.backbone.packaged import NAME, save_packaged
@@ -148,26 +149,14 @@ def also_true(concept: np.ndarray, scenes: Scenes, stated: np.ndarray) -> np.nda
 
 
 class Tokens:
-    """CLIP's byte-pair tokens, cached by word, and a compact numbering of those that occur."""
+    """CLIP's byte-pair tokens, and a compact numbering of those that occur."""
 
     def __init__(self, captions: list[str]) -> None:
-        self.bpe = SimpleTokenizer()
-        self.cache: dict[str, list[int]] = {}
-        self.start, self.end = self.bpe.encoder["<|startoftext|>"], self.bpe.encoder["<|endoftext|>"]
-        known = {self.start, self.end}
-        for caption in captions:
-            known.update(self.encode(caption))
+        bpe = SimpleTokenizer()
+        self.encode, self.start, self.end = bpe.encode, bpe.encoder["<|startoftext|>"], bpe.encoder["<|endoftext|>"]
+        known = {self.start, self.end}.union(*map(self.encode, captions))
         self.ids = np.array(sorted(known))  # (V,) ids in CLIP's vocabulary
         self.row = {int(token): i for i, token in enumerate(self.ids)}
-
-    def encode(self, text: str) -> list[int]:
-        """Return ids in CLIP's vocabulary, without start and end."""
-        tokens: list[int] = []
-        for word in self.bpe.pat.findall(" ".join(text.lower().split())):
-            if word not in self.cache:
-                self.cache[word] = self.bpe.encode(word)
-            tokens += self.cache[word]
-        return tokens
 
     def __call__(self, captions: list[str], length: int = TEXT_LENGTH) -> tuple[Tensor, Tensor]:
         """Return compact rows (B, length) and the positions of the end tokens (B,); unknown tokens are left out."""
@@ -181,24 +170,14 @@ class Tokens:
         return out, ends
 
 
-# --- the model --------------------------------------------------------------------------------------------------------
-
-
 def new_model(recipe: Recipe, vocabulary: int) -> nn.Module:
     """Return OpenAI's `clip.model.CLIP` with a vocabulary of the tokens that occur."""
     torch.manual_seed(recipe.seed)
-    return CLIP(
-        embed_dim=recipe.embed_dim,
-        image_resolution=64,
-        vision_layers=recipe.vision_layers,
-        vision_width=recipe.vision_width,
-        vision_patch_size=8,
-        context_length=77,
-        vocab_size=vocabulary,
-        transformer_width=recipe.text_width,
-        transformer_heads=recipe.text_width // 64,
-        transformer_layers=recipe.text_layers,
-    ).float()
+    width, heads, layers = recipe.text_width, recipe.text_width // 64, recipe.text_layers
+    image = dict(image_resolution=64, vision_patch_size=8)
+    image |= dict(vision_layers=recipe.vision_layers, vision_width=recipe.vision_width)
+    text = dict(transformer_width=width, transformer_heads=heads, transformer_layers=layers)
+    return CLIP(recipe.embed_dim, **image, context_length=77, vocab_size=vocabulary, **text).float()
 
 
 def encode_image(model: nn.Module, pixels: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -211,10 +190,10 @@ def encode_image(model: nn.Module, pixels: Tensor, kept: Tensor | None = None) -
     if kept is not None:
         x = x.gather(1, kept[:, :, None].expand(-1, -1, x.shape[2]))  # (B, K, d)
     first = (v.class_embedding + v.positional_embedding[0]).expand(x.shape[0], 1, -1)
-    x = F.layer_norm(torch.cat([first, x], 1), (x.shape[2],), v.ln_pre.weight, v.ln_pre.bias)
+    x = v.ln_pre(torch.cat([first, x], 1))
     for block in v.transformer.resblocks:
         x = _block(block, x, causal=False)
-    return F.layer_norm(x[:, 0], (x.shape[2],), v.ln_post.weight, v.ln_post.bias) @ v.proj
+    return v.ln_post(x[:, 0]) @ v.proj
 
 
 def encode_text(model: nn.Module, rows: Tensor, ends: Tensor) -> Tensor:
@@ -222,19 +201,17 @@ def encode_text(model: nn.Module, rows: Tensor, ends: Tensor) -> Tensor:
     x = model.token_embedding(rows) + model.positional_embedding[: rows.shape[1]]
     for block in model.transformer.resblocks:
         x = _block(block, x, causal=True)
-    x = F.layer_norm(x, (x.shape[2],), model.ln_final.weight, model.ln_final.bias)
-    return x[torch.arange(len(ends), device=x.device), ends] @ model.text_projection
+    ends_of_texts = x[torch.arange(len(ends), device=x.device), ends]
+    return model.ln_final(ends_of_texts) @ model.text_projection
 
 
 def _block(block: nn.Module, x: Tensor, causal: bool) -> Tensor:
     b, t, d = x.shape
-    y = F.layer_norm(x, (d,), block.ln_1.weight, block.ln_1.bias)
-    qkv = _linear(y, block.attn.in_proj_weight, block.attn.in_proj_bias)
+    qkv = _linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
     q, k, v = qkv.view(b, t, 3, d // 64, 64).permute(2, 0, 3, 1, 4)
     y = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).reshape(b, t, d)
     x = x + _linear(y, block.attn.out_proj.weight, block.attn.out_proj.bias)
-    y = F.layer_norm(x, (d,), block.ln_2.weight, block.ln_2.bias)
-    y = _linear(y, block.mlp.c_fc.weight, block.mlp.c_fc.bias)
+    y = _linear(block.ln_2(x), block.mlp.c_fc.weight, block.mlp.c_fc.bias)
     return x + _linear(y * torch.sigmoid(1.702 * y), block.mlp.c_proj.weight, block.mlp.c_proj.bias)
 
 
@@ -252,9 +229,6 @@ def contrastive_loss(model, pixels, kept, rows, ends, left_out):
     target = torch.arange(len(logits), device=logits.device)
     loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
     return loss, (logits.argmax(1) == target).float().mean()
-
-
-# --- training ---------------------------------------------------------------------------------------------------------
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
@@ -275,9 +249,7 @@ def sees_whole_pictures(step: int, recipe: Recipe) -> bool:
 
 def to_pixels(pictures: Tensor) -> Tensor:
     """Turn (B, 64, 64, 3) uint8 into normalised (B, 3, 64, 64) float32."""
-    x = pictures.permute(0, 3, 1, 2).float().div_(255)
-    mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))
-    return (x - mean) / std
+    return normalize(pictures.permute(0, 3, 1, 2).float().div_(255), PIXEL_MEAN, PIXEL_STD)
 
 
 class Batches(Dataset):
@@ -289,8 +261,12 @@ class Batches(Dataset):
     def __getitem__(self, step: int) -> tuple[Tensor | None, ...]:
         """Return pictures, kept patches (B, K) or None for all, token rows, the ends' positions, pairs to leave out."""
         pictures, captions, left_out = self.pairs.batch(step, self.worker)
-        recipe = self.pairs.recipe
-        kept = None if sees_whole_pictures(step, recipe) else _patches(recipe, step, self.worker)
+        recipe, kept = self.pairs.recipe, None
+        if not sees_whole_pictures(step, recipe):
+            order = (
+                np.random.default_rng([recipe.seed, step, 1, self.worker]).random((recipe.batch, 64)).argsort(axis=1)
+            )
+            kept = torch.from_numpy(np.sort(order[:, : int(64 * recipe.keep_patches)], axis=1))
         return (torch.from_numpy(pictures), kept, *self.tokens(captions), torch.from_numpy(left_out))
 
 
@@ -384,12 +360,6 @@ def _resume(folder: Path, model: nn.Module, optimisers: list[torch.optim.Optimiz
     for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
         optimiser.load_state_dict(saved)
     return state["step"]
-
-
-def _patches(recipe: Recipe, step: int, worker: int) -> Tensor:  # (B, K)
-    rng = np.random.default_rng([recipe.seed, step, 1, worker])
-    order = rng.random((recipe.batch, 64)).argsort(axis=1)
-    return torch.from_numpy(np.sort(order[:, : int(64 * recipe.keep_patches)], axis=1))
 
 
 def export(folder: Path) -> Path:

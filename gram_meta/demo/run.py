@@ -30,9 +30,14 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any, TypedDict
 
-from gram_meta import __version__
+from gram_meta import __version__, report
+from gram_meta.backbone.packaged import weights_path
 from gram_meta.bench.times import in_words
+from gram_meta.cli import main
 from gram_meta.config import find_config
+from gram_meta.coop import launch
+from gram_meta.demo.emoji import missing_packages
+from gram_meta.demo.world import RECIPE, SPECS, write_world
 from gram_meta.errors import GramError
 from gram_meta.files import (
     atomic_write,
@@ -50,6 +55,7 @@ from gram_meta.runs.layout import META, RESULTS, RUN, read_results
 
 TRAINER_CONFIG = "gram_small_c4_ep10_batch32_ctxv1"
 ZERO_SHOT_CONFIG = "gram_small"
+META_CONFIG = "configs/gram_meta/coop_gram_small.yaml"  # found in the package from any folder
 STEPS_WATCHED = (0, 1, 5, 20, 50, 90)  # 90: ten epochs of 16 shots in 18 classes, batches of 32
 PLAIN_DATASETS = ("food", "travel", "objects", "activities", "faces")  # settings were tuned on "animals"
 
@@ -69,7 +75,6 @@ class Settings:
     corpus_size: int = 36_000  # a few tens of pairs per concept: enough for topics as fine as concepts
     backbone: str = "gram-small"
     sentence_model: str = "all-MiniLM-L6-v2"
-    meta_config: str = "coop_gram_small"
     meta_opts: tuple[str, ...] = ()  # KEY VALUE for `gram cluster` and `gram pretrain`
     train_opts: tuple[str, ...] = ()  # KEY VALUE for `gram train`
 
@@ -159,8 +164,6 @@ class Demo:
 
     def world(self) -> str:
         """Write pictures, captions and datasets; return the key of the corpus."""
-        from gram_meta.demo.world import RECIPE, write_world
-
         s, folder = self.settings, self.out / "world"
         datasets = sorted(s.datasets)
         code = (
@@ -185,9 +188,9 @@ class Demo:
         return self._gram(title, [*argv, "--device", "cpu"], "store", upon + _weights(s.backbone))
 
     def cluster(self, upon: str) -> str:
-        argv = ["cluster", f"{self.out}/store", "-o", f"{self.out}/hierarchy", "--config-file", self._meta_config()]
+        argv = ["cluster", f"{self.out}/store", "-o", f"{self.out}/hierarchy", "--config-file", META_CONFIG]
         title = "clustering: filter, topics, visual domains (CHC)"
-        digest = sha256_file(find_config(self._meta_config(), "gram_meta"))
+        digest = sha256_file(find_config(META_CONFIG, "gram_meta"))
         return self._gram(title, [*argv, *self.settings.meta_opts], "hierarchy", upon + digest)
 
     def inspect(self, upon: str) -> None:
@@ -205,7 +208,7 @@ class Demo:
 
     def pretrain(self, upon: str) -> str:
         argv = ["pretrain", "--store", f"{self.out}/store", "--hierarchy", f"{self.out}/hierarchy", "--config"]
-        argv += [self._meta_config(), "-o", f"{self.out}/meta", "--device", "cpu", *self.settings.meta_opts]
+        argv += [META_CONFIG, "-o", f"{self.out}/meta", "--device", "cpu", *self.settings.meta_opts]
         if self.settings.backbone != "gram-small":
             argv += ["BACKBONE.NAME", self.settings.backbone]
         title = "meta-training of a prompt and a gradient regulator (Algorithm 1)"
@@ -226,8 +229,6 @@ class Demo:
 
     def table(self) -> Path:
         """Print and write the table of all runs."""
-        from gram_meta import report
-
         names = {f"Emoji{name.title().replace('_', '')}" for name in self.settings.datasets}
         runs = [run for run in report.read_runs([self.out / "runs"]) if run.dataset in names]
         reports = report.build_reports(runs)
@@ -243,10 +244,8 @@ class Demo:
             file.write(markdown + "\n")
         with atomic_write(self.out / "table.json", "w") as file:
             file.write("[" + ",\n".join(report.render(one, "json") for one in reports) + "]\n")
-        contents = "table.md, topics.txt, commands.sh (what was run), runs/ (logs, results.json)"
-        self.say(f"\nEverything is in {self.out}: {contents}")
-        folder = shlex.quote(str(self.out / "runs"))
-        self.say(f"The table again, in other forms: gram report {folder} --format markdown")
+        self.say(f"\nEverything is in {self.out}: table.md, topics.txt, commands.sh, runs/ (logs, results.json)")
+        self.say(f"The table in other forms: gram report {shlex.quote(str(self.out / 'runs'))} --format markdown")
         return self.out / "table.md"
 
     def _runs(self, ratio: float = 1.0) -> tuple[list[tuple[int, str, Variant]], list[tuple[int, str, Variant]]]:
@@ -339,9 +338,6 @@ class Demo:
     def _portable(self, argv: Sequence[str]) -> list[str]:
         """Return the arguments without the path of the output folder, which does not change the outcome."""
         return [word.replace(str(self.out), "OUT") for word in argv]
-
-    def _meta_config(self) -> str:
-        return f"configs/gram_meta/{self.settings.meta_config}.yaml"  # found in the package from any folder
 
     def _folders(self) -> Iterator[Path]:
         """Yield every folder that this demo fills."""
@@ -437,10 +433,6 @@ class Clock:
 
 def _check(settings: Settings) -> None:
     """Check settings and packages before the first stage."""
-    from gram_meta.backbone.packaged import weights_path
-    from gram_meta.demo.emoji import missing_packages
-    from gram_meta.demo.world import SPECS
-
     for name in settings.datasets:
         if name not in SPECS:
             raise GramError(f"--datasets {name}: expected some of {', '.join(SPECS)}")
@@ -457,8 +449,6 @@ def _check(settings: Settings) -> None:
 
 def _call(argv: Sequence[str]) -> None:
     """Run a command of `gram` in this process."""
-    from gram_meta.cli import main
-
     status = main(list(argv))
     if status == 130:
         raise KeyboardInterrupt
@@ -468,14 +458,10 @@ def _call(argv: Sequence[str]) -> None:
 
 def _train(argv: Sequence[str]) -> None:
     """Run `gram train` in this process; it prints to its log.txt only."""
-    from gram_meta.coop import launch
-
     launch.train(argv[1:], quiet=True)
 
 
 def _weights(backbone: str) -> str:
-    from gram_meta.backbone.packaged import weights_path
-
     return sha256_file(weights_path()) if backbone == "gram-small" else backbone
 
 
@@ -491,8 +477,6 @@ def default_settings(
     out: str | None, full: bool, datasets: Sequence[str] | None, seeds: Sequence[int] | None
 ) -> Settings:
     """Return the settings of `gram demo`, with defaults for the plain or the full version."""
-    from gram_meta.demo.world import SPECS
-
     return Settings(
         out=Path(out or ("demo-output-full" if full else "demo-output")),
         datasets=tuple(datasets or (SPECS if full else PLAIN_DATASETS)),

@@ -116,9 +116,6 @@ def render(drawings: np.ndarray, scenes: Scenes, chunk: int = 256) -> np.ndarray
     return pictures.permute(0, 2, 3, 1).contiguous().numpy()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def _choice(names: tuple[str, ...], weights: dict[str, float], n: int, rng: np.random.Generator) -> np.ndarray:
     p = np.array([weights.get(name, 0.0) for name in names], dtype=np.float64)
     return rng.choice(len(names), n, p=p / p.sum()).astype(np.int64)
@@ -219,13 +216,9 @@ def _compose(drawings: np.ndarray, s: Scenes, chance: _Chance) -> torch.Tensor: 
     k, m = 1 / scale[row, slot], mirrored[row, slot]
     tx, ty = x[row, slot], y[row, slot]
     # Picture -> drawing coordinates: shift back, turn back, scale back, mirror.
-    theta = np.stack(
-        [
-            np.stack([m * k * cos, m * k * sin, -m * k * (cos * tx + sin * ty)], -1),
-            np.stack([-k * sin, k * cos, -k * (-sin * tx + cos * ty)], -1),
-        ],
-        1,
-    ).astype(np.float32)  # (M, 2, 3)
+    to_x = np.stack([m * k * cos, m * k * sin, -m * k * (cos * tx + sin * ty)], -1)
+    to_y = np.stack([-k * sin, k * cos, -k * (-sin * tx + cos * ty)], -1)
+    theta = np.stack([to_x, to_y], 1).astype(np.float32)  # (M, 2, 3)
     source = torch.from_numpy(drawings[which[row, slot]]).permute(0, 3, 1, 2).float().div_(255)
     source[:, :3] *= source[:, 3:]
     grid = F.affine_grid(torch.from_numpy(theta), [len(row), 4, SIZE, SIZE], align_corners=False)

@@ -38,9 +38,8 @@ from gram_meta.errors import GramError
 from gram_meta.files import atomic_folder, atomic_write, check_claimed, read_json, write_json
 from gram_meta.progress import progress_bar
 
-# Version of everything that decides a pixel, a caption or a split. Manifests and the demo's keys contain it: a change
-# of it makes every world anew. tests/pins/test_world.py fixes what it stands for; where that changes, give it a new
-# value.
+# Version of everything that decides a pixel, a caption or a split: a change of it makes every world anew.
+# tests/pins/test_world.py fixes what it stands for.
 RECIPE = "emoji-world-2"
 
 CORPUS_SIZE = 12_000
@@ -96,7 +95,6 @@ def write_world(
     Args:
         datasets: names from SPECS and SHIFTS (default: all of SPECS).
         corpus_size: pairs of the meta-corpus; 0 leaves it out.
-        progress: show progress bars.
 
     Returns:
         {"corpus": path of pairs.tsv, "truth": path of truth.tsv, "<dataset>": its folder, ...}.
@@ -161,11 +159,7 @@ def write_dataset(folder: Path, spec: DatasetSpec, progress: bool = True) -> Pat
 
 
 def corpus_entries(size: int) -> tuple[list[tuple[Concept, str]], Scenes, np.ndarray, list[str]]:
-    """Return the meta-corpus before it is rendered.
-
-    Returns: drawings as (concept, name of their source), the scenes of the `size` pictures, which captions describe
-    another picture ((size,) bool), and the captions.
-    """
+    """Return drawings (concept, source) of the meta-corpus, its scenes, which captions are wrong, and the captions."""
     rng = _rng("corpus", size)
     meta = [role for role in roles() if role.part == "meta"]
     drawings = [(role.concept, source) for role in meta for source in role.seen]  # 3 per concept
@@ -208,8 +202,6 @@ def dataset_entries(spec: DatasetSpec) -> tuple[list[tuple[Concept, str]], Datas
     classname = [classes[i].concept.name for i in label]
     return drawings, DatasetEntries(scenes, names, split, label, classname)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 TRUTH_COLUMNS = ("image concept code group subgroup style ground source number size pose caption_is_wrong").split()
 

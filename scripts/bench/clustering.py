@@ -40,16 +40,12 @@ SENTENCE, CLIP = 384, 512  # all-MiniLM-L6-v2, ViT-B/16
 CHUNK = 50_000  # pairs that are generated at once
 NOISE, COPIES = 0.2, 0.02  # shares of pairs that belong to no topic, and of captions repeated word for word
 
-# --- generated pairs with a known truth -------------------------------------------------------------------------------
-
 
 class World:
     """Topics and how their pairs look, for about `pairs` pairs: sqrt(pairs) topics with power-law sizes.
 
-    A sentence feature is a sum of parts. Their squared lengths are 0.06 (common to all), 0.12 (a family of four topics
-    on average), 0.10 to 0.34 (the topic), 0.16 (one of its one to six sub-topics), and the rest (the caption's own).
-    This follows all-MiniLM-L6-v2 on 15,000 captions of photographs. How much a caption is about its topic varies, down
-    to nothing. Captions of no topic are one half mixtures of two topics, one half about a family and nothing else.
+    A sentence feature is a sum of parts, whose squared lengths follow all-MiniLM-L6-v2 on captions of photographs.
+    docs/results/clustering.md describes the pairs.
     """
 
     def __init__(self, pairs: int, seed: int) -> None:
@@ -185,8 +181,6 @@ def make(pairs: int, folder: Path, seed: int) -> None:
     write_json(folder / "manifest.json", manifest)
 
 
-# --- measuring --------------------------------------------------------------------------------------------------------
-
 Row = dict[str, Any]  # of a table, by column
 
 
@@ -278,9 +272,6 @@ def cluster(store: Path, opts: list[str], out: Path) -> int:
     return cli.main(["cluster", str(store), "-o", str(out), "--force", *opts])
 
 
-# --- BERTopic, and other ways to find topics --------------------------------------------------------------------------
-
-
 def others(store: Path, way: str, opts: list[str]) -> Row:
     """Measure another way to find topics, and compare it with the truth."""
     row, label = in_own_process(find, store, way, opts)
@@ -318,9 +309,6 @@ def chc_settings(opts: list[str]) -> Any:
     return ChcSettings.from_config(load_meta_config([], opts))
 
 
-# --- rules ------------------------------------------------------------------------------------------------------------
-
-
 def rules(store: Path, count: int, opts: list[str]) -> list[Row]:
     """Compare ways to assign pairs outside a sample to topics with un-sampled clustering and with the truth."""
     transform = opts[:1] == ["transform"]
@@ -342,19 +330,13 @@ def rules(store: Path, count: int, opts: list[str]) -> list[Row]:
         """Add a row: AMI of pairs that are noise in neither, and with noise as one more topic; who is called noise."""
         other = unsampled[of]
         both = (found >= 0) & (other >= 0)
-        rows.append(
-            {
-                "what": "rules",
-                "store": f"{store.name}, sample {count:,}",
-                "rule": name,
-                "noise": f"{(found < 0).mean():.1%}",
-                "AMI with un-sampled": ami(other[both], found[both]),
-                "the same, noise a topic": ami(other, found),
-                "same verdict on noise": f"{((found < 0) == (other < 0)).mean():.1%}",
-                "AMI with truth": judged(found, truth[of])["AMI"],
-                "ms per pair": round(1000 * seconds / len(of), 3),
-            }
-        )
+        row: Row = {"what": "rules", "store": f"{store.name}, sample {count:,}", "rule": name}
+        row["noise"] = f"{(found < 0).mean():.1%}"
+        row["AMI with un-sampled"] = ami(other[both], found[both])
+        row["the same, noise a topic"] = ami(other, found)
+        row["same verdict on noise"] = f"{((found < 0) == (other < 0)).mean():.1%}"
+        row["AMI with truth"] = judged(found, truth[of])["AMI"]
+        rows.append(row | {"ms per pair": round(1000 * seconds / len(of), 3)})
 
     add("(un-sampled clustering itself)", unsampled[rest], 0)
     add("(clustering of the sample, on the sample)", label, 0, chosen)
@@ -390,9 +372,6 @@ def rules(store: Path, count: int, opts: list[str]) -> list[Row]:
         found, _ = hdbscan.approximate_predict(clusterer, reduce.transform(features[few]).astype(np.float64))
         add("UMAP's transform, HDBSCAN's approximate_predict", found, time.process_time() - start, few)
     return rows
-
-
-# --- the command line -------------------------------------------------------------------------------------------------
 
 
 def main() -> None:

@@ -138,22 +138,16 @@ def product_rate(args: argparse.Namespace, rows: int, width: int) -> float:
 
 
 def text_flops(backbone: Backbone, positions: int) -> float:
-    """Return the FLOP of one pass of the text tower's matrix products over so many positions, without attention's own.
-
-    A layer has 12 d^2 weights, with a multiplication and an addition each. A backward pass to activations costs as
-    much.
-    """
+    """Return the FLOP of one pass of the text tower's layers, of 12 d^2 weights each, over so many positions."""
     return 2.0 * positions * 12 * backbone.text_width**2 * len(backbone.model.transformer.resblocks)
 
 
 def image_passes(backbone: Backbone, prompt_tokens: int) -> tuple[float, float, float]:
     """Return the FLOP of one image in the cheapest exact form: forward, backward, and the tangents of both.
 
-    The tangents are what the second derivative adds to a support image whose passes are kept: how activations, then
-    gradients, change along the direction that comes back from the query set. A layer has 12 d^2 weights, with a
-    multiplication and an addition each for every position. Attention's products have 2 L^2 d each: 2 forwards, 4
-    backwards, and twice that for the tangents of each. The last layer is read at the class token alone. What no prompt
-    has touched needs no gradient: the patch embedding, and the first layer's queries, keys and values of patches.
+    The tangents of activations and gradients are what the second derivative adds. Linear layers have a multiplication
+    and an addition for each weight and position; attention's products 2 L^2 d each: 2 forwards, 4 backwards, 12 for
+    tangents. What no prompt has touched needs no gradient. docs/results/meta-training.md has the numbers.
     """
     tower = backbone.model.visual
     d, layers = backbone.visual_width, len(tower.transformer.resblocks)

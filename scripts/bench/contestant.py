@@ -46,11 +46,7 @@ def begin(folder: Path, dassl: str) -> None:
 
 
 def answer(spec: Namespace, what: str, *words: Any) -> Any:
-    """Call a method of the contestant, which is built at the first call.
-
-    Raises:
-        GramError: whatever stops a contestant, in one line. It is the contestant's result.
-    """
+    """Call a method of the contestant, which is built at the first call; raise what stops it as a GramError."""
     try:
         if not built:
             built.append(Contestant(spec))

@@ -70,18 +70,18 @@ def claim(ours: str, theirs: str, metric: str, table: pandas.DataFrame) -> dict:
     for meta in found.index.unique("meta"):
         reference = others.loc[meta if meta in others.index else 0]
         gains.append(float((found.loc[meta][metric] - reference[metric]).mean()))
-    half = half_width(gains)
-    low, high = (None, None) if half is None else (mean(gains) - half, mean(gains) + half)
+    middle, half = mean(gains), half_width(gains)
+    low, high = (None, None) if half is None else (round(middle - half, 2), round(middle + half, 2))
     return {
         "name": f"{ours} - {theirs}, {metric}, base to new",
-        "mean": round(mean(gains), 2),
-        "low": None if low is None else round(low, 2),
-        "high": None if high is None else round(high, 2),
+        "mean": round(middle, 2),
+        "low": low,
+        "high": high,
         "each_meta_seed": [round(gain, 2) for gain in gains],
         "meta_seeds": len(gains),
         "seeds": int(found["seeds"].max()),
         "datasets": sorted(found.index.unique("dataset")),
-        "confirmed": low is not None and low > 0,
+        "confirmed": half is not None and middle > half,
     }
 
 

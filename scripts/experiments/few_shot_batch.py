@@ -1,8 +1,7 @@
 """Few-shot trainings of a text prompt from many starts at once, on the packaged CLIP: what meta_grid.py measures with.
 
-`record` runs CoOp once and keeps what each of its steps saw: the features of the augmented images, their labels and the
-learning rate. `adapt` repeats CoOp's steps from those for many prompts along a leading axis, each with a regulator of
-its own. From CoOp's words with raw gradients it ends at the accuracies of the run that was recorded.
+`record` runs CoOp once and keeps what each of its steps saw. `adapt` repeats these steps for many prompts along a
+leading axis, each with a regulator of its own.
 """
 
 from __future__ import annotations
@@ -12,9 +11,16 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
+from PIL import Image
 from torch import Tensor
+
+from gram_meta import load_backbone
+from gram_meta.coop.launch import train
+from gram_meta.method.prompts import ClassText, logits
+from gram_meta.trainers.coop import CoOp
 
 CONFIG = "gram_small_c4_ep10_batch32_ctxv1"
 STEPS = 90  # ten epochs of 16 shots in 18 classes, batches of 32
@@ -45,8 +51,6 @@ class TestSet:
 
 def few_shot(root: str, dataset: str, trainer: str, out: Path, seed: int, opts: list[str]) -> list[dict]:
     """Train on 16 shots of the base classes, unless the run is finished; return its accuracies by step."""
-    from gram_meta.coop.launch import train
-
     words = ["--trainer", trainer, "--root", root, "--seed", str(seed), "--output-dir", str(out)]
     words += ["--config-file", CONFIG, "--dataset-config-file", dataset, "DATASET.NUM_SHOTS", "16"]
     return train([*words, "DATASET.SUBSAMPLE_CLASSES", "base", *opts], quiet=True)["curve"]
@@ -54,8 +58,6 @@ def few_shot(root: str, dataset: str, trainer: str, out: Path, seed: int, opts: 
 
 def record(root: str, dataset: str, seed: int) -> Recording:
     """Run CoOp in a temporary folder, and return what its steps saw."""
-    from gram_meta.trainers.coop import CoOp
-
     seen: list[tuple[Tensor, Tensor, float]] = []
     step = CoOp.forward_backward
 
@@ -65,23 +67,15 @@ def record(root: str, dataset: str, seed: int) -> Recording:
             seen.append((trainer.model.image_features(images), labels, trainer.optim.param_groups[0]["lr"]))
         return step(trainer, batch)
 
-    CoOp.forward_backward = watched
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            at = ["TEST.AT_STEPS", str((0, STEPS))]
-            curve = few_shot(root, dataset, "CoOp", Path(folder) / "run", seed, at)
-    finally:
-        CoOp.forward_backward = step
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(CoOp, "forward_backward", watched):
+        at = ["TEST.AT_STEPS", str((0, STEPS))]
+        curve = few_shot(root, dataset, "CoOp", Path(folder) / "run", seed, at)
     features, labels, rates = zip(*seen, strict=True)
     return Recording(torch.stack(features), torch.stack(labels), list(rates), curve)
 
 
 def test_set(root: str, dataset: str) -> TestSet:
     """Return the test images' features, of a dataset of the emoji world."""
-    from PIL import Image
-
-    from gram_meta import load_backbone
-
     folder = Path(root) / dataset
     rows = json.loads(next(folder.glob("split_zhou_*.json")).read_text())["test"]
     backbone = load_backbone("gram-small")
@@ -97,9 +91,6 @@ def adapt(
     recording: Recording, test: TestSet, starts: Mapping[str, tuple[Tensor, Regulate | None]]
 ) -> dict[str, Scores]:
     """Take the recorded steps from every start, a prompt (M, d) and what its gradients pass through (None: nothing)."""
-    from gram_meta import load_backbone
-    from gram_meta.method.prompts import ClassText, logits
-
     backbone = load_backbone("gram-small")
     prompts = torch.stack([prompt for prompt, _ in starts.values()])  # (V, M, d)
     half, tokens = len(test.names) // 2, prompts.shape[1]

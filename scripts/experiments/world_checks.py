@@ -17,10 +17,14 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from few_shot_batch import few_shot
 from tabulate import tabulate
 
+from gram_meta import load_backbone
+from gram_meta.demo.emoji import load_drawings
 from gram_meta.demo.roles import DATASETS, Role, classes_of, roles
+from gram_meta.demo.styles import render, sample_scenes
 from gram_meta.demo.world import SPECS, ZERO_SHOT_TEMPLATE, write_world
 from gram_meta.intervals import mean
 
@@ -84,12 +88,6 @@ def zero_shot_tasks(name: str) -> dict[str, float]:
 
 def zero_shot_logits(members: list[Role], name: str) -> np.ndarray:
     """Return the similarity (C, PICTURES, C) of each concept's pictures and each concept's sentence."""
-    import torch
-
-    from gram_meta import load_backbone
-    from gram_meta.demo.emoji import load_drawings
-    from gram_meta.demo.styles import render, sample_scenes
-
     drawings = load_drawings([(role.concept, source) for role in members for source in role.seen])
     shown = np.repeat(np.arange(len(drawings)), PICTURES // 3)
     scenes = sample_scenes(SPECS[name].look, shown, np.arange(len(drawings)), np.random.default_rng(0))

@@ -3,8 +3,8 @@
     bash scripts/gpu/check.sh -o OUT                  # 8 minutes, random ViT-B/16, random pictures
     bash scripts/gpu/check.sh -o OUT --only CoOp      # the checks with this in their names, and those that they need
 
-No weights, data or network are needed. checks.yaml lists the checks; each has a process of its own (Linux alone).
-OUT/check.md and check.json have the results, OUT/logs the output of each. The exit status is 1 if a check failed.
+checks.yaml lists the checks; each has a process of its own (Linux alone). OUT/check.md and check.json have the results,
+OUT/logs the output of each. The exit status is 1 if a check failed.
 """
 
 import itertools
@@ -151,9 +151,7 @@ def main() -> int:
     options.add_argument("-o", "--output", type=Path, required=True, help="folder for the results")
     options.add_argument("--minutes", type=float, default=8, help="no check starts later (%(default)s)")
     options.add_argument("--limit", type=float, default=120, help="most seconds of one check (%(default)s)")
-    options.add_argument(
-        "--device", default="cuda", help="cuda, cuda:1, ...; cpu: random-tiny, to try the script (%(default)s)"
-    )
+    options.add_argument("--device", default="cuda", help="(%(default)s); cpu: random-tiny, to try the script")
     options.add_argument("--only", nargs="+", metavar="PART", help="checks with one of these in their names (all)")
     args = options.parse_args()
     end, output, checks = time.monotonic() + 60 * args.minutes, args.output.resolve(), checks_of(args)
