@@ -14,7 +14,6 @@ import math
 import os
 import time
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -160,14 +159,12 @@ class Tokens:
 
     def __call__(self, captions: list[str], length: int = TEXT_LENGTH) -> tuple[Tensor, Tensor]:
         """Return compact rows (B, length) and the positions of the end tokens (B,); unknown tokens are left out."""
-        out = torch.full((len(captions), length), self.row[self.end])
-        ends = torch.empty(len(captions), dtype=torch.long)
-        for i, caption in enumerate(captions):
-            rows = [self.row[t] for t in self.encode(caption) if t in self.row][: length - 2]
-            out[i, 0] = self.row[self.start]
-            out[i, 1 : len(rows) + 1] = torch.tensor(rows, dtype=torch.long)
-            ends[i] = len(rows) + 1
-        return out, ends
+        start, end, rows, ends = self.row[self.start], self.row[self.end], [], []
+        for caption in captions:
+            text = [start, *(self.row[t] for t in self.encode(caption) if t in self.row)][: length - 1]
+            rows.append(text + [end] * (length - len(text)))
+            ends.append(len(text))
+        return torch.tensor(rows), torch.tensor(ends)
 
 
 def new_model(recipe: Recipe, vocabulary: int) -> nn.Module:
@@ -279,18 +276,14 @@ def train(recipe: Recipe, folder: Path, device: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ".meeting").unlink(missing_ok=True)
     pairs = PretrainingPairs(recipe, progress=True)  # rasterised once, shared with the workers
-    work = partial(_work, recipe=recipe, folder=folder, pairs=pairs, device=device)
-    if recipe.workers == 1:
-        work(0)
-    else:
-        torch.multiprocessing.start_processes(work, nprocs=recipe.workers, start_method="spawn")
+    words = (recipe, folder, pairs, device)
+    torch.multiprocessing.start_processes(_work, words, nprocs=recipe.workers, start_method="spawn")
     return export(folder)
 
 
 def _work(rank: int, recipe: Recipe, folder: Path, pairs: PretrainingPairs, device: str) -> None:
-    if recipe.workers > 1:
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo", f"file://{folder / '.meeting'}", rank=rank, world_size=recipe.workers)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder / '.meeting'}", rank=rank, world_size=recipe.workers)
     tokens = Tokens(all_words([role.concept.name for role in roles()]))
     model = new_model(recipe, len(tokens.ids)).to(device)
     optimisers = _optimisers(model, recipe)
@@ -310,8 +303,7 @@ def _work(rank: int, recipe: Recipe, folder: Path, pairs: PretrainingPairs, devi
             raise RuntimeError(f"loss is {loss.item()} at step {step}; the last good state is {folder / 'last.pt'}")
         model.zero_grad(set_to_none=True)
         loss.backward()
-        if recipe.workers > 1:
-            _average_gradients(model)
+        _average_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimiser in optimisers:
             optimiser.step()

@@ -57,12 +57,9 @@ def missing_packages() -> list[str]:
 
 def require_packages() -> None:
     """Raise a `GramError` with the install command if a package of the extra `demo` is missing."""
-    missing = missing_packages()
-    if missing:
-        raise GramError(
-            f"the emoji world needs the packages {', '.join(missing)}, which are not installed: "
-            'pip install "gram-meta[demo]"'
-        )
+    if missing := ", ".join(missing_packages()):
+        install = 'pip install "gram-meta[demo]"'
+        raise GramError(f"the emoji world needs the packages {missing}, which are not installed: {install}")
 
 
 def drawing(concept: Concept, source: str) -> np.ndarray:

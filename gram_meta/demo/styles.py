@@ -52,9 +52,8 @@ POSES = ("upright", "tilted", "upside down")
 class Scenes:
     """Attributes of B pictures; every field is an int64 array of shape (B,).
 
-    `drawing` and `other` index rows of an array of drawings (`other` is -1 without company); `style`, `ground`,
-    `number`, `size` and `pose` index STYLES, GROUNDS, NUMBERS, SIZES and POSES; `seed` fixes what is left to chance in
-    each picture (place, exact scale and angle, ground texture), so that a picture does not depend on its batch.
+    `drawing` and `other` index rows of an array of drawings (`other` is -1 without company), the others STYLES,
+    GROUNDS, NUMBERS, SIZES and POSES. `seed` fixes what is left to chance: a picture does not depend on its batch.
     """
 
     drawing: np.ndarray

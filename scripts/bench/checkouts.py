@@ -243,9 +243,8 @@ def compare(entries: Sequence[Entry], checks: Mapping[str, Mapping[str, np.ndarr
             raise GramError(f"{entry.name}: learns {sorted(ours)}, expected {sorted(theirs)} as in the checkout")
         # a regulated gradient is another one by definition
         names = theirs if entry.trainer == entries[0].trainer else ("loss", "logits")
-        result[entry.name] = {
-            name: float(np.abs(ours[name] - theirs[name]).max() / np.abs(theirs[name]).max()) for name in names
-        }
+        apart = {name: np.abs(ours[name] - theirs[name]).max() / np.abs(theirs[name]).max() for name in names}
+        result[entry.name] = {name: float(value) for name, value in apart.items()}
     return result
 
 

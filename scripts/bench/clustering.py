@@ -386,24 +386,26 @@ def main() -> None:
     args = options.parse_args()
     store, opts = Path(args.first), args.rest
     if args.what == "make":
-        return make(int(args.first), Path(opts[0]), args.seed)
-    if args.what == "table":
+        make(int(args.first), Path(opts[0]), args.seed)
+    elif args.what == "table":
         rows = [json.loads(line) for line in (store / "results.jsonl").read_text().splitlines()]
         for kind in (False, True):
             table = [row for row in rows if (row["what"] == "rules") == kind]
             common.print_table([{k: v for k, v in row.items() if not isinstance(v, dict)} for row in table])
-        return None
-    if args.what == "rules":
-        rows = rules(store, int(opts[0]), opts[1:])
     else:
-        way, *words = opts if args.what == "topics" else [args.what, *opts]
-        row = gram(store, opts) if args.what == "gram" else others(store, way, words)
-        rows = [{"what": " ".join([args.what, *opts]), "store": store.name} | row]
-    with open(store.parent / "results.jsonl", "a") as file:
-        for row in rows:
-            print(json.dumps(row))
-            print(json.dumps(row), file=file)
-    return None
+        with open(store.parent / "results.jsonl", "a") as file:
+            for row in measured(args.what, store, opts):
+                print(json.dumps(row))
+                print(json.dumps(row), file=file)
+
+
+def measured(what: str, store: Path, opts: list[str]) -> list[Row]:
+    """Return the rows of a measurement."""
+    if what == "rules":
+        return rules(store, int(opts[0]), opts[1:])
+    way, *words = opts if what == "topics" else [what, *opts]
+    row = gram(store, opts) if what == "gram" else others(store, way, words)
+    return [{"what": " ".join([what, *opts]), "store": store.name} | row]
 
 
 if __name__ == "__main__":

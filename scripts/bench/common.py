@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import platform
 import random
+import re
 import resource
 import statistics
 import time
@@ -82,8 +83,7 @@ def own_process(begin: Callable[..., object] | None = None, *words: Any) -> Proc
 def cpu_model() -> str:
     """Return the processor's name."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    models = re.findall(r"^model name\s*: (.*)", info.read_text() if info.exists() else "", re.MULTILINE)
     return models[0] if models else platform.processor() or platform.machine()
 
 
@@ -245,12 +245,6 @@ def class_names(count: int) -> list[str]:
 def topic_words(count: int) -> list[str]:
     """Return single words, as cross-modal hierarchical clustering labels topics (Eq. 3)."""
     return random.Random(1).sample([name for name in class_names(1000) if name.isalpha()], count)
-
-
-def length_facts(backbone: Backbone, names: Sequence[str]) -> str:
-    """Return the number of CLIP tokens of the names as text."""
-    counts = [int(end) - 1 for end in backbone.tokenize(names).argmax(dim=-1)]
-    return f"{len(names)} names of {min(counts)} to {max(counts)} tokens, {statistics.mean(counts):.2f} on average"
 
 
 def deviation(ours: Tensor, theirs: Tensor) -> float:

@@ -84,7 +84,10 @@ def main() -> None:
     names = common.class_names(args.classes)
     bench = Bench(backbone, names, args.batch, args.test)
     print(common.environment(args))
-    print(f"batch {args.batch}; {common.length_facts(backbone, names)}\n")
+    tokens = (backbone.tokenize(names).argmax(dim=-1) - 1).double()
+    print(
+        f"batch {args.batch}; {len(names)} names of {tokens.min():g} to {tokens.max():g} tokens, {tokens.mean():.2f} on average\n"
+    )
     report = common.report(args)
     measured = common.measure({name: partial(bench.step, run) for name, run in bench.variants().items()}, args)
     for part in (TEXT, WHOLE, IMAGES):

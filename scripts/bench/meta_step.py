@@ -181,7 +181,9 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_argument("--ways", type=int, default=5, help="K (%(default)s)")
     options.add_argument("--support", type=int, default=4, help="images of a class (%(default)s)")
     options.add_argument("--query", type=int, default=12, help="images of a class (%(default)s)")
-    options.add_argument("--variants", nargs="+", help="parts of the variants' names to keep (all)")
+    options.add_argument(
+        "--variants", nargs="+", default=[""], help="measure those with one of these in their names (all)"
+    )
     return options
 
 
@@ -206,7 +208,7 @@ def run(family: str, backbone: Backbone, args: argparse.Namespace) -> dict[str, 
         f"{images[1]} {'images' if prompt.visual_tokens else 'image features'}; "
         f"{bench.positions()} text positions a side\n"
     )
-    names = [name for name in bench.variants() if kept(name, args.variants)]
+    names = [name for name in bench.variants() if name in (CLONE, OURS) or any(part in name for part in args.variants)]
     steps = {name: partial(bench.step, name) for name in names}
     bare: dict[str, Any] = {side: partial(bench.forward, side) for side in ("support", "query")}
     measured = common.measure(steps | bare | {"passes": bench.passes}, args)
@@ -238,11 +240,6 @@ def run(family: str, backbone: Backbone, args: argparse.Namespace) -> dict[str, 
         "ceilings_seconds": ceilings,
         "profile": profile.as_dict(),
     }
-
-
-def kept(name: str, wanted: list[str] | None) -> bool:
-    """Return whether a variant is measured: it is compared with others, or --variants has a part of its name."""
-    return wanted is None or name in (CLONE, OURS) or any(part in name for part in wanted)
 
 
 def deviations(measured: Mapping[str, common.Measured], name: str, kinds: int) -> dict[str, float]:
