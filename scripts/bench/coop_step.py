@@ -85,9 +85,8 @@ def main() -> None:
     bench = Bench(backbone, names, args.batch, args.test)
     print(common.environment(args))
     tokens = (backbone.tokenize(names).argmax(dim=-1) - 1).double()
-    print(
-        f"batch {args.batch}; {len(names)} names of {tokens.min():g} to {tokens.max():g} tokens, {tokens.mean():.2f} on average\n"
-    )
+    lengths = f"{tokens.min():g} to {tokens.max():g} tokens, {tokens.mean():.2f} on average"
+    print(f"batch {args.batch}; {len(names)} names of {lengths}\n")
     report = common.report(args)
     measured = common.measure({name: partial(bench.step, run) for name, run in bench.variants().items()}, args)
     for part in (TEXT, WHOLE, IMAGES):
