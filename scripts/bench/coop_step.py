@@ -93,7 +93,8 @@ def main() -> None:
         common.print_comparison(measured, [name for name in measured if name.startswith(part)])
     ours, plain = (measured[f"{WHOLE}, {way}"].result for way in (OURS, PLAIN))
     apart = {what: common.deviation(*pair) for what, *pair in zip(COMPARED, ours, plain, strict=False)}
-    print("Largest deviation, relative to the largest entry:", *(f"{what} {x:.1e}" for what, x in apart.items()))
+    largest = ", ".join(f"{what} {x:.1e}" for what, x in apart.items())
+    print(f"Largest deviation, relative to the largest entry: {largest}")
     print_limits(bench, {name: one.seconds for name, one in measured.items()}, args)
     common.write_report(args, report | {"measured": common.numbers(measured), "deviation": apart})
 

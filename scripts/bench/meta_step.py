@@ -181,9 +181,7 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_argument("--ways", type=int, default=5, help="K (%(default)s)")
     options.add_argument("--support", type=int, default=4, help="images of a class (%(default)s)")
     options.add_argument("--query", type=int, default=12, help="images of a class (%(default)s)")
-    options.add_argument(
-        "--variants", nargs="+", default=[""], help="measure those with one of these in their names (all)"
-    )
+    options.add_argument("--variants", nargs="+", default=[""], help="parts of the names of those measured (all)")
     return options
 
 
@@ -227,9 +225,9 @@ def run(family: str, backbone: Backbone, args: argparse.Namespace) -> dict[str, 
         "the towers' passes with nothing around them": measured["passes"].seconds,
     }
     print("What the towers set as a ceiling:\n")
-    share = {name: f"{seconds / measured[OURS].seconds:.2f}" for name, seconds in ceilings.items()}
-    rows = [{"": name, "time (ms)": f"{1000 * seconds:.0f}"} for name, seconds in ceilings.items()]
-    common.print_table([row | {"of this project's step": share[row[""]]} for row in rows])
+    columns, whole = ("", "time (ms)", "of this project's step"), measured[OURS].seconds
+    lines = [(name, f"{1000 * took:.0f}", f"{took / whole:.2f}") for name, took in ceilings.items()]
+    common.print_table([dict(zip(columns, line, strict=True)) for line in lines])
     profile = bench.profile()
     print(profile.table() + "\n")
     return {
