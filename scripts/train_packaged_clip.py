@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import os
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -291,8 +290,7 @@ def _work(rank: int, recipe: Recipe, folder: Path, pairs: PretrainingPairs, devi
     loss_of = torch.compile(contrastive_loss)  # without a C++ compiler: set TORCH_COMPILE_DISABLE=1
     workers, batches = 0 if device == "cpu" else 6, Batches(pairs, tokens, rank)
     loader = DataLoader(batches, batch_size=None, sampler=range(start, stop), num_workers=workers)
-    began, log = time.time(), open(folder / f"log{rank}.jsonl", "a", encoding="utf-8")
-
+    log = open(folder / f"log{rank}.jsonl", "a", encoding="utf-8")
     bar = tqdm(loader, desc=NAME, initial=start, total=stop, mininterval=5, disable=rank > 0)
     for step, batch in zip(range(start, stop), bar, strict=True):
         for group in (group for optimiser in optimisers for group in optimiser.param_groups):
@@ -310,8 +308,8 @@ def _work(rank: int, recipe: Recipe, folder: Path, pairs: PretrainingPairs, devi
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))
         if (step + 1) % 10 == 0:
-            row = {"step": step + 1, "loss": loss.item(), "hits": hits.item(), "seconds": time.time() - began}
-            row["scale"] = model.logit_scale.exp().item()
+            scale = model.logit_scale.exp().item()
+            row = {"step": step + 1, "loss": loss.item(), "hits": hits.item(), "scale": scale}
             log.write(json.dumps(row) + "\n")
             log.flush()
             bar.set_postfix(loss=f"{row['loss']:.3f}", hits=f"{row['hits']:.2f}")

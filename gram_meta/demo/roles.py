@@ -59,17 +59,12 @@ _PLAIN_WORDS = set(
 
 @dataclass(frozen=True)
 class Role:
-    """What happens to one concept.
-
-    `part` is "teacher", "meta" or a dataset's name; `label` is the class index within the dataset (-1 elsewhere);
-    `seen` are its sources, all of which the packaged CLIP was trained on. For a downstream concept they are in this
-    order: two sources of the few-shot pool, then the source of the test set.
-    """
+    """What happens to one concept."""
 
     concept: Concept
-    part: str
-    label: int
-    seen: tuple[str, ...]
+    part: str  # "teacher", "meta" or a dataset's name
+    label: int  # the class within the dataset (-1 elsewhere)
+    seen: tuple[str, ...]  # its sources, which the packaged CLIP has seen; downstream the last is that of the test set
 
 
 @lru_cache(maxsize=1)

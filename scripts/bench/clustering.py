@@ -255,7 +255,7 @@ def domain_agreement(topic: np.ndarray, domain: np.ndarray, truth: tuple[np.ndar
 def gram(store: Path, opts: list[str]) -> Row:
     """Run `gram cluster` on a store; measure it and compare it with the truth."""
     out = store / "-".join(["hierarchy", *(opt.rsplit(".", 1)[-1].lower() for opt in opts)])
-    row, status = in_own_process(cluster, store, opts, out)
+    row, status = in_own_process(cli.main, ["cluster", str(store), "-o", str(out), "--force", *opts])
     if status:
         raise SystemExit(f"gram cluster {store}: ended with status {status}")
     found, (true_topic, true_domain) = Hierarchy.open(out), truth_of(store)
@@ -265,11 +265,6 @@ def gram(store: Path, opts: list[str]) -> Row:
     row |= judged(topic[seen], true_topic[seen])
     row["domains: AMI"] = domain_agreement(topic, domain, (true_topic, true_domain))
     return row | {"sample": json.loads((out / "topics.json").read_text()).get("sample")}
-
-
-def cluster(store: Path, opts: list[str], out: Path) -> int:
-    """Run `gram cluster` in this process; return its exit status."""
-    return cli.main(["cluster", str(store), "-o", str(out), "--force", *opts])
 
 
 def others(store: Path, way: str, opts: list[str]) -> Row:

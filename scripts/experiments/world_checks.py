@@ -72,8 +72,7 @@ def numbers(dataset: str, curves: dict[tuple[str, int, int], list[dict]]) -> dic
 
 def coop(out: Path, name: str, epochs: int, seed: int) -> list[dict]:
     """Train CoOp; return its accuracy on base and new classes before the first step and after the last."""
-    steps = (0, epochs * STEPS_PER_EPOCH)
-    options = ["OPTIM.MAX_EPOCH", str(epochs), "TEST.AT_STEPS", str(steps)]
+    options = ["OPTIM.MAX_EPOCH", str(epochs), "TEST.AT_STEPS", str((0, epochs * STEPS_PER_EPOCH))]
     folder = out / name / f"epochs{epochs}" / f"seed{seed}"
     return few_shot(str(out / "world"), f"emoji_{name}", "CoOp", folder, seed, options)
 
