@@ -154,7 +154,7 @@ class Hierarchy:
             files = manifest.pop("files", {})
             hierarchy = cls(pair, image, topic, domain, topics, fates, manifest, path)
             is_consistent = hierarchy._is_consistent()
-        except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
+        except (OSError, EOFError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
             raise GramError(f"{path}: expected a whole hierarchy, found {in_one_line(error)}") from None
         if not is_consistent:
             raise GramError(f"{path}: expected files of one hierarchy, found {PAIRS}, {FATES} and {TOPICS} that differ")

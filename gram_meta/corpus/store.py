@@ -145,9 +145,12 @@ class PairStore:
             )
         import pyarrow as pa
 
+        for name in FILES:
+            if (path / name).exists() and not (path / name).is_file():  # a pipe would be read for ever
+                raise GramError(f"{path / name}: expected a file of a pair store, found something else")
         try:
             return cls(path, manifest, verify)
-        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        except (OSError, EOFError, ValueError, KeyError, pa.ArrowException) as error:
             if isinstance(error, GramError):
                 raise
             raise GramError(f"{path}: expected a whole pair store, found {in_one_line(error)}") from None

@@ -425,6 +425,7 @@ def test_damaged_hierarchies_are_one_sentence(hierarchy, tmp_path):
     (tmp_path / "topics.json").unlink()
     for name, change, words in [
         ("hierarchy.parquet", lambda p: p.write_bytes(b""), "expected a whole hierarchy"),
+        ("fates.npy", lambda p: p.write_bytes(b""), "expected a whole hierarchy"),
         ("fates.npy", lambda p: p.unlink(), "expected a whole hierarchy"),
         ("fates.npy", lambda p: np.save(p, np.zeros(3, np.uint8)), "expected files of one hierarchy"),
         ("topics.json", lambda p: p.write_text("[]"), "expected the topics of a hierarchy"),

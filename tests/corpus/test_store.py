@@ -383,6 +383,12 @@ def test_damaged_stores_are_one_sentence(store, tmp_path):
         PairStore.open(tmp_path)
     for name, change, words in [
         ("similarity.npy", lambda p: p.write_bytes(p.read_bytes()[:200]), "expected a whole pair store"),
+        ("similarity.npy", lambda p: p.write_bytes(b""), "expected a whole pair store"),
+        (
+            "similarity.npy",
+            lambda p: (p.unlink(), os.mkfifo(p)),
+            "npy: expected a file of a pair store, found something",
+        ),
         ("similarity.npy", lambda p: np.save(p, np.zeros(3, np.float32)), "rows, found 3"),
         ("captions.parquet", lambda p: p.unlink(), "expected a whole pair store"),
         ("images.parquet", lambda p: pq.write_table(pa.table({"x": [1]}), p), "expected a whole pair store"),
