@@ -106,11 +106,13 @@ class Checkpointing:
         if same and there["classnames"] != here["classnames"]:
             other = saved.difference(there["classnames"], here["classnames"])
             raise GramError(f"{path}: was learned on other classes of this dataset than are here now: {other}")
-        if any(value.dim() == 3 for name, value in state["state_dict"].items() if name.endswith("ctx")):
-            self._check_classes(path, state.get("classnames") or saved.classnames_beside(path))
+        self._check_classes(path, state)
 
-    def _check_classes(self, path: Path, there: list[str] | None) -> None:
+    def _check_classes(self, path: Path, state: dict[str, Any]) -> None:
         """Refuse contexts of each class (CSC) for other classes than those that they were learned for."""
+        if not any(getattr(value, "ndim", 0) == 3 for name, value in state["state_dict"].items() if name[-3:] == "ctx"):
+            return
+        there = state.get("classnames") or saved.classnames_beside(path)
         if there is None:
             print(
                 f"Note: {path} does not name the classes of its contexts (CSC); they are taken for those here, in order"
@@ -203,6 +205,7 @@ class Checkpointing:
     def load_start(self, name: str) -> None:
         """Load the initial prompts from the checkpoint that MODEL.INIT_WEIGHTS names."""
         state = saved.read_start(name)
+        self._check_classes(Path(name), state)
         saved.load(self.model.prompt_learner, state["state_dict"], Path(name))
         made_for = state.get("backbone")
         if isinstance(made_for, dict) and made_for.get("fingerprint") != self.backbone.fingerprint:

@@ -691,6 +691,8 @@ def test_contexts_of_each_class_know_no_other_classes(world, tmp_path, capsys):
     saved_as(dataset="another", classnames=names[::-1])  # as if learned on another dataset
     with pytest.raises(GramError, match=words):
         evaluate(world, tmp_path / "other", tmp_path / "csc")
+    with pytest.raises(GramError, match=words):
+        train(world, tmp_path / "other", "CoOp", *CSC, "MODEL.INIT_WEIGHTS", path)
     assert not (tmp_path / "other").exists()
     coop = {key: None for key in ("classnames", "dataset", "folder", "subsample", "reads", "backbone", "trainer")}
     saved_as(**coop)
