@@ -119,6 +119,7 @@ def get_meta_config() -> CN:
     c.OUTER.META = True  # False: no inner loop, plain prompt pre-training on the topics (Table 6, row 3)
     c.OUTER.OPTIMIZER = "adam"  # adam or sgd
     c.OUTER.LR_PROMPT = 1e-3  # lambda_1
+    c.OUTER.LR_VISUAL = 0.0  # lambda_1 of the visual prompt; 0: LR_PROMPT
     c.OUTER.LR_REGULATOR = 1e-4  # lambda_2
     c.OUTER.BATCH = 4  # B, tasks per update
     c.OUTER.STEPS = 2000
@@ -208,7 +209,7 @@ META_BOUNDS = {
         (_FROM_0, "PROMPT.TEXT_TOKENS MEMORY.TASKS MEMORY.IMAGES MEMORY.BUDGET"),
         (_WORKERS, "LOADER.WORKERS"),
         (_numbers(0, 1000), "PROMPT.VISUAL_TOKENS"),  # attention grows with their square
-        (_FROM_0, "PROMPT.VISUAL_SIZE OUTER.CLIP_NORM INNER.DETACHED"),
+        (_FROM_0, "PROMPT.VISUAL_SIZE OUTER.LR_VISUAL OUTER.CLIP_NORM INNER.DETACHED"),
         (_SEED, "SEED"),
         (_whole(2**32 - 1), "SEEDS"),
         (_numbers(0, 2**32 - 1, also=-1), "CHC.SEED"),

@@ -28,22 +28,29 @@ class OuterLoop:
     meta: bool = True  # False leaves out the inner loop: prompt pre-training on the topics (Table 6, row 3)
     optimiser: str = "adam"  # `adam` or `sgd`
     lr_prompt: float = 1e-3  # lambda_1
+    lr_visual: float = 0.0  # lambda_1 of the visual prompt; 0: lr_prompt
     lr_regulator: float = 1e-4  # lambda_2
     batch: int = 4  # B, tasks of a step
     steps: int = 2000  # number of steps
-    clip_norm: float = 1.0  # largest norm of the meta-gradient of theta and of phi, each; 0: not clipped
+    clip_norm: float = 1.0  # largest norm of the meta-gradient of each group of parameters; 0: not clipped
     cosine: bool = True  # whether learning rates fall to zero along a cosine
 
     @classmethod
     def from_config(cls, config: CfgNode) -> OuterLoop:
         """Read the OUTER node."""
         o = config.OUTER
-        rates = o.LR_PROMPT, o.LR_REGULATOR
+        rates = o.LR_PROMPT, o.LR_VISUAL, o.LR_REGULATOR
         return cls(o.META, o.OPTIMIZER, *rates, o.BATCH, o.STEPS, o.CLIP_NORM, o.COSINE)
 
     def build_optimiser(self, theta: Mapping[str, Tensor], regulator: GradientRegulator | None) -> Optimizer:
-        """Return the optimiser of theta (first group) and phi (second group, where there is a regulator)."""
-        groups: list[dict[str, Any]] = [{"params": list(theta.values()), "full_lr": self.lr_prompt}]
+        """Return the optimiser, with groups for theta, for its visual prompt if that has its own rate, and for phi."""
+        apart = ["visual"] if self.lr_visual and "visual" in theta else []
+        rest = [name for name in theta if name not in apart]
+        groups: list[dict[str, Any]] = [
+            {"params": [theta[name] for name in names], "full_lr": rate}
+            for names, rate in ((rest, self.lr_prompt), (apart, self.lr_visual))
+            if names
+        ]
         if regulator is not None:
             learned = [p for p in regulator.parameters() if p.requires_grad]
             groups.append({"params": learned, "full_lr": self.lr_regulator})

@@ -20,6 +20,7 @@ from gram_meta.method.bilevel import InnerLoop, for_each_task, meta_losses
 from gram_meta.method.checkpoint import load_meta_checkpoint
 from gram_meta.method.episodes import Episodes, TaskSet, TimedIterator, read_pixels
 from gram_meta.method.meta_trainer import MetaTrainer
+from gram_meta.method.outer import OuterLoop
 from gram_meta.method.prompts import META_NET, ClassText, hold_size, initial_meta_net, template_features
 from gram_meta.method.regulator import GradientRegulator
 from gram_meta.method.tasks import StepTasks
@@ -348,3 +349,15 @@ def test_what_makes_no_sense_is_refused(pixel_corpus):
     ):
         with pytest.raises(GramError, match=words):
             Episodes.from_config(backbone, store, ["cat"], settings(*opts))
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.001])  # the second is the text prompt's
+def test_the_visual_prompt_may_have_its_own_rate(rate):
+    theta = {"text": torch.ones(2, 3, requires_grad=True), "visual": torch.ones(2, 4, requires_grad=True)}
+    outer = OuterLoop(lr_prompt=0.001, lr_visual=rate, cosine=False)
+    optimiser = outer.build_optimiser(theta, None)
+    for value in theta.values():
+        value.grad = torch.ones_like(value)
+    outer.update(optimiser, 1)
+    for kind, expected in (("text", 0.001), ("visual", rate)):  # Adam's first step has the length of its rate
+        torch.testing.assert_close(1 - theta[kind].detach(), torch.full_like(theta[kind], expected), rtol=1e-3, atol=0)
