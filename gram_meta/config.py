@@ -124,6 +124,7 @@ def get_meta_config() -> CN:
     c.OUTER.BATCH = 4  # B, tasks per update
     c.OUTER.STEPS = 2000
     c.OUTER.CLIP_NORM = 1.0  # of the meta-gradient of theta and of phi, each; 0: off
+    c.OUTER.TEMPERATURE = 1.0  # the query loss divides logits by it; above 1 for a CLIP that is too sure of itself
     c.OUTER.COSINE = True  # learning rates fall to zero along a cosine
 
     # Evaluation on fixed tasks from held-out topics
@@ -213,7 +214,7 @@ META_BOUNDS = {
         (_SEED, "SEED"),
         (_whole(2**32 - 1), "SEEDS"),
         (_numbers(0, 2**32 - 1, also=-1), "CHC.SEED"),
-        (_RATE, "INNER.ALPHA OUTER.LR_PROMPT OUTER.LR_REGULATOR"),
+        (_RATE, "INNER.ALPHA OUTER.LR_PROMPT OUTER.LR_REGULATOR OUTER.TEMPERATURE"),
         (_DECAY, "TASKS.HELD_OUT"),
         (_numbers(0, 1, above=True), "CHC.FILTER.KEEP"),
         (_numbers(-1, 1), "CHC.FILTER.THRESHOLD"),

@@ -78,7 +78,9 @@ class Episode:
     def _of(self, part: slice) -> Episode:
         classes = self.classes_of(part)
         sides = (self.support, self.query)
-        support, query = (TaskSet(it.backbone, classes, it.images[part], it.labels[part], it.count) for it in sides)
+        support, query = (
+            TaskSet(it.backbone, classes, it.images[part], it.labels[part], it.count, it.temperature) for it in sides
+        )
 
         def classes_of(smaller: slice) -> ClassText | Tensor:
             rows = range(*part.indices(len(self.tasks)))[smaller]
@@ -97,6 +99,7 @@ class Episodes:
         prompt: the prompts to meta-train.
         loader: how image files are read.
         batch: B, tasks of a training step.
+        temperature: of the query loss.
 
     Attributes:
         at_a_time: tasks in one pass of an evaluation; no more than in a training step if every image goes through the
@@ -114,8 +117,9 @@ class Episodes:
         prompt: PromptConfig,
         loader: LoaderConfig,
         batch: int,
+        temperature: float = 1.0,
     ) -> None:
-        self.backbone, self.store, self.loader = backbone, store, loader
+        self.backbone, self.store, self.loader, self.temperature = backbone, store, loader, temperature
         self.reads_pixels = prompt.visual_tokens > 0
         self.at_a_time = batch if self.reads_pixels or prompt.conditional else max(16, batch)
         self.text = ClassText(backbone, words, prompt.text_tokens) if prompt.text_tokens else None
@@ -127,9 +131,9 @@ class Episodes:
 
     @classmethod
     def from_config(cls, backbone: Backbone, store: PairStore, words: Sequence[str], config: CfgNode) -> Episodes:
-        """Read PROMPT, LOADER and OUTER.BATCH."""
+        """Read PROMPT, LOADER, OUTER.BATCH and OUTER.TEMPERATURE."""
         prompt, loader = PromptConfig.from_config(config), LoaderConfig.from_config(config)
-        return cls(backbone, store, words, prompt, loader, config.OUTER.BATCH)
+        return cls(backbone, store, words, prompt, loader, config.OUTER.BATCH, config.OUTER.TEMPERATURE)
 
     def of(self, batches: Batches) -> Iterator[Episode]:
         """Yield the episodes of these batches of tasks, in order; LOADER.WORKERS processes decode pixels ahead.
@@ -145,7 +149,10 @@ class Episodes:
         for tasks, *images in run_ahead(read, range(len(batches)), workers, advice, self.loader.prefetch, pin):
             classes_of = partial(self._classes, np.stack([task.topics for task in tasks]))  # (B, K)
             classes = classes_of(slice(None))
-            support, query = (TaskSet(self.backbone, classes, side.to(device, non_blocking=True)) for side in images)
+            support, query = (
+                TaskSet(self.backbone, classes, side.to(device, non_blocking=True), temperature=temperature)
+                for side, temperature in zip(images, (1.0, self.temperature), strict=True)
+            )
             yield Episode(tasks, support, query, classes_of)
 
     def _classes(self, topics: np.ndarray, part: slice) -> ClassText | Tensor:
@@ -235,6 +242,7 @@ class TaskSet:
         images: features (B, K, n, D), or bytes (B, K, n, 3, H, W); `images[:, k]` belong to class k.
         labels, count: for a part of the images, (B, c, D) or (B, c, 3, H, W): their classes (B, c), and the number of
             images of the whole task; losses are then the part's share of the mean.
+        temperature: what losses divide logits by.
     """
 
     def __init__(
@@ -244,9 +252,11 @@ class TaskSet:
         images: Tensor,
         labels: Tensor | None = None,
         count: int = 0,
+        temperature: float = 1.0,
     ) -> None:
         self.backbone = backbone
         self.classes = classes
+        self.temperature = temperature
         if labels is None:
             batch, ways, shots = images.shape[:3]
             images = images.flatten(1, 2)  # (B, K n, D) or (B, K n, 3, H, W)
@@ -259,7 +269,9 @@ class TaskSet:
         if not images or images >= self.labels.shape[1]:
             return [self]
         parts = zip(self.images.split(images, dim=1), self.labels.split(images, dim=1), strict=True)
-        return [TaskSet(self.backbone, self.classes, some, labels, self.count) for some, labels in parts]
+        return [
+            TaskSet(self.backbone, self.classes, some, labels, self.count, self.temperature) for some, labels in parts
+        ]
 
     def __call__(self, prompts: Mapping[str, Tensor]) -> Tensor:
         """Return the mean cross-entropy of each task, (B,)."""
@@ -287,6 +299,8 @@ class TaskSet:
 
     def losses_of(self, scores: Tensor) -> Tensor:
         """Return the loss of each task, (B,), of logits (B, K n, K)."""
+        if self.temperature != 1:
+            scores = scores / self.temperature
         losses = F.cross_entropy(scores.transpose(1, 2), self.labels, reduction="none")  # (B, K n)
         return losses.mean(dim=1) if losses.shape[1] == self.count else losses.sum(dim=1) / self.count
 

@@ -361,3 +361,14 @@ def test_the_visual_prompt_may_have_its_own_rate(rate):
     outer.update(optimiser, 1)
     for kind, expected in (("text", 0.001), ("visual", rate)):  # Adam's first step has the length of its rate
         torch.testing.assert_close(1 - theta[kind].detach(), torch.full_like(theta[kind], expected), rtol=1e-3, atol=0)
+
+
+def test_the_temperature_is_that_of_the_query_loss_alone(pixel_corpus, tmp_path):
+    run = trainer(pixel_corpus, tmp_path, "OUTER.TEMPERATURE", "2.5")
+    episode = next(run.episodes.of([StepTasks(run.train_tasks, run.outer.batch, 0, 1, run.own)[0]]))
+    prompts = for_each_task(run.theta, len(episode.tasks))
+    for side, temperature in ((episode.support, 1.0), (episode.query, 2.5)):
+        scores = side.logits(prompts) / temperature
+        right = torch.log_softmax(scores, dim=2).gather(2, side.labels[..., None]).squeeze(2)
+        torch.testing.assert_close(side(prompts), -right.mean(dim=1))
+        torch.testing.assert_close(sum(part(prompts) for part in side.parts(2)), side(prompts))
