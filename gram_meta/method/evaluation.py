@@ -47,6 +47,7 @@ Scores = dict[tuple[str, str, int], list[tuple[Tensor, Tensor]]]  # (start, grad
 
 SOLVED = 0.95  # accuracy before any step; tasks above it can show little
 HOPELESS = 1.2  # times chance; tasks below it can show little
+TEMPERATURES = tuple(2.0 ** (half / 2) for half in range(-2, 11))  # 0.5 to 32
 
 MEAN, MOVED = "R's mean", "theta* moved by the mean beta"  # controls in the table of `gram eval-meta`
 
@@ -74,7 +75,8 @@ def evaluate(
         support gradient (Fig. 3b, Eq. 12), over all prompts; and per kind of prompt the path lengths of both terms of
         Eq. 6 in one step (`path_gated_KIND`, `path_beta_KIND`), how much gamma and beta vary over tasks
         (`spread_gamma_KIND`, `spread_beta_KIND`: standard deviation over tasks, averaged over entries),
-        `gradient_norm_KIND`.
+        `gradient_norm_KIND`. `temperature`, of `TEMPERATURES`, is what logits at theta must be divided by for the least
+        loss.
     """
     kinds = sorted(set(theta) & set(KINDS))
     rows: list[dict[str, Tensor]] = []
@@ -87,11 +89,13 @@ def evaluate(
         raw, first, after = path[0].raw, path[0].regulated, path[-1].after
         with torch.no_grad():
             after_scores = torch.cat([part.logits(after) for part in query], dim=1)
+            query_loss = episode.query.losses_of
             row = {
-                "loss_before": episode.query.losses_of(query_scores),
+                "loss_before": query_loss(query_scores),
                 "accuracy_before": episode.query.accuracies_of(query_scores),
-                "loss_after": episode.query.losses_of(after_scores),
+                "loss_after": query_loss(after_scores),
                 "accuracy_after": episode.query.accuracies_of(after_scores),
+                "calibration": torch.stack([query_loss(query_scores / t) for t in TEMPERATURES], dim=1),  # (B, all)
                 "alignment": inner_products(_only(first, kinds), _only(query_gradient, kinds)),
                 "alignment_raw": inner_products(_only(raw, kinds), _only(query_gradient, kinds)),
             }
@@ -104,7 +108,9 @@ def evaluate(
                     parts[kind].append((piece.gamma.cpu(), piece.beta.cpu()))
             rows.append({key: value.detach().cpu() for key, value in row.items()})
     rows = [row for of_one in group.gather(rows) for row in of_one]
-    scores = {key: torch.cat([row[key] for row in rows]).mean().item() for key in rows[0]}
+    values = {key: torch.cat([row[key] for row in rows]).mean(dim=0) for key in rows[0]}
+    best = TEMPERATURES[int(values.pop("calibration").argmin())]
+    scores = {key: value.item() for key, value in values.items()} | {"temperature": episodes.temperature * best}
     for kind in kinds:
         pieces = [piece for of_one in group.gather(parts[kind]) for piece in of_one]
         if pieces:
