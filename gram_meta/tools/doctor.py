@@ -1,7 +1,8 @@
 """Report what this environment has and lacks, with a command that fixes each problem.
 
 This module imports only Python itself; a check imports what it needs, so a broken package becomes a line of the report.
-Each check is a function that yields `Check`s; an exception that it raises becomes a problem.
+Each check is a function that yields `Check`s; an exception that it raises becomes a problem. The last check trains for
+a step, so packages that only have to work get no check of their own.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import io
-import json
 import os
 import platform
 import re
@@ -39,6 +39,7 @@ FINE, NOTE, PROBLEM = "fine", "note", "problem"
 DISTRIBUTION = "gram-meta"
 SETUPTOOLS = "setuptools<82"  # the last with the pkg_resources that clip-anytorch imports
 CLIP_CACHE = "~/.cache/clip"
+MAKE_META = "gram pretrain --help shows how to make one; gram demo makes one in minutes"
 
 # Requirements that training does not need, and the commands that do
 NOT_FOR_TRAINING = {
@@ -48,11 +49,7 @@ NOT_FOR_TRAINING = {
     "hdbscan": "gram cluster",
     "regex": "gram cluster",
 }
-# Requirements that other checks import, or that training imports only where they are installed
-NOT_IMPORTED = ("torch", "torchvision", "clip-anytorch", "setuptools", "tensorboard", *NOT_FOR_TRAINING)
-MODULES = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}  # of packages whose module has another name
-EXTRAS = {"demo": "gram demo", "figures": "gram report --figures and --html"}  # and the commands that need them
-LOW_DISK = 1 << 30  # bytes
+PACKAGES = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}  # of modules with another name
 
 
 @dataclass
@@ -115,14 +112,12 @@ def _quiet() -> Iterator[None]:
 def check_python(environment: Environment) -> Iterator[Check]:
     from packaging.specifiers import SpecifierSet
 
-    version, supported = platform.python_version(), SpecifierSet(_supported_pythons())
+    version, supported = platform.python_version(), _supported_pythons()
     found = f"{version} on {platform.system()} {platform.machine()}, {sys.executable}"
-    unmet = [clause for clause in supported if not clause.contains(version, prereleases=True)]
-    if any(clause.operator.startswith(">") for clause in unmet):
-        fix = f'make an environment with Python {supported}, such as: conda create -n gram "python{supported}"'
-        yield Check("Python", PROBLEM, f"{found}; expected {supported}", fix)
+    if SpecifierSet(supported).contains(version, prereleases=True):
+        yield Check("Python", FINE, found)
     else:
-        yield Check("Python", NOTE if unmet else FINE, f"{found}; tried on {supported}" if unmet else found)
+        yield Check("Python", NOTE, f"{found}; tried on {supported}")
 
 
 def _supported_pythons() -> str:
@@ -134,16 +129,13 @@ def _supported_pythons() -> str:
 
 
 def check_packages(environment: Environment) -> Iterator[Check]:
-    """Compare the version of every requirement of this package, and import the light ones that training needs."""
+    """Compare the version of every requirement of this package."""
     required = _requirements()
     if not required:
         folder = Path(__file__).resolve().parents[2]
         found = f"used from {folder}, not installed; versions of packages are not compared"
         yield Check(DISTRIBUTION, NOTE, found, install("-e", str(folder)))
     wrong = {it.name: it for it in required if not satisfies(_version(it.name), it)}
-    for name in (it.name for it in required if it.name not in (*NOT_IMPORTED, *wrong)):
-        if problem := _import_problem(name, install("--force-reinstall", name), MODULES.get(name, name)):
-            yield problem
     for name, requirement in wrong.items():
         expected = f"{name}{requirement.specifier}"
         found = f"expected {expected}, found {_version(name) or 'none'}"
@@ -155,28 +147,24 @@ def check_packages(environment: Environment) -> Iterator[Check]:
         yield Check("packages", FINE, f"{DISTRIBUTION} {_version(DISTRIBUTION)} and all {len(required)} requirements")
 
 
-def _requirements(extra: str = "") -> list[Requirement]:
-    """Return what this package requires, or what `extra` requires in addition; [] where it is not installed."""
+def _requirements() -> list[Requirement]:
+    """Return what this package requires without its extras; [] where it is not installed."""
     from packaging.requirements import Requirement
 
     try:
         declared = [Requirement(line) for line in importlib.metadata.requires(DISTRIBUTION) or ()]
     except importlib.metadata.PackageNotFoundError:
         return []
-    plain = [it for it in declared if not it.marker or it.marker.evaluate({"extra": ""})]
-    if not extra:
-        return plain
-    return [it for it in declared if it not in plain and it.marker and it.marker.evaluate({"extra": extra})]
+    return [it for it in declared if not it.marker or it.marker.evaluate({"extra": ""})]
 
 
-def _import_problem(name: str, fix: str, module: str = "", absent: str = "", get: str = "") -> Check | None:
-    """Import a package's module; return the problem if that fails. `absent`, `get`: what and fix for no such module."""
+def _import_problem(name: str, fix: str) -> Check | None:
+    """Import a module; return the problem if that fails."""
     try:
-        importlib.import_module(module or name)
+        importlib.import_module(name)
     except BaseException as error:  # noqa: BLE001
-        if absent and isinstance(error, ModuleNotFoundError) and error.name == name:
-            return Check(name, PROBLEM, absent, get)
-        return Check(name, PROBLEM, f"does not import: {_sentence(error)}", fix)
+        absent = isinstance(error, ModuleNotFoundError) and error.name == name
+        return Check(name, PROBLEM, "not installed" if absent else f"does not import: {_sentence(error)}", fix)
     return None
 
 
@@ -195,10 +183,8 @@ def satisfies(version: str, requirement: str | Requirement) -> bool:
     from packaging.requirements import Requirement
     from packaging.version import InvalidVersion, Version
 
-    if isinstance(requirement, str):
-        requirement = Requirement(requirement)
     try:
-        return requirement.specifier.contains(Version(version).base_version)
+        return Requirement(str(requirement)).specifier.contains(Version(version).base_version)
     except InvalidVersion:  # also "", of a package that is not installed
         return False
 
@@ -213,23 +199,15 @@ def install(*words: str) -> str:
 
 
 def check_torch(environment: Environment) -> Iterator[Check]:
-    both = "torch", "torchvision"
-    again = install("--force-reinstall", *both)
-    if problem := _import_problem("torch", again, absent="not installed", get=install(*both)):
+    both = install("--force-reinstall", "torch", "torchvision")
+    if problem := _import_problem("torch", both):
         yield problem
         return
     import torch
 
     threads = torch.get_num_threads()
     yield Check("torch", FINE, f"{torch.__version__}, {threads} CPU {'thread' if threads == 1 else 'threads'}")
-    try:
-        import numpy
-
-        torch.from_numpy(numpy.zeros(2)).numpy()
-    except BaseException as error:  # noqa: BLE001
-        found = f"cannot exchange arrays with NumPy {_version('numpy')} ({_sentence(error)})"
-        yield Check("torch", PROBLEM, found, install("--upgrade", "numpy", "torch"))
-    if problem := _import_problem("torchvision", install("--upgrade", *both)):
+    if problem := _import_problem("torchvision", both):
         yield problem
     yield from _devices()
 
@@ -242,8 +220,6 @@ def _devices() -> Iterator[Check]:
             free, total = torch.cuda.mem_get_info(index)
             name = torch.cuda.get_device_name(index)
             yield Check(f"cuda:{index}", FINE, f"{name}, {_size(free)} of {_size(total)} free")
-        if torch.cuda.device_count() > 1:
-            yield Check("GPUs", NOTE, "a run uses one; start other seeds with CUDA_VISIBLE_DEVICES=1, ...")
     elif torch.backends.mps.is_available():
         yield Check("mps", FINE, "Apple's GPU; gram predict uses it with --device mps, training uses the CPU")
     elif Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi"):
@@ -264,12 +240,7 @@ def check_checkout(environment: Environment) -> Iterator[Check]:
     folder = script.parent
     sys.path.insert(0, str(folder))  # the later checks import what its train.py would import
     own = ", ".join(f"{name}/" for name in OWN_FOLDERS if (folder / name).is_dir())
-    register = re.compile(r"@TRAINER_REGISTRY\.register\(\)\s*class (\w+)")
-    files = (folder / "trainers").glob("*.py")
-    trainers = sorted(name for file in files for name in register.findall(file.read_text("utf-8", errors="replace")))
     found = f"{folder}: gram train runs its train.py; its {own} are used in place of ours"
-    if trainers:
-        found += f", and so are its trainers {', '.join(trainers)}"
     yield Check("checkout", FINE, found)
 
 
@@ -314,7 +285,7 @@ def check_clip(environment: Environment) -> Iterator[Check]:
     # Both packages write into the folder clip/: after the other one is removed, clip-anytorch has to be written again.
     again = ("--force-reinstall", "--no-deps") if published else ()
     get = install(*again, "clip-anytorch", SETUPTOOLS)
-    if problem := _import_problem("clip", get, absent="CLIP's code is not installed", get=get):
+    if problem := _import_problem("clip", get):
         if "pkg_resources" in problem.found:
             found = f"needs pkg_resources, which setuptools {_version('setuptools') or '(missing)'} does not have"
             problem = Check("clip", PROBLEM, found, install(SETUPTOOLS))
@@ -331,39 +302,17 @@ def check_clip(environment: Environment) -> Iterator[Check]:
         return
     installed = bool(published) and "site-packages" in place
     yield Check("clip", FINE, f"{f'clip-anytorch {published}' if installed else 'the clip of a checkout'}, {place}")
-    if installed and not satisfies(_version("setuptools"), SETUPTOOLS):
-        found = f"setuptools {_version('setuptools')} has no pkg_resources, which clip-anytorch imports"
-        yield Check("setuptools", NOTE, found, install(SETUPTOOLS))
 
 
 def check_weights(environment: Environment) -> Iterator[Check]:
-    """Check the weights of the packaged CLIP, and those of OpenAI's that are in the cache."""
-    from gram_meta.backbone.packaged import NAME, weights_path
-
-    path = weights_path()
-    try:
-        with open(path, "rb") as file:  # a .safetensors begins with the length of a JSON text, and that text
-            json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        yield Check(NAME, FINE, f"{path}, {_size(path.stat().st_size)}")
-    except (OSError, ValueError, MemoryError) as error:
-        yield Check(NAME, NOTE, f"{path} cannot be read ({_sentence(error)})", "install this project again")
+    """Check the weights of OpenAI's that are in the cache."""
     if environment.has_problem("torch", "clip"):
         return
-    folder = Path(CLIP_CACHE).expanduser()
-    own = f"sudo chown -R $(id -u) {shlex.quote(str(folder))}"
-    try:
-        names = os.listdir(folder) if folder.exists() else []
-    except OSError as error:
-        yield Check("CLIP weights", NOTE, f"{folder} cannot be read ({error.strerror})", own)
-        return
-    cached = {name: url for name, url in _published_weights().items() if _cached(url).name in names}
+    cached = {name: url for name, url in _published_weights().items() if _cached(url).is_file()}
     for name, url in cached.items():
-        try:
-            yield _check_weights_file(f"CLIP {name}", _cached(url), url, environment.verify)
-        except OSError as error:
-            yield Check(f"CLIP {name}", NOTE, f"{_cached(url)} cannot be read ({error.strerror})", own)
+        yield _check_weights_file(f"CLIP {name}", _cached(url), url, environment.verify)
     if not cached:
-        yield Check("CLIP weights", NOTE, f"none of OpenAI's in {folder}; they are downloaded there at first use")
+        yield Check("CLIP weights", NOTE, f"none of OpenAI's in {CLIP_CACHE}; they are downloaded there at first use")
 
 
 def _published_weights() -> dict[str, str]:
@@ -462,19 +411,14 @@ def check_meta(environment: Environment) -> Iterator[Check]:
     for path in named or [Path("output/meta")]:
         files = sorted(path.rglob(META)) if path.is_dir() else [path] if path.exists() else []
         if named and not files:
-            what = f"no {META} below it" if path.is_dir() else "nothing there"
-            checks.append(
-                Check("meta-checkpoint", NOTE, f"{path}: {what}", "gram pretrain --help shows how to make one")
-            )
+            checks.append(Check("meta-checkpoint", NOTE, f"{path}: expected a {META}, found none", MAKE_META))
         checks += [_check_meta_file(file, environment) for file in files]
     yield from checks
-    if any(check.state == FINE for check in checks):
-        return
-    place = "among those of --meta" if named else "below output/meta"
-    use = f" for {environment.backbone}" if environment.backbone else ""
-    fix = "gram pretrain --help shows how to make one; gram demo makes one in minutes"
-    state = PROBLEM if named or (checks and environment.backbone) else NOTE
-    yield Check("meta-checkpoint", state, f"none{use} {place}; the GRAM trainers start from one", fix)
+    if not any(check.state == FINE for check in checks):
+        place = "among those of --meta" if named else "below output/meta"
+        use = f" for {environment.backbone}" if environment.backbone else ""
+        state = PROBLEM if named or (checks and environment.backbone) else NOTE
+        yield Check("meta-checkpoint", state, f"none{use} {place}; the GRAM trainers start from one", MAKE_META)
 
 
 def _check_meta_file(path: Path, environment: Environment) -> Check:
@@ -499,15 +443,6 @@ def _check_meta_file(path: Path, environment: Environment) -> Check:
     return Check("meta-checkpoint", NOTE, f"{found}; not for {environment.backbone}", fix)
 
 
-def check_extras(environment: Environment) -> Iterator[Check]:
-    for extra, used_by in EXTRAS.items():
-        missing = [it.name for it in _requirements(extra) if not _version(it.name)]
-        if missing:
-            yield Check(f"extra {extra}", NOTE, f"without {', '.join(missing)}; needed by {used_by}", install(*missing))
-        else:
-            yield Check(f"extra {extra}", FINE, f"for {used_by}")
-
-
 def check_output(environment: Environment) -> Iterator[Check]:
     """Check that results can be written."""
     path = Path(os.path.abspath(os.path.expanduser(environment.output)))
@@ -518,12 +453,7 @@ def check_output(environment: Environment) -> Iterator[Check]:
         fix = "name another folder with --output-dir"
         yield Check("output", PROBLEM, f"{existing} cannot be written ({error.strerror})", fix)
         return
-    free = shutil.disk_usage(existing).free
-    check = Check("output", FINE, f"{path}, {_size(free)} free")
-    if free < LOW_DISK:
-        found = f"{check.found}; a run needs a few MB for its log and its checkpoints"
-        check = Check("output", NOTE, found, f"df -h {shlex.quote(str(existing))}")
-    yield check
+    yield Check("output", FINE, f"{path}, {_size(shutil.disk_usage(existing).free)} free")
 
 
 def check_training(environment: Environment) -> Iterator[Check]:
@@ -584,7 +514,6 @@ CHECKS: tuple[tuple[str, Callable[[Environment], Iterator[Check]]], ...] = (
     ("backbone", check_backbone),
     ("datasets", check_datasets),
     ("meta-checkpoint", check_meta),
-    ("extras", check_extras),
     ("output", check_output),
     ("CoOpGRAM", check_training),
 )
@@ -599,17 +528,12 @@ def _sentence(error: BaseException) -> str:
 def _fix_of(error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name:
         module = error.name.partition(".")[0]
-        return install(next((package for package, name in MODULES.items() if name == module), module))
+        return install(PACKAGES.get(module, module))
     return install("--force-reinstall", DISTRIBUTION) if isinstance(error, ImportError) else "gram doctor --traceback"
 
 
 def _size(size: float) -> str:
-    """Return bytes in the largest unit of which there is one: "335 MB"."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            break
-        size /= 1000
-    return f"{size:.0f} {unit}" if size >= 10 or unit == "bytes" else f"{size:.1f} {unit}"
+    return f"{size / 1e9:.1f} GB"
 
 
 def as_text(checks: Sequence[Check]) -> str:

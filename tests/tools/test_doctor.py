@@ -165,7 +165,7 @@ def test_a_dassl_that_was_asked_for_and_does_not_import(monkeypatch, wish, fix):
 @pytest.mark.slow
 def test_a_package_that_ends_the_process_when_imported(tmp_path):
     status, checks, _ = shadowed(tmp_path, {"yacs/__init__.py": "import sys; sys.exit(3)"})
-    assert status == 1 and checks["yacs"][0].found == "does not import: SystemExit: 3"
+    assert status == 1 and (checks["Dassl"][0].state, checks["Dassl"][0].found) == (PROBLEM, "SystemExit: 3")
 
 
 # ----------------------------------------------------------------------------------------------------------- in-process
@@ -302,26 +302,6 @@ def test_weights_that_are_not_cached_come_with_the_command_that_gets_them(cache)
     assert check.state == FINE and "32 px, text width 64" in check.found
 
 
-def test_a_cache_that_cannot_be_read(cache):
-    for file in cache.iterdir():
-        file.unlink()
-    cache.rmdir()
-    cache.write_text("a file where a folder should be")
-    checks = run(doctor.check_weights)
-    assert "cannot be read" in only(checks, "CLIP weights").found and only(checks, "CLIP weights").fix
-    monkey = only(checks, "gram-small")
-    assert monkey.state == FINE
-
-
-def test_packaged_weights_that_are_damaged(monkeypatch, tmp_path):
-    from gram_meta.backbone import packaged as clip
-
-    monkeypatch.setattr(clip, "weights_path", lambda: tmp_path / "gone.safetensors")
-    assert only(run(doctor.check_weights), "gram-small").state == NOTE
-    (tmp_path / "gone.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    assert only(run(doctor.check_weights), "gram-small").state == NOTE
-
-
 # -------------------------------------------------------------------------------------- data, meta-checkpoints, folders
 
 
@@ -375,14 +355,12 @@ def test_meta_checkpoints_and_their_backbones(metas, monkeypatch, tmp_path):
 
 
 def test_where_results_go(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=5_000_000_000))
     (check,) = run(doctor.check_output, output=str(tmp_path / "new" / "output"))
-    assert check.state == FINE and not (tmp_path / "new").exists()
+    assert check.state == FINE and "5.0 GB free" in check.found and not (tmp_path / "new").exists()
     (tmp_path / "file").write_text("")
     (check,) = run(doctor.check_output, output=str(tmp_path / "file" / "output"))
     assert check.state == PROBLEM and "cannot be written" in check.found
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=5_000_000))
-    (check,) = run(doctor.check_output, output=str(tmp_path))
-    assert check.state == NOTE and "5.0 MB free" in check.found
 
 
 def test_in_a_checkout_it_says_what_wins(tmp_path, monkeypatch):
@@ -391,24 +369,14 @@ def test_in_a_checkout_it_says_what_wins(tmp_path, monkeypatch):
     for name in ("clip", "trainers"):
         (tmp_path / name).mkdir()
     (tmp_path / "train.py").write_text("from dassl.engine import build_trainer\n")
-    (tmp_path / "trainers" / "theirs.py").write_text("@TRAINER_REGISTRY.register()\nclass CoOp(TrainerX):\n    pass\n")
     monkeypatch.setattr(sys, "path", list(sys.path))
     (check,) = run(doctor.check_checkout)
-    assert "its clip/, trainers/ are used in place of ours, and so are its trainers CoOp" in check.found
+    assert check.found.endswith("its clip/, trainers/ are used in place of ours")
     assert sys.path[0] == str(tmp_path)  # later checks see what its train.py sees
 
 
-def test_extras(monkeypatch):
-    monkeypatch.setattr(doctor, "_version", lambda package: "" if package == "matplotlib" else "1.0")
-    checks = run(doctor.check_extras)
-    assert only(checks, "extra demo").state == FINE
-    assert only(checks, "extra figures").state == NOTE and only(checks, "extra figures").fix.endswith(" matplotlib")
-
-
-def test_a_python_that_is_too_old_or_not_tried(monkeypatch):
-    monkeypatch.setattr(doctor, "_supported_pythons", lambda: ">=3.90,<3.100")
-    (check,) = run(doctor.check_python)
-    assert check.state == PROBLEM and check.fix
+def test_a_python_that_is_not_tried(monkeypatch):
+    assert run(doctor.check_python)[0].state == FINE
     monkeypatch.setattr(doctor, "_supported_pythons", lambda: ">=3.0,<3.2")
     assert run(doctor.check_python)[0].state == NOTE
 
