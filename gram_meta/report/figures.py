@@ -12,6 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def draw(runs: Sequence[Run], metas: Sequence[MetaTraining]) -> tuple[list[Drawi
     Raises:
         GramError: matplotlib is not installed.
     """
-    need_matplotlib()
+    if find_spec("matplotlib") is None:
+        raise GramError("figures: expected matplotlib, found none; run pip install 'gram-meta[figures]'")
     figures = [_starts(runs), *_epochs(runs), _alignments(metas)]
     return [it for it in figures if isinstance(it, Drawing)], [it for it in figures if isinstance(it, str)]
 
@@ -73,14 +75,6 @@ def write_figures(drawings: Iterable[Drawing], folder: str | Path) -> list[Path]
                 file.write(content)
             written.append(path)
     return written
-
-
-def need_matplotlib() -> None:
-    """Raise `GramError` if matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise GramError("figures: expected matplotlib, found none; run pip install 'gram-meta[figures]'") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

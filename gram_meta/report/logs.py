@@ -43,12 +43,8 @@ def _is_log(path: Path) -> bool:
 def _logs_in(folder: Path) -> list[Log]:
     """Return the logs of one folder, oldest first by their names."""
     paths = sorted(it for it in folder.glob(f"{LOG}*") if _is_log(it))
-    return [log for path in paths if (log := read_log(path)) and _is_usable(log)]
-
-
-def _is_usable(log: Log) -> bool:
-    """Return whether the config has at least a trainer and a dataset."""
-    return bool(log.options.get("TRAINER.NAME") and log.options.get("DATASET.NAME"))
+    logs = [log for path in paths if (log := read_log(path))]
+    return [log for log in logs if log.options.get("TRAINER.NAME") and log.options.get("DATASET.NAME")]
 
 
 def _result(logs: list[Log]) -> dict[str, Any] | None:

@@ -201,16 +201,12 @@ def _words(training: Mapping[str, Any], result: Mapping[str, Any], settings: Map
     return words
 
 
-def _node(trainer: str) -> str:
-    return f"TRAINER.{_NODES.get(trainer, trainer.upper())}"
-
-
 def _start(training: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
     """Return the words of the initialisation; "" for a random one; None for theta*, and if the config lacks it."""
     trainer = training["trainer"]
     if trainer.endswith("GRAM") and settings.get("TRAINER.GRAM.INIT", True):
         return None
-    words = settings.get(f"{_node(trainer)}.CTX_INIT")
+    words = settings.get(f"TRAINER.{_NODES.get(trainer, trainer.upper())}.CTX_INIT")
     if words is None and trainer.endswith("GRAM"):
         return WORDS
     return None if words is None else str(words).replace("_", " ").strip()

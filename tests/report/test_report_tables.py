@@ -699,7 +699,7 @@ def test_the_page_needs_nothing_from_outside(world, tmp_path, capsys):
     runs = len(list(world.root.rglob("results.json")))
     manifests = text[text.index('<section id="runs"') : text.index('<section id="configs"')]
     assert manifests.count("<tr>") == runs + 1
-    assert "missing: CoOp, 50 epochs" in text and "100 of 100" in text
+    assert "missing: CoOp, 50 epochs" in text
     assert hashlib.sha256(b"1").hexdigest() in text  # a few-shot split's, whole
     assert hashlib.sha256(b"coop").hexdigest() in text  # a meta-checkpoint's
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,17 @@ from gram_meta.report.figures import Drawing
 from gram_meta.report.html.base import render
 from gram_meta.report.runs import Run
 from gram_meta.report.tables import AVERAGE, Report
-from gram_meta.report.text import Grid, grid_of, missing_lines, name_columns, remarks
+from gram_meta.report.text import Grid, grid_of, name_columns, remarks
 
 SECTIONS = {
     "tables": "Tables",
     "figures": "Figures",
-    "missing": "Missing runs",
     "meta": "Meta-checkpoints",
     "runs": "Runs",
     "configs": "Configs",
     "splits": "Few-shot splits",
     "versions": "Versions",
 }
-ARROW = " \N{RIGHTWARDS ARROW} "
 
 
 def page(
@@ -66,7 +64,6 @@ def page(
         ],
         drawings=drawings,
         not_drawn=not_drawn,
-        missing=[(title, missing_lines(it.missing)) for title, it in zip(titles, reports, strict=True) if it.missing],
         metas=_metas(runs, evidence),
         runs=runs,
         seconds=sum(sum((run.result.get("seconds") or {}).values()) for run in runs),
@@ -139,27 +136,10 @@ def _meta(key: str, runs: Sequence[Run], meta: MetaTraining | None) -> dict[str,
         "key": key,
         "name": Path(path).parent.name or key[:12],
         "without": ", ".join(word.removeprefix("no ") for word in runs[0].ablation) if runs else "",
-        "numbers": ["" if None in tokens else f"{tokens[0]} + {tokens[1]}", len(runs), *_best_step(meta)],
+        "numbers": ["" if None in tokens else f"{tokens[0]} + {tokens[1]}", len(runs)],
         "facts": facts,
         "config": _yaml(meta.facts.get("config", {})) if meta else None,
     }
-
-
-def _best_step(meta: MetaTraining | None) -> list[str]:
-    """Step, query loss, query accuracy, raw and regulated inner product at the step whose weights were kept."""
-    rows = [row for row in meta.log if "loss_after" in row] if meta else []
-    best: Mapping[str, float] = min(rows, key=lambda row: row["loss_after"], default={})
-
-    def change(name: str, scale: float, digits: int) -> str:
-        pair = [best[key] for key in (f"{name}_before", f"{name}_after") if best.get(key) is not None]
-        return ARROW.join(f"{scale * it:.{digits}f}" for it in pair) if len(pair) == 2 else ""
-
-    return [
-        f"{best['step']} of {meta.log[-1]['step']}" if best and meta else "",
-        change("loss", 1, 3),
-        change("accuracy", 100, 1),
-        *(f"{best[name]:.3f}" if name in best else "" for name in ("alignment_raw", "alignment")),
-    ]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
