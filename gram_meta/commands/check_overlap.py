@@ -21,15 +21,11 @@ if TYPE_CHECKING:
 
 HELP = """Find datasets' test images in a corpus: equal files, and re-encoded, resized, cropped or mirrored copies.
 
-Meta-training on pairs with test images is a leak. Without --datasets, the command checks every known dataset whose
-folder is in DATA. It writes the matches as a TSV whose column image has locations of the store, so that
+Without --datasets, the command checks every known dataset whose folder is in DATA. A folder beside the TSV caches data
+computed from images. The exit status is 1 if a dataset could not be read and, with --fail, if there is a match.
 
-    gram check-overlap STORE --root DATA -o overlap.tsv
-    gram cluster STORE -o HIERARCHY --exclude overlap.tsv
-
-leaves them out. A folder beside the TSV caches data computed from images: an interrupted run continues from it, and a
-second run with other thresholds takes minutes. The exit status is 1 if a dataset could not be read and, with --fail, if
-there is a match; else 0."""
+  gram check-overlap STORE --root DATA -o overlap.tsv
+  gram cluster STORE -o HIERARCHY --exclude overlap.tsv          leaves the matches out"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +52,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     largest = "largest distance of near-duplicates, 1 - correlation of pixels (default: %(default)s)"
     add("--distance", type=float, default=DISTANCE, metavar="D", help=largest)
     add("--workers", type=int, default=4, metavar="N", help="threads that read images (default: %(default)s)")
-    add("--cache", metavar="FOLDER", help="folder of the cache (default: TSV.cache)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: cuda where there is one)")
     add("--fail", action="store_true", help="exit with status 1 if there is a match")
 
@@ -76,8 +71,7 @@ def run(args: argparse.Namespace) -> int:
     backbone = None if args.pixels_only else _backbone(store, args.backbone, device)
     pixels = PIXEL_THRESHOLD if args.pixels_only or args.pixels_too else None
     limits = args.neighbours, args.threshold, pixels, args.distance
-    cache = Path(args.cache or f"{args.out}.cache")
-    settings = SearchSettings(*limits, args.workers, cache, device, args.image_root)
+    settings = SearchSettings(Path(f"{args.out}.cache"), *limits, args.workers, device, args.image_root)
     matches, counts = find_overlap(store, tests, backbone, settings)
     write_matches(args.out, store, tests, matches)
     print(as_text(store, tests, matches, counts, args))
@@ -165,9 +159,6 @@ def as_text(
     lines += [f"{found}: {args.out}", f"{counts['candidates']:,} pairs were compared pixel by pixel"]
     if images:
         lines.append(f"gram cluster {args.store} -o HIERARCHY --exclude {args.out} leaves them out")
-    if counts["full"]:
-        full = f"{counts['full']:,} {what} images have {args.neighbours} or more near-duplicates"
-        lines.append(f"{full}: there may be more (--neighbours {4 * args.neighbours})")
     for key, where in (("unreadable tests", f"{what} images"), ("unreadable candidates", "images of the corpus")):
         if counts[key]:
             lines.append(f"{counts[key]:,} {where} could not be read and were not compared")

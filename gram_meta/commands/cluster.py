@@ -7,12 +7,8 @@ import argparse
 HELP = """Organise a store into topics and visual domains: cross-modal hierarchical clustering (Sec. 3.2).
 
 The settings are the keys under CHC, and TASKS.SUPPORT_SHOTS and TASKS.QUERY_SHOTS: a topic that cannot fill a task is
-dropped. Give them in YAML files or as KEY VALUE, e.g. CHC.DOMAINS.K 4 CHC.FILTER.KEEP 0.8.
-
-If there are more than CHC.TOPICS.SAMPLE pairs, the command finds topics on a sample and assigns the other pairs by a
-rule learned from it. The same command continues an interrupted run over a sample.
-
-CHC.LABELLED True takes a labelled collection (gram embed --format classes): its classes are the topics."""
+dropped. Give them in YAML files or as KEY VALUE, e.g. CHC.DOMAINS.K 4 CHC.FILTER.KEEP 0.8. CHC.LABELLED True takes a
+labelled collection (gram embed --format classes): its classes are the topics. See docs/guide/clustering.md."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,18 +7,12 @@ from dataclasses import asdict
 
 from gram_meta.files import to_json
 
-HELP = """Report what this environment has and lacks, with a command that fixes each problem.
+HELP = """Report what this environment has and lacks, with a command that fixes each problem. It downloads nothing.
 
-Changes and downloads nothing.
+A note is what CoOpGRAM can run without; with a problem it cannot run here, or not with the given --root, --meta or
+--backbone. The command ends by training CoOpGRAM for one step on random weights. The exit status is 1 if there is a
+problem, else 0.
 
-  fine     as it should be
-  note     something is missing that CoOpGRAM can run without
-  problem  CoOpGRAM cannot run here, or not with the given --root, --meta or --backbone
-
-It ends by training CoOpGRAM for one step on random weights in a temporary folder. The exit status is 0 only if CoOpGRAM
-can run, else 1.
-
-  gram doctor
   gram doctor --root DATA --meta output/meta --backbone ViT-B/16"""
 
 

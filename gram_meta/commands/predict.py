@@ -19,11 +19,9 @@ if TYPE_CHECKING:
 
 HELP = """Classify each IMAGE with the prompts of a run; no dataset is needed.
 
-IMAGE is a file, or a folder, whose images are found by their suffixes, subfolders too, in sorted order. RUN is the
-output folder of `gram train` or of CoOp's own train.py, a checkpoint in it, or a meta-checkpoint (.safetensors).
-Results go to stdout or to -o; images that cannot be read go to stderr with the reason, are left out, and are counted.
+IMAGE is a file, or a folder, which is searched with its subfolders. RUN is the output folder of `gram train` or of
+CoOp's own train.py, a checkpoint in it, or a meta-checkpoint (.safetensors). Images that cannot be read are reported.
 
-  gram predict --model-dir output/dtd/CoOpGRAM/seed1 photo.jpg holiday/
   gram predict --model-dir output/dtd/CoOpGRAM/seed1 holiday/ --topk 5 -o holiday.csv
   gram predict --model-dir meta/best.safetensors --classes "cat, dog, sea lion" photo.jpg
 

@@ -11,7 +11,6 @@ Writes to OUT: best.safetensors, the meta-checkpoint with the lowest query loss 
 TRAINER.GRAM.CHECKPOINT); last.safetensors; log.jsonl, the held-out scores; TensorBoard scalars; the state for --resume.
 
   gram pretrain --store STORE --hierarchy HIERARCHY --config configs/gram_meta/coop_vit_b16.yaml -o OUT
-  gram pretrain --store STORE --hierarchy HIERARCHY -o OUT BACKBONE.NAME ViT-B/32 OUTER.STEPS 5000
   gram pretrain --store STORE --hierarchy HIERARCHY -o OUT SEEDS "(1, 2, 3)"        # OUT/seed1, OUT/seed2, OUT/seed3
   torchrun --nproc_per_node 8 -m gram_meta pretrain --store ...     # the tasks of each step shared among 8 processes
 

@@ -12,13 +12,9 @@ from gram_meta.errors import GramError
 if TYPE_CHECKING:
     from gram_meta.report import Evidence, Report, Run
 
-HELP = """Print the paper's tables from output folders: mean over seeds with 95 % intervals, differences to a reference
-trainer paired by seed, and the paper's numbers where dataset, backbone and shots are the paper's.
-
-Collects every results.json in and below the folders, and the log.txt of runs of a CoOp, MaPLe, PromptSRC or ProMetaR
-checkout, which have no results.json: these are rows of their own, "from a log". A missing run is shown as missing. Two
-runs of the same thing, and runs whose settings contradict each other, are an error. Without --table: every table that
-there are runs of.
+HELP = """Print the paper's tables from the results.json files, and the logs of a checkout's runs, in and below folders:
+mean over seeds with 95 % intervals, differences to a reference trainer paired by seed, and the paper's numbers where
+dataset, backbone and shots are the paper's. Without --table: every table that there are runs of.
 
   gram report output
   gram report output --table 1 --format latex
@@ -55,7 +51,10 @@ def run(args: argparse.Namespace) -> int:
     from gram_meta import report
 
     evidence = report.gather(args.folders)
-    _say_unfinished(evidence)
+    for path in evidence.unfinished[:10]:
+        _say(f"left out: {path}, the log of a run that has not finished")
+    if len(evidence.unfinished) > 10:
+        _say(f"left out: {len(evidence.unfinished) - 10} more logs of runs that have not finished")
     if args.collect:
         report.write_collection(evidence, args.collect)
         _say(f"{args.collect}: {len(evidence.results)} results, {len(evidence.metas)} meta-trainings")
@@ -102,13 +101,6 @@ def _write_page(args: argparse.Namespace, runs: Sequence[Run], evidence: Evidenc
     with atomic_write(args.html, "w") as file:
         file.write(text)
     _say(f"{args.html}: {len(runs)} runs, {len(drawings)} figures")
-
-
-def _say_unfinished(evidence: Evidence) -> None:
-    for path in evidence.unfinished[:10]:
-        _say(f"left out: {path}, the log of a run that has not finished")
-    if len(evidence.unfinished) > 10:
-        _say(f"left out: {len(evidence.unfinished) - 10} more logs of runs that have not finished")
 
 
 def _say(line: str) -> None:

@@ -6,7 +6,8 @@ import argparse
 
 from gram_meta.coop import launch
 
-HELP = """Train or evaluate a trainer on a dataset: CoOp's train.py, flag by flag.
+HELP = """Train or evaluate a trainer on a dataset: CoOp's train.py, flag by flag. In a CoOp-style checkout the command
+runs the checkout's train.py, with these trainers, options and config files added (docs/guide/checkout.md).
 
   baselines  ZeroshotCLIP, CoOp, CoCoOp, VPT, JointPrompt
   with GRAM  CoOpGRAM, CoCoOpGRAM, VPTGRAM, UniGRAM: start from TRAINER.GRAM.CHECKPOINT, made by `gram pretrain`

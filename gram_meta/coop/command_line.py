@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -17,14 +17,8 @@ class CommandLine:
 
     @classmethod
     def parse(cls, words: Sequence[str]) -> CommandLine:
-        """Read `--trainer X` or `--trainer=X`, and the other flags likewise, from the arguments of a train.py."""
-        return cls(**{field.name: _value(f"--{field.name.replace('_', '-')}", words) for field in fields(cls)})
-
-
-def _value(flag: str, words: Sequence[str]) -> str:
-    for word, following in pairwise([*words, ""]):
-        if word == flag:
-            return following
-        if word.startswith(f"{flag}="):
-            return word.removeprefix(f"{flag}=")
-    return ""
+        """Read these flags from the arguments of a train.py."""
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        for field in fields(cls):
+            parser.add_argument(f"--{field.name.replace('_', '-')}", nargs="?", default="", const="")
+        return cls(**vars(parser.parse_known_args(list(words))[0]))

@@ -24,7 +24,6 @@ import numpy as np
 from PIL import Image
 
 from gram_meta.corpus.store import IMAGES, PairStore
-from gram_meta.errors import GramError
 from gram_meta.files import PathLike, atomic_write, read_arrays, write_arrays
 from gram_meta.images import DIGEST_BYTES, MISSING, BadImage, read_image
 from gram_meta.progress import progress_bar
@@ -71,12 +70,12 @@ class Match:
 class SearchSettings:
     """Settings of the search."""
 
+    cache: Path  # folder for data computed from images
     neighbours: int = NEIGHBOURS  # candidates of each test image
     threshold: float = THRESHOLD  # least cosine of a candidate by CLIP
     pixel_threshold: float | None = None  # least cosine of a candidate by thumbnails; None: no such candidates
     distance: float = DISTANCE  # largest distance of near-duplicates
     workers: int = 4  # threads that read images
-    cache: Path | None = None  # folder for data computed from images; None: no cache
     device: str = "cpu"  # computes the features of test images, and the search
     # the folder that holds the corpus' images now; None: where `gram embed` read them
     image_root: PathLike | None = None
@@ -98,35 +97,19 @@ def find_overlap(
     """Find the images of `store` that are test images.
 
     Args:
-        tests: the test images.
+        tests: the test images, at least one.
         backbone: the CLIP of the store's features; None: candidates are found by pixels alone.
 
     Returns:
-        Matches, sorted by row and test image; and counts: "unreadable tests", "unreadable candidates", "candidates",
-        "full" (test images with at least as many matches as neighbours: there may be more).
-
-    Raises:
-        GramError: the store's features are another CLIP's; neither a backbone nor a `pixel_threshold` is given.
+        Matches, sorted by row and test image; and counts: "unreadable tests", "unreadable candidates", "candidates".
     """
-    if backbone is None and settings.pixel_threshold is None:
-        raise GramError("expected a CLIP or a pixel threshold to find candidates by, found neither")
-    if backbone is not None:
-        store.check_backbone(backbone)
-    if not tests:
-        raise GramError("expected test images to compare with, found none")
     seen = _describe_tests([test.path for test in tests], backbone, settings)
     exact = [Match(row, test, EXACT, float("nan"), 0.0) for row, test in _equal_files(store, seen)]
     pairs, cosines = _candidate_pairs(store, seen, backbone is not None, settings)
     near, unreadable = _confirmed(store, seen.small, pairs, cosines, settings)
     known = {(match.row, match.test) for match in exact}
     matches = exact + [match for match in near if (match.row, match.test) not in known]
-    found = np.bincount([match.test for match in matches], minlength=len(tests))
-    counts = {
-        "candidates": len(pairs),
-        "unreadable tests": int((~seen.ok).sum()),
-        "unreadable candidates": unreadable,
-        "full": int((found >= settings.neighbours).sum()),
-    }
+    counts = {"candidates": len(pairs), "unreadable tests": int((~seen.ok).sum()), "unreadable candidates": unreadable}
     return sorted(matches, key=lambda match: (match.row, match.test)), counts
 
 
@@ -443,10 +426,8 @@ def _key(*what: str | bytes) -> str:
     return digest.hexdigest()[:40]
 
 
-def _cached(cache: Path | None, key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def _cached(cache: Path, key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Return `make()`, or its result of an earlier run for this key."""
-    if cache is None:
-        return make()
     path = cache / f"{key}.npz"
     found = read_arrays(path)
     if not found:
