@@ -81,7 +81,9 @@ class Environment:
 
 def examine(environment: Environment) -> list[Check]:
     """Run every check, and return the lines. Only KeyboardInterrupt is raised."""
-    for name, check in CHECKS:
+    for name, check, needs in CHECKS:
+        if environment.has_problem(*needs):
+            continue
         try:
             with _quiet():
                 for line in check(environment):
@@ -245,8 +247,6 @@ def check_checkout(environment: Environment) -> Iterator[Check]:
 
 
 def check_dassl(environment: Environment) -> Iterator[Check]:
-    if environment.has_problem("torch"):
-        return
     chosen = os.environ.get("GRAM_DASSL", "")
     fix = "unset GRAM_DASSL" if chosen not in ("", "auto", "builtin") else "export GRAM_DASSL=builtin"
     stderr = io.StringIO()
@@ -279,8 +279,6 @@ def _advice(message: str) -> str:
 
 def check_clip(environment: Environment) -> Iterator[Check]:
     """Check CLIP's code: OpenAI's, not the clipboard manager of that name, with the pkg_resources that it imports."""
-    if environment.has_problem("torch"):
-        return
     published = _version("clip-anytorch")
     # Both packages write into the folder clip/: after the other one is removed, clip-anytorch has to be written again.
     again = ("--force-reinstall", "--no-deps") if published else ()
@@ -306,8 +304,6 @@ def check_clip(environment: Environment) -> Iterator[Check]:
 
 def check_weights(environment: Environment) -> Iterator[Check]:
     """Check the weights of OpenAI's that are in the cache."""
-    if environment.has_problem("torch", "clip"):
-        return
     cached = {name: url for name, url in _published_weights().items() if _cached(url).is_file()}
     for name, url in cached.items():
         yield _check_weights_file(f"CLIP {name}", _cached(url), url, environment.verify)
@@ -346,7 +342,7 @@ def download(url: str, path: Path) -> str:
 def check_backbone(environment: Environment) -> Iterator[Check]:
     """Load the CLIP of --backbone if its weights are on this machine."""
     name = environment.backbone
-    if not name or environment.has_problem("torch", "clip"):
+    if not name:
         return
     from gram_meta.backbone.clip import load_backbone
 
@@ -370,7 +366,7 @@ def check_backbone(environment: Environment) -> Iterator[Check]:
 
 def check_datasets(environment: Environment) -> Iterator[Check]:
     """Check the datasets under --root, as `gram check-data` does."""
-    if not environment.root or environment.has_problem("torch", "Dassl"):
+    if not environment.root:
         return
     root = Path(os.path.abspath(os.path.expanduser(environment.root)))
     if not root.is_dir():
@@ -402,8 +398,6 @@ def check_datasets(environment: Environment) -> Iterator[Check]:
 
 def check_meta(environment: Environment) -> Iterator[Check]:
     """Check the meta-checkpoints of --meta, or those in output/meta, where the documents put them."""
-    if environment.has_problem("torch"):
-        return
     from gram_meta.runs.layout import META
 
     named = [Path(os.path.expanduser(path)) for path in environment.meta]
@@ -503,19 +497,20 @@ def train_tiny(folder: Path) -> tuple[int, float]:
     return results["regulator"]["text"]["steps"], results["metrics"]["accuracy"]
 
 
-CHECKS: tuple[tuple[str, Callable[[Environment], Iterator[Check]]], ...] = (
-    ("Python", check_python),
-    ("packages", check_packages),
-    ("torch", check_torch),
-    ("checkout", check_checkout),
-    ("Dassl", check_dassl),
-    ("clip", check_clip),
-    ("CLIP weights", check_weights),
-    ("backbone", check_backbone),
-    ("datasets", check_datasets),
-    ("meta-checkpoint", check_meta),
-    ("output", check_output),
-    ("CoOpGRAM", check_training),
+# Name, check, and the names of lines without which it is left out, if they are problems
+CHECKS: tuple[tuple[str, Callable[[Environment], Iterator[Check]], tuple[str, ...]], ...] = (
+    ("Python", check_python, ()),
+    ("packages", check_packages, ()),
+    ("torch", check_torch, ()),
+    ("checkout", check_checkout, ()),
+    ("Dassl", check_dassl, ("torch",)),
+    ("clip", check_clip, ("torch",)),
+    ("CLIP weights", check_weights, ("torch", "clip")),
+    ("backbone", check_backbone, ("torch", "clip")),
+    ("datasets", check_datasets, ("torch", "Dassl")),
+    ("meta-checkpoint", check_meta, ("torch",)),
+    ("output", check_output, ()),
+    ("CoOpGRAM", check_training, ()),
 )
 
 

@@ -18,7 +18,7 @@ def test_check_data_prints_no_nan():
 
 
 def test_doctor_prints_no_nan(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "CHECKS", [("it", lambda _: iter([doctor.Check("it", doctor.FINE, float("inf"))]))])
+    monkeypatch.setattr(doctor, "CHECKS", [("it", lambda _: iter([doctor.Check("it", doctor.FINE, float("inf"))]), ())])
     assert main(["doctor", "--format", "json"]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and "--format json: expected finite numbers" in printed.err

@@ -79,7 +79,7 @@ def test_here_it_can_run(tmp_path, monkeypatch, capsys):
 
 def test_every_check_has_its_place():
     named = {name for name, value in vars(doctor).items() if name.startswith("check_") and callable(value)}
-    assert {check.__name__ for _, check in doctor.CHECKS} == named
+    assert {check.__name__ for _, check, _ in doctor.CHECKS} == named
 
 
 # ------------------------------------------------------------------------ whatever is broken ends in a line (processes)
@@ -230,7 +230,7 @@ def test_a_training_that_fails_is_a_problem(monkeypatch):
         raise RuntimeError("the regulator\nis lost")
 
     monkeypatch.setattr(launch, "train", broken)
-    monkeypatch.setattr(doctor, "CHECKS", [("CoOpGRAM", doctor.check_training)])
+    monkeypatch.setattr(doctor, "CHECKS", [("CoOpGRAM", doctor.check_training, ())])
     (check,) = examine(Environment())
     assert check == Check("CoOpGRAM", PROBLEM, "RuntimeError: the regulator is lost", "gram doctor --traceback")
     assert not can_run([check])
@@ -238,7 +238,7 @@ def test_a_training_that_fails_is_a_problem(monkeypatch):
 
 def test_a_training_without_regulated_steps_is_a_problem(monkeypatch):
     monkeypatch.setattr(doctor, "train_tiny", lambda folder: (0, 50.0))
-    monkeypatch.setattr(doctor, "CHECKS", [("CoOpGRAM", doctor.check_training)])
+    monkeypatch.setattr(doctor, "CHECKS", [("CoOpGRAM", doctor.check_training, ())])
     assert examine(Environment())[0].state == PROBLEM
 
 
