@@ -6,20 +6,18 @@ runs that cannot share a table, and lists the runs that are missing.
     evidence  reading: results, logs of meta-training, collections of both in one file
     logs      reading: log.txt of a CoOp-style checkout
     runs      what each result measured, and how it differs from others of its trainer
-    tables    rows, cells, differences, missing runs, conflicts
+    tables    rows, cells, differences, missing runs, conflicts; accuracy while training
     paper     the paper's numbers
     numbered  the paper's Tables 1 to 7
     text      terminal, Markdown, LaTeX, CSV, JSON
-    curves    accuracy while training
     figures   Figures 1 and 3 (matplotlib)
     html      the pages of `gram report --html` and `gram inspect --html`
 """
 
-from gram_meta.report.curves import build_curve
 from gram_meta.report.evidence import Evidence, gather, write_collection
 from gram_meta.report.numbered import NUMBERS, all_tables, paper_tables
 from gram_meta.report.runs import Run, read_runs, runs_of
-from gram_meta.report.tables import Report, build_reports
+from gram_meta.report.tables import Report, build_curve, build_reports
 from gram_meta.report.text import render, render_all, render_curve
 
 __all__ = [

@@ -193,11 +193,6 @@ def _average_number(number: int, label: str, members: Sequence[str]) -> dict[str
 # Tables 2 to 5: trained on a source, tested elsewhere
 
 
-def is_variant(target: str, source: str) -> bool:
-    """Return whether a target is a domain variant of its source: its name begins with the source's, as ImageNetV2's."""
-    return target != source and target.startswith(source)
-
-
 def _transfer(number: int, runs: Sequence[Run], reference: str, explicit: bool) -> list[Report]:
     variants, shots = next(key for key, value in _TRANSFER.items() if value == number)
     sources = _sources(runs, shots, explicit)
@@ -219,7 +214,8 @@ def _transfer_table(
     printed: Mapping[str, Any] = paper.table(number) if number else {"source": "", "targets": (), "rows": {}}
     whole = [run for run in runs if run.subsample == "all"]
     trained = [run for run in whole if not run.untrained and run.source == source and run.shots == shots]
-    tests = [run for run in trained if run.transferred and is_variant(run.dataset, source) == variants]
+    # the name of a domain variant begins with that of its source: ImageNetV2
+    tests = [run for run in trained if run.transferred and run.dataset.startswith(source) == variants]
     targets = _in_order({run.dataset for run in tests}, printed["targets"])
     if explicit and not targets and source == printed["source"]:
         targets = list(printed["targets"])

@@ -35,28 +35,23 @@ _TEXT, _VISUAL = ({kind: STATE_NAMES[kind]} for kind in KINDS)
 _FAMILY = {"text": "prompt_learner.ctx", "visual": "image_encoder.VPT"}  # MaPLe's family loads the whole model
 
 
-def _of_the_family(node: str, text: bool = True) -> Target:
-    names = _FAMILY if text else {"visual": _FAMILY["visual"]}
-    keys = {"text": f"TRAINER.{node}.N_CTX_TEXT", "visual": f"TRAINER.{node}.N_CTX_VISION"}
-    return Target(names, {kind: keys[kind] for kind in names})
+def _target(names: dict[str, str], node: str, text: str = "N_CTX_TEXT", meta_net: bool = False) -> Target:
+    """Return a trainer with these names, whose numbers of tokens are options in TRAINER.<node>."""
+    keys = {"text": f"TRAINER.{node}.{text}", "visual": f"TRAINER.{node}.N_CTX_VISION"}
+    return Target(names, {kind: keys[kind] for kind in names}, meta_net)
 
-
-_COOP = Target(_TEXT, {"text": "TRAINER.COOP.N_CTX"})
-_COCOOP = Target(_TEXT, {"text": "TRAINER.COCOOP.N_CTX"}, meta_net=True)
-_VPT = Target(_VISUAL, {"visual": "TRAINER.VPT.N_CTX_VISION"})
-_JOINT = Target(STATE_NAMES, {"text": "TRAINER.JOINT.N_CTX_TEXT", "visual": "TRAINER.JOINT.N_CTX_VISION"})
 
 # Names in CoOp and CoCoOp are the same in a CoOp checkout and here; MaPLe's trainer VPT is another one than ours
 TARGETS = {
-    **dict.fromkeys(("CoOp", "CoOpGRAM"), _COOP),
-    **dict.fromkeys(("CoCoOp", "CoCoOpGRAM"), _COCOOP),
-    **dict.fromkeys(("VPT", "VPTGRAM"), _VPT),
-    **dict.fromkeys(("JointPrompt", "UniGRAM"), _JOINT),
-    "MaPLe/VPT": _of_the_family("VPT", text=False),
-    "MaPLe/IVLP": _of_the_family("IVLP"),
-    "MaPLe": Target({"text": _FAMILY["text"]}, {"text": "TRAINER.MAPLE.N_CTX"}),
-    "PromptSRC": _of_the_family("PROMPTSRC"),
-    "ProMetaR": _of_the_family("PROMETAR"),
+    **dict.fromkeys(("CoOp", "CoOpGRAM"), _target(_TEXT, "COOP", "N_CTX")),
+    **dict.fromkeys(("CoCoOp", "CoCoOpGRAM"), _target(_TEXT, "COCOOP", "N_CTX", meta_net=True)),
+    **dict.fromkeys(("VPT", "VPTGRAM"), _target(_VISUAL, "VPT")),
+    **dict.fromkeys(("JointPrompt", "UniGRAM"), _target(STATE_NAMES, "JOINT")),
+    "MaPLe/VPT": _target({"visual": _FAMILY["visual"]}, "VPT"),
+    "MaPLe/IVLP": _target(_FAMILY, "IVLP"),
+    "MaPLe": _target({"text": _FAMILY["text"]}, "MAPLE", "N_CTX"),
+    "PromptSRC": _target(_FAMILY, "PROMPTSRC"),
+    "ProMetaR": _target(_FAMILY, "PROMETAR"),
 }
 
 

@@ -24,7 +24,7 @@ from gram_meta.errors import GramError
 from gram_meta.files import read_json, write_json
 from gram_meta.method.checkpoint import load_meta_checkpoint
 from gram_meta.method.meta_run import MetaRun
-from gram_meta.report.curves import build_curve
+from gram_meta.report import build_curve
 from gram_meta.report.evidence import gather, write_collection
 from gram_meta.report.runs import runs_of
 from gram_meta.runs.folder import open_folder
