@@ -75,7 +75,7 @@ COMMANDS = {
     "embed": ["~/in", "--out=~/o", "--backbone=~/c.pt", "--image-root", "~/i"],
     "cluster": ["~/s", "--out=~/o", "--exclude", "~/e.tsv"],
     "inspect": ["~/h", "--html=~/p.html"],
-    "check-overlap": ["~/s", "--root=~/d", "--cache=~/c", "-o~/t.tsv"],
+    "check-overlap": ["~/s", "--root=~/d", "-o~/t.tsv"],
     "pretrain": ["--store=~/s", "--hierarchy", "~/h", "-o", "~/o", "--config=~/c.yaml", "BACKBONE.NAME", "~/c.pt"],
     "eval-meta": ["~/m", "--store=~/s", "--hierarchy=~/h"],
     "check-data": ["~/d"],
