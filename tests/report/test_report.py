@@ -158,6 +158,14 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path):
     assert labels == {"CoOp, OPTIM.LR 0.002", "CoOp, OPTIM.LR 0.01"}
 
 
+def test_a_shipped_meta_checkpoint_has_a_row_of_its_own_beside_others(tmp_path):
+    shipped = {"path": "/lib/gram_meta/method/shipped/gram-small-text.safetensors", "sha256": "aa"}
+    write(tmp_path / "alone", "CoOpGRAM", meta_checkpoint=shipped)
+    assert [run.label for run in read_runs([tmp_path / "alone"])] == ["CoOpGRAM"]
+    write(tmp_path / "own", "CoOpGRAM", meta_checkpoint={"path": "meta/best.safetensors", "sha256": "bb"})
+    assert sorted(run.label for run in read_runs([tmp_path])) == ["CoOpGRAM", "CoOpGRAM, shipped"]
+
+
 def test_two_meta_checkpoints_in_one_row_are_refused(tmp_path):
     write(tmp_path, "CoOpGRAM", seed=1, meta_checkpoint={"path": "a", "sha256": "aa"})
     write(tmp_path, "CoOpGRAM", seed=2, meta_checkpoint={"path": "b", "sha256": "bb"})
