@@ -67,7 +67,7 @@ class TaskSampler:
         self.config, self.seed = config, seed
         self.words = [topic.word for topic in hierarchy.topics]
         wanted = range(len(hierarchy.topics)) if topics is None else topics
-        images = _images_by_domain(hierarchy, without_images)
+        images = images_by_domain(hierarchy, without_images)
         self.domains = {topic: images[topic] for topic in wanted if self._fills(images[topic])}
         if self.different < config.ways:
             raise GramError(
@@ -187,7 +187,7 @@ def images_of(hierarchy: Hierarchy, topics: Iterable[int]) -> np.ndarray:
     return np.unique(hierarchy.image[np.isin(hierarchy.topic, list(topics))])
 
 
-def _images_by_domain(hierarchy: Hierarchy, without: np.ndarray | None) -> list[list[np.ndarray]]:
+def images_by_domain(hierarchy: Hierarchy, without: np.ndarray | None) -> list[list[np.ndarray]]:
     """Return the distinct image rows of each domain of each topic; an image has one domain in a topic."""
     keys = np.stack([hierarchy.topic, hierarchy.image], axis=1)
     _, first = np.unique(keys, axis=0, return_index=True)
