@@ -144,6 +144,17 @@ def test_damage_costs_what_it_hits(tmp_path):
     assert read(bytes(10240)) == []
 
 
+def test_thousands_of_headers_without_a_member_are_damage(tmp_path):
+    """Each header for a long name makes tarfile read the next one, one level deeper."""
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 5
+    block = header.tobuf(tarfile.GNU_FORMAT) + b"a.jpg".ljust(512, b"\0")
+    path = write_tar(tmp_path / "a.tar", sample("000000001", "a caption"))
+    path.write_bytes(block * 1500 + path.read_bytes())
+    found = rows_of(path)
+    assert len(good(found)) <= 1 and skips(found)[rows.DAMAGED] >= 1
+
+
 def test_damage_is_found_again_at_any_place(tmp_path):
     """Whatever 700 bytes are lost: no error, no image that is not the right one, and most of the others are there."""
     members = [member for number in range(1, 9) for member in sample(f"{number:09d}", f"caption {number}")]

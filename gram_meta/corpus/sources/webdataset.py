@@ -93,7 +93,7 @@ def members(file: BinaryIO, end: int) -> Iterator[TarInfo | None]:
         file.seek(position)
         try:
             member = TarInfo.fromtarfile(tar)
-        except (HeaderError, ValueError):  # the latter of a number in a pax header
+        except (HeaderError, ValueError, RecursionError):  # of a number in a pax header; of headers without a member
             file.seek(position)
             if file.read(BLOCKSIZE).strip(b"\0"):
                 yield None
