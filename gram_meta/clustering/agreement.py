@@ -12,7 +12,7 @@ import numpy as np
 from gram_meta.clustering.hierarchy import EXCLUDED, FILTERED, NOISE, Hierarchy
 from gram_meta.corpus.sources.format import read_rows
 from gram_meta.corpus.store import PairStore
-from gram_meta.errors import GramError, in_one_line
+from gram_meta.errors import GramError
 from gram_meta.files import PathLike
 
 OF_TOPICS = ("concept", "group", "subgroup", "style", "source")
@@ -24,7 +24,7 @@ Report = dict[str, Any]
 
 
 def read_truth(path: PathLike) -> dict[str, list[str]]:
-    """Read the columns, as strings, of a TSV, CSV or Parquet file of known facts.
+    """Read the columns, as strings, of a TSV or CSV file of known facts.
 
     It has a column `image` (locations in the corpus), any of `concept`, `group`, `subgroup`, `style`, `source` and
     `caption_is_wrong`, and optionally `caption`: with it the facts are about pairs, else about images.
@@ -34,9 +34,11 @@ def read_truth(path: PathLike) -> dict[str, list[str]]:
     """
     path = Path(path)
     try:
-        columns = _parquet_columns(path) if path.suffix.lower() in (".parquet", ".pq") else _text_columns(path)
+        rows = read_rows(path)
     except OSError as error:
         raise GramError(f"{path}: expected a table of known facts, found none ({error.strerror or error})") from None
+    whole = [row for row in rows if len(row) == len(rows[0])]
+    columns = {name: list(column) for name, *column in zip(*whole, strict=True)}
     facts = [name for name in columns if name in {*OF_TOPICS, WRONG}]
     if "image" not in columns or not facts:
         raise GramError(
@@ -44,24 +46,6 @@ def read_truth(path: PathLike) -> dict[str, list[str]]:
             f"found {', '.join(columns) or 'no columns'}"
         )
     return {name: columns[name] for name in ("image", "caption", *facts) if name in columns}
-
-
-def _parquet_columns(path: Path) -> dict[str, list[str]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path)
-    except pa.ArrowException as error:
-        raise GramError(f"{path}: expected a Parquet file, found {in_one_line(error)}") from None
-    values = {name: table[name].to_pylist() for name in table.column_names}
-    return {name: ["" if v is None else str(v) for v in column] for name, column in values.items()}
-
-
-def _text_columns(path: Path) -> dict[str, list[str]]:
-    rows = read_rows(path)
-    rows = [row for row in rows if len(row) == len(rows[0])]
-    return {name: list(column) for name, *column in zip(*rows, strict=True)}
 
 
 def agreement(hierarchy: Hierarchy, store: PairStore, truth: Mapping[str, Sequence[str]]) -> Report:

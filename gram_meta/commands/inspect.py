@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 HELP = """Show a hierarchy: topics by size with words, scores and domains, and which pairs were dropped and why.
 
---truth FILE also shows how well topics, domains and the filter agree with known facts: a .tsv, .csv or .parquet file
+--truth FILE also shows how well topics, domains and the filter agree with known facts: a .tsv or .csv file
 with the column image (optionally caption) and any of concept, group, subgroup, style, source and caption_is_wrong.
 
 --html PAGE.html writes a page for a browser instead: topics with images of every visual domain, a sampled task, dropped
