@@ -306,9 +306,7 @@ class Demo:
         argv += ["DATASET.NUM_SHOTS", str(s.shots), "DATASET.SUBSAMPLE_CLASSES", subsample]
         if variant.trainer.endswith("GRAM"):
             argv += ["TRAINER.GRAM.CHECKPOINT", f"{self.out}/meta/{META}"]
-        watched = s.full or (
-            seed == s.seeds[0] and variant in (COOP, GRAM)
-        )  # for the figure; tests double a run's time
+        watched = s.full or (seed == s.seeds[0] and variant in (COOP, GRAM))  # tests double a run's time
         if watched and not variant.start_only and subsample == "base":
             argv += ["TEST.PER_EPOCH", "True"]
         if s.backbone != "gram-small":

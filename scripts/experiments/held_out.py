@@ -40,7 +40,6 @@ def main() -> None:
     parser.add_argument("--meta-seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--tasks", type=int, default=6, help="of each meta-seed; default: 6")
     args = parser.parse_args()
-
     torch.set_num_threads(1)
     grid = yaml.safe_load(args.grid.read_text())
     variants = {name: {**grid["base"], **(grid[name] or {})} for name in args.only}
