@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -78,9 +79,7 @@ class Episode:
     def _of(self, part: slice) -> Episode:
         classes = self.classes_of(part)
         sides = (self.support, self.query)
-        support, query = (
-            TaskSet(it.backbone, classes, it.images[part], it.labels[part], it.count, it.temperature) for it in sides
-        )
+        support, query = (it.select(it.images[part], it.labels[part], classes) for it in sides)
 
         def classes_of(smaller: slice) -> ClassText | Tensor:
             rows = range(*part.indices(len(self.tasks)))[smaller]
@@ -150,7 +149,7 @@ class Episodes:
             classes_of = partial(self._classes, np.stack([task.topics for task in tasks]))  # (B, K)
             classes = classes_of(slice(None))
             support, query = (
-                TaskSet(self.backbone, classes, side.to(device, non_blocking=True), temperature=temperature)
+                TaskSet(self.backbone, classes, side.to(device, non_blocking=True), temperature)
                 for side, temperature in zip(images, (1.0, self.temperature), strict=True)
             )
             yield Episode(tasks, support, query, classes_of)
@@ -240,38 +239,32 @@ class TaskSet:
         backbone: frozen CLIP.
         classes: the tasks' class prompts (with leading axes (B, K)), or fixed class features (B, K, D).
         images: features (B, K, n, D), or bytes (B, K, n, 3, H, W); `images[:, k]` belong to class k.
-        labels, count: for a part of the images, (B, c, D) or (B, c, 3, H, W): their classes (B, c), and the number of
-            images of the whole task; losses are then the part's share of the mean.
         temperature: what losses divide logits by.
     """
 
     def __init__(
-        self,
-        backbone: Backbone,
-        classes: ClassText | Tensor,
-        images: Tensor,
-        labels: Tensor | None = None,
-        count: int = 0,
-        temperature: float = 1.0,
+        self, backbone: Backbone, classes: ClassText | Tensor, images: Tensor, temperature: float = 1.0
     ) -> None:
-        self.backbone = backbone
-        self.classes = classes
-        self.temperature = temperature
-        if labels is None:
-            batch, ways, shots = images.shape[:3]
-            images = images.flatten(1, 2)  # (B, K n, D) or (B, K n, 3, H, W)
-            labels = torch.arange(ways, device=images.device).repeat_interleave(shots).expand(batch, -1)  # (B, K n)
-        self.images, self.labels = images, labels
-        self.count = count or labels.shape[1]
+        batch, ways, shots = images.shape[:3]
+        self.backbone, self.classes, self.temperature = backbone, classes, temperature
+        self.images = images.flatten(1, 2)  # (B, K n, D) or (B, K n, 3, H, W)
+        self.labels = torch.arange(ways, device=images.device).repeat_interleave(shots).expand(batch, -1)  # (B, K n)
+        self.count = ways * shots  # of a whole task; the losses of a part are its share of the mean
 
     def parts(self, images: int = 0) -> list[TaskSet]:
         """Return the tasks in parts of at most `images` images each (0: all); the parts' losses sum to the whole's."""
         if not images or images >= self.labels.shape[1]:
             return [self]
         parts = zip(self.images.split(images, dim=1), self.labels.split(images, dim=1), strict=True)
-        return [
-            TaskSet(self.backbone, self.classes, some, labels, self.count, self.temperature) for some, labels in parts
-        ]
+        return [self.select(some, labels) for some, labels in parts]
+
+    def select(self, images: Tensor, labels: Tensor, classes: ClassText | Tensor | None = None) -> TaskSet:
+        """Return the same for some of the images and their labels, or for some of the tasks, with their classes."""
+        chosen = copy(self)
+        chosen.images, chosen.labels = images, labels
+        if classes is not None:
+            chosen.classes = classes
+        return chosen
 
     def __call__(self, prompts: Mapping[str, Tensor]) -> Tensor:
         """Return the mean cross-entropy of each task, (B,)."""

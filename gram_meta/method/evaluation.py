@@ -75,8 +75,8 @@ def evaluate(
         support gradient (Fig. 3b, Eq. 12), over all prompts; and per kind of prompt the path lengths of both terms of
         Eq. 6 in one step (`path_gated_KIND`, `path_beta_KIND`), how much gamma and beta vary over tasks
         (`spread_gamma_KIND`, `spread_beta_KIND`: standard deviation over tasks, averaged over entries),
-        `gradient_norm_KIND`. `temperature`, of `TEMPERATURES`, is what logits at theta must be divided by for the least
-        loss.
+        `gradient_norm_KIND`. `temperature`, one of `TEMPERATURES` times that of the query loss, is what logits at theta
+        must be divided by for the least loss.
     """
     kinds = sorted(set(theta) & set(KINDS))
     rows: list[dict[str, Tensor]] = []

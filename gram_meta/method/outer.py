@@ -33,7 +33,6 @@ class OuterLoop:
     batch: int = 4  # B, tasks of a step
     steps: int = 2000  # number of steps
     clip_norm: float = 1.0  # largest norm of the meta-gradient of each group of parameters; 0: not clipped
-    temperature: float = 1.0  # what the query loss divides logits by
     cosine: bool = True  # whether learning rates fall to zero along a cosine
 
     @classmethod
@@ -41,7 +40,7 @@ class OuterLoop:
         """Read the OUTER node."""
         o = config.OUTER
         rates = o.LR_PROMPT, o.LR_VISUAL, o.LR_REGULATOR
-        return cls(o.META, o.OPTIMIZER, *rates, o.BATCH, o.STEPS, o.CLIP_NORM, o.TEMPERATURE, o.COSINE)
+        return cls(o.META, o.OPTIMIZER, *rates, o.BATCH, o.STEPS, o.CLIP_NORM, o.COSINE)
 
     def build_optimiser(self, theta: Mapping[str, Tensor], regulator: GradientRegulator | None) -> Optimizer:
         """Return the optimiser, with groups for theta, for its visual prompt if that has its own rate, and for phi."""
