@@ -39,7 +39,7 @@ def load_packaged_state_dict(path: Path | None = None) -> dict[str, torch.Tensor
     """
     import torch
 
-    tensors, _ = _read(str(path or weights_path()))
+    tensors = _read(str(path or weights_path()))
     state = {name: tensor.float() for name, tensor in tensors.items() if name not in (_ROWS, _IDS)}
     rows = tensors[_ROWS].float()  # (V, d)
     table = rows.mean(0, keepdim=True).repeat(VOCABULARY, 1)
@@ -52,7 +52,7 @@ def load_packaged_state_dict(path: Path | None = None) -> dict[str, torch.Tensor
 
 def untrained_tokens(texts: list[str]) -> dict[str, list[str]]:
     """Return the texts with tokens that were never trained, each with these tokens as words."""
-    tensors, _ = _read(str(weights_path()))
+    tensors = _read(str(weights_path()))
     known = set(tensors[_IDS].tolist())
     bpe = _tokenizer()
     out = {}
@@ -78,16 +78,16 @@ def save_packaged(model: dict[str, torch.Tensor], ids: np.ndarray, path: Path, t
 
 
 @lru_cache(maxsize=2)
-def _read(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _read(path: str) -> dict[str, torch.Tensor]:
     from safetensors import safe_open
 
     if not Path(path).is_file():
         raise GramError(f"{path}: expected the weights of {NAME}, found nothing there")
     with safe_open(path, framework="pt") as file:
-        text = file.metadata() or {}
-        if text.get("format") != _FORMAT:
-            raise GramError(f"{path}: expected weights in the format {_FORMAT}, found {text.get('format')!r}")
-        return {name: file.get_tensor(name) for name in file.keys()}, text
+        found = (file.metadata() or {}).get("format")
+        if found != _FORMAT:
+            raise GramError(f"{path}: expected weights in the format {_FORMAT}, found {found!r}")
+        return {name: file.get_tensor(name) for name in file.keys()}
 
 
 @cache
