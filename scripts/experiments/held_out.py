@@ -45,6 +45,7 @@ def main() -> None:
     variants = {name: {**grid["base"], **(grid[name] or {})} for name in args.only}
     (place,) = {settings["HIERARCHY"] for settings in variants.values()}
     hierarchy, store = Hierarchy.open(place), PairStore.open(args.store)
+    domains = images_by_domain(hierarchy, None)
     words = context_from_words(load_backbone("gram-small"), "a photo of a")
     paths = {name: meta_train(args, name, settings) for name, settings in variants.items()}
     gains: dict[tuple[str, str], list[list[float]]] = {}  # of each meta-seed: base, new, H
@@ -54,7 +55,7 @@ def main() -> None:
             for control, start in controls(of_seed[seed], args.store, place, words).items():
                 starts[name, control] = start
         (held,) = {tuple(load_meta_checkpoint(of[seed]).provenance["held_out_topics"]) for of in paths.values()}
-        done = [adapt(*draw(hierarchy, store, held, [seed, number]), starts) for number in range(args.tasks)]
+        done = [adapt(*draw(hierarchy, domains, store, held, [seed, number]), starts) for number in range(args.tasks)]
         ends = {key: [mean(one[key][STEPS][side] for one in done) for side in (0, 1)] for key in starts}
         ends = {key: [*sides, harmonic(*sides)] for key, sides in ends.items()}
         for key in starts:
@@ -63,9 +64,11 @@ def main() -> None:
     print(tabulate(rows, ["variant", "gradient", "base", "new", "H"], "pipe", disable_numparse=True))
 
 
-def draw(hierarchy: Hierarchy, store: PairStore, topics: tuple[int, ...], seed: list[int]) -> tuple[Recording, TestSet]:
+def draw(
+    hierarchy: Hierarchy, domains: list[list[np.ndarray]], store: PairStore, topics: tuple[int, ...], seed: list[int]
+) -> tuple[Recording, TestSet]:
     """Draw one task: what the steps of a training see, and what it is tested on."""
-    random, domains = np.random.default_rng(seed), images_by_domain(hierarchy, None)
+    random = np.random.default_rng(seed)
     chosen: dict[str, int] = {}
     for topic in random.permutation(topics):
         if len(chosen) < 2 * HALF and max(map(len, domains[topic])) >= 10 and sum(map(len, domains[topic])) >= 24:
