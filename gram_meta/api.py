@@ -47,7 +47,7 @@ def embed(
     sentence_model: str = "all-MiniLM-L6-v2",
     batch_size: int = 64,
     part_size: int = 2048,
-    workers: int = 0,
+    workers: int | None = None,
     device: str = "auto",
     progress: bool = True,
     **source_options: Any,
@@ -62,7 +62,7 @@ def embed(
         sentence_model: a name, or a folder in sentence-transformers' format.
         batch_size: images in one pass.
         part_size: pairs in a part: what an interruption can lose.
-        workers: processes that read images.
+        workers: processes that read images; by default one for each core, up to 8, on a GPU, and none on a CPU.
         device: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto`: cuda where there is one.
         source_options: as for `corpus.sources.open_source`: `format`, `image_column`, `caption_column`, `image_root`,
             `classnames`, `split`, `image_name`.

@@ -87,7 +87,7 @@ def get_meta_config() -> CN:
 
     # Images are read only for visual prompts; all others use the features of a store
     c.LOADER = CN()
-    c.LOADER.WORKERS = 2  # processes that decode ahead, for each process of meta-training; 0: none
+    c.LOADER.WORKERS = -1  # processes that decode ahead, for each process of meta-training; -1: as cores, up to 8
     c.LOADER.PREFETCH = 2  # batches of tasks that each of them keeps ready
     c.LOADER.IMAGE_ROOT = ""  # folder that the images' locations are relative to; "": where `gram embed` read them
 
@@ -195,7 +195,7 @@ def _colour(low: float, above: bool = False) -> Bound:
 
 
 _COUNT, _AT_LEAST_2, _FROM_0, _SHARE = _numbers(1), _numbers(2), _numbers(0), _numbers(0, 1)
-_WORKERS = _numbers(0, 512)  # far more processes than cores only fill the memory
+_WORKERS = _numbers(0, 512, also=-1)  # far more processes than cores only fill the memory
 _SEED, _RATE, _DECAY = _numbers(0, 2**32 - 1), _numbers(0, 1000), _numbers(0, 1, below=True)
 _PREC = _names("fp32", "fp16", "bf16", "amp")
 
@@ -241,7 +241,7 @@ RUN_BOUNDS = {
         (_COUNT, "TRAINER.COOP.N_CTX TRAINER.COCOOP.N_CTX TRAINER.JOINT.N_CTX_TEXT"),
         (_numbers(1, 1000), "TRAINER.JOINT.N_CTX_VISION TRAINER.VPT.N_CTX_VISION"),
         (_WORKERS, "DATALOADER.NUM_WORKERS"),
-        (_FROM_0, "TRAINER.MEMORY.CLASSES TRAINER.MEMORY.IMAGE_BUDGET"),
+        (_FROM_0, "TRAINER.MEMORY.CLASSES TRAINER.MEMORY.IMAGE_BUDGET TRAINER.MEMORY.KEPT_IMAGES"),
         (_FROM_0, "INPUT.CROP_PADDING INPUT.CUTOUT_N INPUT.CUTOUT_LEN INPUT.GN_STD DATALOADER.TRAIN_X.N_DOMAIN"),
         (_FROM_0, "INPUT.COLORJITTER_B INPUT.COLORJITTER_C INPUT.COLORJITTER_S DATALOADER.TRAIN_U.N_DOMAIN"),
         (_COUNT, "DATALOADER.TRAIN_X.N_INS DATALOADER.TRAIN_U.N_INS"),
@@ -272,7 +272,7 @@ RUN_BOUNDS = {
 COMMAND_BOUNDS = {
     **dict.fromkeys(("batch size", "part size", "--neighbours"), _COUNT),
     **dict.fromkeys(("--workers", "--jobs"), _numbers(1, 512)),
-    "workers": _WORKERS,
+    "workers": _numbers(0, 512),
 }
 
 

@@ -50,6 +50,7 @@ class UnreadableImage(GramError):
 
 
 _as_coop = ContextVar("as_coop", default=False)
+_kept: dict[tuple[str, bool], Image.Image] = {}  # by path and `_as_coop`, of `kept_images`
 
 
 @contextmanager
@@ -63,10 +64,44 @@ def coop_decoding(is_on: bool) -> Iterator[None]:
         _as_coop.reset(token)
 
 
-def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
-    """Return an image file of a dataset as RGB; raise `UnreadableImage`, which names it."""
+@contextmanager
+def kept_images(paths: Sequence[str], budget: float, as_coop: bool) -> Iterator[bool]:
+    """Decode image files once, in threads; until the block ends `read_rgb` returns these images.
+
+    Processes that are forked in the block share the memory; spawned ones decode for themselves. Yields whether the
+    images fit into `budget` bytes; if not, none is kept. A bad image is left to `read_rgb`, which reports it.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    def decode(path: str) -> Image.Image | None:
+        try:
+            return decode_image(file_content(Path(path)), as_coop)
+        except BadImage:
+            return None
+
+    fits, rest = True, iter(dict.fromkeys(paths) if budget else ())
+    groups = iter(lambda: list(islice(rest, 64)), [])
     try:
-        return decode_image(file_content(Path(path)), _as_coop.get())
+        with ThreadPoolExecutor(8) as pool:
+            for group in groups:
+                decoded = zip(group, pool.map(decode, group), strict=True)
+                _kept.update({(path, as_coop): image for path, image in decoded if image is not None})
+                fits = 4 * sum(image.width * image.height for image in _kept.values()) <= budget  # 4 bytes a pixel
+                if not fits:
+                    _kept.clear()
+                    break
+        yield fits
+    finally:
+        _kept.clear()
+
+
+def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
+    """Return an image file of a dataset as RGB, which must not be changed; raise `UnreadableImage`, which names it."""
+    as_coop = _as_coop.get()
+    if (os.fspath(path), as_coop) in _kept:
+        return _kept[os.fspath(path), as_coop]
+    try:
+        return decode_image(file_content(Path(path)), as_coop)
     except BadImage as error:
         raise UnreadableImage(f"{path}: expected an image, found: {error}") from None
 

@@ -146,6 +146,25 @@ class ProcessGroup:
 ALONE = ProcessGroup()
 
 
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def worker_count(wish: int = -1) -> int:
+    """Return how many processes read images ahead: `wish`; for -1 one for each core, up to 8.
+
+    Processes that `torchrun` has started on this machine share the cores.
+    """
+    share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(8, share)) if wish < 0 else wish
+
+
+def workers_for(device: torch.device) -> int:
+    """Return the default of `--workers`: on a GPU that of `worker_count`, on a CPU, whose cores are busy, 0."""
+    return 0 if device.type == "cpu" else worker_count()
+
+
 def ranks() -> ProcessGroup:
     """Return this process's ranks from the environment that `torchrun` sets; connect to no other process yet."""
     size = int(os.environ.get("WORLD_SIZE", "1"))

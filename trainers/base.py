@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from torch import Tensor
 
 from gram_meta import engine
 from gram_meta.backbone.clip import Backbone, load_backbone
+from gram_meta.backbone.footprint import GB
 from gram_meta.engine import TrainerX, build_lr_scheduler, build_optimizer, compute_accuracy
 from gram_meta.engine.options import complete_cfg
 from gram_meta.errors import GramError, tensorboard_errors
-from gram_meta.images import UnreadableImage, find_problems, list_problems
+from gram_meta.images import UnreadableImage, find_problems, kept_images, list_problems
 from gram_meta.locks import only_writer
 from gram_meta.method.checkpoint import check_fit
 from gram_meta.method.prompts import STATE_NAMES, PromptedCLIP, context_from_words, logits, random_context
@@ -105,9 +106,19 @@ class ClipTrainer(TrainerX):
             if folder is None:
                 return
             self.claimed = RunMode()
-            with tensorboard_errors(self.cfg.OUTPUT_DIR), folder.continued_log():
+            with tensorboard_errors(self.cfg.OUTPUT_DIR), folder.continued_log(), self._kept_images():
                 super().train()
             folder.finish()
+
+    @contextlib.contextmanager
+    def _kept_images(self) -> Iterator[None]:
+        """Keep the decoded training images for several epochs, if they fit (TRAINER.MEMORY.KEPT_IMAGES)."""
+        most, as_coop = self.cfg.TRAINER.MEMORY.KEPT_IMAGES, self.cfg.DATALOADER.COOP_DECODING
+        paths = [item.impath for item in self.dm.dataset.train_x] if self.max_epoch > 1 else []
+        with kept_images(paths, most * GB, as_coop) as fits:
+            if not fits:
+                print(f"The training images take more than {most} GB: decoded every epoch (TRAINER.MEMORY.KEPT_IMAGES)")
+            yield
 
     def detect_anomaly(self, loss: Tensor) -> None:
         """Raise a `GramError` for a loss, or for losses (n,) of which one is not finite."""
@@ -125,6 +136,13 @@ class ClipTrainer(TrainerX):
         self.mode = RunMode(True, os.fspath(directory), epoch)
         if directory:
             print(f"Note: {type(self).__name__} learns nothing; --model-dir {directory} changes nothing")
+
+    def parse_batch_test(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return images (B, 3, H, W) and labels (B,) on the trainer's device."""
+        images, labels = (batch[key].to(self.device, non_blocking=True) for key in ("img", "label"))
+        return images, labels
+
+    parse_batch_train = parse_batch_test
 
     def after_train(self) -> None:
         self.record.seconds["train"] = time.time() - self.time_start
@@ -349,10 +367,6 @@ class PromptTrainer(Checkpointing, ClipTrainer):
         if tests:
             self.add_to_curve(step)
         return {"loss": loss, "acc": compute_accuracy(output.detach(), labels)[0]}
-
-    def parse_batch_train(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        images, labels = (batch[key].to(self.device, non_blocking=True) for key in ("img", "label"))
-        return images, labels
 
     def model_inference(self, images: Tensor) -> Tensor:
         with self.autocast:

@@ -23,6 +23,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from gram_meta.processes import cores
+
 GRACE = 10.0  # seconds that a stopped worker has to leave whole files behind
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
@@ -60,11 +62,6 @@ def places(jobs: int, gpus: Sequence[str] = ()) -> list[dict[str, str]]:
         {**shares, "TOKENIZERS_PARALLELISM": "false", **({"CUDA_VISIBLE_DEVICES": gpus[i]} if gpus else {})}
         for i in range(count)
     ]
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ------------------------------------------------------------------------------------------------- in the main process

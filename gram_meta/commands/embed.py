@@ -72,8 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=64, metavar="N", help="images in one pass (default: %(default)s)")
     held = "pairs per part: what an interruption can lose, and what is held in memory (default: %(default)s)"
     add("--part-size", type=int, default=2048, metavar="N", help=held)
-    beside = "processes that read images (default: %(default)s, none beside the main one)"
-    add("--workers", type=int, default=0, metavar="N", help=beside)
+    beside = "processes that read images (default: one for each core, up to 8, on a GPU; none on a CPU)"
+    add("--workers", type=int, metavar="N", help=beside)
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: cuda where there is one)")
 
 

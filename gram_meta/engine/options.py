@@ -7,6 +7,7 @@ from typing import Any
 from yacs.config import CfgNode as CN
 
 from gram_meta.config import RUN_BOUNDS, check_bounds, rename_old_keys
+from gram_meta.processes import worker_count
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "TRAINER.COOP": {
@@ -41,6 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "CLASSES": 0,  # class prompts in one pass; 0: as many as TEXT_BUDGET allows
         "TEXT_BUDGET": 1.0,  # GB of the text tower
         "IMAGE_BUDGET": 0.0,  # GB of the image tower, for visual prompts; 0: half of the device's memory
+        "KEPT_IMAGES": 2.0,  # GB of decoded training images; if all take more, they are decoded in every epoch
     },
     "DATASET": {
         "SUBSAMPLE_CLASSES": "all",  # all, base or new
@@ -83,5 +85,6 @@ def complete_cfg(cfg: CN) -> None:
     cfg.defrost()
     extend_cfg(cfg)
     check_bounds(cfg, RUN_BOUNDS)
+    cfg.DATALOADER.NUM_WORKERS = worker_count(cfg.DATALOADER.get("NUM_WORKERS", -1))
     if frozen:
         cfg.freeze()

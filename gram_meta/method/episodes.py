@@ -37,6 +37,7 @@ from gram_meta.method.prompts import (
     template_features,
 )
 from gram_meta.method.tasks import Task
+from gram_meta.processes import worker_count
 
 
 class Batches(Protocol):
@@ -51,7 +52,7 @@ class Batches(Protocol):
 class LoaderConfig:
     """How images are read."""
 
-    workers: int = 2  # processes that decode ahead; 0: none
+    workers: int = -1  # processes that decode ahead; 0: none; -1: one for each core, up to 8
     prefetch: int = 2  # batches of tasks that each of them keeps ready
     image_root: str = ""  # folder that the images' locations are relative to; "": where `gram embed` read them
 
@@ -143,7 +144,7 @@ class Episodes:
         read: Callable[[int], tuple[Sequence[Task], Tensor, Tensor]] = partial(self._features, batches)
         if self.reads_pixels:
             read = partial(read_pixels, batches, self.places, self.backbone.preprocess(as_bytes=True))
-            workers, pin = min(self.loader.workers, len(batches)), device.type == "cuda"
+            workers, pin = min(worker_count(self.loader.workers), len(batches)), device.type == "cuda"
         advice = f"expected enough memory for {workers} of them, try a smaller LOADER.WORKERS"
         for tasks, *images in run_ahead(read, range(len(batches)), workers, advice, self.loader.prefetch, pin):
             classes_of = partial(self._classes, np.stack([task.topics for task in tasks]))  # (B, K)

@@ -36,7 +36,7 @@ from gram_meta.corpus.sources.rows import IMAGE_SUFFIXES
 from gram_meta.errors import GramError, in_one_line
 from gram_meta.files import PathLike
 from gram_meta.images import BROKEN, BadImage, as_rgb, read_image
-from gram_meta.processes import ALONE, device_for
+from gram_meta.processes import ALONE, device_for, workers_for
 from gram_meta.runs.reader import Saved, infer_trainer, load_clip_of, read_classes, read_saved
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class Predictor:
             device: "cpu", "cuda", "cuda:1", "mps"; default: cuda if there is one, else cpu.
             precision: "fp32", "fp16", "bf16" or "amp"; default: the run's on a GPU, float32 on a CPU.
             batch_size: images in one pass; default: see `default_batch_size`.
-            workers: processes that read images ahead; default: see `default_workers`.
+            workers: processes that read images ahead; default: see `workers_for`.
 
         Raises:
             GramError: no classifier at `run`, another backbone than that of the prompts, missing class names.
@@ -162,10 +162,11 @@ class Predictor:
         beginning = list(islice(sources, FEW + 1))
         workers = self.workers
         if workers is None:
-            workers = default_workers(self.backbone) if len(beginning) > FEW else 0
+            workers = workers_for(self.backbone.device) if len(beginning) > FEW else 0
         batches = _batches(chain(beginning, sources), self.batch_size)
         advice = f"expected enough memory for {workers} of them, try --workers 0"
-        for names, pixels, errors in run_ahead(partial(_read_batch, self.transform), batches, workers, advice):
+        read, pin = partial(_read_batch, self.transform), self.backbone.device.type == "cuda"
+        for names, pixels, errors in run_ahead(read, batches, workers, advice, pin_memory=pin):
             probabilities = iter(self.probabilities(pixels) if pixels is not None else ())
             for name, error in zip(names, errors, strict=True):
                 found = np.zeros(0, np.float32) if error else next(probabilities)
@@ -175,7 +176,7 @@ class Predictor:
     def probabilities(self, pixels: Tensor) -> np.ndarray:
         """Return the probabilities (B, N), float32, of images (B, 3, H, W) that went through `transform`."""
         try:
-            logits = self._classifier.model_inference(pixels.to(self.backbone.device))  # (B, N)
+            logits = self._classifier.model_inference(pixels.to(self.backbone.device, non_blocking=True))  # (B, N)
             return logits.float().softmax(dim=1).cpu().numpy()
         except torch.cuda.OutOfMemoryError:
             if len(pixels) == 1:
@@ -261,14 +262,6 @@ def default_batch_size(backbone: Backbone) -> int:
     free, _ = torch.cuda.mem_get_info(backbone.device)
     fitting = max(1, free // 8 // forward_bytes(backbone))
     return min(GPU_BATCH, 1 << (fitting.bit_length() - 1))
-
-
-def default_workers(backbone: Backbone) -> int:
-    """Return how many processes read images ahead: on a GPU one for each core, up to 8; on a CPU none."""
-    if backbone.device.type == "cpu":
-        return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, cores)
 
 
 def _device(name: str) -> str:

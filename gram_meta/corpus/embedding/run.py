@@ -24,7 +24,7 @@ from gram_meta.corpus.store import PairStore, read_manifest
 from gram_meta.errors import GramError, as_gram_error
 from gram_meta.files import MARK, PathLike, write_json
 from gram_meta.locks import LOCK, only_writer
-from gram_meta.processes import ALONE, ProcessGroup
+from gram_meta.processes import ALONE, ProcessGroup, workers_for
 from gram_meta.progress import SharedBar
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def embed_pairs(
     *,
     batch_size: int = 64,
     part_size: int = 2048,
-    workers: int = 0,
+    workers: int | None = None,
     progress: bool = False,
     group: ProcessGroup = ALONE,
 ) -> PairStore:
@@ -55,7 +55,8 @@ def embed_pairs(
         sentence_model: computes the sentence features that topics are made from.
         batch_size: images, and captions, in one forward pass.
         part_size: pairs per part: the most that an interruption can lose, and that is held in memory.
-        workers: processes that read images, for each process of the group; 0: the process itself.
+        workers: processes that read images, for each process of the group; 0: the process itself; default: see
+            `workers_for`.
         progress: show a progress bar.
         group: the processes that share the work, all of which call this with the same arguments; the rows are the same
             for any number of them, and the features are equal byte for byte at equal threads per process.
@@ -65,6 +66,7 @@ def embed_pairs(
             no usable pair; no space left.
     """
     check_bounds({"batch size": batch_size, "part size": part_size, "workers": workers}, COMMAND_BOUNDS)
+    workers = workers_for(backbone.device) if workers is None else workers
     source = source if isinstance(source, Source) else open_source(source)
     out, parts = Path(out), Path(out, layout.PARTS)
     settings = {

@@ -7,6 +7,7 @@ differs from Dassl, on purpose:
 - checkpoints hold tensors and plain values only and are loaded with `weights_only=True`;
 - a warm-up scheduler saves its successor's state, so that a resumed run continues the learning-rate schedule;
 - no model is wrapped in `DataParallel`;
+- DATALOADER.NUM_WORKERS follows the cores by default, and training processes stay over epochs;
 - TensorBoard is used where it is installed and is not needed otherwise;
 - the logger never closes the console.
 """

@@ -49,7 +49,7 @@ _C.DATASET.CIFAR_C_LEVEL = 1
 _C.DATASET.ALL_AS_UNLABELED = False
 
 _C.DATALOADER = CN()
-_C.DATALOADER.NUM_WORKERS = 4
+_C.DATALOADER.NUM_WORKERS = -1  # one for each core, up to 8; Dassl's own default is 4
 _C.DATALOADER.K_TRANSFORMS = 1  # augmented copies of each training image
 _C.DATALOADER.RETURN_IMG0 = False  # also the image without augmentation
 _C.DATALOADER.TRAIN_X = CN()

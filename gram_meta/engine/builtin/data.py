@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import random
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 from tabulate import tabulate
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 from yacs.config import CfgNode
 
@@ -17,6 +21,7 @@ from gram_meta.engine.builtin.transforms import build_transform
 from gram_meta.engine.builtin.utils import read_image
 from gram_meta.errors import GramError
 from gram_meta.images import coop_decoding
+from gram_meta.processes import worker_count
 
 SAMPLERS: dict[str, Any] = {"RandomSampler": RandomSampler, "SequentialSampler": SequentialSampler}
 
@@ -38,14 +43,63 @@ def build_data_loader(
         key = "DATALOADER.TRAIN_X.SAMPLER" if is_train else "DATALOADER.TEST.SAMPLER"
         raise builtin.not_built_in(key, sampler_type, SAMPLERS)
     wrapper = DatasetWrapper if dataset_wrapper is None else dataset_wrapper
-    return DataLoader(
-        wrapper(cfg, data_source, transform=tfm, is_train=is_train),
+    workers = worker_count(cfg.DATALOADER.NUM_WORKERS)
+    on_gpu = torch.cuda.is_available() and cfg.USE_CUDA
+    dataset = wrapper(cfg, data_source, transform=tfm, is_train=is_train)
+    stay = is_train and workers > 0 and isinstance(dataset, DatasetWrapper)
+    if stay:
+        dataset.seed = torch.zeros((), dtype=torch.int64).share_memory_()
+    loader = Loader(
+        dataset,
         batch_size=batch_size,
         sampler=SAMPLERS[sampler_type](data_source),
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        num_workers=workers,
         drop_last=is_train and len(data_source) >= batch_size,
-        pin_memory=torch.cuda.is_available() and cfg.USE_CUDA,
+        pin_memory=on_gpu,
+        persistent_workers=stay,
     )
+    loader.reads_ahead = on_gpu and not workers and not is_train
+    return loader
+
+
+class Loader(DataLoader):
+    """A loader whose processes may stay over epochs; each epoch has the random numbers that new processes would have.
+
+    `reads_ahead`: in a thread; not for training, which needs random numbers in their order.
+    """
+
+    reads_ahead = False
+    is_whole = True  # the last iteration came to its end
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self.is_whole:
+            self.end_workers()  # they may still be reading
+        if self._iterator is not None:
+            self.dataset.seed.random_(generator=self.generator)  # as torch draws a seed for new processes
+        elif self.persistent_workers:
+            self.dataset.seed.zero_()  # torch seeds the new processes
+        batches = super().__iter__()
+        if self.reads_ahead:
+            return _in_a_thread(batches)
+        return self._to_the_end(batches) if self.persistent_workers else batches
+
+    def _to_the_end(self, batches: Iterator[Any]) -> Iterator[Any]:
+        self.is_whole = False
+        yield from batches
+        self.is_whole = True
+
+    def end_workers(self) -> None:
+        """End the processes that have stayed."""
+        self._iterator, self.is_whole = None, True
+
+
+def _in_a_thread(items: Iterator[Any]) -> Iterator[Any]:
+    """Yield the items, two of them computed ahead."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = deque(pool.submit(next, items, None) for _ in range(2))
+        while (item := coming.popleft().result()) is not None:
+            coming.append(pool.submit(next, items, None))
+            yield item
 
 
 class DataManager:
@@ -95,6 +149,9 @@ class DatasetWrapper(TorchDataset):
     Several transforms in a list give "img", "img2", ...
     """
 
+    seed: Any = 0  # of an epoch; `Loader` sets it for processes that have stayed
+    seeded = 0  # the last one that this process has followed
+
     def __init__(self, cfg: CfgNode, data_source: Sequence[Any], transform: Any = None, is_train: bool = False) -> None:
         self.cfg, self.data_source, self.transform, self.is_train = cfg, data_source, transform, is_train
 
@@ -107,6 +164,16 @@ class DatasetWrapper(TorchDataset):
 
     def __len__(self) -> int:
         return len(self.data_source)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Return a batch; in a process that has stayed, seed anew first if a new epoch has begun."""
+        worker, seed = get_worker_info(), int(self.seed)
+        if worker is not None and seed != self.seeded:
+            self.seeded = seed
+            random.seed(seed + worker.id)
+            torch.manual_seed(seed + worker.id)
+            np.random.seed((seed + worker.id) % 2**32)
+        return [self[index] for index in indices]
 
     def __getitem__(self, idx: int) -> dict[str, Any]:
         item = self.data_source[idx]

@@ -12,7 +12,7 @@ import torch
 from yacs.config import CfgNode
 
 from gram_meta.engine.builtin.config import check_options
-from gram_meta.engine.builtin.data import DataManager
+from gram_meta.engine.builtin.data import DataManager, Loader
 from gram_meta.engine.builtin.evaluation import build_evaluator
 from gram_meta.engine.builtin.utils import (
     AverageMeter,
@@ -197,11 +197,15 @@ class TrainerX:
     def train(self) -> None:
         """Train all epochs up to `max_epoch`."""
         self.before_train()  # may move start_epoch, when a run is resumed
-        for epoch in range(self.start_epoch, self.max_epoch):
-            self.epoch = epoch
-            self.before_epoch()
-            self.run_epoch()
-            self.after_epoch()
+        try:
+            for epoch in range(self.start_epoch, self.max_epoch):
+                self.epoch = epoch
+                self.before_epoch()
+                self.run_epoch()
+                self.after_epoch()
+        finally:
+            if isinstance(self.train_loader_x, Loader):
+                self.train_loader_x.end_workers()
         self.after_train()
 
     def before_epoch(self) -> None:
@@ -308,4 +312,4 @@ class TrainerX:
         )
 
     def parse_batch_train(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return tuple(batch[key].to(self.device) for key in ("img", "label", "domain"))
+        return tuple(batch[key].to(self.device, non_blocking=True) for key in ("img", "label", "domain"))
