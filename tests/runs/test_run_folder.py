@@ -660,6 +660,24 @@ def test_several_gpus_are_reported_and_data_parallel_is_never_entered(flags, mon
 
 
 @pytest.mark.slow
+def test_a_resumed_run_with_workers_and_without_kept_images_ends_the_same(flags, tmp_path, monkeypatch):
+    options = ("DATALOADER.NUM_WORKERS", 2, "OPTIM.MAX_EPOCH", 3, "TRAIN.CHECKPOINT_FREQ", 1)
+    ours(flags("whole", *options))
+
+    def stop(self):
+        if self.epoch == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(base.PromptTrainer, "before_epoch", stop)
+        ours(flags("stopped", *options))
+    ours(flags("stopped", *options, "TRAINER.MEMORY.KEPT_IMAGES", 1e-6))
+    assert torch.equal(learned(tmp_path / "whole", 3)["ctx"], learned(tmp_path / "stopped", 3)["ctx"])
+    line = "The training images take more than 1e-06 GB: decoded every epoch (TRAINER.MEMORY.KEPT_IMAGES)"
+    assert [line in (tmp_path / run / "log.txt").read_text() for run in ("whole", "stopped")] == [False, True]
+
+
+@pytest.mark.slow
 def test_determinism_gives_equal_numbers_twice(flags, tmp_path, monkeypatch):
     """With two loader workers and random augmentation; also where a train.py has asked for cuDNN's benchmark."""
     options = ("TRAIN.DETERMINISTIC", True, "DATALOADER.NUM_WORKERS", 2, "OPTIM.MAX_EPOCH", 3)

@@ -68,10 +68,11 @@ class Loader(DataLoader):
     `reads_ahead`: in a thread; not for training, which needs random numbers in their order.
     """
 
+    dataset: Any  # `seed` is set before each epoch
     reads_ahead = False
     is_whole = True  # the last iteration came to its end
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Any:
         if not self.is_whole:
             self.end_workers()  # they may still be reading
         if self._iterator is not None:
