@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -98,7 +99,6 @@ class Backbone(nn.Module):
 
     Attributes:
         name: as given to `load_backbone`.
-        fingerprint: SHA-256 of the weights as float32, so the same for every precision and device.
         is_vit: whether the image tower is a transformer (only then are there visual prompts).
         text_width, visual_width, embed_dim: d_text, d_visual (0 for a ResNet) and the width D of the joint space.
         image_size: side of the square input in pixels.
@@ -118,7 +118,7 @@ class Backbone(nn.Module):
     def __init__(self, model: Any, name: str, device: str | torch.device, precision: str) -> None:
         super().__init__()
         self.name = name
-        self.fingerprint = fingerprint(model.state_dict())
+        self._digest = _in_background(fingerprint, model.state_dict())
         self.is_vit = hasattr(model.visual, "class_embedding")
         self.text_width = int(model.ln_final.weight.shape[0])
         self.visual_width = int(model.visual.conv1.weight.shape[0]) if self.is_vit else 0
@@ -130,9 +130,15 @@ class Backbone(nn.Module):
         self.packs_texts = torch.device(device).type == "cpu"
         for name, value in (("pixel_mean", PIXEL_MEAN), ("pixel_std", PIXEL_STD)):
             self.register_buffer(name, torch.tensor(value)[:, None, None], persistent=False)  # (3, 1, 1)
-        self.register_buffer("logit_scale", model.logit_scale.detach().exp().to(_feature_dtype(precision)))
-        self.model = _cast(model, PRECISIONS[precision]).requires_grad_(False)
+        tau = model.logit_scale.detach().float().exp()
+        self.register_buffer("logit_scale", tau.to(_feature_dtype(precision)))
+        self.model = _place(model.requires_grad_(False), device, PRECISIONS[precision])
         self.to(device).eval()
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights as float32, so the same for every precision and device; a thread computes it."""
+        return self._digest()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -295,6 +301,25 @@ def clip_module() -> ModuleType:
     return clip
 
 
+def _in_background(function: Callable[[Any], Any], argument: Any) -> Callable[[], Any]:
+    """Call a function in a thread; return a function that waits for its result. The argument is freed meanwhile."""
+    held, found = [argument], []
+
+    def compute() -> None:
+        found.append(function(held[0]))
+        held.clear()
+
+    def result() -> Any:
+        thread.join()
+        if not found:  # this process was forked meanwhile, and threads stay behind
+            compute()
+        return found[0]
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    return result
+
+
 def fingerprint(state_dict: dict[str, Tensor]) -> str:
     """Return the SHA-256 of names, shapes and float32 values of a state dict, in the order of the names."""
     digest = hashlib.sha256()
@@ -336,15 +361,18 @@ def _random_model(shape: str) -> nn.Module:
         return empty_clip(clip_module(), *_SHAPES[shape])
 
 
-def _cast(model: Any, dtype: torch.dtype) -> Any:
-    """Set the number type of the matrix products; with 16 bits everything else stays float32, as in OpenAI's code."""
-    if dtype in (torch.float32, torch.float64):
-        return model.to(dtype)
-    if not hasattr(model.visual, "class_embedding"):
-        model.visual.to(dtype)  # a ResNet runs its own forward pass, in one number type
+def _place(model: Any, device: str | torch.device, dtype: torch.dtype) -> Any:
+    """Copy the weights to a device, each at once in its number type: `dtype` for matrix products.
+
+    With 16 bits everything else is float32, as in OpenAI's code; a ResNet runs its own forward pass, in one type.
+    """
+    whole = dtype in (torch.float32, torch.float64)
+    low = set() if hasattr(model.visual, "class_embedding") else set(model.visual.modules())
     for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear | nn.MultiheadAttention):
-            module.to(dtype)
+        is_low = whole or module in low or isinstance(module, nn.Conv2d | nn.Linear | nn.MultiheadAttention)
+        for value in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            kind = value.dtype if not value.is_floating_point() else dtype if is_low else torch.float32
+            value.data = value.data.to(device, kind, copy=True)  # also on the CPU: a mapped file may change
     return model
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +30,8 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 HEAD = 64  # channels of an attention head in OpenAI's builder
 EPS = 1e-5  # of its layer norms
 VOCABULARY = 49_408  # of its tokenizer
+
+_KEPT = (torch.float32, torch.float16, torch.bfloat16, torch.int64)  # number types that are exact as float32
 
 # Entries beside the weights in OpenAI's archives and in other checkpoints, which are not learned
 _EXTRA = {
@@ -98,8 +101,13 @@ def read_widths(path: Path) -> dict[str, int]:
 
 
 def build_clip(clip: ModuleType, state: Mapping[str, Tensor], name: str) -> Any:
-    """Return CLIP's modules, float32, with these weights; raise `GramError` for no whole CLIP of OpenAI's kind."""
-    weights = {key: value.to(torch.float32) for key, value in state.items() if key not in _EXTRA}
+    """Return CLIP's modules with these very tensors; raise `GramError` for no whole CLIP of OpenAI's kind.
+
+    Nothing is drawn at random and nothing is copied: the modules are built without memory (device "meta"), and then
+    hold the tensors of `state` in their own number types, which may be parts of a mapped file.
+    """
+    weights = {key: value if value.dtype in _KEPT else value.float() for key, value in state.items()}
+    weights = {key: value for key, value in weights.items() if key not in _EXTRA}
     if "text_projection" not in weights or "visual.conv1.weight" not in weights:
         some = ", ".join(list(weights)[:3]) or "nothing"
         raise GramError(
@@ -107,8 +115,9 @@ def build_clip(clip: ModuleType, state: Mapping[str, Tensor], name: str) -> Any:
             "..."
         )
     try:
-        model = _plainly(clip.model.build_model, dict(weights)).float()
-        model.load_state_dict(weights)  # build_model went through fp16: put the exact values back
+        with torch.device("meta"):
+            model = _plainly(clip.model.build_model, {key: value.to("meta") for key, value in weights.items()})
+        model.load_state_dict(weights, assign=True)
     except (KeyError, IndexError, RuntimeError) as error:
         found = f"no {error.args[0]}" if isinstance(error, KeyError) else in_one_line(error, 300)
         raise GramError(f"{name}: expected a whole CLIP of OpenAI's architecture, found {found}") from None
@@ -117,6 +126,8 @@ def build_clip(clip: ModuleType, state: Mapping[str, Tensor], name: str) -> Any:
         raise GramError(
             f"{name}: expected embeddings of at least the {VOCABULARY} tokens of CLIP's tokenizer, found {vocabulary}"
         )
+    for block in model.transformer.resblocks:
+        block.attn_mask = model.build_attention_mask()  # no weight
     return model
 
 
@@ -157,15 +168,14 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         except Exception as error:  # noqa: BLE001, safetensors raises errors of its own classes
             raise GramError(f"{path}: expected a .safetensors file, found {error}") from None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.jit is deprecated, but OpenAI's files need it
-            return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
-    except RuntimeError:
-        pass  # not a TorchScript archive
     expected = f"{path}: expected a TorchScript archive or a state dict of tensors, found"
+    mapped = zipfile.is_zipfile(path)  # pickles of old kinds are read whole
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        if mapped and "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():  # TorchScript
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch.jit is deprecated, but OpenAI's files need it
+                return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # noqa: BLE001, pickle, zip and torch each raise their own
         raise GramError(f"{expected} {in_one_line(error)}") from None
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}

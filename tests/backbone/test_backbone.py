@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
 
-from gram_meta.backbone.clip import clip_module, end_positions, fingerprint, load_backbone
+from gram_meta.backbone.clip import _in_background, clip_module, end_positions, fingerprint, load_backbone
 from gram_meta.errors import GramError
 from gram_meta.method.prompts import (
     ClassText,
@@ -179,6 +181,63 @@ def test_local_files_load_through_the_same_door(tmp_path, backbone, weights):
     save_file({key: value.contiguous() for key, value in weights.items()}, tmp_path / "clip.safetensors")
     for name in ("clip.pt", "nested.pt", "clip.safetensors"):
         assert load_backbone(str(tmp_path / name)).fingerprint == backbone.fingerprint
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "fp64"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.float64])
+def test_loading_draws_nothing_at_random(tmp_path, monkeypatch, weights, backbone, stored, precision):
+    """The modules are built without memory, and each weight goes from the file to its number type at once."""
+    in_file = {key: value.to(stored) for key, value in weights.items()}
+    torch.save(in_file, tmp_path / "clip.pt")
+
+    def without_memory(function):
+        def called(*args, **kwargs):
+            result = function(*args, **kwargs)
+            assert result.is_meta, f"{function.__name__} drew {tuple(result.shape)}"
+            return result
+
+        return called
+
+    for owner, names in ((torch.Tensor, ("normal_", "uniform_")), (torch, ("randn", "rand"))):
+        for name in names:
+            monkeypatch.setattr(owner, name, without_memory(getattr(owner, name)))
+    loaded = load_backbone(str(tmp_path / "clip.pt"), precision=precision)
+    assert loaded.fingerprint == fingerprint(in_file)
+    assert loaded.logit_scale == in_file["logit_scale"].float().exp()
+    products = ("conv1", "in_proj", "out_proj", "c_fc", "c_proj")
+    low = {"fp32": torch.float32, "fp64": torch.float64, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    for key, value in loaded.model.state_dict().items():
+        high = low if precision in ("fp32", "fp64") else torch.float32
+        expected = in_file[key].float().to(low if any(part in key for part in products) else high)
+        assert value.dtype == expected.dtype and torch.equal(value, expected), key
+    masks = [block.attn_mask for block in loaded.model.transformer.resblocks]
+    assert all(torch.equal(mask, torch.full((77, 77), -torch.inf).triu(1)) for mask in masks) and masks
+
+
+def test_a_mapped_file_may_change_afterwards(tmp_path, weights, backbone):
+    torch.save(weights, tmp_path / "clip.pt")
+    loaded = load_backbone(str(tmp_path / "clip.pt"))
+    assert loaded.fingerprint == backbone.fingerprint
+    (tmp_path / "clip.pt").write_bytes(bytes((tmp_path / "clip.pt").stat().st_size))
+    assert torch.equal(loaded.encode_texts(["a cat"]), backbone.encode_texts(["a cat"]))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_has_the_fingerprint_too(monkeypatch, weights):
+    """The thread that computes it exists in the first process alone."""
+    begun = threading.Event()
+
+    def slow(state):
+        begun.set()
+        time.sleep(0.5)
+        return fingerprint(state)
+
+    result = _in_background(slow, weights)
+    begun.wait()
+    pid = os.fork()
+    if not pid:
+        os._exit(result() != fingerprint(weights))
+    assert os.waitpid(pid, 0)[1] == 0 and result() == fingerprint(weights)
 
 
 def test_torchscript_archives_load(tmp_path, backbone):

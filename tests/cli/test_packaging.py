@@ -168,6 +168,17 @@ def test_help_imports_nothing_heavy(arguments, tmp_path):
     assert done.stdout.strip().endswith("HEAVY 0 []"), done.stdout[-500:] + done.stderr[-2000:]
 
 
+def test_the_trainers_import_nothing_heavy_beside_torch_and_clip(tmp_path):
+    """`gram train` imports the rest where it is needed: scikit-learn takes longer than CLIP's weights."""
+    needless = (*(set(HEAVY) - {"torch", "clip"}), "matplotlib", "pyarrow", "tensorboard", "gram_meta.clustering")
+    code = (
+        "import sys, warnings\nwarnings.simplefilter('ignore')\nfrom gram_meta.coop import launch, register\n"
+        f"register.install()\nprint([name for name in {needless!r} if name in sys.modules], 'torch' in sys.modules)"
+    )
+    done = python(code, tmp_path, GRAM_DASSL="builtin")
+    assert done.stdout == "[] True\n", done.stdout + done.stderr[-2000:]
+
+
 def test_gram_without_a_command_prints_help(capsys):
     assert main([]) == 2
     assert "gram COMMAND --help" in capsys.readouterr().out

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import f1_score
 from yacs.config import CfgNode
 
 from gram_meta.engine.builtin.utils import Registry, build
@@ -52,6 +51,8 @@ class Classification:
 
     def evaluate(self) -> OrderedDict[str, float]:
         """Print and return accuracy, error_rate, macro_f1 (over the classes that occur) [, perclass_accuracy]."""
+        from sklearn.metrics import f1_score
+
         true, predicted = (torch.cat(column).cpu().numpy() for column in zip(*self._batches, strict=True))
         self._correct, self._total = int((true == predicted).sum()), len(true)
         accuracy = 100.0 * self._correct / self._total
