@@ -87,6 +87,7 @@ class Process:
         self.spec, self.name = spec, spec.entry.name
         spec.folder.mkdir()
         self.pool = common.own_process(contestant.begin, spec.folder, "real" if spec.dassl else "builtin")
+        self.pool.submit(contestant.answer, spec, "facts")  # it is built while the others are
 
     def ask(self, what: str, *words: Any) -> Any:
         """Return what a method of the contestant returns; raise GramError if the contestant fails."""
@@ -135,7 +136,7 @@ class Bench:
     """What all groups share: weights, data, and where the checkouts are."""
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
-        self.args, self.folder = args, folder
+        self.args, self.folder, self.failed = args, folder, False
         self.checkouts = {"coop": args.coop, "prometar": args.prometar}
         for name, path in self.checkouts.items():
             if path and not (path / "train.py").is_file():
@@ -187,23 +188,23 @@ class Bench:
         """Run one group; return the answers of every contestant."""
         left_out, batch = {}, self.args.batch or BATCHES[name]
         with contextlib.ExitStack() as stack:
-            processes, built, checks = [], {}, {}
+            started, processes, built, checks = [], [], {}, {}
             for index, entry in enumerate(GROUPS[name]):
                 if entry.checkout and not self.checkouts[entry.checkout]:
                     left_out[entry.name] = f"{entry.name}: left out, as there is no --{entry.checkout}"
-                    continue
-                process = self.start(entry, batch, self.folder / f"{name}_{index}")
-                stack.enter_context(process.pool)
+                else:
+                    started.append(self.start(entry, batch, self.folder / f"{name}_{index}"))
+                    stack.enter_context(started[-1].pool)
+            for process in started:
                 try:
-                    built[entry.name], checks[entry.name] = process.ask("facts"), process.ask("check")
+                    built[process.name], checks[process.name] = process.ask("facts"), process.ask("check")
                     processes.append(process)
                 except GramError as error:
-                    left_out[entry.name] = str(error)
+                    left_out[process.name], self.failed = str(error), True
             same_batches(built)
             measures = [one for one in self.args.measures if not (name == "prometar" and one.startswith("tower"))]
             rows = self._measure(processes, measures)
-        for process in processes:
-            rows[process.name]["built"] = built[process.name]
+        rows = {name: row | {"built": built[name]} for name, row in rows.items()}
         equal = {} if name == "prometar" else compare([process.spec.entry for process in processes], checks)
         return {"group": name, "left_out": left_out, "contestants": rows, "equal": equal}
 
@@ -216,11 +217,9 @@ class Bench:
                 for process in processes:
                     rounds[process.name][measure].append(process.ask("timed", measure, args.steps))
             print(f"  round {number + 1} of {args.repeats} done", file=sys.stderr, flush=True)
-        with_peak, rows = [name for name in measures if name in WITH_PEAK], {}
-        for process in processes:
-            peaks = {name: process.ask("peak", name) for name in with_peak}
-            rows[process.name] = {"rounds": rounds[process.name], "peak_mb": peaks}
-        return rows
+        with_peak = [name for name in measures if name in WITH_PEAK]
+        peaks = {process.name: {name: process.ask("peak", name) for name in with_peak} for process in processes}
+        return {name: {"rounds": its, "peak_mb": peaks[name]} for name, its in rounds.items()}
 
 
 def same_batches(built: Mapping[str, Mapping[str, Any]]) -> None:
@@ -316,15 +315,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.device == "cuda" and not torch.cuda.is_available():
             raise GramError("--device cuda: expected a GPU that torch can use, found none")
         args.clock = "wall" if args.device == "cuda" else args.clock
-        run(args)
+        return run(args)
     except GramError as error:
         print(f"checkouts.py: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
-def run(args: argparse.Namespace) -> None:
-    """Run all groups; the JSON file is written after each, so that an interruption loses nothing."""
+def run(args: argparse.Namespace) -> int:
+    """Run all groups, and write the JSON file after each; return 1 if a contestant stopped."""
     places = {"this project": Path(__file__).parent, "CoOp": args.coop, "ProMetaR": args.prometar, "Dassl": args.dassl}
     places["learn2learn"] = args.learn2learn
     torch.set_num_threads(args.threads or torch.get_num_threads())
@@ -339,6 +337,7 @@ def run(args: argparse.Namespace) -> None:
             sys.stdout.flush()
             report["tables"].append(table)
             common.write_report(args, report)
+    return int(bench.failed)
 
 
 if __name__ == "__main__":

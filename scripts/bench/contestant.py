@@ -207,10 +207,7 @@ class Contestant:
         """Run the image tower alone."""
         device, model = self.trainer.device, self.trainer.model
         amp = self.spec.precision == "amp" and device.type == "cuda"
+        theirs = self.spec.checkout and (lambda images: model.image_encoder(images.type(model.dtype)))
         for batch in batches:
-            images = batch["img"].to(device)
-            with torch.amp.autocast(device.type) if amp else nullcontext():
-                if self.spec.checkout:
-                    model.image_encoder(images.type(model.dtype))
-                else:
-                    model.image_features(images)
+            with torch.amp.autocast(device.type, enabled=amp):
+                (theirs or model.image_features)(batch["img"].to(device))

@@ -2,6 +2,7 @@
 
     bash scripts/gpu/check.sh -o OUT                  # 8 minutes, random ViT-B/16, random pictures
     bash scripts/gpu/check.sh -o OUT --only CoOp      # the checks with this in their names, and those that they need
+    bash scripts/gpu/check.sh -o OUT --checkouts DIR  # also against DIR/CoOp and DIR/ProMetaR (with DIR/learn2learn)
 
 checks.yaml lists the checks; each has a process of its own (Linux alone). OUT/check.md and check.json have the results,
 OUT/logs the output of each. The exit status is 1 if a check failed.
@@ -41,10 +42,10 @@ Check = dict[str, Any]  # an entry of checks.yaml, and the texts that it may nam
 def checks_of(args: Namespace) -> dict[str, Check]:
     """Return the checks by name, in the order of checks.yaml; with --only, these and those that they need."""
     book = yaml.safe_load(Path(__file__).with_name("checks.yaml").read_text(encoding="utf-8"))
-    checks, gpu = {}, args.device != "cpu"
+    checks, gpu, book["checkout"] = {}, args.device != "cpu", book["checkout"] if args.checkouts else {}
     texts = book["texts"] | book["gpu" if gpu else "cpu"] | {"device": args.device, "cuda": gpu}
     for template, entry in book["checks"].items():
-        kind = next((kind for kind in ("family", "trainer") if f"{{{kind}}}" in template), "")
+        kind = next((kind for kind in ("family", "trainer", "checkout") if f"{{{kind}}}" in template), "")
         for one, its in book.get(kind, {"": {}}).items():
             if one not in entry.get("but", ()):
                 check = {**texts, kind: one, **its, **entry}
@@ -82,7 +83,7 @@ def run(name: str, check: Check, output: Path, work: Path, log: Path) -> None:
         found = f"relative errors {compare(check)}; "
     elif "script" in check:
         sys.argv = [*filled(check, "script").split(), "-o", str(output / f"{name.replace(' ', '_')}.json")]
-        runpy.run_module(sys.argv[0], run_name="__main__")
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)  # its processes must find its classes
     elif status := cli.main(shlex.split(filled(check, "gram"))):
         sys.exit(status)
     if check["cuda"]:
@@ -152,6 +153,7 @@ def main() -> int:
     options.add_argument("--minutes", type=float, default=8, help="no check starts later (%(default)s)")
     options.add_argument("--limit", type=float, default=120, help="most seconds of one check (%(default)s)")
     options.add_argument("--device", default="cuda", help="(%(default)s); cpu: random-tiny, to try the script")
+    options.add_argument("--checkouts", type=Path, metavar="DIR", help="folder of the checkouts to time (none)")
     options.add_argument("--only", nargs="+", metavar="PART", help="checks with one of these in their names (all)")
     args = options.parse_args()
     end, output, checks = time.monotonic() + 60 * args.minutes, args.output.resolve(), checks_of(args)
@@ -161,6 +163,8 @@ def main() -> int:
     rows = {name: {"state": "not run", "seconds": None, "last line": "no time was left"} for name in checks}
     with tempfile.TemporaryDirectory() as work:
         draw(Path(work, "pictures"))
+        if args.checkouts:
+            Path(work, "checkouts").symlink_to(args.checkouts.resolve())
         for name, check in checks.items():
             left, needs = end - time.monotonic(), filled(check, "needs")
             if needs and rows[needs]["state"] != "passed":

@@ -33,12 +33,12 @@ def test_help_says_how_to_start_it(checkouts, capsys):
 
 
 def test_a_round_over_our_own(checkouts, tmp_path, capsys, monkeypatch):
-    """One contestant that works, and one that cannot be built: it is left out, with the reason."""
+    """A contestant that cannot be built is left out, with the reason, and the exit status is 1."""
     theirs, _, gram = checkouts.GROUPS["cocoop"]
     broken = checkouts.Entry("CoCoOp", "COCOOP", "no_such_config")
     monkeypatch.setitem(checkouts.GROUPS, "cocoop", (theirs, broken, gram))
     measures = ("--measures", "step", "test", "tower", "loader", "loader_of_test")
-    assert checkouts.main([*TINY, *measures, "--groups", "cocoop", "-o", str(tmp_path / "out.json")]) == 0
+    assert checkouts.main([*TINY, *measures, "--groups", "cocoop", "-o", str(tmp_path / "out.json")]) == 1
     report, tables = rows(tmp_path / "out.json")
     table = tables["cocoop"]
     assert list(table["contestants"]) == ["CoCoOpGRAM, this project"]

@@ -43,3 +43,19 @@ def test_a_failure_is_named_and_what_needs_it_does_not_run(tmp_path):
     assert rows["embed"]["state"] == "failed" and rows["embed"]["last line"] == "killed after 0.01 s"
     assert rows["cluster"] == {"state": "not run", "seconds": None, "last line": "needs embed"}
     assert rows["check-data"]["state"] == "failed" and "2 failed" in done.stdout
+
+
+CHECKOUTS = os.environ.get("GRAM_CHECKOUTS", "")
+
+
+def test_checkouts_are_timed_where_they_are_given(tmp_path):
+    """--checkouts adds a check for each; a folder without them fails with a sentence."""
+    done, rows = check(tmp_path, "--limit", "900", "--only", "against", "--checkouts", CHECKOUTS or tmp_path)
+    assert list(rows) == [f"time {name} against its checkout" for name in ("CoOp", "CoCoOp", "ProMetaR")]
+    if CHECKOUTS:
+        assert done.returncode == 0, done.stdout
+        assert all(text in done.stdout for text in ("| CoOp, its checkout ", "| ProMetaR, its checkout "))
+    else:
+        last = [row["last line"] for row in rows.values()]
+        assert all("expected a checkout with a train.py, found none" in line for line in last), last
+        assert done.returncode == 1
