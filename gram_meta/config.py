@@ -98,6 +98,7 @@ def get_meta_config() -> CN:
     c.MEMORY.IMAGES = 0  # lean, visual prompts: images of one side of a task in one pass; 0: as many as fit
     c.MEMORY.CHECKPOINTING = False  # keep only the inputs of layers, and recompute the rest in backward passes
     c.MEMORY.BUDGET = 0.0  # GB that each process may fill; 0: half of the device's memory
+    c.MEMORY.CUDA_GRAPHS = True  # on a GPU, record a step once for each shape of its tasks, and replay it
 
     # R^phi, Eq. 5 and 6
     c.REGULATOR = CN()
@@ -241,7 +242,8 @@ RUN_BOUNDS = {
         (_COUNT, "TRAINER.COOP.N_CTX TRAINER.COCOOP.N_CTX TRAINER.JOINT.N_CTX_TEXT"),
         (_numbers(1, 1000), "TRAINER.JOINT.N_CTX_VISION TRAINER.VPT.N_CTX_VISION"),
         (_WORKERS, "DATALOADER.NUM_WORKERS"),
-        (_FROM_0, "TRAINER.MEMORY.CLASSES TRAINER.MEMORY.IMAGE_BUDGET TRAINER.MEMORY.KEPT_IMAGES"),
+        (_FROM_0, "TRAINER.MEMORY.CLASSES TRAINER.MEMORY.TEXT_BUDGET"),
+        (_FROM_0, "TRAINER.MEMORY.IMAGE_BUDGET TRAINER.MEMORY.KEPT_IMAGES"),
         (_FROM_0, "INPUT.CROP_PADDING INPUT.CUTOUT_N INPUT.CUTOUT_LEN INPUT.GN_STD DATALOADER.TRAIN_X.N_DOMAIN"),
         (_FROM_0, "INPUT.COLORJITTER_B INPUT.COLORJITTER_C INPUT.COLORJITTER_S DATALOADER.TRAIN_U.N_DOMAIN"),
         (_COUNT, "DATALOADER.TRAIN_X.N_INS DATALOADER.TRAIN_U.N_INS"),
@@ -255,7 +257,6 @@ RUN_BOUNDS = {
         (Bound(_is_range, "(low, high), more than 0 and at most 1"), "INPUT.RRCROP_SCALE"),
         (_colour(-1000), "INPUT.PIXEL_MEAN"),
         (_colour(0, above=True), "INPUT.PIXEL_STD"),
-        (_numbers(0, above=True), "TRAINER.MEMORY.TEXT_BUDGET"),
         (Bound(lambda value: not value, "False, as a trainer needs tensors"), "INPUT.NO_TRANSFORM"),
         (Bound(_is_size, "(height, width) of at least 1 pixel"), "INPUT.SIZE"),
         (_names("bilinear", "bicubic", "nearest"), "INPUT.INTERPOLATION"),

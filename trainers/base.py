@@ -20,6 +20,7 @@ from torch import Tensor
 from gram_meta import engine
 from gram_meta.backbone.clip import Backbone, load_backbone
 from gram_meta.backbone.footprint import GB
+from gram_meta.backbone.graphs import first_line
 from gram_meta.engine import TrainerX, build_lr_scheduler, build_optimizer, compute_accuracy
 from gram_meta.engine.options import complete_cfg
 from gram_meta.errors import GramError, tensorboard_errors
@@ -340,9 +341,24 @@ class PromptTrainer(Checkpointing, ClipTrainer):
         self.num_batches = len(self.train_loader_x)
         if self.start_epoch >= self.max_epoch:
             self.epoch = self.max_epoch - 1  # only the test is left
+        else:
+            self.record_step()
         self.record.trained = True
         if self.start_epoch == 0 and (self.cfg.TEST.PER_EPOCH or 0 in self.cfg.TEST.AT_STEPS):
             self.add_to_curve(step=0)
+
+    def record_step(self) -> None:
+        """Record the towers' passes of a training step as CUDA graphs, on a GPU, if TRAINER.MEMORY.CUDA_GRAPHS."""
+        if self.device.type != "cuda" or not self.cfg.TRAINER.MEMORY.CUDA_GRAPHS:
+            return
+        loader = self.train_loader_x
+        images = min(loader.batch_size or 1, len(loader.dataset))  # of every batch but perhaps the last
+        pixels = torch.zeros(images, 3, *self.cfg.INPUT.SIZE, device=self.device)
+        try:
+            with torch.autocast(self.device.type, enabled=self.scaler.is_enabled(), cache_enabled=False):
+                self.model.record(pixels)
+        except RuntimeError as error:  # of a driver, or of a layer that cannot be recorded
+            print(f"CUDA graphs: not used ({first_line(error)})")
 
     def forward_backward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Take one step; return loss (), and accuracy (1,) in percent, unread, as reading makes a GPU wait."""

@@ -3,8 +3,8 @@
 The class prompts of a learned text prompt, and the images of a learned visual one, leave activations in every layer
 of their tower. Their size follows from shapes (`backbone.footprint`), so the choice made here is the same in every run.
 
-- *Text*: if all classes together would take more than TEXT_BUDGET, they are encoded in equal parts that take less. Each
-  part is computed twice, and one part's activations exist at a time.
+- *Text*: if all classes together would take more than TEXT_BUDGET (0: a quarter of a GPU's memory, 1 GB on a CPU), they
+  are encoded in equal parts that take less. Each part is computed twice, and one part's activations exist at a time.
 - *Images*: if a batch would take more than IMAGE_BUDGET, only the inputs of each layer are kept, and it is computed
   twice.
 """
@@ -58,7 +58,8 @@ def class_chunk(text: ClassText, options: Any, images: int = 1) -> int:
 
     With a prompt per image, each of `images` has its own class prompts.
     """
-    classes, each, most = len(text.ends), text_bytes(text), options.TEXT_BUDGET * GB
+    classes, each, device = len(text.ends), text_bytes(text), text.backbone.device
+    most = options.TEXT_BUDGET * GB or (device_bytes(device) / 4 if device.type == "cuda" else GB)
     if options.CLASSES:
         return options.CLASSES if options.CLASSES < images * classes else 0
     if options.CHECKPOINTING == "never" or images * each <= most:

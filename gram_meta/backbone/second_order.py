@@ -25,6 +25,7 @@ ACTIVATION = 1.702  # a of CLIP's h sigmoid(a h)
 _norm_backward = torch.ops.aten.native_layer_norm_backward
 _silu_backward = torch.ops.aten.silu_backward
 _softmax_backward = torch.ops.aten._softmax_backward_data
+FORWARD_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _enabled: ContextVar[bool] = ContextVar("second_order", default=False)
 
 
@@ -70,7 +71,8 @@ def activate_and_project(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor
 def self_attention(qkv: Tensor, heads: int) -> Tensor:
     """Attend from all tokens to all: queries, keys, values side by side (B, L, 3 d) -> (B, L, d).
 
-    Derivatives of 16-bit values are computed in float32, as in torch's own differentiable attention.
+    The derivatives' matrix products are computed in bf16 for bf16 values, and at least in float32 for all others (fp16
+    would lose small ones); everything between them is at least float32.
     """
     return _Attention.apply(qkv, heads)
 
@@ -172,8 +174,8 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, heads: int) -> Tensor:
         ctx.save_for_backward(qkv)
         ctx.heads = heads
-        q, k, v = _views(qkv, heads)
-        return _merged(F.scaled_dot_product_attention(q, k, v))
+        with sdpa_kernel(FORWARD_KERNELS):  # no derivative is taken of this call
+            return _merged(F.scaled_dot_product_attention(*_views(qkv, heads)))
 
     @staticmethod
     def backward(ctx: Any, *do: Tensor) -> tuple[Tensor, None]:
@@ -190,8 +192,8 @@ class _AttentionGradient(torch.autograd.Function):
         q, k, v = _split(qkv, heads)
         (do,) = _split(do, heads, 1)
         p, c = _weights(q, k)
-        ds = _softmax_backward(do @ v.mT, p, -1, p.dtype).mul_(c)
-        return _joined((ds @ k, ds.mT @ q, p.mT @ do), qkv)
+        ds = _softmax_backward((do @ v.mT).to(p.dtype), p, -1, p.dtype).mul_(c).to(q.dtype)
+        return _joined((ds @ k, ds.mT @ q, p.to(q.dtype).mT @ do), qkv)
 
     @staticmethod
     @_last
@@ -201,18 +203,22 @@ class _AttentionGradient(torch.autograd.Function):
         q, k, v = _split(qkv, ctx.heads)
         uq, uk, uv = _split(u, ctx.heads)
         (do,) = _split(given, ctx.heads, 1)
+        low = q.dtype  # of the products
         p, c = _weights(q, k)
-        p_turned = _softmax_backward((uq @ k.mT).add_(q @ uk.mT).mul_(c), p, -1, p.dtype)  # P' = P (S' - sum(P S'))
-        to_do = (p_turned @ v).add_(p @ uv)
-        to_v = p_turned.mT @ do
-        dp = do @ v.mT
+        high = p.dtype
+        s_turned = (uq @ k.mT).add_(q @ uk.mT).to(high).mul_(c)
+        p_turned = _softmax_backward(s_turned, p, -1, high)  # P' = P (S' - sum(P S'))
+        turned = p_turned.to(low)
+        to_do = (turned @ v).add_(p.to(low) @ uv)
+        to_v = turned.mT @ do
+        dp = (do @ v.mT).to(high)
         dp.sub_((dp * p).sum(-1, keepdim=True))  # dP - r
-        ds = (p * dp).mul_(c)
+        ds = (p * dp).mul_(c).to(low)
         to_q, to_k = ds @ uk, ds.mT @ uq
         p_turned.mul_(dp)  # P' (dP - r), whose sum is that of P' dP, as that of P' is zero
-        dp_turned = do @ uv.mT
+        dp_turned = (do @ uv.mT).to(high)
         dp_turned.sub_((dp_turned * p).sum(-1, keepdim=True).add_(p_turned.sum(-1, keepdim=True)))  # dP' - r'
-        ds_turned = p_turned.addcmul_(p, dp_turned).mul_(c)
+        ds_turned = p_turned.addcmul_(p, dp_turned).mul_(c).to(low)
         to_q.add_(ds_turned @ k)
         to_k.add_(ds_turned.mT @ q)
         return _merged(to_do).to(given.dtype), _joined((to_q, to_k, to_v), qkv), None
@@ -224,8 +230,9 @@ def _views(x: Tensor, heads: int, parts: int = 3) -> Tensor:
 
 
 def _split(x: Tensor, heads: int, parts: int = 3) -> tuple[Tensor, ...]:
-    """Copy queries, keys and values (B, L, 3 d), or one part (B, L, d), in at least float32."""
-    return _views(x, heads, parts).to(torch.promote_types(x.dtype, torch.float32)).contiguous().unbind()
+    """Copy queries, keys and values (B, L, 3 d), or one part (B, L, d), in the number type of products."""
+    low = x.dtype if x.dtype == torch.bfloat16 else torch.promote_types(x.dtype, torch.float32)
+    return _views(x, heads, parts).to(low).contiguous().unbind()
 
 
 def _merged(x: Tensor) -> Tensor:
@@ -242,6 +249,6 @@ def _joined(parts: tuple[Tensor, ...], like: Tensor) -> Tensor:
 
 
 def _weights(q: Tensor, k: Tensor) -> tuple[Tensor, float]:
-    """Return P (B, heads, L, L) and c."""
-    c = q.shape[-1] ** -0.5
-    return torch.softmax((q @ k.mT).mul_(c), dim=-1), c
+    """Return P (B, heads, L, L), at least float32, and c."""
+    c, high = q.shape[-1] ** -0.5, torch.promote_types(q.dtype, torch.float32)
+    return torch.softmax((q @ k.mT).to(high).mul_(c), dim=-1), c

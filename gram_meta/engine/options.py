@@ -40,9 +40,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "TRAINER.MEMORY": {  # activations kept for a backward pass, and computed twice; see docs/reference/defaults.md
         "CHECKPOINTING": "auto",  # auto: if more than the budgets below would be kept; always; never
         "CLASSES": 0,  # class prompts in one pass; 0: as many as TEXT_BUDGET allows
-        "TEXT_BUDGET": 1.0,  # GB of the text tower
+        "TEXT_BUDGET": 0.0,  # GB of the text tower; 0: a quarter of a GPU's memory, 1 on a CPU
         "IMAGE_BUDGET": 0.0,  # GB of the image tower, for visual prompts; 0: half of the device's memory
         "KEPT_IMAGES": 2.0,  # GB of decoded training images; if all take more, they are decoded in every epoch
+        "CUDA_GRAPHS": True,  # on a GPU, record the towers' passes of a training step once, and replay them
     },
     "DATASET": {
         "SUBSAMPLE_CLASSES": "all",  # all, base or new

@@ -67,9 +67,10 @@ class Episode:
     """B tasks with the losses of both their sides."""
 
     tasks: Sequence[Task]
+    topics: Tensor  # (B, K)
     support: TaskSet
     query: TaskSet
-    classes_of: Callable[[slice], ClassText | Tensor]  # makes the class prompts, or features, of some of the tasks
+    classes_of: Callable[[Tensor], ClassText | Tensor]  # topics -> their class prompts, or class features (B, K, D)
 
     def parts(self, tasks: int) -> list[Episode]:
         """Return episodes of at most `tasks` of the tasks each."""
@@ -78,15 +79,10 @@ class Episode:
         return [self._of(slice(start, start + tasks)) for start in range(0, len(self.tasks), tasks)]
 
     def _of(self, part: slice) -> Episode:
-        classes = self.classes_of(part)
-        sides = (self.support, self.query)
+        topics = self.topics[part]
+        classes, sides = self.classes_of(topics), (self.support, self.query)
         support, query = (it.select(it.images[part], it.labels[part], classes) for it in sides)
-
-        def classes_of(smaller: slice) -> ClassText | Tensor:
-            rows = range(*part.indices(len(self.tasks)))[smaller]
-            return self.classes_of(slice(rows.start, rows.stop))
-
-        return Episode(self.tasks[part], support, query, classes_of)
+        return Episode(self.tasks[part], topics, support, query, self.classes_of)
 
 
 class Episodes:
@@ -102,6 +98,7 @@ class Episodes:
         temperature: of the query loss.
 
     Attributes:
+        bucket: class prompts are cut at a multiple of so many tokens; 1 makes them shortest.
         at_a_time: tasks in one pass of an evaluation; no more than in a training step if every image goes through the
             tower, or has separate class prompts.
 
@@ -121,6 +118,7 @@ class Episodes:
     ) -> None:
         self.backbone, self.store, self.loader, self.temperature = backbone, store, loader, temperature
         self.reads_pixels = prompt.visual_tokens > 0
+        self.bucket = 1
         self.at_a_time = batch if self.reads_pixels or prompt.conditional else max(16, batch)
         self.text = ClassText(backbone, words, prompt.text_tokens) if prompt.text_tokens else None
         self.lengths = self.text.ends.cpu().numpy() + 1 if self.text else np.empty(0)  # (L,), of the class prompts
@@ -147,21 +145,29 @@ class Episodes:
             workers, pin = min(worker_count(self.loader.workers), len(batches)), device.type == "cuda"
         advice = f"expected enough memory for {workers} of them, try a smaller LOADER.WORKERS"
         for tasks, *images in run_ahead(read, range(len(batches)), workers, advice, self.loader.prefetch, pin):
-            classes_of = partial(self._classes, np.stack([task.topics for task in tasks]))  # (B, K)
-            classes = classes_of(slice(None))
+            numbers = np.stack([task.topics for task in tasks])  # (B, K)
+            topics = torch.from_numpy(numbers).to(device, non_blocking=True)
+            classes_of = partial(self._classes, self._length(numbers))
+            classes = classes_of(topics)
             support, query = (
                 TaskSet(self.backbone, classes, side.to(device, non_blocking=True), temperature)
                 for side, temperature in zip(images, (1.0, self.temperature), strict=True)
             )
-            yield Episode(tasks, support, query, classes_of)
+            yield Episode(tasks, topics, support, query, classes_of)
 
-    def _classes(self, topics: np.ndarray, part: slice) -> ClassText | Tensor:
-        """Return the class prompts, or class features (b, K, D), of some of the tasks, whose topics are (B, K)."""
-        chosen = torch.from_numpy(topics[part]).to(self.backbone.device, non_blocking=True)
+    def _length(self, topics: np.ndarray) -> int:
+        """Return the tokens at which the class prompts of these topics are cut."""
+        if self.text is None:
+            return 0
+        longest, most = int(self.lengths[topics].max()), int(self.lengths.max())
+        return min(-(-longest // self.bucket) * self.bucket, most)
+
+    def _classes(self, length: int, topics: Tensor) -> ClassText | Tensor:
+        """Return the class prompts of topics (B, K), cut at `length` tokens, or their class features (B, K, D)."""
         if self.text is not None:
-            return self.text.select(chosen, int(self.lengths[topics[part]].max()))
+            return self.text.select(topics, length)
         assert self.fixed is not None  # one of the two, by construction
-        return self.fixed[chosen]
+        return self.fixed[topics]
 
     def _features(self, batches: Batches, index: int) -> tuple[Sequence[Task], Tensor, Tensor]:
         """Return the tasks of a batch with the stored features (B, K, n, D) of their support and query images."""
@@ -249,7 +255,7 @@ class TaskSet:
         batch, ways, shots = images.shape[:3]
         self.backbone, self.classes, self.temperature = backbone, classes, temperature
         self.images = images.flatten(1, 2)  # (B, K n, D) or (B, K n, 3, H, W)
-        self.labels = torch.arange(ways, device=images.device).repeat_interleave(shots).expand(batch, -1)  # (B, K n)
+        self.labels = (torch.arange(ways * shots, device=images.device) // shots).expand(batch, -1)  # (B, K n)
         self.count = ways * shots  # of a whole task; the losses of a part are its share of the mean
 
     def parts(self, images: int = 0) -> list[TaskSet]:

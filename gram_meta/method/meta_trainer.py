@@ -36,11 +36,13 @@ from gram_meta.method.meta_run import BEST, LAST, STATE, MetaLog, MetaRun, Sigte
 from gram_meta.method.meta_state import MetaState
 from gram_meta.method.outer import BatchResult, OuterLoop, add_meta_gradients, exchange, parameters_of
 from gram_meta.method.profiling import EXCHANGE, OPTIMISER
+from gram_meta.method.recorded import RecordedSteps
 from gram_meta.method.tasks import StepTasks, TaskConfig, TaskSampler, images_of, split_topics
 from gram_meta.processes import ALONE, ProcessGroup
 
 logger = logging.getLogger("gram")
 READ_EVERY = 10  # steps on a GPU whose losses are read at once
+BUCKET = 4  # tokens; recorded steps have class prompts of few lengths
 
 
 class Seen(NamedTuple):
@@ -97,6 +99,10 @@ class MetaTrainer:
         # The folder
         self.saved = 0  # the step of the last saved state
         self.unread: list[Seen] = []  # of the steps since the last call of `read`
+        self.add_gradients: Callable[[Episode], BatchResult] = self.add_gradients_plainly
+        if self.records:
+            self.episodes.bucket = BUCKET
+            self.add_gradients = RecordedSteps(self.add_gradients_plainly, parameters_of(self.optimiser))
         self.read_every = 1 if self.backbone.device.type == "cpu" else READ_EVERY  # 1: before a step moves anything
         made_from = {"store": store.fingerprint, "hierarchy": hierarchy.fingerprint}
         topics = {"topics": len(hierarchy.topics), "held_out_topics": self.held_topics}
@@ -186,7 +192,7 @@ class MetaTrainer:
         self.optimiser.zero_grad(set_to_none=True)
         parameters, given_up, stop = parameters_of(self.optimiser), episode is None, self.sigterm.received
         if episode is not None:
-            result = add_meta_gradients(episode, self.theta, self.kinds, parameters, self.inner, self.outer, self.plan)
+            result = self.add_gradients(episode)
         else:
             result = BatchResult.zeros(len(self.own), len(self.kinds), self.backbone.device)
             for parameter in parameters:
@@ -199,6 +205,17 @@ class MetaTrainer:
             return False, True
         self.finish_step(step, result)
         return True, stop
+
+    @property
+    def records(self) -> bool:
+        """Whether steps are recorded as CUDA graphs: on a GPU, if all tasks go through the towers at once."""
+        on_gpu, at_once = self.backbone.device.type == "cuda", self.plan.tasks >= len(self.own) and not self.plan.images
+        return on_gpu and at_once and self.config.MEMORY.CUDA_GRAPHS and not self.backbone.checkpointing
+
+    def add_gradients_plainly(self, episode: Episode) -> BatchResult:
+        """Add the meta-gradients of this process's tasks of a step to `.grad`."""
+        parameters = parameters_of(self.optimiser)
+        return add_meta_gradients(episode, self.theta, self.kinds, parameters, self.inner, self.outer, self.plan)
 
     def finish_step(self, step: int, result: BatchResult) -> None:
         """Move theta and phi along the gradients in `.grad`, and keep what `read` checks and logs."""

@@ -151,6 +151,7 @@ class Profile:
 def profile_steps(trainer: MetaTrainer, steps: int) -> Path:
     """Time some steps, after two that are not counted; print a table, write profile.json, and return its path."""
     profile, warm = Profile(trainer.backbone.device), 2
+    trainer.add_gradients = trainer.add_gradients_plainly  # a recorded step is one region
     coming = iter(trainer.episodes_of(0, steps + warm))
     for step in range(1, warm + 1):
         trainer.step(step, next(coming))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from gram_meta.backbone.clip import Backbone, end_positions
+from gram_meta.backbone.graphs import Recorded
 from gram_meta.backbone.recompute import recomputed
 from gram_meta.backbone.towers import Packing, Rectangle
 from gram_meta.errors import GramError
@@ -311,6 +312,7 @@ class PromptedCLIP(nn.Module):
         ctx = self.prompt_learner.ctx
         self.class_text = ClassText(backbone, classnames, ctx.shape[0]) if ctx is not None else None
         self.fixed = template_features(backbone, classnames, template) if ctx is None else None  # (N, D)
+        self._recorded: dict[str, Recorded] = {}  # passes through the towers, see `record`
         # A prompt's place and version, the prompt (so that no other takes its place), its class features
         self._kept: tuple[tuple[int, int], Tensor, Tensor] | None = None
 
@@ -329,7 +331,7 @@ class PromptedCLIP(nn.Module):
             return self.fixed
         assert ctx is not None and self.class_text is not None  # one of the two, by construction
         if torch.is_grad_enabled():
-            return self.class_text.features(ctx)
+            return self._encode_classes(ctx)
         state = ctx.data_ptr(), ctx._version  # to compare values would make a GPU wait
         if self._kept is None or self._kept[0] != state:
             self._kept = state, ctx.detach(), self.class_text.features(ctx)
@@ -338,14 +340,34 @@ class PromptedCLIP(nn.Module):
     def image_features(self, images: Tensor) -> Tensor:
         """Return the features (B, D) of images (B, 3, H, W)."""
         prompt = self.prompt_learner.visual_ctx
-        if prompt is None:
-            with torch.no_grad():
-                return self.backbone.encode_images(images)
-        return self.backbone.encode_images(images, prompt)
+        encode = self._recorded.get("images", self.backbone.encode_images)
+        return encode(images) if prompt is None else encode(images, prompt)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (B, N), the exponents of Eq. 1."""
         return logits(self.image_features(images), self.class_features(), self.backbone.logit_scale)
+
+    def record(self, images: Tensor) -> None:
+        """Record the towers' passes in a training step on images (B, 3, H, W) as CUDA graphs (`Recorded`).
+
+        Passes that compute activations twice to save memory stay as they are.
+        """
+        learned, towers = self.prompt_learner, self.backbone.checkpointing
+        visual = [prompt for prompt in (learned.visual_ctx,) if prompt is not None]
+        if not visual or towers not in (True, "images"):
+            self._recorded["images"] = Recorded(self.backbone.encode_images, images, *visual)
+        text = self.class_text
+        if text is not None and not text.chunk and towers not in (True, "text"):
+            self._recorded["classes"] = Recorded(text.features, self._sample_context(len(images)))
+
+    def _sample_context(self, images: int) -> Tensor:
+        """Return a text prompt as a training step on so many images gives it to the text tower."""
+        assert self.prompt_learner.ctx is not None
+        return self.prompt_learner.ctx
+
+    def _encode_classes(self, prompt: Tensor) -> Tensor:
+        assert self.class_text is not None
+        return self._recorded.get("classes", self.class_text.features)(prompt)
 
 
 class ConditionalCLIP(PromptedCLIP):
@@ -373,8 +395,12 @@ class ConditionalCLIP(PromptedCLIP):
         ctx = self.prompt_learner.ctx
         assert ctx is not None and self.class_text is not None  # it has a text prompt, by construction
         shift = self.prompt_learner.get_submodule("meta_net")(features)  # (B, d)
-        classes = self.class_text.features(ctx + shift[:, None])  # (B, N, D)
+        classes = self._encode_classes(ctx + shift[:, None])  # (B, N, D)
         return logits(features[:, None], classes, self.backbone.logit_scale).squeeze(1)
+
+    def _sample_context(self, images: int) -> Tensor:
+        ctx = super()._sample_context(images)
+        return ctx.detach().expand(images, -1, -1).clone().requires_grad_()  # (B, M, d)
 
 
 def logits(image_features: Tensor, class_features: Tensor, scale: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,10 +23,12 @@ from gram_meta.corpus.store import PairStore
 from gram_meta.files import PathLike
 from gram_meta.locks import only_writer
 from gram_meta.method.bilevel import Prompts, Regulate, adapted_losses, for_each_task
+from gram_meta.method.episodes import Episode
 from gram_meta.method.memory_plan import MemoryConfig, plan
 from gram_meta.method.meta_run import BEST, MetaLog, Stopped
 from gram_meta.method.meta_trainer import MetaTrainer
-from gram_meta.method.outer import BatchResult
+from gram_meta.method.outer import BatchResult, parameters_of
+from gram_meta.method.recorded import RecordedSteps
 from gram_meta.method.tasks import StepTasks
 from gram_meta.processes import ALONE, ProcessGroup
 
@@ -86,6 +89,10 @@ class SeedsTrainer:
             self.trainers.append(MetaTrainer(store, hierarchy, out / f"seed{seed}", settings, **options))
             # one bar shows the progress of all, and all share the first one's backbone
             options |= {"progress": False, "backbone": self.trainers[0].backbone}
+        self.recorded: RecordedSteps | None = None
+        if self.trainers[0].records:
+            parameters = [one for trainer in self.trainers for one in parameters_of(trainer.optimiser)]
+            self.recorded = RecordedSteps(partial(self.add_gradients, self.trainers), parameters)
 
     def run(self, resume: bool = False) -> list[Path]:
         """Train all seeds to the last step and return the paths of their best checkpoints.
@@ -127,18 +134,25 @@ class SeedsTrainer:
         tasks = [
             task for trainer in trainers for task in StepTasks(trainer.train_tasks, batch, step - 1, step, lead.own)[0]
         ]
-        episode = next(lead.episodes.of([tasks]))
-        starts = [for_each_task(trainer.theta, batch) for trainer in trainers]
-        prompts = {kind: torch.cat([theta[kind] for theta in starts]) for kind in lead.theta}  # (V B, M, d)
         for trainer in trainers:
             trainer.optimiser.zero_grad(set_to_none=True)
-        inner = replace(lead.inner, regulate=_by_seed(trainers, batch) if lead.regulator is not None else None)
-        seen = adapted_losses(episode.support, episode.query, prompts, inner)
-        (seen.losses.sum() / batch).backward()  # seeds share no parameter: each has the gradient of its own mean
-        losses, norms = BatchResult.of(seen, lead.kinds)
+        replays = self.recorded if len(trainers) == len(self.trainers) else None
+        add_gradients = replays or partial(self.add_gradients, trainers)
+        losses, norms = add_gradients(next(lead.episodes.of([tasks])))
         results = zip(losses.split(batch), norms.split(batch, dim=1), strict=True)
         for trainer, own in zip(trainers, results, strict=True):
             trainer.finish_step(step, BatchResult(*own))
+
+    def add_gradients(self, trainers: Sequence[MetaTrainer], episode: Episode) -> BatchResult:
+        """Add each trainer's meta-gradients to `.grad`; the episode has the tasks of one after those of the other."""
+        lead = trainers[0]
+        batch = lead.outer.batch
+        starts = [for_each_task(trainer.theta, batch) for trainer in trainers]
+        prompts = {kind: torch.cat([theta[kind] for theta in starts]) for kind in lead.theta}  # (V B, M, d)
+        inner = replace(lead.inner, regulate=_by_seed(trainers, batch) if lead.regulator is not None else None)
+        seen = adapted_losses(episode.support, episode.query, prompts, inner)
+        (seen.losses.sum() / batch).backward()  # seeds share no parameter: each has the gradient of its own mean
+        return BatchResult.of(seen, lead.kinds)
 
     def _fits_together(self) -> bool:
         """Return whether one graph holds a step of all seeds."""

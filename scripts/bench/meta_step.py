@@ -22,18 +22,22 @@ from meta_clone import PromptedModel, clone_and_adapt
 from meta_tasks import FAMILIES, MetaTasks
 from torch import Tensor
 
-from gram_meta.backbone.clip import Backbone
+from gram_meta.backbone.clip import Backbone, load_backbone
+from gram_meta.backbone.graphs import Replay
 from gram_meta.backbone.second_order import twice_differentiable
 from gram_meta.method.bilevel import for_each_task, task_gradients
 from gram_meta.method.episodes import TaskSet
 from gram_meta.method.memory_plan import MemoryConfig, MemoryPlan, plan
 from gram_meta.method.profiling import OPTIMISER, Profile
+from gram_meta.method.recorded import RecordedSteps
 from gram_meta.method.tasks import TaskConfig
 
 CLONE, CLONE_FIRST = "clone and adapt (learn2learn's way)", "clone and adapt, first order"
 CUT = "clone and adapt, cut at the longest sentence"
 TOWER = "+ this project's text tower (no padding, last layer for end tokens alone), nothing cloned"
 OURS = "this project"
+RECORDED = f"{OURS}, as a CUDA graph"
+PASSES = "the towers' passes with nothing around them"
 WAYS: dict[str, dict[str, Any]] = {  # how this project takes a step: options of MemoryConfig
     OURS: {},
     f"{OURS}, one task at a time": {"tasks": 1},
@@ -52,19 +56,35 @@ class Bench:
 
     def __init__(self, backbone: Backbone, family: str, args: argparse.Namespace) -> None:
         self.backbone, self.args = backbone, args
-        self.made = made = MetaTasks(backbone, family, args.tasks, args.ways, (args.support, args.query))
+        sizes = args.tasks, args.ways, (args.support, args.query)
+        self.made = made = MetaTasks(backbone, family, *sizes)
+        self.passes = {PASSES: partial(self.towers, made)}
+        self.others: dict[str, tuple[MetaTasks, RecordedSteps | None]] = {}  # on a GPU: as CUDA graphs, and in bf16
+        if backbone.device.type == "cuda":
+            half = MetaTasks(load_backbone(args.backbone, args.device, "bf16"), family, *sizes)
+            for its, precision in ((made, ""), (half, ", bf16")):
+                recorded = its.recorded(self.plan({}), its.inner())
+                self.others |= {f"{OURS}{precision}": (its, None), f"{RECORDED}{precision}": (its, recorded)}
+                self.passes[f"{PASSES}, recorded{precision}"] = Replay(partial(self.towers, its), [])
+            del self.others[OURS]
         text = made.prompt.text_tokens
         self.model = PromptedModel(backbone, made.theta)
         self.cut = [common.PlainClassText(backbone, words, text, cut=True) for words in made.words] if text else []
-        fixed = [made.classes_of(slice(None))[task] for task in range(made.tasks)] if not text else []
+        fixed = [made.classes_of(made.topics)[task] for task in range(made.tasks)] if not text else []
         self.classes = [common.PlainClassText(backbone, words, text) for words in made.words] if text else fixed
 
     def step(self, name: str) -> tuple[Tensor, list[Tensor]]:
         """Take one step of a variant; return the mean query loss, and the meta-gradients of theta and of phi."""
-        self.made.optimiser.zero_grad(set_to_none=True)
-        loss = self.variants()[name]()
-        gradients = [parameter.grad.clone() for parameter in self.made.parameters]
-        self.made.outer.update(self.made.optimiser, 1)
+        made, recorded = self.others.get(name, (self.made, None))
+        made.optimiser.zero_grad(set_to_none=True)
+        if name not in self.others:
+            loss = self.variants()[name]()
+        elif recorded is None:
+            loss = made.add_gradients(self.plan({}), made.inner()).losses.mean()
+        else:
+            loss = recorded(made.episode).losses.mean()
+        gradients = [parameter.grad.clone() for parameter in made.parameters]
+        made.outer.update(made.optimiser, 1)
         return loss, gradients
 
     def variants(self) -> dict[str, Callable[[], Tensor]]:
@@ -73,7 +93,10 @@ class Bench:
         inner, first_order = self.made.inner(), self.made.inner(first_order=True)
         variants: dict[str, Callable[[], Tensor]] = {CLONE: partial(clone, self.classes, inner)}
         if not self.made.prompt.visual_tokens:
-            whole = self.made.episode_of(lambda some: WholeSentences(self.backbone, self.cut[some][0]))
+            place = {tuple(row): number for number, row in enumerate(self.made.topics.tolist())}
+            whole = self.made.episode_of(
+                lambda rows: WholeSentences(self.backbone, self.cut[place[tuple(rows[0].tolist())]])
+            )
             variants[CUT] = partial(clone, self.cut, inner)
             variants[TOWER] = partial(self.ours, {"tasks": 1}, whole)
         images = bool(self.made.prompt.visual_tokens)
@@ -101,9 +124,9 @@ class Bench:
         """Return what the towers compute of one side: images if they are pixels, class prompts if they are learned."""
         features = []
         if "visual" in prompts:
-            pixels = self.backbone.normalise(side.images.flatten(0, 1))
+            pixels = side.backbone.normalise(side.images.flatten(0, 1))
             prompt = prompts["visual"].repeat_interleave(side.images.shape[1], dim=0)
-            features = [self.backbone.encode_images(pixels, prompt)]
+            features = [side.backbone.encode_images(pixels, prompt)]
         return features + ([side.classes.features(prompts["text"])] if "text" in prompts else [])
 
     @torch.no_grad()
@@ -111,23 +134,23 @@ class Bench:
         """Run the towers' bare forward pass over the support or the query set."""
         self._features(getattr(self.made.episode, side), for_each_task(self.made.theta, self.made.tasks))
 
-    def passes(self) -> None:
+    def towers(self, made: MetaTasks) -> None:
         """Run forward, backward and both again for the second derivative: no loss, no R, no update."""
-        prompts = for_each_task(self.made.theta, self.made.tasks)
+        prompts = for_each_task(made.theta, made.tasks)
 
         def along(side: TaskSet, prompts: Mapping[str, Tensor]) -> Tensor:
             return torch.stack([features.cos().sum() for features in self._features(side, prompts)])
 
         with twice_differentiable():
-            gradients = task_gradients(partial(along, self.made.episode.support), prompts, create_graph=True)
+            gradients = task_gradients(partial(along, made.episode.support), prompts, create_graph=True)
         moved = {kind: value - 0.01 * gradients[kind] for kind, value in prompts.items()}
-        torch.autograd.grad(along(self.made.episode.query, moved).sum(), list(self.made.theta.values()))
+        torch.autograd.grad(along(made.episode.query, moved).sum(), list(made.theta.values()))
 
     def positions(self) -> int:
         """Return the text positions of one side: the sentences' own, and the start and prompt of each task."""
         if not self.made.prompt.text_tokens:
             return 0
-        text = self.made.classes_of(slice(None))
+        text = self.made.classes_of(self.made.topics)
         return int((text.ends + 1).sum()) + self.made.tasks * (1 + text.tokens)
 
     def gflop(self) -> dict[str, float]:
@@ -207,9 +230,10 @@ def run(family: str, backbone: Backbone, args: argparse.Namespace) -> dict[str, 
         f"{bench.positions()} text positions a side\n"
     )
     names = [name for name in bench.variants() if name in (CLONE, OURS) or any(part in name for part in args.variants)]
+    names += bench.others
     steps = {name: partial(bench.step, name) for name in names}
     bare: dict[str, Any] = {side: partial(bench.forward, side) for side in ("support", "query")}
-    measured = common.measure(steps | bare | {"passes": bench.passes}, args)
+    measured = common.measure(steps | bare | bench.passes, args)
     estimates = {name: f"{bench.plan(WAYS[name]).estimate / 1e6:,.0f}" for name in names if name in WAYS}
     common.print_comparison(measured, list(steps), **{"estimate (MB)": estimates})
     apart = {name: deviations(measured, name, len(bench.made.theta)) for name in names[1:]}
@@ -222,7 +246,7 @@ def run(family: str, backbone: Backbone, args: argparse.Namespace) -> dict[str, 
     ceilings = {
         f"products: {products} at {rates[1]:.0f} GFLOP/s": sum(gflop.values()) / rates[1],
         "bare forward passes: 4 of the support set, 2 of the query set": forwards,
-        "the towers' passes with nothing around them": measured["passes"].seconds,
+        **{name: measured[name].seconds for name in bench.passes},
     }
     print("What the towers set as a ceiling:\n")
     columns, whole = ("", "time (ms)", "of this project's step"), measured[OURS].seconds

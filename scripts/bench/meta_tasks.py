@@ -15,6 +15,7 @@ from gram_meta.method.episodes import Episode, TaskSet, initial_theta
 from gram_meta.method.memory_plan import MemoryPlan
 from gram_meta.method.outer import BatchResult, OuterLoop, add_meta_gradients, parameters_of
 from gram_meta.method.prompts import ClassText, PromptConfig, template_features
+from gram_meta.method.recorded import RecordedSteps
 from gram_meta.method.regulator import GradientRegulator
 
 FAMILIES = {
@@ -36,14 +37,16 @@ class MetaTasks:
         self.backbone, self.prompt, self.tasks = backbone, FAMILIES[family], tasks
         draw = torch.Generator().manual_seed(0)
         words = common.topic_words(100)
-        topics = torch.stack([torch.randperm(100, generator=draw)[:ways] for _ in range(tasks)]).to(backbone.device)
+        topics = torch.stack([torch.randperm(100, generator=draw)[:ways] for _ in range(tasks)])  # (B, K)
+        self.topics = topics.to(backbone.device)
         self.words = [[words[topic] for topic in row] for row in topics.tolist()]  # (B, K)
         if self.prompt.text_tokens:
             text = ClassText(backbone, words, self.prompt.text_tokens)
-            self.classes_of: Callable[[slice], Classes] = lambda some: text.select(topics[some])
+            length = int(text.ends[self.topics].max()) + 1
+            self.classes_of: Callable[[Tensor], Classes] = lambda topics: text.select(topics, length)
         else:
             fixed = template_features(backbone, words)  # (100, D)
-            self.classes_of = lambda some: fixed[topics[some]]
+            self.classes_of = lambda topics: fixed[topics]
         self.images = [self._images((tasks, ways, count), draw) for count in shots]  # (B, K, n, ...) of both sides
         self.episode = self.episode_of(self.classes_of)
         self.theta = {kind: nn.Parameter(value) for kind, value in initial_theta(backbone, self.prompt, 0).items()}
@@ -61,11 +64,11 @@ class MetaTasks:
         features = torch.randn(*shape, self.backbone.embed_dim, generator=draw)
         return F.normalize(features, dim=-1).to(device, self.backbone.logit_scale.dtype)
 
-    def episode_of(self, classes_of: Callable[[slice], Classes]) -> Episode:
+    def episode_of(self, classes_of: Callable[[Tensor], Classes]) -> Episode:
         """Return the tasks with these class prompts, or class features."""
-        classes = classes_of(slice(None))
+        classes = classes_of(self.topics)
         support, query = (TaskSet(self.backbone, classes, images) for images in self.images)
-        return Episode(range(self.tasks), support, query, classes_of)  # type: ignore[arg-type]
+        return Episode(range(self.tasks), self.topics, support, query, classes_of)  # type: ignore[arg-type]
 
     def inner(self, **changes: object) -> InnerLoop:
         """Return the settings of the inner loop: the defaults, with R^phi."""
@@ -75,3 +78,7 @@ class MetaTasks:
         """Add the meta-gradients of the mean query loss to `.grad`, as meta-training does."""
         kinds = sorted(self.theta)
         return add_meta_gradients(episode or self.episode, self.theta, kinds, self.parameters, inner, self.outer, plan)
+
+    def recorded(self, plan: MemoryPlan, inner: InnerLoop) -> RecordedSteps:
+        """Return the same as a function of an episode, as a CUDA graph."""
+        return RecordedSteps(lambda episode: self.add_gradients(plan, inner, episode), self.parameters)

@@ -56,3 +56,23 @@ def settings(*opts):
 
 def trainer(store, out, *opts):
     return MetaTrainer(store, make_hierarchy(), out, settings(*opts), progress=False)
+
+
+def pixel_settings(*opts):
+    return load_meta_config(
+        [],
+        [
+            *("BACKBONE.NAME", "random-tiny", "TASKS.WAYS", "2", "TASKS.HELD_OUT", "0.4", "TASKS.SUPPORT_SHOTS", "2"),
+            *("TASKS.QUERY_SHOTS", "4", "OUTER.STEPS", "4", "EVAL.EVERY", "2", "EVAL.TASKS", "3", "OUTER.BATCH", "2"),
+            *("CHECKPOINT.EVERY", "2", "PROMPT.TEXT_TOKENS", "2", "PROMPT.WORDS", "a photo", *opts),
+        ],
+    )
+
+
+JOINT = ("PROMPT.VISUAL_TOKENS", "2")
+VISUAL = (*JOINT, "PROMPT.TEXT_TOKENS", "0")
+
+
+def pixel_trainer(pixel_corpus, out, *opts):
+    store, hierarchy, _, _ = pixel_corpus
+    return MetaTrainer(store, hierarchy, out, pixel_settings(*opts), progress=False)

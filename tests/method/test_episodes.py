@@ -9,11 +9,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from helpers.meta_training import JOINT, VISUAL, pixel_settings, pixel_trainer
 from PIL import Image
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gram_meta.config import load_meta_config
 from gram_meta.corpus.places import ImageReader, Places
 from gram_meta.errors import GramError
 from gram_meta.method.bilevel import InnerLoop, for_each_task, meta_losses
@@ -148,26 +148,6 @@ def test_meta_gradients_against_finite_differences(form, backbone, images):
 # --- from files -------------------------------------------------------------------------------------------------------
 
 
-def settings(*opts):
-    return load_meta_config(
-        [],
-        [
-            *("BACKBONE.NAME", "random-tiny", "TASKS.WAYS", "2", "TASKS.HELD_OUT", "0.4", "TASKS.SUPPORT_SHOTS", "2"),
-            *("TASKS.QUERY_SHOTS", "4", "OUTER.STEPS", "4", "EVAL.EVERY", "2", "EVAL.TASKS", "3", "OUTER.BATCH", "2"),
-            *("CHECKPOINT.EVERY", "2", "PROMPT.TEXT_TOKENS", "2", "PROMPT.WORDS", "a photo", *opts),
-        ],
-    )
-
-
-JOINT = ("PROMPT.VISUAL_TOKENS", "2")
-VISUAL = (*JOINT, "PROMPT.TEXT_TOKENS", "0")
-
-
-def trainer(pixel_corpus, out, *opts):
-    store, hierarchy, _, _ = pixel_corpus
-    return MetaTrainer(store, hierarchy, out, settings(*opts), progress=False)
-
-
 def bytes_of(run):
     return run.episodes.backbone.preprocess(as_bytes=True)
 
@@ -177,7 +157,7 @@ def test_workers_change_nothing(pixel_corpus, tmp_path):
     finals = []
     for workers in ("0", "2"):
         out = tmp_path / workers
-        trainer(pixel_corpus, out, *JOINT, "LOADER.WORKERS", workers).run()
+        pixel_trainer(pixel_corpus, out, *JOINT, "LOADER.WORKERS", workers).run()
         finals.append(load_meta_checkpoint(out / "last.safetensors"))
     for kind in ("text", "visual"):
         assert torch.equal(finals[0].prompts[kind], finals[1].prompts[kind])
@@ -187,7 +167,7 @@ def test_workers_change_nothing(pixel_corpus, tmp_path):
 def test_visual_tokens_are_held_at_one_size_which_the_image_tower_cannot_see(pixel_corpus, tmp_path):
     backbone = pixel_corpus[2]
     free, held = (
-        load_meta_checkpoint(trainer(pixel_corpus, tmp_path / size, *VISUAL, "PROMPT.VISUAL_SIZE", size).run())
+        load_meta_checkpoint(pixel_trainer(pixel_corpus, tmp_path / size, *VISUAL, "PROMPT.VISUAL_SIZE", size).run())
         for size in ("0.", "0.05")
     )
     sizes = [c.prompts["visual"].square().mean(dim=-1).sqrt() for c in (free, held)]
@@ -219,7 +199,7 @@ def test_images_in_a_shard_are_the_same_as_files(pixel_corpus, tmp_path):
     names, offsets, sizes = (np.array(column) for column in zip(*members, strict=True))
     places = Places(ImageReader(tmp_path), names.tolist(), ["00000.tar"], np.zeros(96, np.int64), offsets, sizes)
     for name in ("files", "shard"):
-        runs.append(trainer(pixel_corpus, tmp_path / name, *JOINT, "LOADER.WORKERS", "2"))
+        runs.append(pixel_trainer(pixel_corpus, tmp_path / name, *JOINT, "LOADER.WORKERS", "2"))
         if name == "shard":
             runs[1].episodes.places = places
             places.image(0)
@@ -230,7 +210,7 @@ def test_images_in_a_shard_are_the_same_as_files(pixel_corpus, tmp_path):
 
 def test_a_process_decodes_its_own_tasks_alone(pixel_corpus, tmp_path):
     store, hierarchy, _, _ = pixel_corpus
-    config = settings(*VISUAL, "OUTER.BATCH", "3", "LOADER.WORKERS", "0")
+    config = pixel_settings(*VISUAL, "OUTER.BATCH", "3", "LOADER.WORKERS", "0")
     run = MetaTrainer(store, hierarchy, tmp_path, config, progress=False, group=ProcessGroup(1, 2))
     steps = StepTasks(run.train_tasks, 3, 0, 2, run.own)
     drawn = [run.train_tasks.draw(number) for number in (2, 5)]
@@ -242,7 +222,7 @@ def test_a_process_decodes_its_own_tasks_alone(pixel_corpus, tmp_path):
 @pytest.mark.slow
 def test_a_run_says_how_long_the_towers_waited(pixel_corpus, tmp_path, caplog):
     with caplog.at_level("INFO", logger="gram"):
-        trainer(pixel_corpus, tmp_path, *JOINT).run()
+        pixel_trainer(pixel_corpus, tmp_path, *JOINT).run()
     (line,) = [record.message for record in caplog.records if "waited" in record.message]
     assert 0 <= float(line.split("waited ")[1].split(" %")[0]) < 100
     items = TimedIterator(iter([1, 2]))
@@ -252,7 +232,7 @@ def test_a_run_says_how_long_the_towers_waited(pixel_corpus, tmp_path, caplog):
 
 
 def test_pixels_are_the_images_of_the_tasks(pixel_corpus, tmp_path):
-    run = trainer(pixel_corpus, tmp_path, *JOINT)
+    run = pixel_trainer(pixel_corpus, tmp_path, *JOINT)
     tasks = run.held_tasks[:2]
     (episode,) = run.episodes.of([tasks])
     transform = pixel_corpus[2].preprocess()
@@ -265,7 +245,7 @@ def test_pixels_are_the_images_of_the_tasks(pixel_corpus, tmp_path):
 
 def test_workers_are_given_little(pixel_corpus, tmp_path):
     """Where worker processes are started anew, all they need is pickled: no towers, and no features of the store."""
-    run = trainer(pixel_corpus, tmp_path, *JOINT)
+    run = pixel_trainer(pixel_corpus, tmp_path, *JOINT)
     run.episodes.backbone.to_find_in_a_pickle = lambda: None  # which pickle refuses
     try:
         read = pickle.loads(
@@ -279,12 +259,12 @@ def test_workers_are_given_little(pixel_corpus, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("form", [VISUAL, JOINT, ("PROMPT.CONDITIONAL", "True")], ids=FORMS)
 def test_a_run_learns_every_part_and_resumes_exactly(form, pixel_corpus, tmp_path):
-    whole = trainer(pixel_corpus, tmp_path / "whole", *form)
+    whole = pixel_trainer(pixel_corpus, tmp_path / "whole", *form)
     start = {name: value.detach().clone() for name, value in whole.theta.items()}
     whole.run()
     for name, value in whole.theta.items():
         assert not torch.equal(value, start[name]), name
-    broken = trainer(pixel_corpus, tmp_path / "broken", *form)
+    broken = pixel_trainer(pixel_corpus, tmp_path / "broken", *form)
     step = broken.step
 
     def stop(number, episode):
@@ -295,7 +275,7 @@ def test_a_run_learns_every_part_and_resumes_exactly(form, pixel_corpus, tmp_pat
     broken.step = stop
     with pytest.raises(KeyboardInterrupt):
         broken.run()
-    trainer(pixel_corpus, tmp_path / "broken", *form).run(resume=True)
+    pixel_trainer(pixel_corpus, tmp_path / "broken", *form).run(resume=True)
     one, other = (load_meta_checkpoint(tmp_path / name / "last.safetensors") for name in ("whole", "broken"))
     assert set(one.prompts) == set(other.prompts) and set(one.extras) == set(other.extras)
     for key, value in {**one.prompts, **one.extras}.items():
@@ -306,7 +286,7 @@ def test_a_run_learns_every_part_and_resumes_exactly(form, pixel_corpus, tmp_pat
 
 @pytest.mark.slow
 def test_the_meta_net_is_kept_beside_the_prompts(pixel_corpus, tmp_path):
-    trainer(pixel_corpus, tmp_path, "PROMPT.CONDITIONAL", "True").run()
+    pixel_trainer(pixel_corpus, tmp_path, "PROMPT.CONDITIONAL", "True").run()
     checkpoint = load_meta_checkpoint(tmp_path / "best.safetensors")
     assert set(checkpoint.prompts) == {"text"} and checkpoint.regulator.widths == {"text": 64}
     net = {f"{META_NET}{name}": tuple(value.shape) for name, value in initial_meta_net(pixel_corpus[2]).items()}
@@ -320,8 +300,8 @@ def test_the_meta_net_is_kept_beside_the_prompts(pixel_corpus, tmp_path):
 def test_missing_and_broken_images_are_named(pixel_corpus, tmp_path):
     store, hierarchy, backbone, folder = pixel_corpus
     with pytest.raises(GramError, match=r"nowhere.0.png: expected an image .*LOADER.IMAGE_ROOT"):
-        trainer(pixel_corpus, tmp_path, *JOINT, "LOADER.IMAGE_ROOT", str(tmp_path / "nowhere"))
-    run = trainer(pixel_corpus, tmp_path / "run", *JOINT)
+        pixel_trainer(pixel_corpus, tmp_path, *JOINT, "LOADER.IMAGE_ROOT", str(tmp_path / "nowhere"))
+    run = pixel_trainer(pixel_corpus, tmp_path / "run", *JOINT)
     row = int(run.held_tasks[0].support[0, 0])
     kept = (folder / f"{row}.png").read_bytes()
     (folder / f"{row}.png").write_bytes(kept[:100])
@@ -337,7 +317,7 @@ def test_missing_and_broken_images_are_named(pixel_corpus, tmp_path):
 def test_tasks_that_cost_much_are_looked_at_few_at_a_time(pixel_corpus):
     store, _, backbone, _ = pixel_corpus
     for opts, expected in (((), 16), (("OUTER.BATCH", "20"), 20), (VISUAL, 2), (("PROMPT.CONDITIONAL", "True"), 2)):
-        config = settings("OUTER.BATCH", "2", *opts)
+        config = pixel_settings("OUTER.BATCH", "2", *opts)
         assert Episodes.from_config(backbone, store, ["cat"], config).at_a_time == expected
 
 
@@ -348,7 +328,7 @@ def test_what_makes_no_sense_is_refused(pixel_corpus):
         ((*VISUAL, "PROMPT.CONDITIONAL", "True"), "PROMPT.CONDITIONAL"),
     ):
         with pytest.raises(GramError, match=words):
-            Episodes.from_config(backbone, store, ["cat"], settings(*opts))
+            Episodes.from_config(backbone, store, ["cat"], pixel_settings(*opts))
 
 
 @pytest.mark.parametrize("rate", [0.02, 0.001])  # the second is the text prompt's
@@ -364,7 +344,7 @@ def test_the_visual_prompt_may_have_its_own_rate(rate):
 
 
 def test_the_temperature_is_that_of_the_query_loss_alone(pixel_corpus, tmp_path):
-    run = trainer(pixel_corpus, tmp_path, "OUTER.TEMPERATURE", "2.5")
+    run = pixel_trainer(pixel_corpus, tmp_path, "OUTER.TEMPERATURE", "2.5")
     episode = next(run.episodes.of([StepTasks(run.train_tasks, run.outer.batch, 0, 1, run.own)[0]]))
     prompts = for_each_task(run.theta, len(episode.tasks))
     for side, temperature in ((episode.support, 1.0), (episode.query, 2.5)):

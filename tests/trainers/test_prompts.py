@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.graphs import make_traced_callables
 from helpers.training import meta_of
 
 import gram_meta.plugin  # noqa: F401, fills the registries
@@ -17,6 +18,7 @@ from gram_meta.engine import TRAINER_REGISTRY, build_trainer, set_random_seed
 from gram_meta.errors import GramError
 from gram_meta.method.checkpoint import save_meta_checkpoint
 from gram_meta.method.prompts import TEMPLATE, context_from_words, initial_meta_net, initial_prompts
+from gram_meta.trainers.base import PromptTrainer
 
 pytestmark = pytest.mark.usefixtures("one_loading")
 
@@ -314,6 +316,38 @@ def test_curves_follow_the_prompt_and_test_as_a_run_does(go, build, monkeypatch,
         after = built.model(next(iter(built.test_loader))["img"])
     assert torch.allclose(seen[0], before, atol=1e-5) and torch.allclose(seen[1], after, atol=1e-5)
     assert not torch.allclose(before, after, atol=1e-4)
+
+
+@pytest.mark.parametrize("trainer", ["CoOp", "CoOpGRAM", "CoCoOp", "VPT", "UniGRAM"])
+def test_a_run_with_recorded_passes_ends_as_without(go, save, monkeypatch, tmp_path, trainer):
+    """Traces stand in for CUDA graphs. The curve's evaluations between steps have batches of the same size."""
+    start = ["TRAINER.GRAM.CHECKPOINT", save("CoOp" if trainer == "CoOpGRAM" else trainer)] if "GRAM" in trainer else []
+    opts = [*start, "TEST.PER_EPOCH", True, "OPTIM.MAX_EPOCH", 2, "DATALOADER.TEST.BATCH_SIZE", 2]
+    plain = go(trainer, *opts, out="plain")
+    recorded = []
+
+    def record(self):
+        self.model.record(torch.zeros(2, 3, 32, 32))
+        recorded.append(set(self.model._recorded))
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_traced_callables)
+    monkeypatch.setattr(PromptTrainer, "record_step", record)
+    replayed = go(trainer, *opts, out="recorded")
+    assert recorded == [{"images", "classes"} if trainer != "VPT" else {"images"}]
+    states = [
+        torch.load(tmp_path / out / "prompt_learner" / "model.pth.tar-2", weights_only=True)["state_dict"]
+        for out in ("plain", "recorded")
+    ]
+    torch.testing.assert_close(states[1], states[0], rtol=1e-4, atol=1e-6)
+    assert replayed["curve"] == plain["curve"] and replayed["metrics"] == plain["metrics"]
+
+
+def test_passes_that_are_computed_twice_are_not_recorded(build, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_traced_callables)
+    for options, expected in ((("CLASSES", 2), {"images"}), (("CHECKPOINTING", "always"), set())):
+        model = build("JointPrompt", f"TRAINER.MEMORY.{options[0]}", options[1]).model
+        model.record(torch.zeros(2, 3, 32, 32))
+        assert set(model._recorded) == expected
 
 
 def test_cocoop_scores_in_parts(build, monkeypatch):
