@@ -100,6 +100,8 @@ class Contestant:
         trainer.epoch = trainer.batch_idx = 0
         trainer.num_batches = 10**9  # no batch is an epoch's last
         self._prepare()
+        if not spec.checkout and hasattr(trainer, "record_step"):
+            trainer.record_step()  # as before_train does
         prepared = itertools.cycle(self.batches)
         decoded = (batch for _ in itertools.count() for batch in trainer.train_loader_x)
         self.measures: dict[str, Callable[[int], Any]] = {

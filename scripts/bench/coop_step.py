@@ -26,6 +26,7 @@ TEXT, WHOLE, IMAGES = "text part", "whole step", "image tower alone"
 TEST_IMAGES = 50_000  # ImageNet's
 COMPARED = ("logits", "the context's gradient")
 PLAIN, OURS, CUT = "official way", "this project", "official way, cut at the longest class"
+RECORDED = f"{OURS}, as CUDA graphs"
 
 
 class Bench:
@@ -37,9 +38,15 @@ class Bench:
         self.prompts = initial_prompts(backbone, 4, 0, "a photo of a")
         self.model = PromptedCLIP(backbone, names, self.prompts)
         self.context = self.model.prompt_learner.ctx
+        self.recorded = (
+            PromptedCLIP(backbone, names, self.prompts) if backbone.device.type == "cuda" and not test else None
+        )
         self.plain, self.cut = (common.PlainClassText(backbone, names, 4, cut) for cut in (False, True))
         self.images = torch.randn(batch, 3, size, size, device=backbone.device)
         self.labels = torch.arange(batch, device=backbone.device) % len(names)
+        if self.recorded is not None:
+            self.recorded.prompt_learner = self.model.prompt_learner
+            self.recorded.record(self.images)
 
     def plain_images(self) -> Tensor:
         return F.normalize(self.backbone.model.visual(self.images), dim=-1)
@@ -53,6 +60,7 @@ class Bench:
         """Return name -> forward pass to logits (B, N), or to image features."""
         scale, fixed = self.backbone.logit_scale, self.plain_images().detach()  # the text part alone has images at hand
         plain, cut = partial(self.plain.features, self.context), partial(self.cut.features, self.context)
+        graphs = {f"{WHOLE}, {RECORDED}": lambda: self.recorded(self.images)} if self.recorded is not None else {}
         return {
             f"{TEXT}, {PLAIN}": lambda: logits(fixed, plain(), scale),
             f"{TEXT}, {CUT}": lambda: logits(fixed, cut(), scale),
@@ -61,6 +69,7 @@ class Bench:
             f"{WHOLE}, {OURS}": lambda: logits(self.model.image_features(self.images), self.our_classes(), scale),
             f"{IMAGES}, {PLAIN}": self.plain_images,
             f"{IMAGES}, {OURS}": lambda: self.model.image_features(self.images),
+            **graphs,
         }
 
     def step(self, forward: Callable[[], Tensor]) -> list[Tensor]:
