@@ -44,7 +44,7 @@ def get_meta_config() -> CN:
 
     c.BACKBONE = CN()
     c.BACKBONE.NAME = "ViT-B/16"
-    c.BACKBONE.PRECISION = "fp32"  # of the frozen towers: fp32, bf16, fp16
+    c.BACKBONE.PRECISION = "fp32"  # of the frozen towers: fp32, tf32, bf16, fp16
     c.BACKBONE.LOSS_SCALE = 0.0  # factor of losses before gradients are taken; 0: 256 for fp16, else 1
 
     # Cross-modal hierarchical clustering, Sec. 3.2
@@ -198,7 +198,7 @@ def _colour(low: float, above: bool = False) -> Bound:
 _COUNT, _AT_LEAST_2, _FROM_0, _SHARE = _numbers(1), _numbers(2), _numbers(0), _numbers(0, 1)
 _WORKERS = _numbers(0, 512, also=-1)  # far more processes than cores only fill the memory
 _SEED, _RATE, _DECAY = _numbers(0, 2**32 - 1), _numbers(0, 1000), _numbers(0, 1, below=True)
-_PREC = _names("fp32", "fp16", "bf16", "amp")
+_PREC = _names("fp32", "tf32", "fp16", "bf16", "amp")
 
 # What a key may be, for meta-training and clustering, and for few-shot runs: each line a bound and its keys.
 META_BOUNDS = {
@@ -222,7 +222,7 @@ META_BOUNDS = {
         (_numbers(100, also=0), "CHC.TOPICS.SAMPLE CHC.DOMAINS.SAMPLE"),  # a smaller sample has too few neighbours
         (_numbers(-1, 1, above=True, below=True), "REGULATOR.GAMMA"),
         (_numbers(0, 2**16), "BACKBONE.LOSS_SCALE"),
-        (_names("fp32", "bf16", "fp16", "fp64"), "BACKBONE.PRECISION"),
+        (_names("fp32", "tf32", "bf16", "fp16", "fp64"), "BACKBONE.PRECISION"),
         (_names("umap", "pca"), "CHC.TOPICS.REDUCTION"),
         (_names("eom", "leaf"), "CHC.TOPICS.SELECTION"),
         (_names("gate", "random"), "REGULATOR.START"),

@@ -30,7 +30,8 @@ from gram_meta.files import PathLike
 
 PACKAGED = "gram-small"  # the small CLIP in this package
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
-RUN_PRECISIONS = ("fp32", "fp16", "bf16", "amp")  # of a trainer or a prediction; amp: float32 towers under autocast
+PRECISIONS |= {"tf32": torch.float32}  # with a GPU's quick products of 10-bit fractions
+RUN_PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "amp")  # of a trainer or a prediction; amp: float32 towers under autocast
 
 # embed_dim, image px, vision layers, vision width, patch, context, vocabulary, text width, text heads, text layers
 _SHAPES: dict[str, tuple[Any, ...]] = {
@@ -50,14 +51,16 @@ def load_backbone(name: str, device: str | torch.device = "cpu", precision: str 
             with weights in OpenAI's, Hugging Face's or open_clip's layout (see `backbone.weights`), `"gram-small"` for
             the model in this package, or `"random-SHAPE"` (`random-tiny`, `random-ViT-B/16`) for seeded random weights.
         device: of the towers.
-        precision: `fp32`, `fp16`, `bf16` or `fp64` for the towers; features and logits are float32 (float64 for
-            `fp64`).
+        precision: `fp32`, `tf32`, `fp16`, `bf16` or `fp64` for the towers; features and logits are float32 (float64
+            for `fp64`). `tf32` is float32 with the TF32 products of NVIDIA's GPUs. That is a switch of the process, which every
+            call sets: the precision of the last backbone holds.
 
     Raises:
         GramError: unknown name or precision, missing or unreadable file, or a file without an OpenAI-style CLIP.
     """
     if precision not in PRECISIONS:
         raise GramError(f"precision: expected one of {', '.join(PRECISIONS)}, found {precision!r}")
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"  # else float32 products are those of float32
     if name.startswith("random-"):
         model = _random_model(name.removeprefix("random-"))
     else:

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", "--out", metavar="STORE", required=True, help="folder for the store")
     clip = "CLIP: an OpenAI name, a .pt or .safetensors file, or gram-small (default: %(default)s)"
     add("--backbone", metavar="NAME", default="ViT-B/16", help=clip)
-    add("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of CLIP (default: %(default)s)")
+    add("--precision", choices=("fp32", "tf32", "fp16", "bf16"), default="fp32", help="of CLIP (default: %(default)s)")
     bert = "Sentence-BERT: a name, or a folder in sentence-transformers' format (default: %(default)s)"
     add("--sentence-model", metavar="NAME|PATH", default="all-MiniLM-L6-v2", help=bert)
     for flag, text in NAMES.items():

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--backbone", default="", metavar="NAME", help="CLIP: a name or a file; default: the run's")
     add("--device", default="", help="cpu, cuda, cuda:1, mps; default: cuda where there is one")
     precision = "of CLIP; default: the run's on a GPU, fp32 on a CPU"
-    add("--precision", choices=("fp32", "fp16", "bf16", "amp"), default="", help=precision)
+    add("--precision", choices=("fp32", "tf32", "fp16", "bf16", "amp"), default="", help=precision)
     batch = "images in one pass; default: 32 on a CPU, on a GPU by its free memory and the model, up to 256"
     add("--batch-size", type=int, metavar="N", help=batch)
     beside = "processes that read images; default: none on a CPU or for few images, else one for each core, up to 8"

@@ -123,7 +123,7 @@ class Predictor:
             epoch: of the checkpoint; default: the one that the run was tested with.
             backbone: name or file of the CLIP; default: the run's.
             device: "cpu", "cuda", "cuda:1", "mps"; default: cuda if there is one, else cpu.
-            precision: "fp32", "fp16", "bf16" or "amp"; default: the run's on a GPU, float32 on a CPU.
+            precision: "fp32", "tf32", "fp16", "bf16" or "amp"; default: the run's on a GPU, float32 on a CPU.
             batch_size: images in one pass; default: see `default_batch_size`.
             workers: processes that read images ahead; default: see `workers_for`.
 

@@ -625,3 +625,14 @@ def test_features_are_the_same_with_a_checkouts_clip(checkout, backbone):
     images = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)
     here = torch.cat([backbone.encode_images(images), backbone.encode_texts(["a cat", "dogs"])])
     torch.testing.assert_close(torch.tensor(json.loads(numbers)).view_as(here), here, rtol=0, atol=1e-6)
+
+
+def test_tf32_is_float32_with_quick_products_and_any_other_precision_ends_it():
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        backbone = load_backbone("random-tiny", precision="tf32")
+        assert torch.backends.cuda.matmul.allow_tf32 and backbone.dtype == torch.float32
+        load_backbone("random-tiny")
+        assert not torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
