@@ -31,7 +31,7 @@ from gram_meta.files import PathLike
 PACKAGED = "gram-small"  # the small CLIP in this package
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
 PRECISIONS |= {"tf32": torch.float32}  # with a GPU's quick products of 10-bit fractions
-RUN_PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "amp")  # of a trainer or a prediction; amp: float32 towers under autocast
+RUN_PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "amp")  # of a run or a prediction; amp: float32 towers, autocast
 
 # embed_dim, image px, vision layers, vision width, patch, context, vocabulary, text width, text heads, text layers
 _SHAPES: dict[str, tuple[Any, ...]] = {
@@ -52,8 +52,8 @@ def load_backbone(name: str, device: str | torch.device = "cpu", precision: str 
             the model in this package, or `"random-SHAPE"` (`random-tiny`, `random-ViT-B/16`) for seeded random weights.
         device: of the towers.
         precision: `fp32`, `tf32`, `fp16`, `bf16` or `fp64` for the towers; features and logits are float32 (float64
-            for `fp64`). `tf32` is float32 with the TF32 products of NVIDIA's GPUs. That is a switch of the process, which every
-            call sets: the precision of the last backbone holds.
+            for `fp64`). `tf32` is float32 with the TF32 products of NVIDIA's GPUs. That is a switch of the process,
+            which every call sets: the precision of the last backbone holds.
 
     Raises:
         GramError: unknown name or precision, missing or unreadable file, or a file without an OpenAI-style CLIP.

@@ -81,7 +81,7 @@ def pass_bytes(backbone: Backbone, tower: str, positions: int, second_order: boo
     layers = len((model if text else model.visual).transformer.resblocks)
     whole, kept = (SECOND, 3 * KEPT) if second_order else (FIRST, KEPT)
     units = layers * kept + whole if checkpointing else layers * whole
-    number = {"fp64": 8.0, "fp32": 4.0, "tf32": 4.0}.get(backbone.precision, 3.0)  # 16 bits count 3 bytes: layer norms keep float32
+    number = {2: 3.0}.get(backbone.dtype.itemsize, float(backbone.dtype.itemsize))  # layer norms keep float32
     return number * positions * (backbone.text_width if text else backbone.visual_width) * units
 
 
