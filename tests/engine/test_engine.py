@@ -357,13 +357,35 @@ def test_test_transform_resizes_the_smaller_edge_and_crops(images):
 
 
 @pytest.mark.parametrize("is_train", [True, False])
+def test_crops_on_tensors_are_those_of_images_up_to_rounding(is_train):
+    """Of a smooth picture, as photographs are at the scale of a pixel; the same random numbers are drawn."""
+    height, width = np.mgrid[:300, :400]
+    waves = [127.5 + 127.5 * np.sin(height / a + width / b) for a, b in ((9, 17), (21, 13), (40, 8))]
+    image = Image.fromarray(np.stack(waves, axis=-1).astype(np.uint8))
+    options = ("INPUT.SIZE", (64, 64), "INPUT.INTERPOLATION", "bicubic")
+    options += ("INPUT.TRANSFORMS", ("random_resized_crop", "random_flip", "normalize"))
+    one, other = (build_transform(config(*options, "INPUT.ON_TENSORS", on), is_train) for on in (False, True))
+    std = torch.tensor(config().INPUT.PIXEL_STD).view(3, 1, 1)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        expected, after = one(image), torch.rand(1)
+        torch.manual_seed(seed)
+        found = other(image)
+        assert torch.equal(torch.rand(1), after)
+        assert found.dtype == torch.float32 and found.shape == expected.shape == (3, 64, 64)
+        levels = ((found - expected) * std * 255).round().abs()
+        assert levels.max() <= 2 and levels.mean() < 0.05 and (expected - expected.mean()).abs().mean() > 0.5
+
+
+@pytest.mark.parametrize("is_train", [True, False])
 def test_every_transform_of_the_builtin_engine_runs(images, is_train):
     from dassl.data.transforms.transforms import AVAI_CHOICES
 
     image = Image.open(images[0].impath).convert("RGB")
     for name in AVAI_CHOICES:
-        cfg = config("INPUT.SIZE", (16, 16), "INPUT.TRANSFORMS", (name,))
-        assert build_transform(cfg, is_train=is_train)(image).shape == (3, 16, 16)
+        for on_tensors in (False, True):
+            cfg = config("INPUT.SIZE", (16, 16), "INPUT.TRANSFORMS", (name,), "INPUT.ON_TENSORS", on_tensors)
+            assert build_transform(cfg, is_train=is_train)(image).shape == (3, 16, 16)
 
 
 def test_transforms_refuse_what_they_do_not_have():

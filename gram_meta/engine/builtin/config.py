@@ -17,6 +17,7 @@ _C.INPUT.SIZE = (224, 224)  # (height, width) in pixels
 _C.INPUT.INTERPOLATION = "bilinear"  # bilinear, bicubic or nearest
 _C.INPUT.TRANSFORMS = ()  # names, see data/transforms
 _C.INPUT.NO_TRANSFORM = False
+_C.INPUT.ON_TENSORS = False  # True: crop and resize tensors, faster than Pillow's images; other roundings
 _C.INPUT.PIXEL_MEAN = [0.485, 0.456, 0.406]  # ImageNet's; CLIP's stand in the YAML files
 _C.INPUT.PIXEL_STD = [0.229, 0.224, 0.225]
 _C.INPUT.CROP_PADDING = 4  # random_crop

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-import torchvision.transforms as T
-from torchvision.transforms.functional import InterpolationMode
+import torchvision.transforms
+from torchvision.transforms import InterpolationMode, v2
 from yacs.config import CfgNode
 
 from gram_meta.engine import builtin
@@ -40,11 +41,17 @@ def build_transform(cfg: CfgNode, is_train: bool = True, choices: Sequence[str] 
             raise builtin.not_built_in("INPUT.TRANSFORMS", choice, AVAI_CHOICES)
     if cfg.INPUT.INTERPOLATION not in INTERPOLATION_MODES:
         raise builtin.not_built_in("INPUT.INTERPOLATION", cfg.INPUT.INTERPOLATION, INTERPOLATION_MODES)
-    steps = _train_steps(cfg, choices) if is_train else _test_steps(cfg)
-    steps.append(("to torch tensor of range [0, 1]", T.ToTensor()))
+    on_tensors = cfg.INPUT.ON_TENSORS
+    T: Any = v2 if on_tensors else torchvision.transforms
+    steps = _train_steps(T, cfg, choices) if is_train else _test_steps(T, cfg)
+    if on_tensors:
+        steps.insert(0, ("to torch tensor of bytes", v2.PILToTensor()))
+    to_floats = v2.ToDtype(torch.float32, scale=True) if on_tensors else T.ToTensor()
+    steps.append(("to torch tensor of range [0, 1]", to_floats))
     if "normalize" in choices:
         mean, std = cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD
-        steps.append((f"normalization (mean={mean}, std={std})", T.Normalize(mean=mean, std=std)))
+        normalize = T.Normalize(mean=mean, std=std, inplace=True)  # the floats are new
+        steps.append((f"normalization (mean={mean}, std={std})", normalize))
     if "instance_norm" in choices:
         steps.append(("instance normalization", InstanceNormalization()))
     print("Building transform_train" if is_train else "Building transform_test")
@@ -56,8 +63,8 @@ def build_transform(cfg: CfgNode, is_train: bool = True, choices: Sequence[str] 
 Steps = list[tuple[str, Callable]]  # (its line in the log, the transform)
 
 
-def _train_steps(cfg: CfgNode, choices: Sequence[str]) -> Steps:
-    """Return the steps before the tensor in Dassl's order, so that equal seeds give the same crops."""
+def _train_steps(T: Any, cfg: CfgNode, choices: Sequence[str]) -> Steps:
+    """Return the steps up to the crop, of the module T, in Dassl's order: equal seeds give the same crops."""
     given, size = cfg.INPUT, cfg.INPUT.SIZE
     mode = INTERPOLATION_MODES[given.INTERPOLATION]
     steps: Steps = []
@@ -74,7 +81,7 @@ def _train_steps(cfg: CfgNode, choices: Sequence[str]) -> Steps:
     return steps
 
 
-def _test_steps(cfg: CfgNode) -> Steps:
+def _test_steps(T: Any, cfg: CfgNode) -> Steps:
     size = cfg.INPUT.SIZE
     resize = T.Resize(max(size), interpolation=INTERPOLATION_MODES[cfg.INPUT.INTERPOLATION])
     return [

@@ -1,0 +1,130 @@
+"""Images a second, read for few-shot training: from files or kept, by processes, on tensors, and decoded on a device.
+
+    python scripts/bench/loading.py --workers 0 2
+    python scripts/bench/loading.py --device cuda --workers 0 4 8 16
+
+The script makes random JPEGs of 500 x 375 pixels. A round is an epoch over all of them with the built-in engine's
+loader in CoOp's way: random resized crop to 224 pixels (bicubic), flip, normalisation, batches of 32, copied to the
+device. Kept images were decoded before. On the device, torchvision decodes and crops one batch after the other, in one
+process. The second table has the differences of the bytes (0 to 255) from Pillow's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from common import cpu_model, measure, numbers, parser, print_table, report, spread, write_report
+from PIL import Image
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms import InterpolationMode, v2
+
+from gram_meta import engine
+from gram_meta.engine.options import extend_cfg
+from gram_meta.images import kept_images, read_rgb
+
+BATCH = 32
+CROP = v2.Compose([v2.RandomResizedCrop(224, interpolation=InterpolationMode.BICUBIC), v2.RandomHorizontalFlip()])
+
+
+def main() -> None:
+    """Measure every way of reading, then compare the pixels."""
+    options = parser(__doc__ or "")
+    options.add_argument("--images", type=int, default=320, help="JPEGs in an epoch (%(default)s)")
+    options.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="loader processes (%(default)s)")
+    args = options.parse_args()
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    with tempfile.TemporaryDirectory() as folder:
+        files, kept = (write_images(Path(folder, name), args.images) for name in ("files", "kept"))
+        steps: dict[str, Any] = {}
+        for workers in args.workers:
+            for paths, of in ((files, ""), (kept, ", kept images")):
+                for on_tensors, how in ((False, ""), (True, ", on tensors")):
+                    loader = loader_of(paths, workers, on_tensors)
+                    steps[f"{workers} processes{of}{how}"] = lambda loader=loader: read_all(loader, args.device)
+        steps[f"decoded and cropped on {args.device}"] = lambda: read_on_device(files, args.device)
+        with kept_images(kept, 1e11, False):
+            measured = measure(steps, args)
+        print(f"{cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.device}\n")
+        speeds = ([args.images / seconds for seconds in one.rounds] for one in measured.values())
+        print_table([{"": name, "images/s": spread(speed)} for name, speed in zip(measured, speeds, strict=True)])
+        print_table(differences(files[:BATCH], args.device))
+    write_report(args, report(args) | {"measured": numbers(measured)})
+
+
+def write_images(folder: Path, count: int) -> list[str]:
+    """Write JPEGs of 500 x 375 pixels with structure at every scale; return their paths."""
+    folder.mkdir()
+    rng, paths = np.random.default_rng(0), [str(folder / f"{number}.jpg") for number in range(count)]
+    for path in paths:
+        pixels = np.full((375, 500, 3), 128.0)
+        for side in (4, 8, 16, 32, 64, 128, 256):
+            octave = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).resize((500, 375))
+            pixels += (np.asarray(octave) - 128.0) * 1.5 / side**0.6
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+    return paths
+
+
+def loader_of(paths: list[str], workers: int, on_tensors: bool) -> Any:
+    """Return the built-in engine's training loader."""
+    cfg = engine.get_cfg_default()
+    extend_cfg(cfg)
+    cfg.INPUT.TRANSFORMS, cfg.INPUT.INTERPOLATION = ("random_resized_crop", "random_flip", "normalize"), "bicubic"
+    cfg.INPUT.ON_TENSORS, cfg.DATALOADER.NUM_WORKERS = on_tensors, workers
+    with contextlib.redirect_stdout(io.StringIO()):
+        transform = engine.build_transform(cfg)
+    items = [SimpleNamespace(impath=path, label=0, domain=0) for path in paths]
+    return engine.build_data_loader(cfg, "RandomSampler", items, BATCH, tfm=transform)
+
+
+def read_all(loader: Any, device: str) -> None:
+    """Run an epoch; the loader's processes stay for the next one."""
+    for batch in loader:
+        batch["img"].to(device, non_blocking=True)
+
+
+def decode(paths: list[str], device: str) -> list[Tensor]:
+    """Return decoded JPEGs (3, H, W) on a device."""
+    contents = [torch.from_numpy(np.fromfile(path, np.uint8)) for path in paths]
+    return decode_jpeg(contents, ImageReadMode.RGB, device)
+
+
+def read_on_device(paths: list[str], device: str) -> None:
+    """Decode, crop and normalise all images on a device."""
+    normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.25] * 3)])
+    for start in range(0, len(paths), BATCH):
+        normalise(torch.stack([CROP(image) for image in decode(paths[start : start + BATCH], device)]))
+
+
+def differences(paths: list[str], device: str) -> list[dict[str, str]]:
+    """Compare decoded images and crops with Pillow's."""
+    images, decoded = [read_rgb(path) for path in paths], decode(paths, device)
+    theirs = [v2.functional.pil_to_tensor(image) for image in images]
+
+    def cropped(images: list[Any]) -> list[Tensor]:
+        torch.manual_seed(0)
+        return [v2.functional.to_image(CROP(image)) for image in images]
+
+    pairs = {
+        f"decoded on {device}": (decoded, theirs),
+        "crops on tensors": (cropped(theirs), cropped(images)),
+        f"decoded and cropped on {device}": (cropped(decoded), cropped(images)),
+    }
+    rows = []
+    for name, sides in pairs.items():
+        one, other = (torch.cat([image.flatten().cpu().int() for image in side]) for side in sides)
+        off = (one - other).abs()
+        shares = {f"more than {most}": f"{(off > most).float().mean():.2%}" for most in (0, 1, 4)}
+        rows.append({"": name, "largest": str(off.max().item()), "mean": f"{off.float().mean():.3f}", **shares})
+    return rows
+
+
+if __name__ == "__main__":
+    main()
