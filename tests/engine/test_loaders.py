@@ -148,6 +148,23 @@ def test_a_test_loader_reads_ahead_in_a_thread(items):
     assert len(threads) == 1 and threading.current_thread() not in threads
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bytes_that_are_normalised_on_the_device_give_the_same_numbers(items, workers):
+    expected, _ = crops(loader_of(items, workers))
+    loader = loader_of(items, workers)
+    assert loader.normalise is None  # as there is no GPU
+    loader.normalise_on(torch.device("cpu"))
+    sent, normalised = set(), loader._normalised
+    loader._normalised = lambda batch: sent.add(batch["img"].dtype) or normalised(batch)
+    assert torch.equal(crops(loader)[0], expected)
+    assert sent == {torch.uint8 if workers else torch.float32}
+    again = engine.build_data_loader(loader.dataset.cfg, data_source=items, tfm=loader.dataset.transform)
+    assert loader.dataset[0]["img"].dtype == torch.float32  # for every other loader
+    again.dataset.transform = lambda image: torch.zeros(3, 8, 8)
+    again.normalise_on(torch.device("cpu"))  # does not end in a normalisation
+    assert again.normalise is None and again.dataset[0]["img"].dtype == torch.float32
+
+
 def test_errors_of_the_thread_that_reads_ahead_arrive(items, tmp_path):
     (tmp_path / "cut.jpg").write_bytes(b"no image")
     bad = SimpleNamespace(impath=str(tmp_path / "cut.jpg"), label=0, domain=0)

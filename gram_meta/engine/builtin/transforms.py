@@ -60,6 +60,27 @@ def build_transform(cfg: CfgNode, is_train: bool = True, choices: Sequence[str] 
     return T.Compose([transform for _, transform in steps])
 
 
+class Normalise:
+    """Turns bytes (B, 3, H, W) into normalised floats as `ToTensor` and `Normalize` do, on the device of the bytes."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
+        self.mean, self.std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
+        self.white = torch.tensor(255.0, device=device)  # CUDA multiplies by the reciprocal of a plain number
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().div_(self.white).sub_(self.mean).div_(self.std)
+
+
+def split_transform(transform: Any, device: torch.device) -> tuple[Callable, Normalise] | None:
+    """Return the part of a transform up to bytes, and its end for a batch on a device; None if it ends otherwise."""
+    steps = list(getattr(transform, "transforms", ()))
+    kinds = [type(step) for step in steps[-2:]]
+    if kinds not in ([torchvision.transforms.ToTensor, torchvision.transforms.Normalize], [v2.ToDtype, v2.Normalize]):
+        return None
+    to_bytes = [v2.PILToTensor()] if kinds[1] is torchvision.transforms.Normalize else []
+    return type(transform)([*steps[:-2], *to_bytes]), Normalise(steps[-1].mean, steps[-1].std, device)
+
+
 Steps = list[tuple[str, Callable]]  # (its line in the log, the transform)
 
 
