@@ -260,6 +260,7 @@ RUN_BOUNDS = {
         (Bound(lambda value: not value, "False, as a trainer needs tensors"), "INPUT.NO_TRANSFORM"),
         (Bound(_is_size, "(height, width) of at least 1 pixel"), "INPUT.SIZE"),
         (_names("bilinear", "bicubic", "nearest"), "INPUT.INTERPOLATION"),
+        (_names("images", "tensors", "device"), "INPUT.CROP_ON"),
         (_names("val", "test"), "TEST.SPLIT"),
         (_names("last_step", "best_val"), "TEST.FINAL_MODEL"),
         (_PREC, "TRAINER.COOP.PREC TRAINER.COCOOP.PREC TRAINER.VPT.PREC TRAINER.JOINT.PREC"),

@@ -337,6 +337,8 @@ def _transform(saved: Saved, cfg: Any, backbone: Backbone) -> Transform:
     from gram_meta import engine
 
     cfg.INPUT.SIZE = (backbone.image_size, backbone.image_size)
+    if cfg.INPUT.get("CROP_ON") == "device":
+        cfg.INPUT.CROP_ON = "tensors"  # other processes may read
     return engine.build_transform(cfg, is_train=False)
 
 

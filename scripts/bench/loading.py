@@ -46,10 +46,10 @@ def main() -> None:
         steps: dict[str, Any] = {}
         for workers in args.workers:
             for paths, of in ((files, ""), (kept, ", kept images")):
-                for on_tensors, how in ((False, ""), (True, ", on tensors")):
-                    loader = loader_of(paths, workers, on_tensors)
+                for on in ("images", "tensors", *["device"] * (workers == 0)):
+                    loader = loader_of(paths, workers, on)
                     loader.normalise_on(torch.device(args.device))
-                    steps[f"{workers} processes{of}{how}"] = lambda loader=loader: [
+                    steps[f"{workers} processes{of}, cropped on {on}"] = lambda loader=loader: [
                         batch["img"].sum() for batch in loader
                     ]
         steps[f"decoded and cropped on {args.device}"] = lambda: read_on_device(files, args.device)
@@ -75,12 +75,12 @@ def write_images(folder: Path, count: int) -> list[str]:
     return paths
 
 
-def loader_of(paths: list[str], workers: int, on_tensors: bool) -> Any:
+def loader_of(paths: list[str], workers: int, on: str) -> Any:
     """Return the built-in engine's training loader."""
     cfg = engine.get_cfg_default()
     extend_cfg(cfg)
     cfg.INPUT.TRANSFORMS, cfg.INPUT.INTERPOLATION = ("random_resized_crop", "random_flip", "normalize"), "bicubic"
-    cfg.INPUT.ON_TENSORS, cfg.DATALOADER.NUM_WORKERS = on_tensors, workers
+    cfg.INPUT.CROP_ON, cfg.DATALOADER.NUM_WORKERS = on, workers
     with contextlib.redirect_stdout(io.StringIO()):
         transform = engine.build_transform(cfg)
     items = [SimpleNamespace(impath=path, label=0, domain=0) for path in paths]

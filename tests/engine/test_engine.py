@@ -364,7 +364,7 @@ def test_crops_on_tensors_are_those_of_images_up_to_rounding(is_train):
     image = Image.fromarray(np.stack(waves, axis=-1).astype(np.uint8))
     options = ("INPUT.SIZE", (64, 64), "INPUT.INTERPOLATION", "bicubic")
     options += ("INPUT.TRANSFORMS", ("random_resized_crop", "random_flip", "normalize"))
-    one, other = (build_transform(config(*options, "INPUT.ON_TENSORS", on), is_train) for on in (False, True))
+    one, other = (build_transform(config(*options, "INPUT.CROP_ON", on), is_train) for on in ("images", "tensors"))
     std = torch.tensor(config().INPUT.PIXEL_STD).view(3, 1, 1)
     for seed in range(5):
         torch.manual_seed(seed)
@@ -383,8 +383,8 @@ def test_every_transform_of_the_builtin_engine_runs(images, is_train):
 
     image = Image.open(images[0].impath).convert("RGB")
     for name in AVAI_CHOICES:
-        for on_tensors in (False, True):
-            cfg = config("INPUT.SIZE", (16, 16), "INPUT.TRANSFORMS", (name,), "INPUT.ON_TENSORS", on_tensors)
+        for on in ("images", "tensors", "device"):
+            cfg = config("INPUT.SIZE", (16, 16), "INPUT.TRANSFORMS", (name,), "INPUT.CROP_ON", on)
             assert build_transform(cfg, is_train=is_train)(image).shape == (3, 16, 16)
 
 

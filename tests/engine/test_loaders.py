@@ -11,9 +11,13 @@ from torch.utils.data import DataLoader
 
 import gram_meta.images
 from gram_meta import engine
+from gram_meta.engine.builtin.transforms import ToBytes
 from gram_meta.engine.options import complete_cfg, extend_cfg
 from gram_meta.images import UnreadableImage, kept_images, read_rgb
 from gram_meta.processes import worker_count, workers_for
+
+if engine.backend() != "builtin":
+    pytest.skip("the real Dassl is the backend: these are tests of the built-in engine", allow_module_level=True)
 
 ALL = 12 * 30 * 40 * 4  # bytes of the images below, as Pillow holds them
 
@@ -163,6 +167,25 @@ def test_bytes_that_are_normalised_on_the_device_give_the_same_numbers(items, wo
     again.dataset.transform = lambda image: torch.zeros(3, 8, 8)
     again.normalise_on(torch.device("cpu"))  # does not end in a normalisation
     assert again.normalise is None and again.dataset[0]["img"].dtype == torch.float32
+
+
+def test_crops_on_the_device_need_no_processes_and_copy_a_kept_image_once(items, monkeypatch):
+    on_cpu = ToBytes(torch.device("cpu"))
+    away = ToBytes(torch.device("meta"))  # as a GPU, whose memory is not this process's
+    with kept_images([item.impath for item in items], ALL, False):
+        first = away(read_rgb(items[0].impath))
+        assert first.is_meta and away(read_rgb(items[0].impath)) is first
+        assert on_cpu(read_rgb(items[0].impath)).shape == first.shape == (3, 40, 30)
+    assert away(read_rgb(items[0].impath)) is not first
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    cfg = engine.get_cfg_default()
+    cfg.INPUT.CROP_ON, cfg.DATALOADER.NUM_WORKERS = "device", 2
+    loader = engine.build_data_loader(cfg, data_source=items)
+    assert (loader.num_workers, loader.pin_memory, loader.normalise) == (0, False, None)
+    assert engine.build_transform(cfg).transforms[0].device == torch.device("cuda")
+    cfg.USE_CUDA = False
+    loader = engine.build_data_loader(cfg, data_source=items)
+    assert loader.num_workers == 2 and engine.build_transform(cfg).transforms[0].device == torch.device("cpu")
 
 
 def test_errors_of_the_thread_that_reads_ahead_arrive(items, tmp_path):

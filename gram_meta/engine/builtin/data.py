@@ -17,7 +17,7 @@ from yacs.config import CfgNode
 
 from gram_meta.engine import builtin
 from gram_meta.engine.builtin.datasets import build_dataset
-from gram_meta.engine.builtin.transforms import Normalise, build_transform, split_transform
+from gram_meta.engine.builtin.transforms import Normalise, build_transform, crops_on_gpu, split_transform
 from gram_meta.engine.builtin.utils import read_image
 from gram_meta.errors import GramError
 from gram_meta.images import coop_decoding
@@ -43,8 +43,9 @@ def build_data_loader(
         key = "DATALOADER.TRAIN_X.SAMPLER" if is_train else "DATALOADER.TEST.SAMPLER"
         raise builtin.not_built_in(key, sampler_type, SAMPLERS)
     wrapper = DatasetWrapper if dataset_wrapper is None else dataset_wrapper
-    workers = worker_count(cfg.DATALOADER.NUM_WORKERS)
-    on_gpu = torch.cuda.is_available() and cfg.USE_CUDA
+    crops = crops_on_gpu(cfg)  # in this process, as others would need a context of CUDA each
+    workers = 0 if crops else worker_count(cfg.DATALOADER.NUM_WORKERS)
+    on_gpu = torch.cuda.is_available() and cfg.USE_CUDA and not crops
     dataset = wrapper(cfg, data_source, transform=tfm, is_train=is_train)
     stay = is_train and workers > 0 and isinstance(dataset, DatasetWrapper)
     if stay:

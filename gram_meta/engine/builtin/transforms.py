@@ -41,11 +41,12 @@ def build_transform(cfg: CfgNode, is_train: bool = True, choices: Sequence[str] 
             raise builtin.not_built_in("INPUT.TRANSFORMS", choice, AVAI_CHOICES)
     if cfg.INPUT.INTERPOLATION not in INTERPOLATION_MODES:
         raise builtin.not_built_in("INPUT.INTERPOLATION", cfg.INPUT.INTERPOLATION, INTERPOLATION_MODES)
-    on_tensors = cfg.INPUT.ON_TENSORS
+    on_tensors = cfg.INPUT.CROP_ON != "images"
     T: Any = v2 if on_tensors else torchvision.transforms
     steps = _train_steps(T, cfg, choices) if is_train else _test_steps(T, cfg)
     if on_tensors:
-        steps.insert(0, ("to torch tensor of bytes", v2.PILToTensor()))
+        device = torch.device("cuda" if crops_on_gpu(cfg) else "cpu")
+        steps.insert(0, (f"to torch tensor of bytes on {device}", ToBytes(device)))
     to_floats = v2.ToDtype(torch.float32, scale=True) if on_tensors else T.ToTensor()
     steps.append(("to torch tensor of range [0, 1]", to_floats))
     if "normalize" in choices:
@@ -58,6 +59,25 @@ def build_transform(cfg: CfgNode, is_train: bool = True, choices: Sequence[str] 
     for text, _ in steps:
         print(f"+ {text}")
     return T.Compose([transform for _, transform in steps])
+
+
+def crops_on_gpu(cfg: CfgNode) -> bool:
+    """Return whether INPUT.CROP_ON asks for the device and that is a GPU."""
+    return bool(cfg.INPUT.CROP_ON == "device" and cfg.USE_CUDA and torch.cuda.is_available())
+
+
+class ToBytes:
+    """Turns an image into bytes (3, H, W) on a device; on a GPU, they stay there as long as the image is kept."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __call__(self, image: Any) -> torch.Tensor:
+        if self.device.type == "cpu":
+            return v2.functional.pil_to_tensor(image)
+        if not hasattr(image, "on_device"):
+            image.on_device = v2.functional.pil_to_tensor(image).to(self.device)
+        return image.on_device
 
 
 class Normalise:
