@@ -14,6 +14,8 @@ from __future__ import annotations
 import contextlib
 import io
 import tempfile
+from collections import deque
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +29,6 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode, v2
 
 from gram_meta import engine
-from gram_meta.engine.options import extend_cfg
 from gram_meta.images import kept_images, read_rgb
 
 BATCH = 32
@@ -49,10 +50,12 @@ def main() -> None:
                 for on in ("images", "tensors", *["device"] * (workers == 0)):
                     loader = loader_of(paths, workers, on)
                     loader.normalise_on(torch.device(args.device))
-                    steps[f"{workers} processes{of}, cropped on {on}"] = lambda loader=loader: [
-                        batch["img"].sum() for batch in loader
-                    ]
-        steps[f"decoded and cropped on {args.device}"] = lambda: read_on_device(files, args.device)
+                    name = f"{workers} processes{of}, cropped on {on}"
+                    steps[name] = partial(deque, loader, 0)  # runs an epoch and keeps nothing
+        steps[f"decoded and cropped on {args.device}"] = lambda: [
+            torch.stack([CROP(image) for image in decode(files[start : start + BATCH], args.device)]).float().div_(255)
+            for start in range(0, args.images, BATCH)
+        ]
         with kept_images(kept, 1e11, False):
             measured = measure(steps, args)
         print(f"{cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.device}\n")
@@ -78,7 +81,6 @@ def write_images(folder: Path, count: int) -> list[str]:
 def loader_of(paths: list[str], workers: int, on: str) -> Any:
     """Return the built-in engine's training loader."""
     cfg = engine.get_cfg_default()
-    extend_cfg(cfg)
     cfg.INPUT.TRANSFORMS, cfg.INPUT.INTERPOLATION = ("random_resized_crop", "random_flip", "normalize"), "bicubic"
     cfg.INPUT.CROP_ON, cfg.DATALOADER.NUM_WORKERS = on, workers
     with contextlib.redirect_stdout(io.StringIO()):
@@ -89,14 +91,7 @@ def loader_of(paths: list[str], workers: int, on: str) -> Any:
 
 def decode(paths: list[str], device: str) -> list[Tensor]:
     """Return decoded JPEGs (3, H, W) on a device."""
-    contents = [torch.from_numpy(np.fromfile(path, np.uint8)) for path in paths]
-    return decode_jpeg(contents, ImageReadMode.RGB, device)
-
-
-def read_on_device(paths: list[str], device: str) -> None:
-    """Decode, crop and scale all images on a device."""
-    for start in range(0, len(paths), BATCH):
-        torch.stack([CROP(image) for image in decode(paths[start : start + BATCH], device)]).float().div_(255).sum()
+    return decode_jpeg([torch.from_numpy(np.fromfile(path, np.uint8)) for path in paths], ImageReadMode.RGB, device)
 
 
 def differences(paths: list[str], device: str) -> list[dict[str, str]]:
