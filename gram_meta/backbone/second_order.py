@@ -117,9 +117,10 @@ class _NormGradient(torch.autograd.Function):
     @_last
     def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:
         dy, x, weight, mean, rstd = ctx.saved_tensors
-        d = x.shape[-1]
+        d, low = x.shape[-1], x.dtype
         # P is symmetric, so the gradient of g is r P u
         to_dy = _norm_backward(u, x, x.shape[-1:], mean, rstd, None, None, [True, False, False])[0]
+        u, dy = u.to(mean.dtype), dy.to(mean.dtype)  # statistics are float32 where values have 16 bits
         # the gradient of <u, r P g> with respect to x, with u and g centred:
         # -r^2 / d ((<u, g> - 3 <u, n> <g, n> / d) n + <g, n> u + <u, n> g)
         n = (x - mean).mul_(rstd)
@@ -129,7 +130,7 @@ class _NormGradient(torch.autograd.Function):
         un, gn, ug = ((a * b).sum(-1, keepdim=True) for a, b in ((u, n), (g, n), (u, g)))  # (..., 1)
         scale = rstd.square().div_(-d)
         to_x = n.mul_((ug - 3 / d * un * gn) * scale).addcmul_(u, gn * scale).addcmul_(g, un * scale)
-        return to_dy.mul_(weight), to_x, None, None, None
+        return to_dy.mul_(weight), to_x.to(low), None, None, None
 
 
 class _Activation(torch.autograd.Function):
@@ -191,7 +192,7 @@ class _AttentionGradient(torch.autograd.Function):
         ctx.heads = heads
         q, k, v = _split(qkv, heads)
         (do,) = _split(do, heads, 1)
-        p, c = _weights(q, k)
+        p, c = _weights(q, k, qkv.shape[1])
         ds = _softmax_backward((do @ v.mT).to(p.dtype), p, -1, p.dtype).mul_(c).to(q.dtype)
         return _joined((ds @ k, ds.mT @ q, p.to(q.dtype).mT @ do), qkv)
 
@@ -204,7 +205,7 @@ class _AttentionGradient(torch.autograd.Function):
         uq, uk, uv = _split(u, ctx.heads)
         (do,) = _split(given, ctx.heads, 1)
         low = q.dtype  # of the products
-        p, c = _weights(q, k)
+        p, c = _weights(q, k, qkv.shape[1])
         high = p.dtype
         s_turned = (uq @ k.mT).add_(q @ uk.mT).to(high).mul_(c)
         p_turned = _softmax_backward(s_turned, p, -1, high)  # P' = P (S' - sum(P S'))
@@ -221,7 +222,7 @@ class _AttentionGradient(torch.autograd.Function):
         ds_turned = p_turned.addcmul_(p, dp_turned).mul_(c).to(low)
         to_q.add_(ds_turned @ k)
         to_k.add_(ds_turned.mT @ q)
-        return _merged(to_do).to(given.dtype), _joined((to_q, to_k, to_v), qkv), None
+        return _merged(to_do[:, :, : given.shape[1]]).to(given.dtype), _joined((to_q, to_k, to_v), qkv), None
 
 
 def _views(x: Tensor, heads: int, parts: int = 3) -> Tensor:
@@ -230,9 +231,17 @@ def _views(x: Tensor, heads: int, parts: int = 3) -> Tensor:
 
 
 def _split(x: Tensor, heads: int, parts: int = 3) -> tuple[Tensor, ...]:
-    """Copy queries, keys and values (B, L, 3 d), or one part (B, L, d), in the number type of products."""
+    """Copy queries, keys and values (B, L, 3 d), or one part (B, L, d), in the number type of products.
+
+    Each is (B, heads, L', d / heads). On a GPU, zeros stand behind the L tokens up to a multiple of 8, which its
+    products of 16-bit numbers need to be fast.
+    """
     low = x.dtype if x.dtype == torch.bfloat16 else torch.promote_types(x.dtype, torch.float32)
-    return _views(x, heads, parts).to(low).contiguous().unbind()
+    return F.pad(_views(x, heads, parts).to(low), (0, 0, 0, _padding(x))).contiguous().unbind()
+
+
+def _padding(x: Tensor) -> int:
+    return -x.shape[1] % 8 if x.is_cuda else 0
 
 
 def _merged(x: Tensor) -> Tensor:
@@ -244,11 +253,13 @@ def _joined(parts: tuple[Tensor, ...], like: Tensor) -> Tensor:
     """Put the (B, heads, L, d / heads) of queries, keys and values side by side: (B, L, 3 d)."""
     out = torch.empty_like(like)
     for place, part in zip(_views(out, parts[0].shape[1]), parts, strict=True):
-        place.copy_(part)
+        place.copy_(part[:, :, : like.shape[1]])
     return out
 
 
-def _weights(q: Tensor, k: Tensor) -> tuple[Tensor, float]:
-    """Return P (B, heads, L, L), at least float32, and c."""
+def _weights(q: Tensor, k: Tensor, length: int) -> tuple[Tensor, float]:
+    """Return P (B, heads, L', L'), at least float32 and zero for keys from `length` on, and c."""
     c, high = q.shape[-1] ** -0.5, torch.promote_types(q.dtype, torch.float32)
-    return torch.softmax((q @ k.mT).to(high).mul_(c), dim=-1), c
+    scores = (q @ k.mT).to(high).mul_(c)
+    scores[..., length:] = -torch.inf
+    return torch.softmax(scores, dim=-1), c

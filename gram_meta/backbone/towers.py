@@ -73,8 +73,9 @@ def _dense_texts(layers: Any, tokens: Tensor, shared: Tensor | None, layout: Rec
 
 
 def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """Apply a layer norm in at least float32, whatever the towers' number type."""
-    high = torch.promote_types(x.dtype, torch.float32)
+    """Apply a layer norm with statistics in at least float32, whatever the towers' number type."""
+    # a GPU's kernels take 16-bit values and compute in float32; casts around them would take as long again
+    high = x.dtype if x.is_cuda else torch.promote_types(x.dtype, torch.float32)
     return layer_norm(x.to(high), norm.weight.to(high), norm.bias.to(high), norm.eps).to(x.dtype)
 
 
