@@ -9,7 +9,7 @@ OUT/logs the output of each. The exit status is 1 if a check failed.
 """
 
 import itertools
-import multiprocessing
+import multiprocessing.connection
 import os
 import runpy
 import shlex
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +71,26 @@ def filled(check: Check, key: str) -> str:
     return text
 
 
-def draw(folder: Path) -> None:
-    """Write random pictures of six classes, each with a caption: a corpus, and a dataset for training."""
+def draw(folder: Path, photos: int) -> None:
+    """Write random pictures of six classes, each with a caption: a corpus, and a dataset for training.
+
+    Then so many JPEG files of the usual size, with captions, for measurements; their contents repeat.
+    """
     random, words = np.random.default_rng(1), ("cat", "dog", "house", "tree", "boat", "lamp")
     for part, index, (number, word) in itertools.product(("train", "test"), range(16), enumerate(words)):
         (folder / part / word).mkdir(parents=True, exist_ok=True)
         pixels = random.integers(0, 256, (40, 32, 3), dtype=np.uint8) // 2 + 20 * number
         Image.fromarray(pixels).save(folder / part / word / f"{index}.png")
         (folder / part / word / f"{index}.txt").write_text(f"a {word} {word} photo", encoding="utf-8")
+    (folder / "photos").mkdir()
+    for index in range(photos):
+        file = folder / "photos" / f"{index}.jpg"
+        file.with_suffix(".txt").write_text("a cat on a lamp", encoding="utf-8")
+        if index < 16:
+            noise = Image.fromarray(random.integers(0, 256, (47, 63, 3), dtype=np.uint8))
+            noise.resize((500, 375), Image.Resampling.BICUBIC).save(file)
+        else:
+            file.hardlink_to(folder / "photos" / f"{index % 16}.jpg")
 
 
 def run(name: str, check: Check, output: Path, work: Path, log: Path) -> None:
@@ -134,19 +147,60 @@ def numbers(check: Check, precision: str, device: str) -> dict[str, np.ndarray]:
     return {name: value.cpu().numpy() for name, value in {"losses": losses, **gradients}.items()}
 
 
-def attempt(name: str, check: Check, output: Path, work: Path, limit: float) -> dict[str, Any]:
-    """Run a check in a process of its own, for so many seconds at most; return how it ended."""
-    log, began = output / "logs" / f"{name}.txt", time.perf_counter()
-    log.write_bytes(b"")
-    process = multiprocessing.get_context("fork").Process(target=run, args=(name, check, output, work, log))
-    process.start()
-    process.join(limit)
-    status, seconds = process.exitcode, round(time.perf_counter() - began, 1)
-    lines = ["", *(line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip())]
-    if status is None or status < 0:
-        lines.append(f"killed after {limit:g} s" if status is None else f"ended by signal {-status}")
-        process.kill()
-    return {"state": "failed" if status != 0 else "passed", "seconds": seconds, "last line": lines[-1]}
+class Attempt:
+    """A check in a process of its own, which has so many seconds."""
+
+    def __init__(self, name: str, check: Check, output: Path, work: Path, limit: float) -> None:
+        self.log, self.limit = output / "logs" / f"{name}.txt", limit
+        self.began = time.monotonic()
+        self.end = self.began + limit
+        self.log.write_bytes(b"")
+        self.alone = name.startswith("time")
+        words = name, check, output, work, self.log
+        self.process = multiprocessing.get_context("fork").Process(target=run, args=words)
+        self.process.start()
+
+    def row(self) -> dict[str, Any] | None:
+        """Return how the process ended, or None while it runs; a process whose time is over is ended."""
+        now, status = time.monotonic(), self.process.exitcode
+        if status is None and now < self.end:
+            return None
+        lines = ["", *(line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip())]
+        if status is None or status < 0:
+            lines.append(f"killed after {self.limit:g} s" if status is None else f"ended by signal {-status}")
+            self.process.kill()
+        return {
+            "state": "failed" if status != 0 else "passed",
+            "seconds": round(now - self.began, 1),
+            "last line": lines[-1],
+        }
+
+
+def run_all(args: Namespace, checks: dict[str, Check], rows: dict[str, dict[str, Any]], work: Path) -> Iterator[str]:
+    """Run the checks in order, --jobs at once, and set their rows; yield the name of each that is over."""
+    end, waiting, running = time.monotonic() + 60 * args.minutes, list(checks), dict[str, Attempt]()
+    while waiting or running:
+        name = waiting[0] if waiting else ""
+        alone = name.startswith("time") or any(one.alone for one in running.values())  # a measurement
+        needs = filled(checks[name], "needs") if name else ""
+        if name and len(running) < (1 if alone else args.jobs) and needs not in running:
+            waiting.remove(name)
+            left = end - time.monotonic()
+            if needs and rows[needs]["state"] != "passed":
+                rows[name]["last line"] = f"needs {needs}"
+                yield name
+            elif left > 0:
+                running[name] = Attempt(name, checks[name], args.output, work, min(args.limit, left + 30))
+            else:
+                yield name
+            continue
+        left = min(one.end for one in running.values()) - time.monotonic()
+        multiprocessing.connection.wait([one.process.sentinel for one in running.values()], max(left, 0))
+        for name, one in list(running.items()):
+            if row := one.row():
+                rows[name] = row
+                del running[name]
+                yield name
 
 
 def write(output: Path, facts: dict[str, Any], rows: dict[str, dict[str, Any]]) -> str:
@@ -168,24 +222,22 @@ def main() -> int:
     options.add_argument("--device", default="cuda", help="(%(default)s); cpu: random-tiny, to try the script")
     options.add_argument("--checkouts", type=Path, metavar="DIR", help="folder of the checkouts to time (none)")
     options.add_argument("--only", nargs="+", metavar="PART", help="checks with one of these in their names (all)")
+    options.add_argument("--jobs", type=int, default=1, help="checks at once; those of time run alone (%(default)s)")
     args = options.parse_args()
-    end, output, checks = time.monotonic() + 60 * args.minutes, args.output.resolve(), checks_of(args)
-    (output / "logs").mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(max(1, torch.get_num_threads() // args.jobs))
+    args.output, checks = args.output.resolve(), checks_of(args)
+    (args.output / "logs").mkdir(parents=True, exist_ok=True)
     facts = common.report(Namespace(device="cpu"))["facts"]  # asking a GPU here would keep the checks from using it
     facts["gpu"] = subprocess.getoutput("nvidia-smi --query-gpu=name,driver_version --format=csv,noheader")
     rows = {name: {"state": "not run", "seconds": None, "last line": "no time was left"} for name in checks}
     with tempfile.TemporaryDirectory() as work:
-        draw(Path(work, "pictures"))
+        draw(Path(work, "pictures"), 16 if args.device == "cpu" else 2048)
         if args.checkouts:
             Path(work, "checkouts").symlink_to(args.checkouts.resolve())
-        for name, check in checks.items():
-            left, needs = end - time.monotonic(), filled(check, "needs")
-            if needs and rows[needs]["state"] != "passed":
-                rows[name]["last line"] = f"needs {needs}"
-            elif left > 0:
-                rows[name] = attempt(name, check, output, Path(work), min(args.limit, left + 30))
-            text = write(output, facts, rows)
+        for name in run_all(args, checks, rows, Path(work)):
+            write(args.output, facts, rows)
             print(f"{rows[name]['state']}: {name}", file=sys.stderr, flush=True)
+    text = write(args.output, facts, rows)
     states = [row["state"] for row in rows.values()]
     print(text, *(f"{states.count(state)} {state}" for state in ("passed", "failed", "not run")), sep="\n")
     return int("failed" in states)
