@@ -74,14 +74,15 @@ def filled(check: Check, key: str) -> str:
 def draw(folder: Path, photos: int) -> None:
     """Write random pictures of six classes, each with a caption: a corpus, and a dataset for training.
 
-    Then so many JPEG files of the usual size, with captions, for measurements; their contents repeat.
+    `photos` JPEG files of the usual size, with captions, are for measurements; their contents repeat.
     """
     random, words = np.random.default_rng(1), ("cat", "dog", "house", "tree", "boat", "lamp")
     for part, index, (number, word) in itertools.product(("train", "test"), range(16), enumerate(words)):
-        (folder / part / word).mkdir(parents=True, exist_ok=True)
+        place = folder / "pictures" / part / word
+        place.mkdir(parents=True, exist_ok=True)
         pixels = random.integers(0, 256, (40, 32, 3), dtype=np.uint8) // 2 + 20 * number
-        Image.fromarray(pixels).save(folder / part / word / f"{index}.png")
-        (folder / part / word / f"{index}.txt").write_text(f"a {word} {word} photo", encoding="utf-8")
+        Image.fromarray(pixels).save(place / f"{index}.png")
+        (place / f"{index}.txt").write_text(f"a {word} {word} photo", encoding="utf-8")
     (folder / "photos").mkdir()
     for index in range(photos):
         file = folder / "photos" / f"{index}.jpg"
@@ -231,7 +232,7 @@ def main() -> int:
     facts["gpu"] = subprocess.getoutput("nvidia-smi --query-gpu=name,driver_version --format=csv,noheader")
     rows = {name: {"state": "not run", "seconds": None, "last line": "no time was left"} for name in checks}
     with tempfile.TemporaryDirectory() as work:
-        draw(Path(work, "pictures"), 16 if args.device == "cpu" else 2048)
+        draw(Path(work), 16 if args.device == "cpu" else 2048)
         if args.checkouts:
             Path(work, "checkouts").symlink_to(args.checkouts.resolve())
         for name in run_all(args, checks, rows, Path(work)):
