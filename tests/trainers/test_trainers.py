@@ -332,7 +332,7 @@ def test_starts(world, backbone, tmp_path):
         (["TRAINER.GRAM.CHECKPOINT", "''"], "TRAINER.GRAM.CHECKPOINT is empty"),
         (["TRAINER.GRAM.CHECKPOINT", "no.safetensors"], "no.safetensors"),
         (["TRAINER.GRAM.STEP_SCALE", 0.5], "STEP_SCALE"),
-        (["TRAINER.COOP.PREC", "fp8"], "TRAINER.COOP.PREC: expected fp32, fp16, bf16 or amp, found 'fp8'"),
+        (["TRAINER.COOP.PREC", "fp8"], "TRAINER.COOP.PREC: expected fp32, tf32, fp16, bf16 or amp, found 'fp8'"),
         (["INPUT.SIZE", "(64,64)"], "INPUT.SIZE is"),
         (["TEST.AT_STEPS", "(0,-1)"], "TEST.AT_STEPS"),
     ],
