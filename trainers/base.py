@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gram_meta import engine
-from gram_meta.backbone.clip import Backbone, load_backbone
+from gram_meta.backbone.clip import Backbone, load_backbone, sizes_of
 from gram_meta.backbone.footprint import GB
 from gram_meta.backbone.graphs import first_line
 from gram_meta.engine import TrainerX, build_lr_scheduler, build_optimizer, compute_accuracy
@@ -71,13 +71,15 @@ class ClipTrainer(TrainerX):
         print(f"Loading CLIP (backbone: {cfg.MODEL.BACKBONE.NAME})")
         if not cfg.MODEL.BACKBONE.NAME:
             raise GramError("MODEL.BACKBONE.NAME is empty; expected a CLIP such as 'ViT-B/16' or 'gram-small'")
+        name, size = cfg.MODEL.BACKBONE.NAME, tuple(cfg.INPUT.SIZE)
+        sizes = sizes_of(name)  # before the weights are read, or downloaded
+        side = sizes.get("image", size[0])
+        if size != (side, side):
+            raise GramError(f"INPUT.SIZE is {size}; {name} expects ({side}, {side})")
+        if sizes and "visual" not in sizes and "N_CTX_VISION" in self.options:
+            raise GramError(f"{type(self).__name__}: visual prompts expect a ViT image tower, found the ResNet {name}")
         precision = "fp32" if self.options.PREC == "amp" else self.options.PREC
-        backbone = load_backbone(cfg.MODEL.BACKBONE.NAME, self.device, precision)
-        size = tuple(cfg.INPUT.SIZE)
-        if size != (backbone.image_size, backbone.image_size):
-            raise GramError(
-                f"INPUT.SIZE is {size}; {backbone.name} expects ({backbone.image_size}, {backbone.image_size})"
-            )
+        backbone = load_backbone(name, self.device, precision)
         if torch.cuda.device_count() > 1:
             used = "one of them" if self.device.type == "cuda" else "the CPU alone"
             print(
@@ -291,11 +293,9 @@ class PromptTrainer(Checkpointing, ClipTrainer):
     def build_model(self) -> None:
         cfg = self.cfg
         self.classnames = self.dm.dataset.classnames
+        if cfg.MODEL.INIT_WEIGHTS:
+            self.check_start(cfg.MODEL.INIT_WEIGHTS)
         self.backbone = self.load_clip()
-        if "visual" in self.tokens() and not self.backbone.is_vit:
-            raise GramError(
-                f"{type(self).__name__}: visual prompts expect a ViT image tower, found the ResNet {self.backbone.name}"
-            )
         print("Building custom CLIP")
         prompts = self.initial_prompts()
         self.model = self.build_classifier(self.classnames, prompts)

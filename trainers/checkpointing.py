@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from gram_meta.backbone.clip import Backbone
+from gram_meta.backbone.clip import Backbone, check_name
 from gram_meta.engine.checkpoints import restoring
 from gram_meta.errors import GramError
-from gram_meta.method.prompts import PromptedCLIP
+from gram_meta.method.prompts import STATE_NAMES, PromptedCLIP
 from gram_meta.random_state import random_state, set_random_state
 from gram_meta.runs import layout, saved
 from gram_meta.runs.folder import RunMode
@@ -129,11 +129,7 @@ class Checkpointing:
 
     def check_resume(self, directory: str) -> None:
         """Raise unless a folder has a checkpoint of this trainer from which training can continue."""
-        path = layout.last_checkpoint(directory)
-        if path is None:
-            there = layout.list_runs(Path(directory))
-            found = "found no such file" + (f"; {there}" if there else "")
-            raise GramError(f"--resume {directory}: expected {LEARNER}/checkpoint in it, {found}")
+        path = layout.checkpoint_to_resume(directory)
         state = saved.read(path)
         learner, own = self.learned_by(state), type(self).__name__
         if learner != own:
@@ -201,6 +197,12 @@ class Checkpointing:
                 raise GramError(f"{path}: expected prompts of {expected} (--trainer), found those of {learner}")
             print(f"Note: these prompts were learned by {learner}; {own} evaluates them")
         return learner
+
+    def check_start(self, name: str) -> None:
+        """Refuse a checkpoint for MODEL.INIT_WEIGHTS whose prompts do not fit CLIP's widths, before CLIP is loaded."""
+        tensors = saved.read_start(name)["state_dict"]
+        widths = {kind: tensors[key].shape[-1] for kind, key in STATE_NAMES.items() if key in tensors}
+        check_name(name, "", self.cfg.MODEL.BACKBONE.NAME, widths)
 
     def load_start(self, name: str) -> None:
         """Load the initial prompts from the checkpoint that MODEL.INIT_WEIGHTS names."""

@@ -9,6 +9,7 @@ patched, and logits equal its own to rounding (tests/backbone/test_backbone.py).
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import threading
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from gram_meta.backbone.recompute import recomputed
 from gram_meta.backbone.towers import Packing, Rectangle, image_features, text_features
-from gram_meta.backbone.weights import PIXEL_MEAN, PIXEL_STD, build_clip, empty_clip, read_clip, read_widths
+from gram_meta.backbone.weights import PIXEL_MEAN, PIXEL_STD, build_clip, empty_clip, read_clip, read_sizes
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike
 
@@ -37,10 +38,21 @@ RUN_PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "amp")  # of a run or a predic
 _SHAPES: dict[str, tuple[Any, ...]] = {
     "tiny": (64, 32, 2, 64, 8, 77, 49408, 64, 1, 2),
     "tiny-RN": (64, 32, (1, 1, 1, 1), 8, None, 77, 49408, 64, 1, 2),
+    PACKAGED: (128, 64, 6, 128, 8, 77, 49408, 128, 2, 4),
     "ViT-B/32": (512, 224, 12, 768, 32, 77, 49408, 512, 8, 12),
     "ViT-B/16": (512, 224, 12, 768, 16, 77, 49408, 512, 8, 12),
     "ViT-L/14": (768, 224, 24, 1024, 14, 77, 49408, 768, 12, 12),
+    "ViT-L/14@336px": (768, 336, 24, 1024, 14, 77, 49408, 768, 12, 12),
+    "RN50": (1024, 224, (3, 4, 6, 3), 64, None, 77, 49408, 512, 8, 12),
+    "RN101": (512, 224, (3, 4, 23, 3), 64, None, 77, 49408, 512, 8, 12),
+    "RN50x4": (640, 288, (4, 6, 10, 6), 80, None, 77, 49408, 640, 10, 12),
+    "RN50x16": (768, 384, (6, 8, 18, 8), 96, None, 77, 49408, 768, 12, 12),
+    "RN50x64": (1024, 448, (3, 15, 36, 10), 128, None, 77, 49408, 1024, 16, 12),
 }
+
+
+keeps_last = False  # whether `load_backbone` keeps the last CLIP for its next call: a process of `gram bench` does
+_kept: dict[tuple[Any, ...], Backbone] = {}
 
 
 def load_backbone(name: str, device: str | torch.device = "cpu", precision: str = "fp32") -> Backbone:
@@ -61,21 +73,29 @@ def load_backbone(name: str, device: str | torch.device = "cpu", precision: str 
     if precision not in PRECISIONS:
         raise GramError(f"precision: expected one of {', '.join(PRECISIONS)}, found {precision!r}")
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"  # else float32 products are those of float32
+    files = [Path(name), *Path(name).glob("*")] if Path(name).exists() else []
+    key = (name, str(device), precision, *((file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(files)))
+    if key in _kept:
+        return copy.copy(_kept[key])  # the weights are the same, the settings its own
+    _kept.clear()
     if name.startswith("random-"):
         model = _random_model(name.removeprefix("random-"))
     else:
         model = build_clip(clip_module(), _state_dict_for(name), name)
-    return Backbone(model, name, device, precision)
+    backbone = Backbone(model, name, device, precision)
+    if keeps_last:
+        _kept[key] = copy.copy(backbone)
+    return backbone
 
 
 def check_name(where: PathLike, made_with: str, name: str, widths: Mapping[str, int]) -> None:
     """Refuse a CLIP that cannot be the one a file was made with, before its weights are loaded or downloaded.
 
     Two names that stand for weights have to be equal. A weights file has to have the file's widths, as far as its
-    header tells. `Backbone.check_weights` compares the weights themselves, once they are loaded.
+    shapes tell. `Backbone.check_weights` compares the weights themselves, once they are loaded.
 
     Args:
-        where: the file. made_with: the name of its CLIP, "" if it is not known. widths: see `read_widths`.
+        where: the file. made_with: the name of its CLIP, "" if it is not known. widths: see `sizes_of`.
         name: as for `load_backbone`.
 
     Raises:
@@ -84,17 +104,24 @@ def check_name(where: PathLike, made_with: str, name: str, widths: Mapping[str, 
     known = {PACKAGED, *getattr(clip_module().clip, "_MODELS", {})}
     if name != made_with and all(one in known or one.startswith("random-") for one in (name, made_with)):
         raise GramError(f"{where}: expected the backbone it was made with, {made_with}, found {name!r}")
-    if Path(name).exists() and name not in known:
-        found = read_widths(Path(name))
-    else:
-        shape = _SHAPES.get(name.removeprefix("random-"))
-        found = {"joint": shape[0], "visual": shape[3], "text": shape[7]} if shape else {}
+    found = sizes_of(name)
     for part, width in widths.items():
         if found.get(part, width) != width:
             raise GramError(
                 f"{where}: expected the backbone it was made with, {made_with or 'another CLIP'}, of {part} width "
                 f"{width}, found {name} of width {found[part]}"
             )
+
+
+def sizes_of(name: str) -> dict[str, int]:
+    """Return the widths and the image size of a CLIP without its weights, as `read_sizes`; {} if they are unknown."""
+    known = {PACKAGED, *getattr(clip_module().clip, "_MODELS", {})}
+    if Path(name).exists() and name not in known:
+        return read_sizes(Path(name))
+    if not (shape := _SHAPES.get(name.removeprefix("random-"))):
+        return {}
+    found = {"joint": shape[0], "image": shape[1], "text": shape[7]}
+    return found if isinstance(shape[2], tuple) else found | {"visual": shape[3]}
 
 
 class Backbone(nn.Module):

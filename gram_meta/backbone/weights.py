@@ -10,10 +10,10 @@ differs from OpenAI's architecture, the weights are refused: they would load, an
 from __future__ import annotations
 
 import inspect
+import io
 import re
-import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gram_meta.engine.checkpoints import Record, RestrictedUnpickler
 from gram_meta.errors import GramError, in_one_line
 from gram_meta.files import read_json
 
@@ -31,6 +32,7 @@ HEAD = 64  # channels of an attention head in OpenAI's builder
 EPS = 1e-5  # of its layer norms
 VOCABULARY = 49_408  # of its tokenizer
 
+_START = "visual.class_embedding"  # a ViT has it, a ResNet does not
 _KEPT = (torch.float32, torch.float16, torch.bfloat16, torch.int64)  # number types that are exact as float32
 
 # Entries beside the weights in OpenAI's archives and in other checkpoints, which are not learned
@@ -53,14 +55,16 @@ _OPEN_CLIP = (
 _PLAIN_DESIGN = {"trainer": "CoOp", "vision_depth": 0, "vision_ctx": 0, "language_depth": 0, "language_ctx": 0}
 
 
-def read_clip(path: Path) -> dict[str, Tensor]:
+def read_clip(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     """Return weights under OpenAI's names from a file or folder of OpenAI's, Hugging Face's or open_clip's layout.
+
+    `device`: "meta" for their shapes alone, without reading them.
 
     Raises:
         GramError: an unreadable file, or weights that CLIP's code would load but compute differently.
     """
     file = _file_of(path) if path.is_dir() else path
-    state = _plain_names(_read_file(file))
+    state = {key: value.to(device) for key, value in _plain_names(_read_file(file)).items()}
     _refuse_siglip(state, path)
     if any(key.startswith(("vision_model.", "text_model.")) for key in state):
         _check_hugging_face(_config_beside(file, _HUGGING_FACE[0], path), path)
@@ -71,32 +75,21 @@ def read_clip(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def read_widths(path: Path) -> dict[str, int]:
-    """Return widths of the towers ("text", "visual") and of their joint space ("joint") from a .safetensors file's
-    header.
+def read_sizes(path: Path) -> dict[str, int]:
+    """Return the sizes of the CLIP in a file or folder, from shapes alone: nothing is read but headers.
 
-    A file of another kind gives {}, and a key of an unknown layout is left out.
+    The sizes are the widths of the towers ("text", "visual", for a ViT) and of their joint space ("joint"), and the
+    side of the images in pixels ("image"). What cannot be told is left out; loading says what is wrong with a file.
     """
-    from safetensors import SafetensorError, safe_open
-
-    file = _file_of(path) if path.is_dir() else path
-    if file.suffix != ".safetensors":
-        return {}
     try:
-        with safe_open(file, framework="pt") as opened:
-            shapes = {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118, it is no dict
-    except (OSError, SafetensorError):
-        return {}  # loading says what is wrong
-    found = {}
-    for key, shape in shapes.items():
-        if key.endswith("token_embedding.weight"):
-            found["text"] = shape[1]
-        elif key.endswith(("visual.class_embedding", "vision_model.embeddings.class_embedding")):
-            found["visual"] = shape[0]
-        elif key.endswith("text_projection"):
-            found["joint"] = shape[1]
-        elif key == "text_projection.weight":
-            found["joint"] = shape[0]
+        shapes = {key: value.shape for key, value in read_clip(path, "meta").items()}
+    except GramError:
+        return {}
+    places = {"text": ("token_embedding.weight", 1), "joint": ("text_projection", 1), "visual": (_START, 0)}
+    found = {part: shapes[key][axis] for part, (key, axis) in places.items() if key in shapes}
+    for key, patch in (("visual", shapes.get("visual.conv1.weight", (0,))[-1]), ("visual.attnpool", 32)):
+        if f"{key}.positional_embedding" in shapes:
+            found["image"] = round((shapes[f"{key}.positional_embedding"][0] - 1) ** 0.5) * patch
     return found
 
 
@@ -169,12 +162,10 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         except Exception as error:  # noqa: BLE001, safetensors raises errors of its own classes
             raise GramError(f"{path}: expected a .safetensors file, found {error}") from None
     expected = f"{path}: expected a TorchScript archive or a state dict of tensors, found"
-    mapped = zipfile.is_zipfile(path)  # pickles of old kinds are read whole
     try:
-        if mapped and "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():  # TorchScript
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch.jit is deprecated, but OpenAI's files need it
-                return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
+        mapped = zipfile.is_zipfile(path)  # pickles of old kinds are read whole
+        if mapped and "constants.pkl" in (archive := torch._C.PyTorchFileReader(str(path))).get_all_records():
+            return dict(_tensors_of(_Archive(archive, path).load()))
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # noqa: BLE001, pickle, zip and torch each raise their own
         raise GramError(f"{expected} {in_one_line(error)}") from None
@@ -183,6 +174,30 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise GramError(f"{expected} no tensors")
     return tensors
+
+
+class _Archive(RestrictedUnpickler):
+    """The unpickler of a TorchScript archive: modules become `Record`s, tensors are parts of the mapped file."""
+
+    def __init__(self, archive: Any, path: Path) -> None:
+        super().__init__(io.BytesIO(archive.get_record("data.pkl")))
+        self.archive, self.file = archive, torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+
+    def persistent_load(self, entry: Any) -> Any:
+        _, kind, key, _, count = entry
+        dtype = torch.storage._get_dtype_from_pickle_storage_type(kind.of.removeprefix("torch."))
+        start = self.archive.get_record_offset(f"data/{key}")
+        part = self.file[start : start + count * dtype.itemsize]
+        return torch.storage.TypedStorage(wrap_storage=part, dtype=dtype, _internal=True)
+
+
+def _tensors_of(module: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a module in an archive, and of the modules in it, by the names of a state dict."""
+    for name, value in module.state.items():
+        if isinstance(value, Tensor):
+            yield prefix + name, value
+        elif isinstance(value, Record):
+            yield from _tensors_of(value, f"{prefix}{name}.")
 
 
 def _read_parts(index: Path) -> dict[str, Tensor]:

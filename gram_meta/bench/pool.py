@@ -268,7 +268,9 @@ def _attempt(task: Task) -> Outcome:
     try:
         if task.argv[0] == "train":
             import gram_meta.plugin  # noqa: F401, torch and CLIP, once a worker: not part of the first run's time
+            from gram_meta.backbone import clip
 
+            clip.keeps_last = True  # most runs have the CLIP of the run before
             begun = time.monotonic()
         result = _execute(task)
     except GramError as error:

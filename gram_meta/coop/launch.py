@@ -25,7 +25,7 @@ from gram_meta.errors import GramError, exit_status
 from gram_meta.files import expand_home
 from gram_meta.locks import only_writer
 from gram_meta.runs.folder import open_folder
-from gram_meta.runs.layout import options_of
+from gram_meta.runs.layout import checkpoint_to_resume, choose_checkpoint, options_of
 
 __all__ = ["add_flags", "build_parser", "find_config", "main", "run", "setup_cfg", "train"]
 
@@ -122,7 +122,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         _check_names(trainer=args.trainer)  # before its config file is looked for
     cfg = setup_cfg(args)
     _check_names(trainer=cfg.TRAINER.NAME, dataset=cfg.DATASET.NAME)
-    _check_backbone(cfg.MODEL.BACKBONE.NAME, args.model_dir)
+    for run_folder in filter(None, (args.model_dir, cfg.RESUME)):
+        _check_backbone(cfg.MODEL.BACKBONE.NAME, run_folder)
     if args.no_train or open_folder(cfg, args).finished:
         return _run(cfg, args)
     with only_writer(cfg.OUTPUT_DIR):
@@ -139,7 +140,7 @@ def _run(cfg: Any, args: argparse.Namespace) -> dict[str, Any]:
 
     with folder.log() as log, kept_determinism():
         _start(cfg, args)
-
+        _check_checkpoint(cfg, args)
         trainer = build_trainer(cfg)
         if args.eval_only:
             trainer.load_model(args.model_dir, epoch=args.load_epoch)
@@ -199,13 +200,23 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise GramError(f"--load-epoch {args.load_epoch}: expected --model-dir with it, found none")
 
 
-def _check_backbone(name: str, model_dir: str) -> None:
-    """Refuse another CLIP than that of the prompts to evaluate, before it is loaded or downloaded."""
-    made_with = options_of(Path(model_dir)).get("MODEL.BACKBONE.NAME") if model_dir else ""
-    if made_with and name:
+def _check_backbone(name: str, folder: str) -> None:
+    """Refuse another CLIP than that of the prompts in a run's folder, before it is loaded or downloaded."""
+    if name and (made_with := options_of(Path(folder)).get("MODEL.BACKBONE.NAME")):
         from gram_meta.backbone.clip import check_name
 
-        check_name(model_dir, made_with, name, {})
+        check_name(folder, made_with, name, {})
+
+
+def _check_checkpoint(cfg: Any, args: argparse.Namespace) -> None:
+    """Look for the prompts to evaluate, or to go on from, before data and CLIP are loaded."""
+    from gram_meta.engine import TRAINER_REGISTRY
+
+    if hasattr(TRAINER_REGISTRY.get(cfg.TRAINER.NAME), "check_loaded"):  # this project's, and it learns prompts
+        if args.model_dir:
+            choose_checkpoint(args.model_dir, args.load_epoch)
+        if cfg.RESUME:
+            checkpoint_to_resume(cfg.RESUME)
 
 
 def _check_names(**names: str) -> None:

@@ -263,7 +263,7 @@ def _numpy_number(dtype: Any, data: Any = None) -> Any:
     return struct.unpack(f"<{kinds[kind]}", data)[0]
 
 
-class _Unpickler(pickle.Unpickler):
+class RestrictedUnpickler(pickle.Unpickler):
     """Builds tensors and plain containers; everything else becomes a `Record`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -286,7 +286,9 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _unpickle(file: Any, **kwargs: Any) -> Any:
-    return _Unpickler(file, **kwargs).load()
+    return RestrictedUnpickler(file, **kwargs).load()
 
 
-_RESTRICTED: Any = SimpleNamespace(__name__="gram_meta.engine.checkpoints", Unpickler=_Unpickler, load=_unpickle)
+_RESTRICTED: Any = SimpleNamespace(
+    __name__="gram_meta.engine.checkpoints", Unpickler=RestrictedUnpickler, load=_unpickle
+)

@@ -130,6 +130,16 @@ def last_checkpoint(run: str | Path) -> Path | None:
     return pointer.with_name(read_text(pointer).strip()) if pointer.is_file() else None
 
 
+def checkpoint_to_resume(directory: str) -> Path:
+    """Return the last checkpoint of the folder that --resume names; raise a `GramError` if there is none."""
+    path = last_checkpoint(directory)
+    if path is None:
+        there = list_runs(Path(directory))
+        found = "found no such file" + (f"; {there}" if there else "")
+        raise GramError(f"--resume {directory}: expected {LEARNER}/checkpoint in it, {found}")
+    return path
+
+
 def epochs_in(folder: Path) -> list[int]:
     """Return the epochs whose checkpoints are in a folder of checkpoints, in order."""
     suffixes = (path.name.rpartition("-")[2] for path in folder.glob("model.pth.tar-*"))

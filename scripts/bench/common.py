@@ -13,6 +13,7 @@ import re
 import resource
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from gram_meta.backbone.clip import Backbone, load_backbone
+from gram_meta.backbone.clip import Backbone, clip_module, load_backbone
 from gram_meta.files import write_json
 from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
 from gram_meta.method.prompts import META_NET, initial_meta_net, initial_prompts
@@ -227,6 +228,18 @@ def save_start(path: Path, backbone: Backbone, text: int, visual: int, condition
     net = initial_meta_net(backbone) if conditional else {}
     extras = {f"{META_NET}{name}": value for name, value in net.items()}
     save_meta_checkpoint(path, MetaCheckpoint(theta, regulator, backbone.name, backbone.fingerprint, extras=extras))
+    return path
+
+
+def save_archive(path: Path) -> Path:
+    """Save random weights of ViT-B/16 as OpenAI publishes its own: a traced module, its matrices in 16 bits."""
+    clip, model = clip_module(), load_backbone("random-ViT-B/16").model
+    clip.model.convert_weights(model)
+    images, texts = torch.randn(1, 3, 224, 224).half(), clip.tokenize(["a cat"])
+    inputs = {"forward": (images, texts), "encode_image": images, "encode_text": texts}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        torch.jit.trace_module(model, inputs, check_trace=False).save(str(path))
     return path
 
 

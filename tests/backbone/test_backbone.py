@@ -6,11 +6,14 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 
 import pytest
 import torch
 
+from gram_meta.backbone import clip
 from gram_meta.backbone.clip import _in_background, clip_module, end_positions, fingerprint, load_backbone
+from gram_meta.backbone.weights import _read_file
 from gram_meta.errors import GramError
 from gram_meta.method.prompts import (
     ClassText,
@@ -240,7 +243,73 @@ def test_a_forked_process_has_the_fingerprint_too(monkeypatch, weights):
     assert os.waitpid(pid, 0)[1] == 0 and result() == fingerprint(weights)
 
 
-def test_torchscript_archives_load(tmp_path, backbone):
+def test_a_process_of_many_runs_loads_the_same_clip_once(tmp_path, monkeypatch, weights):
+    read = []
+    state_dict_for = clip._state_dict_for
+    monkeypatch.setattr(clip, "_state_dict_for", lambda name: read.append(name) or state_dict_for(name))
+    monkeypatch.setattr(clip, "_kept", {})
+    torch.save(weights, tmp_path / "clip.pt")
+    path = str(tmp_path / "clip.pt")
+    assert load_backbone(path) is not load_backbone(path) and len(read) == 2
+    monkeypatch.setattr(clip, "keeps_last", True)
+    first, second = load_backbone(path), load_backbone(path)
+    assert len(read) == 3 and second.model is first.model and second.fingerprint == fingerprint(weights)
+    first.checkpointing, first.packs_texts = True, False
+    assert not second.checkpointing and second.packs_texts and load_backbone(path).packs_texts
+    assert load_backbone(path, precision="bf16").dtype == torch.bfloat16 and len(read) == 4 and len(clip._kept) == 1
+    torch.save({key: value + 1 for key, value in weights.items()}, path)
+    assert load_backbone(path, precision="bf16").fingerprint != first.fingerprint and len(read) == 5
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "error::UserWarning")
+def test_a_torchscript_archive_is_read_as_torch_reads_it(tmp_path, monkeypatch, weights):
+    """OpenAI's files are such archives, with half of the numbers in 16 bits."""
+
+    class Holder(torch.nn.Module):
+        def __init__(self, state):
+            super().__init__()
+            for name in dict.fromkeys(key.split(".")[0] for key in state):
+                inside = {key[len(name) + 1 :]: value for key, value in state.items() if key.startswith(f"{name}.")}
+                if inside:
+                    self.add_module(name, Holder(inside))
+                else:
+                    self.register_parameter(name, torch.nn.Parameter(state[name], requires_grad=False))
+
+        def forward(self, x: int) -> int:
+            return x
+
+    halves = {key: value.half() if value.ndim > 1 else value for key, value in weights.items()}
+    model = Holder(halves)
+    model.register_buffer("input_resolution", torch.tensor(32))
+    torch.jit.script(model).save(str(tmp_path / "clip.pt"))
+    theirs = torch.jit.load(str(tmp_path / "clip.pt")).state_dict()
+    monkeypatch.setattr(torch.jit, "load", None)  # it compiles the archive's code, and copies the weights
+    ours = _read_file(tmp_path / "clip.pt")
+    assert ours.keys() == theirs.keys() >= {*weights, "input_resolution"}
+    for key, value in theirs.items():
+        assert ours[key].dtype == value.dtype and torch.equal(ours[key], value), key
+    assert load_backbone(str(tmp_path / "clip.pt")).fingerprint == fingerprint(halves)
+
+
+@pytest.mark.parametrize("forge", ["another storage", "another class"])
+def test_a_forged_archive_is_one_sentence(tmp_path, forge):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "good.pt"))
+    with zipfile.ZipFile(tmp_path / "good.pt") as good, zipfile.ZipFile(tmp_path / "clip.pt", "w") as bad:
+        for name in good.namelist():
+            content = good.read(name)
+            if name.endswith("data.pkl"):
+                old, new = {
+                    "another storage": (b"FloatStorage", b"nopenStorage"),
+                    "another class": (b"ctorch._utils\n_rebuild_tensor_v2\n", b"cbuiltins\nopen\n"),
+                }[forge]
+                assert old in content
+                content = content.replace(old, new)
+            bad.writestr(name.replace("good", "clip"), content)
+    with pytest.raises(GramError, match="clip.pt: expected a "):
+        load_backbone(str(tmp_path / "clip.pt"))
+
+
+def test_an_archive_of_another_model(tmp_path):
     class Holder(torch.nn.Module):
         def __init__(self):
             super().__init__()

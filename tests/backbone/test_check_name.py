@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import save_file
 
 from gram_meta.backbone import clip as backbones
-from gram_meta.backbone.clip import check_name, clip_module, load_backbone
-from gram_meta.backbone.weights import read_widths
+from gram_meta.backbone.clip import check_name, clip_module, load_backbone, sizes_of
+from gram_meta.backbone.weights import empty_clip, read_sizes
 from gram_meta.coop import launch
 from gram_meta.errors import GramError
 from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
@@ -47,11 +47,40 @@ def weights(tmp_path):
 
 def test_widths_of_headers(weights, tmp_path):
     openai, hugging = weights
-    assert read_widths(tmp_path / "openai.safetensors") == {"text": 512, "visual": 768, "joint": 512}
-    assert read_widths(tmp_path / "hugging") == {"text": 768, "visual": 1024, "joint": 768}
+    assert read_sizes(tmp_path / "openai.safetensors") == {"text": 512, "visual": 768, "joint": 512}
+    assert read_sizes(tmp_path / "hugging") == {"text": 768, "visual": 1024, "joint": 768}
     (tmp_path / "a.pt").write_bytes(b"anything")
     (tmp_path / "a.safetensors").write_bytes(b"anything")
-    assert read_widths(tmp_path / "a.pt") == read_widths(tmp_path / "a.safetensors") == {}
+    assert read_sizes(tmp_path / "a.pt") == read_sizes(tmp_path / "a.safetensors") == {}
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-RN"])
+def test_sizes_of_whole_files(name, tmp_path):
+    """Of each kind of file, whose numbers are never read."""
+    state = load_backbone(f"random-{name}").model.state_dict()
+    torch.save(state, tmp_path / "plain.pt")
+    save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "clip.safetensors")
+    sizes = {"text": 64, "joint": 64, "image": 32} | ({"visual": 64} if name == "tiny" else {})
+    assert sizes_of(f"random-{name}") == sizes
+    for file in ("plain.pt", "clip.safetensors"):
+        assert sizes_of(str(tmp_path / file)) == sizes
+
+
+@pytest.mark.parametrize("name", backbones._SHAPES)
+def test_sizes_of_names(name):
+    with torch.device("meta"):
+        model = empty_clip(clip_module(), *backbones._SHAPES[name])
+    facts = {"joint": model.text_projection.shape[1], "image": model.visual.input_resolution}
+    facts |= {"text": model.ln_final.weight.shape[0]}
+    if not name.startswith(("RN", "tiny-RN")):
+        facts["visual"] = model.visual.class_embedding.shape[0]
+    assert sizes_of(name) == facts
+    published = set(clip_module().clip._MODELS)
+    assert published <= set(backbones._SHAPES)
+    if name == "gram-small":
+        assert {key: value.shape for key, value in load_backbone(name).model.state_dict().items()} == {
+            key: value.shape for key, value in model.state_dict().items()
+        }
 
 
 def test_what_shows_without_weights(weights, no_weights, tmp_path):
@@ -99,6 +128,36 @@ def test_gram_train(meta, weights, tiny_data, tiny_options, tmp_path, name, requ
         launch.train(
             [*flags, "TRAINER.GRAM.CHECKPOINT", str(meta), "DATASET.NUM_SHOTS", "1", *tiny_options], quiet=True
         )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["MODEL.BACKBONE.NAME", "ViT-B/16"], "INPUT.SIZE is (32, 32); ViT-B/16 expects (224, 224)"),
+        (
+            ["MODEL.BACKBONE.NAME", "RN50", "INPUT.SIZE", "(224, 224)"],
+            "VPT: visual prompts expect a ViT image tower, found the ResNet RN50",
+        ),
+        (["MODEL.INIT_WEIGHTS", "nothing.pt"], "nothing.pt: MODEL.INIT_WEIGHTS expects a checkpoint"),
+        (["MODEL.INIT_WEIGHTS", "{wide}"], "{wide}: expected the backbone it was made with, another CLIP, of visual"),
+        (["--eval-only", "--model-dir", "{empty}"], "{empty}: expected prompt_learner/ in it"),
+        (["--resume", "{empty}"], "--resume {empty}: expected prompt_learner/checkpoint in it"),
+    ],
+)
+def test_gram_train_looks_at_everything_else_first(words, expected, tiny_data, tiny_options, tmp_path, request):
+    places = {"empty": tmp_path / "empty", "wide": tmp_path / "wide.pt"}
+    places["empty"].mkdir()
+    torch.save({"state_dict": {"visual_ctx": torch.zeros(4, 768)}}, places["wide"])
+    words = [word.format(**places) for word in words]
+    flags = ["--root", str(tiny_data), "--trainer", "VPT", "--dataset-config-file", "emoji_food"]
+    flags += ["--config-file", "gram_small_c4_ep10_batch32_ctxv1", "--output-dir", str(tmp_path / "out")]
+    split = sum(2 if word.startswith("--") and word != "--eval-only" else word == "--eval-only" for word in words)
+    flags += [*words[:split], "DATASET.NUM_SHOTS", "1", *tiny_options, *words[split:]]
+    request.getfixturevalue("no_weights")
+    with pytest.raises(GramError) as error:
+        launch.train(flags, quiet=True)
+    assert str(error.value).startswith(expected.format(**places))
     assert not (tmp_path / "out").exists()
 
 

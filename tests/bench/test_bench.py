@@ -322,6 +322,14 @@ def test_workers_stay_and_see_their_environment_from_the_start():
         os.kill(first, 0)
 
 
+def test_a_worker_keeps_the_clip_of_its_last_run(tmp_path, monkeypatch):
+    from gram_meta.backbone import clip
+
+    monkeypatch.setattr(clip, "keeps_last", False)
+    outcome = pool._attempt(pool.Task("one", ("train", "--trainer", "Nobody"), str(tmp_path / "log")))
+    assert "Nobody" in outcome.error and clip.keeps_last
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_bench_leaves_no_process_and_goes_on(tmp_path, number):

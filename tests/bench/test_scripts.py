@@ -82,6 +82,18 @@ def test_coop_step(run, tmp_path, mode):
     assert len(report["measured"]) == 7
 
 
+def test_startup(run, tmp_path):
+    from gram_meta.backbone.clip import clip_module
+    from gram_meta.backbone.weights import empty_clip
+
+    torch.save(empty_clip(clip_module(), 64, 224, 2, 64, 32, 77, 49408, 64, 1, 2).state_dict(), tmp_path / "clip.pt")
+    words = ("--backbone", tmp_path / "clip.pt", "--precision", "fp32", "--repeats", "2", "--threads", "1")
+    rows = run("startup", *words, "--classes", "3", "--batch", "2").splitlines()[4:-1]
+    cells = {part.strip(): float(wall.split()[0]) for _, part, wall, *_ in (row.split("|") for row in rows)}
+    assert list(cells)[:3] == ["imports", "data set", "CLIP"] and list(cells)[-2:] == ["first step", "all"]
+    assert min(cells.values()) >= 0 and cells["imports"] < cells["all"]
+
+
 def test_classes(run, tmp_path):
     few = ("--classes", "30", "--batch", "2", "--settings", "plain", "128 at a time", "--output", tmp_path / "out")
     printed = run("classes", *TINY, *few)
