@@ -73,8 +73,8 @@ def load_backbone(name: str, device: str | torch.device = "cpu", precision: str 
     if precision not in PRECISIONS:
         raise GramError(f"precision: expected one of {', '.join(PRECISIONS)}, found {precision!r}")
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"  # else float32 products are those of float32
-    files = [Path(name), *Path(name).glob("*")] if Path(name).exists() else []
-    key = (name, str(device), precision, *((file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(files)))
+    files = sorted(file for file in (Path(name), *Path(name).glob("*")) if file.is_file())
+    key = (name, str(device), precision, *((file.stat().st_mtime_ns, file.stat().st_size) for file in files))
     if key in _kept:
         return copy.copy(_kept[key])  # the weights are the same, the settings its own
     _kept.clear()
@@ -392,7 +392,7 @@ def _random_model(shape: str) -> nn.Module:
 
 
 def _place(model: Any, device: str | torch.device, dtype: torch.dtype) -> Any:
-    """Copy the weights to a device, each at once in its number type: `dtype` for matrix products.
+    """Bring each weight to a device and to its number type at once: `dtype` for matrix products.
 
     With 16 bits everything else is float32, as in OpenAI's code; a ResNet runs its own forward pass, in one type.
     """
@@ -402,7 +402,7 @@ def _place(model: Any, device: str | torch.device, dtype: torch.dtype) -> Any:
         is_low = whole or module in low or isinstance(module, nn.Conv2d | nn.Linear | nn.MultiheadAttention)
         for value in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             kind = value.dtype if not value.is_floating_point() else dtype if is_low else torch.float32
-            value.data = value.data.to(device, kind, copy=True)  # also on the CPU: a mapped file may change
+            value.data = value.data.to(device, kind)
     return model
 
 

@@ -58,13 +58,14 @@ _PLAIN_DESIGN = {"trainer": "CoOp", "vision_depth": 0, "vision_ctx": 0, "languag
 def read_clip(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     """Return weights under OpenAI's names from a file or folder of OpenAI's, Hugging Face's or open_clip's layout.
 
-    `device`: "meta" for their shapes alone, without reading them.
+    Files are mapped. `device`: "cpu" copies the weights from there, as a mapped file may change later; "meta" returns
+    their shapes alone and reads none of them.
 
     Raises:
         GramError: an unreadable file, or weights that CLIP's code would load but compute differently.
     """
     file = _file_of(path) if path.is_dir() else path
-    state = {key: value.to(device) for key, value in _plain_names(_read_file(file)).items()}
+    state = {key: value.to(device, copy=True) for key, value in _plain_names(_read_file(file)).items()}
     _refuse_siglip(state, path)
     if any(key.startswith(("vision_model.", "text_model.")) for key in state):
         _check_hugging_face(_config_beside(file, _HUGGING_FACE[0], path), path)
@@ -97,7 +98,7 @@ def build_clip(clip: ModuleType, state: Mapping[str, Tensor], name: str) -> Any:
     """Return CLIP's modules with these very tensors; raise `GramError` for no whole CLIP of OpenAI's kind.
 
     Nothing is drawn at random and nothing is copied: the modules are built without memory (device "meta"), and then
-    hold the tensors of `state` in their own number types, which may be parts of a mapped file.
+    hold the tensors of `state` in their own number types.
     """
     weights = {key: value if value.dtype in _KEPT else value.float() for key, value in state.items()}
     weights = {key: value for key, value in weights.items() if key not in _EXTRA}

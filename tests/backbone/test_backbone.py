@@ -220,8 +220,8 @@ def test_loading_draws_nothing_at_random(tmp_path, monkeypatch, weights, backbon
 def test_a_mapped_file_may_change_afterwards(tmp_path, weights, backbone):
     torch.save(weights, tmp_path / "clip.pt")
     loaded = load_backbone(str(tmp_path / "clip.pt"))
+    (tmp_path / "clip.pt").write_bytes(b"")  # while the thread computes the fingerprint: reading there is a bus error
     assert loaded.fingerprint == backbone.fingerprint
-    (tmp_path / "clip.pt").write_bytes(bytes((tmp_path / "clip.pt").stat().st_size))
     assert torch.equal(loaded.encode_texts(["a cat"]), backbone.encode_texts(["a cat"]))
 
 
