@@ -114,6 +114,7 @@ def narrow(precision: str, layers: int) -> Backbone:
     model = empty_clip(clip_module(), 64, 32, layers, 64, 8, 77, 49408, 64, 1, layers)
     backbone = Backbone(model, "narrow", "cpu", precision)
     backbone.packs_texts = False
+    assert backbone.fingerprint  # waits for the thread that computes it, whose operations are not the step's
     return backbone
 
 
