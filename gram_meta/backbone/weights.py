@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import math
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -83,14 +84,14 @@ def read_sizes(path: Path) -> dict[str, int]:
     side of the images in pixels ("image"). What cannot be told is left out; loading says what is wrong with a file.
     """
     try:
-        shapes = {key: value.shape for key, value in read_clip(path, "meta").items()}
-    except GramError:
+        shapes = {key: tuple(value.shape) for key, value in read_clip(path, "meta").items()}
+    except (GramError, RuntimeError):
         return {}
     places = {"text": ("token_embedding.weight", 1), "joint": ("text_projection", 1), "visual": (_START, 0)}
-    found = {part: shapes[key][axis] for part, (key, axis) in places.items() if key in shapes}
-    for key, patch in (("visual", shapes.get("visual.conv1.weight", (0,))[-1]), ("visual.attnpool", 32)):
-        if f"{key}.positional_embedding" in shapes:
-            found["image"] = round((shapes[f"{key}.positional_embedding"][0] - 1) ** 0.5) * patch
+    found = {part: shapes[key][axis] for part, (key, axis) in places.items() if len(shapes.get(key, ())) > axis}
+    for key, patch in (("visual", (0, *shapes.get("visual.conv1.weight", ()))[-1]), ("visual.attnpool", 32)):
+        if (positions := shapes.get(f"{key}.positional_embedding")) and patch:
+            found["image"] = math.isqrt(max(positions[0] - 1, 0)) * patch
     return found
 
 

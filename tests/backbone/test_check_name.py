@@ -66,6 +66,16 @@ def test_sizes_of_whole_files(name, tmp_path):
         assert sizes_of(str(tmp_path / file)) == sizes
 
 
+def test_sizes_of_odd_files(tmp_path):
+    """What has no size is left out; loading says what is wrong."""
+    odd = {"text_projection": torch.zeros(()), "token_embedding.weight": torch.zeros(3)}
+    odd |= {"visual.conv1.weight": torch.zeros(()), "visual.class_embedding": torch.zeros(5)}
+    torch.save(odd | {"visual.positional_embedding": torch.zeros(0, 2)}, tmp_path / "odd.pt")
+    assert sizes_of(str(tmp_path / "odd.pt")) == {"visual": 5}
+    with pytest.raises(GramError, match="odd.pt: expected a whole CLIP of OpenAI's architecture, found"):
+        load_backbone(str(tmp_path / "odd.pt"))
+
+
 @pytest.mark.parametrize("name", backbones._SHAPES)
 def test_sizes_of_names(name):
     with torch.device("meta"):
