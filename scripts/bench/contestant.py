@@ -139,7 +139,10 @@ class Contestant:
     def _prepare(self) -> None:
         """Make batches with the trainer's own loaders, from one seed for all contestants."""
         engine.set_random_seed(1)
-        self.batches = list(itertools.islice(self.trainer.train_loader_x, BATCHES))
+        ready = itertools.islice(self.trainer.train_loader_x, BATCHES)
+        self.batches = [{**batch, "img": batch["img"].cpu()} for batch in ready]  # a loader may leave them on the GPU
+        if self.spec.device == "cuda":
+            self.batches = [{**batch, "img": batch["img"].pin_memory()} for batch in self.batches]
         whole = self.trainer.test_loader
         count = min(self.spec.test_images or len(whole.dataset), len(whole.dataset))
         chosen = Subset(whole.dataset, [i * len(whole.dataset) // count for i in range(count)])
