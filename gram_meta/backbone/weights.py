@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gram_meta.engine.checkpoints import Record, RestrictedUnpickler
 from gram_meta.errors import GramError, in_one_line
@@ -98,8 +99,9 @@ def read_sizes(path: Path) -> dict[str, int]:
 def build_clip(clip: ModuleType, state: Mapping[str, Tensor], name: str) -> Any:
     """Return CLIP's modules with these very tensors; raise `GramError` for no whole CLIP of OpenAI's kind.
 
-    Nothing is drawn at random and nothing is copied: the modules are built without memory (device "meta"), and then
-    hold the tensors of `state` in their own number types.
+    Nothing is copied: the modules are built without memory (device "meta"), and then hold the tensors of `state` in
+    their own number types. The random generator ends where initial weights would have left it, as in CoOp's code, so
+    that equal seeds give equal runs there and here.
     """
     weights = {key: value if value.dtype in _KEPT else value.float() for key, value in state.items()}
     weights = {key: value for key, value in weights.items() if key not in _EXTRA}
@@ -110,8 +112,9 @@ def build_clip(clip: ModuleType, state: Mapping[str, Tensor], name: str) -> Any:
             "..."
         )
     try:
-        with torch.device("meta"):
+        with _Draws() as draws, torch.device("meta"):
             model = _plainly(clip.model.build_model, {key: value.to("meta") for key, value in weights.items()})
+        draws.pass_over()
         model.load_state_dict(weights, assign=True)
     except (KeyError, IndexError, RuntimeError) as error:
         found = f"no {error.args[0]}" if isinstance(error, KeyError) else in_one_line(error, 300)
@@ -124,6 +127,25 @@ def build_clip(clip: ModuleType, state: Mapping[str, Tensor], name: str) -> Any:
     for block in model.transformer.resblocks:
         block.attn_mask = model.build_attention_mask()  # no weight
     return model
+
+
+class _Draws(TorchDispatchMode):
+    """Counts the 32-bit numbers that tensors filled at random inside would take from the generator of the CPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
+        if name in ("uniform_", "normal_", "randn"):
+            normal = name != "uniform_"
+            self.count += result.numel() + 16 * (normal and result.numel() % 16 > 0)  # normal ones: the last 16 twice
+        return result
+
+    def pass_over(self) -> None:
+        """Take as many numbers from the generator."""
+        scratch = torch.empty(2**20, dtype=torch.int32)
+        for start in range(0, self.count, len(scratch)):
+            scratch[: self.count - start].random_()
 
 
 def empty_clip(clip: ModuleType, *shape: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 
 from gram_meta.backbone import clip
 from gram_meta.backbone.clip import _in_background, clip_module, end_positions, fingerprint, load_backbone
-from gram_meta.backbone.weights import _read_file
+from gram_meta.backbone.weights import _read_file, build_clip
 from gram_meta.errors import GramError
 from gram_meta.method.prompts import (
     ClassText,
@@ -705,3 +705,15 @@ def test_tf32_is_float32_with_quick_products_and_any_other_precision_ends_it():
         assert not torch.backends.cuda.matmul.allow_tf32
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("shape", ["tiny", "tiny-RN"])
+def test_loading_leaves_the_random_numbers_that_clips_own_code_leaves(shape):
+    """CLIP's own code draws weights before it loads them, and a checkout's trainer draws its prompt afterwards."""
+    state = load_backbone(f"random-{shape}").model.state_dict()
+    found = []
+    for build in (lambda: clip_module().model.build_model(dict(state)), lambda: build_clip(clip_module(), state, "it")):
+        torch.manual_seed(3)
+        build()
+        found.append(torch.rand(3))
+    assert torch.equal(*found)
