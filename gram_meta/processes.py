@@ -225,7 +225,10 @@ def process_group(device: str | torch.device = "cpu") -> Iterator[ProcessGroup]:
         yield group
     except BaseException:
         with suppress(RuntimeError):
-            _store.add(FAILED, 1)
+            ended, until = _store.add(FAILED, 1), time.monotonic() + 2
+            while group.is_first and ended < group.size and time.monotonic() < until:
+                time.sleep(0.05)  # its process may hold the store, where the others see why theirs ends
+                ended = _store.add(FAILED, 0)
         raise
     finally:
         logging.disable(muted)
