@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from gram_meta.errors import GramError
 
@@ -213,15 +213,35 @@ def as_rgb(image: Image.Image) -> Image.Image:
         pass
     if image.mode != "RGB":
         image = _to_rgb(image)
-    if max(image.size) > MAX_ASPECT * min(image.size):
-        image = _cut_strip(image)
-    return image
+    return _cut_strip(image) if _is_strip(image) else image
+
+
+def is_read_otherwise(path: str) -> bool:
+    """Return whether CoOp's own reader, `coop_decoding`, gives other pixels of an image file, by its header."""
+    try:
+        with _open(path) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            return turned or _is_deep(image) or _is_transparent(image) or _is_strip(image)
+    except Exception:  # noqa: BLE001 - whoever reads the image reports it
+        return False
+
+
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    return "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info
+
+
+def _is_strip(image: Image.Image) -> bool:
+    return max(image.size) > MAX_ASPECT * min(image.size)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F" or image.mode.startswith("I"):
+    if _is_deep(image):
         return _deep_grey(np.asarray(image))
-    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+    if _is_transparent(image):
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")

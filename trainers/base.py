@@ -24,7 +24,7 @@ from gram_meta.backbone.graphs import first_line
 from gram_meta.engine import TrainerX, build_lr_scheduler, build_optimizer, compute_accuracy
 from gram_meta.engine.options import complete_cfg
 from gram_meta.errors import GramError, tensorboard_errors
-from gram_meta.images import UnreadableImage, find_problems, kept_images, list_problems
+from gram_meta.images import UnreadableImage, find_problems, is_read_otherwise, kept_images, list_problems
 from gram_meta.locks import only_writer
 from gram_meta.method.checkpoint import check_fit
 from gram_meta.method.prompts import STATE_NAMES, PromptedCLIP, context_from_words, logits, random_context
@@ -117,8 +117,13 @@ class ClipTrainer(TrainerX):
     def _kept_images(self) -> Iterator[None]:
         """Keep the decoded training images for several epochs, if they fit (TRAINER.MEMORY.KEPT_IMAGES)."""
         most, as_coop = self.cfg.TRAINER.MEMORY.KEPT_IMAGES, self.cfg.DATALOADER.COOP_DECODING
-        paths = [item.impath for item in self.dm.dataset.train_x] if self.max_epoch > 1 else []
-        with kept_images(paths, most * GB, as_coop) as fits:
+        paths = [item.impath for item in self.dm.dataset.train_x]
+        if not as_coop and (others := sum(map(is_read_otherwise, paths))):
+            print(
+                f"Note: CoOp would read {others} of {len(paths)} training images otherwise (EXIF turns, more than 8 "
+                "bits, transparency, long strips); DATALOADER.COOP_DECODING True reads all as CoOp does"
+            )
+        with kept_images(paths if self.max_epoch > 1 else [], most * GB, as_coop) as fits:
             if not fits:
                 print(f"The training images take more than {most} GB: decoded every epoch (TRAINER.MEMORY.KEPT_IMAGES)")
             yield

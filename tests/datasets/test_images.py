@@ -16,7 +16,7 @@ from gram_meta.coop import launch
 from gram_meta.engine.builtin.utils import read_image as read_for_training
 from gram_meta.engine.options import extend_cfg
 from gram_meta.errors import GramError
-from gram_meta.images import read_image
+from gram_meta.images import is_read_otherwise, read_image
 from gram_meta.trainers import base
 
 RED, BLUE = (200, 10, 10), (10, 10, 200)
@@ -77,6 +77,7 @@ def test_training_sees_what_embed_and_predict_see(tmp_path, kind):
     as_coop = loaded(tmp_path / kind, as_coop=True)
     assert as_coop.tobytes() == Image.open(tmp_path / kind).convert("RGB").tobytes()
     assert as_coop.getpixel((0, 0)) == coops
+    assert is_read_otherwise(str(tmp_path / kind))
 
 
 @pytest.mark.parametrize("mode", ORDINARY)
@@ -86,6 +87,7 @@ def test_ordinary_jpegs_are_the_same_in_both_readings(tmp_path, mode):
     Image.fromarray(noise).convert(mode).save(path, quality=90)
     theirs = Image.open(path).convert("RGB").tobytes()
     assert loaded(path).tobytes() == loaded(path, as_coop=True).tobytes() == read_image(path)[0].tobytes() == theirs
+    assert not is_read_otherwise(str(path))
 
 
 def test_a_quarter_turn_swaps_the_sides(tmp_path):
@@ -141,6 +143,15 @@ def train(root, out, options, *more):
         "fp32",
     ]
     return launch.train([str(word) for word in (*flags, *opts, *options)], quiet=True)
+
+
+@pytest.mark.parametrize("as_coop", [False, True])
+def test_a_run_says_which_images_coop_would_read_otherwise(data, tmp_path, tiny_options, as_coop):
+    turned(data / "emoji_food/images/red_train_0.png", 3)
+    turned(data / "emoji_food/images/red_train_1.png", 3)
+    train(data, tmp_path / "out", tiny_options, "DATALOADER.COOP_DECODING", as_coop, "OPTIM.MAX_EPOCH", 1)
+    note = "Note: CoOp would read 2 of 8 training images otherwise (EXIF turns"
+    assert (note in (tmp_path / "out/log.txt").read_text()) == (not as_coop)
 
 
 def test_all_broken_images_are_named_before_training(data, tmp_path, tiny_options):
