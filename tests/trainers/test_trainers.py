@@ -453,6 +453,10 @@ def test_a_finished_run_is_not_repeated_and_another_is_refused(world, tmp_path, 
     again = launch.train(flags(world, out, "CoOp"))
     assert again == first and (out / "log.txt").read_text() == log and len(list(out.glob("log.txt*"))) == 1
     assert "This run is finished" in capsys.readouterr().out
+    files = sorted(out.rglob("*"))
+    for name in (".gram-lock", ".run.json.a1b2c3d4.part"):  # as SIGKILL leaves them, after run.json was finished
+        (out / name).write_text("{")
+    assert launch.train(flags(world, out, "CoOp"), quiet=True) == first and sorted(out.rglob("*")) == files
     with pytest.raises(GramError, match="holds another run \\(OPTIM.LR is 0.002 there and 0.1 here\\)"):
         train(world, out, "CoOp", "OPTIM.LR", 0.1)
     with pytest.raises(GramError, match="holds another run \\(SEED is 1 there and 0 here\\)"):
