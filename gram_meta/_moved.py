@@ -1,7 +1,5 @@
 """Old module paths that documents of earlier versions name."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 import warnings

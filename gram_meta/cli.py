@@ -1,7 +1,5 @@
 """The command `gram`."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import logging

@@ -3,8 +3,6 @@
 Defaults that the paper does not give are our choice; docs/reference/defaults.md lists them with their reasons.
 """
 
-from __future__ import annotations
-
 import difflib
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping, Sequence

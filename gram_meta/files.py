@@ -5,8 +5,6 @@ This package removes no folder that it has not marked as its own: `claim_folder`
 for it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

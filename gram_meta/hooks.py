@@ -7,8 +7,6 @@ between commas or spaces and are applied in order: `-NAME` switches a hook off, 
     GRAM_HOOKS=none,answer-as-dassl         this one alone
 """
 
-from __future__ import annotations
-
 import os
 
 from gram_meta.errors import GramError

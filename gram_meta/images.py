@@ -3,8 +3,6 @@
 Training, evaluation, `gram embed`, `gram predict` and `gram check-data` read images with it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import os

@@ -1,7 +1,5 @@
 """Means over seeds, their intervals, and the harmonic mean."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

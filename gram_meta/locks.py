@@ -1,7 +1,5 @@
 """One lock for each output folder, so that two commands never write to one folder at once."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

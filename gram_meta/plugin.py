@@ -8,8 +8,6 @@ foreign code and how to switch it off.
     python -m gram_meta.plugin SCRIPT ARGUMENTS     any script of a checkout, with this line before its first
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The state of every random generator, as plain values that a checkpoint can hold."""
 
-from __future__ import annotations
-
 import os
 import random
 from collections.abc import Iterator

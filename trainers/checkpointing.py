@@ -1,7 +1,5 @@
 """Checkpoints of the prompt trainers: save, check, load and resume."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

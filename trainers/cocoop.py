@@ -1,7 +1,5 @@
 """CoCoOp: a context that a small network shifts for each image (Zhou et al., CVPR 2022, arXiv 2203.05557)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """CoCoOpGRAM: CoCoOp from a meta-learned context and meta-net, with a regulator of the context's gradient."""
 
-from __future__ import annotations
-
 from gram_meta.engine import register_trainer
 from gram_meta.trainers.cocoop import CoCoOp
 from gram_meta.trainers.regulated import Regulated

@@ -1,7 +1,5 @@
 """CoOpGRAM: CoOp from a meta-learned start, with a meta-learned gradient regulator."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from gram_meta.engine import register_trainer

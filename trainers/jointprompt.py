@@ -1,7 +1,5 @@
 """JointPrompt: CoOp's context and VPT's visual prompt, learned together; UniGRAM without GRAM (Table 6, row 5)."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from gram_meta.engine import register_trainer

@@ -9,8 +9,6 @@ of their tower. Their size follows from shapes (`backbone.footprint`), so the ch
   twice.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

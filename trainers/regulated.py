@@ -1,7 +1,5 @@
 """GRAM in this project's prompt trainers: checks, facts for results.json, and resumed runs."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 from torch import nn

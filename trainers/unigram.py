@@ -1,7 +1,5 @@
 """UniGRAM: text and visual prompts from a joint meta-learned start, with a meta-learned gradient regulator."""
 
-from __future__ import annotations
-
 from gram_meta.engine import register_trainer
 from gram_meta.trainers.jointprompt import JointPrompt
 from gram_meta.trainers.regulated import Regulated

@@ -1,7 +1,5 @@
 """VPT: prompt tokens beside an image's patches, learned with cross-entropy (Jia et al., 2022, arXiv 2203.12119)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

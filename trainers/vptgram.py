@@ -1,7 +1,5 @@
 """VPTGRAM: VPT from a meta-learned start, with a meta-learned gradient regulator."""
 
-from __future__ import annotations
-
 from gram_meta.engine import register_trainer
 from gram_meta.method.checkpoint import MetaCheckpoint
 from gram_meta.trainers.regulated import Regulated

@@ -1,7 +1,5 @@
 """ZeroshotCLIP: written class prompts, nothing learned."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """CLIP: the only package that knows its code, its weights and its towers."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:

@@ -10,8 +10,6 @@ of estimate say what backward passes need:
   activation checkpointing KEPT for every layer (three times that for second order), and one layer in full.
 """
 
-from __future__ import annotations
-
 import os
 
 import torch

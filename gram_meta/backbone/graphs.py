@@ -9,8 +9,6 @@ kernels themselves. Two forms, for tensors of fixed shapes:
 A recorded function may depend on tensors alone: whatever else it reads stays as it was when it was recorded.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

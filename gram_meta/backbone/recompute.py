@@ -8,8 +8,6 @@ Here a backward pass that is to be differentiated is itself a recomputed functio
 settings of its first call: number types (autocast), attention kernels, `second_order`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any

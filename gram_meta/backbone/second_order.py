@@ -8,8 +8,6 @@ third derivative raises an error. Checked against autograd and finite difference
 (tests/backbone/test_second_order.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar

@@ -7,8 +7,6 @@ at the end token. Weights do not show their activation or number of heads; the c
 differs from OpenAI's architecture, the weights are refused: they would load, and give wrong features.
 """
 
-from __future__ import annotations
-
 import inspect
 import io
 import math

@@ -1,7 +1,5 @@
 """The agreement of a hierarchy with a table of known facts."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -9,8 +9,6 @@ are read from their files in ascending order and in blocks of bounded size, so m
 A labelled collection (`CHC.LABELLED`, Table 6, row 4) has its topics already: its classes, whose names are the words.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The topics of a corpus: classes of a labelled collection, or clusters of captions (filter, UMAP, HDBSCAN)."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

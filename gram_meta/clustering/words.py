@@ -1,7 +1,5 @@
 """Topic words: the cluster-wise TF-IDF of Eq. 3."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,5 @@
 """`gram cluster`: organise a store into topics and visual domains."""
 
-from __future__ import annotations
-
 import argparse
 
 HELP = """Organise a store into topics and visual domains: cross-modal hierarchical clustering (Sec. 3.2).

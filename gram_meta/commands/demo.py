@@ -1,7 +1,5 @@
 """`gram demo`: the whole path on the emoji world."""
 
-from __future__ import annotations
-
 import argparse
 
 HELP = """The whole path on the emoji world, from drawings to a table: image-text pairs, clustering, meta-training,

@@ -1,7 +1,5 @@
 """`gram doctor`: what this environment has and lacks, and the command that fixes it."""
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import asdict
 

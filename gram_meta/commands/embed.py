@@ -1,7 +1,5 @@
 """`gram embed`: turn image-text pairs into a store of features."""
 
-from __future__ import annotations
-
 import argparse
 
 HELP = """Turn image-text pairs into a store of CLIP and Sentence-BERT features.

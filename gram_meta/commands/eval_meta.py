@@ -1,7 +1,5 @@
 """`gram eval-meta`: adaptation on held-out tasks."""
 
-from __future__ import annotations
-
 import argparse
 
 from gram_meta.commands.lists import give_back_options

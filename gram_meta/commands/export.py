@@ -1,7 +1,5 @@
 """`gram export`: a meta-checkpoint's prompt for trainers that know nothing of GRAM."""
 
-from __future__ import annotations
-
 import argparse
 
 HELP = """Write the prompt of a meta-checkpoint as a checkpoint that Dassl's MODEL.INIT_WEIGHTS loads, so that even an

@@ -1,7 +1,5 @@
 """Options that take a list and may be followed by KEY VALUE pairs: `--seeds 1 2 3 OPTIM.MAX_EPOCH 5`."""
 
-from __future__ import annotations
-
 import argparse
 import re
 

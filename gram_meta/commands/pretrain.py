@@ -1,7 +1,5 @@
 """`gram pretrain`: meta-learn a prompt and a gradient regulator."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 

@@ -1,7 +1,5 @@
 """`gram train`: CoOp's train.py with this project's trainers and datasets."""
 
-from __future__ import annotations
-
 import argparse
 
 from gram_meta.coop import launch

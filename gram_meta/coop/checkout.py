@@ -1,7 +1,5 @@
 """A CoOp-style checkout: its own train.py, run with this project's trainers, datasets and options added."""
 
-from __future__ import annotations
-
 import re
 import runpy
 import sys

@@ -12,8 +12,6 @@ pairs into it. After `extend_defaults()` that copy (the names of hooks in parent
   shell script that takes TRAINER and CFG alone has no other place for it (checkpoint-variable).
 """
 
-from __future__ import annotations
-
 import os
 import re
 import sys

@@ -10,8 +10,6 @@ the nearest name; a folder that holds another run is refused; a finished run is 
 resumed in the same log.txt. `run` may be called many times in one process. The first call imports torch.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -4,8 +4,6 @@ A CoOp-style train.py imports every trainer of its checkout, whichever is asked 
 last release cannot be built for Python 3.11 and later; without this hook its train.py ends at that import.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ CoOp's trainers ask the `clip` of their checkout: `clip._MODELS[name]` is an add
 path of a file. With this hook the two answer for `gram-small`, which needs no download.
 """
 
-from __future__ import annotations
-
 import sys
 import tempfile
 from functools import cache

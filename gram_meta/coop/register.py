@@ -4,8 +4,6 @@
 place in the package that imports them.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import os

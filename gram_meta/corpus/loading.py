@@ -1,16 +1,11 @@
 """Work that processes do ahead of the caller: reading images and shards."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from gram_meta.errors import GramError, in_one_line
-
-if TYPE_CHECKING:
-    from torch.utils.data import DataLoader
 
 Item = TypeVar("Item")
 T = TypeVar("T")

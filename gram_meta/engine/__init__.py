@@ -9,8 +9,6 @@ The environment variable GRAM_DASSL chooses: `auto` (the real one where it impor
 Importing this module is cheap; the first name that is asked for chooses the backend and imports it.
 """
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Options that CoOp's trainers and this project's add to Dassl's."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from yacs.config import CfgNode as CN

@@ -5,8 +5,6 @@ Dassl's `Registry` knows a class by its name alone, and a second class of that n
 means the checkout's class. This is the hook `give-way`; without it, this project's classes are ordinary entries.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from gram_meta import hooks

@@ -12,8 +12,6 @@ decay. It records path lengths, variation and norms, which show whether a regula
 `gram_meta.method.dassl` does both in a Dassl trainer.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any

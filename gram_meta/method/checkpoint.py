@@ -1,7 +1,5 @@
 """The meta-checkpoint: theta* and R^phi* in one .safetensors file, with the facts that loading checks."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field

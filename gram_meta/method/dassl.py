@@ -7,8 +7,6 @@
 docs/guide/other-trainers.md shows how to add GRAM to a trainer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -7,8 +7,6 @@ it lacks is dependence on the gradient); and raw gradients from theta* moved by 
 initialisation has the same effect).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace

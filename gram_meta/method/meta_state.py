@@ -1,7 +1,5 @@
 """The state of a meta-training: theta and phi, their optimiser, and records of the steps."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -8,8 +8,6 @@ Several processes (`torchrun`) share a step's tasks: each adapts its own, their 
 and then all of them take the same step. Rank 0 alone writes files (`meta_run`).
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Iterator

@@ -4,8 +4,6 @@ A step is recorded for each shape of its tasks. Class prompts are cut at a multi
 so that few shapes occur. Tokens behind an end token change nothing.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace

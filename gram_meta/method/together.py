@@ -5,8 +5,6 @@ its own tasks, held-out topics, theta, phi, optimiser, log and checkpoints. Only
 are shared. On a GPU, where launches cost the time, a step of several seeds costs little more than a step of one.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack

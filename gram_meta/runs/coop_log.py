@@ -4,8 +4,6 @@ CoOp and its descendants (MaPLe, PromptSRC, ProMetaR, ...) print their arguments
 and Dassl's evaluator prints what it measured. Nothing else is left of most published runs.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Iterable, Iterator

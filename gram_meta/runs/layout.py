@@ -10,8 +10,6 @@ A folder of `gram pretrain` holds best.safetensors, log.jsonl and a run.json of 
 descendants write the same folders without results.json and run.json; some name the folder of checkpoints otherwise.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path

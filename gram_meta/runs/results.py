@@ -1,7 +1,5 @@
 """results.json: the unrounded results of a run, with its settings, versions and inputs."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import platform

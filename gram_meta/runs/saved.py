@@ -1,7 +1,5 @@
 """Checkpoint files of learned prompts: read, write, and check that the tensors fit a trainer."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The types of the JSON files in a run folder, which `files.read_json` checks. Keys that are not named here stay."""
 
-from __future__ import annotations
-
 from typing import Any, Literal, TypedDict
 
 from gram_meta.config import flatten

@@ -5,8 +5,6 @@ others. So the export uses the names of the target trainer, and returns the opti
 The regulator is not exported: it acts in the GRAM trainers only.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

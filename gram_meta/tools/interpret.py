@@ -3,8 +3,6 @@
 Distances are Euclidean, to the rows of CLIP's token embedding. A learned token need not be near any word.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -6,8 +6,6 @@ continued run finds the same parts, and any process can work on any part. Image 
 global offset is the sum of the earlier counts, so no process needs all names in memory.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """Joining the parts of an embedding run into the files of a store."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import shutil

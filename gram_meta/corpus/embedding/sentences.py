@@ -1,7 +1,5 @@
 """Sentence-BERT for captions; it needs no network if its weights are on this machine."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import logging

@@ -4,8 +4,6 @@ A format reads its rows in a fixed order and never fails on a bad row: it yields
 be used, so that the caller can count it.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from pathlib import Path

@@ -4,8 +4,6 @@ A class is a folder with images somewhere below it. Its name is that of the fold
 comes from a list of lines "folder class name", such as ImageNet's `classnames.txt`.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from collections import defaultdict

@@ -5,8 +5,6 @@ script that downloaded the images decides how their files are named, usually by 
 number; `find_rule` detects the rule from the files.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import zlib

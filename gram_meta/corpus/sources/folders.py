@@ -1,7 +1,5 @@
 """A folder of images, each with a same-named `.txt` beside it; also the output of img2dataset with `files`."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path

@@ -4,8 +4,6 @@ To add a format, write a module with a class that has the members of `Format`, a
 `gram_meta.corpus.sources.FORMATS`.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import logging

@@ -5,8 +5,6 @@ Karpathy   {"images": [{"filename", "filepath", "split", "sentences": [{"raw"}]}
 records    [{"image": "a.jpg", "caption": "a dog"}], or one such object per line (.jsonl)
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence

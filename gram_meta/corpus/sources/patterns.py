@@ -1,7 +1,5 @@
 """Names with braces or wildcards that stand for several files: `{00000..00331}.tar`, `cc3m-train-*.tar`."""
 
-from __future__ import annotations
-
 import glob
 import os
 import re

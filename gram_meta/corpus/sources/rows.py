@@ -1,7 +1,5 @@
 """A source of image-text pairs as plain data, and its rows: each a pair, or the reason why it cannot be used."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

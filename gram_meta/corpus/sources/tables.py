@@ -1,7 +1,5 @@
 """Tables of image paths and captions as text: TSV, CSV, and lines "name.jpg#0<TAB>caption"."""
 
-from __future__ import annotations
-
 import csv
 import re
 from collections.abc import Iterator, Sequence

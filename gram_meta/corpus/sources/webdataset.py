@@ -5,8 +5,6 @@ have dots, as in `22.05.png`, `22.05.txt`. A shard is read in one pass over its 
 image; image data is skipped, and no member is ever unpickled or unpacked to disk.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Iterator

@@ -12,8 +12,6 @@ differs from Dassl, on purpose:
 - the logger never closes the console.
 """
 
-from __future__ import annotations
-
 import importlib
 import sys
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Loaders of a dataset's splits."""
 
-from __future__ import annotations
-
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """One image with its label, the base of datasets, and the datasets by name."""
 
-from __future__ import annotations
-
 import operator
 import random
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """The training loop: epochs, batches, log lines, checkpoints, tests."""
 
-from __future__ import annotations
-
 import datetime
 import os
 import time

@@ -1,7 +1,5 @@
 """Accuracy of a batch; accuracy, error and macro F1 over a test set, in the log lines that CoOp's tools read."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any

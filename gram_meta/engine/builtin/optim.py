@@ -1,7 +1,5 @@
 """Optimisers and learning-rate schedules (counted in epochs) from OPTIM.*."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Training and test transforms from INPUT.*: which ones, in which order, and their lines in the log."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

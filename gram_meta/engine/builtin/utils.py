@@ -1,7 +1,5 @@
 """Small helpers: files, seeds, a description of this environment, meters, registry, checkpoints, logger."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -5,8 +5,6 @@ imported before, its classes are changed in place and its functions replaced in 
 the order of imports does not matter. This is the hook `dassl-fixes`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A fix of the installed Dassl, and how modules that have imported the broken object get the new one."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Callable

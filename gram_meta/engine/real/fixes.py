@@ -3,8 +3,6 @@
 B6, B7 and B8, which show while Dassl is imported, are in `imports`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import io

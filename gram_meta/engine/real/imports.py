@@ -4,8 +4,6 @@ Two modules of Dassl are filled in another way during their import, only where t
 entry under the name of a missing package, because other code may ask whether that package is installed.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib
 import logging
