@@ -187,9 +187,7 @@ def pretrain(
 
     settings = load_meta_config(_files(config), _pairs(opts))
     if settings.SEEDS:
-        raise GramError(
-            f"SEEDS: expected one run here, of SEED, found {settings.SEEDS}; `gram pretrain` trains several"
-        )
+        raise GramError(f"SEEDS: expected one run here, of SEED, found {settings.SEEDS}; gram pretrain trains several")
     with process_group(device or "auto") as group:
         used = device_for(group, device)
         folders = _folder(store), _folder(hierarchy), out

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Annotated, Any, TypedDict
+from typing import IO, Annotated, Any, TextIO, TypedDict
 
 import msgspec
 
@@ -22,9 +22,7 @@ from gram_meta.errors import GramError, as_gram_error
 
 PathLike = str | os.PathLike[str]
 
-_OPTION = re.compile(
-    r"(--[\w-]+=|-\w)?(~.*)", re.DOTALL
-)  # what argparse takes for an option with its value, and a value
+_OPTION = re.compile(r"(--[\w-]+=|-\w)?(~.*)", re.DOTALL)  # of a command line: a value, perhaps with its option
 
 # Types for the schemas of JSON files; a larger whole number is no exact float
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
@@ -202,6 +200,60 @@ def check_type(value: Any, schema: Any, where: str) -> Any:
     return value
 
 
+class Tee:
+    """Writes to the console and, after `keep`, to a file, with the text from before `keep`.
+
+    So a run that cannot be built (an error in an option) leaves no folder behind.
+    """
+
+    def __init__(self, console: TextIO, path: Path, mode: str) -> None:
+        self.console, self.path, self.mode = console, path, mode
+        self.file: IO[str] | None = None
+        self.before: list[str] = []
+
+    def keep(self) -> None:
+        """Open the file, and write to it from now on."""
+        with as_gram_error(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.path, self.mode, encoding="utf-8", buffering=1)  # noqa: SIM115, closed by close()
+            self.file.write("".join(self.before))
+        self.before.clear()
+
+    def write(self, text: str) -> int:
+        self.console.write(text)
+        if self.file is None:
+            self.before.append(text)
+        else:
+            with as_gram_error(self.path):
+                self.file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        self.console.flush()
+        if self.file is not None:
+            with as_gram_error(self.path):
+                self.file.flush()
+
+    def isatty(self) -> bool:
+        return self.console.isatty()
+
+    @property
+    def encoding(self) -> str:
+        return self.console.encoding
+
+    def close(self) -> None:
+        file, self.file = self.file, None
+        if file is not None:
+            with as_gram_error(self.path):
+                file.close()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
 def sha256_file(path: PathLike) -> str:
     """Return the hexadecimal SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
@@ -250,13 +302,11 @@ def check_unchanged(folder: Path, expected: Mapping[str, Checksum], anew: bool =
     `anew`: read them also if size and time are unchanged.
     """
     for name, facts in expected.items():
-        size = (folder / name).stat().st_size
-        if size != facts["bytes"]:
-            raise GramError(f"{folder / name}: expected {facts['bytes']} bytes, found {size}: it has changed")
-        if (digest := sha256_once(folder / name, anew)) != facts["sha256"]:
-            raise GramError(
-                f"{folder / name}: expected SHA-256 {facts['sha256'][:12]}, found {digest[:12]}: it has changed"
-            )
+        path, size, sha256 = folder / name, facts["bytes"], facts["sha256"]
+        if (found := path.stat().st_size) != size:
+            raise GramError(f"{path}: expected {size} bytes, found {found}: it has changed")
+        if (digest := sha256_once(path, anew)) != sha256:
+            raise GramError(f"{path}: expected SHA-256 {sha256[:12]}, found {digest[:12]}: it has changed")
 
 
 def _umask() -> int:

@@ -42,9 +42,7 @@ class UnreadableImage(GramError):
     """An image file of a dataset that cannot be used; a loader's worker may have raised it."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(
-            message.strip().rpartition("UnreadableImage: ")[2]
-        )  # torch puts the worker's traceback before it
+        super().__init__(message.strip().rpartition("UnreadableImage: ")[2])  # behind a worker's traceback, by torch
 
 
 _as_coop = ContextVar("as_coop", default=False)

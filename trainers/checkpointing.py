@@ -112,9 +112,7 @@ class Checkpointing:
             return
         there = state.get("classnames") or saved.classnames_beside(path)
         if there is None:
-            print(
-                f"Note: {path} does not name the classes of its contexts (CSC); they are taken for those here, in order"
-            )
+            print(f"Note: {path} does not name the classes of its contexts (CSC); those here are taken, in order")
         elif there != self.classnames:
             raise GramError(
                 f"{path}: holds a context for each class of training (CSC), which knows no other classes: "

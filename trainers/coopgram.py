@@ -19,6 +19,4 @@ class CoOpGRAM(Regulated, CoOp):
             raise GramError("TRAINER.COOP.CSC: GRAM defines no class-specific contexts; CoOpGRAM expects False")
         if options.CLASS_TOKEN_POSITION != "end":
             found = options.CLASS_TOKEN_POSITION
-            raise GramError(
-                f"TRAINER.COOP.CLASS_TOKEN_POSITION: GRAM defines 'end' alone; CoOpGRAM expects it, found {found!r}"
-            )
+            raise GramError(f"TRAINER.COOP.CLASS_TOKEN_POSITION: GRAM defines 'end' alone, found {found!r}")

@@ -22,9 +22,7 @@ class VPT(PromptTrainer):
         super().check_cfg(cfg)
         depth = cfg.TRAINER.VPT.PROMPT_DEPTH_VISION
         if depth != 1:
-            raise GramError(
-                f"TRAINER.VPT.PROMPT_DEPTH_VISION is {depth}; expected 1: prompts at the input (shallow VPT)"
-            )
+            raise GramError(f"TRAINER.VPT.PROMPT_DEPTH_VISION is {depth}; expected 1: prompts at the input alone")
 
     def tokens(self) -> dict[str, int]:
         return {"visual": self.options.N_CTX_VISION}

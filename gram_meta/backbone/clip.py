@@ -378,9 +378,7 @@ def _state_dict_for(name: str) -> dict[str, Tensor]:
             ) from None
     if Path(name).exists():
         return read_clip(Path(name))
-    raise GramError(
-        f"backbone {name!r}: expected {PACKAGED}, a file or folder, or one of {', '.join(known)}; found none of these"
-    )
+    raise GramError(f"backbone {name!r}: expected {PACKAGED}, a path, or one of {', '.join(known)}, found none of them")
 
 
 def _random_model(shape: str) -> nn.Module:

@@ -99,7 +99,6 @@ def _attention_kernels() -> list[SDPBackend]:
         "CUDNN_ATTENTION": "cudnn",
         "OVERRIDEABLE": "flash",  # other vendors' kernels have no public flag: treated like the fused ones
     }
-    enabled = {
-        kernel: getattr(torch.backends.cuda, f"{flag}_sdp_enabled", lambda: False)() for kernel, flag in flags.items()
-    }
-    return [getattr(SDPBackend, kernel) for kernel in flags if enabled[kernel] and hasattr(SDPBackend, kernel)]
+    cuda = torch.backends.cuda
+    enabled = [kernel for kernel, flag in flags.items() if getattr(cuda, f"{flag}_sdp_enabled", lambda: False)()]
+    return [getattr(SDPBackend, kernel) for kernel in enabled if hasattr(SDPBackend, kernel)]

@@ -119,9 +119,7 @@ def build_clip(clip: ModuleType, state: Mapping[str, Tensor], name: str) -> Any:
         raise GramError(f"{name}: expected a whole CLIP of OpenAI's architecture, found {found}") from None
     vocabulary = model.token_embedding.weight.shape[0]
     if vocabulary < VOCABULARY:
-        raise GramError(
-            f"{name}: expected embeddings of at least the {VOCABULARY} tokens of CLIP's tokenizer, found {vocabulary}"
-        )
+        raise GramError(f"{name}: expected embeddings of CLIP's {VOCABULARY} tokens, found {vocabulary}")
     for block in model.transformer.resblocks:
         block.attn_mask = model.build_attention_mask()  # no weight
     return model
@@ -261,9 +259,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 def _refuse_siglip(state: Mapping[str, Tensor], path: Path) -> None:
     if "logit_bias" in state or any(key.startswith(("vision_model.head.", "visual.trunk.")) for key in state):
-        raise GramError(
-            f"{path}: expected a CLIP of OpenAI's architecture, found another (such as SigLIP, or a timm image tower)"
-        )
+        raise GramError(f"{path}: expected a CLIP of OpenAI's architecture, found another (such as SigLIP or timm's)")
 
 
 _HF_LAYER = re.compile(r"(text|vision)_model\.encoder\.layers\.(\d+)\.(.+)")

@@ -134,9 +134,7 @@ class Hierarchy:
 
         path = Path(path)
         if not (path / TOPICS).is_file():
-            raise GramError(
-                f"{path}: expected a hierarchy (a folder written by `gram cluster`), found no {TOPICS} there"
-            )
+            raise GramError(f"{path}: expected a hierarchy (a folder of `gram cluster`), found no {TOPICS} there")
         manifest = read_json(path / TOPICS)
         if not isinstance(manifest, dict) or manifest.pop("kind", None) != "hierarchy":
             raise GramError(f"{path / TOPICS}: expected the topics of a hierarchy, found something else")

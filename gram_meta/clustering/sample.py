@@ -130,9 +130,7 @@ def nearest_index(features: np.ndarray, seed: int) -> Any:
         warnings.simplefilter("ignore")  # numba warns about threads
         import pynndescent
 
-        index = pynndescent.NNDescent(
-            features, metric="cosine", n_neighbors=20, random_state=seed if seed >= 0 else None
-        )
+        index = pynndescent.NNDescent(features, "cosine", n_neighbors=20, random_state=None if seed < 0 else seed)
         index.prepare()
     return index
 

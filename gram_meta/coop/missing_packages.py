@@ -32,12 +32,10 @@ class _Finder(MetaPathFinder):
     def __init__(self, trainer: str) -> None:
         self.trainer = trainer
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if not OF_A_CHECKOUT.fullmatch(fullname):
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if not OF_A_CHECKOUT.fullmatch(name):
             return None
-        spec = PathFinder.find_spec(fullname, path, target)
+        spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None and spec.origin:
             spec.loader = _Loader(spec.loader, self.trainer)
         return spec

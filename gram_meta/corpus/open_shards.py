@@ -132,11 +132,8 @@ class ParquetImages:
         schema = self.file.schema_arrow
         if not (0 <= row < self.first[-1] and column < len(schema.names) and holds_images(schema, column)):
             name = repr(schema.names[column]) if column < len(schema.names) else f"number {column}"
-            raise GramError(
-                changed(
-                    self.path, f"an image in row {row} of column {name}", f"{self.first[-1]} rows of {schema.names}"
-                )
-            )
+            found = f"{self.first[-1]} rows of {schema.names}"
+            raise GramError(changed(self.path, f"an image in row {row} of column {name}", found))
         group = bisect_right(self.first, row) - 1
         try:
             images = GROUPS.get((self.path, self.size, column, group), lambda: self._group(group, column))

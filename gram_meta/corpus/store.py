@@ -135,14 +135,10 @@ class PairStore:
         """
         path = Path(path)
         if not (path / MANIFEST).is_file():
-            raise GramError(
-                f"{path}: expected a pair store (a folder written by `gram embed`), found no {MANIFEST} there"
-            )
+            raise GramError(f"{path}: expected a pair store (a folder of `gram embed`), found no {MANIFEST} there")
         manifest = read_manifest(path)
         if not manifest.get("finished"):
-            raise GramError(
-                f"{path}: expected a finished pair store, found an unfinished one; run its `gram embed` again"
-            )
+            raise GramError(f"{path}: expected a finished pair store, found an unfinished one; run gram embed again")
         import pyarrow as pa
 
         for name in FILES:
@@ -178,9 +174,7 @@ class PairStore:
         found = {location: row for row, location in enumerate(self.locations) if location in wanted}
         if unknown := sorted(wanted - found.keys()):
             more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-            raise GramError(
-                f"{path}: expected locations of images of {self.path}, found {', '.join(unknown[:3])}{more}"
-            )
+            raise GramError(f"{path}: expected images of {self.path}, found {', '.join(unknown[:3])}{more}")
         return np.array(sorted(found.values()), np.int64)
 
     @property

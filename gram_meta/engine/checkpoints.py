@@ -74,10 +74,10 @@ def read_checkpoint(path: PathLike, map_location: Any = "cpu") -> dict[str, Any]
         _refuse_other_archives(path)
     state = _load(path, map_location)
     if not isinstance(state, dict):
-        found = (
-            f"{state.of} as an object; objects are not built from files" if isinstance(state, Record) else _kind(state)
+        hint = " as an object; objects are not built from files" if isinstance(state, Record) else ""
+        raise GramError(
+            f"{path}: expected a checkpoint (a dict of tensors and plain values), found {_kind(state)}{hint}"
         )
-        raise GramError(f"{path}: expected a checkpoint (a dict of tensors and plain values), found {found}")
     _check_tensors(path, state)
     return state
 
@@ -289,6 +289,4 @@ def _unpickle(file: Any, **kwargs: Any) -> Any:
     return RestrictedUnpickler(file, **kwargs).load()
 
 
-_RESTRICTED: Any = SimpleNamespace(
-    __name__="gram_meta.engine.checkpoints", Unpickler=RestrictedUnpickler, load=_unpickle
-)
+_RESTRICTED: Any = SimpleNamespace(__name__=__name__, Unpickler=RestrictedUnpickler, load=_unpickle)

@@ -240,13 +240,10 @@ def _hessian_product(losses: Losses, prompts: Prompts, u: Prompts, scale: float)
     if scale != 1:  # a power of two for each task, so that it rounds nothing
         largest = torch.stack([each.flatten(1).abs().amax(dim=1) for each in u.values()]).amax(dim=0)  # (B,)
         sizes = torch.exp2(torch.floor(torch.log2(largest.clamp_min(1e-30)))) / _PROMPT_SIZE
+    at = [prompts[kind] for kind in kinds]
     with twice_differentiable():
-        gradients = torch.autograd.grad(
-            losses(prompts).sum() * scale, [prompts[kind] for kind in kinds], create_graph=True
-        )
-    products = torch.autograd.grad(
-        gradients, [prompts[kind] for kind in kinds], [_over(u[kind], sizes) for kind in kinds], materialize_grads=True
-    )
+        gradients = torch.autograd.grad(losses(prompts).sum() * scale, at, create_graph=True)
+    products = torch.autograd.grad(gradients, at, [_over(u[kind], sizes) for kind in kinds], materialize_grads=True)
     return {kind: _over(product, scale / sizes) for kind, product in zip(kinds, products, strict=True)}
 
 

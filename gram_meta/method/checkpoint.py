@@ -77,9 +77,7 @@ class MetaCheckpoint:
         """Raise a `GramError` for a trainer with another backbone, other prompts, token counts or extras."""
         where, held = self.path or "meta-checkpoint", self.shapes
         backbone.check_weights(where, self.backbone_name, self.backbone_fingerprint)
-        expected = {
-            f"a {kind} prompt": (count, *held.get(f"a {kind} prompt", ())[1:]) for kind, count in tokens.items()
-        }
+        expected = {f"a {kind} prompt": (m, *held.get(f"a {kind} prompt", ())[1:]) for kind, m in tokens.items()}
         number = "; GRAM defines no other number of tokens than that of the meta-training"
         check_fit(where, expected | {name: held.get(name, ()) for name in extras}, held, number)
 
@@ -151,9 +149,7 @@ def load_meta_checkpoint(path: PathLike) -> MetaCheckpoint:
             sha256=sha256_file(path),
         )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise GramError(
-            f"{path}: expected a whole meta-checkpoint, found one with faults ({in_one_line(error)})"
-        ) from None
+        raise GramError(f"{path}: expected a meta-checkpoint, found one with faults ({in_one_line(error)})") from None
     if not prompts or any(value.dim() != 2 for value in prompts.values()):
         raise GramError(f"{path}: expected prompts of shape (M, d), found others or none")
     check_finite(path, tensors)
@@ -164,9 +160,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise GramError(
-            f"{path}: expected a meta-checkpoint (.safetensors) or one of {', '.join(shipped())}, found no such file"
-        )
+        raise GramError(f"{path}: expected a .safetensors file or one of {', '.join(shipped())}, found no such file")
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(_KEY, "null")

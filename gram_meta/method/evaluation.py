@@ -303,9 +303,7 @@ def _verdict(seen: Scores, learned: tuple[str, str], plain: tuple[str, str], ste
         f"the query loss after {steps} steps by {_text(gain, half, 3)}."
     ]
     if -half <= gain <= half:
-        sentences.append(
-            "More tasks (--tasks) give a narrower interval; more meta-training (OUTER.STEPS) may give a gain."
-        )
+        sentences.append("More tasks (--tasks) narrow the interval; more meta-training (OUTER.STEPS) may give a gain.")
     if 0 in [step for *_, step in seen] and mean(_values(seen[plain + (0,)])[1]) > SOLVED:
         sentences.append(
             f"Before any step {plain[0]} has more than {100 * SOLVED:.0f} % of them right: such tasks teach little. "

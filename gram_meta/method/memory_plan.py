@@ -32,9 +32,7 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         if self.images and self.second_order == "whole" and self.meta:
-            raise GramError(
-                "MEMORY.IMAGES: expected 0 with MEMORY.SECOND_ORDER whole, which has all images of a task in one graph"
-            )
+            raise GramError("MEMORY.IMAGES: expected 0 with MEMORY.SECOND_ORDER whole, one graph for a whole task")
 
     @classmethod
     def from_config(cls, config: CfgNode) -> MemoryConfig:

@@ -65,10 +65,8 @@ class GradientRegulator(nn.Module):
         """Return gamma, beta (already scaled) and their use on one kind's gradient, for analysis."""
         if kind not in self.gates:
             raise GramError(f"regulator: expected a gradient of {' or '.join(self.widths)} prompts, found {kind!r}")
-        if gradient.shape[-1] != self.widths[kind]:
-            raise GramError(
-                f"regulator: expected {kind} gradients of width {self.widths[kind]}, found {gradient.shape[-1]}"
-            )
+        if (width := gradient.shape[-1]) != self.widths[kind]:
+            raise GramError(f"regulator: expected {kind} gradients of width {self.widths[kind]}, found {width}")
         return self.gates[kind](gradient)
 
     def regulate_known(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -129,9 +129,7 @@ class SeedsTrainer:
         """Move theta and phi of these trainers once."""
         lead = trainers[0]
         batch = lead.outer.batch
-        tasks = [
-            task for trainer in trainers for task in StepTasks(trainer.train_tasks, batch, step - 1, step, lead.own)[0]
-        ]
+        tasks = [task for it in trainers for task in StepTasks(it.train_tasks, batch, step - 1, step, lead.own)[0]]
         for trainer in trainers:
             trainer.optimiser.zero_grad(set_to_none=True)
         replays = self.recorded if len(trainers) == len(self.trainers) else None

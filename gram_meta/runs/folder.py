@@ -11,15 +11,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from gram_meta import hooks
 from gram_meta.config import as_dict, flatten
 from gram_meta.errors import GramError, as_gram_error
-from gram_meta.files import check_type, read_json, remove_unfinished, sha256_file, write_json
+from gram_meta.files import Tee, check_type, read_json, remove_unfinished, sha256_file, write_json
 from gram_meta.runs import layout
 from gram_meta.runs.schemas import RunFile
 
@@ -177,7 +177,7 @@ class OutputFolder:
     def log(self) -> Iterator[Tee]:
         """Copy what is printed to log.txt, from `Tee.keep` on; a resumed run appends to its log. For `gram train`."""
         tee = Tee(sys.stdout, self.path / layout.LOG, "a" if self.adds else "w")
-        with closing(tee), redirect_stdout(tee):  # type: ignore[type-var]
+        with tee, redirect_stdout(tee):  # type: ignore[type-var]
             yield tee
 
     @contextmanager
@@ -190,7 +190,7 @@ class OutputFolder:
             return
         tee = Tee(sys.stdout, log, "a")
         tee.keep()
-        with closing(tee), redirect_stdout(tee):  # type: ignore[type-var]
+        with tee, redirect_stdout(tee):  # type: ignore[type-var]
             yield
 
 
@@ -255,50 +255,6 @@ def _defaults() -> dict[str, Any]:
     cfg = engine.get_cfg_default()
     extend_cfg(cfg)
     return flatten(as_dict(cfg))
-
-
-class Tee:
-    """Writes to the console and, after `keep`, to a file, with the text from before `keep`.
-
-    So a run that cannot be built (an error in an option) leaves no folder behind.
-    """
-
-    def __init__(self, console: IO[str], path: Path, mode: str) -> None:
-        self.console, self.path, self.mode = console, path, mode
-        self.file: IO[str] | None = None
-        self.before: list[str] = []
-
-    def keep(self) -> None:
-        """Open the file, and write to it from now on."""
-        with as_gram_error(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, self.mode, encoding="utf-8", buffering=1)  # noqa: SIM115, closed by close()
-            self.file.write("".join(self.before))
-        self.before.clear()
-
-    def write(self, text: str) -> int:
-        self.console.write(text)
-        if self.file is None:
-            self.before.append(text)
-        else:
-            with as_gram_error(self.path):
-                self.file.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        self.console.flush()
-        if self.file is not None:
-            with as_gram_error(self.path):
-                self.file.flush()
-
-    def isatty(self) -> bool:
-        return self.console.isatty()
-
-    def close(self) -> None:
-        file, self.file = self.file, None
-        if file is not None:
-            with as_gram_error(self.path):
-                file.close()
 
 
 def _reaches(log: Path) -> bool:

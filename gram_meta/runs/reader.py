@@ -131,9 +131,7 @@ def _read_checkpoint(path: Path, run: Path | None) -> Saved:
 
     state = read_facts(path)
     tensors = {str(name).removeprefix("module."): value for name, value in state.get("state_dict", state).items()}
-    learned = {
-        name: value for name, value in tensors.items() if isinstance(value, Tensor) and name not in CLASS_TENSORS
-    }
+    learned = {key: value for key, value in tensors.items() if isinstance(value, Tensor) and key not in CLASS_TENSORS}
     check_finite(path, learned)
     options = (layout.options_of(run) if run else {}) | state.get("reads", {})
     saved = Saved(path, state.get("trainer") or "", options, learned)
@@ -226,7 +224,5 @@ def _classes_of_json(path: Path) -> list[str]:
     try:
         named = {int(label): str(name) for part in values.values() for _, label, name in part}
     except (AttributeError, TypeError, ValueError):
-        raise GramError(
-            f"{path}: expected a list of class names or a split file in CoOp's format, found something else"
-        ) from None
+        raise GramError(f"{path}: expected class names or a split file of CoOp, found something else") from None
     return [named[label] for label in sorted(named)]

@@ -63,9 +63,7 @@ def _count_texts(root: Path) -> int:
 
 def _tables_in(root: Path) -> str:
     """Return advice on what to name instead: a table in the folder, or a folder in it that has shards."""
-    tables = sorted(
-        path.name for path in root.iterdir() if path.suffix.lower() in TABLES or path.name == "captions.txt"
-    )
+    tables = sorted(it.name for it in root.iterdir() if it.suffix.lower() in TABLES or it.name == "captions.txt")
     if tables:
         return f"; it holds {', '.join(tables[:3])}: name that file instead"
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):

@@ -100,9 +100,7 @@ class Coco(_Captions):
                 image_id = annotation.get("image_id")
                 captions.setdefault(image_id if _is_key(image_id) else None, []).append(annotation["caption"])
         if not captions:
-            raise GramError(
-                f"{path}: expected annotations with captions, as in captions_train2017.json, found none with a caption"
-            )
+            raise GramError(f"{path}: expected annotations with captions, as in captions_train2017.json, found none")
         for image in content["images"]:
             if isinstance(image, dict) and _is_key(image.get("id")):
                 of_image = captions.pop(image["id"], NOTHING)

@@ -202,9 +202,7 @@ def _batches(file: pq.ParquetFile, group: int, columns: Columns) -> Iterator[tup
         wanted, at_once = [name], IMAGES_AT_ONCE
     else:
         wanted, at_once = [], ROWS_AT_ONCE
-    for batch in file.iter_batches(
-        batch_size=at_once, row_groups=[group], columns=[*wanted, *captions], use_threads=False
-    ):
+    for batch in file.iter_batches(at_once, [group], [*wanted, *captions], use_threads=False):
         texts = [_values(batch.column(caption)) for caption in captions]
         of_images = texts[0] if len(texts) == 1 else [list(some) for some in zip(*texts, strict=True)]
         if wanted:

@@ -11,7 +11,8 @@ import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from difflib import SequenceMatcher
-from typing import IO, Any, TextIO
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL
@@ -20,7 +21,7 @@ from torch import nn
 
 from gram_meta.engine.checkpoints import read_checkpoint
 from gram_meta.errors import GramError
-from gram_meta.files import atomic_write
+from gram_meta.files import Tee, atomic_write
 from gram_meta.images import read_rgb as read_image  # noqa: F401, Dassl has it here
 
 
@@ -261,44 +262,12 @@ def load_pretrained_weights(model: nn.Module, weight_path: str) -> None:
         print(f"Layers discarded due to unmatched keys or size: {discarded}")
 
 
-class Logger:
+class Logger(Tee):
     """Replaces `sys.stdout`: writes to the console and to a file. `close` closes the file alone."""
 
     def __init__(self, fpath: str | None = None, mode: str = "w") -> None:
-        self.console: TextIO = sys.stdout
-        self.file: IO[str] | None = None
-        if fpath is not None:
-            mkdir_if_missing(os.path.dirname(fpath))
-            self.file = open(fpath, mode, encoding="utf-8")  # noqa: SIM115, closed by close()
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def write(self, msg: str) -> int:
-        self.console.write(msg)
-        if self.file is not None:
-            self.file.write(msg)
-        return len(msg)
-
-    def flush(self) -> None:
-        self.console.flush()
-        if self.file is not None:
-            self.file.flush()
-
-    def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
-            self.file = None
-
-    def isatty(self) -> bool:
-        return self.console.isatty()
-
-    @property
-    def encoding(self) -> str:
-        return self.console.encoding
+        super().__init__(sys.stdout, Path(fpath or os.devnull), mode)
+        self.keep()
 
 
 def setup_logger(output: str | None = None) -> None:

@@ -169,14 +169,10 @@ class _Finder(MetaPathFinder):
     def __init__(self, fillers: dict[str, Filler]) -> None:
         self.fillers = fillers
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        filler = self.fillers.get(fullname)
-        if filler is None:
-            return None
-        spec = PathFinder.find_spec(fullname, path, target)
-        if spec is None or spec.loader is None:
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        filler = self.fillers.get(name)
+        spec = None if filler is None else PathFinder.find_spec(name, path, target)
+        if filler is None or spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
         loader: Any = spec.loader
