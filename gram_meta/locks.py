@@ -80,10 +80,8 @@ def _wait_for(lock: BaseFileLock, folder: Path) -> BaseFileLock:
             lock.acquire(timeout=WAIT)
         except Timeout:
             gone = "" if isinstance(lock, FileLock) else f", or remove {lock.lock_file} if that run has ended"
-            raise GramError(
-                f"{folder}: another run is writing to this folder{_holder(lock)}; wait until it has ended, or choose "
-                f"another folder{gone}"
-            ) from None
+            advice = f"wait until it has ended, or choose another folder{gone}"
+            raise GramError(f"{folder}: another run is writing to this folder{_holder(lock)}; {advice}") from None
     return lock
 
 

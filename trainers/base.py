@@ -82,10 +82,8 @@ class ClipTrainer(TrainerX):
         backbone = load_backbone(name, self.device, precision)
         if torch.cuda.device_count() > 1:
             used = "one of them" if self.device.type == "cuda" else "the CPU alone"
-            print(
-                f"{torch.cuda.device_count()} GPUs are here: {used} is used, never nn.DataParallel; "
-                "run other seeds on the others (CUDA_VISIBLE_DEVICES, `gram bench --gpus`)"
-            )
+            advice = "run other seeds on the others (CUDA_VISIBLE_DEVICES, `gram bench --gpus`)"
+            print(f"{torch.cuda.device_count()} GPUs are here: {used} is used, never nn.DataParallel; {advice}")
         return backbone
 
     def check_training(self) -> None:

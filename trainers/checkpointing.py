@@ -93,9 +93,9 @@ class Checkpointing:
         if there["backbone"]["fingerprint"] != here["backbone"]["fingerprint"]:
             old, new = there["backbone"]["name"], here["backbone"]["name"]
             weights = f"{new}, of other weights" if old == new else new
+            advice = "to use it anyway, name it as MODEL.INIT_WEIGHTS"
             raise GramError(
-                f"{path}: was learned for the backbone {old}, found {weights} (MODEL.BACKBONE.NAME); to use it anyway, "
-                "name it as MODEL.INIT_WEIGHTS"
+                f"{path}: was learned for the backbone {old}, found {weights} (MODEL.BACKBONE.NAME); {advice}"
             )
         for key, value in here["reads"].items():
             if there["reads"].get(key, value) != value:
@@ -114,10 +114,8 @@ class Checkpointing:
         if there is None:
             print(f"Note: {path} does not name the classes of its contexts (CSC); those here are taken, in order")
         elif there != self.classnames:
-            raise GramError(
-                f"{path}: holds a context for each class of training (CSC), which knows no other classes: "
-                f"{saved.difference(there, self.classnames)}"
-            )
+            what = f"which knows no other classes: {saved.difference(there, self.classnames)}"
+            raise GramError(f"{path}: holds a context for each class of training (CSC), {what}")
 
     def learned_by(self, state: dict[str, Any]) -> str:
         """Return the trainer that learned a checkpoint; if it names none, the trainer without GRAM."""

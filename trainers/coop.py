@@ -26,8 +26,7 @@ class CoOp(PromptTrainer):
         options = cfg.TRAINER.COOP
         if options.CSC and (cfg.TEST.PER_EPOCH or cfg.TEST.AT_STEPS):
             raise GramError(
-                "TRAINER.COOP.CSC: class-specific contexts know no new classes, which TEST.PER_EPOCH and "
-                "TEST.AT_STEPS evaluate"
+                "TRAINER.COOP.CSC: a context per class knows no new classes (TEST.PER_EPOCH, TEST.AT_STEPS)"
             )
 
     def reads(self) -> dict[str, Any]:

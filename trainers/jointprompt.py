@@ -21,8 +21,6 @@ class JointPrompt(PromptTrainer):
         options = self.options
         context = self.initial_context(options.N_CTX_TEXT)  # (M, d)
         if len(context) != options.N_CTX_TEXT:
-            raise GramError(
-                f"TRAINER.JOINT.CTX_INIT is {options.CTX_INIT!r}, {len(context)} tokens; expected "
-                f"{options.N_CTX_TEXT}, as TRAINER.JOINT.N_CTX_TEXT says"
-            )
+            found = f"{options.CTX_INIT!r}, {len(context)} tokens"
+            raise GramError(f"TRAINER.JOINT.CTX_INIT is {found}; expected {options.N_CTX_TEXT}, as N_CTX_TEXT says")
         return {"text": context, "visual": self.initial_visual_prompt()}

@@ -107,9 +107,9 @@ def check_name(where: PathLike, made_with: str, name: str, widths: Mapping[str, 
     found = sizes_of(name)
     for part, width in widths.items():
         if found.get(part, width) != width:
+            made = f"{made_with or 'another CLIP'}, of {part} width {width}"
             raise GramError(
-                f"{where}: expected the backbone it was made with, {made_with or 'another CLIP'}, of {part} width "
-                f"{width}, found {name} of width {found[part]}"
+                f"{where}: expected the backbone it was made with, {made}, found {name} of width {found[part]}"
             )
 
 
@@ -186,10 +186,8 @@ class Backbone(nn.Module):
     def check_weights(self, where: PathLike, name: str, digest: str) -> None:
         """Raise a `GramError` if the file `where` was made with another CLIP: `name`, of fingerprint `digest`."""
         if digest != self.fingerprint:
-            raise GramError(
-                f"{where}: expected the backbone it was made with, {name or 'another CLIP'} ({digest[:12]}), found "
-                f"{self.name} ({self.fingerprint[:12]})"
-            )
+            made, found = f"{name or 'another CLIP'} ({digest[:12]})", f"{self.name} ({self.fingerprint[:12]})"
+            raise GramError(f"{where}: expected the backbone it was made with, {made}, found {found}")
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Return token ids (n, 77); raise `GramError` for a text with more tokens than there are positions."""
@@ -267,10 +265,8 @@ class Backbone(nn.Module):
             GramError: a prompt for a ResNet, or images of another size.
         """
         if images.shape[-2:] != (self.image_size, self.image_size):
-            raise GramError(
-                f"images for {self.name}: expected {self.image_size} x {self.image_size} pixels, "
-                f"found {images.shape[-2]} x {images.shape[-1]} (INPUT.SIZE)"
-            )
+            side, found = self.image_size, f"{images.shape[-2]} x {images.shape[-1]}"
+            raise GramError(f"images for {self.name}: expected {side} x {side} pixels, found {found} (INPUT.SIZE)")
         images = images.to(self.device, self.dtype)
         if not self.is_vit:
             if prompt is not None:

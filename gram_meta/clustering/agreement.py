@@ -39,10 +39,8 @@ def read_truth(path: PathLike) -> dict[str, list[str]]:
     columns = {name: list(column) for name, *column in zip(*whole, strict=True)}
     facts = [name for name in columns if name in {*OF_TOPICS, WRONG}]
     if "image" not in columns or not facts:
-        raise GramError(
-            f"{path}: expected a column image and any of {', '.join(OF_TOPICS)} and {WRONG}, "
-            f"found {', '.join(columns) or 'no columns'}"
-        )
+        wanted, found = ", ".join(OF_TOPICS), ", ".join(columns) or "no columns"
+        raise GramError(f"{path}: expected a column image and any of {wanted} and {WRONG}, found {found}")
     return {name: columns[name] for name in ("image", "caption", *facts) if name in columns}
 
 

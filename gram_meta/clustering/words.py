@@ -72,10 +72,8 @@ def tokenizer(name: str) -> Tokenizer:
         reason = "it returns something else"
     except Exception as error:  # noqa: BLE001 - foreign code raises errors of every kind
         reason = str(error)
-    raise GramError(
-        f"CHC.WORDS.TOKENIZER: expected words, characters, or a function that returns the words of a text, such as "
-        f"jieba.lcut, found {name!r} ({reason})"
-    )
+    what = "words, characters, or a function that returns the words of a text, such as jieba.lcut"
+    raise GramError(f"CHC.WORDS.TOKENIZER: expected {what}, found {name!r} ({reason})")
 
 
 def tokens(text: str, split: Tokenizer = words) -> Iterator[str]:

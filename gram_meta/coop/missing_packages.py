@@ -60,10 +60,8 @@ class _Loader(Loader):
             package = (error.name or "").partition(".")[0]
             if not package or _is_importable(package) or not self.trainer or self._defines_trainer(module.__name__):
                 raise
-            print(
-                f"Note: {module.__name__} needs the package {package}, which is not here; its trainers are left out",
-                file=sys.stderr,
-            )
+            lacks = f"needs the package {package}, which is not here; its trainers are left out"
+            print(f"Note: {module.__name__} {lacks}", file=sys.stderr)
 
     def _defines_trainer(self, name: str) -> bool:
         source = self.loader.get_source(name) or ""

@@ -101,9 +101,9 @@ class PairStore:
     def image(self) -> np.ndarray:
         image = _columns(self.path / CAPTIONS, ["image"])["image"].to_numpy()
         if len(image) and not 0 <= image.min() <= image.max() < len(self.image_features):
+            found = f"{image.min()} to {image.max()}"
             raise GramError(
-                f"{self.path / CAPTIONS}: expected rows of {len(self.image_features)} images, found {image.min()} to "
-                f"{image.max()}"
+                f"{self.path / CAPTIONS}: expected rows of {len(self.image_features)} images, found {found}"
             )
         return image
 

@@ -91,10 +91,7 @@ class Regulation:
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if kwargs.get("closure") is not None or any(callable(argument) for argument in args):
-            raise GramError(
-                "optimizer.step(closure): gradients that the closure computes inside the step cannot be regulated; "
-                "call backward() before step()"
-            )
+            raise GramError("optimizer.step(closure): cannot be regulated, expected backward() before step()")
         if getattr(optimizer, "grad_scale", None) is not None:
             raise GramError(
                 "a fused optimiser unscales gradients inside its step, where they cannot be regulated; call "
@@ -131,10 +128,8 @@ class Regulation:
                 known = " and ".join(regulator.widths)
                 raise GramError(f"regulator: was learned for {known} prompts, but is to regulate {kind!r}")
             if width != regulator.widths[kind]:
-                raise GramError(
-                    f"regulator: was learned for {kind} prompts of width {regulator.widths[kind]}, but the {name} "
-                    f"prompt has width {width}"
-                )
+                learned = f"{kind} prompts of width {regulator.widths[kind]}"
+                raise GramError(f"regulator: was learned for {learned}, but the {name} prompt has width {width}")
 
     def _warn(self, name: str) -> None:
         """Print a warning, once, if the gradients are of another size than those R^phi was learned on."""

@@ -55,10 +55,8 @@ class WithGRAM:
         """Refuse a meta-checkpoint of another backbone, by its name; a trainer that knows more can override this."""
         name = self.cfg.MODEL.BACKBONE.NAME
         if name != meta.backbone_name:
-            raise GramError(
-                f"{meta.path}: expected the backbone it was made with, {meta.backbone_name}, found {name!r} "
-                "(MODEL.BACKBONE.NAME)"
-            )
+            found = f"found {name!r} (MODEL.BACKBONE.NAME)"
+            raise GramError(f"{meta.path}: expected the backbone it was made with, {meta.backbone_name}, {found}")
 
     def check_cfg(self, cfg: Any) -> None:
         super().check_cfg(cfg)  # type: ignore[misc]
@@ -107,10 +105,7 @@ class WithGRAM:
         """Refuse to train, or to evaluate a start, without the meta-checkpoint that either needs."""
         gram = self.cfg.TRAINER.GRAM
         if (gram.INIT or gram.REGULATE) and self.meta is None:
-            raise GramError(
-                f"TRAINER.GRAM.CHECKPOINT is empty; {type(self).__name__} expects the meta-checkpoint of `gram "
-                "pretrain`"
-            )
+            raise GramError(f"TRAINER.GRAM.CHECKPOINT is empty; {type(self).__name__} expects a meta-checkpoint")
         if hasattr(super(), "check_training"):  # the trainer has it
             super().check_training()  # type: ignore[misc]
 

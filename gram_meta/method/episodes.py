@@ -185,11 +185,8 @@ class Episodes:
         try:
             self.places.reader.content(self.places.place(0))
         except BadImage:
-            raise GramError(
-                f"{self.places.name(0)}: expected an image of {self.store.path}, found no such file; visual prompts "
-                "are meta-trained on pixels, so the images must stay readable (LOADER.IMAGE_ROOT says where they are "
-                "now)"
-            ) from None
+            what = f"an image of {self.store.path} for visual prompts, found no such file"
+            raise GramError(f"{self.places.name(0)}: expected {what} (LOADER.IMAGE_ROOT says where they are)") from None
 
 
 def read_pixels(

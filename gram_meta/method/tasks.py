@@ -70,11 +70,9 @@ class TaskSampler:
         images = images_by_domain(hierarchy, without_images)
         self.domains = {topic: images[topic] for topic in wanted if self._fills(images[topic])}
         if self.different < config.ways:
-            raise GramError(
-                f"TASKS.WAYS: expected at least {config.ways} topics with different words that hold "
-                f"{config.support_shots} support and {config.query_shots} query images in two or more domains, found "
-                f"{self.different}"
-            )
+            images = f"{config.support_shots} support and {config.query_shots} query images in two or more domains"
+            what = f"at least {config.ways} topics with different words that hold {images}"
+            raise GramError(f"TASKS.WAYS: expected {what}, found {self.different}")
 
     @property
     def different(self) -> int:
@@ -99,9 +97,9 @@ class TaskSampler:
             if len(chosen) == self.config.ways:
                 topics, support, query = zip(*chosen, strict=True)
                 return Task(np.array(topics), tuple(words), np.stack(support), np.stack(query))
+        advice = "lower TASKS.WAYS, TASKS.SUPPORT_SHOTS or TASKS.QUERY_SHOTS"
         raise GramError(
-            f"TASKS: expected {self.config.ways} topics without common images, found {len(chosen)}; lower TASKS.WAYS, "
-            "TASKS.SUPPORT_SHOTS or TASKS.QUERY_SHOTS"
+            f"TASKS: expected {self.config.ways} topics without common images, found {len(chosen)}; {advice}"
         )
 
     def draw_batch(self, first: int, count: int) -> list[Task]:
@@ -173,10 +171,8 @@ def split_topics(hierarchy: Hierarchy, share: float, ways: int, seed: int) -> tu
     words = sorted({topic.word.lower() for topic in hierarchy.topics})
     count = max(ways, round(share * len(words)))
     if len(words) - count < ways:
-        raise GramError(
-            f"TASKS.HELD_OUT: expected at least {2 * ways} topics with different words for {ways}-way tasks on both "
-            f"sides, found {len(words)}"
-        )
+        what = f"at least {2 * ways} topics with different words for {ways}-way tasks on both sides"
+        raise GramError(f"TASKS.HELD_OUT: expected {what}, found {len(words)}")
     held_words = set(np.random.default_rng(seed).permutation(words)[:count].tolist())
     held = [number for number, topic in enumerate(hierarchy.topics) if topic.word.lower() in held_words]
     return sorted(set(range(len(hierarchy.topics))) - set(held)), held

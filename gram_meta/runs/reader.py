@@ -91,10 +91,8 @@ def load_clip_of(
 
     name = name or saved.backbone
     if not name:
-        raise GramError(
-            f"{saved.path}: expected a results.json or log.txt of its run, which names its CLIP, found none; name it "
-            "with --backbone"
-        )
+        what = "a results.json or log.txt of its run, which names its CLIP"
+        raise GramError(f"{saved.path}: expected {what}, found none; name it with --backbone")
     if saved.fingerprint:
         check_name(saved.path, saved.backbone, name, widths)
     clip = load_backbone(name, device, precision)
@@ -147,10 +145,8 @@ def _read_checkpoint(path: Path, run: Path | None) -> Saved:
 def _read_evaluation(folder: Path, source: Path, epoch: int | None) -> Saved:
     """Read the prompts that were evaluated, with the classes that they were evaluated on."""
     if not source.is_dir():
-        raise GramError(
-            f"{folder}: holds an evaluation of the prompts in {source}, found no such folder from here; expected the "
-            "folder of the training run, and --classes"
-        )
+        advice = "expected the folder of the training run, and --classes"
+        raise GramError(f"{folder}: evaluates the prompts in {source}, found no such folder from here; {advice}")
     saved = read_saved(source, epoch)
     saved.classnames = layout.read_results(folder).get("classnames")
     return saved

@@ -123,9 +123,7 @@ def _tensors(checkpoint: MetaCheckpoint, trainer: str, target: Target) -> dict[s
     if target.meta_net:
         net = {name: value for name, value in checkpoint.extras.items() if name.startswith(META_NET)}
         if not net:
-            raise GramError(
-                f"{checkpoint.path}: expected CoCoOp's meta-net beside the prompt, which {trainer} learns, found none "
-                "(it was meta-trained without PROMPT.CONDITIONAL)"
-            )
+            found = f"which {trainer} learns, found none (PROMPT.CONDITIONAL)"
+            raise GramError(f"{checkpoint.path}: expected CoCoOp's meta-net beside the prompt, {found}")
         tensors |= net
     return {name: value.detach().to("cpu", torch.float32).clone() for name, value in tensors.items()}

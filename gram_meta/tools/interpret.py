@@ -62,11 +62,9 @@ def interpret(path: PathLike, topk: int = 5, backbone: str = "", epoch: int | No
     saved = read_saved(path, epoch)
     context, remarks = _context_of(saved)
     clip = load_clip_of(saved, backbone, {"text": context.shape[-1]})
-    if context.shape[-1] != clip.text_width:
-        raise GramError(
-            f"{saved.path}: holds context tokens of width {context.shape[-1]}, but {clip.name} has word embeddings of "
-            f"width {clip.text_width}; name its own backbone with --backbone"
-        )
+    if (width := context.shape[-1]) != clip.text_width:
+        found = f"{clip.name} of width {clip.text_width} (--backbone)"
+        raise GramError(f"{saved.path}: expected a CLIP of text width {width}, as its prompt has, found {found}")
     words, left_out = _near_words(context, saved.classnames or [], clip, topk)
     return Interpretation(saved, context, clip.name, words, remarks + left_out)
 

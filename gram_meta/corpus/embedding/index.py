@@ -100,8 +100,7 @@ class Index:
         )
         if sums != (self.parts, [self.parts], [self.images], self.pairs, self.rows - self.pairs):
             raise GramError(
-                f"{folder / PLAN}: expected counts that agree with each other, found others; delete {folder} and run "
-                "the same command again"
+                f"{folder / PLAN}: expected counts that agree, found others; delete {folder} and start again"
             )
 
     @property
@@ -127,10 +126,8 @@ class Index:
             row_group = part - self.first_parts[shard]
             table = self._open[1].read_row_group(row_group, columns=list(columns), use_threads=False)
         except (OSError, pa.ArrowException) as error:
-            raise GramError(
-                f"{path}: expected the index of a shard, found {in_one_line(error)}; delete {self.folder} and run the "
-                "same command again"
-            ) from None
+            found = f"{in_one_line(error)}; delete {self.folder} and start again"
+            raise GramError(f"{path}: expected the index of a shard, found {found}") from None
         if "image" in columns:
             offset = self.bounds[self.first_parts[shard]]
             table = table.set_column(columns.index("image"), "image", pc.add(table["image"], offset))

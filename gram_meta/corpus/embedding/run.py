@@ -143,14 +143,11 @@ def is_finished(out: PathLike, settings: dict[str, Any]) -> bool:
     manifest = read_manifest(out)
     before, now = (some.get("source", {}).get("shards") for some in (manifest["settings"], settings))
     if before and now and (gone := [shard for shard in before if shard not in now]):
-        raise GramError(
-            f"{out}: was begun with the shard {gone[0]}, which is not there any more; put it back and run the same "
-            "command again, or choose another folder for another corpus"
-        )
+        advice = "put it back, or choose another folder for another corpus"
+        raise GramError(f"{out}: was begun with the shard {gone[0]}, which is not there any more; {advice}")
     for name, old, new in _differences(manifest["settings"], settings):
         raise GramError(
-            f"{out}: was begun with {name} {old!r}, expected the same, found {new!r}; choose another folder "
-            "for new settings"
+            f"{out}: was begun with {name} {old!r}, expected the same, found {new!r}; choose another folder"
         )
     return bool(manifest["finished"])
 

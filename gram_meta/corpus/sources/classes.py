@@ -66,10 +66,8 @@ class ClassFolders(OnePiece):
         if given is not None:
             depth = _depth(base, read_classnames(given))
             if depth is None:
-                raise GramError(
-                    f"{given}: expected the names of folders below {base}, such as "
-                    f"{subfolders(base)[0].name!r}, found none of them"
-                )
+                such = f"such as {subfolders(base)[0].name!r}"
+                raise GramError(f"{given}: expected the names of folders below {base}, {such}, found none of them")
             return Source(root, self.name, root, classnames=given.resolve(), class_depth=depth)
         for folder in list(root.parents)[:2]:
             file = folder / CLASSNAMES

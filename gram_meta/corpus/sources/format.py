@@ -221,10 +221,8 @@ def find_images(path: Path, given: Path | None, forms: Mapping[str, Sequence[str
     if best is None:
         first = next((name for names in forms.values() for name in names), "")
         tried = ", ".join(str(folder) for folder in bases)
-        raise GramError(
-            f"{path}: expected its images, such as {first}, below {tried}, found none of {TRIED} that were looked for; "
-            "name their folder with --image-root"
-        )
+        found = f"found none of {TRIED} that were looked for; name their folder with --image-root"
+        raise GramError(f"{path}: expected its images, such as {first}, below {tried}, {found}")
     log.info("%s: images are in %s", path, best[0])
     return best[0].resolve(), best[1]
 

@@ -167,8 +167,7 @@ def _open_shard(path: Path) -> BinaryIO:
         if start.startswith(magic):
             file.close()
             raise GramError(
-                f"{path}: expected an uncompressed .tar, found {kind}; single images cannot be read from a compressed "
-                "tar: uncompress it first"
+                f"{path}: expected an uncompressed .tar, found {kind}; only there single images can be read"
             )
     return file
 

@@ -300,13 +300,9 @@ class TrainerX:
     def _print_progress(self, losses: MetricMeter, batch_time: AverageMeter, data_time: AverageMeter) -> None:
         left = self.num_batches - self.batch_idx - 1 + (self.max_epoch - self.epoch - 1) * self.num_batches
         print(
-            f"epoch [{self.epoch + 1}/{self.max_epoch}] "
-            f"batch [{self.batch_idx + 1}/{self.num_batches}] "
-            f"time {batch_time.val:.3f} ({batch_time.avg:.3f}) "
-            f"data {data_time.val:.3f} ({data_time.avg:.3f}) "
-            f"{losses} "
-            f"lr {self.get_current_lr():.4e} "
-            f"eta {datetime.timedelta(seconds=int(batch_time.avg * left))}"
+            f"epoch [{self.epoch + 1}/{self.max_epoch}] batch [{self.batch_idx + 1}/{self.num_batches}] "
+            f"time {batch_time.val:.3f} ({batch_time.avg:.3f}) data {data_time.val:.3f} ({data_time.avg:.3f}) {losses} "
+            f"lr {self.get_current_lr():.4e} eta {datetime.timedelta(seconds=int(batch_time.avg * left))}"
         )
 
     def parse_batch_train(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -68,12 +68,8 @@ class Classification:
         for label in np.unique(true):
             hits = predicted[true == label] == label
             accuracies.append(100.0 * float(hits.mean()))
-            print(
-                f"* class: {label} ({self._lab2cname[int(label)]})\t"
-                f"total: {len(hits):,}\t"
-                f"correct: {int(hits.sum()):,}\t"
-                f"acc: {accuracies[-1]:.1f}%"
-            )
+            counts = f"total: {len(hits):,}\tcorrect: {int(hits.sum()):,}\tacc: {accuracies[-1]:.1f}%"
+            print(f"* class: {label} ({self._lab2cname[int(label)]})\t{counts}")
         mean = float(np.mean(accuracies))
         print(f"* average: {mean:.1f}%")
         return mean
