@@ -1,14 +1,8 @@
 """The steps of the method as functions: what `gram embed`, `cluster`, `pretrain` and `eval-meta` run.
 
-    import gram_meta as gram
-
-    store = gram.embed("cc3m/{00000..00331}.tar", "store", backbone="ViT-B/16")
-    hierarchy = gram.cluster(store, "hierarchy", config="coop_vit_b16")
-    meta = gram.pretrain(store, hierarchy, "meta", config="coop_vit_b16", opts={"OUTER.STEPS": 5000})
-    print(gram.evaluate(meta, store, hierarchy))
-
-`config` names YAML files: paths, or names of files in configs/gram_meta. `opts` overrides single keys. Under
-`torchrun`, `embed` and `pretrain` share their work among the processes, as the commands do.
+docs/reference/python.md shows them in use. `config` names YAML files: paths, or names of files in configs/gram_meta.
+`opts` overrides single keys. Under `torchrun`, `embed` and `pretrain` share their work among the processes, as the
+commands do.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import yaml
 from yacs.config import CfgNode as CN
 
 from gram_meta.errors import GramError, in_one_line
-from gram_meta.files import PathLike, expand_home
+from gram_meta.files import PathLike, expand_home, read_text
 
 # Nodes that do not change the result of a run
 INCIDENTAL = ("LOADER", "MEMORY")
@@ -287,9 +287,7 @@ def check_bounds(config: Mapping[str, Any], bounds: Mapping[str, Bound]) -> None
 def load_meta_config(files: Sequence[str | Path] = (), opts: Sequence[str] = ()) -> CN:
     """Merge defaults, YAML files in order and KEY VALUE pairs, and return the frozen settings.
 
-    Raises:
-        GramError: an unknown key (the nearest known one is named), a value of another type or out of its bounds, an
-            unreadable file.
+    Raises `GramError` for an unknown key, a value of another type or out of its bounds, or an unreadable file.
     """
     config = get_meta_config()
     for file in files:
@@ -342,10 +340,8 @@ def _packaged_configs() -> Path:
 def merge_file(config: CN, path: str | Path) -> None:
     """Merge a YAML file into `config`; unknown keys are a `GramError` that names the nearest known one."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise GramError(f"{path}: expected a YAML file, found none ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = yaml.safe_load(read_text(path)) or {}
+    except yaml.YAMLError as error:
         raise GramError(f"{path}: expected YAML, found {in_one_line(error)}") from None
     if not isinstance(values, dict):
         raise GramError(f"{path}: expected keys and values, found {type(values).__name__}")

@@ -1,8 +1,6 @@
-"""Read and write whole files: JSON, hashes, atomic writes (a temporary file that is renamed), and folders with an
-owner.
+"""Whole files: JSON, hashes, atomic writes (a temporary file that is renamed), folders with an owner, copied output.
 
-This package removes no folder that it has not marked as its own: `claim_folder` writes the mark, `remove_claimed` asks
-for it.
+This package removes no folder but those that it has marked as its own (`claim_folder`, `remove_claimed`).
 """
 
 import hashlib
@@ -201,10 +199,7 @@ def check_type(value: Any, schema: Any, where: str) -> Any:
 
 
 class Tee:
-    """Writes to the console and, after `keep`, to a file, with the text from before `keep`.
-
-    So a run that cannot be built (an error in an option) leaves no folder behind.
-    """
+    """Writes to the console and, after `keep`, also to a file: a run that cannot be built leaves no folder behind."""
 
     def __init__(self, console: TextIO, path: Path, mode: str) -> None:
         self.console, self.path, self.mode = console, path, mode

@@ -51,8 +51,7 @@ _kept: dict[tuple[str, bool], Image.Image] = {}  # by path and `_as_coop`, of `k
 
 @contextmanager
 def coop_decoding(is_on: bool) -> Iterator[None]:
-    """Let `read_rgb` decode as CoOp and Dassl do (DATALOADER.COOP_DECODING): no EXIF turn, deep grey clipped to
-    white."""
+    """Let `read_rgb` decode as CoOp and Dassl do (DATALOADER.COOP_DECODING): no EXIF turn, deep grey is white."""
     token = _as_coop.set(is_on)
     try:
         yield

@@ -178,10 +178,7 @@ class Checkpointing:
         print(f'Loading weights to {LEARNER} from "{path}" (epoch = {self.record.loaded.epoch})')
 
     def _check_learner(self, path: Path, state: dict[str, Any]) -> str:
-        """Return the trainer that learned these prompts.
-
-        Print a note if it is another trainer of the family; raise for a trainer outside the family.
-        """
+        """Return the trainer that learned these prompts; print a note if it is another one; refuse other families."""
         own, learner = type(self).__name__, self.learned_by(state)
         if "trainer" not in state:
             print(f"Note: {path} does not say who learned these prompts; they are taken for {learner}'s")

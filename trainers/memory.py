@@ -5,8 +5,7 @@ of their tower. Their size follows from shapes (`backbone.footprint`), so the ch
 
 - *Text*: if all classes together would take more than TEXT_BUDGET (0: a quarter of a GPU's memory, 1 GB on a CPU), they
   are encoded in equal parts that take less. Each part is computed twice, and one part's activations exist at a time.
-- *Images*: if a batch would take more than IMAGE_BUDGET, only the inputs of each layer are kept, and it is computed
-  twice.
+- *Images*: if a batch would take more than IMAGE_BUDGET, each layer keeps only its inputs and is computed twice.
 """
 
 from typing import Any

@@ -76,15 +76,11 @@ def self_attention(qkv: Tensor, heads: int) -> Tensor:
 
 
 def _last(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a backward function raise if its result has to be differentiable.
-
-    Autograd enables gradients in a backward pass exactly under `create_graph=True`. Torch's `once_differentiable` is
-    not used: it would silently leave this function's share out of a third derivative.
-    """
+    """Make a backward function raise for a third derivative; `once_differentiable` would leave its share out."""
 
     @wraps(backward)
     def checked(*args: Any) -> Any:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # in a backward pass: exactly under `create_graph=True`
             raise RuntimeError("a third derivative was asked for; the towers' layers are differentiable twice")
         return backward(*args)
 

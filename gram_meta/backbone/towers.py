@@ -103,11 +103,8 @@ def _merge_heads(attn: nn.MultiheadAttention, x: Tensor) -> Tensor:
 
 
 def _mlp(mlp: Any, x: Tensor) -> Tensor:
-    """Apply CLIP's MLP to (..., d).
-
-    QuickGELU is h sigmoid(a h) = silu(a h) / a; `a` is folded into both matrix products, which leaves one elementwise
-    pass.
-    """
+    """Apply CLIP's MLP to (..., d)."""
+    # QuickGELU is h sigmoid(a h) = silu(a h) / a; with `a` in both matrix products, one elementwise pass is left
     flat, a = x.flatten(0, -2), ACTIVATION
     hidden = torch.addmm(mlp.c_fc.bias, flat, mlp.c_fc.weight.T, beta=a, alpha=a)
     return activate_and_project(hidden, mlp.c_proj.weight, mlp.c_proj.bias).view_as(x)

@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -59,10 +59,8 @@ def read_clip(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     """Return weights under OpenAI's names from a file or folder of OpenAI's, Hugging Face's or open_clip's layout.
 
     Files are mapped. `device`: "cpu" copies the weights from there, as a mapped file may change later; "meta" returns
-    their shapes alone and reads none of them.
-
-    Raises:
-        GramError: an unreadable file, or weights that CLIP's code would load but compute differently.
+    their shapes alone and reads none of them. Raises `GramError` for an unreadable file, or weights that CLIP's code
+    would load but compute differently.
     """
     file = _file_of(path) if path.is_dir() else path
     state = {key: value.to(device, copy=True) for key, value in _plain_names(_read_file(file)).items()}
@@ -155,7 +153,9 @@ def _plainly(function: Callable[..., Any], *args: Any) -> Any:
 
 def _file_of(folder: Path) -> Path:
     for config, files in (_HUGGING_FACE, _OPEN_CLIP):
-        if (folder / config).is_file() and (config == _OPEN_CLIP[0] or "model_type" in _config(folder / config)):
+        if (folder / config).is_file() and (
+            config == _OPEN_CLIP[0] or "model_type" in read_json(folder / config, dict[str, Any])
+        ):
             for file in files:
                 if (folder / file).is_file():
                     return folder / file
@@ -217,13 +217,14 @@ def _tensors_of(module: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _tensors_of(value, f"{prefix}{name}.")
 
 
+class _Index(TypedDict):
+    weight_map: dict[str, str]
+
+
 def _read_parts(index: Path) -> dict[str, Tensor]:
     """Return weights that Hugging Face has split over several files."""
-    parts = read_json(index).get("weight_map")
-    if not isinstance(parts, dict):
-        raise GramError(f"{index}: expected a weight_map that names the parts, found none")
     state: dict[str, Tensor] = {}
-    for name in sorted(set(parts.values())):
+    for name in sorted(set(read_json(index, _Index)["weight_map"].values())):
         state |= _read_file(index.parent / Path(name).name)  # beside the index, never in another folder
     return state
 
@@ -244,14 +245,7 @@ def _config_beside(file: Path, name: str, path: Path) -> dict[str, Any]:
             f"{path}: expected {name} beside it, which names the activation and the number of heads, found none; for a "
             f"model that computes as OpenAI's does, {least} is enough"
         )
-    return _config(beside)
-
-
-def _config(path: Path) -> dict[str, Any]:
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise GramError(f"{path}: expected keys and values, found {type(config).__name__}")
-    return config
+    return read_json(beside, dict[str, Any])
 
 
 def _refuse_siglip(state: Mapping[str, Tensor], path: Path) -> None:

@@ -45,19 +45,12 @@ class ChcSettings:
     @classmethod
     def from_config(cls, config: CfgNode) -> ChcSettings:
         """Read the settings from the configuration."""
-        chc, topics, domains = config.CHC, config.CHC.TOPICS, config.CHC.DOMAINS
+        chc, domains = config.CHC, config.CHC.DOMAINS
+        named_alike = {key.lower(): value for node in (chc.FILTER, chc.TOPICS) for key, value in node.items()}
         return cls(
+            **named_alike,
             labelled=chc.LABELLED,
             seed=chc.SEED,
-            keep=chc.FILTER.KEEP,
-            threshold=chc.FILTER.THRESHOLD,
-            reduction=topics.REDUCTION,
-            neighbors=topics.NEIGHBORS,
-            components=topics.COMPONENTS,
-            min_cluster_size=topics.MIN_CLUSTER_SIZE,
-            min_samples=topics.MIN_SAMPLES,
-            selection=topics.SELECTION,
-            sample=topics.SAMPLE,
             split=tokenizer(chc.WORDS.TOKENIZER),
             domains=domains.K,
             starts=domains.STARTS,

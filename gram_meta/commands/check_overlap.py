@@ -103,11 +103,7 @@ def _backbone(store: PairStore, name: str | None, device: str) -> Any:
 
 
 def test_images(root: Path, names: Sequence[str] | None, parts: Sequence[str]) -> tuple[list[TestImage], list[str]]:
-    """Return the images of these parts of the datasets under `root`, and a sentence for each unreadable dataset.
-
-    Raises:
-        GramError: a dataset in `names` is not known, or cannot be read.
-    """
+    """Return the images of these parts of datasets, and a sentence for each unreadable one; if named, raise it."""
     import gram_meta.plugin  # noqa: F401 - registers the datasets
     from gram_meta.datasets.check import find_datasets, known_datasets, split_names
     from gram_meta.tools.overlap import TestImage

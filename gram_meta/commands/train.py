@@ -4,18 +4,15 @@ import argparse
 
 from gram_meta.coop import launch
 
-HELP = """Train or evaluate a trainer on a dataset: CoOp's train.py, flag by flag. In a CoOp-style checkout the command
-runs the checkout's train.py, with these trainers, options and config files added (docs/guide/checkout.md).
+HELP = """Train or evaluate a trainer on a dataset: CoOp's train.py, flag by flag. In a CoOp-style checkout, a folder
+whose train.py imports Dassl, the command runs that train.py with these trainers, options and config files added; the
+checkout's own trainers and datasets replace those of the same name (docs/guide/checkout.md).
 
   baselines  ZeroshotCLIP, CoOp, CoCoOp, VPT, JointPrompt
   with GRAM  CoOpGRAM, CoCoOpGRAM, VPTGRAM, UniGRAM: start from TRAINER.GRAM.CHECKPOINT, made by `gram pretrain`
 
 Config files are found by name in the package when there is no such file here. A finished run is not run again, an
 unfinished one resumes, and a folder that holds another run is refused.
-
-In a CoOp-style checkout, a folder whose train.py imports Dassl, the command runs that train.py with all of its flags,
-and adds these trainers, options and config files; the checkout's own trainers and datasets replace those of the same
-name (docs/guide/checkout.md).
 
   gram train --root DATA --seed 1 --trainer CoOpGRAM --dataset-config-file dtd \\
       --config-file vit_b16_c4_ep10_batch32_ctxv1 --output-dir OUT \\

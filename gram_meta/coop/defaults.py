@@ -3,8 +3,7 @@
 CoOp's train.py asks Dassl for a copy of its defaults, adds options of its own, and merges two YAML files and KEY VALUE
 pairs into it. After `extend_defaults()` that copy (the names of hooks in parentheses)
 
-- has this project's options; what the train.py adds, or replaces (`cfg.TRAINER.VPT = CN()`), is completed
-  (default-options);
+- has this project's options; what the train.py adds or replaces is completed (default-options);
 - merges a config file of this package if the named file does not exist, and prints that (config-files);
 - names the nearest known key in the error about an unknown one (config-errors);
 - has SEED 0 under `--seed 0`, which CoOp's `if args.seed` loses (seed-zero);
@@ -48,11 +47,9 @@ MISMATCH = re.compile(r"Type mismatch \(<class '(?:[\w.]*\.)?(\w+)'> vs.* vs\. (
 
 
 def extend_defaults(command_line: CommandLine | None = None) -> CommandLine:
-    """Extend the tree that every `get_cfg_default()` copies; return the command line in use.
+    """Extend the tree that every `get_cfg_default()` copies; return the command line that copies follow.
 
-    Args:
-        command_line: the flags that copies of the tree follow; None: those of an earlier call, at first the process's
-            own.
+    None stands for that of an earlier call, at first the process's own.
     """
     Defaults.command_line = command_line or Defaults.command_line or CommandLine.parse(sys.argv[1:])
     if hooks.is_on("default-options"):
@@ -129,10 +126,8 @@ def _sentence(error: Exception, tree: Any) -> str:
 def config_path(name: str, command_line: CommandLine) -> str:
     """Return the YAML file `name`, or, if it does not exist, the one of that path or bare name in configs/.
 
-    The checkout's configs/ comes before the package's. The file that is taken is printed.
-
-    Raises:
-        GramError: no such file; an unknown `--trainer`, or else the nearest name in the package, is named.
+    The checkout's configs/ comes before the package's. The file that is taken is printed. Raises `GramError` for no
+    such file; an unknown `--trainer`, or else the nearest name in the package, is named.
     """
     from gram_meta.engine import TRAINER_REGISTRY
 

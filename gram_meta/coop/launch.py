@@ -1,10 +1,5 @@
 """CoOp's train.py, as a function: flags, order of merging, log lines and folders are CoOp's.
 
-    python train.py --root DATA --seed 1 --trainer CoOpGRAM \\
-        --dataset-config-file configs/datasets/emoji_animals.yaml \\
-        --config-file configs/trainers/CoOpGRAM/gram_small_c4_ep10_batch32_ctxv1.yaml \\
-        --output-dir output/animals/seed1 DATASET.NUM_SHOTS 16 TRAINER.GRAM.CHECKPOINT output/meta/best.safetensors
-
 Differences: `--seed 0` fixes the seed; an unknown key, trainer, dataset or config file is an error of one sentence with
 the nearest name; a folder that holds another run is refused; a finished run is not repeated, and an unfinished one is
 resumed in the same log.txt. `run` may be called many times in one process. The first call imports torch.
@@ -110,11 +105,7 @@ def reset_cfg(cfg: Any, args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Train or evaluate as the flags say; return the contents of results.json, or {} for a run that evaluates nothing.
-
-    Raises:
-        GramError: bad input, or an output folder that belongs to another run.
-    """
+    """Train or evaluate as the flags say; return the contents of results.json, {} for a run that evaluates nothing."""
     _check_flags(args)
     if args.trainer:
         _check_names(trainer=args.trainer)  # before its config file is looked for

@@ -57,9 +57,8 @@ def _package(name: str) -> ModuleType:
     if name in sys.modules or importlib.util.find_spec(name) is not None:
         return importlib.import_module(name)
     folder = Path(__file__).resolve().parents[2] / name.rpartition(".")[2]
-    spec = importlib.util.spec_from_file_location(
-        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
+    places = [str(folder)]
+    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=places)
     assert spec is not None and spec.loader is not None
     package = importlib.util.module_from_spec(spec)
     sys.modules[name] = package

@@ -70,12 +70,7 @@ class TarFile:
         self.file = open(path, "rb", buffering=0)
 
     def read(self, offset: int, size: int) -> bytes:
-        """Return the `size` bytes from `offset`.
-
-        Raises:
-            BadImage: the disk fails to read them.
-            GramError: the file is shorter.
-        """
+        """Return the `size` bytes from `offset`; raise `BadImage` if the disk fails, `GramError` for fewer."""
         try:
             content = pread(self.file.fileno(), size, offset)
         except OSError:
@@ -123,9 +118,7 @@ class ParquetImages:
     def read(self, row: int, column: int) -> bytes | None:
         """Return the bytes in a row of the image column with this number, None for a null.
 
-        Raises:
-            BadImage: the row group is damaged.
-            GramError: the file has no such row, or no images in this column.
+        Raises `BadImage` for a damaged row group, `GramError` for no such row, or no images in this column.
         """
         import pyarrow as pa
 

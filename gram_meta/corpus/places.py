@@ -51,11 +51,9 @@ class ImageReader:
         self.shard_sizes = shard_sizes or {}
 
     def content(self, place: Place) -> bytes:
-        """Return the bytes of the image file.
+        """Return the bytes of the image file; raise `BadImage` with the reason why it cannot be used.
 
-        Raises:
-            BadImage: not there, empty, unreadable, or too large to be a photograph.
-            GramError: its shard is missing or has changed, so that none of its images can be trusted.
+        Raises `GramError` if its shard is missing or has changed, so that none of its images can be trusted.
         """
         if not place.shard:
             return file_content(self.root / place.location)

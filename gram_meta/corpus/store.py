@@ -186,8 +186,7 @@ class PairStore:
         return self.manifest["settings"]["sentence_model"]["fingerprint"]
 
     def check_backbone_name(self, name: str) -> None:
-        """Raise `GramError` if the features come from another CLIP than `name`, as far as that shows without its
-        weights."""
+        """Raise `GramError` for features of another CLIP than `name`, as far as that shows without its weights."""
         from gram_meta.backbone.clip import check_name
 
         clip = self.manifest["settings"]["clip"]

@@ -4,9 +4,6 @@ Dassl's checkpoints hold more than tensors: a warm-up scheduler is saved with it
 optimiser inside that. Such a file needs an unpickler, and Python's runs any code that the file names. The one here
 calls only a short list of functions that build tensors and containers. Every other class or function in the file
 becomes a `Record` with its name, arguments and attributes, which can be read and do nothing.
-
-    state = read_checkpoint("output/prompt_learner/model.pth.tar-50")
-    state["state_dict"]["ctx"]
 """
 
 from __future__ import annotations
@@ -97,11 +94,7 @@ def check_finite(path: PathLike, tensors: Mapping[str, Any]) -> None:
 
 @contextmanager
 def restoring(path: PathLike) -> Iterator[None]:
-    """Turn any error of restoring a state, such as a missing part, into one sentence.
-
-    Raises:
-        GramError: the block raised an error.
-    """
+    """Turn any error of restoring a state, such as a missing part, into a `GramError`."""
     try:
         yield
     except GramError:

@@ -42,10 +42,7 @@ def own_names(registry: Any) -> set[str]:
 
 
 def _let_give_way(registry: Any) -> set[str]:
-    """Change the class of a registry to a subclass that lets others take this project's names; return these names.
-
-    The registry stays the same object, because others hold it already.
-    """
+    """Let others take this project's names in a registry, which stays the same object; return these names."""
     if not hasattr(registry, OWN):
         setattr(registry, OWN, set())
         registry.__class__ = _giving_way(type(registry))

@@ -61,27 +61,19 @@ class InnerLoop:
 
 
 class InnerStep(NamedTuple):
-    """One step of the inner loop; each field (B, M, d) by kind.
-
-    `raw` is the gradient of the support loss at `prompts`, `regulated` is R^phi of it, `after` the prompts after the
-    step.
-    """
+    """One step of the inner loop; each field (B, M, d) by kind."""
 
     prompts: Prompts
-    raw: Prompts
-    regulated: Prompts
-    after: Prompts
+    raw: Prompts  # the gradient of the support loss at `prompts`
+    regulated: Prompts  # R^phi of it
+    after: Prompts  # the prompts after the step
 
 
 class MetaLosses(NamedTuple):
-    """The summands of Eq. 10, and what the inner loop saw.
+    """The summands of Eq. 10, and what the inner loop saw."""
 
-    `losses` (tasks,): the query losses after adaptation. `norms`: for each inner step and each kind the norms (tasks,)
-    of the raw support gradients.
-    """
-
-    losses: Tensor
-    norms: list[dict[str, Tensor]]
+    losses: Tensor  # (tasks,): the query losses after adaptation
+    norms: list[dict[str, Tensor]]  # of the raw support gradients, (tasks,), for each inner step and each kind
 
 
 def for_each_task(theta: Prompts, tasks: int) -> dict[str, Tensor]:

@@ -1,9 +1,5 @@
 """GRAM in a Dassl trainer ("Testing" in Sec. 3.3): the options TRAINER.GRAM.* choose theta* and R^phi*.
 
-    class MyTrainerGRAM(WithGRAM, MyTrainer):
-        def gram_prompts(self):
-            return {"text": self.model.prompt_learner.ctx}
-
 docs/guide/other-trainers.md shows how to add GRAM to a trainer.
 """
 

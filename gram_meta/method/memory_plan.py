@@ -68,8 +68,7 @@ def plan(memory: MemoryConfig, backbone: Backbone, tasks: int, budget: float) ->
 
     The first of these that fits is taken: both sides of all tasks in one graph; one graph at a time, with as many tasks
     as fit; one task, with as many images at a time as fit. Features from the store with one text prompt for all images
-    always count as fitting. Under fp16 the plan is always one graph at a time, because each graph then has its own
-    scale.
+    always count as fitting. Under fp16 there is always one graph at a time, so that each has a scale of its own.
     """
     task = memory.task
     query = _image_bytes(memory, backbone, support=False)

@@ -70,13 +70,10 @@ class OuterLoop:
 
 
 class BatchResult(NamedTuple):
-    """Results of a step's tasks.
+    """Results of a step's tasks."""
 
-    `losses` (b,): query losses after adaptation. `norms` (inner steps, b, kinds): norms of the raw support gradients.
-    """
-
-    losses: Tensor
-    norms: Tensor
+    losses: Tensor  # (b,): query losses after adaptation
+    norms: Tensor  # (inner steps, b, kinds): norms of the raw support gradients
 
     @classmethod
     def of(cls, seen: MetaLosses, kinds: Sequence[str]) -> BatchResult:

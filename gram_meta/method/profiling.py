@@ -1,12 +1,5 @@
 """Where the time of a meta-training step goes: the towers, the regulator, the optimiser, waiting, and the rest.
 
-    profile = Profile()
-    with profile.watching(backbone, regulator):
-        for episode in episodes:
-            with profile.step():
-                ...forward, backward, and with profile.region("optimiser"): optimiser.step()
-    print(profile.table())
-
 A tower's backward pass, and the second one of exact second order, run inside autograd. So the prompt that enters a
 tower and the features that leave it pass through identities. These record the time when values pass, when gradients
 pass, and when gradients of gradients pass; the time between the two identities belongs to the tower. Autograd runs the

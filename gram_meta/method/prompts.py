@@ -34,11 +34,7 @@ SENTENCES = 1024
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """The prompts to meta-train.
-
-    Raises:
-        GramError: no prompt tokens at all, or a meta-net without a text prompt.
-    """
+    """The prompts to meta-train; `GramError` for no prompt tokens at all, or a meta-net without a text prompt."""
 
     text_tokens: int = 4  # M_t; 0: no text prompt
     visual_tokens: int = 0  # M_v; 0: no visual prompt
@@ -232,8 +228,7 @@ def initial_prompts(
 def hold_size(prompt: Tensor, size: float) -> None:
     """Scale each visual token of (M, d), in place, to root mean square `size`.
 
-    The first layer norm (`ln_pre`) takes the size out of every visual token, so features stay the same up to its
-    epsilon.
+    The first layer norm (`ln_pre`) takes the size out of every visual token, so features stay the same up to epsilon.
     Gradients do not: they shrink as 1 / size, and a step turns the token by 1 / size^2. Meta-training lets a free token
     grow, because growth costs no loss; a few-shot run then hardly moves it at the usual learning rate.
     """

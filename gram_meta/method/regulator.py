@@ -5,8 +5,7 @@
 for a gradient g of shape (M, d), per kind of prompt. W is (d, d) and b is (d,), shared by the M tokens, so one
 regulator serves any number of tokens. The form is sensitive to the gradient's scale: beta is added to whatever size g
 has, and a large g saturates tanh. `RegulatorConfig` holds the switches for that; the defaults are the paper's form,
-started at a constant gate (W = 0, b_beta = 0, gamma = 0.9), which is near plain gradient descent and still has slope to
-learn from.
+started at a constant gate (W = 0, b_beta = 0, gamma = 0.9): near plain gradient descent, with slope to learn from.
 """
 
 from __future__ import annotations

@@ -125,11 +125,7 @@ class TaskSampler:
         return support, _spread(free, self.config.query_shots, random)
 
     def _fills(self, domains: Sequence[np.ndarray]) -> bool:
-        """Return whether the domains can fill a task.
-
-        They need two domains or more, one of which can fill the support set and still has a query image, and
-        enough images in total.
-        """
+        """Return whether there are two domains, enough images, and a domain with more than fill the support set."""
         sizes = [len(images) for images in domains if len(images)]
         enough = sum(sizes) >= self.config.support_shots + self.config.query_shots
         return len(sizes) >= 2 and len(sizes) == len(domains) and max(sizes) > self.config.support_shots and enough

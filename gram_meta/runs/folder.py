@@ -43,11 +43,7 @@ class RunMode:
 
 
 def open_folder(cfg: Any, flags: Any) -> OutputFolder:
-    """Return the output folder of a command line, from its config and its parsed flags.
-
-    Raises:
-        GramError: the folder belongs to another run.
-    """
+    """Return the output folder of a command line, from its config and its flags; refuse that of another run."""
     mode = RunMode(flags.eval_only, flags.model_dir, flags.load_epoch, flags.no_train)
     return OutputFolder(cfg, mode, foreign=foreign_run(Path(cfg.OUTPUT_DIR), opened=False))
 
@@ -57,9 +53,6 @@ def check_options(cfg: Any) -> None:
 
     The check applies only if a log without any step has been begun in the folder, as a train.py does. Without one, the
     trainer may have been built to read a finished run.
-
-    Raises:
-        GramError: the folder belongs to a run with other options.
     """
     path = Path(cfg.OUTPUT_DIR)
     if not (path / layout.RUN).is_file() or all(_is_of_run(log) for log in path.glob(f"{layout.LOG}*")):
@@ -72,8 +65,7 @@ def begin(cfg: Any, mode: RunMode, foreign: Path | None = None, again: bool = Fa
     """Claim the output folder for a run, right before it trains or evaluates.
 
     Args:
-        cfg: the run's configuration.
-        mode: the task of the run.
+        cfg, mode: the run's configuration and task.
         foreign: a file of a run without run.json that was in the folder when the trainer was built; see `foreign_run`.
         again: the caller has claimed the folder already, and now evaluates another split or model: skip the checks.
 
@@ -113,18 +105,12 @@ class OutputFolder:
     """The output folder of one run.
 
     Args:
-        cfg: the run's configuration; OUTPUT_DIR is the folder.
-        mode: the task of the run.
-        look: whether to check the contents of the folder.
-        foreign: see `begin`.
+        cfg, mode, foreign: as for `begin`. look: whether to check the contents, and refuse those of another run.
 
     Attributes:
         finished: this run is finished in the folder.
         goes_on: this run was begun in the folder and is not finished.
         adds: its output is appended to an existing log.txt.
-
-    Raises:
-        GramError: the folder belongs to another run.
     """
 
     def __init__(self, cfg: Any, mode: RunMode, look: bool = True, foreign: Path | None = None) -> None:
@@ -202,15 +188,11 @@ def _stored(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_other_run(path: Path, stored: dict[str, Any], here: dict[str, Any]) -> None:
-    """Raise if the stored run differs from this one.
-
-    If one of them is older than an option, the option counts as having had its default. An option that this project
-    does not know (of a checkout's trainer) is compared only if both have it.
-    """
+    """Raise if the stored run differs from this one; if one of them is older than an option, it had the default."""
     unset = _defaults() if set(stored) ^ set(here) else {}
     for key in sorted(set(stored) | set(here)):
         if key not in unset and not (key in stored and key in here):
-            continue
+            continue  # an option of a checkout's trainer, which one of them does not have
         old, new = (run.get(key, unset.get(key)) for run in (stored, here))
         if old != new and not (key == "--model-dir" and _same_model(old, new)):
             raise GramError(

@@ -78,9 +78,7 @@ def choose_checkpoint(run: str | Path, epoch: int | None = None, learner: str = 
     In all other cases it is the last epoch by number.
 
     Args:
-        run: the output folder of a run.
-        epoch: the epoch to load, or None.
-        learner: name of the folder of checkpoints.
+        run: the output folder of a run. epoch: the one to load. learner: name of the folder of checkpoints.
 
     Raises:
         GramError: no such folder, or no such epoch; the message lists what is there.

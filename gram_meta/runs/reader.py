@@ -102,11 +102,7 @@ def load_clip_of(
 
 
 def infer_trainer(saved: Saved) -> str:
-    """Return the trainer that learns tensors of these names, for a checkpoint that does not name its trainer.
-
-    Raises:
-        GramError: tensors that no trainer of this project learns.
-    """
+    """Return the trainer that learns tensors of these names, for a checkpoint that names none; refuse other names."""
     kinds = {
         ("ctx",): "CoOp",
         ("ctx", "meta_net"): "CoCoOp",
@@ -181,10 +177,7 @@ def read_classes(words: str) -> list[str]:
     """Return class names from "cat, dog, sea lion", or from a file: a name a line, or JSON.
 
     The lines may be those of ImageNet's classnames.txt ("n01440764 tench"); JSON is a list of names, or a split file in
-    CoOp's format, whose classes are taken in the order of their labels.
-
-    Raises:
-        GramError: fewer than two names, or a file of another format.
+    CoOp's format, whose classes are taken in the order of their labels. Raises `GramError` for fewer than two names.
     """
     path = Path(os.path.expanduser(words))
     try:

@@ -53,11 +53,7 @@ def write(state: dict[str, Any], folder: str, is_best: bool, model_name: str) ->
 
 
 def fit(learner: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Return the tensors to load into `learner`, without the tokens of class names that CoOp also saves.
-
-    Raises:
-        GramError: other names or shapes than the learner's.
-    """
+    """Return the tensors to load, without CoOp's tokens of class names; refuse names or shapes not `learner`'s."""
     named = {key.removeprefix("module."): value for key, value in tensors.items()}  # of a DataParallel
     given = {key: value for key, value in named.items() if key not in ("token_prefix", "token_suffix")}
     own, found = ({key: value.shape for key, value in state.items()} for state in (learner.state_dict(), given))

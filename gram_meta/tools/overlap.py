@@ -258,10 +258,7 @@ def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _windows(small: Tensor) -> Tensor:
-    """Return the details of windows of images (n, 32, 32, 3) as (n, W, 24, 24, 3), with mean 0 and norm 1 each.
-
-    The first window is the whole image.
-    """
+    """Return the details of windows of images (n, 32, 32, 3), the whole first: (n, W, 24, 24, 3), mean 0, norm 1."""
     import torch
 
     down, across, smooth = _window_matrices()

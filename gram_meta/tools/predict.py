@@ -1,11 +1,5 @@
 """Classification of your own images with the prompts of a run: no dataset, no data manager.
 
-    from gram_meta.tools.predict import Predictor
-
-    predictor = Predictor.load("output/dtd/CoOpGRAM/seed1")
-    for row in predictor(["a.jpg", "a folder"]):
-        print(row.image, row.classname, row.probability)
-
 Probabilities are the softmax of the logits that the trainer's own evaluation computes (Eq. 1), by the same code.
 """
 

@@ -91,14 +91,9 @@ class Index:
         self.first_parts: list[int] = plan["first_parts"]
         self.shard_bytes: dict[str, int] = plan["shard_bytes"]
         self._open: tuple[int, pq.ParquetFile] | None = None  # parts are mostly read in their order
-        sums = (
-            len(self.bounds) - 1,
-            self.first_parts[-1:],
-            self.bounds[-1:],
-            sum(self.sizes),
-            sum(self.skipped.values()),
-        )
-        if sums != (self.parts, [self.parts], [self.images], self.pairs, self.rows - self.pairs):
+        ends = len(self.bounds) - 1, self.first_parts[-1:], self.bounds[-1:]
+        sums = sum(self.sizes), sum(self.skipped.values())
+        if (*ends, *sums) != (self.parts, [self.parts], [self.images], self.pairs, self.rows - self.pairs):
             raise GramError(
                 f"{folder / PLAN}: expected counts that agree, found others; delete {folder} and start again"
             )
@@ -243,14 +238,8 @@ def _write_shard(shards: list[Shard], root: Path, folder: Path, part_size: int, 
 def _write_plan(folder: Path, shards: int) -> None:
     """Add up the counts of all shards."""
     skipped: Counter[str] = Counter()
-    plan: dict[str, Any] = {
-        "format": PLAN_FORMAT,
-        "rows": 0,
-        "bounds": [0],
-        "sizes": [],
-        "first_parts": [0],
-        "shard_bytes": {},
-    }
+    plan: dict[str, Any] = {"format": PLAN_FORMAT, "rows": 0, "bounds": [0], "sizes": [], "first_parts": [0]}
+    plan["shard_bytes"] = {}
     for shard in range(shards):
         counts = read_json(_index_path(folder, shard).with_suffix(".json"), _Counts)
         images = plan["bounds"][-1]

@@ -28,8 +28,7 @@ PATIENCE = 90.0  # seconds to wait for files of other machines; network file sys
 def join_parts(index: Index, out: Path, settings: dict[str, Any]) -> None:
     """Join the parts into the store's files, part by part; write the manifest last, then remove the parts.
 
-    Memory: one part, and 11 bytes per image and pair. Raises `GramError` for no usable pair, or a missing or damaged
-    part.
+    Memory: one part, and 11 bytes per image and pair. Raises `GramError` for no usable pair, or a damaged part.
     """
     parts = out / layout.PARTS
     _wait_for_files(index, parts)

@@ -102,10 +102,7 @@ def embed_parts(
 
 
 class _Part:
-    """The features of a part's pairs, computed step by step: first the images', then the captions'.
-
-    Features stay on the towers' device until a part is done, so that nothing waits for a GPU in between.
-    """
+    """The features of a part's pairs, step by step; they stay on the towers' device, so that nothing waits for it."""
 
     def __init__(
         self, index: Index, number: int, backbone: Backbone, sentence_model: SentenceModel, batch_size: int

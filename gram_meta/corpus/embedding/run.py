@@ -51,13 +51,8 @@ def embed_pairs(
     Args:
         source: as `open_source` takes it, or a `Source`.
         out: a new or empty folder, or one in which the same run was interrupted (or has finished).
-        backbone: computes image features, and the similarity of each image and its caption.
-        sentence_model: computes the sentence features that topics are made from.
-        batch_size: images, and captions, in one forward pass.
-        part_size: pairs per part: the most that an interruption can lose, and that is held in memory.
-        workers: processes that read images, for each process of the group; 0: the process itself; default: see
-            `workers_for`.
-        progress: show a progress bar.
+        backbone, sentence_model: compute the features.
+        batch_size, part_size, workers: as for `gram_meta.embed`; workers are those of each process of the group.
         group: the processes that share the work, all of which call this with the same arguments; the rows are the same
             for any number of them, and the features are equal byte for byte at equal threads per process.
 

@@ -71,9 +71,8 @@ class SentenceBert:
         weights = [path for below in ("", "0_Transformer") if (path := folder / below / "model.safetensors").is_file()]
         if not weights or not (folder / "modules.json").is_file():
             found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-            raise GramError(
-                f"{folder}: expected a sentence-transformers model (modules.json, model.safetensors), found {found}"
-            )
+            what = "a sentence-transformers model (modules.json, model.safetensors)"
+            raise GramError(f"{folder}: expected {what}, found {found}")
         self.name = name
         self.fingerprint = sha256_file(weights[0])
         with quiet_import() as sentence_transformers:
@@ -86,9 +85,8 @@ class SentenceBert:
                     str(folder), device=device, local_files_only=True, model_kwargs={"use_safetensors": True}
                 )
             except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-                raise GramError(
-                    f"{folder}: expected a sentence-transformers model, found {in_one_line(error)}"
-                ) from None
+                found = in_one_line(error)
+                raise GramError(f"{folder}: expected a sentence-transformers model, found {found}") from None
         self.width = len(self.model.encode(["width"], show_progress_bar=False)[0])
 
     def encode(self, sentences: Sequence[str], batch_size: int = 64) -> np.ndarray:

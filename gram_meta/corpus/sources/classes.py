@@ -50,10 +50,8 @@ class ClassFolders(OnePiece):
         """Describe a folder of class folders; of a folder with `train/` or `images/train/`, these alone are read.
 
         The list of names is the given one; else a `classnames.txt` in the folder, or beside it or one level above if it
-        names folders of this collection; without a list, the folders' names are the classes' names.
-
-        Raises:
-            GramError: no folder, no class folders, or a list that does not fit them.
+        names folders of this collection; without a list, the folders' names are the classes' names. Raises `GramError`
+        for no folder, no class folders, or a list that does not fit them.
         """
         if not path.is_dir():
             raise GramError(f"{path}: expected a folder of class folders, found no folder")

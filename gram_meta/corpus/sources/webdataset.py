@@ -15,25 +15,9 @@ from tarfile import BLOCKSIZE, HeaderError, TarInfo
 from types import SimpleNamespace
 from typing import Any, BinaryIO
 
+from gram_meta.corpus.sources import rows as reasons
 from gram_meta.corpus.sources.format import Options, Peek, common_folder, is_tar, named_shards
-from gram_meta.corpus.sources.rows import (
-    BAD_UTF8,
-    DAMAGED,
-    DUPLICATE,
-    EMPTY_CAPTION,
-    EXTRA_IMAGE,
-    IMAGE_SUFFIXES,
-    LONG_CAPTION,
-    MAX_CAPTION,
-    NO_CAPTION_FILE,
-    NO_MEMBER,
-    UNREADABLE,
-    Row,
-    Shard,
-    Source,
-    checked,
-    relative_name,
-)
+from gram_meta.corpus.sources.rows import IMAGE_SUFFIXES, MAX_CAPTION, Row, Shard, Source, checked, relative_name
 from gram_meta.errors import GramError
 
 WINDOW = 8192  # bytes in one read: a header and the small members after it, not the next image
@@ -145,14 +129,13 @@ class _Sample:
 def _shard_rows(root: Path, name: str, caption: str | None = None) -> Iterator[Row]:
     """Yield the samples of the tar `root/name`, in the order in which their keys begin; their members may be apart.
 
-    `caption` is the suffix of a text member, or a key of the JSON; None: `.txt`, and if that is missing or empty,
-    "caption" in `.json`. A text member is one caption; a list in the JSON is several. Of two members of one kind under
-    a key the first is taken; a second image is counted as a duplicate.
+    `caption` is the suffix of a text member (one caption), or a key of the JSON (one, or a list); None: `.txt`, and if
+    that is missing or empty, "caption" in `.json`. Of two members of one kind under a key the first is taken.
     """
     with _open_shard(root / name) as file:
         end = os.fstat(file.fileno()).st_size
         if end == 0:
-            yield Row("", "", DAMAGED)
+            yield Row("", "", reasons.DAMAGED)
         yield from _sample_rows(file, end, name, caption)
 
 
@@ -177,7 +160,7 @@ def _sample_rows(file: BinaryIO, end: int, shard: str, caption: str | None) -> I
     samples: dict[str, _Sample] = {}
     for member in members(file, end):
         if member is None:
-            yield Row("", "", DAMAGED)
+            yield Row("", "", reasons.DAMAGED)
             continue
         key, suffix = _split_name(member.name, text_suffix)
         is_image, is_text = suffix in IMAGES, suffix == text_suffix
@@ -187,7 +170,7 @@ def _sample_rows(file: BinaryIO, end: int, shard: str, caption: str | None) -> I
         if is_image and sample.image is None:
             sample.image, sample.suffix = member, suffix
         elif is_image:  # `.jpg` and `.png` with one key are one sample
-            yield Row("", "", DUPLICATE if suffix == sample.suffix else EXTRA_IMAGE)
+            yield Row("", "", reasons.DUPLICATE if suffix == sample.suffix else reasons.EXTRA_IMAGE)
         elif is_text and sample.text is None:
             sample.text = _content(file, member, MAX_TEXT)  # mostly in the file's buffer now
         elif suffix == "json" and sample.json is None:
@@ -250,11 +233,11 @@ def _rows_of(file: BinaryIO, end: int, shard: str, key: str, sample: _Sample, ca
     image = sample.image
     if image is None:
         if not sample.is_given:
-            yield Row("", "", NO_MEMBER)
+            yield Row("", "", reasons.NO_MEMBER)
     elif sample.is_extra:
-        yield Row("", "", EXTRA_IMAGE)
+        yield Row("", "", reasons.EXTRA_IMAGE)
     elif image.offset_data + image.size > end:  # cut off where the shard ends
-        yield Row("", "", DAMAGED)
+        yield Row("", "", reasons.DAMAGED)
     else:
         for text, skip in _captions(file, sample, caption):
             location = f"{shard}/{key}.{sample.suffix}"
@@ -266,21 +249,21 @@ def _captions(file: BinaryIO, sample: _Sample, caption: str | None) -> list[tupl
     """Return the captions of a sample, at least one, each with the reason why it cannot be used or ""."""
     if sample.text and sample.text.strip():
         if len(sample.text) == MAX_TEXT:
-            return [("", LONG_CAPTION)]
+            return [("", reasons.LONG_CAPTION)]
         try:
             return [(sample.text.decode("utf-8-sig"), "")]
         except UnicodeDecodeError:
-            return [("", BAD_UTF8)]
-    nothing = [("", NO_CAPTION_FILE if sample.text is None else EMPTY_CAPTION)]
+            return [("", reasons.BAD_UTF8)]
+    nothing = [("", reasons.NO_CAPTION_FILE if sample.text is None else reasons.EMPTY_CAPTION)]
     if sample.json is None:
         return nothing
     try:
         content = json.loads(_content(file, sample.json, MAX_JSON))
     except (ValueError, RecursionError):  # cut off, not JSON, not UTF-8
-        return [("", UNREADABLE)]
+        return [("", reasons.UNREADABLE)]
     key = caption or "caption"
     if not isinstance(content, dict) or key not in content:
         return nothing
     found = content[key]
     texts = found if isinstance(found, list) and found else [found]
-    return [(text, "") if isinstance(text, str) else ("", EMPTY_CAPTION) for text in texts]
+    return [(text, "") if isinstance(text, str) else ("", reasons.EMPTY_CAPTION) for text in texts]

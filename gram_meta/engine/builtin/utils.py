@@ -90,10 +90,8 @@ def check_availability(requested: str, available: Sequence[str]) -> None:
     """Raise a `GramError` that names the nearest known name if `requested` is not in `available`."""
     if requested in available:
         return
-    nearest = get_most_similar_str_to_a_from_b(requested, available)
-    raise GramError(
-        f"{requested!r} is not known; did you mean {nearest!r}? Known: {', '.join(sorted(available)) or 'none'}"
-    )
+    nearest, known = get_most_similar_str_to_a_from_b(requested, available), ", ".join(sorted(available)) or "none"
+    raise GramError(f"{requested!r} is not known; did you mean {nearest!r}? Known: {known}")
 
 
 def tolist_if_not(x: Any) -> list:
