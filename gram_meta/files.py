@@ -279,6 +279,13 @@ def sha256_once(path: PathLike, anew: bool = False) -> str:
     return digest
 
 
+class ModelFacts(TypedDict):
+    """The name of a model, and the SHA-256 of its weights."""
+
+    name: str
+    fingerprint: str
+
+
 class Checksum(TypedDict):
     """A file's size in bytes and its SHA-256."""
 

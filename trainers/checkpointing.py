@@ -93,10 +93,8 @@ class Checkpointing:
         if there["backbone"]["fingerprint"] != here["backbone"]["fingerprint"]:
             old, new = there["backbone"]["name"], here["backbone"]["name"]
             weights = f"{new}, of other weights" if old == new else new
-            advice = "to use it anyway, name it as MODEL.INIT_WEIGHTS"
-            raise GramError(
-                f"{path}: was learned for the backbone {old}, found {weights} (MODEL.BACKBONE.NAME); {advice}"
-            )
+            found = f"{weights} (MODEL.BACKBONE.NAME); to use it anyway, name it as MODEL.INIT_WEIGHTS"
+            raise GramError(f"{path}: was learned for the backbone {old}, found {found}")
         for key, value in here["reads"].items():
             if there["reads"].get(key, value) != value:
                 raise GramError(f"{path}: was learned with {key} {there['reads'][key]!r}, found {value!r}")

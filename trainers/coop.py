@@ -25,9 +25,7 @@ class CoOp(PromptTrainer):
         super().check_cfg(cfg)
         options = cfg.TRAINER.COOP
         if options.CSC and (cfg.TEST.PER_EPOCH or cfg.TEST.AT_STEPS):
-            raise GramError(
-                "TRAINER.COOP.CSC: a context per class knows no new classes (TEST.PER_EPOCH, TEST.AT_STEPS)"
-            )
+            raise GramError("TRAINER.COOP.CSC: expected no TEST.PER_EPOCH or TEST.AT_STEPS, which need new classes")
 
     def reads(self) -> dict[str, Any]:
         return {"TRAINER.COOP.CLASS_TOKEN_POSITION": self.options.CLASS_TOKEN_POSITION}

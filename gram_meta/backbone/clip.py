@@ -107,10 +107,8 @@ def check_name(where: PathLike, made_with: str, name: str, widths: Mapping[str, 
     found = sizes_of(name)
     for part, width in widths.items():
         if found.get(part, width) != width:
-            made = f"{made_with or 'another CLIP'}, of {part} width {width}"
-            raise GramError(
-                f"{where}: expected the backbone it was made with, {made}, found {name} of width {found[part]}"
-            )
+            what = f"the backbone it was made with, {made_with or 'another CLIP'}, of {part} width {width}"
+            raise GramError(f"{where}: expected {what}, found {name} of width {found[part]}")
 
 
 def sizes_of(name: str) -> dict[str, int]:

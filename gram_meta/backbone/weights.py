@@ -153,9 +153,8 @@ def _plainly(function: Callable[..., Any], *args: Any) -> Any:
 
 def _file_of(folder: Path) -> Path:
     for config, files in (_HUGGING_FACE, _OPEN_CLIP):
-        if (folder / config).is_file() and (
-            config == _OPEN_CLIP[0] or "model_type" in read_json(folder / config, dict[str, Any])
-        ):
+        beside = folder / config
+        if beside.is_file() and (config == _OPEN_CLIP[0] or "model_type" in read_json(beside, dict[str, Any])):
             for file in files:
                 if (folder / file).is_file():
                     return folder / file

@@ -100,7 +100,7 @@ def _rows(store: PairStore, truth: Mapping[str, Sequence[str]]) -> np.ndarray:
     else:
         keys, wanted = list(images), list(of_image)
         if WRONG in truth and len(set(keys)) < len(keys):
-            raise GramError(f"truth: expected a column caption beside {WRONG}, found none but images with several rows")
+            raise GramError(f"truth: expected a column caption beside {WRONG}, found none, and images in several rows")
     row = {key: number for number, key in reversed(list(enumerate(keys)))}  # of several rows, the first
     return np.array([row.get(key, -1) for key in wanted], np.int64)
 

@@ -9,7 +9,7 @@ KEY = re.compile(r"[A-Z][A-Z_]*(\.[A-Z0-9_]+)+")
 
 
 def give_back_options(args: argparse.Namespace, *names: str) -> None:
-    """Move KEY VALUE pairs, that argparse gives to the list before them, to `args.opts`; refuse a list of such only."""
+    """Move KEY VALUE pairs, which argparse gives to the list before, to `args.opts`; refuse a list of such only."""
     for name in names:
         words = getattr(args, name) or []
         first = next((i for i, word in enumerate(words) if KEY.fullmatch(str(word))), None)

@@ -1,14 +1,9 @@
 """Dassl's default options, extended in place, so that a train.py that knows nothing of this project has its options.
 
 CoOp's train.py asks Dassl for a copy of its defaults, adds options of its own, and merges two YAML files and KEY VALUE
-pairs into it. After `extend_defaults()` that copy (the names of hooks in parentheses)
-
-- has this project's options; what the train.py adds or replaces is completed (default-options);
-- merges a config file of this package if the named file does not exist, and prints that (config-files);
-- names the nearest known key in the error about an unknown one (config-errors);
-- has SEED 0 under `--seed 0`, which CoOp's `if args.seed` loses (seed-zero);
-- has TRAINER.GRAM.CHECKPOINT from the environment variable GRAM_CHECKPOINT if `--trainer` is a trainer with GRAM: a
-  shell script that takes TRAINER and CFG alone has no other place for it (checkpoint-variable).
+pairs into it. After `extend_defaults()` that copy has this project's options, takes config files of this package, names
+the nearest key in errors, and follows `--seed 0` and GRAM_CHECKPOINT: the hook default-options in HOOKS.md, and the
+five that need it.
 """
 
 import os
@@ -21,17 +16,7 @@ from typing import Any, ClassVar
 
 from yacs.config import CfgNode
 
-from gram_meta import hooks
-from gram_meta.config import (
-    check_known,
-    current_key,
-    did_you_mean,
-    expand_homes,
-    find_config,
-    flatten,
-    refuse_flags,
-    rename_old_keys,
-)
+from gram_meta import config, hooks
 from gram_meta.coop.command_line import CommandLine
 from gram_meta.coop.packaged_clip import offer_packaged_clip
 from gram_meta.engine import dassl_module
@@ -84,15 +69,15 @@ class Defaults(CfgNode):
             super().merge_from_file(path)
 
     def merge_from_other_cfg(self, cfg_other: Any) -> None:
-        rename_old_keys(cfg_other)
-        expand_homes(cfg_other)
+        config.rename_old_keys(cfg_other)
+        config.expand_homes(cfg_other)
         super().merge_from_other_cfg(cfg_other)
 
     def merge_from_list(self, cfg_list: Sequence[Any]) -> None:
         self._complete()
         if hooks.is_on("config-errors"):
-            refuse_flags([word for word in cfg_list if isinstance(word, str)])
-        words = [expand_home(word) if i % 2 else current_key(word) for i, word in enumerate(cfg_list)]
+            config.refuse_flags([word for word in cfg_list if isinstance(word, str)])
+        words = [expand_home(word) if i % 2 else config.current_key(word) for i, word in enumerate(cfg_list)]
         with self._clear_errors("options"):
             super().merge_from_list(words)
 
@@ -119,8 +104,8 @@ def _sentence(error: Exception, tree: Any) -> str:
     unknown = UNKNOWN.search(str(error))
     if not unknown:
         return ""
-    known = [name for key in flatten(tree) for name in (key, key.rpartition(".")[0])]  # options and their nodes
-    return f"unknown key {unknown[1]!r}{did_you_mean(unknown[1], known)}"
+    known = [name for key in config.flatten(tree) for name in (key, key.rpartition(".")[0])]  # options and their nodes
+    return f"unknown key {unknown[1]!r}{config.did_you_mean(unknown[1], known)}"
 
 
 def config_path(name: str, command_line: CommandLine) -> str:
@@ -140,7 +125,7 @@ def config_path(name: str, command_line: CommandLine) -> str:
     problems = []
     for folder in folders:
         try:
-            found = find_config(name, folder, project)
+            found = config.find_config(name, folder, project)
         except GramError as problem:
             problems.append(problem)
         else:
@@ -148,7 +133,7 @@ def config_path(name: str, command_line: CommandLine) -> str:
             print(f"Note: no file {name} here; taken from {place}: {found}")
             return os.fspath(found)
     if command_line.trainer and folders[0] != "datasets":
-        check_known("--trainer", "trainer", command_line.trainer, TRAINER_REGISTRY.registered_names())
+        config.check_known("--trainer", "trainer", command_line.trainer, TRAINER_REGISTRY.registered_names())
     raise problems[0]
 
 

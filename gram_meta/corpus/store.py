@@ -14,7 +14,7 @@ import numpy as np
 from gram_meta.corpus.places import ImageReader, Places
 from gram_meta.corpus.sources.format import read_rows
 from gram_meta.errors import GramError, as_gram_error, in_one_line
-from gram_meta.files import Checksum, PathLike, check_type, check_unchanged, read_json
+from gram_meta.files import Checksum, ModelFacts, PathLike, check_type, check_unchanged, read_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -102,9 +102,8 @@ class PairStore:
         image = _columns(self.path / CAPTIONS, ["image"])["image"].to_numpy()
         if len(image) and not 0 <= image.min() <= image.max() < len(self.image_features):
             found = f"{image.min()} to {image.max()}"
-            raise GramError(
-                f"{self.path / CAPTIONS}: expected rows of {len(self.image_features)} images, found {found}"
-            )
+            count = len(self.image_features)
+            raise GramError(f"{self.path / CAPTIONS}: expected rows of {count} images, found {found}")
         return image
 
     @cached_property
@@ -197,11 +196,6 @@ class PairStore:
         backbone.check_weights(self.path, self.manifest["settings"]["clip"]["name"], self.clip_fingerprint)
 
 
-class _Model(TypedDict):
-    name: str
-    fingerprint: str
-
-
 class _Source(TypedDict):
     kind: str
     image_root: str
@@ -209,8 +203,8 @@ class _Source(TypedDict):
 
 class _Settings(TypedDict):
     source: _Source
-    clip: _Model
-    sentence_model: _Model
+    clip: ModelFacts
+    sentence_model: ModelFacts
 
 
 class _Manifest(TypedDict):

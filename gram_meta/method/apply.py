@@ -1,15 +1,9 @@
 """GRAM in few-shot learning ("Testing" in Sec. 3.3): start from theta*, pass every gradient through the frozen R^phi*.
 
-With any torch optimiser:
-
-    meta = load_meta_checkpoint("best.safetensors")
-    start_from(meta, {"text": prompt})                   # prompt <- theta*
-    regulation = Regulation({"text": prompt}, meta.regulator)
-    regulation.attach(optimizer)                         # from now on optimizer.step() sees R(g) instead of g
-
-The hook runs at the beginning of `optimizer.step()`: after a grad scaler has unscaled, before momentum and weight
-decay. It records path lengths, variation and norms, which show whether a regulator changes the gradients.
-`gram_meta.method.dassl` does both in a Dassl trainer.
+`start_from` copies theta* into prompts. After `Regulation(prompts, meta.regulator).attach(optimizer)`, with any torch
+optimiser, `optimizer.step()` sees R(g) instead of g. The hook runs at the beginning of `optimizer.step()`: after a grad
+scaler has unscaled, before momentum and weight decay. It records path lengths, variation and norms, which show whether
+a regulator changes the gradients. `gram_meta.method.dassl` does both in a Dassl trainer.
 """
 
 import math

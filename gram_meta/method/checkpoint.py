@@ -12,7 +12,17 @@ from torch import Tensor
 from gram_meta.backbone.clip import Backbone, check_name
 from gram_meta.engine.checkpoints import check_finite
 from gram_meta.errors import GramError, in_one_line
-from gram_meta.files import Count, Number, PathLike, atomic_write, check_type, parse_json, sha256_file, to_json
+from gram_meta.files import (
+    Count,
+    ModelFacts,
+    Number,
+    PathLike,
+    atomic_write,
+    check_type,
+    parse_json,
+    sha256_file,
+    to_json,
+)
 from gram_meta.method.regulator import GradientRegulator, RegulatorConfig
 
 FORMAT = 1
@@ -23,16 +33,11 @@ class _Regulator(TypedDict):
     widths: dict[str, Count]
 
 
-class _Backbone(TypedDict):
-    name: str
-    fingerprint: str
-
-
 class _Facts(TypedDict):
     """The metadata of the file."""
 
     format: int
-    backbone: _Backbone
+    backbone: ModelFacts
     regulator: _Regulator | None
     config: dict[str, Any]
     provenance: dict[str, Any]

@@ -97,10 +97,8 @@ class TaskSampler:
             if len(chosen) == self.config.ways:
                 topics, support, query = zip(*chosen, strict=True)
                 return Task(np.array(topics), tuple(words), np.stack(support), np.stack(query))
-        advice = "lower TASKS.WAYS, TASKS.SUPPORT_SHOTS or TASKS.QUERY_SHOTS"
-        raise GramError(
-            f"TASKS: expected {self.config.ways} topics without common images, found {len(chosen)}; {advice}"
-        )
+        found = f"found {len(chosen)}; lower TASKS.WAYS, TASKS.SUPPORT_SHOTS or TASKS.QUERY_SHOTS"
+        raise GramError(f"TASKS: expected {self.config.ways} topics without common images, {found}")
 
     def draw_batch(self, first: int, count: int) -> list[Task]:
         """Return tasks `first` to `first + count - 1`."""

@@ -53,7 +53,7 @@ def write(state: dict[str, Any], folder: str, is_best: bool, model_name: str) ->
 
 
 def fit(learner: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Return the tensors to load, without CoOp's tokens of class names; refuse names or shapes not `learner`'s."""
+    """Return the tensors to load, without CoOp's tokens of class names; refuse other names or shapes."""
     named = {key.removeprefix("module."): value for key, value in tensors.items()}  # of a DataParallel
     given = {key: value for key, value in named.items() if key not in ("token_prefix", "token_suffix")}
     own, found = ({key: value.shape for key, value in state.items()} for state in (learner.state_dict(), given))

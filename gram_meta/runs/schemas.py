@@ -4,7 +4,7 @@ from typing import Any, Literal, TypedDict
 
 from gram_meta.config import flatten
 from gram_meta.errors import GramError
-from gram_meta.files import Count, Number, Percent, check_type
+from gram_meta.files import Count, ModelFacts, Number, Percent, check_type
 
 
 class Metrics(TypedDict, total=False):
@@ -89,17 +89,12 @@ class Results(TypedDict, total=False):
     seconds: dict[str, Number] | None
 
 
-class Clip(TypedDict):
-    name: str
-    fingerprint: str
-
-
 class CheckpointFacts(TypedDict, total=False):
     """What this project adds to Dassl's checkpoints: see trainers/checkpointing.py."""
 
     epoch: Count
     trainer: str
-    backbone: Clip
+    backbone: ModelFacts
     reads: dict[str, Literal["end", "middle", "front"]]
     optimizer: dict[str, Any]
     scheduler: dict[str, Any]

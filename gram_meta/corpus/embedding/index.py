@@ -95,7 +95,7 @@ class Index:
         sums = sum(self.sizes), sum(self.skipped.values())
         if (*ends, *sums) != (self.parts, [self.parts], [self.images], self.pairs, self.rows - self.pairs):
             raise GramError(
-                f"{folder / PLAN}: expected counts that agree, found others; delete {folder} and start again"
+                f"{folder / PLAN}: expected counts that agree, found others; delete {folder}, and start again"
             )
 
     @property

@@ -141,9 +141,8 @@ def is_finished(out: PathLike, settings: dict[str, Any]) -> bool:
         advice = "put it back, or choose another folder for another corpus"
         raise GramError(f"{out}: was begun with the shard {gone[0]}, which is not there any more; {advice}")
     for name, old, new in _differences(manifest["settings"], settings):
-        raise GramError(
-            f"{out}: was begun with {name} {old!r}, expected the same, found {new!r}; choose another folder"
-        )
+        found = f"{name} {old!r}, expected the same, found {new!r}"
+        raise GramError(f"{out}: was begun with {found}; choose another folder for new settings")
     return bool(manifest["finished"])
 
 

@@ -140,7 +140,7 @@ def quiet_import() -> Iterator[Any]:
 
         yield sentence_transformers
     except ImportError as error:
-        raise GramError(f"Sentence-BERT: found {error}; expected pip install sentence-transformers") from None
+        raise GramError(f"Sentence-BERT: expected the package sentence-transformers, found {error}") from None
     finally:
         sys.path[:] = path
         sys.modules.update(hidden)

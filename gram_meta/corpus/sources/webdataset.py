@@ -150,7 +150,7 @@ def _open_shard(path: Path) -> BinaryIO:
         if start.startswith(magic):
             file.close()
             raise GramError(
-                f"{path}: expected an uncompressed .tar, found {kind}; only there single images can be read"
+                f"{path}: expected an uncompressed .tar, found {kind}: uncompress it, to read single images"
             )
     return file
 

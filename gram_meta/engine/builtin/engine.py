@@ -9,29 +9,18 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
+from gram_meta.engine.builtin import utils
 from gram_meta.engine.builtin.config import check_options
 from gram_meta.engine.builtin.data import DataManager, Loader
 from gram_meta.engine.builtin.evaluation import build_evaluator
-from gram_meta.engine.builtin.utils import (
-    AverageMeter,
-    MetricMeter,
-    Registry,
-    as_floats,
-    build,
-    load_checkpoint,
-    mkdir_if_missing,
-    resume_from_checkpoint,
-    save_checkpoint,
-    tolist_if_not,
-)
 from gram_meta.progress import progress_bar
 
-TRAINER_REGISTRY = Registry("TRAINER")
+TRAINER_REGISTRY = utils.Registry("TRAINER")
 
 
 def build_trainer(cfg: CfgNode) -> Any:
     """Build the trainer that TRAINER.NAME names."""
-    return build(TRAINER_REGISTRY, "Loading trainer", cfg.TRAINER.NAME, cfg.VERBOSE, cfg)
+    return utils.build(TRAINER_REGISTRY, "Loading trainer", cfg.TRAINER.NAME, cfg.VERBOSE, cfg)
 
 
 class TrainerX:
@@ -72,7 +61,7 @@ class TrainerX:
         known = list(self._models)
         if names is None:
             return known
-        names = tolist_if_not(names)
+        names = utils.tolist_if_not(names)
         for name in names:
             assert name in known, f"no model is named {name!r}; known: {known}"
         return names
@@ -97,7 +86,7 @@ class TrainerX:
                 "scheduler": None if sched is None else sched.state_dict(),
                 "val_result": val_result,
             }
-            save_checkpoint(state, os.path.join(directory, name), is_best=is_best, model_name=model_name)
+            utils.save_checkpoint(state, os.path.join(directory, name), is_best=is_best, model_name=model_name)
 
     def resume_model_if_exist(self, directory: str) -> int:
         """Load the last checkpoint of every model under `directory`; return the epoch to start with (0: none found)."""
@@ -109,7 +98,7 @@ class TrainerX:
         print(f"Found checkpoint at {directory} (will resume training)")
         start_epoch = 0
         for name in names:
-            start_epoch = resume_from_checkpoint(
+            start_epoch = utils.resume_from_checkpoint(
                 os.path.join(directory, name), self._models[name], self._optims[name], self._scheds[name]
             )
         return start_epoch
@@ -124,7 +113,7 @@ class TrainerX:
             path = os.path.join(directory, name, file)
             if not os.path.exists(path):
                 raise FileNotFoundError(f"No model at {path}")
-            checkpoint = load_checkpoint(path)
+            checkpoint = utils.load_checkpoint(path)
             result = checkpoint["val_result"]
             result = "None" if result is None else f"{result:.1f}"
             print(f"Load {path} to {name} (epoch={checkpoint['epoch']}, val_result={result})")
@@ -212,7 +201,7 @@ class TrainerX:
     def before_train(self) -> None:
         self.start_epoch = self.resume_model_if_exist(self.cfg.RESUME or self.cfg.OUTPUT_DIR)
         writer_dir = os.path.join(self.output_dir, "tensorboard")
-        mkdir_if_missing(writer_dir)
+        utils.mkdir_if_missing(writer_dir)
         self.init_writer(writer_dir)
         self.time_start = time.time()
 
@@ -269,7 +258,7 @@ class TrainerX:
 
     def run_epoch(self) -> None:
         self.set_model_mode("train")
-        losses, batch_time, data_time = MetricMeter(), AverageMeter(), AverageMeter()
+        losses, batch_time, data_time = utils.MetricMeter(), utils.AverageMeter(), utils.AverageMeter()
         self.num_batches = len(self.train_loader_x)
         unread: list[tuple[Any, float]] = []  # what the steps since the last printed line return, and learning rates
         end = time.time()
@@ -286,10 +275,10 @@ class TrainerX:
                 self._print_progress(losses, batch_time, data_time)
             end = time.time()
 
-    def _write(self, losses: MetricMeter, unread: list[tuple[Any, float]]) -> None:
+    def _write(self, losses: utils.MetricMeter, unread: list[tuple[Any, float]]) -> None:
         """Count and write what the last steps returned, up to the present one, and empty the list."""
         step = self.epoch * self.num_batches + self.batch_idx + 1 - len(unread)
-        for summary, (_, rate) in zip(as_floats([given for given, _ in unread]), unread, strict=True):
+        for summary, (_, rate) in zip(utils.as_floats([given for given, _ in unread]), unread, strict=True):
             losses.update(summary)
             for name, meter in losses.meters.items():
                 self.write_scalar(f"train/{name}", meter.avg, step)
@@ -297,7 +286,9 @@ class TrainerX:
             step += 1
         unread.clear()
 
-    def _print_progress(self, losses: MetricMeter, batch_time: AverageMeter, data_time: AverageMeter) -> None:
+    def _print_progress(
+        self, losses: utils.MetricMeter, batch_time: utils.AverageMeter, data_time: utils.AverageMeter
+    ) -> None:
         left = self.num_batches - self.batch_idx - 1 + (self.max_epoch - self.epoch - 1) * self.num_batches
         print(
             f"epoch [{self.epoch + 1}/{self.max_epoch}] batch [{self.batch_idx + 1}/{self.num_batches}] "
