@@ -103,7 +103,7 @@ def build_clip(clip: ModuleType, state: Mapping[str, Tensor], name: str) -> Any:
     weights = {key: value for key, value in weights.items() if key not in _EXTRA}
     if "text_projection" not in weights or "visual.conv1.weight" not in weights:
         some = ", ".join(list(weights)[:3]) or "nothing"
-        raise GramError(f"{name}: expected a CLIP with OpenAI's, Hugging Face's or open_clip's keys, found {some}, ...")
+        raise GramError(f"{name}: expected Hugging Face's, open_clip's or OpenAI's key names, found {some}, ...")
     try:
         with _Draws() as draws, torch.device("meta"):
             model = _plainly(clip.model.build_model, {key: value.to("meta") for key, value in weights.items()})
@@ -114,7 +114,7 @@ def build_clip(clip: ModuleType, state: Mapping[str, Tensor], name: str) -> Any:
         raise GramError(f"{name}: expected a whole CLIP of OpenAI's architecture, found {found}") from None
     vocabulary = model.token_embedding.weight.shape[0]
     if vocabulary < VOCABULARY:
-        raise GramError(f"{name}: expected embeddings of CLIP's {VOCABULARY} tokens, found {vocabulary}")
+        raise GramError(f"{name}: expected {VOCABULARY} tokens of CLIP's tokenizer, found {vocabulary}")
     for block in model.transformer.resblocks:
         block.attn_mask = model.build_attention_mask()  # no weight
     return model
