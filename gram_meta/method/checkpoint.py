@@ -165,7 +165,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise GramError(f"{path}: expected a .safetensors file or one of {', '.join(shipped())}, found no such file")
+        raise GramError(f"{path}: expected a meta-checkpoint or one of {', '.join(shipped())}, found no such file")
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(_KEY, "null")
