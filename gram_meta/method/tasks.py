@@ -70,8 +70,8 @@ class TaskSampler:
         images = images_by_domain(hierarchy, without_images)
         self.domains = {topic: images[topic] for topic in wanted if self._fills(images[topic])}
         if self.different < config.ways:
-            images = f"{config.support_shots} support and {config.query_shots} query images in two or more domains"
-            what = f"at least {config.ways} topics with different words that hold {images}"
+            held = f"{config.support_shots} support and {config.query_shots} query images in two or more domains"
+            what = f"at least {config.ways} topics with different words that hold {held}"
             raise GramError(f"TASKS.WAYS: expected {what}, found {self.different}")
 
     @property
