@@ -6,8 +6,6 @@ DIR/labelled/    the corpus by concept, as class folders; DIR/labelled_store/, D
 DIR/output/      runs; DIR/output/meta/ for the meta-trainings
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import json
@@ -39,15 +37,9 @@ def settings(args: argparse.Namespace) -> BenchSettings:
     if args.root:
         raise GramError("--root and --emoji: expected one of them, found both; the root is DIR/world")
     made = ("store", "hierarchy", "labelled_store", "labelled_hierarchy")
-    return matrix.common_settings(
-        args,
-        folder / "output",
-        backbone="gram_small",
-        root=str(folder / "world"),
-        datasets=DATASETS,
-        source=SOURCE,
-        **{name: str(folder / name) for name in made},
-    )
+    places = {"root": str(folder / "world"), **{name: str(folder / name) for name in made}}
+    world = {"backbone": "gram_small", "datasets": DATASETS, "source": SOURCE}
+    return matrix.common_settings(args, folder / "output", **world, **places)
 
 
 def bench_runs(settings: BenchSettings, folder: Path) -> list[BenchRun]:
@@ -111,15 +103,12 @@ def _organised(
     settings: BenchSettings, source: tuple[str, ...], store: str, hierarchy: str, config: str, upon: Path
 ) -> Iterator[BenchRun]:
     """Yield `gram embed` and `gram cluster` of one corpus, which the folder `upon` holds."""
-    embed = ("embed", source[0], "-o", store, "--backbone", _backbone(settings), *source[1:])
+    backbone = str(load_meta_config([META_CONFIG], settings.meta_opts).BACKBONE.NAME)
+    embed = ("embed", source[0], "-o", store, "--backbone", backbone, *source[1:])
     yield BenchRun(embed, Path(store), f"features in {store}", ("embed",), (upon,))
     cluster = ("cluster", store, "-o", hierarchy, "--config-file", f"configs/gram_meta/{config}.yaml")
     argv, title = (*cluster, *settings.meta_opts), f"topics in {hierarchy}"
     yield BenchRun(argv, Path(hierarchy), title, ("cluster",), (Path(store),))
-
-
-def _backbone(settings: BenchSettings) -> str:
-    return str(load_meta_config([META_CONFIG], settings.meta_opts).BACKBONE.NAME)
 
 
 def write_labelled(world: str | Path, folder: str | Path) -> Path:

@@ -1,7 +1,5 @@
 """The runs of a bench: protocols, trainers, datasets and seeds as commands of `gram`, in CoOp's folders."""
 
-from __future__ import annotations
-
 import argparse
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,17 +20,10 @@ PROTOCOLS = ("base2new", "xd", "dg")
 BACKBONES = ("gram_small", "vit_b16", "vit_b32", "vit_l14")  # prefixes of config files
 
 ZERO_SHOT = "ZeroshotCLIP"  # trains nothing and draws nothing: one evaluation counts for all seeds
-CONFIGS = {
-    ZERO_SHOT: "{bb}",
-    "CoOp": "{bb}_c4_ep10_batch32_ctxv1",
-    "CoOpGRAM": "{bb}_c4_ep10_batch32_ctxv1",
-    "VPT": "{bb}_c4_ep10_batch32_ctxv1",
-    "VPTGRAM": "{bb}_c4_ep10_batch32_ctxv1",
-    "CoCoOp": "{bb}_c4_ep10_batch1_ctxv1",
-    "CoCoOpGRAM": "{bb}_c4_ep10_batch1_ctxv1",
-    "JointPrompt": "{bb}_c2+2_ep10_batch32_ctxv1",
-    "UniGRAM": "{bb}_c2+2_ep10_batch32_ctxv1",
-}
+CONFIGS = {ZERO_SHOT: "{bb}"}
+CONFIGS |= dict.fromkeys(("CoOp", "CoOpGRAM", "VPT", "VPTGRAM"), "{bb}_c4_ep10_batch32_ctxv1")
+CONFIGS |= dict.fromkeys(("CoCoOp", "CoCoOpGRAM"), "{bb}_c4_ep10_batch1_ctxv1")
+CONFIGS |= dict.fromkeys(("JointPrompt", "UniGRAM"), "{bb}_c2+2_ep10_batch32_ctxv1")
 
 SOURCE = ELEVEN[0]
 DATASETS = {"base2new": ELEVEN, "xd": ELEVEN[1:], "dg": SHIFTED}
@@ -130,25 +121,15 @@ def common_settings(args: argparse.Namespace, output: Path, **defaults: Any) -> 
     return BenchSettings(**chosen)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def bench_runs(settings: BenchSettings) -> list[BenchRun]:
-    """Return every run in order: meta-trainings, then seed by seed, so that whole seeds are finished first.
-
-    Raises:
-        GramError: unknown names, or a meta-checkpoint that is missing and cannot be made.
-    """
+    """Return every run in order: meta-trainings, then seed by seed, so that whole seeds are finished first."""
     check(settings)
     entries = [read_entry(text, settings) for text in dict.fromkeys(settings.trainers)]
     jobs = [*meta_jobs(entries, settings)]
     for seed in settings.seeds:
         for protocol in settings.protocols:
-            jobs += (
-                _base2new(entries, settings, seed)
-                if protocol == "base2new"
-                else _transfer(entries, settings, seed, settings.datasets[protocol])
-            )
+            runs_of = _base2new if protocol == "base2new" else _transfer
+            jobs += runs_of(entries, settings, seed, settings.datasets[protocol])
     unique: dict[Path, BenchRun] = {}
     for job in jobs:
         unique.setdefault(job.folder, job)  # xd and dg share their training
@@ -214,11 +195,7 @@ def _gram_options(path: Path, opts: Sequence[str]) -> dict[str, str]:
 
 
 def meta_jobs(entries: Iterable[Entry], settings: BenchSettings) -> Iterator[BenchRun]:
-    """Yield the meta-trainings that the trainers need.
-
-    Raises:
-        GramError: a meta-checkpoint is missing, and there is no store to make it from.
-    """
+    """Yield the meta-trainings that the trainers need; raise `GramError` for one that lacks a store to make it from."""
     for name, entry in {entry.meta: entry for entry in entries if entry.meta}.items():
         config = _meta_config(name, settings.meta_opts)
         kind = "labelled_" if config.CHC.get("LABELLED", False) else ""
@@ -239,24 +216,18 @@ def meta_jobs(entries: Iterable[Entry], settings: BenchSettings) -> Iterator[Ben
         state = meta_state(folder, settings.meta_opts)
         if store or state == "finished":
             yield job
-        elif state == "unfinished":
-            raise GramError(
-                f"{folder}: expected the meta-checkpoint for {entry.label}, found a meta-training that is not "
-                f"finished; go on with `{job.line}`, or give {' and '.join(flags)}"
-            )
         else:
+            begun = "a meta-training that is not finished; go on with", "no such file; make it with"
             raise GramError(
-                f"{folder / META}: expected the meta-checkpoint for {entry.label}, found no such file; "
-                f"make it with `{job.line}`, or give {' and '.join(flags)}"
+                f"{folder / META}: expected the meta-checkpoint for {entry.label}, found "
+                f"{begun[state == 'new']} `{job.line}`, or give {' and '.join(flags)}"
             )
 
 
 def meta_state(folder: Path, opts: Sequence[str] = ()) -> str:
     """Return `finished`, `unfinished` or `new`. A checkpoint without the files of its training (a copy) is finished.
 
-    Raises:
-        GramError: the folder was trained with other settings than its meta config, which has the folder's name, and
-            `opts` give now.
+    A folder trained with other settings than those of its meta config, which has its name, and `opts` is a `GramError`.
     """
     if not (folder / RUN).is_file():
         return "finished" if (folder / META).is_file() else "new"
@@ -283,10 +254,12 @@ def _meta_config(name: str, opts: tuple[str, ...]) -> Any:
 # ----------------------------------------------------------------------------------------------------------- protocols
 
 
-def _base2new(entries: Sequence[Entry], settings: BenchSettings, seed: int) -> Iterator[BenchRun]:
+def _base2new(
+    entries: Sequence[Entry], settings: BenchSettings, seed: int, datasets: Sequence[str]
+) -> Iterator[BenchRun]:
     """Train on the base classes of each dataset, with a test on them at the end, then test on the new ones."""
     shots = ("DATASET.NUM_SHOTS", str(settings.shots), "DATASET.SUBSAMPLE_CLASSES")
-    for dataset in settings.datasets["base2new"]:
+    for dataset in datasets:
         for entry in _of_seed(entries, settings, seed):
             tail = f"{dataset}/shots_{settings.shots}/{entry.trainer}/{entry.name}/seed{seed}"
             trained = settings.output / "base2new" / "train_base" / tail

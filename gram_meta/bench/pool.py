@@ -4,8 +4,6 @@ Workers are started anew (spawn), with their environment set before torch is imp
 seconds. A worker that dies takes one run with it; the next run gets another worker. Light at import.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import multiprocessing
@@ -57,30 +55,22 @@ def places(jobs: int, gpus: Sequence[str] = ()) -> list[dict[str, str]]:
     """Return the environment of each worker: a GPU, and a share of the cores unless the user has set the threads."""
     count = len(gpus) or jobs
     threads = str(max(cores() // count, 1))
-    shares = {name: os.environ.get(name, threads) for name in THREADS}
-    return [
-        {**shares, "TOKENIZERS_PARALLELISM": "false", **({"CUDA_VISIBLE_DEVICES": gpus[i]} if gpus else {})}
-        for i in range(count)
-    ]
+    shares = {name: os.environ.get(name, threads) for name in THREADS} | {"TOKENIZERS_PARALLELISM": "false"}
+    return [shares | ({"CUDA_VISIBLE_DEVICES": gpus[i]} if gpus else {}) for i in range(count)]
 
 
 # ------------------------------------------------------------------------------------------------- in the main process
 
 
 class Pool:
-    """Worker processes, each with at most one task at a time.
-
-    with Pool(places(2)) as pool:
-        pool.start(task)        # while pool.free
-        outcomes = pool.wait()  # at least one
-    """
+    """Worker processes with at most one task at a time: `start(task)` while `free`, then `wait()` for outcomes."""
 
     def __init__(self, environments: Sequence[Mapping[str, str]]) -> None:
         self.idle: list[_Worker] = []
         self.busy: list[_Worker] = []
         self.unused = list(environments)
 
-    def __enter__(self) -> Pool:
+    def __enter__(self) -> "Pool":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -115,11 +105,7 @@ class Pool:
         return outcomes
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a function in a worker, which imports torch anyway, and return its result.
-
-        Raises:
-            GramError: the function raised it, or failed in another way.
-        """
+        """Return the result of a function that a worker calls; a failure is raised as a `GramError`."""
         from gram_meta.errors import GramError
 
         with tempfile.TemporaryDirectory() as folder:

@@ -1,11 +1,7 @@
 """The loop of a bench: finished runs are skipped, failures are reported, and the other runs go on."""
 
-from __future__ import annotations
-
-import contextlib
 import json
 import os
-import platform
 import re
 import shlex
 import signal
@@ -13,14 +9,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from gram_meta import __version__
 from gram_meta.bench.matrix import BenchRun, BenchSettings, meta_state
 from gram_meta.bench.pool import Outcome, Pool, Task, handled
-from gram_meta.bench.times import in_words
 from gram_meta.errors import GramError
 from gram_meta.files import Number, read_json, write_json
 from gram_meta.locks import only_writer
@@ -31,22 +24,16 @@ from gram_meta.runs.folder import open_folder
 MANIFEST = "bench.json"
 LOGS = "bench_logs"  # the output of failed runs
 SHOWN = 10  # failed runs that are named again at the end
-PACKAGES = ("torch", "torchvision", "numpy", "clip-anytorch", "safetensors", "yacs")
 
 
-def show(
-    jobs: Sequence[BenchRun],
-    settings: BenchSettings,
-    environments: Sequence[Mapping[str, str]],
-    say: Callable[[str], None] = print,
-) -> None:
+def show(jobs: Sequence[BenchRun], settings: BenchSettings, environments: Sequence[Mapping[str, str]]) -> None:
     """Print all commands in order, as a user types them; finished ones as comments."""
     with Pool(environments[:1]) as pool:
         states = pool.call(look, jobs, settings)
     for job in jobs:
         state = states[job.folder]
         marks = {"finished": "# finished: ", "refused": f"# {state.why}\n# refused: "}
-        say(marks.get(state.name, "") + job.line)
+        print(marks.get(state.name, "") + job.line)
 
 
 def run(
@@ -55,15 +42,11 @@ def run(
     environments: Sequence[Mapping[str, str]],
     say: Callable[[str], None] = print,
 ) -> int:
-    """Run what is not finished; return the exit status: 0 all finished, 1 some failed, 130 interrupted.
-
-    Raises:
-        GramError: an option or a name that no run could be started with.
-    """
+    """Run what is not finished; return the exit status: 0 all finished, 1 some failed, 130 interrupted."""
     as_ctrl_c = handled(signal.default_int_handler, signal.SIGTERM, signal.SIGHUP)  # and a closed terminal
     with as_ctrl_c, only_writer(settings.output), Pool(environments) as pool:
         states = pool.call(look, jobs, settings)
-        manifest = Manifest(settings.output, settings, jobs)
+        manifest = Manifest(settings.output, settings, jobs, pool.call(_versions))
         options: dict[str, Any] = {"unit": " runs", "desc": "bench", "smoothing": 0, "dynamic_ncols": True}
         with progress_bar(total=len(jobs), shown=sys.stderr.isatty(), **options) as bar:
             bench = Bench(jobs, states, settings.output, Clock(len(environments), manifest.durations), bar, say)
@@ -89,11 +72,7 @@ class State:
 
 
 def look(jobs: Sequence[BenchRun], settings: BenchSettings) -> dict[Path, State]:
-    """Return the state of every run. A run that needs an unfinished one is not finished itself.
-
-    Raises:
-        GramError: an unknown option or name.
-    """
+    """Return the state of every run; an unknown option is a `GramError`. What needs an unfinished run is unfinished."""
     states: dict[Path, State] = {}
     for job in jobs:
         waits = any(states[folder].name != "finished" for folder in job.after if folder in states)
@@ -142,7 +121,7 @@ class Bench:
         jobs: Sequence[BenchRun],
         states: Mapping[Path, State],
         output: Path,
-        clock: Clock,
+        clock: "Clock",
         bar: Any,
         say: Callable[[str], None],
     ) -> None:
@@ -238,6 +217,14 @@ class Bench:
         return self.output / LOGS / (re.sub(r"[^\w.+-]+", "-", str(folder)).strip("-") + ".log")
 
 
+def in_words(seconds: float) -> str:
+    """Return seconds as text: "40 s", "7 min", "3 h 20 min"."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
 @dataclass
 class Clock:
     """Estimates the time left from the durations of similar runs, now and earlier in this output folder."""
@@ -279,7 +266,9 @@ class _Manifest(TypedDict):
 class Manifest:
     """`bench.json`: every bench that ran into this folder, and the durations of runs."""
 
-    def __init__(self, output: Path, settings: BenchSettings, jobs: Sequence[BenchRun]) -> None:
+    def __init__(
+        self, output: Path, settings: BenchSettings, jobs: Sequence[BenchRun], versions: dict[str, str]
+    ) -> None:
         self.path = output / MANIFEST
         self.value: dict[str, Any] = {"format": 1, "benches": [], "durations": {}}
         if self.path.is_file():
@@ -289,7 +278,7 @@ class Manifest:
             "command": shlex.join(["gram", *sys.argv[1:]]),
             "matrix": json.loads(json.dumps(asdict(settings), default=str)),  # paths as text
             "runs": len(jobs),
-            "versions": _versions(),
+            "versions": versions,
             "started": _now(),
             "ended": None,
         }
@@ -306,11 +295,9 @@ class Manifest:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"gram-meta": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return versions
+    from gram_meta.runs.results import versions  # with torch, which the main process does not import
+
+    return versions()
 
 
 def _now() -> str:

@@ -5,8 +5,6 @@ A *concept* is an emoji without skin tone, gender variant or letter flag, with i
 flat) and Noto Emoji (black and white glyphs of a font). They are not part of this project; NOTICE names their licences.
 """
 
-from __future__ import annotations
-
 import io
 from dataclasses import dataclass
 from functools import lru_cache
@@ -63,11 +61,7 @@ def require_packages() -> None:
 
 
 def drawing(concept: Concept, source: str) -> np.ndarray:
-    """Return one drawing as (64, 64, 4) uint8, RGBA with straight alpha.
-
-    Raises:
-        GramError: an unknown source, a source without this concept, or a missing package.
-    """
+    """Return one drawing as (64, 64, 4) uint8, RGBA with straight alpha; raise `GramError` where there is none."""
     require_packages()
     if source not in SOURCES:
         raise GramError(f"source must be one of {', '.join(SOURCES)}, found {source!r}")

@@ -7,8 +7,6 @@ A *collection* is one compact JSON file with all results: `gram report --collect
 versions and other blocks that many runs share are stored once, by their hash; paths are relative.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -178,8 +176,7 @@ def _plain(name: str) -> str:
     return {"dtd": "describabletextures"}.get(plain, plain)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Meta-trainings
+# ------------------------------------------------------------------------------------------------------- Meta-trainings
 
 
 def _add_metas_of_results(evidence: Evidence) -> None:
@@ -211,19 +208,13 @@ def _read_meta(folder: Path) -> MetaTraining | None:
     return MetaTraining(str(checkpoint), sha256, facts, tuple(log))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Collections
+# ---------------------------------------------------------------------------------------------------------- Collections
 
 # Blocks that many runs have in common.
 _SHARED = ("config", "versions", "meta_checkpoint", "few_shot", "backbone_fingerprint")
 # Config values that a run's result repeats: taken out of the shared config, and restored from the result.
-_OWN = {
-    "SEED": "seed",
-    "DATASET.NAME": "dataset",
-    "DATASET.SUBSAMPLE_CLASSES": "subsample",
-    "DATASET.NUM_SHOTS": "shots",
-    "OUTPUT_DIR": "folder",
-}
+_OWN = {"SEED": "seed", "DATASET.NAME": "dataset", "DATASET.SUBSAMPLE_CLASSES": "subsample"}
+_OWN |= {"DATASET.NUM_SHOTS": "shots", "OUTPUT_DIR": "folder"}
 
 
 def write_collection(evidence: Evidence, path: str | Path) -> None:

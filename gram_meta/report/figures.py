@@ -4,8 +4,6 @@ Needs matplotlib (the extra `figures`). The colours are Okabe and Ito's, which c
 styles and markers repeat the distinction for print in grey. Bands and bars are 95 % intervals over seeds (Student's t).
 """
 
-from __future__ import annotations
-
 import io
 import json
 import math
@@ -54,11 +52,7 @@ class Drawing:
 
 
 def draw(runs: Sequence[Run], metas: Sequence[MetaTraining]) -> tuple[list[Drawing], list[str]]:
-    """Return every figure that the runs have data for, and a sentence for each figure that lacks data.
-
-    Raises:
-        GramError: matplotlib is not installed.
-    """
+    """Return every figure that the runs have data for, and a sentence for each figure that lacks data."""
     if find_spec("matplotlib") is None:
         raise GramError("figures: expected matplotlib, found none; run pip install 'gram-meta[figures]'")
     figures = [_starts(runs), *_epochs(runs), _alignments(metas)]
@@ -77,8 +71,7 @@ def write_figures(drawings: Iterable[Drawing], folder: str | Path) -> list[Path]
     return written
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Figure 1(a): accuracy over prompt initialisations
+# -------------------------------------------------------------------- Figure 1(a): accuracy over prompt initialisations
 
 
 def start_of(run: Run) -> str | None:
@@ -163,8 +156,7 @@ def _draw_starts(lines: Sequence[str], found: Mapping, series: Mapping) -> bytes
     return _png(figure)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Figures 1(b) and 3(a): base and new accuracy per epoch
+# --------------------------------------------------------------- Figures 1(b) and 3(a): base and new accuracy per epoch
 
 
 def _epochs(runs: Sequence[Run]) -> list[Drawing | str]:
@@ -225,8 +217,7 @@ def _epochs_of(runs: Sequence[Run], length: int) -> Drawing | str:
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Figure 3(b): the normalised gradient inner product over meta-training
+# ------------------------------------------------ Figure 3(b): the normalised gradient inner product over meta-training
 
 
 def _alignments(metas: Sequence[MetaTraining]) -> Drawing | str:
@@ -277,8 +268,7 @@ def _by_settings(metas: Sequence[MetaTraining]) -> dict[str, list[MetaTraining]]
     return dict(sorted(named.items(), key=lambda it: (first.get(it[0].split("_")[0], 9), len(it[0]), it[0])))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Canvas
+# --------------------------------------------------------------------------------------------------------------- Canvas
 
 
 def _figure(width: float, height: float) -> Any:

@@ -7,8 +7,6 @@ A number of the paper is shown only where dataset, backbone, shots and epochs ar
 standard form; for an average, only where it is over exactly the paper's datasets.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,17 +14,7 @@ from typing import Any
 import gram_meta.report.paper as paper
 from gram_meta.errors import GramError
 from gram_meta.report.runs import EPOCHS, FROM_LOG, LABELLED, NO_META, NO_REGULATOR, NO_SHIFT, TOKENS, Run
-from gram_meta.report.tables import (
-    ALL,
-    BASE_NEW,
-    PaperNumbers,
-    Plan,
-    Report,
-    build,
-    check_reference,
-    labels_of,
-    plain_plan,
-)
+from gram_meta.report.tables import ALL, BASE_NEW, Plan, Printed, Report, build, build_plain, check_reference, labels_of
 
 NUMBERS = (1, 2, 3, 4, 5, 6, 7)
 TITLES = {
@@ -43,14 +31,8 @@ _TRANSFER = {(True, 16): 2, (False, 16): 3, (True, 4): 4, (False, 4): 5}  # (dom
 _WANTED = 16  # shots of Tables 1, 6 and 7
 
 # Table 6: the row's trainer, and what its meta-training lacks
-ABLATIONS = (
-    ("UniGRAM", ()),
-    ("UniGRAM", (NO_SHIFT,)),
-    ("UniGRAM", (NO_REGULATOR,)),
-    ("UniGRAM", (NO_META,)),
-    ("UniGRAM", (LABELLED,)),
-    ("JointPrompt", ()),
-)
+_LACKS: tuple[tuple[str, ...], ...] = ((), (NO_SHIFT,), (NO_REGULATOR,), (NO_META,), (LABELLED,))
+ABLATIONS = (*(("UniGRAM", lacks) for lacks in _LACKS), ("JointPrompt", ()))
 ROWS_6 = tuple(f"{row} {', '.join((trainer, *lacks))}" for row, (trainer, lacks) in enumerate(ABLATIONS))
 ROWS_7 = tuple(f"{2 * half} tokens ({half}+{half})" for half in (1, 2, 3, 4))
 
@@ -88,8 +70,7 @@ def _table(number: int, runs: Sequence[Run], reference: str, explicit: bool) -> 
     return _transfer(number, runs, reference, explicit)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tables 1, 6, 7: base to new
+# ------------------------------------------------------------------------------------------ Tables 1, 6, 7: base to new
 
 
 def base_to_new_runs(runs: Sequence[Run], shots: int = _WANTED) -> list[Run]:
@@ -189,8 +170,7 @@ def _average_number(number: int, label: str, members: Sequence[str]) -> dict[str
     return paper.ablation(int(label[0])) if number == 6 else paper.tokens(int(label.split()[0]))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tables 2 to 5: trained on a source, tested elsewhere
+# ----------------------------------------------------------------- Tables 2 to 5: trained on a source, tested elsewhere
 
 
 def _transfer(number: int, runs: Sequence[Run], reference: str, explicit: bool) -> list[Report]:
@@ -247,8 +227,7 @@ def _transfer_number(number: int, source: str, label: str, name: str, members: S
     return {"all": row[name]} if name in row else {}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Runs that belong to no table of the paper
+# ---------------------------------------------------------------------------- Runs that belong to no table of the paper
 
 
 def _variants(runs: Sequence[Run], reference: str) -> list[Report]:
@@ -262,7 +241,7 @@ def _variants(runs: Sequence[Run], reference: str) -> list[Report]:
     beside = (reference, reference + FROM_LOG)
     shown = [*special, *(run for run in mine if run.label in beside and run.dataset in datasets)]
     title = _title("Controls and variants, base-to-new, 16 shots", shown)
-    return [build(shown, plain_plan(shown, BASE_NEW, reference, title))]
+    return [build_plain(shown, BASE_NEW, reference, title)]
 
 
 def _other_shots(runs: Sequence[Run], reference: str) -> list[Report]:
@@ -274,7 +253,7 @@ def _other_shots(runs: Sequence[Run], reference: str) -> list[Report]:
     shown = [run for run in pairs if not run.untrained and run.shots != _WANTED]
     shown += _once([run for run in pairs if run.untrained], min(shots))
     numbers = ", ".join(map(str, sorted(shots)))
-    return [build(shown, plain_plan(shown, BASE_NEW, reference, _title(f"Base-to-new, {numbers} shots", shown)))]
+    return [build_plain(shown, BASE_NEW, reference, _title(f"Base-to-new, {numbers} shots", shown))]
 
 
 def _all_classes(runs: Sequence[Run], reference: str) -> list[Report]:
@@ -297,11 +276,10 @@ def _all_classes(runs: Sequence[Run], reference: str) -> list[Report]:
     if not shown:
         return reports
     shown = _once(shown, min((run.shots for run in alone), default=_WANTED))
-    return [*reports, build(shown, plain_plan(shown, ALL, reference, _title("All classes", shown)))]
+    return [*reports, build_plain(shown, ALL, reference, _title("All classes", shown))]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Rows, order, and where the paper's numbers are shown
+# ----------------------------------------------------------------- Rows, order, and where the paper's numbers are shown
 
 
 def _rows(runs: Sequence[Run], order: Iterable[str], explicit: bool) -> list[str]:
@@ -319,7 +297,7 @@ def _in_order(names: Collection[str], order: Sequence[str]) -> list[str]:
     return [name for name in order if name in names] + sorted(name for name in names if name not in order)
 
 
-def _beside(runs: Sequence[Run], lookup: PaperNumbers) -> PaperNumbers:
+def _beside(runs: Sequence[Run], lookup: Printed) -> Printed:
     """Return `lookup`, restricted to the rows whose runs all have the paper's backbone, schedule and metric."""
     unlike = {run.label for run in runs if not _as_in_the_paper(run)}
     return lambda label, *line: {} if label in unlike else lookup(label.removesuffix(FROM_LOG), *line)

@@ -1,7 +1,5 @@
 """Runs: what each `results.json` measured, and how it differs from others of its trainer."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -157,8 +155,7 @@ def is_untrained(result: Mapping[str, Any]) -> bool:
     return bool(result.get("eval_only")) and not result.get("model_dir")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# How a run differs from its trainer's standard form
+# ------------------------------------------------------------------- How a run differs from its trainer's standard form
 
 
 def _meta_settings(training: Mapping[str, Any]) -> Mapping[str, Any]:

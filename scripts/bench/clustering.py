@@ -4,13 +4,11 @@
     python scripts/bench/clustering.py gram FOLDER/100k [KEY VALUE...]
     python scripts/bench/clustering.py bertopic FOLDER/100k [MIN_TOPIC_SIZE]
     python scripts/bench/clustering.py topics FOLDER/100k evoc        # evoc, umap+hdbscan or umap+fast-hdbscan
-    python scripts/bench/clustering.py rules FOLDER/100k 30000 [transform]   # ways to assign pairs to topics
+    python scripts/bench/clustering.py rules FOLDER/100k 30000        # ways to assign pairs to topics
     python scripts/bench/clustering.py table FOLDER                   # all rows so far, in Markdown
 
 Each prints a row of JSON, also added to FOLDER/results.jsonl. Times and memory are those of a process of its own.
 """
-
-from __future__ import annotations
 
 import json
 import logging
@@ -221,7 +219,6 @@ def ami(truth: np.ndarray, found: np.ndarray) -> float:
 
 
 def judged(label: np.ndarray, truth: np.ndarray) -> Row:
-    """Compare topics (-1: noise) with the true ones."""
     both, noise, true_noise = (label >= 0) & (truth >= 0), label < 0, truth < 0
     scores = {
         "noise": noise.mean(),
@@ -267,12 +264,6 @@ def gram(store: Path, opts: list[str]) -> Row:
     return row | {"sample": json.loads((out / "topics.json").read_text()).get("sample")}
 
 
-def others(store: Path, way: str, opts: list[str]) -> Row:
-    """Measure another way to find topics, and compare it with the truth."""
-    row, label = in_own_process(find, store, way, opts)
-    return row | judged(label, truth_of(store)[0])
-
-
 def find(store: Path, way: str, opts: list[str]) -> np.ndarray:
     """Find topics on all pairs of a store, without a filter; return a label for each (-1: noise)."""
     settings, pairs = chc_settings([] if way == "bertopic" else opts), PairStore.open(store)
@@ -300,14 +291,12 @@ def find(store: Path, way: str, opts: list[str]) -> np.ndarray:
 
 
 def chc_settings(opts: list[str]) -> Any:
-    """Return the settings of the clustering: the defaults, and KEY VALUE pairs."""
     return ChcSettings.from_config(load_meta_config([], opts))
 
 
 def rules(store: Path, count: int, opts: list[str]) -> list[Row]:
     """Compare ways to assign pairs outside a sample to topics with un-sampled clustering and with the truth."""
-    transform = opts[:1] == ["transform"]
-    settings, truth = chc_settings(opts[transform:]), truth_of(store)[0]
+    settings, truth = chc_settings(opts), truth_of(store)[0]
     features = np.asarray(PairStore.open(store).sentence_features, np.float32)
     kept = store / "unsampled.npz"
     if not kept.is_file():
@@ -356,16 +345,6 @@ def rules(store: Path, count: int, opts: list[str]) -> list[Row]:
     inner, outer = (inside @ centre.T).max(1), outside @ centre.T
     nearest = np.where(outer.max(1) >= np.quantile(inner, noise), outer.argmax(1), -1)
     add("nearest topic centre, one threshold for all", nearest, time.process_time() - start)
-    if transform:
-        import hdbscan
-
-        reduce = reducer(settings, len(inside)).fit(inside)
-        clusterer = hdbscan.HDBSCAN(settings.min_cluster_size, settings.min_samples, prediction_data=True)
-        clusterer.fit(reduce.embedding_.astype(np.float64))
-        few = rest[:3000]
-        start = time.process_time()
-        found, _ = hdbscan.approximate_predict(clusterer, reduce.transform(features[few]).astype(np.float64))
-        add("UMAP's transform, HDBSCAN's approximate_predict", found, time.process_time() - start, few)
     return rows
 
 
@@ -395,11 +374,14 @@ def main() -> None:
 
 
 def measured(what: str, store: Path, opts: list[str]) -> list[Row]:
-    """Return the rows of a measurement."""
     if what == "rules":
         return rules(store, int(opts[0]), opts[1:])
     way, *words = opts if what == "topics" else [what, *opts]
-    row = gram(store, opts) if what == "gram" else others(store, way, words)
+    if what == "gram":
+        row = gram(store, opts)
+    else:
+        row, label = in_own_process(find, store, way, words)
+        row |= judged(label, truth_of(store)[0])
     return [{"what": " ".join([what, *opts]), "store": store.name} | row]
 
 

@@ -4,8 +4,6 @@ The trainer's own `forward_backward` and `test` do all the work. What a checkout
 run time and listed among the facts; no file of a checkout is changed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import math
@@ -32,7 +30,7 @@ from gram_meta.errors import GramError
 BATCHES = 4  # prepared training batches, taken in turns
 COMPARED = 4  # test images whose logits are compared
 
-built: list[Contestant] = []  # at most one
+built: "list[Contestant]" = []  # at most one
 
 
 def begin(folder: Path, dassl: str) -> None:
@@ -191,7 +189,6 @@ class Contestant:
         return common.with_peak(lambda: self.measures[measure](1), self.spec.device)[0]
 
     def _steps(self, batches: Sequence[Any] | Iterator[Any]) -> dict[str, Any]:
-        """Take a training step on each batch; return the losses."""
         losses = []
         for batch in batches:
             self.trainer.set_model_mode("train")
@@ -202,14 +199,12 @@ class Contestant:
         return {"losses": losses}
 
     def _test(self, batches: Any) -> dict[str, Any]:
-        """Run the trainer's own test pass over these batches."""
         if hasattr(self.trainer.model, "_kept"):
             self.trainer.model._kept = None  # class features are part of every pass
         self.trainer.test_loader = batches
         return {"accuracy": float(self.trainer.test(split="test"))}
 
     def _images(self, batches: Sequence[Any] | Iterator[Any]) -> None:
-        """Run the image tower alone."""
         device, model = self.trainer.device, self.trainer.model
         amp = self.spec.precision == "amp" and device.type == "cuda"
         theirs = self.spec.checkout and (lambda images: model.image_encoder(images.type(model.dtype)))

@@ -7,8 +7,6 @@ Errors are relative L2 norms on two tasks of random images: of the whole meta-gr
 theta's second-order term alone (what goes through the support gradient). docs/results/meta-training.md has the runs.
 """
 
-from __future__ import annotations
-
 import argparse
 
 import common
@@ -57,12 +55,10 @@ def gradients(made: MetaTasks, lean: bool, scale: float) -> list[Tensor]:
 
 
 def vector(parameters: object) -> Tensor:
-    """Return the gradients of these parameters as one vector."""
     return torch.cat([parameter.grad.flatten() for parameter in parameters])  # type: ignore[attr-defined]
 
 
 def error(found: Tensor, true: Tensor) -> str:
-    """Return the relative error."""
     return f"{((found - true).norm() / true.norm()).item():.1e}" if bool(found.isfinite().all()) else "not finite"
 
 

@@ -8,8 +8,6 @@ the memory that `memory_plan` estimates. A step is forward, backward, clipping a
 learn2learn's way. The script also prints what the towers set as a ceiling, and where the time of a step goes.
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 from collections.abc import Callable, Mapping
@@ -88,7 +86,6 @@ class Bench:
         return loss, gradients
 
     def variants(self) -> dict[str, Callable[[], Tensor]]:
-        """Return every variant of this family by name."""
         clone = partial(clone_and_adapt, self.model, self.made.episode)
         inner, first_order = self.made.inner(), self.made.inner(first_order=True)
         variants: dict[str, Callable[[], Tensor]] = {CLONE: partial(clone, self.classes, inner)}
@@ -173,7 +170,6 @@ class Bench:
         return common.product_rate(self.args, rows, width) / 1e9
 
     def profile(self) -> Profile:
-        """Measure where the time of this project's step goes."""
         profile = Profile(self.args.device, time.process_time if self.args.clock == "cpu" else time.perf_counter)
         with profile.watching(self.backbone, self.made.regulator):
             for _ in range(max(self.args.repeats, 2)):

@@ -5,8 +5,6 @@ is averaged over few-shot seeds and datasets; mean and 95 % interval (Student's 
 confirmed if its interval lies above 0. H is the harmonic mean of a dataset's base and new accuracy over few-shot seeds.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys
@@ -86,7 +84,6 @@ def claim(ours: str, theirs: str, metric: str, table: pandas.DataFrame) -> dict:
 
 
 def as_markdown(claims: list[dict]) -> str:
-    """Return the table for the page of results."""
     rows = [
         {
             "claim": each["name"],
@@ -101,7 +98,6 @@ def as_markdown(claims: list[dict]) -> str:
 
 
 def all_claims(runs: list[Run]) -> list[dict]:
-    """Return the claims that the runs allow."""
     table = read(runs)
     kinds = table.index.unique("kind")
     pairs = [(ours, theirs) for ours, theirs in CLAIMS if ours in kinds and theirs in kinds]

@@ -7,8 +7,6 @@ groups, and on base and new classes; CoOp's accuracy after 10 and 50 epochs. The
 the table, checks.md.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import multiprocessing
@@ -107,7 +105,6 @@ def task_accuracy(logits: np.ndarray, ways: int) -> float:
 
 
 def cells(name: str, row: dict[str, float]) -> dict[str, str]:
-    """Return one row of the table."""
     texts = {"dataset": name, "styles": ", ".join(SPECS[name].look.styles) if name in SPECS else ""}
     for kind, sides in (("10-way", PARTS), ("18-way", PARTS), ("zero-shot", SIDES), ("CoOp", SIDES)):
         title = f"{kind} {' / '.join(sides)}" + " (10 epochs)" * (kind == "CoOp")

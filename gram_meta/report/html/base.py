@@ -1,7 +1,5 @@
 """What both pages share: jinja2 templates with autoescape, and the files that are copied into a page."""
 
-from __future__ import annotations
-
 import base64
 import re
 from functools import cache
@@ -33,13 +31,9 @@ def data_uri(data: bytes, kind: str) -> str:
 
 @cache
 def _environment() -> Environment:
+    blocks: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(
-        loader=FunctionLoader(read),
-        autoescape=True,
-        finalize=_printable,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=FunctionLoader(read), autoescape=True, finalize=_printable, undefined=StrictUndefined, **blocks
     )
     environment.globals["asset"] = lambda name: Markup(read(name))
     environment.filters |= {"data_uri": data_uri, "thousands": "{:,}".format}

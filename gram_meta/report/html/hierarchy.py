@@ -4,8 +4,6 @@ The page is a single file that loads nothing from outside (its content security 
 script, and stays below a size in bytes: every thumbnail has a bound, so the number of images decides.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import io
@@ -40,15 +38,6 @@ DROPPED = 8  # pairs shown of each way to be dropped
 LISTED = 2_000  # topics in the table of all
 LONGEST = 300  # characters of a caption, as shown
 TASK_CLASSES = 16  # of the task, as shown
-SECTIONS = {
-    "pairs": "What became of the pairs",
-    "sizes": "Sizes",
-    "agreement": "Agreement with known facts",
-    "topics": "Topics",
-    "task": "A task",
-    "dropped": "Dropped pairs",
-    "settings": "Settings",
-}
 
 
 @dataclass(frozen=True)
@@ -91,9 +80,6 @@ def write_hierarchy_page(
         seed: of the random choice of images, captions, task and dropped pairs.
         agreement: text of the comparison with a truth, if there is one.
         limit: largest size in bytes.
-
-    Raises:
-        GramError: `topics` below 0 or `images` below 1.
     """
     if topics < 0 or images < 1:
         raise GramError(f"--topics and --images: expected at least 0 and 1, found {topics} and {images}")
@@ -105,7 +91,6 @@ def write_hierarchy_page(
         title=f"{hierarchy.path.name if hierarchy.path else 'hierarchy'}: topics and visual domains",
         style="hierarchy.css",
         script_hash=_sha256(read("hierarchy.js")),
-        sections={key: title for key, title in SECTIONS.items() if agreement or key != "agreement"},
         contents={},
         hierarchy=hierarchy,
         manifest=hierarchy.manifest,
@@ -115,18 +100,14 @@ def write_hierarchy_page(
         percent=_percent,
         agreement=agreement,
         images=images,
-        seed=seed,
+        view=view,
         topics=[_topic(view, number, images) for number in range(shown)],
         most_listed=LISTED,
-        same_word=view.same_word,
         repeated=sum(len(numbers) for numbers in view.same_word.values() if len(numbers) > 1),
         task=task,
         dropped=dropped,
         sizes=_sizes(hierarchy),
         similarity=_similarity(hierarchy, store),
-        asked=view.asked,
-        unreadable=view.unreadable.most_common(),
-        root=view.places.reader.root,
     )
     with atomic_write(path, "w") as file:
         file.write(text)
@@ -134,10 +115,7 @@ def write_hierarchy_page(
 
 
 def _fitting(hierarchy: Hierarchy, topics: int, images: int, fixed: int, limit: int) -> tuple[int, int]:
-    """Return topics and images per domain, at most as many as asked for, whose page is below `limit` bytes.
-
-    `fixed`: images that the page has anyway. Every thumbnail counts with its bound.
-    """
+    """Return as many topics and images per domain, of those asked for, as fit in `limit` bytes with `fixed` images."""
     topics = min(topics, len(hierarchy.topics))
     left = limit - fixed * IMAGE_BYTES - 300 * min(len(hierarchy.topics), LISTED) - 60_000
     while topics > 1 or images > 1:
@@ -151,8 +129,7 @@ def _fitting(hierarchy: Hierarchy, topics: int, images: int, fixed: int, limit: 
     return topics, images
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Images, and the rows of a topic
+# -------------------------------------------------------------------------------------- Images, and the rows of a topic
 
 
 @dataclass
@@ -213,8 +190,7 @@ def thumbnail(image: Image.Image) -> tuple[int, int, str]:
         side = side * 2 // 3
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Charts
+# --------------------------------------------------------------------------------------------------------------- Charts
 
 
 def _sizes(hierarchy: Hierarchy) -> dict[str, Any] | None:
@@ -247,11 +223,9 @@ def _similarity(hierarchy: Hierarchy, store: PairStore) -> dict[str, Any]:
 
 
 def _chart(labels: Sequence[str], ticks: Sequence[str], series: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Return stacked bars: of each, its parts' colour, height in percent of the largest bar, and text.
+    """Return stacked bars, whose parts have a colour, a height in percent of the largest bar, and a text.
 
-    Args:
-        labels: what each bar counts, in words. ticks: the text below each bar, of which about eight are shown.
-        series: name -> counts of each bar, from the bottom up.
+    `labels` name what each bar counts; about eight of the `ticks` below are shown; `series` starts at the bottom.
     """
     most = max(int(np.sum(list(series.values()), axis=0).max()), 1)
     every = -(-len(ticks) // 8)
@@ -266,8 +240,7 @@ def _chart(labels: Sequence[str], ticks: Sequence[str], series: Mapping[str, np.
     return {"bars": bars, "most": most, "key": [name for name, counts in series.items() if counts.any()]}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Topics
+# --------------------------------------------------------------------------------------------------------------- Topics
 
 
 def _topic(view: _View, number: int, images: int) -> dict[str, Any]:
@@ -297,8 +270,7 @@ def _domain(view: _View, rows: np.ndarray, images: int, random: np.random.Genera
     return view.images(found[chosen], view.hierarchy.pair[rows[first[chosen]]])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A task, and dropped pairs
+# -------------------------------------------------------------------------------------------- A task, and dropped pairs
 
 
 def _task(view: _View) -> dict[str, Any]:
@@ -348,8 +320,7 @@ def _dropped(view: _View) -> list[tuple[str, list[tuple[dict[str, Any], str, str
     return shown
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Words
+# ---------------------------------------------------------------------------------------------------------------- Words
 
 
 def _percent(count: int, total: int) -> str:
