@@ -251,6 +251,6 @@ def finished_before(
     other = next((name for name in read if old.get(name, new[name]) != new[name]), "" if same else "--exclude")
     if other:
         values = f" {old[other]!r}, expected the same, found {new[other]!r}" if other in new else " of other images"
-        what = f"{other}{values}; choose another folder, or replace it with --force"
-        raise GramError(f"{path}: holds a hierarchy made with {what}")
+        advice = "meta-checkpoints may refer to it: choose another folder, or replace it with --force"
+        raise GramError(f"{path}: holds a hierarchy made with {other}{values}; {advice}")
     return before

@@ -85,7 +85,7 @@ class Regulation:
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if kwargs.get("closure") is not None or any(callable(argument) for argument in args):
-            raise GramError("optimizer.step(closure): cannot be regulated, expected backward() before step()")
+            raise GramError("optimizer.step(closure): expected no closure, found one; call backward() before step()")
         if getattr(optimizer, "grad_scale", None) is not None:
             raise GramError(
                 "a fused optimiser unscales gradients inside its step, where they cannot be regulated; call "
