@@ -60,6 +60,16 @@ def only_writer(folder: PathLike, here: bool = True) -> Iterator[None]:
                 path.rmdir()
 
 
+def tidy(folder: PathLike) -> None:
+    """Remove what a killed process left in an output folder, if it left its lock and no other process has it now."""
+    lock = Path(folder, LOCK)
+    with suppress(OSError, Timeout):
+        if lock.exists():
+            with FileLock(lock, timeout=0):
+                remove_unfinished(folder)
+                lock.unlink()
+
+
 def _acquire(folder: Path) -> BaseFileLock:
     lock: BaseFileLock = FileLock(folder / LOCK, is_singleton=True, on_acquired=_write_holder)
     try:

@@ -231,7 +231,8 @@ def _split(x: Tensor, heads: int, parts: int = 3) -> tuple[Tensor, ...]:
     products of 16-bit numbers need to be fast.
     """
     low = x.dtype if x.dtype == torch.bfloat16 else torch.promote_types(x.dtype, torch.float32)
-    return F.pad(_views(x, heads, parts).to(low), (0, 0, 0, _padding(x))).contiguous().unbind()
+    views, padding = _views(x, heads, parts).to(low), _padding(x)
+    return (F.pad(views, (0, 0, 0, padding)) if padding else views).contiguous().unbind()
 
 
 def _padding(x: Tensor) -> int:
@@ -255,5 +256,6 @@ def _weights(q: Tensor, k: Tensor, length: int) -> tuple[Tensor, float]:
     """Return P (B, heads, L', L'), at least float32 and zero for keys from `length` on, and c."""
     c, high = q.shape[-1] ** -0.5, torch.promote_types(q.dtype, torch.float32)
     scores = (q @ k.mT).to(high).mul_(c)
-    scores[..., length:] = -torch.inf
+    if scores.shape[-1] > length:
+        scores[..., length:] = -torch.inf
     return torch.softmax(scores, dim=-1), c

@@ -103,7 +103,7 @@ def build_clip(clip: ModuleType, state: Mapping[str, Tensor], name: str) -> Any:
     weights = {key: value for key, value in weights.items() if key not in _EXTRA}
     if "text_projection" not in weights or "visual.conv1.weight" not in weights:
         some = ", ".join(list(weights)[:3]) or "nothing"
-        raise GramError(f"{name}: expected Hugging Face's, open_clip's or OpenAI's key names, found {some}, ...")
+        raise GramError(f"{name}: expected a CLIP with Hugging Face's, open_clip's or OpenAI's key names, found {some}")
     try:
         with _Draws() as draws, torch.device("meta"):
             model = _plainly(clip.model.build_model, {key: value.to("meta") for key, value in weights.items()})

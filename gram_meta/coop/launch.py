@@ -16,7 +16,7 @@ from typing import Any
 from gram_meta.config import check_known, find_config, merge_file, merge_opts
 from gram_meta.errors import GramError, exit_status
 from gram_meta.files import expand_home
-from gram_meta.locks import LOCK, only_writer
+from gram_meta.locks import only_writer, tidy
 from gram_meta.runs.folder import open_folder
 from gram_meta.runs.layout import checkpoint_to_resume, choose_checkpoint, options_of
 
@@ -113,8 +113,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     _check_names(trainer=cfg.TRAINER.NAME, dataset=cfg.DATASET.NAME)
     for run_folder in filter(None, (args.model_dir, cfg.RESUME)):
         _check_backbone(cfg.MODEL.BACKBONE.NAME, run_folder)
-    left = Path(cfg.OUTPUT_DIR, LOCK).exists()  # of a process that was killed, with its half-written files
-    if args.no_train or (open_folder(cfg, args).finished and not left):
+    if args.no_train or open_folder(cfg, args).finished:
+        tidy(cfg.OUTPUT_DIR)
         return _run(cfg, args)
     with only_writer(cfg.OUTPUT_DIR):
         return _run(cfg, args)
