@@ -213,5 +213,5 @@ def _classes_of_json(path: Path) -> list[str]:
     try:
         named = {int(label): str(name) for part in values.values() for _, label, name in part}
     except (AttributeError, TypeError, ValueError):
-        raise GramError(f"{path}: expected class names or a split file of CoOp, found something else") from None
+        raise GramError(f"{path}: expected class names or a split file in CoOp's form, found something else") from None
     return [named[label] for label in sorted(named)]
