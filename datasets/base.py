@@ -4,8 +4,6 @@ The file holds {"train": [[path, label, class name], ...], "val": [...], "test":
 folder of images. Datasets without such a file read something else into the same form.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -4,8 +4,6 @@ Class names are those of the split files, which contain CoOp's renamings (EuroSA
 "face"). Numbers of images are those of the published files.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

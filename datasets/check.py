@@ -1,7 +1,5 @@
 """The checks of `gram check-data`: which datasets are in a folder, what is missing or wrong, and where to get it."""
 
-from __future__ import annotations
-
 import io
 import os
 from collections.abc import Iterator, Sequence

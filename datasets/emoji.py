@@ -4,8 +4,6 @@ EmojiTravelShift has the classes of EmojiTravel in other styles, as the target o
 EmojiTravelMosaic and EmojiTravelShadow contain its pictures of one style.
 """
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Iterator
 from pathlib import Path

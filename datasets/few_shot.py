@@ -4,8 +4,6 @@ Runs read `shot_<n>-seed_<s>.json`, which has relative paths. `shot_<n>-seed_<s>
 it is written with the present absolute paths, and renewed when they change. Without a JSON, CoOp's own pickle is read.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -5,8 +5,6 @@ second case half of each class's images are for training, a fifth for validation
 drawn with a fixed seed and kept in `split.json`.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import re

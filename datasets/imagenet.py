@@ -4,8 +4,6 @@ Each has class folders and a `classnames.txt` with lines "n01440764 tench". Labe
 their names; images are listed in that order too, so subsets do not depend on the file system.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

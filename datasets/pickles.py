@@ -4,8 +4,6 @@ Such a file holds {"train": [Datum, ...], "val": [Datum, ...]} with absolute pat
 code; the reader here accepts only plain containers and these records.
 """
 
-from __future__ import annotations
-
 import pickle
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ Each row is a layer; a package imports only from rows below its own. An arrow th
 implies is left out. `--check` writes nothing and exits with 1 if the file differs from what would be drawn.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import sys

@@ -6,8 +6,6 @@ caption is *also* true of another picture in the batch are left out of the denom
 image patches (FLIP, Li et al. 2023); the last part sees whole pictures.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

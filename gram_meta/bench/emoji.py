@@ -6,8 +6,6 @@ DIR/labelled/    the corpus by concept, as class folders; DIR/labelled_store/, D
 DIR/output/      runs; DIR/output/meta/ for the meta-trainings
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import json

@@ -1,7 +1,5 @@
 """The runs of a bench: protocols, trainers, datasets and seeds as commands of `gram`, in CoOp's folders."""
 
-from __future__ import annotations
-
 import argparse
 import shlex
 from collections.abc import Iterable, Iterator, Sequence

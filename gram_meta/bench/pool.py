@@ -4,8 +4,6 @@ Workers are started anew (spawn), with their environment set before torch is imp
 seconds. A worker that dies takes one run with it; the next run gets another worker. Light at import.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import multiprocessing
@@ -80,7 +78,7 @@ class Pool:
         self.busy: list[_Worker] = []
         self.unused = list(environments)
 
-    def __enter__(self) -> Pool:
+    def __enter__(self) -> "Pool":
         return self
 
     def __exit__(self, *_: object) -> None:

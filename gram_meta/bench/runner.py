@@ -1,7 +1,5 @@
 """The loop of a bench: finished runs are skipped, failures are reported, and the other runs go on."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -142,7 +140,7 @@ class Bench:
         jobs: Sequence[BenchRun],
         states: Mapping[Path, State],
         output: Path,
-        clock: Clock,
+        clock: "Clock",
         bar: Any,
         say: Callable[[str], None],
     ) -> None:

@@ -4,8 +4,6 @@ A caption names the concept and states some of a scene's attributes, in the word
 true of the scene; `world.write_world` makes wrong captions by describing another scene.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from importlib import resources

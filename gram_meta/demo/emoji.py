@@ -5,8 +5,6 @@ A *concept* is an emoji without skin tone, gender variant or letter flag, with i
 flat) and Noto Emoji (black and white glyphs of a font). They are not part of this project; NOTICE names their licences.
 """
 
-from __future__ import annotations
-
 import io
 from dataclasses import dataclass
 from functools import lru_cache

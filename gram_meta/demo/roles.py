@@ -15,8 +15,6 @@ Styles are *common* (pre-training of every concept), *rare* (pre-training of tea
 the pre-training or of the meta-corpus; for domain shifts).
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 from dataclasses import dataclass

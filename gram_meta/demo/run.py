@@ -13,8 +13,6 @@ finished stage is not run again; an interrupted stage continues.
 demo.json names this demo by an id, which every folder that the demo makes carries. The demo removes no other folder.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
@@ -144,7 +142,7 @@ class Demo:
         self.commands: list[str] = []
         self.clock = Clock(self._expected())
 
-    def __enter__(self) -> Demo:
+    def __enter__(self) -> "Demo":
         self.memory.check(self._folders())
         return self
 

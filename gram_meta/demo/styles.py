@@ -4,8 +4,6 @@
 the batch and deterministic for a seed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -68,7 +66,7 @@ class Scenes:
     def __len__(self) -> int:
         return len(self.drawing)
 
-    def __getitem__(self, rows) -> Scenes:
+    def __getitem__(self, rows) -> "Scenes":
         return Scenes(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
 

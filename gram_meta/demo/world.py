@@ -9,8 +9,6 @@
 A part whose manifest has the same RECIPE and settings is kept. The same recipe gives the same files.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Sequence

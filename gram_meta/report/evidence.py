@@ -7,8 +7,6 @@ A *collection* is one compact JSON file with all results: `gram report --collect
 versions and other blocks that many runs share are stored once, by their hash; paths are relative.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

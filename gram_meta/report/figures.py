@@ -4,8 +4,6 @@ Needs matplotlib (the extra `figures`). The colours are Okabe and Ito's, which c
 styles and markers repeat the distinction for print in grey. Bands and bars are 95 % intervals over seeds (Student's t).
 """
 
-from __future__ import annotations
-
 import io
 import json
 import math

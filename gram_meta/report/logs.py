@@ -5,8 +5,6 @@ accuracy and error rate are therefore exact, and the other metrics rounded. Fact
 images, versions, seconds.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -7,8 +7,6 @@ A number of the paper is shown only where dataset, backbone, shots and epochs ar
 standard form; for an average, only where it is over exactly the paper's datasets.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any

@@ -4,8 +4,6 @@
 "names" gives the paper's. Accuracies are percent, as printed.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection, Mapping
 from importlib import resources

@@ -1,7 +1,5 @@
 """Runs: what each `results.json` measured, and how it differs from others of its trainer."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

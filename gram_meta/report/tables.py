@@ -8,8 +8,6 @@ How the numbers are computed
 - a run without training and without randomness (zero-shot, a start prompt with no step) has one value for all seeds.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

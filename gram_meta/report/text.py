@@ -1,7 +1,5 @@
 """Reports as text: for a terminal, Markdown, LaTeX, CSV and JSON."""
 
-from __future__ import annotations
-
 import csv
 import html
 import io

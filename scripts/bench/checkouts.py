@@ -10,8 +10,6 @@ checks that. Measures are taken in turns. Without --data, images are made up; wi
 out. No file of a checkout is changed. docs/results/benchmarks.md explains what is measured.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json

@@ -9,8 +9,6 @@ The text part has fixed image features, the whole step the image tower in front.
 repeated. `--repeats 0` times only the first step, whose memory is measured.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import os

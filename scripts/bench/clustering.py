@@ -10,8 +10,6 @@
 Each prints a row of JSON, also added to FOLDER/results.jsonl. Times and memory are those of a process of its own.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import multiprocessing

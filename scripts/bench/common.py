@@ -1,7 +1,5 @@
 """What the benchmarks share: options, names, timing in turns, peak memory, the official text pass, tables and JSON."""
 
-from __future__ import annotations
-
 import argparse
 import ctypes
 import gc

@@ -4,8 +4,6 @@ The trainer's own `forward_backward` and `test` do all the work. What a checkout
 run time and listed among the facts; no file of a checkout is changed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import math
@@ -32,7 +30,7 @@ from gram_meta.errors import GramError
 BATCHES = 4  # prepared training batches, taken in turns
 COMPARED = 4  # test images whose logits are compared
 
-built: list[Contestant] = []  # at most one
+built: "list[Contestant]" = []  # at most one
 
 
 def begin(folder: Path, dassl: str) -> None:

@@ -8,8 +8,6 @@ step ends in the gradient of the context. A test pass is one batch without gradi
 classes anew for it, this project once for all batches, so a whole test set follows by the arithmetic printed.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Mapping
 from functools import partial

@@ -11,8 +11,6 @@ The bound is the longer of the first two; with --workers 0, which shares one pro
 a time is the processor time of the main process or of one worker, whichever is more.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os

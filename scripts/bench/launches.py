@@ -7,8 +7,6 @@ where it reads a value. Counts are not times. The official ways are CoOp's step 
 meta-step with a cloned model for each task (meta_clone.py). The towers are narrow and have twelve layers, as ViT-B/16.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import io

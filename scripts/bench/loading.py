@@ -9,8 +9,6 @@ images were decoded before. "On DEVICE": torchvision decodes and crops there, on
 The second table has the differences of the bytes (0 to 255) from Pillow's.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import tempfile

@@ -6,8 +6,6 @@ replaces each learned parameter by itself minus alpha times its regulated gradie
 The model has clip's own modules around prompts, and only the towers that its family of prompts runs.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext

@@ -7,8 +7,6 @@ Errors are relative L2 norms on two tasks of random images: of the whole meta-gr
 theta's second-order term alone (what goes through the support gradient). docs/results/meta-training.md has the runs.
 """
 
-from __future__ import annotations
-
 import argparse
 
 import common

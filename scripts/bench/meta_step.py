@@ -8,8 +8,6 @@ the memory that `memory_plan` estimates. A step is forward, backward, clipping a
 learn2learn's way. The script also prints what the towers set as a ceiling, and where the time of a step goes.
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 from collections.abc import Callable, Mapping

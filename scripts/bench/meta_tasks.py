@@ -1,7 +1,5 @@
 """Random meta-training tasks with theta and phi: the set-up of every benchmark of a meta-training step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import common

@@ -8,8 +8,6 @@ folders that are known not to be in the store. `--half`: a half of the images by
 distance is set on one and reported on the other. docs/results/corpus.md explains the columns.
 """
 
-from __future__ import annotations
-
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence

@@ -5,8 +5,6 @@ is averaged over few-shot seeds and datasets; mean and 95 % interval (Student's 
 confirmed if its interval lies above 0. H is the harmonic mean of a dataset's base and new accuracy over few-shot seeds.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys

@@ -4,8 +4,6 @@
 leading axis, each with a regulator of its own.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Callable, Mapping

@@ -7,8 +7,6 @@ different words. Training takes 16 images of one domain of each of 18 topics, an
 other images (base) and all images of the other 18 topics (new). These tasks show far more drawings than *animals*.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 from pathlib import Path

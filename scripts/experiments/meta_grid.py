@@ -7,8 +7,6 @@ at once. Then it adapts from the meta-checkpoints to the few-shot datasets, with
 and compares accuracies with CoOp's. It skips finished meta-trainings, prints a table and writes grid.json.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from dataclasses import replace

@@ -7,8 +7,6 @@ groups, and on base and new classes; CoOp's accuracy after 10 and 50 epochs. The
 the table, checks.md.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import multiprocessing

@@ -1,7 +1,5 @@
 """What both pages share: jinja2 templates with autoescape, and the files that are copied into a page."""
 
-from __future__ import annotations
-
 import base64
 import re
 from functools import cache

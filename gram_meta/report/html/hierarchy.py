@@ -4,8 +4,6 @@ The page is a single file that loads nothing from outside (its content security 
 script, and stays below a size in bytes: every thumbnail has a bound, so the number of images decides.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """One HTML page with tables, figures and the settings of every run: a single file that loads nothing from outside."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
