@@ -128,9 +128,6 @@ def common_settings(args: argparse.Namespace, output: Path, **defaults: Any) -> 
     return BenchSettings(**chosen)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def bench_runs(settings: BenchSettings) -> list[BenchRun]:
     """Return every run in order: meta-trainings, then seed by seed, so that whole seeds are finished first.
 

@@ -176,8 +176,7 @@ def _plain(name: str) -> str:
     return {"dtd": "describabletextures"}.get(plain, plain)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Meta-trainings
+# ------------------------------------------------------------------------------------------------------- Meta-trainings
 
 
 def _add_metas_of_results(evidence: Evidence) -> None:
@@ -209,8 +208,7 @@ def _read_meta(folder: Path) -> MetaTraining | None:
     return MetaTraining(str(checkpoint), sha256, facts, tuple(log))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Collections
+# ---------------------------------------------------------------------------------------------------------- Collections
 
 # Blocks that many runs have in common.
 _SHARED = ("config", "versions", "meta_checkpoint", "few_shot", "backbone_fingerprint")

@@ -75,8 +75,7 @@ def write_figures(drawings: Iterable[Drawing], folder: str | Path) -> list[Path]
     return written
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Figure 1(a): accuracy over prompt initialisations
+# -------------------------------------------------------------------- Figure 1(a): accuracy over prompt initialisations
 
 
 def start_of(run: Run) -> str | None:
@@ -161,8 +160,7 @@ def _draw_starts(lines: Sequence[str], found: Mapping, series: Mapping) -> bytes
     return _png(figure)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Figures 1(b) and 3(a): base and new accuracy per epoch
+# --------------------------------------------------------------- Figures 1(b) and 3(a): base and new accuracy per epoch
 
 
 def _epochs(runs: Sequence[Run]) -> list[Drawing | str]:
@@ -223,8 +221,7 @@ def _epochs_of(runs: Sequence[Run], length: int) -> Drawing | str:
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Figure 3(b): the normalised gradient inner product over meta-training
+# ------------------------------------------------ Figure 3(b): the normalised gradient inner product over meta-training
 
 
 def _alignments(metas: Sequence[MetaTraining]) -> Drawing | str:
@@ -275,8 +272,7 @@ def _by_settings(metas: Sequence[MetaTraining]) -> dict[str, list[MetaTraining]]
     return dict(sorted(named.items(), key=lambda it: (first.get(it[0].split("_")[0], 9), len(it[0]), it[0])))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Canvas
+# --------------------------------------------------------------------------------------------------------------- Canvas
 
 
 def _figure(width: float, height: float) -> Any:

@@ -86,8 +86,7 @@ def _table(number: int, runs: Sequence[Run], reference: str, explicit: bool) -> 
     return _transfer(number, runs, reference, explicit)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tables 1, 6, 7: base to new
+# ------------------------------------------------------------------------------------------ Tables 1, 6, 7: base to new
 
 
 def base_to_new_runs(runs: Sequence[Run], shots: int = _WANTED) -> list[Run]:
@@ -187,8 +186,7 @@ def _average_number(number: int, label: str, members: Sequence[str]) -> dict[str
     return paper.ablation(int(label[0])) if number == 6 else paper.tokens(int(label.split()[0]))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tables 2 to 5: trained on a source, tested elsewhere
+# ----------------------------------------------------------------- Tables 2 to 5: trained on a source, tested elsewhere
 
 
 def _transfer(number: int, runs: Sequence[Run], reference: str, explicit: bool) -> list[Report]:
@@ -245,8 +243,7 @@ def _transfer_number(number: int, source: str, label: str, name: str, members: S
     return {"all": row[name]} if name in row else {}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Runs that belong to no table of the paper
+# ---------------------------------------------------------------------------- Runs that belong to no table of the paper
 
 
 def _variants(runs: Sequence[Run], reference: str) -> list[Report]:
@@ -298,8 +295,7 @@ def _all_classes(runs: Sequence[Run], reference: str) -> list[Report]:
     return [*reports, build(shown, plain_plan(shown, ALL, reference, _title("All classes", shown)))]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Rows, order, and where the paper's numbers are shown
+# ----------------------------------------------------------------- Rows, order, and where the paper's numbers are shown
 
 
 def _rows(runs: Sequence[Run], order: Iterable[str], explicit: bool) -> list[str]:

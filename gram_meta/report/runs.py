@@ -155,8 +155,7 @@ def is_untrained(result: Mapping[str, Any]) -> bool:
     return bool(result.get("eval_only")) and not result.get("model_dir")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# How a run differs from its trainer's standard form
+# ------------------------------------------------------------------- How a run differs from its trainer's standard form
 
 
 def _meta_settings(training: Mapping[str, Any]) -> Mapping[str, Any]:

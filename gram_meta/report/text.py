@@ -46,8 +46,7 @@ def render_curve(headers: Sequence[str], rows: Sequence[Sequence[Any]], form: st
     return _latex(headers, shown) if form == "latex" else _grid(headers, shown, form)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Headers and cells
+# ---------------------------------------------------------------------------------------------------- Headers and cells
 
 
 @dataclass(frozen=True)
@@ -181,8 +180,7 @@ def _seeds(seeds: Sequence[int]) -> str:
     return f"seed{'s' * (len(seeds) != 1)} {', '.join(map(str, seeds))}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Formats
+# -------------------------------------------------------------------------------------------------------------- Formats
 
 
 def _grid(headers: Sequence[str], rows: Sequence[Sequence[Any]], form: str) -> str:

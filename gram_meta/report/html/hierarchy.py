@@ -149,8 +149,7 @@ def _fitting(hierarchy: Hierarchy, topics: int, images: int, fixed: int, limit: 
     return topics, images
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Images, and the rows of a topic
+# -------------------------------------------------------------------------------------- Images, and the rows of a topic
 
 
 @dataclass
@@ -211,8 +210,7 @@ def thumbnail(image: Image.Image) -> tuple[int, int, str]:
         side = side * 2 // 3
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Charts
+# --------------------------------------------------------------------------------------------------------------- Charts
 
 
 def _sizes(hierarchy: Hierarchy) -> dict[str, Any] | None:
@@ -264,8 +262,7 @@ def _chart(labels: Sequence[str], ticks: Sequence[str], series: Mapping[str, np.
     return {"bars": bars, "most": most, "key": [name for name, counts in series.items() if counts.any()]}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Topics
+# --------------------------------------------------------------------------------------------------------------- Topics
 
 
 def _topic(view: _View, number: int, images: int) -> dict[str, Any]:
@@ -295,8 +292,7 @@ def _domain(view: _View, rows: np.ndarray, images: int, random: np.random.Genera
     return view.images(found[chosen], view.hierarchy.pair[rows[first[chosen]]])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A task, and dropped pairs
+# -------------------------------------------------------------------------------------------- A task, and dropped pairs
 
 
 def _task(view: _View) -> dict[str, Any]:
@@ -346,8 +342,7 @@ def _dropped(view: _View) -> list[tuple[str, list[tuple[dict[str, Any], str, str
     return shown
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Words
+# ---------------------------------------------------------------------------------------------------------------- Words
 
 
 def _percent(count: int, total: int) -> str:

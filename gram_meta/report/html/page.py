@@ -74,8 +74,7 @@ def page(
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tables
+# --------------------------------------------------------------------------------------------------------------- Tables
 
 
 def _table(grid: Grid) -> dict[str, Any]:
@@ -106,8 +105,7 @@ def _number(text: str) -> dict[str, str]:
     return {"text": value, "below": seeds.removesuffix(")")}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Meta-checkpoints
+# ----------------------------------------------------------------------------------------------------- Meta-checkpoints
 
 
 def _metas(runs: Sequence[Run], evidence: Evidence) -> list[dict[str, Any]]:
@@ -140,8 +138,7 @@ def _meta(key: str, runs: Sequence[Run], meta: MetaTraining | None) -> dict[str,
     }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Hashes, by which runs are grouped and linked
+# ------------------------------------------------------------------------- Hashes, by which runs are grouped and linked
 
 
 def _meta_hash(run: Run) -> str:
