@@ -85,6 +85,7 @@ setup(
         "gram_meta.demo": ["concepts.tsv", "phrases.yaml"],
         "gram_meta.report.html": ["*.html", "*.css", "*.js"],
         "gram_meta.configs": ["**/*.yaml"],
+        "gram_meta.datasets": ["*.yaml"],
     },
     install_requires=INSTALL,
     extras_require={"demo": DEMO, "figures": FIGURES, "test": TEST, "dev": DEV},
