@@ -107,10 +107,8 @@ def _look(path: Path) -> tuple[Splits, bool]:
 def _split_folders(path: Path) -> dict[str, Path]:
     """Return the folders of the splits in `path`; {}: its folders are classes, perhaps one of them called "train".
 
-    Words around a split's name are accepted (seg_train, test-images), if all folders have such names.
-
-    Raises:
-        GramError: folders that may be splits or classes, two of one split, or none of training images.
+    Words around a split's name are accepted (seg_train, test-images), if all folders have such names. Folders that may
+    be splits or classes, two folders of one split, or none of training images raise `GramError`.
     """
     folders = _class_folders(path)
     named = {folder: _split_of(folder.name) for folder in folders}

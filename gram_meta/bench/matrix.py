@@ -129,11 +129,7 @@ def common_settings(args: argparse.Namespace, output: Path, **defaults: Any) -> 
 
 
 def bench_runs(settings: BenchSettings) -> list[BenchRun]:
-    """Return every run in order: meta-trainings, then seed by seed, so that whole seeds are finished first.
-
-    Raises:
-        GramError: unknown names, or a meta-checkpoint that is missing and cannot be made.
-    """
+    """Return every run in order: meta-trainings, then seed by seed, so that whole seeds are finished first."""
     check(settings)
     entries = [read_entry(text, settings) for text in dict.fromkeys(settings.trainers)]
     jobs = [*meta_jobs(entries, settings)]
@@ -209,11 +205,7 @@ def _gram_options(path: Path, opts: Sequence[str]) -> dict[str, str]:
 
 
 def meta_jobs(entries: Iterable[Entry], settings: BenchSettings) -> Iterator[BenchRun]:
-    """Yield the meta-trainings that the trainers need.
-
-    Raises:
-        GramError: a meta-checkpoint is missing, and there is no store to make it from.
-    """
+    """Yield the meta-trainings that the trainers need; raise `GramError` for one that lacks a store to make it from."""
     for name, entry in {entry.meta: entry for entry in entries if entry.meta}.items():
         config = _meta_config(name, settings.meta_opts)
         kind = "labelled_" if config.CHC.get("LABELLED", False) else ""
@@ -249,9 +241,7 @@ def meta_jobs(entries: Iterable[Entry], settings: BenchSettings) -> Iterator[Ben
 def meta_state(folder: Path, opts: Sequence[str] = ()) -> str:
     """Return `finished`, `unfinished` or `new`. A checkpoint without the files of its training (a copy) is finished.
 
-    Raises:
-        GramError: the folder was trained with other settings than its meta config, which has the folder's name, and
-            `opts` give now.
+    A folder trained with other settings than those of its meta config, which has its name, and `opts` is a `GramError`.
     """
     if not (folder / RUN).is_file():
         return "finished" if (folder / META).is_file() else "new"

@@ -113,11 +113,7 @@ class Pool:
         return outcomes
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a function in a worker, which imports torch anyway, and return its result.
-
-        Raises:
-            GramError: the function raised it, or failed in another way.
-        """
+        """Return the result of a function that a worker calls; a failure is raised as a `GramError`."""
         from gram_meta.errors import GramError
 
         with tempfile.TemporaryDirectory() as folder:

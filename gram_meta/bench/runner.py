@@ -32,19 +32,14 @@ SHOWN = 10  # failed runs that are named again at the end
 PACKAGES = ("torch", "torchvision", "numpy", "clip-anytorch", "safetensors", "yacs")
 
 
-def show(
-    jobs: Sequence[BenchRun],
-    settings: BenchSettings,
-    environments: Sequence[Mapping[str, str]],
-    say: Callable[[str], None] = print,
-) -> None:
+def show(jobs: Sequence[BenchRun], settings: BenchSettings, environments: Sequence[Mapping[str, str]]) -> None:
     """Print all commands in order, as a user types them; finished ones as comments."""
     with Pool(environments[:1]) as pool:
         states = pool.call(look, jobs, settings)
     for job in jobs:
         state = states[job.folder]
         marks = {"finished": "# finished: ", "refused": f"# {state.why}\n# refused: "}
-        say(marks.get(state.name, "") + job.line)
+        print(marks.get(state.name, "") + job.line)
 
 
 def run(
@@ -53,11 +48,7 @@ def run(
     environments: Sequence[Mapping[str, str]],
     say: Callable[[str], None] = print,
 ) -> int:
-    """Run what is not finished; return the exit status: 0 all finished, 1 some failed, 130 interrupted.
-
-    Raises:
-        GramError: an option or a name that no run could be started with.
-    """
+    """Run what is not finished; return the exit status: 0 all finished, 1 some failed, 130 interrupted."""
     as_ctrl_c = handled(signal.default_int_handler, signal.SIGTERM, signal.SIGHUP)  # and a closed terminal
     with as_ctrl_c, only_writer(settings.output), Pool(environments) as pool:
         states = pool.call(look, jobs, settings)
@@ -87,11 +78,7 @@ class State:
 
 
 def look(jobs: Sequence[BenchRun], settings: BenchSettings) -> dict[Path, State]:
-    """Return the state of every run. A run that needs an unfinished one is not finished itself.
-
-    Raises:
-        GramError: an unknown option or name.
-    """
+    """Return the state of every run; an unknown option is a `GramError`. What needs an unfinished run is unfinished."""
     states: dict[Path, State] = {}
     for job in jobs:
         waits = any(states[folder].name != "finished" for folder in job.after if folder in states)

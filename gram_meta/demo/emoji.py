@@ -61,11 +61,7 @@ def require_packages() -> None:
 
 
 def drawing(concept: Concept, source: str) -> np.ndarray:
-    """Return one drawing as (64, 64, 4) uint8, RGBA with straight alpha.
-
-    Raises:
-        GramError: an unknown source, a source without this concept, or a missing package.
-    """
+    """Return one drawing as (64, 64, 4) uint8, RGBA with straight alpha; raise `GramError` where there is none."""
     require_packages()
     if source not in SOURCES:
         raise GramError(f"source must be one of {', '.join(SOURCES)}, found {source!r}")

@@ -52,11 +52,7 @@ class Drawing:
 
 
 def draw(runs: Sequence[Run], metas: Sequence[MetaTraining]) -> tuple[list[Drawing], list[str]]:
-    """Return every figure that the runs have data for, and a sentence for each figure that lacks data.
-
-    Raises:
-        GramError: matplotlib is not installed.
-    """
+    """Return every figure that the runs have data for, and a sentence for each figure that lacks data."""
     if find_spec("matplotlib") is None:
         raise GramError("figures: expected matplotlib, found none; run pip install 'gram-meta[figures]'")
     figures = [_starts(runs), *_epochs(runs), _alignments(metas)]

@@ -146,11 +146,7 @@ def ordered(runs: Sequence[Run]) -> list[Run]:
 
 
 def build(runs: Sequence[Run], plan: Plan) -> Report:
-    """Return the plan's table, filled from `runs`.
-
-    Raises:
-        GramError: two runs of the same thing, or settings that contradict each other.
-    """
+    """Return the plan's table, filled from `runs`; raise `GramError` for two runs of one thing and other conflicts."""
     runs = ordered(runs)
     _refuse_duplicates(runs)
     _refuse_conflicts(runs)

@@ -89,9 +89,6 @@ def write_hierarchy_page(
         seed: of the random choice of images, captions, task and dropped pairs.
         agreement: text of the comparison with a truth, if there is one.
         limit: largest size in bytes.
-
-    Raises:
-        GramError: `topics` below 0 or `images` below 1.
     """
     if topics < 0 or images < 1:
         raise GramError(f"--topics and --images: expected at least 0 and 1, found {topics} and {images}")
