@@ -7,10 +7,11 @@ implies is left out. `--check` writes nothing and exits with 1 if the file diffe
 import argparse
 import ast
 import sys
-from html import escape
 from pathlib import Path
+from typing import Any
 
 import networkx
+from jinja2 import Environment
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,37 +73,18 @@ def draw() -> str:
     if unplaced := set(files).difference(*LAYERS):
         sys.exit(f"scripts/draw_architecture.py: expected every package in LAYERS, found {', '.join(sorted(unplaced))}")
     total = max(map(len, LAYERS)) * (WIDTH + GAP_X) + GAP_X
-    place: dict[str, tuple[float, float]] = {}
-    boxes: list[str] = []
+    boxes: dict[str, dict[str, Any]] = {}  # by package: its left upper corner, and what it holds
     for row, layer in enumerate(LAYERS):
-        present = {name: title for name, title in layer.items() if name in files}
+        present = [name for name in layer if name in files]
         left = (total - len(present) * (WIDTH + GAP_X) + GAP_X) / 2
-        for column, (name, title) in enumerate(present.items()):
+        for column, name in enumerate(present):
             x, y = left + column * (WIDTH + GAP_X), 20 + row * (HEIGHT + GAP_Y)
-            place[name] = x + WIDTH / 2, y
-            boxes.append(
-                f'<rect x="{x:g}" y="{y:g}" width="{WIDTH}" height="{HEIGHT}" rx="6"/>'
-                f'<text x="{x + WIDTH / 2:g}" y="{y + 22:g}" class="name">{escape(name)}</text>'
-                f'<text x="{x + WIDTH / 2:g}" y="{y + 41:g}">{escape(title)}</text>'
-            )
-    curves = [
-        f'<path d="M{place[a][0]:g} {place[a][1] + HEIGHT:g} C{place[a][0]:g} {place[a][1] + HEIGHT + 26:g} '
-        f'{place[b][0]:g} {place[b][1] - 26:g} {place[b][0]:g} {place[b][1] - 3:g}"/>'
-        for a, b in arrows(files)
-    ]
-    bottom = 20 + len(LAYERS) * (HEIGHT + GAP_Y)
-    style = (
-        "svg{background:#fff}rect{fill:#eef3fb;stroke:#4a6fa5}text{font:13px sans-serif;text-anchor:middle;fill:#333}"
-        ".name{font-weight:bold;font-size:15px;fill:#111}"
-        "path{fill:none;stroke:#8a97a8;stroke-width:1.3;marker-end:url(#tip)}"
+            boxes[name] = {"x": x, "y": y, "title": layer[name]}
+    size = {"width": WIDTH, "height": HEIGHT, "total": total, "bottom": 20 + len(LAYERS) * (HEIGHT + GAP_Y)}
+    template = Environment(autoescape=True, trim_blocks=True, keep_trailing_newline=True).from_string(
+        Path(__file__).with_name("architecture.svg.jinja").read_text("utf-8")
     )
-    tip = (
-        '<marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-        '<polygon points="0,0 8,4 0,8" fill="#8a97a8"/></marker>'
-    )
-    body = "\n".join([f"<style>{style}</style>", f"<defs>{tip}</defs>", *curves, *boxes])
-    size = f'viewBox="0 0 {total:g} {bottom:g}" width="{total:g}"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n{body}\n</svg>\n'
+    return template.render(boxes=boxes, arrows=arrows(files), **size)
 
 
 def main() -> None:
