@@ -71,13 +71,9 @@ class FewShot:
             source = stored["split_sha256"]
             drawn = {part: as_entries(stored[part]) for part in self.parts}
         except (KeyError, TypeError, ValueError):
-            raise GramError(
-                f"{path}: expected a few-shot subset, found other contents; remove it to draw anew"
-            ) from None
+            raise _refused(path, "expected a few-shot subset, found other contents") from None
         if source != self.fingerprint:
-            raise GramError(
-                f"{path}: was drawn from something else than the {self.source} there now; remove it to draw anew"
-            )
+            raise _refused(path, f"was drawn from something else than the {self.source} there now")
         for part in self.parts:
             known = set(splits[part])
             if unknown := [entry for entry in drawn[part] if entry not in known]:
@@ -85,21 +81,17 @@ class FewShot:
         return drawn
 
     def _not_there(self, path: Path, part: str, image: str) -> GramError:
-        return GramError(
-            f"{path}: names {image}, which is no {part} image of the {self.source} there now; remove it to draw anew"
-        )
+        return _refused(path, f"names {image}, which is no {part} image of the {self.source} there now")
 
     def _check_classes(self, path: Path, drawn: Splits, splits: Splits, shots: int) -> None:
         """Raise `GramError` unless a subset has at least one training image of each class, and at most `shots`."""
         counts = {part: Counter(label for _, label, _ in drawn[part]) for part in drawn}
         classes = {label for _, label, _ in splits["train"]}
         if missing := classes - set(counts["train"]):
-            raise GramError(
-                f"{path}: expected training images of all {len(classes)} classes, found none of {len(missing)} of "
-                "them; remove it to draw anew"
-            )
+            wanted = f"training images of all {len(classes)} classes"
+            raise _refused(path, f"expected {wanted}, found none of {len(missing)} of them")
         if (most := max(n for counter in counts.values() for n in counter.values())) > shots:
-            raise GramError(f"{path}: expected at most {shots} images of a class, found {most}; remove it to draw anew")
+            raise _refused(path, f"expected at most {shots} images of a class, found {most}")
 
     def _taken_over(self, path: Path, splits: Splits) -> Splits:
         """Return the subset in a pickle of CoOp's, with the present paths of its images."""
@@ -108,7 +100,7 @@ class FewShot:
         drawn: Splits = {}
         for part in self.parts:
             if part not in records and splits[part]:
-                raise GramError(f"{path}: expected images under {part!r}, found none; remove it to draw anew")
+                raise _refused(path, f"expected images under {part!r}, found none")
             known = {entry[0]: entry for entry in splits[part]}
             drawn[part] = [self._known(path, part, record, known) for record in records.get(part, [])]
         self._note_names(path, records, drawn)
@@ -120,10 +112,8 @@ class FewShot:
         if end is None:
             raise self._not_there(path, part, image)
         if known[end][1] != label:
-            raise GramError(
-                f"{path}: gives {end} the label {label}, expected {known[end][1]} as in the {self.source} there now; "
-                "remove it to draw anew"
-            )
+            now = f"{known[end][1]} as in the {self.source} there now"
+            raise _refused(path, f"gives {end} the label {label}, expected {now}")
         return known[end]
 
     def _note_names(self, path: Path, records: dict[str, list[Record]], drawn: Splits) -> None:
@@ -158,6 +148,10 @@ class FewShot:
             write_pickle(path, wanted)
         except (GramError, OSError) as error:
             print(f"Note: {error}")
+
+
+def _refused(path: Path, why: str) -> GramError:
+    return GramError(f"{path}: {why}; remove it to draw anew")
 
 
 def as_entries(rows: Any) -> list[Entry]:

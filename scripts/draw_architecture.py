@@ -68,7 +68,6 @@ def arrows(files: dict[str, list[Path]]) -> list[tuple[str, str]]:
 
 
 def draw() -> str:
-    """Return the picture as SVG."""
     files = sources()
     if unplaced := set(files).difference(*LAYERS):
         sys.exit(f"scripts/draw_architecture.py: expected every package in LAYERS, found {', '.join(sorted(unplaced))}")

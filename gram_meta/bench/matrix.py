@@ -135,11 +135,8 @@ def bench_runs(settings: BenchSettings) -> list[BenchRun]:
     jobs = [*meta_jobs(entries, settings)]
     for seed in settings.seeds:
         for protocol in settings.protocols:
-            jobs += (
-                _base2new(entries, settings, seed)
-                if protocol == "base2new"
-                else _transfer(entries, settings, seed, settings.datasets[protocol])
-            )
+            runs_of = _base2new if protocol == "base2new" else _transfer
+            jobs += runs_of(entries, settings, seed, settings.datasets[protocol])
     unique: dict[Path, BenchRun] = {}
     for job in jobs:
         unique.setdefault(job.folder, job)  # xd and dg share their training
@@ -226,15 +223,11 @@ def meta_jobs(entries: Iterable[Entry], settings: BenchSettings) -> Iterator[Ben
         state = meta_state(folder, settings.meta_opts)
         if store or state == "finished":
             yield job
-        elif state == "unfinished":
-            raise GramError(
-                f"{folder}: expected the meta-checkpoint for {entry.label}, found a meta-training that is not "
-                f"finished; go on with `{job.line}`, or give {' and '.join(flags)}"
-            )
         else:
+            begun = "a meta-training that is not finished; go on with", "no such file; make it with"
             raise GramError(
-                f"{folder / META}: expected the meta-checkpoint for {entry.label}, found no such file; "
-                f"make it with `{job.line}`, or give {' and '.join(flags)}"
+                f"{folder / META}: expected the meta-checkpoint for {entry.label}, found "
+                f"{begun[state == 'new']} `{job.line}`, or give {' and '.join(flags)}"
             )
 
 
@@ -268,10 +261,12 @@ def _meta_config(name: str, opts: tuple[str, ...]) -> Any:
 # ----------------------------------------------------------------------------------------------------------- protocols
 
 
-def _base2new(entries: Sequence[Entry], settings: BenchSettings, seed: int) -> Iterator[BenchRun]:
+def _base2new(
+    entries: Sequence[Entry], settings: BenchSettings, seed: int, datasets: Sequence[str]
+) -> Iterator[BenchRun]:
     """Train on the base classes of each dataset, with a test on them at the end, then test on the new ones."""
     shots = ("DATASET.NUM_SHOTS", str(settings.shots), "DATASET.SUBSAMPLE_CLASSES")
-    for dataset in settings.datasets["base2new"]:
+    for dataset in datasets:
         for entry in _of_seed(entries, settings, seed):
             tail = f"{dataset}/shots_{settings.shots}/{entry.trainer}/{entry.name}/seed{seed}"
             trained = settings.output / "base2new" / "train_base" / tail

@@ -152,7 +152,6 @@ class Bench:
             self.root = made_up(args.classes, batch, args.test_images or 100, folder)
 
     def start(self, entry: Entry, batch: int, folder: Path) -> Process:
-        """Start a contestant: its process has the options, and what to build."""
         size, node = self.backbone.image_size, f"TRAINER.{entry.node}"
         options: dict[str, Any] = {
             "INPUT.SIZE": f"({size}, {size})",
@@ -258,7 +257,6 @@ def cells(row: Mapping[str, Any], first: Mapping[str, Any], measure: str, args: 
 
 
 def print_group(table: Mapping[str, Any], args: argparse.Namespace) -> None:
-    """Print the tables of a group as Markdown."""
     contestants = table["contestants"]
     print(f"\n### {table['group']}\n")
     for reason in table["left_out"].values():

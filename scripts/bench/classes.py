@@ -92,11 +92,9 @@ class Step:
         self.labels = torch.arange(batch, device=device) % classes
 
     def text(self) -> None:
-        """Learn from fixed image features."""
         self._learn(logits(self.features, self.model.class_features(), self.backbone.logit_scale))
 
     def whole(self) -> None:
-        """Learn from images."""
         self._learn(self.model(self.images))
 
     def _learn(self, scores: Tensor) -> None:
@@ -150,7 +148,6 @@ def print_rows(rows: Sequence[Row]) -> None:
 
 
 def cell(row: Row) -> str:
-    """Return memory and time as text."""
     if "peak_mb" not in row:
         return f"({row['estimate_mb']:,} MB by arithmetic)"
     return f"{row['peak_mb']:,} MB, {1000 * row['seconds']:,.0f} ms" + f" [{row['chunk']}]" * bool(row["chunk"])

@@ -4,7 +4,7 @@
     python scripts/bench/clustering.py gram FOLDER/100k [KEY VALUE...]
     python scripts/bench/clustering.py bertopic FOLDER/100k [MIN_TOPIC_SIZE]
     python scripts/bench/clustering.py topics FOLDER/100k evoc        # evoc, umap+hdbscan or umap+fast-hdbscan
-    python scripts/bench/clustering.py rules FOLDER/100k 30000 [transform]   # ways to assign pairs to topics
+    python scripts/bench/clustering.py rules FOLDER/100k 30000        # ways to assign pairs to topics
     python scripts/bench/clustering.py table FOLDER                   # all rows so far, in Markdown
 
 Each prints a row of JSON, also added to FOLDER/results.jsonl. Times and memory are those of a process of its own.
@@ -219,7 +219,6 @@ def ami(truth: np.ndarray, found: np.ndarray) -> float:
 
 
 def judged(label: np.ndarray, truth: np.ndarray) -> Row:
-    """Compare topics (-1: noise) with the true ones."""
     both, noise, true_noise = (label >= 0) & (truth >= 0), label < 0, truth < 0
     scores = {
         "noise": noise.mean(),
@@ -298,14 +297,12 @@ def find(store: Path, way: str, opts: list[str]) -> np.ndarray:
 
 
 def chc_settings(opts: list[str]) -> Any:
-    """Return the settings of the clustering: the defaults, and KEY VALUE pairs."""
     return ChcSettings.from_config(load_meta_config([], opts))
 
 
 def rules(store: Path, count: int, opts: list[str]) -> list[Row]:
     """Compare ways to assign pairs outside a sample to topics with un-sampled clustering and with the truth."""
-    transform = opts[:1] == ["transform"]
-    settings, truth = chc_settings(opts[transform:]), truth_of(store)[0]
+    settings, truth = chc_settings(opts), truth_of(store)[0]
     features = np.asarray(PairStore.open(store).sentence_features, np.float32)
     kept = store / "unsampled.npz"
     if not kept.is_file():
@@ -354,16 +351,6 @@ def rules(store: Path, count: int, opts: list[str]) -> list[Row]:
     inner, outer = (inside @ centre.T).max(1), outside @ centre.T
     nearest = np.where(outer.max(1) >= np.quantile(inner, noise), outer.argmax(1), -1)
     add("nearest topic centre, one threshold for all", nearest, time.process_time() - start)
-    if transform:
-        import hdbscan
-
-        reduce = reducer(settings, len(inside)).fit(inside)
-        clusterer = hdbscan.HDBSCAN(settings.min_cluster_size, settings.min_samples, prediction_data=True)
-        clusterer.fit(reduce.embedding_.astype(np.float64))
-        few = rest[:3000]
-        start = time.process_time()
-        found, _ = hdbscan.approximate_predict(clusterer, reduce.transform(features[few]).astype(np.float64))
-        add("UMAP's transform, HDBSCAN's approximate_predict", found, time.process_time() - start, few)
     return rows
 
 
@@ -393,7 +380,6 @@ def main() -> None:
 
 
 def measured(what: str, store: Path, opts: list[str]) -> list[Row]:
-    """Return the rows of a measurement."""
     if what == "rules":
         return rules(store, int(opts[0]), opts[1:])
     way, *words = opts if what == "topics" else [what, *opts]

@@ -80,7 +80,6 @@ def own_process(begin: Callable[..., object] | None = None, *words: Any) -> Proc
 
 
 def cpu_model() -> str:
-    """Return the processor's name."""
     info = Path("/proc/cpuinfo")
     models = re.findall(r"^model name\s*: (.*)", info.read_text() if info.exists() else "", re.MULTILINE)
     return models[0] if models else platform.processor() or platform.machine()
@@ -289,7 +288,6 @@ def print_comparison(measured: Mapping[str, Measured], names: Sequence[str], **c
 
 
 def numbers(measured: Mapping[str, Measured]) -> dict[str, dict[str, Any]]:
-    """Return what was measured for a report."""
     return {name: {"seconds": one.rounds, "peak_mb": one.peak_mb} for name, one in measured.items()}
 
 

@@ -189,7 +189,6 @@ class Contestant:
         return common.with_peak(lambda: self.measures[measure](1), self.spec.device)[0]
 
     def _steps(self, batches: Sequence[Any] | Iterator[Any]) -> dict[str, Any]:
-        """Take a training step on each batch; return the losses."""
         losses = []
         for batch in batches:
             self.trainer.set_model_mode("train")
@@ -200,14 +199,12 @@ class Contestant:
         return {"losses": losses}
 
     def _test(self, batches: Any) -> dict[str, Any]:
-        """Run the trainer's own test pass over these batches."""
         if hasattr(self.trainer.model, "_kept"):
             self.trainer.model._kept = None  # class features are part of every pass
         self.trainer.test_loader = batches
         return {"accuracy": float(self.trainer.test(split="test"))}
 
     def _images(self, batches: Sequence[Any] | Iterator[Any]) -> None:
-        """Run the image tower alone."""
         device, model = self.trainer.device, self.trainer.model
         amp = self.spec.precision == "amp" and device.type == "cuda"
         theirs = self.spec.checkout and (lambda images: model.image_encoder(images.type(model.dtype)))

@@ -112,7 +112,6 @@ class Bench:
             self.sentences = [batch_to_device(tokens(batch), args.device) for batch in lists]
 
     def cases(self) -> list[tuple[str, int]]:
-        """Return every kind of source with every number of workers."""
         return [(kind, workers) for workers in self.args.workers for kind in self.sources]
 
     def steps(self, out: Path) -> dict[str, Callable[[], Any]]:
@@ -125,7 +124,6 @@ class Bench:
 
     @torch.no_grad()
     def towers(self) -> None:
-        """Run all towers."""
         for images in self.pixels:
             kept = self.backbone.encode_images(images)
         for tokens in self.tokens:
@@ -147,12 +145,10 @@ class Bench:
         return run_ahead(files.read, batches, workers, "use fewer --workers", prefetch=4)
 
     def decode(self, kind: str, workers: int) -> None:
-        """Read all images."""
         for _ in self.decoded(kind, workers):
             pass
 
     def embed(self, kind: str, workers: int, out: Path) -> None:
-        """Make a store."""
         shutil.rmtree(out, ignore_errors=True)
         sizes = {"batch_size": self.args.batch_size, "part_size": self.args.part_size, "workers": workers}
         store = embed_pairs(self.sources[kind], out, self.backbone, self.sentence_model, **sizes)

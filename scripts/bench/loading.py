@@ -34,7 +34,6 @@ CROP = v2.Compose([v2.RandomResizedCrop(224, interpolation=InterpolationMode.BIC
 
 
 def main() -> None:
-    """Measure every way of reading, then compare the pixels."""
     options = parser(__doc__ or "")
     options.add_argument("--images", type=int, default=320, help="JPEGs in an epoch (%(default)s)")
     options.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="loader processes (%(default)s)")
@@ -77,7 +76,6 @@ def write_images(folder: Path, count: int) -> list[str]:
 
 
 def loader_of(paths: list[str], workers: int, on: str) -> Any:
-    """Return the built-in engine's training loader."""
     cfg = engine.get_cfg_default()
     cfg.INPUT.TRANSFORMS, cfg.INPUT.INTERPOLATION = ("random_resized_crop", "random_flip", "normalize"), "bicubic"
     cfg.INPUT.CROP_ON, cfg.DATALOADER.NUM_WORKERS = on, workers

@@ -55,12 +55,10 @@ def gradients(made: MetaTasks, lean: bool, scale: float) -> list[Tensor]:
 
 
 def vector(parameters: object) -> Tensor:
-    """Return the gradients of these parameters as one vector."""
     return torch.cat([parameter.grad.flatten() for parameter in parameters])  # type: ignore[attr-defined]
 
 
 def error(found: Tensor, true: Tensor) -> str:
-    """Return the relative error."""
     return f"{((found - true).norm() / true.norm()).item():.1e}" if bool(found.isfinite().all()) else "not finite"
 
 

@@ -86,7 +86,6 @@ class Bench:
         return loss, gradients
 
     def variants(self) -> dict[str, Callable[[], Tensor]]:
-        """Return every variant of this family by name."""
         clone = partial(clone_and_adapt, self.model, self.made.episode)
         inner, first_order = self.made.inner(), self.made.inner(first_order=True)
         variants: dict[str, Callable[[], Tensor]] = {CLONE: partial(clone, self.classes, inner)}
@@ -171,7 +170,6 @@ class Bench:
         return common.product_rate(self.args, rows, width) / 1e9
 
     def profile(self) -> Profile:
-        """Measure where the time of this project's step goes."""
         profile = Profile(self.args.device, time.process_time if self.args.clock == "cpu" else time.perf_counter)
         with profile.watching(self.backbone, self.made.regulator):
             for _ in range(max(self.args.repeats, 2)):

@@ -84,7 +84,6 @@ def claim(ours: str, theirs: str, metric: str, table: pandas.DataFrame) -> dict:
 
 
 def as_markdown(claims: list[dict]) -> str:
-    """Return the table for the page of results."""
     rows = [
         {
             "claim": each["name"],
@@ -99,7 +98,6 @@ def as_markdown(claims: list[dict]) -> str:
 
 
 def all_claims(runs: list[Run]) -> list[dict]:
-    """Return the claims that the runs allow."""
     table = read(runs)
     kinds = table.index.unique("kind")
     pairs = [(ours, theirs) for ours, theirs in CLAIMS if ours in kinds and theirs in kinds]

@@ -7,15 +7,12 @@ different words. Training takes 16 images of one domain of each of 18 topics, an
 other images (base) and all images of the other 18 topics (new). These tasks show far more drawings than *animals*.
 """
 
-import argparse
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from few_shot_batch import STEPS, Recording, TestSet, adapt
-from meta_grid import COOP, controls, meta_train
+from meta_grid import COOP, controls, grid_parser, meta_train, variants_of
 from tabulate import tabulate
 
 from gram_meta import load_backbone
@@ -30,18 +27,12 @@ HALF, SHOTS, BATCH, EPOCH = 18, 16, 32, 9
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--store", required=True)
-    parser.add_argument("--grid", required=True, type=Path)
-    parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--only", nargs="+", required=True, help="variants; all with the same HIERARCHY")
-    parser.add_argument("--meta-seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser = grid_parser(__doc__)
     parser.add_argument("--tasks", type=int, default=6, help="of each meta-seed; default: 6")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    grid = yaml.safe_load(args.grid.read_text())
-    variants = {name: {**grid["base"], **(grid[name] or {})} for name in args.only}
-    (place,) = {settings["HIERARCHY"] for settings in variants.values()}
+    variants = variants_of(args)
+    (place,) = {settings["HIERARCHY"] for settings in variants.values()}  # --only takes variants of one hierarchy
     hierarchy, store = Hierarchy.open(place), PairStore.open(args.store)
     domains = images_by_domain(hierarchy, None)
     words = context_from_words(load_backbone("gram-small"), "a photo of a")

@@ -47,21 +47,32 @@ COOP = "CoOp"
 Key = tuple[str, str, int]  # variant, control, meta-seed
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def grid_parser(text: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options of scripts that run a grid."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", required=True)
     parser.add_argument("--grid", required=True, type=Path)
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--meta-seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--sets", nargs="+", default=list(TUNING), choices=list(SETS), help="few-shot datasets")
     parser.add_argument("--only", nargs="+", help="variants to run; default: all in the grid")
+    return parser
+
+
+def variants_of(args: argparse.Namespace) -> dict[str, dict[str, object]]:
+    """Return the settings of each variant of the grid, or of those of --only."""
+    grid = yaml.safe_load(args.grid.read_text())
+    base = grid.pop("base", {})
+    return {name: {**base, **(grid[name] or {})} for name in args.only or grid}
+
+
+def main() -> None:
+    parser = grid_parser(__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--sets", nargs="+", default=list(TUNING), choices=list(SETS), help="few-shot datasets")
     args = parser.parse_args()
 
     torch.set_num_threads(1)  # faster than two, at this size
-    grid = yaml.safe_load(args.grid.read_text())
-    base = grid.pop("base", {})
-    variants = {name: {**base, **(grid[name] or {})} for name in args.only or grid}
+    variants = variants_of(args)
     words = context_from_words(load_backbone("gram-small"), "a photo of a")
     starts: dict[Key, tuple[Tensor, Regulate | None]] = {(COOP, COOP, 0): (words, None)}
     held = {}
@@ -118,7 +129,6 @@ def controls(path: Path, store: str, hierarchy: str, words: Tensor) -> dict[str,
 
 
 def few_shot_runs(args: argparse.Namespace, name: str, starts: dict[Key, tuple]) -> dict[Key, list[Scores]]:
-    """Return the accuracies of every start, by few-shot seed."""
     root, spec = args.out / "sets" / name, SETS[name]
     write_dataset(root / spec.folder, spec, progress=False)
     test = test_set(str(root), spec.folder)

@@ -105,7 +105,6 @@ def task_accuracy(logits: np.ndarray, ways: int) -> float:
 
 
 def cells(name: str, row: dict[str, float]) -> dict[str, str]:
-    """Return one row of the table."""
     texts = {"dataset": name, "styles": ", ".join(SPECS[name].look.styles) if name in SPECS else ""}
     for kind, sides in (("10-way", PARTS), ("18-way", PARTS), ("zero-shot", SIDES), ("CoOp", SIDES)):
         title = f"{kind} {' / '.join(sides)}" + " (10 epochs)" * (kind == "CoOp")

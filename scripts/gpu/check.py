@@ -58,7 +58,6 @@ def checks_of(args: Namespace) -> dict[str, Check]:
 
 
 def filled(check: Check, key: str) -> str:
-    """Return a text of a check, with what its braces name."""
     text = check[key]
     while "{" in text:
         text = text.format(**check)
