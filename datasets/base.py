@@ -94,14 +94,9 @@ class SplitDataset(DatasetBase):
     @classmethod
     def files(cls, path: Path, splits: Splits) -> FewShot:
         """Return where this dataset's few-shot subsets are kept."""
-        folder = path.parent if path.is_file() else path
-        return FewShot(
-            folder / cls.few_shot_dir,
-            folder / cls.image_dir,
-            path.name if path.is_file() else cls.source,
-            cls.fingerprint(path, splits),
-            cls.few_shot_parts,
-        )
+        folder, source = (path.parent, path.name) if path.is_file() else (path, cls.source)
+        places = folder / cls.few_shot_dir, folder / cls.image_dir
+        return FewShot(*places, source, cls.fingerprint(path, splits), cls.few_shot_parts)
 
     def data(self, images: Path, splits: Splits) -> dict[str, list[Datum]]:
         """Return the arguments of Dassl's DatasetBase."""
@@ -200,12 +195,10 @@ def outside(splits: Splits) -> str:
     """Return which images lie outside the folder by their paths, "" if none; links in the folder may lead anywhere."""
     named = [image for entries in splits.values() for image, _, _ in entries]
     found = [image for image in named if image.startswith("/") or ".." in image.split("/")]
-    return (
-        f"expected paths of images in this folder, found {found[0]} ({len(found)} of {len(named)} lead outside, which "
-        "only DATASET.OUTSIDE_ROOT True allows)"
-        if found
-        else ""
-    )
+    if not found:
+        return ""
+    count = f"{len(found)} of {len(named)} lead outside, which only DATASET.OUTSIDE_ROOT True allows"
+    return f"expected paths of images in this folder, found {found[0]} ({count})"
 
 
 def subsample(splits: Splits, group: str) -> Splits:

@@ -37,15 +37,9 @@ def settings(args: argparse.Namespace) -> BenchSettings:
     if args.root:
         raise GramError("--root and --emoji: expected one of them, found both; the root is DIR/world")
     made = ("store", "hierarchy", "labelled_store", "labelled_hierarchy")
-    return matrix.common_settings(
-        args,
-        folder / "output",
-        backbone="gram_small",
-        root=str(folder / "world"),
-        datasets=DATASETS,
-        source=SOURCE,
-        **{name: str(folder / name) for name in made},
-    )
+    places = {"root": str(folder / "world"), **{name: str(folder / name) for name in made}}
+    world = {"backbone": "gram_small", "datasets": DATASETS, "source": SOURCE}
+    return matrix.common_settings(args, folder / "output", **world, **places)
 
 
 def bench_runs(settings: BenchSettings, folder: Path) -> list[BenchRun]:

@@ -55,11 +55,8 @@ def places(jobs: int, gpus: Sequence[str] = ()) -> list[dict[str, str]]:
     """Return the environment of each worker: a GPU, and a share of the cores unless the user has set the threads."""
     count = len(gpus) or jobs
     threads = str(max(cores() // count, 1))
-    shares = {name: os.environ.get(name, threads) for name in THREADS}
-    return [
-        {**shares, "TOKENIZERS_PARALLELISM": "false", **({"CUDA_VISIBLE_DEVICES": gpus[i]} if gpus else {})}
-        for i in range(count)
-    ]
+    shares = {name: os.environ.get(name, threads) for name in THREADS} | {"TOKENIZERS_PARALLELISM": "false"}
+    return [shares | ({"CUDA_VISIBLE_DEVICES": gpus[i]} if gpus else {}) for i in range(count)]
 
 
 # ------------------------------------------------------------------------------------------------- in the main process

@@ -88,6 +88,11 @@ def classes_of(dataset: str) -> list[Role]:
     return sorted((role for role in roles() if role.part == dataset), key=lambda role: role.label)
 
 
+def digest(*what: object) -> bytes:
+    """Return the SHA-256 by which this world decides: the same for the same words and numbers."""
+    return hashlib.sha256("/".join([WORLD_SEED, *map(str, what)]).encode()).digest()
+
+
 def roles_hash() -> str:
     """Return the SHA-256 of the division: codes, names, parts, labels and sources."""
     lines = (f"{r.concept.code} {r.concept.name} {r.part} {r.label} {r.seen}" for r in roles())
@@ -137,5 +142,4 @@ def _words(concept: Concept) -> set[str]:
 
 
 def _rank(purpose: str, code: str) -> int:
-    digest = hashlib.sha256(f"{WORLD_SEED}/{purpose}/{code}".encode()).digest()
-    return int.from_bytes(digest[:8], "big")
+    return int.from_bytes(digest(purpose, code)[:8], "big")

@@ -28,7 +28,7 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any, TypedDict
 
-from gram_meta import __version__, report
+from gram_meta import __version__, files, report
 from gram_meta.backbone.packaged import weights_path
 from gram_meta.bench.times import in_words
 from gram_meta.cli import main
@@ -37,16 +37,6 @@ from gram_meta.coop import launch
 from gram_meta.demo.emoji import missing_packages
 from gram_meta.demo.world import RECIPE, SPECS, write_world
 from gram_meta.errors import GramError
-from gram_meta.files import (
-    atomic_write,
-    check_claimed,
-    check_type,
-    claim_folder,
-    read_json,
-    remove_claimed,
-    sha256_file,
-    write_json,
-)
 from gram_meta.intervals import mean
 from gram_meta.locks import only_writer
 from gram_meta.report import figures
@@ -148,7 +138,7 @@ class Demo:
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
         if self.commands:
-            with atomic_write(self.out / "commands.sh", "w") as file:
+            with files.atomic_write(self.out / "commands.sh", "w") as file:
                 file.write("# The commands of this demo, in order; each can be typed as it stands.\n")
                 file.write("\n".join(self.commands) + "\n")
         if kind is KeyboardInterrupt:
@@ -175,7 +165,7 @@ class Demo:
         key = _key("world", RECIPE, s.corpus_size, datasets)
         with self._stage("world", title, f"python -c {shlex.quote(code)}", key) as needed:
             if needed:
-                claim_folder(folder, self.memory.run)
+                files.claim_folder(folder, self.memory.run)
                 write_world(folder, datasets, s.corpus_size)
         self.recipe = RECIPE
         return _key("corpus", RECIPE, s.corpus_size)  # other datasets do not change the corpus
@@ -191,7 +181,7 @@ class Demo:
     def cluster(self, upon: str) -> str:
         argv = ["cluster", f"{self.out}/store", "-o", f"{self.out}/hierarchy", "--config-file", META_CONFIG]
         title = "clustering: filter, topics, visual domains (CHC)"
-        digest = sha256_file(find_config(META_CONFIG, "gram_meta"))
+        digest = files.sha256_file(find_config(META_CONFIG, "gram_meta"))
         return self._gram(title, [*argv, *self.settings.meta_opts], "hierarchy", upon + digest)
 
     def inspect(self, upon: str) -> None:
@@ -203,7 +193,7 @@ class Demo:
             if needed:
                 with redirect_stdout(text):
                     _call(argv)
-                with atomic_write(self.out / "topics.txt", "w") as file:
+                with files.atomic_write(self.out / "topics.txt", "w") as file:
                     file.write(text.getvalue())
                 self.say(indent(text.getvalue().rstrip(), "  "))
 
@@ -244,9 +234,9 @@ class Demo:
             self.say("\naccuracy after each epoch, averaged over datasets and seeds\n")
             self.say(report.render_curve(*curve))
             markdown += "\n\n" + report.render_curve(*curve, "markdown", 2)
-        with atomic_write(self.out / "table.md", "w") as file:
+        with files.atomic_write(self.out / "table.md", "w") as file:
             file.write(markdown + "\n")
-        with atomic_write(self.out / "table.json", "w") as file:
+        with files.atomic_write(self.out / "table.json", "w") as file:
             file.write("[" + ",\n".join(report.render(one, "json") for one in reports) + "]\n")
         drawings, _ = figures.draw(runs, evidence.metas)
         drawn = [path.name for path in figures.write_figures(drawings, self.out) if path.suffix == ".png"]
@@ -378,11 +368,11 @@ class Memory:
         self.path, self.run = path, uuid.uuid4().hex
         self.stages: dict[str, dict[str, Any]] = {}
         if path.exists():
-            value = read_json(path, dict[str, Any])
+            value = files.read_json(path, dict[str, Any])
             if value.get("format") != 2:
                 expected = "expected the memory of a demo of this version, found another"
                 raise GramError(f"{path}: {expected}; choose another --out")
-            check_type(value, _Memory, str(path))
+            files.check_type(value, _Memory, str(path))
             self.run, self.stages = value["run"], value["stages"]
 
     def check(self, folders: Iterator[Path]) -> None:
@@ -393,7 +383,7 @@ class Memory:
             if visible:
                 raise GramError(f"--out {out}: expected an empty folder or that of a demo, found {min(visible)}")
         for folder in folders:
-            check_claimed(folder, self.run)
+            files.check_claimed(folder, self.run)
 
     def begun(self, name: str, key: str) -> bool:
         return self.stages.get(name, {}).get("key") == key
@@ -405,17 +395,17 @@ class Memory:
         """Begin or continue a stage; remove the folder of an earlier one with another key."""
         if not self.begun(name, key):
             if folder is not None:
-                remove_claimed(folder, self.run)
+                files.remove_claimed(folder, self.run)
             self._write(name, key, False)
         if folder is not None:
-            claim_folder(folder, self.run)
+            files.claim_folder(folder, self.run)
 
     def finish(self, name: str, key: str) -> None:
         self._write(name, key, True)
 
     def _write(self, name: str, key: str, finished: bool) -> None:
         self.stages[name] = {"key": key, "finished": finished}
-        write_json(self.path, {"format": 2, "run": self.run, "stages": self.stages})
+        files.write_json(self.path, {"format": 2, "run": self.run, "stages": self.stages})
 
 
 @dataclass
@@ -487,7 +477,7 @@ def _train(argv: Sequence[str]) -> None:
 
 
 def _weights(backbone: str) -> str:
-    return sha256_file(weights_path()) if backbone == "gram-small" else backbone
+    return files.sha256_file(weights_path()) if backbone == "gram-small" else backbone
 
 
 def _key(*facts: Any) -> str:

@@ -9,7 +9,6 @@
 A part whose manifest has the same RECIPE and settings is kept. The same recipe gives the same files.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,8 +26,8 @@ from gram_meta.demo.roles import (
     PLAIN_GROUNDS,
     RARE_STYLES,
     TEXTURED_GROUNDS,
-    WORLD_SEED,
     classes_of,
+    digest,
     roles,
 )
 from gram_meta.demo.styles import GROUNDS, NUMBERS, POSES, SIZES, STYLES, Look, Scenes, even, render, sample_scenes
@@ -205,8 +204,7 @@ TRUTH_COLUMNS = ("image concept code group subgroup style ground source number s
 
 
 def _rng(*what: object) -> np.random.Generator:
-    digest = hashlib.sha256("/".join([WORLD_SEED, *map(str, what)]).encode()).digest()
-    return np.random.default_rng(list(digest))
+    return np.random.default_rng(list(digest(*what)))
 
 
 def _swap_drawings(

@@ -1,17 +1,7 @@
 """Tables and figures from output folders.
 
-Every test of a trainer writes an unrounded `results.json` into its output folder. This package collects them, rejects
-runs that cannot share a table, and lists the runs that are missing.
-
-    evidence  reading: results, logs of meta-training, collections of both in one file
-    logs      reading: log.txt of a CoOp-style checkout
-    runs      what each result measured, and how it differs from others of its trainer
-    tables    rows, cells, differences, missing runs, conflicts; accuracy while training
-    paper     the paper's numbers
-    numbered  the paper's Tables 1 to 7
-    text      terminal, Markdown, LaTeX, CSV, JSON
-    figures   Figures 1 and 3 (matplotlib)
-    html      the pages of `gram report --html` and `gram inspect --html`
+Every test of a trainer writes an unrounded `results.json` into its output folder. This package collects them
+(`evidence`, `logs`), rejects runs that cannot share a table (`runs`, `tables`), and lists the runs that are missing.
 """
 
 from gram_meta.report.evidence import Evidence, gather, write_collection

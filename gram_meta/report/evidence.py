@@ -213,13 +213,8 @@ def _read_meta(folder: Path) -> MetaTraining | None:
 # Blocks that many runs have in common.
 _SHARED = ("config", "versions", "meta_checkpoint", "few_shot", "backbone_fingerprint")
 # Config values that a run's result repeats: taken out of the shared config, and restored from the result.
-_OWN = {
-    "SEED": "seed",
-    "DATASET.NAME": "dataset",
-    "DATASET.SUBSAMPLE_CLASSES": "subsample",
-    "DATASET.NUM_SHOTS": "shots",
-    "OUTPUT_DIR": "folder",
-}
+_OWN = {"SEED": "seed", "DATASET.NAME": "dataset", "DATASET.SUBSAMPLE_CLASSES": "subsample"}
+_OWN |= {"DATASET.NUM_SHOTS": "shots", "OUTPUT_DIR": "folder"}
 
 
 def write_collection(evidence: Evidence, path: str | Path) -> None:

@@ -14,17 +14,7 @@ from typing import Any
 import gram_meta.report.paper as paper
 from gram_meta.errors import GramError
 from gram_meta.report.runs import EPOCHS, FROM_LOG, LABELLED, NO_META, NO_REGULATOR, NO_SHIFT, TOKENS, Run
-from gram_meta.report.tables import (
-    ALL,
-    BASE_NEW,
-    PaperNumbers,
-    Plan,
-    Report,
-    build,
-    check_reference,
-    labels_of,
-    plain_plan,
-)
+from gram_meta.report.tables import ALL, BASE_NEW, Plan, Printed, Report, build, build_plain, check_reference, labels_of
 
 NUMBERS = (1, 2, 3, 4, 5, 6, 7)
 TITLES = {
@@ -41,14 +31,8 @@ _TRANSFER = {(True, 16): 2, (False, 16): 3, (True, 4): 4, (False, 4): 5}  # (dom
 _WANTED = 16  # shots of Tables 1, 6 and 7
 
 # Table 6: the row's trainer, and what its meta-training lacks
-ABLATIONS = (
-    ("UniGRAM", ()),
-    ("UniGRAM", (NO_SHIFT,)),
-    ("UniGRAM", (NO_REGULATOR,)),
-    ("UniGRAM", (NO_META,)),
-    ("UniGRAM", (LABELLED,)),
-    ("JointPrompt", ()),
-)
+_LACKS: tuple[tuple[str, ...], ...] = ((), (NO_SHIFT,), (NO_REGULATOR,), (NO_META,), (LABELLED,))
+ABLATIONS = (*(("UniGRAM", lacks) for lacks in _LACKS), ("JointPrompt", ()))
 ROWS_6 = tuple(f"{row} {', '.join((trainer, *lacks))}" for row, (trainer, lacks) in enumerate(ABLATIONS))
 ROWS_7 = tuple(f"{2 * half} tokens ({half}+{half})" for half in (1, 2, 3, 4))
 
@@ -257,7 +241,7 @@ def _variants(runs: Sequence[Run], reference: str) -> list[Report]:
     beside = (reference, reference + FROM_LOG)
     shown = [*special, *(run for run in mine if run.label in beside and run.dataset in datasets)]
     title = _title("Controls and variants, base-to-new, 16 shots", shown)
-    return [build(shown, plain_plan(shown, BASE_NEW, reference, title))]
+    return [build_plain(shown, BASE_NEW, reference, title)]
 
 
 def _other_shots(runs: Sequence[Run], reference: str) -> list[Report]:
@@ -269,7 +253,7 @@ def _other_shots(runs: Sequence[Run], reference: str) -> list[Report]:
     shown = [run for run in pairs if not run.untrained and run.shots != _WANTED]
     shown += _once([run for run in pairs if run.untrained], min(shots))
     numbers = ", ".join(map(str, sorted(shots)))
-    return [build(shown, plain_plan(shown, BASE_NEW, reference, _title(f"Base-to-new, {numbers} shots", shown)))]
+    return [build_plain(shown, BASE_NEW, reference, _title(f"Base-to-new, {numbers} shots", shown))]
 
 
 def _all_classes(runs: Sequence[Run], reference: str) -> list[Report]:
@@ -292,7 +276,7 @@ def _all_classes(runs: Sequence[Run], reference: str) -> list[Report]:
     if not shown:
         return reports
     shown = _once(shown, min((run.shots for run in alone), default=_WANTED))
-    return [*reports, build(shown, plain_plan(shown, ALL, reference, _title("All classes", shown)))]
+    return [*reports, build_plain(shown, ALL, reference, _title("All classes", shown))]
 
 
 # ----------------------------------------------------------------- Rows, order, and where the paper's numbers are shown
@@ -313,7 +297,7 @@ def _in_order(names: Collection[str], order: Sequence[str]) -> list[str]:
     return [name for name in order if name in names] + sorted(name for name in names if name not in order)
 
 
-def _beside(runs: Sequence[Run], lookup: PaperNumbers) -> PaperNumbers:
+def _beside(runs: Sequence[Run], lookup: Printed) -> Printed:
     """Return `lookup`, restricted to the rows whose runs all have the paper's backbone, schedule and metric."""
     unlike = {run.label for run in runs if not _as_in_the_paper(run)}
     return lambda label, *line: {} if label in unlike else lookup(label.removesuffix(FROM_LOG), *line)

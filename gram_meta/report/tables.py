@@ -24,7 +24,7 @@ ALL = ("all",)
 # (label, dataset, subsample, seed) -> percent
 Values = Mapping[tuple[str, str, str, int], float]
 # (label, the row's dataset or AVERAGE, the datasets that are averaged) -> column -> the paper's number
-PaperNumbers = Callable[[str, str, Sequence[str]], Mapping[str, float]]
+Printed = Callable[[str, str, Sequence[str]], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Plan:
     average_over: Sequence[str] = ()
     average_last: bool = False
     reference: str = ""
-    paper: PaperNumbers = lambda label, name, members: {}
+    paper: Printed = lambda label, name, members: {}
     title: str = ""
     number: int = 0
     wide: bool = False
@@ -107,20 +107,14 @@ def build_reports(runs: Sequence[Run], reference: str | None = None) -> list[Rep
         BASE_NEW: [run for run in runs if run.subsample in ("base", "new")],
         ALL: [run for run in runs if run.subsample == "all"],
     }
-    return [build(part, plain_plan(part, columns, reference or "CoOp")) for columns, part in protocols.items() if part]
+    return [build_plain(part, columns, reference or "CoOp") for columns, part in protocols.items() if part]
 
 
-def plain_plan(runs: Sequence[Run], columns: tuple[str, ...], reference: str, title: str = "") -> Plan:
-    """Return the plan with every label and every dataset that there are runs of; the average comes first."""
+def build_plain(runs: Sequence[Run], columns: tuple[str, ...], reference: str, title: str = "") -> Report:
+    """Return the table of every label and every dataset that there are runs of; the average comes first."""
     datasets = sorted({run.dataset for run in runs})
-    return Plan(
-        columns,
-        labels=labels_of(runs),
-        datasets=datasets,
-        average_over=datasets if len(datasets) > 1 else (),
-        reference=reference,
-        title=title,
-    )
+    averaged = datasets if len(datasets) > 1 else ()
+    return build(runs, Plan(columns, labels_of(runs), datasets, averaged, reference=reference, title=title))
 
 
 def check_reference(runs: Sequence[Run], reference: str | None) -> None:

@@ -38,15 +38,6 @@ DROPPED = 8  # pairs shown of each way to be dropped
 LISTED = 2_000  # topics in the table of all
 LONGEST = 300  # characters of a caption, as shown
 TASK_CLASSES = 16  # of the task, as shown
-SECTIONS = {
-    "pairs": "What became of the pairs",
-    "sizes": "Sizes",
-    "agreement": "Agreement with known facts",
-    "topics": "Topics",
-    "task": "A task",
-    "dropped": "Dropped pairs",
-    "settings": "Settings",
-}
 
 
 @dataclass(frozen=True)
@@ -100,7 +91,6 @@ def write_hierarchy_page(
         title=f"{hierarchy.path.name if hierarchy.path else 'hierarchy'}: topics and visual domains",
         style="hierarchy.css",
         script_hash=_sha256(read("hierarchy.js")),
-        sections={key: title for key, title in SECTIONS.items() if agreement or key != "agreement"},
         contents={},
         hierarchy=hierarchy,
         manifest=hierarchy.manifest,
@@ -110,18 +100,14 @@ def write_hierarchy_page(
         percent=_percent,
         agreement=agreement,
         images=images,
-        seed=seed,
+        view=view,
         topics=[_topic(view, number, images) for number in range(shown)],
         most_listed=LISTED,
-        same_word=view.same_word,
         repeated=sum(len(numbers) for numbers in view.same_word.values() if len(numbers) > 1),
         task=task,
         dropped=dropped,
         sizes=_sizes(hierarchy),
         similarity=_similarity(hierarchy, store),
-        asked=view.asked,
-        unreadable=view.unreadable.most_common(),
-        root=view.places.reader.root,
     )
     with atomic_write(path, "w") as file:
         file.write(text)

@@ -14,16 +14,6 @@ from gram_meta.report.runs import Run
 from gram_meta.report.tables import AVERAGE, Report
 from gram_meta.report.text import Grid, grid_of, name_columns, remarks
 
-SECTIONS = {
-    "tables": "Tables",
-    "figures": "Figures",
-    "meta": "Meta-checkpoints",
-    "runs": "Runs",
-    "configs": "Configs",
-    "splits": "Few-shot splits",
-    "versions": "Versions",
-}
-
 
 def page(
     reports: Sequence[Report],
@@ -33,15 +23,7 @@ def page(
     evidence: Evidence,
     digits: int = 1,
 ) -> str:
-    """Return the page's HTML.
-
-    Args:
-        reports: the tables.
-        drawings: the figures; `not_drawn` gives the reason for each figure that could not be drawn.
-        runs: the runs that are listed.
-        evidence: where `runs` come from; its meta-trainings are listed.
-        digits: decimals in the tables.
-    """
+    """Return the page's HTML, with the reason for each figure that is `not_drawn`, and numbers of so many `digits`."""
     runs = sorted(runs, key=lambda run: (run.label, run.dataset, run.subsample, run.seed))
     numbers = [report.number for report in reports]
     anchors = [f"table-{n}" if n and numbers.index(n) == i else f"other-{i}" for i, n in enumerate(numbers)]
@@ -50,7 +32,6 @@ def page(
         "page.html",
         title="Gradient-Regulated Meta-Prompt Learning: report",
         style="page.css",
-        sections=SECTIONS,
         contents={
             "tables": list(zip(anchors, titles, strict=True)),
             "figures": [(drawing.stem, drawing.title) for drawing in drawings],
