@@ -1,9 +1,7 @@
 """The loop of a bench: finished runs are skipped, failures are reported, and the other runs go on."""
 
-import contextlib
 import json
 import os
-import platform
 import re
 import shlex
 import signal
@@ -11,11 +9,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from gram_meta import __version__
 from gram_meta.bench.matrix import BenchRun, BenchSettings, meta_state
 from gram_meta.bench.pool import Outcome, Pool, Task, handled
 from gram_meta.bench.times import in_words
@@ -29,7 +25,6 @@ from gram_meta.runs.folder import open_folder
 MANIFEST = "bench.json"
 LOGS = "bench_logs"  # the output of failed runs
 SHOWN = 10  # failed runs that are named again at the end
-PACKAGES = ("torch", "torchvision", "numpy", "clip-anytorch", "safetensors", "yacs")
 
 
 def show(jobs: Sequence[BenchRun], settings: BenchSettings, environments: Sequence[Mapping[str, str]]) -> None:
@@ -52,7 +47,7 @@ def run(
     as_ctrl_c = handled(signal.default_int_handler, signal.SIGTERM, signal.SIGHUP)  # and a closed terminal
     with as_ctrl_c, only_writer(settings.output), Pool(environments) as pool:
         states = pool.call(look, jobs, settings)
-        manifest = Manifest(settings.output, settings, jobs)
+        manifest = Manifest(settings.output, settings, jobs, pool.call(_versions))
         options: dict[str, Any] = {"unit": " runs", "desc": "bench", "smoothing": 0, "dynamic_ncols": True}
         with progress_bar(total=len(jobs), shown=sys.stderr.isatty(), **options) as bar:
             bench = Bench(jobs, states, settings.output, Clock(len(environments), manifest.durations), bar, say)
@@ -264,7 +259,9 @@ class _Manifest(TypedDict):
 class Manifest:
     """`bench.json`: every bench that ran into this folder, and the durations of runs."""
 
-    def __init__(self, output: Path, settings: BenchSettings, jobs: Sequence[BenchRun]) -> None:
+    def __init__(
+        self, output: Path, settings: BenchSettings, jobs: Sequence[BenchRun], versions: dict[str, str]
+    ) -> None:
         self.path = output / MANIFEST
         self.value: dict[str, Any] = {"format": 1, "benches": [], "durations": {}}
         if self.path.is_file():
@@ -274,7 +271,7 @@ class Manifest:
             "command": shlex.join(["gram", *sys.argv[1:]]),
             "matrix": json.loads(json.dumps(asdict(settings), default=str)),  # paths as text
             "runs": len(jobs),
-            "versions": _versions(),
+            "versions": versions,
             "started": _now(),
             "ended": None,
         }
@@ -291,11 +288,9 @@ class Manifest:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"gram-meta": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return versions
+    from gram_meta.runs.results import versions  # with torch, which the main process does not import
+
+    return versions()
 
 
 def _now() -> str:
