@@ -3,8 +3,9 @@
 import io
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -60,8 +61,7 @@ def known_datasets() -> list[str]:
 
 
 def find_datasets(root: Path, names: Sequence[str]) -> list[tuple[str, type[SplitDataset]]]:
-    """Find datasets by the names of their configs or classes, or of folders under `root`; raise `GramError`
-    otherwise."""
+    """Find datasets by the names of their configs or classes, or of folders under `root`; others are a `GramError`."""
     classes = {cls.__name__: cls for cls in _subclasses(SplitDataset)}
     configs = {config: classes[name] for config, name in _configs() if name in classes and name != "ImageFolder"}
     by_name = {name.lower(): (config, cls) for config, cls in configs.items() for name in (config, cls.__name__)}
@@ -138,19 +138,14 @@ def _check_folder(found: Finding, folder: Path, dataset: type[SplitDataset], wor
 
 def _missing(images: Path, named: Sequence[str]) -> list[str]:
     """Return the missing images; each folder is listed once."""
-    listed: dict[str, set[str]] = {}
-    missing = []
-    for image in named:
-        folder, _, name = image.rpartition("/")
-        if folder not in listed:
-            try:
-                with os.scandir(images / folder) as entries:
-                    listed[folder] = {entry.name for entry in entries if entry.is_file()}
-            except OSError:
-                listed[folder] = set()
-        if name not in listed[folder]:
-            missing.append(image)
-    return missing
+
+    @cache
+    def files_in(folder: str) -> set[str]:
+        with suppress(OSError), os.scandir(images / folder) as entries:
+            return {entry.name for entry in entries if entry.is_file()}
+        return set()
+
+    return [image for image in named if os.path.basename(image) not in files_in(os.path.dirname(image))]
 
 
 def _broken(images: Path, named: Sequence[str], workers: int) -> list[str]:

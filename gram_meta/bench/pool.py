@@ -63,12 +63,7 @@ def places(jobs: int, gpus: Sequence[str] = ()) -> list[dict[str, str]]:
 
 
 class Pool:
-    """Worker processes, each with at most one task at a time.
-
-    with Pool(places(2)) as pool:
-        pool.start(task)        # while pool.free
-        outcomes = pool.wait()  # at least one
-    """
+    """Worker processes with at most one task at a time: `start(task)` while `free`, then `wait()` for outcomes."""
 
     def __init__(self, environments: Sequence[Mapping[str, str]]) -> None:
         self.idle: list[_Worker] = []

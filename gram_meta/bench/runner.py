@@ -14,7 +14,6 @@ from typing import Any, Literal, TypedDict
 
 from gram_meta.bench.matrix import BenchRun, BenchSettings, meta_state
 from gram_meta.bench.pool import Outcome, Pool, Task, handled
-from gram_meta.bench.times import in_words
 from gram_meta.errors import GramError
 from gram_meta.files import Number, read_json, write_json
 from gram_meta.locks import only_writer
@@ -216,6 +215,14 @@ class Bench:
     def _log(self, job: BenchRun) -> Path:
         folder = os.path.relpath(job.folder, self.output) if job.folder.is_relative_to(self.output) else job.folder
         return self.output / LOGS / (re.sub(r"[^\w.+-]+", "-", str(folder)).strip("-") + ".log")
+
+
+def in_words(seconds: float) -> str:
+    """Return seconds as text: "40 s", "7 min", "3 h 20 min"."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 @dataclass

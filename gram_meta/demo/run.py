@@ -30,7 +30,7 @@ from typing import Any, TypedDict
 
 from gram_meta import __version__, files, report
 from gram_meta.backbone.packaged import weights_path
-from gram_meta.bench.times import in_words
+from gram_meta.bench.runner import in_words
 from gram_meta.cli import main
 from gram_meta.config import find_config
 from gram_meta.coop import launch

@@ -47,9 +47,6 @@ class Missing:
     subsample: str
     seed: int
 
-    def __str__(self) -> str:
-        return f"{self.label}: {self.dataset}, {self.subsample}, seed {self.seed}"
-
 
 @dataclass(frozen=True)
 class Report:

@@ -264,12 +264,6 @@ def gram(store: Path, opts: list[str]) -> Row:
     return row | {"sample": json.loads((out / "topics.json").read_text()).get("sample")}
 
 
-def others(store: Path, way: str, opts: list[str]) -> Row:
-    """Measure another way to find topics, and compare it with the truth."""
-    row, label = in_own_process(find, store, way, opts)
-    return row | judged(label, truth_of(store)[0])
-
-
 def find(store: Path, way: str, opts: list[str]) -> np.ndarray:
     """Find topics on all pairs of a store, without a filter; return a label for each (-1: noise)."""
     settings, pairs = chc_settings([] if way == "bertopic" else opts), PairStore.open(store)
@@ -383,7 +377,11 @@ def measured(what: str, store: Path, opts: list[str]) -> list[Row]:
     if what == "rules":
         return rules(store, int(opts[0]), opts[1:])
     way, *words = opts if what == "topics" else [what, *opts]
-    row = gram(store, opts) if what == "gram" else others(store, way, words)
+    if what == "gram":
+        row = gram(store, opts)
+    else:
+        row, label = in_own_process(find, store, way, words)
+        row |= judged(label, truth_of(store)[0])
     return [{"what": " ".join([what, *opts]), "store": store.name} | row]
 
 

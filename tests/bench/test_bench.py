@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from gram_meta.bench import emoji, matrix, pool, runner, times
+from gram_meta.bench import emoji, matrix, pool, runner
 from gram_meta.bench.matrix import BenchRun, BenchSettings
 from gram_meta.cli import main
 from gram_meta.errors import GramError
@@ -413,7 +413,7 @@ def test_time_left():
     assert clock.left([("train", "CoOp", "dtd")] * 4) == 20  # two workers
     assert clock.left([("train", "CoOp", "eurosat")]) == 20  # one run is one worker's
     assert clock.left([]) == 0
-    assert [times.in_words(s) for s in (0.2, 89, 200, 9000)] == ["1 s", "89 s", "3 min", "2 h 30 min"]
+    assert [runner.in_words(s) for s in (0.2, 89, 200, 9000)] == ["1 s", "89 s", "3 min", "2 h 30 min"]
 
 
 # ----------------------------------------------------------------------------------------- with real trainings

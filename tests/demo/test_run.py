@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("resvg_py", reason="needs the extra `demo`")
 
-from gram_meta.bench.times import in_words
+from gram_meta.bench.runner import in_words
 from gram_meta.cli import main
 from gram_meta.demo import run as demo
 from gram_meta.demo import world

@@ -10,6 +10,7 @@ from gram_meta.cli import main
 from gram_meta.errors import GramError
 from gram_meta.intervals import half_width, harmonic
 from gram_meta.report import build_curve, build_reports, read_runs, render
+from gram_meta.report.tables import Missing
 
 T2 = 4.302652729911275  # Student's t, two degrees of freedom, 97.5 %: from a printed table (4.3027), more digits
 BASE = {"CoOp": (70.0, 72.0, 74.0), "CoOpGRAM": (71.0, 74.0, 75.0)}
@@ -99,7 +100,7 @@ def test_average_is_over_datasets_inside_each_seed(three_seeds):
     assert average["base"].half_width == pytest.approx(T2 * 2.179449472 / 3**0.5, rel=1e-8)
     assert average["H"].mean == pytest.approx(harmonic(78.5, (62.0 + 75.0) / 2))
     assert rows["average", "CoOpGRAM"].cells["base"] is None  # it never ran on Cars
-    assert len(report.missing) == 6 and "CoOpGRAM: Cars, base, seed 1" in map(str, report.missing)
+    assert len(report.missing) == 6 and Missing("CoOpGRAM", "Cars", "base", 1) in report.missing
 
 
 def test_missing_runs_are_shown(three_seeds, capsys):
@@ -126,7 +127,7 @@ def test_runs_without_a_step_stand_for_every_seed(three_seeds):
     assert none.cells["base"].mean == 70.0 and none.cells["base"].half_width is None
     assert none.differences["new"].mean == pytest.approx((6 + 5 + 1) / 3)  # 66 against 60, 61, 65
     assert none.differences["new"].half_width == pytest.approx(T2 * 2.645751311 / 3**0.5, rel=1e-8)
-    assert "ZeroshotCLIP: Pets, new, seed 2" in map(str, report.missing)
+    assert Missing("ZeroshotCLIP", "Pets", "new", 2) in report.missing
 
 
 def test_variants_are_labelled_by_what_was_trained(tmp_path):

@@ -115,10 +115,7 @@ def write_hierarchy_page(
 
 
 def _fitting(hierarchy: Hierarchy, topics: int, images: int, fixed: int, limit: int) -> tuple[int, int]:
-    """Return topics and images per domain, at most as many as asked for, whose page is below `limit` bytes.
-
-    `fixed`: images that the page has anyway. Every thumbnail counts with its bound.
-    """
+    """Return as many topics and images per domain, of those asked for, as fit in `limit` bytes with `fixed` images."""
     topics = min(topics, len(hierarchy.topics))
     left = limit - fixed * IMAGE_BYTES - 300 * min(len(hierarchy.topics), LISTED) - 60_000
     while topics > 1 or images > 1:
@@ -226,11 +223,9 @@ def _similarity(hierarchy: Hierarchy, store: PairStore) -> dict[str, Any]:
 
 
 def _chart(labels: Sequence[str], ticks: Sequence[str], series: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Return stacked bars: of each, its parts' colour, height in percent of the largest bar, and text.
+    """Return stacked bars, whose parts have a colour, a height in percent of the largest bar, and a text.
 
-    Args:
-        labels: what each bar counts, in words. ticks: the text below each bar, of which about eight are shown.
-        series: name -> counts of each bar, from the bottom up.
+    `labels` name what each bar counts; about eight of the `ticks` below are shown; `series` starts at the bottom.
     """
     most = max(int(np.sum(list(series.values()), axis=0).max()), 1)
     every = -(-len(ticks) // 8)
