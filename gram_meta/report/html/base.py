@@ -31,9 +31,9 @@ def data_uri(data: bytes, kind: str) -> str:
 
 @cache
 def _environment() -> Environment:
-    lines = {"trim_blocks": True, "lstrip_blocks": True}
+    blocks: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(
-        loader=FunctionLoader(read), autoescape=True, finalize=_printable, undefined=StrictUndefined, **lines
+        loader=FunctionLoader(read), autoescape=True, finalize=_printable, undefined=StrictUndefined, **blocks
     )
     environment.globals["asset"] = lambda name: Markup(read(name))
     environment.filters |= {"data_uri": data_uri, "thousands": "{:,}".format}
