@@ -34,7 +34,8 @@ def missing(extra: str) -> str:
         wanted = declared()
     except ImportError as error:
         return f"{error.name} is not installed"
-    for line in wanted["install_requires"] + wanted["extras_require"][extra]:
+    project = f"{wanted['name']}=={wanted['version']}"
+    for line in (project, *wanted["install_requires"], *wanted["extras_require"][extra]):
         requirement = Requirement(line)
         try:
             version = metadata.version(requirement.name)
@@ -47,15 +48,9 @@ def missing(extra: str) -> str:
 
 def missing_project(wanted: dict) -> str:
     """Return the same for the project itself: this checkout, editable, every mapped package found."""
-    try:
-        project = metadata.distribution(wanted["name"])
-    except metadata.PackageNotFoundError:
-        return f"{wanted['name']} is not installed"
-    source = json.loads(project.read_text("direct_url.json") or "{}").get("url", "")
+    source = json.loads(metadata.distribution(wanted["name"]).read_text("direct_url.json") or "{}").get("url", "")
     if not source or Path(unquote(urlparse(source).path)).resolve() != ROOT:
         return f"{wanted['name']} is installed from {source or 'a package index'}, not from {ROOT}"
-    if project.version != wanted["version"]:
-        return f"expected {wanted['name']} {wanted['version']}, found {project.version}"
     lost = [name for name in wanted["packages"] if importlib.util.find_spec(name) is None]
     return f"{', '.join(lost)} cannot be imported" if lost else ""
 

@@ -20,17 +20,10 @@ PROTOCOLS = ("base2new", "xd", "dg")
 BACKBONES = ("gram_small", "vit_b16", "vit_b32", "vit_l14")  # prefixes of config files
 
 ZERO_SHOT = "ZeroshotCLIP"  # trains nothing and draws nothing: one evaluation counts for all seeds
-CONFIGS = {
-    ZERO_SHOT: "{bb}",
-    "CoOp": "{bb}_c4_ep10_batch32_ctxv1",
-    "CoOpGRAM": "{bb}_c4_ep10_batch32_ctxv1",
-    "VPT": "{bb}_c4_ep10_batch32_ctxv1",
-    "VPTGRAM": "{bb}_c4_ep10_batch32_ctxv1",
-    "CoCoOp": "{bb}_c4_ep10_batch1_ctxv1",
-    "CoCoOpGRAM": "{bb}_c4_ep10_batch1_ctxv1",
-    "JointPrompt": "{bb}_c2+2_ep10_batch32_ctxv1",
-    "UniGRAM": "{bb}_c2+2_ep10_batch32_ctxv1",
-}
+CONFIGS = {ZERO_SHOT: "{bb}"}
+CONFIGS |= dict.fromkeys(("CoOp", "CoOpGRAM", "VPT", "VPTGRAM"), "{bb}_c4_ep10_batch32_ctxv1")
+CONFIGS |= dict.fromkeys(("CoCoOp", "CoCoOpGRAM"), "{bb}_c4_ep10_batch1_ctxv1")
+CONFIGS |= dict.fromkeys(("JointPrompt", "UniGRAM"), "{bb}_c2+2_ep10_batch32_ctxv1")
 
 SOURCE = ELEVEN[0]
 DATASETS = {"base2new": ELEVEN, "xd": ELEVEN[1:], "dg": SHIFTED}
