@@ -103,15 +103,12 @@ def _organised(
     settings: BenchSettings, source: tuple[str, ...], store: str, hierarchy: str, config: str, upon: Path
 ) -> Iterator[BenchRun]:
     """Yield `gram embed` and `gram cluster` of one corpus, which the folder `upon` holds."""
-    embed = ("embed", source[0], "-o", store, "--backbone", _backbone(settings), *source[1:])
+    backbone = str(load_meta_config([META_CONFIG], settings.meta_opts).BACKBONE.NAME)
+    embed = ("embed", source[0], "-o", store, "--backbone", backbone, *source[1:])
     yield BenchRun(embed, Path(store), f"features in {store}", ("embed",), (upon,))
     cluster = ("cluster", store, "-o", hierarchy, "--config-file", f"configs/gram_meta/{config}.yaml")
     argv, title = (*cluster, *settings.meta_opts), f"topics in {hierarchy}"
     yield BenchRun(argv, Path(hierarchy), title, ("cluster",), (Path(store),))
-
-
-def _backbone(settings: BenchSettings) -> str:
-    return str(load_meta_config([META_CONFIG], settings.meta_opts).BACKBONE.NAME)
 
 
 def write_labelled(world: str | Path, folder: str | Path) -> Path:
