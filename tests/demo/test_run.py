@@ -1,4 +1,4 @@
-"""`gram demo` in small: a small corpus, one dataset of the emoji world, one seed."""
+"""`gram demo` in small: a random tiny CLIP, a small corpus, one dataset of the emoji world, one seed."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ META = (
     "CHC.TOPICS.MIN_CLUSTER_SIZE 8 CHC.TOPICS.NEIGHBORS 8 CHC.DOMAINS.K 2 TASKS.WAYS 2 TASKS.SUPPORT_SHOTS 2 "
     "TASKS.QUERY_SHOTS 4 TASKS.HELD_OUT 0.4 OUTER.STEPS 4 OUTER.BATCH 2 EVAL.EVERY 2 EVAL.TASKS 4 CHECKPOINT.EVERY 2"
 )
-TRAIN = ("OPTIM.MAX_EPOCH", "2")
+TRAIN = ("INPUT.SIZE", "(32, 32)", "OPTIM.MAX_EPOCH", "2")
 
 
 def settings(out, **changes):
@@ -32,6 +32,7 @@ def settings(out, **changes):
         seeds=(1, 2),
         shots=1,
         corpus_size=500,
+        backbone="random-tiny",
         sentence_model="hash:64",
         meta_opts=tuple(META.split()),
         train_opts=TRAIN,
@@ -78,7 +79,7 @@ def test_every_command_is_shown_and_can_be_typed(finished, capsys):
     for command in ("embed", "cluster", "inspect", "pretrain", "train"):
         assert f"$ gram {command} " in text
         assert f"\ngram {command} " in script
-    assert script.count("\ngram train ") == 2 * (2 + 3 * 2)  # base and new: two starts, three trainers with two seeds
+    assert script.count("\ngram train ") == 2 * (2 + 2 * 2)  # base and new: two starts, two trainers with two seeds
     inspect = next(line for line in script.splitlines() if line.startswith("gram inspect"))
     import shlex
 
