@@ -4,8 +4,7 @@
     bash scripts/gpu/check.sh -o OUT --only CoOp      # the checks with this in their names, and those that they need
     bash scripts/gpu/check.sh -o OUT --checkouts DIR  # also against DIR/CoOp and DIR/ProMetaR (with DIR/learn2learn)
 
-checks.yaml lists the checks; each has a process of its own (Linux alone). OUT/check.md and check.json have the results,
-OUT/logs the output of each. The exit status is 1 if a check failed.
+checks.yaml lists the checks; each has a process of its own (Linux alone). OUT/logs has the output of each.
 """
 
 import itertools
