@@ -8,7 +8,7 @@ checks.yaml lists the checks; each has a process of its own (Linux alone). OUT/l
 """
 
 import itertools
-import multiprocessing
+import multiprocessing.connection
 import os
 import runpy
 import shlex
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -140,20 +141,55 @@ def numbers(check: Check, precision: str, device: str) -> dict[str, np.ndarray]:
     return {name: value.cpu().numpy() for name, value in {"losses": losses, **gradients}.items()}
 
 
-def attempt(name: str, check: Check, output: Path, work: Path, limit: float) -> dict[str, Any]:
-    """Run a check in a process of its own, which is killed after so many seconds; return the row of the table."""
-    log, began = output / "logs" / f"{name}.txt", time.monotonic()
-    log.write_bytes(b"")
-    process = multiprocessing.get_context("fork").Process(target=run, args=(name, check, output, work, log))
-    process.start()
-    process.join(limit)
-    status = process.exitcode
-    lines = ["", *(line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip())]
-    if status is None or status < 0:
-        lines.append(f"killed after {limit:g} s" if status is None else f"ended by signal {-status}")
-        process.kill()
-    seconds = round(time.monotonic() - began, 1)
-    return {"state": "failed" if status != 0 else "passed", "seconds": seconds, "last line": lines[-1]}
+class Attempt:
+    """A check in a process of its own, which has so many seconds."""
+
+    def __init__(self, name: str, check: Check, output: Path, work: Path, limit: float) -> None:
+        self.log, self.limit, self.alone = output / "logs" / f"{name}.txt", limit, name.startswith("time")
+        self.began = time.monotonic()
+        self.end = self.began + limit
+        self.log.write_bytes(b"")
+        words = name, check, output, work, self.log
+        self.process = multiprocessing.get_context("fork").Process(target=run, args=words)
+        self.process.start()
+
+    def row(self) -> dict[str, Any] | None:
+        """Return how the process ended, or None while it runs; a process whose time is over is ended."""
+        now, status = time.monotonic(), self.process.exitcode
+        if status is None and now < self.end:
+            return None
+        lines = ["", *(line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip())]
+        if status is None or status < 0:
+            lines.append(f"killed after {self.limit:g} s" if status is None else f"ended by signal {-status}")
+            self.process.kill()
+        seconds = round(now - self.began, 1)
+        return {"state": "failed" if status != 0 else "passed", "seconds": seconds, "last line": lines[-1]}
+
+
+def run_all(args: Namespace, checks: dict[str, Check], rows: dict[str, dict[str, Any]], work: Path) -> Iterator[str]:
+    """Run the checks in order, --jobs at once, and set their rows; yield the name of each that is over."""
+    end, waiting, running = time.monotonic() + 60 * args.minutes, list(checks), dict[str, Attempt]()
+    while waiting or running:
+        name = waiting[0] if waiting else ""
+        alone = name.startswith("time") or any(one.alone for one in running.values())  # a measurement
+        needs = filled(checks[name], "needs") if name else ""
+        if name and len(running) < (1 if alone else args.jobs) and needs not in running:
+            waiting.remove(name)
+            left = end - time.monotonic()
+            if needs and rows[needs]["state"] != "passed":
+                rows[name]["last line"] = f"needs {needs}"
+            elif left > 0:
+                running[name] = Attempt(name, checks[name], args.output, work, min(args.limit, left + 30))
+                continue
+            yield name
+            continue
+        left = min(one.end for one in running.values()) - time.monotonic()
+        multiprocessing.connection.wait([one.process.sentinel for one in running.values()], max(left, 0))
+        for name, one in list(running.items()):
+            if row := one.row():
+                rows[name] = row
+                del running[name]
+                yield name
 
 
 def write(output: Path, facts: dict[str, Any], rows: dict[str, dict[str, Any]]) -> str:
@@ -175,7 +211,9 @@ def main() -> int:
     options.add_argument("--device", default="cuda", help="(%(default)s); cpu: random-tiny, to try the script")
     options.add_argument("--checkouts", type=Path, metavar="DIR", help="folder of the checkouts to time (none)")
     options.add_argument("--only", nargs="+", metavar="PART", help="checks with one of these in their names (all)")
+    options.add_argument("--jobs", type=int, default=1, help="checks at once; those of time run alone (%(default)s)")
     args = options.parse_args()
+    torch.set_num_threads(max(1, torch.get_num_threads() // args.jobs))
     args.output, checks = args.output.resolve(), checks_of(args)
     (args.output / "logs").mkdir(parents=True, exist_ok=True)
     facts = common.report(Namespace(device="cpu"))["facts"]  # asking a GPU here would keep the checks from using it
@@ -185,13 +223,7 @@ def main() -> int:
         draw(Path(work), 16 if args.device == "cpu" else 2048)
         if args.checkouts:
             Path(work, "checkouts").symlink_to(args.checkouts.resolve())
-        end = time.monotonic() + 60 * args.minutes
-        for name, check in checks.items():
-            left, needs = end - time.monotonic(), filled(check, "needs")
-            if needs and rows[needs]["state"] != "passed":
-                rows[name]["last line"] = f"needs {needs}"
-            elif left > 0:
-                rows[name] = attempt(name, check, args.output, Path(work), min(args.limit, left + 30))
+        for name in run_all(args, checks, rows, Path(work)):
             write(args.output, facts, rows)
             print(f"{rows[name]['state']}: {name}", file=sys.stderr, flush=True)
     text = write(args.output, facts, rows)
