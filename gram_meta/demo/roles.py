@@ -7,12 +7,8 @@ has one of three parts:
 - *meta*: the meta-corpus shows it, in rare styles and on all grounds.
 - *downstream*: a class of a few-shot dataset, which shows it in rare styles.
 
-The packaged CLIP has seen all drawings of meta and downstream concepts, in the same common styles on plain grounds. So
-a meta-training task asks what a few-shot task asks. Close relatives ("cow" and "cow face") are in one part. A dataset's
-training pool and its test set never share a drawing.
-
 Styles are *common* (pre-training of every concept), *rare* (pre-training of teachers only) or *held* (in no picture of
-the pre-training or of the meta-corpus; for domain shifts).
+the pre-training or of the meta-corpus; for domain shifts). docs/results/emoji-world.md gives the reasons.
 """
 
 import hashlib

@@ -5,9 +5,8 @@
     git clone https://github.com/learnables/learn2learn     # ProMetaR needs two files of it
     python scripts/bench/checkouts.py --coop CoOp --prometar ProMetaR --learn2learn learn2learn --data DATA
 
-Every contestant runs in a process of its own, with the same weights, classes, images, batches and precision; the run
-checks that. Measures are taken in turns. Without --data, images are made up; without a checkout, its trainers are left
-out. No file of a checkout is changed. docs/results/benchmarks.md explains what is measured.
+docs/results/benchmarks.md explains what is measured. Without --data, images are made up; without a checkout, its
+trainers are left out. No file of a checkout is changed.
 """
 
 import argparse

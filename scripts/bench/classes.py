@@ -4,9 +4,8 @@
     python scripts/bench/classes.py --classes 1000 --settings plain automatic --parts whole
     python scripts/bench/classes.py --images 1 4 8 --settings plain layers --parts images
 
-The text part has fixed image features, the whole step the image tower in front. The part "images" is a UniGRAM step
-(2 + 2 tokens) over 10 classes, against the images in its batch. A measurement that is in the JSON file already is not
-repeated. `--repeats 0` times only the first step, whose memory is measured.
+The part "images" is a UniGRAM step (2 + 2 tokens) over 10 classes, against the images in its batch. A measurement that
+is in the JSON file already is not repeated. `--repeats 0` times only the first step, whose memory is measured.
 """
 
 import argparse

@@ -143,9 +143,8 @@ def text_flops(backbone: Backbone, positions: int) -> float:
 def image_passes(backbone: Backbone, prompt_tokens: int) -> tuple[float, float, float]:
     """Return the FLOP of one image in the cheapest exact form: forward, backward, and the tangents of both.
 
-    The tangents of activations and gradients are what the second derivative adds. Linear layers have a multiplication
-    and an addition for each weight and position; attention's products 2 L^2 d each: 2 forwards, 4 backwards, 12 for
-    tangents. What no prompt has touched needs no gradient. docs/results/meta-training.md has the numbers.
+    Linear layers have a multiplication and an addition for each weight and position; attention's products 2 L^2 d each:
+    2 forwards, 4 backwards, 12 for tangents, which the second derivative adds. What no prompt has touched has none.
     """
     tower = backbone.model.visual
     d, layers = backbone.visual_width, len(tower.transformer.resblocks)

@@ -3,9 +3,8 @@
     python scripts/bench/coop_step.py                # ViT-B/16 shapes, random weights, 100 classes, batch 32, CPU
     python scripts/bench/coop_step.py --test --classes 1000 --batch 100
 
-The official way: all 77 positions of every class through clip's own modules, and clip's own image tower. A training
-step ends in the gradient of the context. A test pass is one batch without gradients: the official way encodes all
-classes anew for it, this project once for all batches, so a whole test set follows by the arithmetic printed.
+The official way: all 77 positions of every class through clip's own modules, and clip's own image tower. A test pass is
+one batch: the official way encodes all classes anew for it, this project once for all batches.
 """
 
 import argparse

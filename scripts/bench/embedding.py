@@ -3,12 +3,8 @@
     python scripts/bench/embedding.py PAIRS.tsv                                  # ViT-B/16 shapes, random weights
     python scripts/bench/embedding.py PAIRS.tsv --device cuda --precision fp16 --images 50000 --workers 16
 
-- towers: image tower, CLIP's text tower and Sentence-BERT on tensors and tokens that are ready, in the same batches;
-- decoding: processes that read images and bring them to the tower's size, nothing else; files and tar shards;
-- `gram embed`, from the first look at the source to the finished store, without loading the models.
-
-The bound is the longer of the first two; with --workers 0, which shares one process, it is their sum. With --clock cpu
-a time is the processor time of the main process or of one worker, whichever is more.
+docs/results/corpus.md explains the columns. With --clock cpu a time is the processor time of the main process or of one
+worker, whichever is more.
 """
 
 import argparse

@@ -2,9 +2,8 @@
 
     python scripts/bench/launches.py -o launches.json
 
-An operation that is no view is at least one kernel launch; a cast changes the number type alone. The processor waits
-where it reads a value. Counts are not times. The official ways are CoOp's step through clip's own modules, and a
-meta-step with a cloned model for each task (meta_clone.py). The towers are narrow and have twelve layers, as ViT-B/16.
+Counts are not times. docs/results/benchmarks.md explains the columns and the official ways. The towers are narrow and
+have twelve layers, as ViT-B/16.
 """
 
 import contextlib

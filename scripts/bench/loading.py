@@ -3,10 +3,8 @@
     python scripts/bench/loading.py --workers 0 2
     python scripts/bench/loading.py --device cuda --workers 0 4 8 16
 
-The script makes random JPEGs of 500 x 375 pixels. A round is an epoch over all of them with the built-in engine's
-loader in CoOp's way: random resized crop to 224 pixels (bicubic), flip, batches of 32, normalised on the device. Kept
-images were decoded before. "On DEVICE": torchvision decodes and crops there, one batch after the other, in one process.
-The second table has the differences of the bytes (0 to 255) from Pillow's.
+A round is an epoch over random JPEGs with the built-in engine's loader in CoOp's way; "on DEVICE", torchvision decodes
+and crops there, in one process. The second table has the differences of the bytes (0 to 255) from Pillow's.
 """
 
 import contextlib

@@ -4,8 +4,7 @@
     bash scripts/gpu/check.sh -o OUT --only CoOp      # the checks with this in their names, and those that they need
     bash scripts/gpu/check.sh -o OUT --checkouts DIR  # also against DIR/CoOp and DIR/ProMetaR (with DIR/learn2learn)
 
-checks.yaml lists the checks; each has a process of its own (Linux alone). OUT/check.md and check.json have the results,
-OUT/logs the output of each. The exit status is 1 if a check failed.
+checks.yaml lists the checks; each has a process of its own (Linux alone). OUT/logs has the output of each.
 """
 
 import itertools
@@ -36,13 +35,8 @@ from gram_meta.backbone.clip import load_backbone
 from gram_meta.files import write_json
 from gram_meta.method.memory_plan import MemoryPlan
 
-ERRORS = {
-    "fp32": 1e-3,
-    "tf32": 0.02,
-    "fp16": 0.05,
-    "amp": 0.05,
-    "bf16": 0.2,
-}  # largest relative L2 errors of losses and gradients
+# largest relative L2 errors of losses and gradients
+ERRORS = {"fp32": 1e-3, "tf32": 0.02, "fp16": 0.05, "amp": 0.05, "bf16": 0.2}
 Check = dict[str, Any]  # an entry of checks.yaml, and the texts that it may name
 
 
@@ -64,7 +58,6 @@ def checks_of(args: Namespace) -> dict[str, Check]:
 
 
 def filled(check: Check, key: str) -> str:
-    """Return a text of a check, with what its braces name."""
     text = check[key]
     while "{" in text:
         text = text.format(**check)
@@ -152,11 +145,10 @@ class Attempt:
     """A check in a process of its own, which has so many seconds."""
 
     def __init__(self, name: str, check: Check, output: Path, work: Path, limit: float) -> None:
-        self.log, self.limit = output / "logs" / f"{name}.txt", limit
+        self.log, self.limit, self.alone = output / "logs" / f"{name}.txt", limit, name.startswith("time")
         self.began = time.monotonic()
         self.end = self.began + limit
         self.log.write_bytes(b"")
-        self.alone = name.startswith("time")
         words = name, check, output, work, self.log
         self.process = multiprocessing.get_context("fork").Process(target=run, args=words)
         self.process.start()
@@ -170,11 +162,8 @@ class Attempt:
         if status is None or status < 0:
             lines.append(f"killed after {self.limit:g} s" if status is None else f"ended by signal {-status}")
             self.process.kill()
-        return {
-            "state": "failed" if status != 0 else "passed",
-            "seconds": round(now - self.began, 1),
-            "last line": lines[-1],
-        }
+        seconds = round(now - self.began, 1)
+        return {"state": "failed" if status != 0 else "passed", "seconds": seconds, "last line": lines[-1]}
 
 
 def run_all(args: Namespace, checks: dict[str, Check], rows: dict[str, dict[str, Any]], work: Path) -> Iterator[str]:
@@ -189,11 +178,10 @@ def run_all(args: Namespace, checks: dict[str, Check], rows: dict[str, dict[str,
             left = end - time.monotonic()
             if needs and rows[needs]["state"] != "passed":
                 rows[name]["last line"] = f"needs {needs}"
-                yield name
             elif left > 0:
                 running[name] = Attempt(name, checks[name], args.output, work, min(args.limit, left + 30))
-            else:
-                yield name
+                continue
+            yield name
             continue
         left = min(one.end for one in running.values()) - time.monotonic()
         multiprocessing.connection.wait([one.process.sentinel for one in running.values()], max(left, 0))
