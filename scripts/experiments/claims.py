@@ -31,7 +31,10 @@ CLAIMS = (
     ("CoOpGRAM", "CoOpGRAM, R off"),
     ("CoOpGRAM, R from CoOp's words", "CoOp"),
     ("VPTGRAM", "VPT"),
+    ("UniGRAM", "JointPrompt"),
     ("UniGRAM", "CoOp"),
+    ("UniGRAM", "CoOpGRAM"),
+    ("UniGRAM", "VPTGRAM"),
     ("UniGRAM", "UniGRAM, meta-trained without R"),
     ("CoCoOpGRAM", "CoCoOp"),
 )

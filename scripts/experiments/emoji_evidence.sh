@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The runs behind docs/results/emoji-world.md: five meta-seeds, three few-shot seeds, five datasets; about 4 core-hours.
+# The runs behind docs/results/emoji-world.md: five meta-seeds, three few-shot seeds, five datasets; about 6 core-hours.
 #
 #     bash scripts/experiments/emoji_evidence.sh DIR [JOBS]
 #
@@ -26,17 +26,20 @@ gram cluster "$dir/store" -o "$dir/hierarchy" --config-file configs/gram_meta/co
 meta_train coop coop_gram_small
 meta_train coop_no_regulator coop_gram_small REGULATOR.ENABLED False
 meta_train vpt vpt_gram_small
+meta_train joint unigram_gram_small
 
-bench --trainers ZeroshotCLIP CoOp VPT
+bench --trainers ZeroshotCLIP CoOp VPT JointPrompt
 for meta in $metas; do
     learned="$dir/meta/coop/seed$meta/best.safetensors"
     plain="$dir/meta/coop_no_regulator/seed$meta/best.safetensors"
     visual="$dir/meta/vpt/seed$meta/best.safetensors"
+    joint="$dir/meta/joint/seed$meta/best.safetensors"
     bench --output "$dir/output/meta$meta" --trainers CoOpGRAM TRAINER.GRAM.CHECKPOINT "$learned"
     bench --output "$dir/no_regulator/meta$meta" --trainers CoOpGRAM TRAINER.GRAM.CHECKPOINT "$plain" \
         TRAINER.GRAM.REGULATE False
     bench --output "$dir/visual/meta$meta" --trainers VPTGRAM TRAINER.GRAM.CHECKPOINT "$visual"
+    bench --output "$dir/joint/meta$meta" --trainers UniGRAM TRAINER.GRAM.CHECKPOINT "$joint"
 done
 
-gram report "$dir/output" "$dir/no_regulator" "$dir/visual" --collect "$dir/evidence.json"
+gram report "$dir/output" "$dir/no_regulator" "$dir/visual" "$dir/joint" --collect "$dir/evidence.json"
 cp "$dir/evidence.json" docs/results/emoji.json && python scripts/experiments/claims.py   # in a clone
