@@ -112,7 +112,7 @@ class MetaRun:
 
         def begin() -> None:
             if (self.out / FACTS).exists():
-                raise GramError(f"{self.out}: expected an empty folder, found a meta-training; --resume continues it")
+                raise GramError(f"{self.out}: expected an empty folder, found a meta-training; --resume goes on")
             write_json(self.out / FACTS, self.identity)
 
         self.group.first(begin)

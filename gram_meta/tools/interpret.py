@@ -63,8 +63,8 @@ def interpret(path: PathLike, topk: int = 5, backbone: str = "", epoch: int | No
     context, remarks = _context_of(saved)
     clip = load_clip_of(saved, backbone, {"text": context.shape[-1]})
     if (width := context.shape[-1]) != clip.text_width:
-        found = f"{clip.name} of width {clip.text_width} (--backbone)"
-        raise GramError(f"{saved.path}: expected a CLIP of text width {width}, as its prompt has, found {found}")
+        found = f"{clip.name} has word embeddings of width {clip.text_width}; name its own backbone with --backbone"
+        raise GramError(f"{saved.path}: holds context tokens of width {width}, but {found}")
     words, left_out = _near_words(context, saved.classnames or [], clip, topk)
     return Interpretation(saved, context, clip.name, words, remarks + left_out)
 

@@ -50,14 +50,17 @@ def test_round_trip(backbone, saved):
 
 
 def test_what_comes_with_the_package_is_found_by_name_and_fits_its_backbone_only(backbone):
-    assert list(shipped()) == ["gram-small-text"]
+    assert list(shipped()) == ["gram-small-joint", "gram-small-text", "gram-small-visual"]
     for name, path in shipped().items():
         checkpoint = load_meta_checkpoint(name)
         assert path.with_suffix(".md").read_text().startswith(f"# {name}\n")
         checkpoint.check(load_backbone("gram-small"), checkpoint.tokens, checkpoint.extras)
         with pytest.raises(GramError, match="made with, gram-small"):
             checkpoint.check(backbone, checkpoint.tokens, checkpoint.extras)
-    with pytest.raises(GramError, match=r"gram-large: expected .* one of gram-small-text, found no such file"):
+    with pytest.raises(
+        GramError,
+        match=r"gram-large: expected .* one of gram-small-joint, gram-small-text, gram-small-visual, found no such",
+    ):
         load_meta_checkpoint("gram-large")
 
 

@@ -176,7 +176,7 @@ def test_bench_and_demo(tmp_path):
     original = (tmp_path / "bench.json").read_text()
 
     def bench():
-        Manifest(tmp_path, settings, [])
+        Manifest(tmp_path, settings, [], {})
 
     check(tmp_path / "bench.json", [bench])
     assert original != (tmp_path / "bench.json").read_text()  # a bench was added
