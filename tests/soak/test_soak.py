@@ -11,7 +11,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reas
 
 
 def test_one_trial_of_each_kind(tmp_path):
-    names = ["kill pretrain", "writers embed", "disk embed", "edit plan.json of an embedding", "edit demo.json"]
+    names = [
+        "kill embed",
+        "kill pretrain",
+        "writers embed",
+        "disk embed",
+        "edit plan.json of an embedding",
+        "edit demo.json",
+    ]
     argv = [sys.executable, str(Path(__file__).parent), "--trials", *[f"{name} 0" for name in names]]
     done = subprocess.run([*argv, "-o", str(tmp_path / "soak.json")], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
