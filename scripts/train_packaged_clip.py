@@ -6,6 +6,8 @@ caption is *also* true of another picture in the batch are left out of the denom
 image patches (FLIP, Li et al. 2023); the last part sees whole pictures.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import math
@@ -21,7 +23,7 @@ from clip.model import CLIP
 from clip.simple_tokenizer import SimpleTokenizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import normalize
 from tqdm import tqdm
 
 from gram_meta.backbone.packaged import NAME, save_packaged
@@ -117,13 +119,19 @@ class PretrainingPairs:
 
 def crop_half(pictures: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Crop half of the pictures (B, 64, 64, 3) at random: 10 to 100 % of the area, resized, half of them mirrored."""
-    crop = v2.Compose([v2.RandomResizedCrop(64, (0.1, 1.0), antialias=False), v2.RandomHorizontalFlip()])
-    out = torch.from_numpy(pictures).permute(0, 3, 1, 2).clone()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(rng.integers(2**31)))
-        for row in np.flatnonzero(rng.random(len(out)) < 0.5):
-            out[row] = crop(out[row])
-    return out.permute(0, 2, 3, 1).numpy()
+    rows = np.flatnonzero(rng.random(len(pictures)) < 0.5)
+    area, ratio = (rng.uniform(0.1, 1.0, len(rows)), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3), len(rows))))
+    half = np.minimum(np.stack([np.sqrt(area * ratio), np.sqrt(area / ratio)], 1), 1.0)  # (R, 2): x, y
+    centre = (1 - half) * rng.uniform(-1, 1, (len(rows), 2))
+    theta = np.zeros((len(rows), 2, 3), dtype=np.float32)
+    theta[:, 0, 0] = half[:, 0] * np.where(rng.random(len(rows)) < 0.5, 1, -1)
+    theta[:, 1, 1], theta[:, :, 2] = half[:, 1], centre
+    source = torch.from_numpy(pictures[rows]).permute(0, 3, 1, 2).float()
+    grid = F.affine_grid(torch.from_numpy(theta), list(source.shape), align_corners=False)
+    crops = F.grid_sample(source, grid, align_corners=False, padding_mode="border")
+    out = pictures.copy()
+    out[rows] = (crops + 0.5).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return out
 
 
 def also_true(concept: np.ndarray, scenes: Scenes, stated: np.ndarray) -> np.ndarray:
@@ -237,7 +245,7 @@ def sees_whole_pictures(step: int, recipe: Recipe) -> bool:
 
 def to_pixels(pictures: Tensor) -> Tensor:
     """Turn (B, 64, 64, 3) uint8 into normalised (B, 3, 64, 64) float32."""
-    return v2.functional.normalize(pictures.permute(0, 3, 1, 2).float().div_(255), PIXEL_MEAN, PIXEL_STD)
+    return normalize(pictures.permute(0, 3, 1, 2).float().div_(255), PIXEL_MEAN, PIXEL_STD)
 
 
 class Batches(Dataset):
