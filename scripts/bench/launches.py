@@ -8,6 +8,7 @@ have twelve layers, as ViT-B/16.
 
 import contextlib
 import copy
+import importlib
 import io
 import tempfile
 from argparse import Namespace
@@ -93,7 +94,8 @@ def count(step: Callable[[], Any], towers: Any, regulator: Any = None, steps: in
     patches += [inside(torch.optim.SGD, "step", optimiser), inside(Regulation, "regulate", regulates)]
     patches += [inside(Tensor, read, counter.wait) for read in ("tolist", "cpu", "numpy")]  # no operation on a CPU
     for module in ("utils._foreach_utils", "optim.optimizer"):  # multi-tensor code, as on a GPU
-        patches.append(mock.patch(f"torch.{module}._get_foreach_kernels_supported_devices", lambda: ["cpu"]))
+        owner = importlib.import_module(f"torch.{module}")
+        patches.append(mock.patch.object(owner, "_get_foreach_kernels_supported_devices", lambda: ["cpu"]))
     with contextlib.ExitStack() as stack:
         for context in (*patches, profile.watching(towers, regulator), counter, profile.step()):
             stack.enter_context(context)
