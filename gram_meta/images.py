@@ -74,14 +74,16 @@ def kept_images(paths: Sequence[str], budget: float, as_coop: bool) -> Iterator[
         except BadImage:
             return None
 
-    fits, rest = True, iter(dict.fromkeys(paths) if budget else ())
+    fits, size, rest = True, 0, iter(dict.fromkeys(paths) if budget else ())
     groups = iter(lambda: list(islice(rest, 64)), [])
     try:
         with ThreadPoolExecutor(8) as pool:
             for group in groups:
                 decoded = zip(group, pool.map(decode, group), strict=True)
-                _kept.update({(path, as_coop): image for path, image in decoded if image is not None})
-                fits = 4 * sum(image.width * image.height for image in _kept.values()) <= budget  # 4 bytes a pixel
+                images = {(path, as_coop): image for path, image in decoded if image is not None}
+                _kept.update(images)
+                size += 4 * sum(image.width * image.height for image in images.values())  # 4 bytes a pixel
+                fits = size <= budget
                 if not fits:
                     _kept.clear()
                     break
