@@ -12,6 +12,7 @@ from helpers.training import meta_of
 
 import gram_meta.plugin  # noqa: F401, fills the registries
 from gram_meta.backbone.clip import load_backbone
+from gram_meta.backbone.graphs import Recorded
 from gram_meta.config import as_dict, find_config, get_meta_config, load_meta_config
 from gram_meta.coop import launch
 from gram_meta.engine import TRAINER_REGISTRY, build_trainer, set_random_seed
@@ -340,6 +341,18 @@ def test_a_run_with_recorded_passes_ends_as_without(go, save, monkeypatch, tmp_p
     ]
     torch.testing.assert_close(states[1], states[0], rtol=1e-4, atol=1e-6)
     assert replayed["curve"] == plain["curve"] and replayed["metrics"] == plain["metrics"]
+
+
+def test_other_inputs_and_evaluations_are_not_replayed(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_traced_callables)
+    prompt, calls = torch.ones(2, 3, requires_grad=True), []
+    double = Recorded(lambda x: 2 * x, prompt)
+    double.function = lambda x: calls.append(x) or 2 * x
+    assert torch.equal(double(prompt), 2 * prompt) and not calls
+    for other in (torch.ones(4, 3, requires_grad=True), torch.ones(2, 3), prompt.double().detach().requires_grad_()):
+        assert torch.equal(double(other), 2 * other) and calls.pop() is other
+    with torch.no_grad():
+        assert torch.equal(double(prompt), 2 * prompt) and calls.pop() is prompt
 
 
 def test_passes_that_are_computed_twice_are_not_recorded(build, monkeypatch):
