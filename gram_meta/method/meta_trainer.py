@@ -33,7 +33,6 @@ from gram_meta.method.memory_plan import MemoryConfig, plan
 from gram_meta.method.meta_run import BEST, LAST, STATE, MetaLog, MetaRun, Sigterm, Stopped
 from gram_meta.method.meta_state import MetaState
 from gram_meta.method.outer import BatchResult, OuterLoop, add_meta_gradients, exchange, parameters_of
-from gram_meta.method.profiling import EXCHANGE, OPTIMISER
 from gram_meta.method.recorded import RecordedSteps
 from gram_meta.method.tasks import StepTasks, TaskConfig, TaskSampler, images_of, split_topics
 from gram_meta.processes import ALONE, ProcessGroup
@@ -41,6 +40,7 @@ from gram_meta.processes import ALONE, ProcessGroup
 logger = logging.getLogger("gram")
 READ_EVERY = 10  # steps on a GPU whose losses are read at once
 BUCKET = 4  # tokens; recorded steps have class prompts of few lengths
+OPTIMISER, EXCHANGE = "optimiser", "exchange"  # regions of a profile
 
 
 class Seen(NamedTuple):

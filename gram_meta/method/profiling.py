@@ -12,19 +12,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gram_meta.files import write_json
 from gram_meta.method.meta_run import PROFILE
-
-if TYPE_CHECKING:
-    from gram_meta.method.meta_trainer import MetaTrainer
+from gram_meta.method.meta_trainer import EXCHANGE, OPTIMISER, MetaTrainer
 
 IMAGE_TOWER, TEXT_TOWER, REGULATOR = "image tower", "text tower", "regulator"
-OPTIMISER, WAITING, EXCHANGE, EVALUATION = "optimiser", "waiting for images", "exchange", "held-out tasks"
+WAITING, EVALUATION = "waiting for images", "held-out tasks"
 OTHER = "loss and the rest"
 TOWERS = (IMAGE_TOWER, TEXT_TOWER)
 ORDER = (*TOWERS, REGULATOR, OTHER, OPTIMISER, EXCHANGE, WAITING, EVALUATION)
