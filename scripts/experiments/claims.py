@@ -1,7 +1,7 @@
 """Fill docs/results/emoji-world.md and claims.json from the runs of emoji_evidence.sh in docs/results/emoji.json.
 
-A claim is a difference from base to new between two kinds of runs, such as "CoOpGRAM - CoOp, H". For each meta-seed it
-is averaged over few-shot seeds and datasets; mean and 95 % interval (Student's t) are over meta-seeds. A claim is
+A claim is a difference between two kinds of runs, such as "CoOpGRAM - CoOp, H, base to new". For each meta-seed it is
+averaged over few-shot seeds and datasets; mean and 95 % interval (Student's t) are over meta-seeds. A claim is
 confirmed if its interval lies above 0. H is the harmonic mean of a dataset's base and new accuracy over few-shot seeds.
 """
 
@@ -20,7 +20,7 @@ from gram_meta.report.runs import Run
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "results"
 PLACE = re.compile(r"(<!-- (claims|table \d) -->\n).*?(<!-- end -->)", re.DOTALL)
-METRICS = ("base", "new", "H")
+BASE_TO_NEW, CROSS_DATASET, CROSS_DOMAIN = "base to new", "other datasets", "other domains"
 SEED = re.compile(r"seed(\d+)/best")  # in the path of a meta-checkpoint of SEEDS
 # ours, what it is compared with
 CLAIMS = (
@@ -55,17 +55,31 @@ def kind_of(run: Run) -> tuple[str, int]:
     return ", ".join(words), int(seed[1]) if seed else 0
 
 
-def read(runs: list[Run]) -> pandas.DataFrame:
-    """Return base, new, H and the number of few-shot seeds by kind, meta-seed (0: none) and dataset."""
-    chosen = [run for run in runs if run.subsample in ("base", "new") and not run.transferred]
-    rows = [(*kind_of(run), run.dataset, run.seed, run.subsample, run.value) for run in chosen]
+def read(runs: list[Run], protocol: str = BASE_TO_NEW, shots: int = 16) -> pandas.DataFrame:
+    """Return the accuracies of a protocol, and the number of few-shot seeds, by kind, meta-seed (0: none) and dataset.
+
+    From base to new the columns are base, new and H; to other datasets or domains there is one, `accuracy`.
+    """
+    rows = [
+        (*kind_of(run), run.dataset, run.seed, "accuracy" if run.subsample == "all" else run.subsample, run.value)
+        for run in runs
+        if protocol_of(run) == protocol and run.shots == shots
+    ]
     frame = pandas.DataFrame(rows, columns=["kind", "meta", "dataset", "seed", "side", "value"])
     table = frame.pivot_table("value", ["kind", "meta", "dataset"], "side")  # means over few-shot seeds
-    table["H"] = [harmonic(*sides) for sides in zip(table["base"], table["new"], strict=True)]
+    if protocol == BASE_TO_NEW:
+        table["H"] = [harmonic(*sides) for sides in zip(table["base"], table["new"], strict=True)]
     return table.assign(seeds=frame.groupby(["kind", "meta", "dataset"]).seed.nunique())
 
 
-def claim(ours: str, theirs: str, metric: str, table: pandas.DataFrame) -> dict:
+def protocol_of(run: Run) -> str:
+    """Return the protocol that a run belongs to; "" for the test of a whole dataset on itself."""
+    if run.transferred:
+        return CROSS_DOMAIN if run.dataset.startswith(run.source) else CROSS_DATASET
+    return BASE_TO_NEW if run.subsample in ("base", "new") else ""
+
+
+def claim(ours: str, theirs: str, metric: str, table: pandas.DataFrame, protocol: str = BASE_TO_NEW) -> dict:
     """Return one entry: the differences of each meta-seed, their mean and interval."""
     found, others, gains = table.loc[ours], table.loc[theirs], []
     for meta in found.index.unique("meta"):
@@ -74,7 +88,7 @@ def claim(ours: str, theirs: str, metric: str, table: pandas.DataFrame) -> dict:
     middle, half = mean(gains), half_width(gains)
     low, high = (None, None) if half is None else (round(middle - half, 2), round(middle + half, 2))
     return {
-        "name": f"{ours} - {theirs}, {metric}, base to new",
+        "name": f"{ours} - {theirs}, {metric}, {protocol}",
         "mean": round(middle, 2),
         "low": low,
         "high": high,
@@ -101,10 +115,14 @@ def as_markdown(claims: list[dict]) -> str:
 
 
 def all_claims(runs: list[Run]) -> list[dict]:
-    table = read(runs)
-    kinds = table.index.unique("kind")
-    pairs = [(ours, theirs) for ours, theirs in CLAIMS if ours in kinds and theirs in kinds]
-    return [claim(ours, theirs, metric, table) for ours, theirs in pairs for metric in METRICS]
+    found = []
+    for protocol, shots in ((BASE_TO_NEW, 16), *((to, k) for to in (CROSS_DATASET, CROSS_DOMAIN) for k in (16, 4))):
+        table = read(runs, protocol, shots)
+        name = protocol if protocol == BASE_TO_NEW else f"{protocol}, {shots} shots"
+        kinds, metrics = table.index.unique("kind"), [column for column in table.columns if column != "seeds"]
+        pairs = [(ours, theirs) for ours, theirs in CLAIMS if ours in kinds and theirs in kinds]
+        found += [claim(ours, theirs, metric, table, name) for ours, theirs in pairs for metric in metrics]
+    return found
 
 
 def filled(page: str, runs: list[Run]) -> str:

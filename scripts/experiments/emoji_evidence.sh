@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The runs behind docs/results/emoji-world.md: five meta-seeds, three few-shot seeds, five datasets; about 6 core-hours.
+# The runs behind docs/results/emoji-world.md: five meta-seeds, three few-shot seeds, five datasets,
+# three protocols; about 9 core-hours.
 #
 #     bash scripts/experiments/emoji_evidence.sh DIR [JOBS]
 #
@@ -8,7 +9,10 @@ set -euo pipefail
 dir="${1:?the folder for the world, its features and all runs}"
 jobs="${2:-2}"
 metas="1 2 3 4 5"
-bench() { gram bench --emoji "$dir" --jobs "$jobs" "$@"; }
+bench() { # every protocol with 16 shots, and the transfers with 4 shots too
+    gram bench --emoji "$dir" --jobs "$jobs" --protocol base2new xd dg "$@"
+    gram bench --emoji "$dir" --jobs "$jobs" --protocol xd dg --shots 4 "$@"
+}
 
 # meta_train NAME CONFIG [KEY VALUE ...]: all meta-seeds at once, in DIR/meta/NAME/seed1, ...; what is there goes on
 meta_train() {

@@ -62,17 +62,38 @@ def test_a_claim_by_hand(claims):
     assert h["each_meta_seed"] == [round(value, 2) for value in expected]
 
 
+def run(dataset, seed, subsample, value, shots=16, source=None):
+    facts = {"dataset": dataset, "seed": seed, "subsample": subsample, "value": value, "shots": shots}
+    facts |= {"source": source or dataset, "transferred": source not in (None, dataset)}
+    return SimpleNamespace(**facts, trainer="CoOp", result={}, settings={})
+
+
 def test_the_table_has_means_over_few_shot_seeds(claims):
     """H is that of the averaged base and new; a transferred run and one on all classes do not count."""
 
-    def run(dataset, seed, subsample, value, transferred=False):
-        facts = {"dataset": dataset, "seed": seed, "subsample": subsample, "value": value, "transferred": transferred}
-        return SimpleNamespace(**facts, trainer="CoOp", result={}, settings={})
-
     runs = [run("a", 1, "base", 60.0), run("a", 2, "base", 62.0), run("a", 1, "new", 40.0), run("a", 2, "new", 44.0)]
-    table = claims.read([*runs, run("a", 1, "all", 1.0), run("a", 1, "new", 1.0, transferred=True)])
+    table = claims.read(
+        [*runs, run("a", 1, "all", 1.0), run("a", 1, "new", 1.0, source="b"), run("a", 3, "base", 1.0, 4)]
+    )
     (row,) = table.reset_index().to_dict("records")
     assert row == {
         **{"kind": "CoOp", "meta": 0, "dataset": "a", "base": 61.0, "new": 42.0},
         **{"H": pytest.approx(2 * 61 * 42 / 103), "seeds": 2},
+    }
+
+
+def test_transfers_differ_by_target_and_shots(claims):
+    """A target whose name begins with the source's is a domain of it."""
+    runs = [run("aSketch", 1, "all", 50.0, source="a"), run("aSketch", 2, "all", 52.0, source="a")]
+    runs += [run("b", 1, "all", 70.0, source="a"), run("b", 1, "all", 30.0, 4, source="a"), run("a", 1, "all", 1.0)]
+    found = {
+        (to, shots): claims.read(runs, to, shots).reset_index().to_dict("records")
+        for to, shots in [("other datasets", 16), ("other datasets", 4), ("other domains", 16), ("other domains", 4)]
+    }
+    common = {"kind": "CoOp", "meta": 0}
+    assert found == {
+        ("other datasets", 16): [{**common, "dataset": "b", "accuracy": 70.0, "seeds": 1}],
+        ("other datasets", 4): [{**common, "dataset": "b", "accuracy": 30.0, "seeds": 1}],
+        ("other domains", 16): [{**common, "dataset": "aSketch", "accuracy": 51.0, "seeds": 2}],
+        ("other domains", 4): [],
     }
