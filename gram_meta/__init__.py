@@ -11,27 +11,25 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from gram_meta.api import cluster as cluster
-    from gram_meta.api import embed as embed
-    from gram_meta.api import evaluate as evaluate
-    from gram_meta.api import pretrain as pretrain
-    from gram_meta.api import regulate as regulate
-    from gram_meta.backbone import load_backbone as load_backbone
-    from gram_meta.clustering.hierarchy import Hierarchy as Hierarchy
-    from gram_meta.corpus.store import PairStore as PairStore
-    from gram_meta.errors import GramError as GramError
-    from gram_meta.method.apply import Regulation as Regulation
-    from gram_meta.method.apply import start_from as start_from
-    from gram_meta.method.checkpoint import MetaCheckpoint as MetaCheckpoint
-    from gram_meta.method.checkpoint import load_meta_checkpoint, save_meta_checkpoint
-    from gram_meta.method.dassl import WithGRAM as WithGRAM
-    from gram_meta.method.prompts import PromptedCLIP as PromptedCLIP
-    from gram_meta.method.regulator import GradientRegulator as GradientRegulator
-    from gram_meta.method.regulator import RegulatorConfig as RegulatorConfig
-    from gram_meta.tools.predict import Prediction as Prediction
-    from gram_meta.tools.predict import Predictor as Predictor
+    from gram_meta.api import cluster, embed, evaluate, pretrain, regulate
+    from gram_meta.backbone.clip import load_backbone
+    from gram_meta.clustering.hierarchy import Hierarchy
+    from gram_meta.corpus.store import PairStore
+    from gram_meta.errors import GramError
+    from gram_meta.method.apply import Regulation, start_from
+    from gram_meta.method.checkpoint import MetaCheckpoint
+    from gram_meta.method.checkpoint import load_meta_checkpoint as load
+    from gram_meta.method.checkpoint import save_meta_checkpoint as save
+    from gram_meta.method.dassl import WithGRAM
+    from gram_meta.method.prompts import PromptedCLIP
+    from gram_meta.method.regulator import GradientRegulator, RegulatorConfig
+    from gram_meta.tools.predict import Prediction, Predictor
 
-    load, save = load_meta_checkpoint, save_meta_checkpoint
+__all__ = [
+    "GradientRegulator", "GramError", "Hierarchy", "MetaCheckpoint", "PairStore", "Prediction", "Predictor",
+    "PromptedCLIP", "Regulation", "RegulatorConfig", "WithGRAM", "__version__", "cluster", "embed", "evaluate", "load",
+    "load_backbone", "pretrain", "regulate", "save", "start_from",
+]  # fmt: skip
 
 # name -> the module that holds it, and its name there if that differs
 _PLACES = {
@@ -52,8 +50,6 @@ _PLACES = {
     for name in names.split()
 }
 _PLACES |= {name: f"method.checkpoint:{name}_meta_checkpoint" for name in ("load", "save")}
-
-__all__ = sorted([*_PLACES, "__version__"])
 
 
 def __getattr__(name: str) -> Any:

@@ -126,7 +126,8 @@ def cluster(
     Args:
         store: the store, or its folder.
         out: folder of the hierarchy. An interrupted run over a sample continues there; a finished one is not repeated.
-        config, opts: settings; the keys under CHC and the shots of TASKS are read.
+        config: files of settings; the keys under CHC and the shots of TASKS are read.
+        opts: single settings that replace those of `config`.
         exclude: a .tsv file with a column `image`: locations of images to leave out.
         force: make the hierarchy again, also if it was made from another store or with other settings.
 
@@ -167,9 +168,11 @@ def pretrain(
     """Meta-learn prompts and a gradient regulator (Algorithm 1); return the best meta-checkpoint.
 
     Args:
-        store, hierarchy: from `embed` and `cluster`, or their folders.
+        store: from `embed`, or its folder.
+        hierarchy: from `cluster`, or its folder.
         out: folder of best.safetensors, last.safetensors, log.jsonl and the state for `resume`.
-        config, opts: settings of the experiment.
+        config: files of settings of the experiment.
+        opts: single settings that replace those of `config`.
         resume: continue the run in `out`; its final weights equal those of an uninterrupted run.
 
     Raises:
@@ -205,9 +208,11 @@ def evaluate(
 
     Args:
         meta: a meta-checkpoint, or its file.
-        store, hierarchy: where the tasks come from; see `method.evaluation.evaluate_adaptation`.
-        tasks: number of tasks. seed: of their draw.
+        store: the store of `hierarchy`, or its folder.
+        hierarchy: where the tasks come from, or its folder; see `method.evaluation.evaluate_adaptation`.
+        tasks: number of tasks.
         steps: numbers of inner steps after which the query sets are scored.
+        seed: of the draw of the tasks.
         opts: settings that replace those of meta-training.
     """
     from gram_meta.method.checkpoint import MetaCheckpoint, load_meta_checkpoint

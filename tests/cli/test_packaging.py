@@ -112,7 +112,7 @@ def test_metadata(wheel):
         text = archive.read(f"{info}/METADATA").decode()
         points = archive.read(f"{info}/entry_points.txt").decode()
     extras = set(re.findall(r"^Provides-Extra: (.*)$", text, re.MULTILINE))
-    assert extras == {"demo", "figures", "test", "dev"}
+    assert extras == {"demo", "figures", "test", "docs", "dev"}
     assert set(re.search(r"^Requires-Python: (.*)$", text, re.MULTILINE).group(1).split(",")) == {"<3.14", ">=3.10"}
     assert "gram = gram_meta.cli:main" in points
 
