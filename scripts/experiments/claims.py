@@ -1,24 +1,24 @@
-"""Fill docs/results/emoji-world.md and claims.json from the runs of emoji_evidence.sh in docs/results/emoji.json.
+"""Fill docs/results/emoji-world.md and claims.json from the runs in docs/results/emoji.json, and draw results.svg.
 
 A claim is a difference between two kinds of runs, such as "CoOpGRAM - CoOp, H, base to new". For each meta-seed it is
 averaged over few-shot seeds and datasets; mean and 95 % interval (Student's t) are over meta-seeds. A claim is
 confirmed if its interval lies above 0. H is the harmonic mean of a dataset's base and new accuracy over few-shot seeds.
 """
 
-import argparse
 import re
-import sys
 from pathlib import Path
 
 import pandas
+from jinja2 import Environment, StrictUndefined
 from tabulate import tabulate
 
-from gram_meta.files import read_json, write_json
+from gram_meta.files import write_json
 from gram_meta.intervals import half_width, harmonic, mean
 from gram_meta.report import paper_tables, read_runs, render
 from gram_meta.report.runs import Run
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "results"
+PICTURE = DOCS.parent / "assets" / "results.svg"
 PLACE = re.compile(r"(<!-- (claims|table \d) -->\n).*?(<!-- end -->)", re.DOTALL)
 BASE_TO_NEW, CROSS_DATASET, CROSS_DOMAIN = "base to new", "other datasets", "other domains"
 SEED = re.compile(r"seed(\d+)/best")  # in the path of a meta-checkpoint of SEEDS
@@ -141,21 +141,16 @@ def filled(page: str, runs: list[Run]) -> str:
     return PLACE.sub(fill, page)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if a file is out of date")
-    args = parser.parse_args()
-    runs, page, claims = read_runs([DOCS / "emoji.json"]), DOCS / "emoji-world.md", DOCS / "claims.json"
-    before = page.read_text(encoding="utf-8")
-    after = filled(before, runs)
-    if args.check:
-        stale = after != before or all_claims(runs) != read_json(claims, list)
-        print("out of date" if stale else "up to date")
-        return int(stale)
-    page.write_text(after, encoding="utf-8")
-    write_json(claims, all_claims(runs))
-    return 0
+def drawn(claims: list[dict]) -> str:
+    """Return the picture of README.md: differences with their intervals."""
+    template = Path(__file__).with_name("results.svg.jinja").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, trim_blocks=True, undefined=StrictUndefined)
+    return environment.from_string(template).render(claims={claim["name"]: claim for claim in claims}) + "\n"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    runs, page = read_runs([DOCS / "emoji.json"]), DOCS / "emoji-world.md"
+    page.write_text(filled(page.read_text(encoding="utf-8"), runs), encoding="utf-8")
+    claims = all_claims(runs)
+    write_json(DOCS / "claims.json", claims)
+    PICTURE.write_text(drawn(claims), encoding="utf-8")

@@ -37,6 +37,14 @@ def test_page_and_claims_are_those_of_the_committed_results(claims, runs):
     assert claims.all_claims(runs) == json.loads((RESULTS / "claims.json").read_text())
 
 
+def test_the_picture_shows_the_committed_claims(claims):
+    listed = json.loads((RESULTS / "claims.json").read_text())
+    picture = claims.PICTURE.read_text(encoding="utf-8")
+    assert claims.drawn(listed) == picture
+    listed[1]["mean"] += 0.1
+    assert claims.drawn(listed) != picture
+
+
 def test_a_changed_number_would_be_seen(claims, runs):
     page = (RESULTS / "emoji-world.md").read_text(encoding="utf-8")
     for place in claims.PLACE.finditer(page):
