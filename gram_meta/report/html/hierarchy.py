@@ -83,8 +83,8 @@ def write_hierarchy_page(
     """
     if topics < 0 or images < 1:
         raise GramError(f"--topics and --images: expected at least 0 and 1, found {topics} and {images}")
-    view = _View(hierarchy, store, store.places(image_root), seed)
-    task, dropped = _task(view), _dropped(view)
+    view = View(hierarchy, store, store.places(image_root), seed)
+    task, dropped = task_rows(view), _dropped(view)
     shown, images = _fitting(hierarchy, topics or len(hierarchy.topics), images, view.asked, limit)
     text = render(
         "hierarchy.html",
@@ -101,7 +101,7 @@ def write_hierarchy_page(
         agreement=agreement,
         images=images,
         view=view,
-        topics=[_topic(view, number, images) for number in range(shown)],
+        topics=[topic_rows(view, number, images) for number in range(shown)],
         most_listed=LISTED,
         repeated=sum(len(numbers) for numbers in view.same_word.values() if len(numbers) > 1),
         task=task,
@@ -133,7 +133,7 @@ def _fitting(hierarchy: Hierarchy, topics: int, images: int, fixed: int, limit: 
 
 
 @dataclass
-class _View:
+class View:
     """A hierarchy with its store, ready to draw from; counts the images that were asked for and those unreadable."""
 
     hierarchy: Hierarchy
@@ -243,7 +243,7 @@ def _chart(labels: Sequence[str], ticks: Sequence[str], series: Mapping[str, np.
 # --------------------------------------------------------------------------------------------------------------- Topics
 
 
-def _topic(view: _View, number: int, images: int) -> dict[str, Any]:
+def topic_rows(view: View, number: int, images: int) -> dict[str, Any]:
     topic, rows, random = view.hierarchy.topics[number], view.rows(number), view.random(0, number)
     drawn = view.hierarchy.pair[random.permutation(rows)[:CAPTIONS]]
     captions = view.store.captions.take(drawn)
@@ -263,7 +263,7 @@ def _topic(view: _View, number: int, images: int) -> dict[str, Any]:
     }
 
 
-def _domain(view: _View, rows: np.ndarray, images: int, random: np.random.Generator) -> list[dict[str, Any]]:
+def _domain(view: View, rows: np.ndarray, images: int, random: np.random.Generator) -> list[dict[str, Any]]:
     """Return thumbnails of so many images of one domain, whose rows of the hierarchy are `rows`."""
     found, first = np.unique(view.hierarchy.image[rows], return_index=True)
     chosen = random.permutation(len(found))[:images]
@@ -273,7 +273,7 @@ def _domain(view: _View, rows: np.ndarray, images: int, random: np.random.Genera
 # -------------------------------------------------------------------------------------------- A task, and dropped pairs
 
 
-def _task(view: _View) -> dict[str, Any]:
+def task_rows(view: View) -> dict[str, Any]:
     """Return a task drawn with the hierarchy's own settings, or the reason why none can be drawn."""
     settings = as_dict(get_meta_config().TASKS) | view.hierarchy.manifest.get("config", {}).get("TASKS", {})
     try:
@@ -291,7 +291,7 @@ def _task(view: _View) -> dict[str, Any]:
     }
 
 
-def _task_class(view: _View, task: Task, k: int) -> dict[str, Any]:
+def _task_class(view: View, task: Task, k: int) -> dict[str, Any]:
     topic = int(task.topics[k])
     rows = view.rows(topic)
     row_of = {int(image): row for image, row in zip(view.hierarchy.image[rows], rows, strict=True)}
@@ -306,7 +306,7 @@ def _task_class(view: _View, task: Task, k: int) -> dict[str, Any]:
     return {"word": task.words[k], "topic": topic, "sides": sides}
 
 
-def _dropped(view: _View) -> list[tuple[str, list[tuple[dict[str, Any], str, str]]]]:
+def _dropped(view: View) -> list[tuple[str, list[tuple[dict[str, Any], str, str]]]]:
     """Return some pairs of each fate but "kept": thumbnail, caption and similarity."""
     shown = []
     for fate, name in enumerate(FATE_NAMES):
