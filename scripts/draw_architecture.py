@@ -8,7 +8,6 @@ import argparse
 import ast
 import sys
 from pathlib import Path
-from typing import Any
 
 import networkx
 from jinja2 import Environment
@@ -32,7 +31,6 @@ LAYERS: list[dict[str, str]] = [
 ]
 GROUND = {"errors", "files", "images", "locks", "config", "hooks", "processes", "progress", "intervals", "random_state"}
 SHIMS = {"_moved", "regulation", "checkpoint", "prompts", "predict", "__init__", "__main__"}
-WIDTH, HEIGHT, GAP_X, GAP_Y = 250, 54, 40, 46
 
 
 def sources() -> dict[str, list[Path]]:
@@ -71,19 +69,11 @@ def draw() -> str:
     files = sources()
     if unplaced := set(files).difference(*LAYERS):
         sys.exit(f"scripts/draw_architecture.py: expected every package in LAYERS, found {', '.join(sorted(unplaced))}")
-    total = max(map(len, LAYERS)) * (WIDTH + GAP_X) + GAP_X
-    boxes: dict[str, dict[str, Any]] = {}  # by package: its left upper corner, and what it holds
-    for row, layer in enumerate(LAYERS):
-        present = [name for name in layer if name in files]
-        left = (total - len(present) * (WIDTH + GAP_X) + GAP_X) / 2
-        for column, name in enumerate(present):
-            x, y = left + column * (WIDTH + GAP_X), 20 + row * (HEIGHT + GAP_Y)
-            boxes[name] = {"x": x, "y": y, "title": layer[name]}
-    size = {"width": WIDTH, "height": HEIGHT, "total": total, "bottom": 20 + len(LAYERS) * (HEIGHT + GAP_Y)}
     template = Environment(autoescape=True, trim_blocks=True, keep_trailing_newline=True).from_string(
         Path(__file__).with_name("architecture.svg.jinja").read_text("utf-8")
     )
-    return template.render(boxes=boxes, arrows=arrows(files), **size)
+    layers = [{name: title for name, title in layer.items() if name in files} for layer in LAYERS]
+    return template.render(layers=layers, arrows=arrows(files))
 
 
 def main() -> None:
