@@ -87,9 +87,11 @@ class Hierarchy:
     """Pairs organised into topics and visual domains.
 
     Attributes:
-        pair, image, topic, domain: (n,) int64, of each kept pair, sorted by `pair`: its row and its image's row in the
-            store, its topic (0 ... L-1, largest first) and its domain inside the topic (0 ... U_l-1, largest first).
-            Pairs of one image in one topic share their domain; in another topic the image may be in another domain.
+        pair: (n,) int64, rows of the kept pairs in the store, ascending.
+        image: (n,) int64, row of each pair's image in the store.
+        topic: (n,) int64, of each pair: 0 ... L-1, the largest first.
+        domain: (n,) int64, of each pair in its topic: 0 ... U_l-1, the largest first. Pairs of one image in one topic
+            share their domain; in another topic the image may be in another domain.
         topics: L topics.
         fates: (pairs of the store,) uint8, index into `FATE_NAMES`.
         manifest: fingerprints of the store and its models, the CHC settings, and numbers of pairs by their fates.

@@ -67,10 +67,11 @@ class PairStore:
     Attributes:
         path: the folder.
         manifest: settings, counts, what was skipped and why.
-        captions: n strings. image: (n,) int64, row of each pair's image.
+        captions: n strings.
+        image: (n,) int64, row of each pair's image.
         locations: m strings, paths of the distinct images: relative to `image_root`, or absolute.
-        image_features: (m, D) float16, of CLIP, L2-normalised. similarity: (n,) float32, CLIP's cosine between image
-            and caption of each pair, from features rounded to float16.
+        image_features: (m, D) float16, of CLIP, L2-normalised.
+        similarity: (n,) float32, CLIP's cosine of each pair's image and caption, from features rounded to float16.
         sentence_features: (n, S) float16, of Sentence-BERT, L2-normalised.
         fingerprint: SHA-256 of the content: fingerprints of both models, captions, locations and image contents.
     """

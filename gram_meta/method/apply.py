@@ -141,7 +141,12 @@ class Regulation:
         )
 
     def summary(self) -> dict[str, Any]:
-        """Return statistics of the steps so far by the prompts' names, as JSON values; see `_Count.summary`."""
+        """Return statistics of the steps so far, as JSON values, by the prompts' names.
+
+        steps; gradient_norm: quantiles of |g|; mean_ratio: mean of |R(g)| / |g|;
+        path_gated, path_beta: sum over steps of lr * norm (before momentum); net_*: norm of the sum of lr * value;
+        *_mean: mean over steps and entries; *_variation: root mean square over entries of the deviation over steps.
+        """
         return {name: count.summary() for name, count in self.counts.items() if count.steps}
 
     def lines(self) -> list[str]:
@@ -282,12 +287,7 @@ class _Count:
                 self.paths[name] += rate * walk
 
     def summary(self) -> dict[str, Any]:
-        """Return the statistics.
-
-        steps; gradient_norm: quantiles of |g|; mean_ratio: mean of |R(g)| / |g|;
-        path_gated, path_beta: sum over steps of lr * norm (before momentum); net_*: norm of the sum of lr * value;
-        *_mean: mean over steps and entries; *_variation: root mean square over entries of the deviation over steps.
-        """
+        """Return the statistics; see `Regulation.summary`."""
         self._read()
         ratios = [ratio for ratio in self.ratios if not math.isnan(ratio)]
         result: dict[str, Any] = {

@@ -74,8 +74,11 @@ class Predictor:
     """A frozen classifier, callable on images; make one with `Predictor.load`.
 
     Attributes:
-        saved: the contents of the run. backbone: its CLIP. classnames: the classes to choose from.
-        batch_size: images in one pass. workers: processes that read images ahead; 0: none.
+        saved: the contents of the run.
+        backbone: its CLIP.
+        classnames: the classes to choose from.
+        batch_size: images in one pass.
+        workers: processes that read images ahead; 0: none.
     """
 
     def __init__(

@@ -15,6 +15,7 @@ import gram_meta
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "gram_meta" / "coop" / "HOOKS.md"]
+NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 API = ROOT / "docs" / "reference" / "api.md"
 
 
@@ -30,7 +31,7 @@ def pages_of(entry):
 def test_the_navigation_has_every_page_once():
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     nav = yaml.safe_load("nav:" + text.partition("\nnav:")[2])["nav"]
-    assert sorted(pages_of(nav)) == sorted(page.relative_to(ROOT).as_posix() for page in PAGES)
+    assert sorted(pages_of(nav)) == sorted(NAMES)
 
 
 def test_the_index_links_every_page():
@@ -46,7 +47,7 @@ def test_the_reference_has_every_public_name_once():
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """Pages by their paths, from a strict build."""
+    """The folder of a strict build."""
     pytest.importorskip("material")
     pytest.importorskip("mkdocstrings_handlers.python")
     folder = tmp_path_factory.mktemp("site")
@@ -54,25 +55,41 @@ def site(tmp_path_factory):
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    return {path: path.read_text(encoding="utf-8") for path in folder.rglob("*.html")}
+    return folder
+
+
+def built(site, page):
+    """Return the path and the text of a page of the site."""
+    path = site / page.relative_to(ROOT).with_name(page.name.replace("README", "index")).with_suffix(".html")
+    return path, path.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
-def test_what_a_page_loads_and_links_is_a_file_of_the_site(site):
-    for page, text in site.items():
-        loaded = re.findall(r'<(?:script|img|source)\b[^>]*?\ssrc="?([^"\s>]+)', text)
-        loaded += re.findall(r'<link\b[^>]*?rel="?(?:stylesheet|icon)\b[^>]*?href="?([^"\s>]+)', text)
-        assert not [target for target in loaded if urlsplit(target).netloc], page
-        for target in loaded + re.findall(r'<a\b[^>]*?\shref="?([^"\s>]+)', text):
-            parts = urlsplit(html.unescape(target))
-            if not parts.scheme and page.name != "404.html":
-                linked = (page.parent / unquote(parts.path)).resolve() if parts.path else page
-                assert (linked / "index.html" if linked.is_dir() else linked).is_file(), f"{page}: {target}"
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_what_a_page_loads_and_links_is_a_file_of_the_site(site, page):
+    path, text = built(site, page)
+    loaded = re.findall(r'<(?:script|img|source)\b[^>]*?\ssrc="?([^"\s>]+)', text)
+    loaded += re.findall(r'<link\b[^>]*?rel="?(?:stylesheet|icon)\b[^>]*?href="?([^"\s>]+)', text)
+    assert loaded and not [target for target in loaded if urlsplit(target).netloc]
+    for target in loaded + re.findall(r'<a\b[^>]*?\shref="?([^"\s>]+)', text):
+        parts = urlsplit(html.unescape(target))
+        if not parts.scheme:
+            linked = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            assert (linked / "index.html" if linked.is_dir() else linked).is_file(), target
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if page != API], ids=str)
+def test_blocks_of_code_and_tables_are_those_of_the_page(site, page):
+    """Markdown on the site needs four spaces where GitHub's needs two or three."""
+    source, text = page.read_text(encoding="utf-8"), built(site, page)[1]
+    assert text.count("<pre") == len(re.findall(r"^ *```\w+$", source, re.MULTILINE))
+    assert text.count("<table>") == len(re.findall(r"^ *\|[ :|-]*--[ :|-]*\|$", source, re.MULTILINE))
 
 
 @pytest.mark.slow
 def test_the_reference_shows_signatures_fields_and_sections(site):
-    (page,) = (text for path, text in site.items() if path.name == "api.html")
+    page = built(site, API)[1]
     text = html.unescape(re.sub(r"<[^>]+>", "", page))
     assert "load(path: PathLike) -> MetaCheckpoint" in re.sub(r"\s+", " ", text).replace("( ", "(").replace(" )", ")")
     assert "theta*, float32, (M, d) by kind" in text and "quantiles of the raw support gradient's norm" in text
