@@ -45,6 +45,13 @@ def test_the_reference_has_every_public_name_once():
     assert sorted([*names, "__version__"]) == sorted(gram_meta.__all__)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_a_further_block_of_a_list_item_has_four_spaces(page):
+    """Python-Markdown ends the list at a block with two or three, which GitHub takes as part of the item."""
+    text = re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    assert not re.search(r"\n\s*\n {1,3}\S.*", text)
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The folder of a strict build."""
@@ -81,7 +88,6 @@ def test_what_a_page_loads_and_links_is_a_file_of_the_site(site, page):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if page != API], ids=str)
 def test_blocks_of_code_and_tables_are_those_of_the_page(site, page):
-    """Markdown on the site needs four spaces where GitHub's needs two or three."""
     source, text = page.read_text(encoding="utf-8"), built(site, page)[1]
     assert text.count("<pre") == len(re.findall(r"^ *```\w+$", source, re.MULTILINE))
     assert text.count("<table>") == len(re.findall(r"^ *\|[ :|-]*--[ :|-]*\|$", source, re.MULTILINE))
