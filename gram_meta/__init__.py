@@ -8,7 +8,7 @@ Importing this package imports no torch: each name is loaded when it is first us
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from gram_meta.api import cluster, embed, evaluate, pretrain, regulate

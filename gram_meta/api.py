@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gram_meta.clustering.hierarchy import Hierarchy, check_target, finished_before
 from gram_meta.config import load_meta_config, stored_config
 from gram_meta.corpus.store import PairStore
-from gram_meta.errors import GramError
+from gram_meta.errors import GramError, needs_corpus_extra
 from gram_meta.files import PathLike
 from gram_meta.locks import only_writer
 from gram_meta.processes import device_for, process_group
@@ -32,6 +32,7 @@ Configs = PathLike | Sequence[PathLike]
 Options = Mapping[str, Any] | Sequence[str]  # {"OUTER.STEPS": 5000}, or ["OUTER.STEPS", "5000"]
 
 
+@needs_corpus_extra()
 def embed(
     source: PathLike,
     out: PathLike,
@@ -111,6 +112,7 @@ def embed(
     return PairStore.open(out)
 
 
+@needs_corpus_extra()
 def cluster(
     store: PairStore | PathLike,
     out: PathLike,
@@ -154,6 +156,7 @@ def cluster(
     return hierarchy
 
 
+@needs_corpus_extra()
 def pretrain(
     store: PairStore | PathLike,
     hierarchy: Hierarchy | PathLike,
@@ -192,6 +195,7 @@ def pretrain(
     return load_meta_checkpoint(best)
 
 
+@needs_corpus_extra()
 def evaluate(
     meta: MetaCheckpoint | PathLike,
     store: PairStore | PathLike,

@@ -43,6 +43,22 @@ def as_gram_error(path: object = "", what: str = "cannot be written", end: str =
         raise GramError(f"{where}{what} ({cause.strerror or in_one_line(cause)}){end}") from error
 
 
+# The modules of the packages that the extra `corpus` installs
+CORPUS_MODULES = ("pyarrow", "sentence_transformers", "umap", "hdbscan")
+
+
+@contextmanager
+def needs_corpus_extra() -> Iterator[None]:
+    """Turn the import error of a package of the extra `corpus` into a `GramError` that names the extra."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in CORPUS_MODULES:
+            raise
+        raise GramError(f"expected the package {package}, found none; run pip install 'gram-meta[corpus]'") from None
+
+
 @contextmanager
 def tensorboard_errors(folder: object) -> Iterator[None]:
     """As `as_gram_error`, for a block that writes for TensorBoard: its thread prints no traceback of its own.
@@ -66,7 +82,7 @@ def tensorboard_errors(folder: object) -> Iterator[None]:
 def exit_status(program: str, run: Callable[[], int]) -> int:
     """Call `run` and return its exit status; report bad input and an interruption in one line on stderr."""
     try:
-        with as_gram_error(what="cannot be read or written"):
+        with as_gram_error(what="cannot be read or written"), needs_corpus_extra():
             return run()
     except (GramError, ConnectionError, FloatingPointError) as error:  # the last: Dassl's, for a loss of NaN
         print(f"{program}: {error}", file=sys.stderr)

@@ -37,18 +37,11 @@ if TYPE_CHECKING:
 FINE, NOTE, PROBLEM = "fine", "note", "problem"
 
 DISTRIBUTION = "gram-meta"
+CORPUS = f"{DISTRIBUTION}[corpus]"  # training from a finished meta-checkpoint does without
 SETUPTOOLS = "setuptools<82"  # the last with the pkg_resources that clip-anytorch imports
 CLIP_CACHE = "~/.cache/clip"
 MAKE_META = "gram pretrain --help shows how to make one; gram demo makes one in minutes"
 
-# Requirements that training does not need, and the commands that do
-NOT_FOR_TRAINING = {
-    "pyarrow": "gram embed, cluster, pretrain",
-    "sentence-transformers": "gram embed",
-    "umap-learn": "gram cluster",
-    "hdbscan": "gram cluster",
-    "regex": "gram cluster",
-}
 PACKAGES = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}  # of modules with another name
 
 
@@ -137,27 +130,29 @@ def check_packages(environment: Environment) -> Iterator[Check]:
         folder = Path(__file__).resolve().parents[2]
         found = f"used from {folder}, not installed; versions of packages are not compared"
         yield Check(DISTRIBUTION, NOTE, found, install("-e", str(folder)))
-    wrong = {it.name: it for it in required if not satisfies(_version(it.name), it)}
-    for name, requirement in wrong.items():
-        expected = f"{name}{requirement.specifier}"
-        found = f"expected {expected}, found {_version(name) or 'none'}"
-        if name in NOT_FOR_TRAINING:
-            yield Check(name, NOTE, f"{found}; needed by {NOT_FOR_TRAINING[name]}", install(expected))
-        elif name != "setuptools" and (name != "clip-anytorch" or _version(name)):  # check_clip reports on these
-            yield Check(name, PROBLEM, found, install(expected))
-    if required and not wrong:
-        yield Check("packages", FINE, f"{DISTRIBUTION} {_version(DISTRIBUTION)} and all {len(required)} requirements")
+    wrong = {it: _version(it.name) for it in required if not satisfies(_version(it.name), it)}
+    for it, version in wrong.items():
+        # check_clip reports on setuptools, and on clip-anytorch where it is missing
+        if not it.marker and it.name != "setuptools" and (it.name != "clip-anytorch" or version):
+            expected = f"{it.name}{it.specifier}"
+            yield Check(it.name, PROBLEM, f"expected {expected}, found {version or 'none'}", install(expected))
+    extra = [f"{it.name}{it.specifier} (found {version or 'none'})" for it, version in wrong.items() if it.marker]
+    if extra:
+        found = f"gram embed, cluster, inspect, pretrain, eval-meta and check-overlap need {', '.join(extra)}"
+        yield Check(CORPUS, NOTE, found, install(CORPUS))
+    if required and len(extra) == len(wrong):
+        yield Check("packages", FINE, f"{DISTRIBUTION} {_version(DISTRIBUTION)} and all its requirements")
 
 
 def _requirements() -> list[Requirement]:
-    """Return what this package requires without its extras; [] where it is not installed."""
+    """Return what this package and its extra `corpus` require; [] where it is not installed."""
     from packaging.requirements import Requirement
 
     try:
         declared = [Requirement(line) for line in importlib.metadata.requires(DISTRIBUTION) or ()]
     except importlib.metadata.PackageNotFoundError:
         return []
-    return [it for it in declared if not it.marker or it.marker.evaluate({"extra": ""})]
+    return [it for it in declared if not it.marker or it.marker.evaluate({"extra": "corpus"})]
 
 
 def _import_problem(name: str, fix: str) -> Check | None:
@@ -452,7 +447,7 @@ def check_output(environment: Environment) -> Iterator[Check]:
 
 def check_training(environment: Environment) -> Iterator[Check]:
     """Train CoOpGRAM for one regulated step on random weights, with all the code that a real run uses."""
-    needed = {it.name for it in _requirements()} - set(NOT_FOR_TRAINING)
+    needed = {it.name for it in _requirements() if not it.marker}
     if environment.has_problem("torch", "torchvision", "clip", "Dassl", *needed):
         yield Check("CoOpGRAM", NOTE, "not tried, because of the problems above")
         return

@@ -1,22 +1,25 @@
 """What is installed, where the command works, and the scripts around it."""
 
+import importlib
 import os
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from importlib import metadata, resources
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import gram_meta
 from gram_meta.cli import COMMANDS, main
 from gram_meta.config import get_meta_config, load_meta_config
-from gram_meta.errors import GramError
+from gram_meta.errors import CORPUS_MODULES, GramError
 
 pytestmark = pytest.mark.slow
 
@@ -34,6 +37,7 @@ HEAVY = (
     "scipy",
 )
 MAPPED = ("trainers", "datasets", "configs")
+BESIDE = ("README.md", "LICENSE", "NOTICE", "CHANGELOG.md", "CITATION.cff")  # in the sdist, beside the packages
 
 
 def python(code, cwd, **environment):
@@ -54,16 +58,31 @@ def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("a folder with spaces")
     source = folder / "source"
     source.mkdir()
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", *BESIDE):
         shutil.copy(ROOT / name, source)
     for name in ("gram_meta", *MAPPED):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    build = "import setuptools.build_meta as b; b.build_wheel('../dist')"
-    (folder / "dist").mkdir()
-    done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True, timeout=300)
+        shutil.copytree(ROOT / name, source / name)
+    for name in ("tests", "docs", "scripts", ".mypy_cache"):
+        (source / name).mkdir()
+        (source / name / "__init__.py").touch()
+    (source / "gram_meta/__pycache__").mkdir(exist_ok=True)
+    (source / "gram_meta/__pycache__/cli.cpython-39.pyc").write_bytes(b"of another Python")
+    return build("wheel", source, folder / "dist")
+
+
+def build(kind, source, into):
+    """Build a wheel or an sdist of the files in `source`, without isolation; return its path."""
+    code = f"import setuptools.build_meta as b; b.build_{kind}({os.fspath(into)!r})"
+    into.mkdir()
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    (path,) = (folder / "dist").glob("*.whl")
+    (path,) = into.iterdir()
     return path
+
+
+@pytest.fixture(scope="session")
+def sdist(wheel):
+    return build("sdist", wheel.parent.parent / "source", wheel.parent.parent / "sdist")
 
 
 @pytest.fixture(scope="session")
@@ -94,6 +113,31 @@ def test_wheel_holds_every_module_and_data_file(wheel):
     assert "gram_meta/py.typed" in names
 
 
+def test_archives_hold_no_other_files(wheel, sdist):
+    """No tests, no caches, nothing of the tools; LICENSE and NOTICE in both, the changelog in the sdist."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    ours = {".py", ".yaml", ".tsv", ".safetensors", ".html", ".css", ".js", ".md", ".json", ".typed"}
+    assert {Path(name).suffix for name in names if ".dist-info/" not in name} == ours
+    assert {name.rpartition("/")[2] for name in names if "/licenses/" in name} == {"LICENSE", "NOTICE"}
+    with tarfile.open(sdist) as archive:
+        files = [member.name.split("/", 1)[1] for member in archive if member.isfile()]
+    built = ("setup.py", "pyproject.toml", "MANIFEST.in", "setup.cfg", "PKG-INFO")
+    assert {name for name in files if "/" not in name} == {*built, *BESIDE}
+    assert {name.split("/")[0] for name in files if "/" in name} == {"gram_meta", "gram_meta.egg-info", *MAPPED}
+    assert not [name for name in [*names, *files] if "__pycache__" in name]
+
+
+def test_a_wheel_of_the_sdist_is_the_same(wheel, sdist):
+    folder = wheel.parent.parent / "unpacked"
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    (source,) = folder.iterdir()
+    with zipfile.ZipFile(wheel) as archive, zipfile.ZipFile(build("wheel", source, folder / "dist")) as again:
+        assert sorted(again.namelist()) == sorted(archive.namelist())
+        assert all(again.read(name) == archive.read(name) for name in archive.namelist() if "RECORD" not in name)
+
+
 def test_wheel_holds_the_templates_of_the_pages(installed_wheel, tmp_path):
     code = (
         "from gram_meta.report.html.base import read; import gram_meta;"
@@ -112,9 +156,38 @@ def test_metadata(wheel):
         text = archive.read(f"{info}/METADATA").decode()
         points = archive.read(f"{info}/entry_points.txt").decode()
     extras = set(re.findall(r"^Provides-Extra: (.*)$", text, re.MULTILINE))
-    assert extras == {"demo", "figures", "test", "docs", "dev"}
+    assert extras == {"corpus", "demo", "figures", "test", "docs", "dev"}
     assert set(re.search(r"^Requires-Python: (.*)$", text, re.MULTILINE).group(1).split(",")) == {"<3.14", ">=3.10"}
     assert "gram = gram_meta.cli:main" in points
+
+
+def test_what_makes_a_meta_checkpoint_is_the_extra_corpus():
+    """`errors.CORPUS_MODULES` are its modules, so that a missing one names the extra; the demo has it too."""
+    requirements = [Requirement(line) for line in metadata.requires("gram-meta")]
+
+    def names(extra):
+        return {it.name for it in requirements if it.marker and it.marker.evaluate({"extra": extra})}
+
+    modules = {name: module for module, (name, *_) in metadata.packages_distributions().items()}
+    assert {modules[name] for name in names("corpus")} == set(CORPUS_MODULES)
+    assert names("corpus") < names("demo") < names("test") < names("dev")
+
+
+@pytest.mark.parametrize("module", CORPUS_MODULES)
+def test_a_missing_package_of_the_extra_is_one_sentence(module, tmp_path, monkeypatch, capsys):
+    """For `gram` and for the Python API."""
+    monkeypatch.setitem(sys.modules, module, None)
+    sentence = f"expected the package {module}, found none; run pip install 'gram-meta[corpus]'"
+
+    def work(*args, **kwargs):
+        importlib.import_module(f"{module}.parquet" if module == "pyarrow" else module)
+
+    monkeypatch.setattr("gram_meta.api.load_meta_config", work)
+    assert main(["cluster", str(tmp_path), "-o", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == f"gram cluster: {sentence}\n"
+    with pytest.raises(GramError) as caught:
+        gram_meta.cluster(tmp_path, tmp_path / "out")
+    assert str(caught.value) == sentence
 
 
 def test_wheel_works_beside_folders_of_the_same_names(installed_wheel, tmp_path):
@@ -151,7 +224,8 @@ def test_mapped_packages_are_found_in_the_environment():
 
 def test_version_is_one():
     assert metadata.version("gram-meta") == gram_meta.__version__
-    assert f"## [{gram_meta.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+    released = re.search(r"^date-released: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE).group(1)
+    assert f"## [{gram_meta.__version__}] - {released}\n" in (ROOT / "CHANGELOG.md").read_text()
     assert f"version: {gram_meta.__version__}" in (ROOT / "CITATION.cff").read_text()
     assert "[project]" not in (ROOT / "pyproject.toml").read_text()
 

@@ -209,7 +209,9 @@ def test_requirements_are_compared(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", installed)
     checks = run(doctor.check_packages)
-    assert only(checks, "hdbscan").state == NOTE and "gram cluster" in only(checks, "hdbscan").found
+    corpus = only(checks, "gram-meta[corpus]")
+    assert corpus.state == NOTE and corpus.fix.endswith(" install 'gram-meta[corpus]'")
+    assert "gram embed, cluster," in corpus.found and corpus.found.endswith(" need hdbscan>=0.8.38 (found none)")
     assert only(checks, "tqdm").state == PROBLEM and only(checks, "tqdm").fix.endswith("tqdm>=4.60'")
     assert only(checks, "scikit-learn").found == "expected scikit-learn>=1.6, found 1.2.0"
 
