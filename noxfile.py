@@ -18,10 +18,3 @@ def coverage(session: nox.Session) -> None:
     """Run the suite once more and report which lines no test reaches."""
     session.install("-e", ".[test]", "pytest-cov")
     session.run("python", "-m", "pytest", "--cov", "--cov-report=term-missing:skip-covered", *session.posargs)
-
-
-@nox.session(python="3.11")
-def lint(session: nox.Session) -> None:
-    """Run ruff, mypy and the layers contract."""
-    session.install("-e", ".[dev]")
-    session.run("bash", "scripts/lint.sh", "--python", session.virtualenv.location, external=True)

@@ -84,7 +84,7 @@ setup(
     packages=[*find_packages(include=["gram_meta", "gram_meta.*"]), *MAPPED],
     package_dir=MAPPED,
     package_data={
-        "gram_meta": ["py.typed", "backbone/*.safetensors", "method/shipped/*", "**/*.json"],
+        "gram_meta": ["py.typed", "backbone/gram-small.*", "method/shipped/*", "**/*.json"],
         "gram_meta.coop": ["HOOKS.md"],
         "gram_meta.demo": ["concepts.tsv", "phrases.yaml"],
         "gram_meta.report.html": ["*.html", "*.css", "*.js"],

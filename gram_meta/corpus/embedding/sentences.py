@@ -140,7 +140,8 @@ def quiet_import() -> Iterator[Any]:
 
         yield sentence_transformers
     except ImportError as error:
-        raise GramError(f"Sentence-BERT: expected the package sentence-transformers, found {error}") from None
+        install = "pip install 'gram-meta[corpus]'"
+        raise GramError(f"expected the package sentence-transformers, found {error}; run {install}") from None
     finally:
         sys.path[:] = path
         sys.modules.update(hidden)
