@@ -81,6 +81,7 @@ class _Facts(TypedDict, total=False):
     """The type of run.json."""
 
     config: dict[str, Any]
+    version: str
 
 
 class _Line(TypedDict):
@@ -172,8 +173,10 @@ class MetaRun:
         for facts in (before, now):
             config = facts.get("config", {})
             facts["config"] = {node: values for node, values in config.items() if node not in INCIDENTAL}
+        if before.get("version") != now.get("version"):  # of gram-meta: a note, not another run
+            logger.info(f"{self.out}: begun by gram-meta {before.get('version')}, goes on with {now.get('version')}")
         for key in now:
-            if before.get(key) != now[key]:
+            if key != "version" and before.get(key) != now[key]:
                 raise GramError(f"{self.out}: expected the same {_first_difference(key, before.get(key), now[key])}")
         if not (self.out / STATE).exists():
             return None  # the run was interrupted before its first state

@@ -38,6 +38,21 @@ def test_a_damaged_state_is_one_sentence(tmp_path):
         run.resume()
 
 
+def test_another_version_goes_on_with_a_run(tmp_path, caplog):
+    """A note names both versions, run.json stays as it is, and other facts still make another run."""
+    run = MetaRun(tmp_path, load_meta_config(), {"version": "0.1.0", "store": "s"})
+    run.begin()
+    facts = (tmp_path / "run.json").read_bytes()
+    state = {"theta": {"text": torch.zeros(2, 3)}, "regulator": {}, "optimiser": {}, "norms": torch.zeros(0, 1)}
+    run.save_state({"step": 3, **state, "best": {}})
+    with caplog.at_level("INFO", logger="gram"):
+        assert MetaRun(tmp_path, load_meta_config(), {"version": "0.2.0", "store": "s"}).resume()["step"] == 3
+    assert caplog.messages == [f"{tmp_path}: begun by gram-meta 0.1.0, goes on with 0.2.0"]
+    assert (tmp_path / "run.json").read_bytes() == facts
+    with pytest.raises(GramError, match="expected the same store"):
+        MetaRun(tmp_path, load_meta_config(), {"version": "0.2.0", "store": "t"}).resume()
+
+
 @pytest.mark.parametrize(("part", "value"), [("theta", {}), ("optimiser", {}), ("norms", 5), ("regulator", {})])
 def test_a_state_with_a_broken_part_is_one_sentence(tmp_path, backbone, part, value):
     run = trainer(Store(backbone), tmp_path, "OUTER.STEPS", "1", "EVAL.EVERY", "1", "EVAL.TASKS", "1")
