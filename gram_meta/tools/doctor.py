@@ -107,20 +107,13 @@ def _quiet() -> Iterator[None]:
 def check_python(environment: Environment) -> Iterator[Check]:
     from packaging.specifiers import SpecifierSet
 
-    version, supported = platform.python_version(), _supported_pythons()
+    version = platform.python_version()
+    supported = importlib.metadata.metadata(DISTRIBUTION)["Requires-Python"] if _version(DISTRIBUTION) else ""
     found = f"{version} on {platform.system()} {platform.machine()}, {sys.executable}"
     if SpecifierSet(supported).contains(version, prereleases=True):
         yield Check("Python", FINE, found)
     else:
         yield Check("Python", NOTE, f"{found}; tried on {supported}")
-
-
-def _supported_pythons() -> str:
-    """Return Requires-Python of this package, such as ">=3.10,<3.14"; "" where it is not installed."""
-    try:
-        return importlib.metadata.metadata(DISTRIBUTION)["Requires-Python"] or ""
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def check_packages(environment: Environment) -> Iterator[Check]:

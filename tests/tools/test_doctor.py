@@ -379,7 +379,7 @@ def test_in_a_checkout_it_says_what_wins(tmp_path, monkeypatch):
 
 def test_a_python_that_is_not_tried(monkeypatch):
     assert run(doctor.check_python)[0].state == FINE
-    monkeypatch.setattr(doctor, "_supported_pythons", lambda: ">=3.0,<3.2")
+    monkeypatch.setattr(importlib.metadata, "metadata", lambda name: {"Requires-Python": ">=3.0,<3.2"})
     assert run(doctor.check_python)[0].state == NOTE
 
 
