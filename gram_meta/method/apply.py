@@ -8,6 +8,7 @@ a regulator changes the gradients. `gram_meta.method.dassl` does both in a Dassl
 
 import math
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ Prompts = Mapping[str, Tensor | Iterable[Tensor]]
 
 FAR = 3.0  # factor outside the quantiles of meta-training from which on a warning is printed
 ENOUGH = 10  # steps before the first such warning
+POINTS = 40  # of statistics over steps, at most
 
 
 class Regulation:
@@ -145,7 +147,9 @@ class Regulation:
 
         steps; gradient_norm: quantiles of |g|; mean_ratio: mean of |R(g)| / |g|;
         path_gated, path_beta: sum over steps of lr * norm (before momentum); net_*: norm of the sum of lr * value;
-        *_mean: mean over steps and entries; *_variation: root mean square over entries of the deviation over steps.
+        *_mean: mean over steps and entries; *_variation: root mean square over entries of the deviation over steps;
+        over_steps: means over at most `POINTS` equal parts of the steps, by the last step of each: |g|, |R(g)| / |g|,
+        root mean square of gamma, |beta|; None where a part has no such value.
         """
         return {name: count.summary() for name, count in self.counts.items() if count.steps}
 
@@ -247,8 +251,10 @@ class _Count:
         self.sums = {name: (self.totals[2 + i], self.totals[4 + i]) for i, name in enumerate(("gamma", "beta"))}
         self._norms: list[float] = []  # |g| per step
         self.ratios: list[float] = []  # |R(g)| / |g|
+        self.gammas: list[float] = []  # root mean square of gamma
+        self.betas: list[float] = []  # |beta|
         self.paths = {"gated": 0.0, "beta": 0.0}  # sum of lr * norm
-        self._unread: list[tuple[Tensor, float]] = []  # norms of g, R(g), gated, beta (4,) or (2,), and lr
+        self._unread: list[tuple[Tensor, float]] = []  # norms of g, R(g), gated, beta, gamma (5,) or (2,), and lr
         self.regulated = False
 
     @property
@@ -269,7 +275,7 @@ class _Count:
         else:
             self.regulated = True
             walks = [parts.gated, parts.beta]
-            norms = torch._foreach_norm([raw, new, *walks])
+            norms = torch._foreach_norm([raw, new, *walks, parts.gamma])
             seen = torch.stack([*torch._foreach_mul(walks, rate), parts.gamma, parts.beta]).double()
             self.totals += torch.cat([seen, seen[2:].square()])
         self._unread.append((torch.stack(norms), rate))
@@ -280,20 +286,22 @@ class _Count:
         """Read the norms of all steps since the last call at once, as reading makes a GPU wait."""
         unread, self._unread = self._unread, []
         norms = torch.stack([norms for norms, _ in unread]).tolist() if unread else []
-        for (norm, new, *walks), (_, rate) in zip(norms, unread, strict=True):
+        for (norm, new, *parts), (_, rate) in zip(norms, unread, strict=True):
             self._norms.append(norm)
             self.ratios.append(new / norm if norm > 0 else math.nan)
-            for name, walk in zip(self.paths, walks or [new], strict=False):
+            for name, walk in zip(self.paths, parts or [new], strict=False):
                 self.paths[name] += rate * walk
+            if parts:
+                self.betas.append(parts[1])
+                self.gammas.append(parts[2] / math.sqrt(self.totals[0].numel()))
 
     def summary(self) -> dict[str, Any]:
         """Return the statistics; see `Regulation.summary`."""
         self._read()
-        ratios = [ratio for ratio in self.ratios if not math.isnan(ratio)]
         result: dict[str, Any] = {
             "steps": len(self.norms),
             "gradient_norm": {f"q{q:02d}": _quantile(self.norms, q / 100) for q in (5, 50, 95)},
-            "mean_ratio": sum(ratios) / len(ratios) if ratios else None,
+            "mean_ratio": _means(self.ratios, [self.steps])[0],
             "path_gated": self.paths["gated"],
             "net_gated": self.nets["gated"].norm().item(),
         }
@@ -304,17 +312,32 @@ class _Count:
                 variance = (second / len(self.norms) - mean.square()).clamp_min(0)
                 result[f"{name}_mean"] = mean.mean().item()
                 result[f"{name}_variation"] = variance.mean().sqrt().item()
-        return result
+        return result | {"over_steps": self._over_steps()}
+
+    def _over_steps(self) -> dict[str, list[Any]]:
+        size = -(-self.steps // POINTS)
+        ends = [*range(size, self.steps, size), self.steps]
+        columns = {"gradient_norm": self.norms, "ratio": self.ratios}
+        columns |= {"gamma": self.gammas, "beta": self.betas} if self.regulated else {}
+        return {"step": ends} | {name: _means(values, ends) for name, values in columns.items()}
 
     def state(self) -> dict[str, Any]:
-        names = ("norms", "ratios", "paths", "nets", "sums", "regulated")
+        names = ("norms", "ratios", "gammas", "betas", "paths", "nets", "sums", "regulated")
         return {name: getattr(self, name) for name in names}
 
     def restore(self, state: Mapping[str, Any]) -> None:
+        unknown = [math.nan] * len(state["norms"])  # to earlier versions
         self._norms, self.ratios, self._unread = list(state["norms"]), list(state["ratios"]), []
+        self.gammas, self.betas = (list(state.get(name, unknown)) for name in ("gammas", "betas"))
         self.paths, self.regulated = dict(state["paths"]), state["regulated"]
         firsts, seconds = zip(*(state["sums"][name] for name in self.sums), strict=True)
         self.totals.copy_(torch.stack([*(state["nets"][name] for name in self.nets), *firsts, *seconds]))
+
+
+def _means(values: list[float], ends: list[int]) -> list[float | None]:
+    """Return the mean of each part of `values` up to the next of `ends`, without NaN; None for a part of NaN alone."""
+    parts = [torch.tensor(values[a:b], dtype=torch.float64) for a, b in pairwise([0, *ends])]
+    return [None if part.isnan().all() else part.nanmean().item() for part in parts]
 
 
 def _quantile(values: list[float], q: float) -> float:

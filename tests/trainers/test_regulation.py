@@ -293,6 +293,52 @@ def test_a_run_whose_gradients_were_all_zero_has_a_line():
     assert "gradient norm 0 / 0 / 0" in line and "|R(g)|" not in line
 
 
+@pytest.mark.parametrize("stops", [False, True])
+def test_what_the_regulator_did_over_steps(regulator, stops):
+    """Means over parts of three steps: 34 of 100 steps, by hand from R's own parts; also of a resumed run."""
+    parameter, random = prompt(3, WIDTH), torch.Generator().manual_seed(3)
+    regulation = Regulation({"text": parameter}, regulator)
+    optimizer = torch.optim.SGD([parameter], lr=0.0)
+    handles, rows = regulation.attach(optimizer), []
+    for step in range(100):
+        parameter.grad = torch.randn(3, WIDTH, generator=random) * (0.0 if 30 <= step < 33 else step + 1)
+        parts = regulator.parts("text", parameter.grad)
+        new, norm = parts.regulated.norm(), parameter.grad.norm()
+        row = norm, new / norm, parts.gamma.square().mean().sqrt(), parts.beta.norm()
+        rows.append([it.item() for it in row])
+        optimizer.step()
+        if stops and step == 41:
+            handles[0].remove()
+            regulation, state = Regulation({"text": parameter}, regulator), regulation.state_dict()
+            regulation.load_state_dict(state)
+            regulation.attach(optimizer)
+    found = regulation.summary()["text"]["over_steps"]
+    assert found["step"] == [*range(3, 100, 3), 100]
+    for column, name in enumerate(("gradient_norm", "ratio", "gamma", "beta")):
+        expected = [np.mean([row[column] for row in rows[start : start + 3]]) for start in range(0, 100, 3)]
+        if name == "ratio":
+            assert found[name].pop(10) is None and not np.isfinite(expected.pop(10))
+        assert found[name] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_run_of_an_earlier_version_goes_on_without_its_first_steps(regulator):
+    parameter = prompt(3, WIDTH)
+    regulations = [Regulation({"text": parameter}, regulator) for _ in range(2)]
+    for regulation in regulations:
+        optimizer = torch.optim.SGD([parameter], lr=0.0)
+        (handle,) = regulation.attach(optimizer)
+        parameter.grad = torch.ones(3, WIDTH)
+        optimizer.step()
+        handle.remove()
+        if regulation is regulations[0]:
+            state = regulation.state_dict()
+            del state["text"]["gammas"], state["text"]["betas"]
+            regulations[1].load_state_dict(state)
+    found = regulations[1].summary()["text"]["over_steps"]
+    assert found["step"] == [1, 2] and found["gradient_norm"] == pytest.approx([(3 * WIDTH) ** 0.5] * 2)
+    assert found["gamma"][0] is None and found["gamma"][1] > 0
+
+
 def test_far_gradients_are_reported_once_and_checked_ever_more_rarely(regulator, capsys, monkeypatch):
     looked = []
     quantile = module._quantile
