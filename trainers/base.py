@@ -241,13 +241,26 @@ class KeepingEvaluator:
 
     def __init__(self, evaluator: Any, record: RunRecord) -> None:
         self._evaluator, self._record = evaluator, record
+        self._batches: list[tuple[Tensor, Tensor, Tensor]] = []  # unread, as reading makes a GPU wait
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._evaluator, name)
 
+    def reset(self) -> None:
+        self._batches.clear()
+        self._evaluator.reset()
+
+    def process(self, logits: Tensor, labels: Tensor) -> None:
+        """Keep the predictions of a batch of logits (B, N) with labels (B,), and their softmax as confidences."""
+        confidences = logits.softmax(1, dtype=torch.float32).amax(1)
+        self._batches.append((labels, logits.max(1)[1], confidences))
+        self._evaluator.process(logits, labels)
+
     def evaluate(self) -> Any:
-        """Evaluate, and keep every metric in percent and the counts behind the accuracy."""
+        """Evaluate, and keep every metric in percent, the counts behind the accuracy, and the predictions."""
         results = self._evaluator.evaluate()
+        columns = (torch.cat(column).cpu().numpy() for column in zip(*self._batches, strict=True))
+        self._record.predictions = dict(zip(("label", "prediction", "confidence"), columns, strict=True))
         self._record.metrics = {name: float(value) for name, value in results.items()}
         self._record.metrics |= {"total": self._evaluator._total, "correct": self._evaluator._correct}
         return results

@@ -10,7 +10,7 @@ from typing import Any
 import gram_meta
 from gram_meta import engine
 from gram_meta.config import as_dict
-from gram_meta.files import write_json
+from gram_meta.files import atomic_write, write_json
 from gram_meta.runs import layout
 
 FORMAT = 1
@@ -31,6 +31,7 @@ class RunRecord:
 
     # of the last evaluation: percentages, and the counts "total" and "correct"
     metrics: dict[str, float] = field(default_factory=dict)
+    predictions: dict[str, Any] = field(default_factory=dict)  # arrays of label, prediction and confidence, by image
     curve: list[dict[str, Any]] = field(default_factory=list)  # accuracy on base and new classes along the way
     trained: bool = False  # whether this trainer has trained, and not only evaluated
     loaded: Loaded = field(default_factory=Loaded)  # the prompts that it evaluates if it has not trained
@@ -73,10 +74,26 @@ def write_results(trainer: Any) -> Path:
         "versions": versions(),
         "seconds": record.seconds,
     }
+    _write_predictions(trainer, results["split"])
     path = Path(cfg.OUTPUT_DIR, layout.RESULTS)
     write_json(path, results)
     print(f"Results: {os.fspath(path)}")
     return path
+
+
+def _write_predictions(trainer: Any, split: str) -> None:
+    """Write predictions.parquet: image (relative to DATASET.ROOT), label, prediction, confidence."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from torch.utils.data import SequentialSampler
+
+    loader = trainer.val_loader if split == "val" else trainer.test_loader
+    root = os.path.abspath(trainer.cfg.DATASET.ROOT)
+    images = [os.path.relpath(item.impath, root) for item in loader.dataset.data_source]
+    names = [image.encode("utf-8", "backslashreplace").decode() for image in images]
+    if isinstance(loader.sampler, SequentialSampler):  # else the order of the predictions is another
+        with atomic_write(Path(trainer.cfg.OUTPUT_DIR, layout.PREDICTIONS)) as file:
+            pq.write_table(pa.table({"image": names, **trainer.record.predictions}), file, compression="zstd")
 
 
 def versions() -> dict[str, str]:

@@ -90,6 +90,25 @@ def test_run_folders(made, golden, keys):
     golden.json("run_folders.json", found)
 
 
+def test_predictions_of_run_folders(made, golden):
+    """predictions.parquet: its columns, images below the root of the datasets, and the accuracy of results.json."""
+    import pyarrow.parquet as pq
+
+    found = {}
+    for path in sorted((made.root / "runs").iterdir()):
+        table = pq.read_table(path / "predictions.parquet")
+        metrics = made.json(f"runs/{path.name}/results.json")["metrics"]
+        rows = table.to_pylist()
+        assert sum(row["label"] == row["prediction"] for row in rows) == metrics["correct"]
+        assert len(rows) == metrics["total"] and all(0 < row["confidence"] <= 1 for row in rows)
+        assert all((made.root / "data" / row["image"]).is_file() for row in rows)
+        labels = {row["image"]: row["label"] for row in rows}
+        names = made.json(f"runs/{path.name}/results.json")["classnames"]
+        assert all(names[label] == image.rpartition("/")[2].partition("_")[0] for image, label in labels.items())
+        found[path.name] = {field.name: str(field.type) for field in table.schema}
+    golden.json("predictions.json", found)
+
+
 def test_options_in_run_files(made, golden):
     """All options with their values in results.json, and with their full keys in run.json, which knows a run again by
     them."""

@@ -1,6 +1,7 @@
 """What both pages share: jinja2 templates with autoescape, and the files that are copied into a page."""
 
 import base64
+import hashlib
 import re
 from functools import cache
 from importlib import resources
@@ -36,8 +37,13 @@ def _environment() -> Environment:
         loader=FunctionLoader(read), autoescape=True, finalize=_printable, undefined=StrictUndefined, **blocks
     )
     environment.globals["asset"] = lambda name: Markup(read(name))
-    environment.filters |= {"data_uri": data_uri, "thousands": "{:,}".format}
+    environment.filters |= {"data_uri": data_uri, "thousands": "{:,}".format, "sha256": _sha256}
     return environment
+
+
+def _sha256(text: str) -> str:
+    """Return the hash that a content security policy allows a script by."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
 
 
 def _printable(value: Any) -> Any:

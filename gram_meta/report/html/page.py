@@ -7,12 +7,24 @@ from typing import Any
 
 import yaml
 
+from gram_meta.config import flatten
+from gram_meta.images import BadImage, read_image
 from gram_meta.report.evidence import Evidence, MetaTraining, block_hash, without_own
 from gram_meta.report.figures import Drawing
 from gram_meta.report.html.base import render
+from gram_meta.report.html.hierarchy import thumbnail
+from gram_meta.report.predictions import Predictions, read_predictions
 from gram_meta.report.runs import Run
 from gram_meta.report.tables import AVERAGE, Report
-from gram_meta.report.text import Grid, grid_of, name_columns, remarks
+from gram_meta.report.text import grid_of, name_columns, remarks
+
+# What bounds the page to 10 MB
+DETAILED = 400  # runs with details
+WRONG = 24  # images that a run gets wrong
+IMAGES = 5_000_000  # bytes of these images, of all runs, as the next two
+IMAGE_HTML = 500  # bytes around an image
+ROWS = 20_000  # classes in tables
+CELLS = 80_000  # of confusion matrices
 
 
 def page(
@@ -27,96 +39,58 @@ def page(
     runs = sorted(runs, key=lambda run: (run.label, run.dataset, run.subsample, run.seed))
     numbers = [report.number for report in reports]
     anchors = [f"table-{n}" if n and numbers.index(n) == i else f"other-{i}" for i, n in enumerate(numbers)]
-    titles = [report.title or "Runs" for report in reports]
+    tests = [read_predictions(run.path.parent, run.result.get("classnames") or []) for run in runs[:DETAILED]]
+    recorded = max(1, sum(test is not None for test in tests))
     return render(
         "page.html",
         title="Gradient-Regulated Meta-Prompt Learning: report",
         style="page.css",
-        contents={
-            "tables": list(zip(anchors, titles, strict=True)),
-            "figures": [(drawing.stem, drawing.title) for drawing in drawings],
-        },
-        missing_runs=sum(len(report.missing) for report in reports),
-        tables=[
-            {"anchor": anchor, "title": title, "remarks": remarks(report), **_table(grid_of(report, digits))}
-            for anchor, title, report in zip(anchors, titles, reports, strict=True)
-        ],
+        script="page.js",
+        tables=[(anchor, report, grid_of(report, digits)) for anchor, report in zip(anchors, reports, strict=True)],
+        remarks_of=remarks,
+        name_columns=name_columns,
+        average=AVERAGE,
         drawings=drawings,
         not_drawn=not_drawn,
         metas=_metas(runs, evidence),
         runs=runs,
+        places={run.path: place for place, run in enumerate(runs)},
+        trained_path=evidence.trained_path,
+        details=[(run, test, _wrong(run, test, IMAGES // recorded)) for run, test in zip(runs, tests, strict=False)],
+        listed=ROWS // recorded,
+        cells=CELLS // recorded,
         seconds=sum(sum((run.result.get("seconds") or {}).values()) for run in runs),
         config_hash=_config_hash,
         meta_hash=_meta_hash,
         versions_hash=_versions_hash,
-        configs=[(key, group, _yaml(_own_config(group[0]))) for key, group in _grouped(runs, _config_hash).items()],
+        configs=[(key, group, _own_config(group[0])) for key, group in _grouped(runs, _config_hash).items()],
         splits=[group[0] for group in _grouped(runs, lambda run: run.few_shot).values()],
         versions=_grouped(runs, _versions_hash),
+        yaml=_yaml,
     )
 
 
-# --------------------------------------------------------------------------------------------------------------- Tables
-
-
-def _table(grid: Grid) -> dict[str, Any]:
-    rows = [_table_row(grid, i) for i in range(len(grid.rows))]
-    return {"headers": grid.headers, "names": name_columns(grid.headers), "rows": rows}
-
-
-def _table_row(grid: Grid, place: int) -> dict[str, Any]:
-    row, in_blocks, names = grid.rows[place], grid.headers[0] == "dataset", name_columns(grid.headers)
-    dataset = next((grid.rows[i][0] for i in range(place, -1, -1) if grid.rows[i][0]), "")
-    classes = {
-        "sub": grid.kinds[place] != "measured",
-        "block": in_blocks and row[0] and place,
-        "average": in_blocks and dataset == AVERAGE,
-    }
-    cells = [{"kind": "words", "text": text, "below": ""} for text in row[: names - 1]]
-    cells.append({"kind": "head", "text": row[names - 1].strip()})
-    for header, text in zip(grid.headers[names:], row[names:], strict=True):
-        paper = "(paper)" in header or grid.kinds[place] == "paper"
-        cells.append(_number(text) | {"kind": "paper" if paper else "gone" if text == "missing" else ""})
-    return {"css": " ".join(name for name, holds in classes.items() if holds), "cells": cells}
-
-
-def _number(text: str) -> dict[str, str]:
-    """Return a cell with a true minus sign, and "2 of 3 seeds" as a line below the number."""
-    value, _, seeds = text.partition(" (")
-    value = "\N{MINUS SIGN}" + value[1:] if value.startswith("-") else value
-    return {"text": value, "below": seeds.removesuffix(")")}
-
-
-# ----------------------------------------------------------------------------------------------------- Meta-checkpoints
-
-
-def _metas(runs: Sequence[Run], evidence: Evidence) -> list[dict[str, Any]]:
-    """Return every meta-checkpoint that a run used or that left a log."""
+def _metas(runs: Sequence[Run], evidence: Evidence) -> list[tuple[str, Sequence[Run], MetaTraining | None]]:
+    """Return every meta-checkpoint that a run used or that left a log: its hash, its runs, its meta-training."""
     used = _grouped(runs, _meta_hash)
     logged = {meta.sha256 or meta.path: meta for meta in evidence.metas}
-    return [_meta(key, used.get(key, []), logged.get(key)) for key in dict.fromkeys([*used, *logged])]
+    return [(key, used.get(key, []), logged.get(key)) for key in dict.fromkeys([*used, *logged])]
 
 
-def _meta(key: str, runs: Sequence[Run], meta: MetaTraining | None) -> dict[str, Any]:
-    """Return what is known of one meta-checkpoint: from the runs that used it, and from its meta-training's log."""
-    recorded = runs[0].result["meta_checkpoint"] if runs else {}
-    settings = recorded.get("settings") or {}
-    path = meta.path if meta else str(recorded.get("path", ""))
-    facts: list[tuple[str, Any]] = [("SHA-256", key), ("file", path)]
-    if runs:
-        trainers = ", ".join(dict.fromkeys(run.trainer for run in runs))
-        facts.append(("used by", f"{len(runs)} runs of {trainers}"))
-    facts += sorted(settings.items())
-    if meta:
-        facts += [(it, meta.facts[it]) for it in ("version", "topics", "store", "hierarchy") if it in meta.facts]
-    tokens = [settings.get(f"PROMPT.{kind}_TOKENS") for kind in ("TEXT", "VISUAL")]
-    return {
-        "key": key,
-        "name": Path(path).parent.name or key[:12],
-        "without": ", ".join(word.removeprefix("no ") for word in runs[0].ablation) if runs else "",
-        "numbers": ["" if None in tokens else f"{tokens[0]} + {tokens[1]}", len(runs)],
-        "facts": facts,
-        "config": _yaml(meta.facts.get("config", {})) if meta else None,
-    }
+def _wrong(run: Run, test: Predictions | None, room: int) -> list[dict[str, Any]]:
+    """Return images that a run gets wrong, small, the most confident first, as many as `room` bytes hold."""
+    root, shown = flatten(run.result.get("config", {})).get("DATASET.ROOT", ""), []
+    for image, label, prediction, confidence in test.wrong[:WRONG] if test else ():
+        facts = {"image": image, "label": label, "prediction": prediction, "confidence": confidence}
+        try:
+            facts |= zip(("width", "height", "src"), thumbnail(read_image(Path(root, image))[0]), strict=True)
+        except BadImage as error:
+            facts |= {"src": "", "reason": str(error)}
+        room -= len(facts["src"]) + IMAGE_HTML
+        if room < 0:
+            break
+        shown.append(facts)
+    return shown
 
 
 # ------------------------------------------------------------------------- Hashes, by which runs are grouped and linked
