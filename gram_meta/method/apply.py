@@ -312,14 +312,10 @@ class _Count:
                 variance = (second / len(self.norms) - mean.square()).clamp_min(0)
                 result[f"{name}_mean"] = mean.mean().item()
                 result[f"{name}_variation"] = variance.mean().sqrt().item()
-        return result | {"over_steps": self._over_steps()}
-
-    def _over_steps(self) -> dict[str, list[Any]]:
         size = -(-self.steps // POINTS)
         ends = [*range(size, self.steps, size), self.steps]
-        columns = {"gradient_norm": self.norms, "ratio": self.ratios}
-        columns |= {"gamma": self.gammas, "beta": self.betas} if self.regulated else {}
-        return {"step": ends} | {name: _means(values, ends) for name, values in columns.items()}
+        columns = {"gradient_norm": self.norms, "ratio": self.ratios, "gamma": self.gammas, "beta": self.betas}
+        return result | {"over_steps": {"step": ends} | {key: _means(values, ends) for key, values in columns.items()}}
 
     def state(self) -> dict[str, Any]:
         names = ("norms", "ratios", "gammas", "betas", "paths", "nets", "sums", "regulated")

@@ -2,9 +2,7 @@
 
 Table 1: base-to-new, 16 shots. Tables 2 and 4: trained on a source, tested on its domain variants (16 and 4 shots);
 Tables 3 and 5: on other datasets. Tables 6 and 7: UniGRAM's ablations and token counts, averages over the datasets.
-
-A number of the paper is shown only where dataset, backbone, shots and epochs are the paper's and the trainer has its
-standard form; for an average, only where it is over exactly the paper's datasets.
+docs/guide/report.md lists where a number of the paper is shown.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence

@@ -1,11 +1,6 @@
 """Tables: which runs belong to which row, what each cell is, which runs are missing, and which contradict each other.
 
-How the numbers are computed
-- per dataset: the mean over seeds, with the 95 % interval of Student's t over the seeds;
-- H: the harmonic mean of the *averaged* base and new accuracy, as in the paper; interval: that of the seeds' own H;
-- average: over datasets first, inside each seed, then over seeds as above;
-- difference to the reference trainer: paired by seed (mean of the per-seed differences and its own t interval);
-- a run without training and without randomness (zero-shot, a start prompt with no step) has one value for all seeds.
+docs/guide/report.md lists how the numbers are computed.
 """
 
 from collections import defaultdict

@@ -69,28 +69,22 @@ def name_columns(headers: Sequence[str]) -> int:
 
 
 def _long(report: Report, digits: int) -> Grid:
-    printed = any(row.paper for row in report.rows)
     shown = [row for row in report.rows if not report.averages_only or row.dataset == AVERAGE]
-    headers = [] if report.averages_only else ["dataset"]
-    headers.append("row" if report.averages_only else "trainer")
+    datasets = [row.dataset for row in shown]
+    grid: dict[str, list[str]] = {}  # header -> column
+    if not report.averages_only:  # a dataset's name is in its first row only
+        grid["dataset"] = ["" if i and name == datasets[i - 1] else name for i, name in enumerate(datasets)]
+    grid["row" if report.averages_only else "trainer"] = [row.label for row in shown]
     for column in report.columns:
-        headers += [column, f"{column} (paper)"] if printed else [column]
-    if report.reference:
-        headers += [f"{column} - {_short(report)}" for column in report.columns]
-    rows, above = [], ""  # a dataset's name is in its first row only
-    for row in shown:
-        line = [] if report.averages_only else ["" if row.dataset == above else row.dataset]
-        line.append(row.label)
-        for column in report.columns:
-            line.append(cell(row.cells[column], digits))
-            if printed:
-                line.append(f"{row.paper[column]:.2f}" if column in row.paper else "")
-        if report.reference:
-            same = row.label == report.reference
-            line += ["" if same else cell(row.differences.get(column), digits, sign=True) for column in report.columns]
-        above = row.dataset
-        rows.append(line)
-    return Grid(headers, rows, ["measured"] * len(rows))
+        grid[column] = [cell(row.cells[column], digits) for row in shown]
+        if any(row.paper for row in report.rows):
+            printed = [row.paper.get(column) for row in shown]
+            grid[f"{column} (paper)"] = ["" if number is None else f"{number:.2f}" for number in printed]
+    for column in report.columns if report.reference else ():
+        signed = [cell(row.differences.get(column), digits, sign=True) for row in shown]
+        own = [row.label == report.reference for row in shown]
+        grid[f"{column} - {_short(report)}"] = ["" if same else text for same, text in zip(own, signed, strict=True)]
+    return Grid(list(grid), [list(row) for row in zip(*grid.values(), strict=True)], ["measured"] * len(shown))
 
 
 def _wide(report: Report, digits: int) -> Grid:

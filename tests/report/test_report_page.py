@@ -79,17 +79,14 @@ def html_of(tree, out):
 
 
 def test_predictions_by_hand(tree):
-    found = read_predictions(tree / "one", NAMES)
-    assert found.confusion.tolist() == [[2, 2, 0], [1, 1, 0], [1, 0, 1]]
-    assert found.classes == [(0, 4, 2, 1), (1, 2, 1, 0), (2, 2, 1, 0)]  # label, images, right, most often taken for
-    assert found.pairs(2) == [(0, 1, 2), (1, 0, 1)]
-    assert [(image, label, said) for image, label, said, _ in found.wrong] == [
+    confusion, wrong = read_predictions(tree / "one", len(NAMES), 3)
+    assert confusion.tolist() == [[2, 2, 0], [1, 1, 0], [1, 0, 1]]
+    assert [(it["image"], it["label"], it["prediction"]) for it in wrong] == [
         ("pets/2.png", 0, 1),
         ("pets/7.png", 2, 0),
         ("pets/5.png", 1, 0),
-        ("pets/3.png", 0, 1),
-    ]
-    assert read_predictions(tree / "old", NAMES) is None
+    ]  # of four
+    assert read_predictions(tree / "old", len(NAMES), 3) is None
 
 
 @pytest.mark.parametrize("damage", ["cut", "other classes", "no column"])
@@ -102,7 +99,7 @@ def test_damaged_predictions_are_one_sentence(tree, damage, tmp_path, capsys):
     else:
         pq.write_table(pa.table({"image": ["x"]}), path)
     with pytest.raises(GramError, match="expected predictions of 3 classes, found another file"):
-        read_predictions(tree / "one", NAMES)
+        read_predictions(tree / "one", len(NAMES), 3)
     assert main(["report", str(tree), "--html", str(tmp_path / "page.html")]) == 2
     assert str(path) in capsys.readouterr().err and not (tmp_path / "page.html").exists()
 
@@ -111,8 +108,10 @@ def test_a_run_on_the_page(tree, tmp_path):
     text = html_of(tree, tmp_path / "page.html")
     found = Page(text)
     run = text[text.index('<details class="run" id="run-0"') : text.index('<details class="run" id="run-1"')]
-    assert '<th scope="row">cat</th><td>4</td><td>2</td><td>50.0</td><td class="words">dog</td><td>2</td>' in run
-    assert '<th scope="row">dog</th><td class="words">cat</td><td>1</td><td>50.0</td>' in run  # a mistake
+    assert '<th scope="row">cat</th><td>4</td><td>2</td><td>50.0</td><td class="words">dog 2</td>' in run
+    assert '<td>2</td><td>1</td><td>50.0</td><td class="words">cat 1</td>' in run
+    cells = re.findall(r'<td(?: class="right")? style="--s:(\d+)%">(\d)</td>', run)
+    assert cells == [("50", "2"), ("50", "2"), ("50", "1"), ("50", "1"), ("50", "1"), ("50", "1")]
     alts = [a["alt"] for a in found.all("img") if a["src"].startswith("data:image/") and "confidence" in a["alt"]]
     assert alts == [
         "cat, taken for dog with confidence 99 %",
@@ -172,7 +171,8 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 USE = """
-var runs = document.querySelector("#runs"), search = runs.querySelector("input"), heading = runs.querySelectorAll("th")[5];
+var runs = document.querySelector("#runs"), search = runs.querySelector("input");
+var heading = runs.querySelectorAll("th")[5];
 search.value = "vptgram old"; search.dispatchEvent(new Event("input"));
 heading.querySelector("button").click(); heading.querySelector("button").click();
 var words = document.querySelector("#which-words");
@@ -208,7 +208,9 @@ def test_in_a_browser(tree, tmp_path, used):
     labels = [run.label + run.subsample for run in sorted_runs(tree)]
     assert opened == [f"run-{labels.index('CoOpGRAMnew')}"] and "1 of 7 runs" in shown.text
     table = done.stdout[done.stdout.index('<section id="runs"') : done.stdout.index('<section id="configs"')]
-    rows = re.findall(r"<tr( hidden=\"\")?>\s*<th scope=\"row\"><a[^>]*>(\w+)</a>.*?<td>(\d+)</td><td>10</td>", table, re.S)
+    rows = re.findall(
+        r"<tr( hidden=\"\")?>\s*<th scope=\"row\"><a[^>]*>(\w+)</a>.*?<td>(\d+)</td><td>10</td>", table, re.S
+    )
     assert [(trainer, seed) for hidden, trainer, seed in rows if not hidden] == [("VPTGRAM", "1")]
     assert [int(seed) for _, _, seed in rows] == [5, 4, 3, 2, 1, 1, 1]
     assert "1 of 7 rows" in shown.text and table.count('aria-sort="descending"') == 1

@@ -3,10 +3,11 @@
 import base64
 import hashlib
 import re
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from typing import Any
 
+import yaml
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -37,7 +38,8 @@ def _environment() -> Environment:
         loader=FunctionLoader(read), autoescape=True, finalize=_printable, undefined=StrictUndefined, **blocks
     )
     environment.globals["asset"] = lambda name: Markup(read(name))
-    environment.filters |= {"data_uri": data_uri, "thousands": "{:,}".format, "sha256": _sha256}
+    dump = partial(yaml.safe_dump, sort_keys=False, default_flow_style=None, allow_unicode=True, width=100)
+    environment.filters |= {"data_uri": data_uri, "thousands": "{:,}".format, "sha256": _sha256, "yaml": dump}
     return environment
 
 

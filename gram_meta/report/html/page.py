@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+import numpy as np
 
 from gram_meta.config import flatten
 from gram_meta.images import BadImage, read_image
@@ -13,10 +13,11 @@ from gram_meta.report.evidence import Evidence, MetaTraining, block_hash, withou
 from gram_meta.report.figures import Drawing
 from gram_meta.report.html.base import render
 from gram_meta.report.html.hierarchy import thumbnail
-from gram_meta.report.predictions import Predictions, read_predictions
+from gram_meta.report.predictions import read_predictions
 from gram_meta.report.runs import Run
 from gram_meta.report.tables import AVERAGE, Report
 from gram_meta.report.text import grid_of, name_columns, remarks
+from gram_meta.runs.layout import PREDICTIONS
 
 # What bounds the page to 10 MB
 DETAILED = 400  # runs with details
@@ -37,16 +38,13 @@ def page(
 ) -> str:
     """Return the page's HTML, with the reason for each figure that is `not_drawn`, and numbers of so many `digits`."""
     runs = sorted(runs, key=lambda run: (run.label, run.dataset, run.subsample, run.seed))
-    numbers = [report.number for report in reports]
-    anchors = [f"table-{n}" if n and numbers.index(n) == i else f"other-{i}" for i, n in enumerate(numbers)]
-    tests = [read_predictions(run.path.parent, run.result.get("classnames") or []) for run in runs[:DETAILED]]
-    recorded = max(1, sum(test is not None for test in tests))
+    recorded = max(1, sum(run.path.with_name(PREDICTIONS).is_file() for run in runs[:DETAILED]))
     return render(
         "page.html",
         title="Gradient-Regulated Meta-Prompt Learning: report",
         style="page.css",
         script="page.js",
-        tables=[(anchor, report, grid_of(report, digits)) for anchor, report in zip(anchors, reports, strict=True)],
+        tables=[(report, grid_of(report, digits)) for report in reports],
         remarks_of=remarks,
         name_columns=name_columns,
         average=AVERAGE,
@@ -56,17 +54,18 @@ def page(
         runs=runs,
         places={run.path: place for place, run in enumerate(runs)},
         trained_path=evidence.trained_path,
-        details=[(run, test, _wrong(run, test, IMAGES // recorded)) for run, test in zip(runs, tests, strict=False)],
+        detailed=runs[:DETAILED],
+        test_of=lambda run: _test(run, IMAGES // recorded),
         listed=ROWS // recorded,
         cells=CELLS // recorded,
         seconds=sum(sum((run.result.get("seconds") or {}).values()) for run in runs),
         config_hash=_config_hash,
         meta_hash=_meta_hash,
         versions_hash=_versions_hash,
-        configs=[(key, group, _own_config(group[0])) for key, group in _grouped(runs, _config_hash).items()],
+        configs=_grouped(runs, _config_hash),
+        own_config=_own_config,
         splits=[group[0] for group in _grouped(runs, lambda run: run.few_shot).values()],
         versions=_grouped(runs, _versions_hash),
-        yaml=_yaml,
     )
 
 
@@ -77,20 +76,21 @@ def _metas(runs: Sequence[Run], evidence: Evidence) -> list[tuple[str, Sequence[
     return [(key, used.get(key, []), logged.get(key)) for key in dict.fromkeys([*used, *logged])]
 
 
-def _wrong(run: Run, test: Predictions | None, room: int) -> list[dict[str, Any]]:
-    """Return images that a run gets wrong, small, the most confident first, as many as `room` bytes hold."""
+def _test(run: Run, room: int) -> tuple[np.ndarray, list[dict[str, Any]]] | None:
+    """Return a run's confusion matrix, and images that it gets wrong, small, as many as `room` bytes hold."""
+    found = read_predictions(run.path.parent, len(run.result.get("classnames") or ()), WRONG)
+    if found is None:
+        return None
     root, shown = flatten(run.result.get("config", {})).get("DATASET.ROOT", ""), []
-    for image, label, prediction, confidence in test.wrong[:WRONG] if test else ():
-        facts = {"image": image, "label": label, "prediction": prediction, "confidence": confidence}
+    for facts in found[1]:
         try:
-            facts |= zip(("width", "height", "src"), thumbnail(read_image(Path(root, image))[0]), strict=True)
+            size_and_src = thumbnail(read_image(Path(root, facts["image"]))[0])
         except BadImage as error:
-            facts |= {"src": "", "reason": str(error)}
-        room -= len(facts["src"]) + IMAGE_HTML
-        if room < 0:
-            break
-        shown.append(facts)
-    return shown
+            size_and_src, facts["reason"] = (0, 0, ""), str(error)
+        room -= len(size_and_src[-1]) + IMAGE_HTML
+        if room >= 0:
+            shown.append(facts | dict(zip(("width", "height", "src"), size_and_src, strict=True)))
+    return found[0], shown
 
 
 # ------------------------------------------------------------------------- Hashes, by which runs are grouped and linked
@@ -120,7 +120,3 @@ def _grouped(runs: Sequence[Run], key_of: Callable[[Run], str]) -> dict[str, lis
     for run in runs:
         groups[key_of(run)].append(run)
     return {key: group for key, group in groups.items() if key}
-
-
-def _yaml(tree: Any) -> str:
-    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, allow_unicode=True, width=100)
