@@ -1,8 +1,4 @@
-"""Tables and figures from output folders.
-
-Every test of a trainer writes an unrounded `results.json` into its output folder. This package collects them
-(`evidence`, `logs`), rejects runs that cannot share a table (`runs`, `tables`), and lists the runs that are missing.
-"""
+"""Tables, figures and pages from output folders, in which every test of a trainer writes an unrounded results.json."""
 
 from gram_meta.report.evidence import Evidence, gather, write_collection
 from gram_meta.report.numbered import NUMBERS, all_tables, paper_tables

@@ -4,8 +4,6 @@ The page is a single file that loads nothing from outside (its content security 
 script, and stays below a size in bytes: every thumbnail has a bound, so the number of images decides.
 """
 
-import base64
-import hashlib
 import io
 import re
 from collections import Counter, defaultdict
@@ -15,7 +13,6 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import yaml
 from PIL import Image, features
 
 from gram_meta.clustering.hierarchy import FATE_NAMES, FILTERED, KEPT, Hierarchy
@@ -26,7 +23,7 @@ from gram_meta.errors import GramError
 from gram_meta.files import PathLike, atomic_write
 from gram_meta.images import BadImage
 from gram_meta.method.tasks import Task, TaskConfig, TaskSampler
-from gram_meta.report.html.base import data_uri, read, render
+from gram_meta.report.html.base import data_uri, render
 
 THUMBNAIL = 96  # pixels, the longer side
 THUMBNAIL_BYTES = 4_500  # of the file; on the page a third more, for base64
@@ -90,13 +87,12 @@ def write_hierarchy_page(
         "hierarchy.html",
         title=f"{hierarchy.path.name if hierarchy.path else 'hierarchy'}: topics and visual domains",
         style="hierarchy.css",
-        script_hash=_sha256(read("hierarchy.js")),
+        script="hierarchy.js",
         contents={},
         hierarchy=hierarchy,
         manifest=hierarchy.manifest,
         stored=store.manifest,
         colours={name: f"fate-{number}" for number, name in enumerate(FATE_NAMES)},
-        config=yaml.safe_dump(hierarchy.manifest.get("config", {}), sort_keys=False, allow_unicode=True),
         percent=_percent,
         agreement=agreement,
         images=images,
@@ -334,8 +330,3 @@ def _short(text: str, longest: int = LONGEST) -> str:
 def _split_at(word: str, caption: str) -> list[str]:
     """Split a caption at every occurrence of a word; the parts with odd numbers are the word."""
     return re.split(rf"((?<![^\W\d_]){re.escape(word)}(?![^\W\d_]))", caption, flags=re.IGNORECASE)
-
-
-def _sha256(text: str) -> str:
-    """Return the hash that a content security policy allows a script by."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")

@@ -1,6 +1,5 @@
 """One HTML page with tables, figures and the settings of every run: a single file that loads nothing from outside."""
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from gram_meta.config import flatten
+from gram_meta.errors import GramError, in_one_line
 from gram_meta.images import BadImage, read_image
-from gram_meta.report.evidence import Evidence, MetaTraining, block_hash, without_own
+from gram_meta.report.evidence import Evidence, block_hash, without_own
 from gram_meta.report.figures import Drawing
 from gram_meta.report.html.base import render
 from gram_meta.report.html.hierarchy import thumbnail
-from gram_meta.report.predictions import read_predictions
 from gram_meta.report.runs import Run
 from gram_meta.report.tables import AVERAGE, Report
 from gram_meta.report.text import grid_of, name_columns, remarks
@@ -50,12 +49,14 @@ def page(
         average=AVERAGE,
         drawings=drawings,
         not_drawn=not_drawn,
-        metas=_metas(runs, evidence),
+        used=_grouped(runs, _meta_hash),
+        logged={meta.sha256 or meta.path: meta for meta in evidence.metas},
         runs=runs,
         places={run.path: place for place, run in enumerate(runs)},
         trained_path=evidence.trained_path,
         detailed=runs[:DETAILED],
-        test_of=lambda run: _test(run, IMAGES // recorded),
+        read_predictions=read_predictions,
+        pictures=lambda run, wrong: _pictures(run, wrong, IMAGES // recorded),
         listed=ROWS // recorded,
         cells=CELLS // recorded,
         seconds=sum(sum((run.result.get("seconds") or {}).values()) for run in runs),
@@ -69,28 +70,43 @@ def page(
     )
 
 
-def _metas(runs: Sequence[Run], evidence: Evidence) -> list[tuple[str, Sequence[Run], MetaTraining | None]]:
-    """Return every meta-checkpoint that a run used or that left a log: its hash, its runs, its meta-training."""
-    used = _grouped(runs, _meta_hash)
-    logged = {meta.sha256 or meta.path: meta for meta in evidence.metas}
-    return [(key, used.get(key, []), logged.get(key)) for key in dict.fromkeys([*used, *logged])]
+def read_predictions(run: Run) -> tuple[np.ndarray, list[dict[str, Any]]] | None:
+    """Read predictions.parquet of a run on K classes; raise `GramError` for a damaged one.
 
+    Returns:
+        The confusion matrix (K, K), numbers of images: row = label, column = prediction; and image, label, prediction
+        and confidence of the `WRONG` wrong predictions with the highest confidence. None without the file.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
 
-def _test(run: Run, room: int) -> tuple[np.ndarray, list[dict[str, Any]]] | None:
-    """Return a run's confusion matrix, and images that it gets wrong, small, as many as `room` bytes hold."""
-    found = read_predictions(run.path.parent, len(run.result.get("classnames") or ()), WRONG)
-    if found is None:
+    path, classes = run.path.with_name(PREDICTIONS), len(run.result.get("classnames") or ())
+    if not path.is_file():
         return None
+    confusion = np.zeros((classes, classes), np.int64)
+    try:
+        table = pq.read_table(path).select(["image", "label", "prediction", "confidence"])
+        np.add.at(confusion, (table["label"].to_numpy(), table["prediction"].to_numpy()), 1)
+        wrong = table.filter(pc.not_equal(table["label"], table["prediction"]))
+    except (OSError, pa.ArrowException, KeyError, IndexError) as error:
+        found = in_one_line(error)
+        raise GramError(f"{path}: expected predictions of {classes} classes, found another file ({found})") from None
+    return confusion, wrong.sort_by([("confidence", "descending")]).slice(0, WRONG).to_pylist()
+
+
+def _pictures(run: Run, wrong: Sequence[dict[str, Any]], room: int) -> list[dict[str, Any]]:
+    """Return small images of wrong predictions, as many as `room` bytes hold, or why an image cannot be read."""
     root, shown = flatten(run.result.get("config", {})).get("DATASET.ROOT", ""), []
-    for facts in found[1]:
+    for facts in wrong:
         try:
-            size_and_src = thumbnail(read_image(Path(root, facts["image"]))[0])
+            facts |= zip(("width", "height", "src"), thumbnail(read_image(Path(root, facts["image"]))[0]), strict=True)
         except BadImage as error:
-            size_and_src, facts["reason"] = (0, 0, ""), str(error)
-        room -= len(size_and_src[-1]) + IMAGE_HTML
+            facts |= {"src": "", "reason": str(error)}
+        room -= len(facts["src"]) + IMAGE_HTML
         if room >= 0:
-            shown.append(facts | dict(zip(("width", "height", "src"), size_and_src, strict=True)))
-    return found[0], shown
+            shown.append(facts)
+    return shown
 
 
 # ------------------------------------------------------------------------- Hashes, by which runs are grouped and linked
@@ -101,8 +117,7 @@ def _meta_hash(run: Run) -> str:
 
 
 def _versions_hash(run: Run) -> str:
-    versions = run.result.get("versions")
-    return block_hash(versions) if versions else ""
+    return block_hash(run.result["versions"]) if run.result.get("versions") else ""
 
 
 def _own_config(run: Run) -> dict[str, Any]:
@@ -116,7 +131,8 @@ def _config_hash(run: Run) -> str:
 
 def _grouped(runs: Sequence[Run], key_of: Callable[[Run], str]) -> dict[str, list[Run]]:
     """Return runs by key, in order, without the runs whose key is ""."""
-    groups: dict[str, list[Run]] = defaultdict(list)
+    groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups[key_of(run)].append(run)
-    return {key: group for key, group in groups.items() if key}
+        groups.setdefault(key_of(run), []).append(run)
+    groups.pop("", None)
+    return groups
