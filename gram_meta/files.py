@@ -131,12 +131,12 @@ def to_json(value: Any, where: str, **layout: Any) -> str:
     return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):x}", text)
 
 
-def write_arrays(path: PathLike, arrays: Mapping[str, Any]) -> None:
+def write_arrays(path: PathLike, arrays: Mapping[str, Any], compress: bool = False) -> None:
     """Write an .npz file of named arrays, atomically."""
     import numpy as np
 
     with atomic_write(path) as file:
-        np.savez(file, **arrays)
+        (np.savez_compressed if compress else np.savez)(file, **arrays)
 
 
 def read_arrays(path: PathLike) -> dict[str, Any]:

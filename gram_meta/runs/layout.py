@@ -1,7 +1,7 @@
 """What the folder of a run holds, and which checkpoint in it counts. Light at import: no torch.
 
     OUT/results.json                         what was measured, written after the test
-    OUT/predictions.parquet                  what was predicted for each test image
+    OUT/predictions.npz                      what was predicted for each test image
     OUT/run.json                             which run the folder belongs to, and whether it is finished
     OUT/log.txt, log.txt-<date>              what was printed; Dassl never overwrites a log
     OUT/prompt_learner/model.pth.tar-<epoch> checkpoints; `checkpoint` there names the one written last
@@ -23,7 +23,7 @@ from gram_meta.runs.coop_log import Log, read_log
 from gram_meta.runs.schemas import RunFile, check_results
 
 RESULTS = "results.json"
-PREDICTIONS = "predictions.parquet"
+PREDICTIONS = "predictions.npz"
 RUN = "run.json"
 LOG = "log.txt"
 LEARNER = "prompt_learner"  # CoOp's name for the registered model, and so for the folder of its checkpoints

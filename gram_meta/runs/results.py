@@ -10,7 +10,7 @@ from typing import Any
 import gram_meta
 from gram_meta import engine
 from gram_meta.config import as_dict
-from gram_meta.files import atomic_write, write_json
+from gram_meta.files import write_arrays, write_json
 from gram_meta.runs import layout
 
 FORMAT = 1
@@ -82,9 +82,7 @@ def write_results(trainer: Any) -> Path:
 
 
 def _write_predictions(trainer: Any, split: str) -> None:
-    """Write predictions.parquet: image (relative to DATASET.ROOT), label, prediction, confidence."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    """Write predictions.npz: image (path relative to DATASET.ROOT), label, prediction, confidence."""
     from torch.utils.data import SequentialSampler
 
     loader = trainer.val_loader if split == "val" else trainer.test_loader
@@ -92,8 +90,8 @@ def _write_predictions(trainer: Any, split: str) -> None:
     images = [os.path.relpath(item.impath, root) for item in loader.dataset.data_source]
     names = [image.encode("utf-8", "backslashreplace").decode() for image in images]
     if isinstance(loader.sampler, SequentialSampler):  # else the order of the predictions is another
-        with atomic_write(Path(trainer.cfg.OUTPUT_DIR, layout.PREDICTIONS)) as file:
-            pq.write_table(pa.table({"image": names, **trainer.record.predictions}), file, compression="zstd")
+        arrays = {"image": names, **trainer.record.predictions}
+        write_arrays(Path(trainer.cfg.OUTPUT_DIR, layout.PREDICTIONS), arrays, compress=True)
 
 
 def versions() -> dict[str, str]:

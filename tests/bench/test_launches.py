@@ -6,7 +6,7 @@ import torch
 from gram_meta import engine
 
 # With two layers: operations in fp32 and in fp16, waits a step. Three operations of a test batch (four in fp16, on a
-# CPU) are for predictions.parquet.
+# CPU) are for predictions.npz.
 EXPECTED = {
     "ZeroshotCLIP, test batch": (43, 61, 0),
     "CoOp, step": (148, 192, 0.4),

@@ -1,4 +1,4 @@
-"""gram report --html: one run on the page, from results.json and predictions.parquet; and what its script does."""
+"""gram report --html: one run on the page, from results.json and predictions.npz; and what its script does."""
 
 import base64
 import hashlib
@@ -8,8 +8,6 @@ import shutil
 import subprocess
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from helpers.html import Page
 from PIL import Image
@@ -52,7 +50,7 @@ def write(folder, root, names=NAMES, trainer="CoOp", seed=1, subsample="base", *
 
 def write_predictions(folder, images, true=TRUE, said=SAID, confidence=CONFIDENCE):
     columns = {"image": images, "label": true, "prediction": said, "confidence": np.array(confidence, np.float32)}
-    pq.write_table(pa.table(columns), folder / "predictions.parquet")
+    np.savez_compressed(folder / "predictions.npz", **columns)
 
 
 @pytest.fixture
@@ -91,13 +89,13 @@ def test_predictions_by_hand(tree, monkeypatch):
 
 @pytest.mark.parametrize("damage", ["cut", "other classes", "no column"])
 def test_damaged_predictions_are_one_sentence(tree, damage, tmp_path, capsys):
-    path = tree / "one/predictions.parquet"
+    path = tree / "one/predictions.npz"
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:200])
     elif damage == "other classes":
         write_predictions(tree / "one", ["x"], [3], [0], [0.5])
     else:
-        pq.write_table(pa.table({"image": ["x"]}), path)
+        np.savez(path, image=["x"])
     assert main(["report", str(tree), "--html", str(tmp_path / "page.html")]) == 2
     assert f"{path}: expected predictions of 3 classes, found another file (" in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
@@ -126,7 +124,7 @@ def test_a_run_on_the_page(tree, tmp_path):
     ]
     assert run.count("h0") >= 1 and "nan" not in run.lower().replace("nano", "")
     new = text[text.index('<details class="run" id="run-1"') : text.index('<details class="run" id="run-2"')]
-    assert '<a href="#run-0">its training</a>' in new and "in <code>predictions.parquet</code>" in new
+    assert '<a href="#run-0">its training</a>' in new and "in <code>predictions.npz</code>" in new
     assert "Over steps: not recorded, as the run is of an earlier version." in text[text.index('id="run-2"') :]
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from gram_meta.config import flatten
 from gram_meta.errors import GramError, in_one_line
+from gram_meta.files import read_arrays
 from gram_meta.images import BadImage, read_image
 from gram_meta.report.evidence import Evidence, block_hash, without_own
 from gram_meta.report.figures import Drawing
@@ -71,28 +72,26 @@ def page(
 
 
 def read_predictions(run: Run) -> tuple[np.ndarray, list[dict[str, Any]]] | None:
-    """Read predictions.parquet of a run on K classes; raise `GramError` for a damaged one.
+    """Read predictions.npz of a run on K classes; raise `GramError` for a damaged one.
 
     Returns:
         The confusion matrix (K, K), numbers of images: row = label, column = prediction; and image, label, prediction
         and confidence of the `WRONG` wrong predictions with the highest confidence. None without the file.
     """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
     path, classes = run.path.with_name(PREDICTIONS), len(run.result.get("classnames") or ())
     if not path.is_file():
         return None
-    confusion = np.zeros((classes, classes), np.int64)
+    arrays, confusion = read_arrays(path), np.zeros((classes, classes), np.int64)
     try:
-        table = pq.read_table(path).select(["image", "label", "prediction", "confidence"])
-        np.add.at(confusion, (table["label"].to_numpy(), table["prediction"].to_numpy()), 1)
-        wrong = table.filter(pc.not_equal(table["label"], table["prediction"]))
-    except (OSError, pa.ArrowException, KeyError, IndexError) as error:
+        columns = [arrays[name] for name in ("image", "label", "prediction", "confidence")]
+        np.add.at(confusion, (columns[1], columns[2]), 1)
+        wrong = np.flatnonzero(columns[1] != columns[2])
+        wrong = wrong[np.argsort(-columns[3][wrong], kind="stable")][:WRONG]
+        rows = zip(*(column[wrong].tolist() for column in columns), strict=True)
+    except (KeyError, IndexError, ValueError, TypeError) as error:
         found = in_one_line(error)
         raise GramError(f"{path}: expected predictions of {classes} classes, found another file ({found})") from None
-    return confusion, wrong.sort_by([("confidence", "descending")]).slice(0, WRONG).to_pylist()
+    return confusion, [dict(zip(("image", "label", "prediction", "confidence"), row, strict=True)) for row in rows]
 
 
 def _pictures(run: Run, wrong: Sequence[dict[str, Any]], room: int) -> list[dict[str, Any]]:
