@@ -291,14 +291,10 @@ class Backbone(nn.Module):
 
     def _run(self, tower: str) -> Callable[..., Any]:
         """Return how the layers of a tower are called: activations recomputed in the backward pass, or kept."""
-        return recomputed if self.checkpointing in (True, tower) else _called
+        return recomputed if self.checkpointing in (True, tower) else lambda layer, *inputs: layer(*inputs)
 
     def _normalised(self, features: Tensor) -> Tensor:
         return F.normalize(features.to(_feature_dtype(self.precision)), dim=-1)
-
-
-def _called(layer: Callable[..., Any], *inputs: Tensor) -> Any:
-    return layer(*inputs)
 
 
 def end_positions(tokens: Tensor) -> Tensor:

@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
     print(_headline(predictor), file=sys.stderr)
     write = WRITERS[args.format or _style_of(args.out)]
     counts: Counter[str] = Counter()
-    rows = _readable(predictor.stream(args.images), counts, bar=_wants_bar(args))
+    bar = sys.stderr.isatty() and (bool(args.out) or not sys.stdout.isatty())  # results do not run over it
+    rows = _readable(predictor.stream(args.images), counts, bar)
     try:
         output = atomic_write(args.out, "w") if args.out else nullcontext(sys.stdout)
         with as_gram_error(args.out or "stdout"), output as file:
@@ -85,11 +86,6 @@ def _headline(predictor: Predictor) -> str:
 def _style_of(out: str | None) -> str:
     suffix = (out or "").rpartition(".")[2].lower()
     return suffix if suffix in FORMATS else "text"
-
-
-def _wants_bar(args: argparse.Namespace) -> bool:
-    """Return whether stderr is a terminal that the results themselves do not run over."""
-    return sys.stderr.isatty() and (bool(args.out) or not sys.stdout.isatty())
 
 
 def _readable(predictions: Iterable[Prediction], counts: Counter[str], bar: bool) -> Iterator[Prediction]:

@@ -74,7 +74,8 @@ def _import_real() -> str:
     try:
         _fixes = real.import_fixed(_restore) if hooks.is_on("dassl-fixes") else real.import_as_it_is()
     except GramError:
-        _forget_dassl()  # a half-imported package must not shadow the built-in one
+        for name in [n for n in sys.modules if n == "dassl" or n.startswith("dassl.")]:
+            del sys.modules[name]  # a half-imported package must not shadow the built-in one
         raise
     return "real"
 
@@ -95,11 +96,6 @@ def _has_real() -> bool:
         return module.__name__ == "dassl"
     spec = importlib.util.find_spec("dassl")
     return spec is not None and spec.origin is not None  # a folder without __init__.py is no package
-
-
-def _forget_dassl() -> None:
-    for name in [n for n in sys.modules if n == "dassl" or n.startswith("dassl.")]:
-        del sys.modules[name]
 
 
 def _restore(module: str, name: str) -> Any:

@@ -162,16 +162,13 @@ def _draw_starts(lines: Sequence[str], found: Mapping, series: Mapping) -> bytes
 def _epochs(runs: Sequence[Run]) -> list[Drawing | str]:
     """Return one figure for each number of epochs."""
     mine = [run for run in runs if run.subsample == "base" and run.shots == 16]  # without runs on all classes
-    mine = [run for run in mine if run.trainer in LINES and _only_longer(run) and _per_epoch(run)]
+    mine = [run for run in mine if run.trainer in LINES and _per_epoch(run)]
+    # without runs that differ from their trainer's standard form in more than the number of epochs
+    mine = [run for run in mine if run.label in (run.trainer, f"{run.trainer}, {run.epochs} epochs")]
     lengths = sorted({run.epochs for run in mine})
     if not lengths:
         return ["Figures 1(b) and 3(a) need runs of CoOp, VPT or their GRAM versions that logged TEST.PER_EPOCH"]
     return [_epochs_of([run for run in mine if run.epochs == length], length) for length in lengths]
-
-
-def _only_longer(run: Run) -> bool:
-    """Return whether a run differs from its trainer's standard form in the number of epochs at most."""
-    return run.label in (run.trainer, f"{run.trainer}, {run.epochs} epochs")
 
 
 def _per_epoch(run: Run) -> dict[int, tuple[float, float]]:

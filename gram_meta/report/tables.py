@@ -4,7 +4,7 @@ docs/guide/report.md lists how the numbers are computed.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,7 +142,8 @@ def build(runs: Sequence[Run], plan: Plan) -> Report:
     groups: list[tuple[str, tuple[str, ...]]] = [(name, (name,)) for name in plan.datasets]
     if plan.average_over:
         groups.insert(len(groups) if plan.average_last else 0, (AVERAGE, tuple(plan.average_over)))
-    reference = _reference({run.label for run in runs}, plan.reference)
+    labels = {run.label for run in runs}
+    reference = next((label for label in (plan.reference, plan.reference + FROM_LOG) if label in labels), "")
     rows = []
     for name, members in groups:
         series = {label: series_of(values, label, members, plan.columns, seeds) for label in plan.labels}
@@ -158,11 +159,6 @@ def build(runs: Sequence[Run], plan: Plan) -> Report:
             rows.append(Row(name, label, cells, differences, beside))
     found = rows, reference, tuple(plan.datasets), seeds, _missing(plan, values, seeds), notes(runs, reference)
     return Report(plan.columns, *found, plan.title, plan.number, plan.wide, plan.averages_only)
-
-
-def _reference(labels: Collection[str], wanted: str) -> str:
-    """Return the reference trainer's label, or that of its runs from logs; "" without such runs."""
-    return next((label for label in (wanted, wanted + FROM_LOG) if label in labels), "")
 
 
 def _missing(plan: Plan, values: Values, seeds: Sequence[int]) -> list[Missing]:

@@ -243,17 +243,17 @@ def topic_rows(view: View, number: int, images: int) -> dict[str, Any]:
     topic, rows, random = view.hierarchy.topics[number], view.rows(number), view.random(0, number)
     drawn = view.hierarchy.pair[random.permutation(rows)[:CAPTIONS]]
     captions = view.store.captions.take(drawn)
-    words = [word for word, _score in topic.words]
+    word = re.compile(rf"((?<![^\W\d_]){re.escape(topic.word)}(?![^\W\d_]))", re.IGNORECASE)  # in a caption
     return {
         "topic": topic,
         "others": [it for it in view.same_word[topic.word.lower()] if it != number],
-        "find": _short(" ".join([*words, *captions]).lower(), 900),
+        "find": _short(" ".join([*dict(topic.words), *captions]).lower(), 900),
         "domains": [
             (size, _domain(view, rows[view.hierarchy.domain[rows] == u], images, random))
             for u, size in enumerate(topic.domains)
         ],
         "captions": [
-            (_split_at(topic.word, _short(caption)), f"{view.store.similarity[pair]:.2f}")
+            (word.split(_short(caption)), f"{view.store.similarity[pair]:.2f}")
             for pair, caption in zip(drawn, captions, strict=True)
         ],
     }
@@ -325,8 +325,3 @@ def _percent(count: int, total: int) -> str:
 
 def _short(text: str, longest: int = LONGEST) -> str:
     return text if len(text) <= longest else text[: longest - 1].rstrip() + "\N{HORIZONTAL ELLIPSIS}"
-
-
-def _split_at(word: str, caption: str) -> list[str]:
-    """Split a caption at every occurrence of a word; the parts with odd numbers are the word."""
-    return re.split(rf"((?<![^\W\d_]){re.escape(word)}(?![^\W\d_]))", caption, flags=re.IGNORECASE)
