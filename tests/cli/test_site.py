@@ -89,6 +89,7 @@ def test_what_a_page_loads_and_links_is_a_file_of_the_site(site, page):
 @pytest.mark.parametrize("page", [page for page in PAGES if page != API], ids=str)
 def test_blocks_of_code_and_tables_are_those_of_the_page(site, page):
     source, text = page.read_text(encoding="utf-8"), built(site, page)[1]
+    assert "theta<em>" not in text
     assert text.count("<pre") == len(re.findall(r"^ *```\w+$", source, re.MULTILINE))
     assert text.count("<table>") == len(re.findall(r"^ *\|[ :|-]*--[ :|-]*\|$", source, re.MULTILINE))
 
