@@ -7,7 +7,7 @@ import griffe
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-PAGES = ("docs/**/*", "*.md", "gram_meta/coop/*.md")
+PAGES = ("docs/**/*", "*.md", "gram_meta/**/*.md")
 LINKED = ("LICENSE", "NOTICE", "CITATION.cff", "examples/*.py", "scripts/bench/*.py")
 
 

@@ -11,7 +11,7 @@ import pytest
 from gram_meta import cli
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "gram_meta" / "coop" / "HOOKS.md"])
+PAGES = sorted([*ROOT.glob("*.md"), *(page for name in ("docs", "gram_meta") for page in (ROOT / name).rglob("*.md"))])
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 CODE = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
 

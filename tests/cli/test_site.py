@@ -14,7 +14,7 @@ import yaml
 import gram_meta
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "gram_meta" / "coop" / "HOOKS.md"]
+PAGES = [*ROOT.glob("*.md"), *(page for folder in ("docs", "gram_meta") for page in (ROOT / folder).rglob("*.md"))]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 API = ROOT / "docs" / "reference" / "api.md"
 
