@@ -315,7 +315,8 @@ class _Count:
         size = -(-self.steps // POINTS)
         ends = [*range(size, self.steps, size), self.steps]
         columns = {"gradient_norm": self.norms, "ratio": self.ratios, "gamma": self.gammas, "beta": self.betas}
-        return result | {"over_steps": {"step": ends} | {key: _means(values, ends) for key, values in columns.items()}}
+        means = {key: _means(values, ends) for key, values in columns.items() if values}
+        return result | {"over_steps": {"step": ends, **means}}
 
     def state(self) -> dict[str, Any]:
         names = ("norms", "ratios", "gammas", "betas", "paths", "nets", "sums", "regulated")

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from helpers.training import train_flags
 from packaging.requirements import Requirement
 
 import gram_meta
@@ -188,6 +189,23 @@ def test_a_missing_package_of_the_extra_is_one_sentence(module, tmp_path, monkey
     with pytest.raises(GramError) as caught:
         gram_meta.cluster(tmp_path, tmp_path / "out")
     assert str(caught.value) == sentence
+
+
+@pytest.mark.slow
+def test_few_shot_training_and_its_report_need_no_package_of_the_extra(tiny_data, tiny_options, tmp_path):
+    options = ("DATASET.NUM_SHOTS", 2, "DATALOADER.NUM_WORKERS", 0, *tiny_options)
+    flags = train_flags(tiny_data, tmp_path / "run", "CoOp", *options)
+    code = (
+        "import sys\nclass Absent:\n    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.partition('.')[0] in {CORPUS_MODULES!r}:\n            raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Absent())\nfrom gram_meta.cli import main\n"
+        f"print([main(argv) for argv in {[['train', *flags], ['report', 'run', '--html', 'page.html']]!r}])"
+    )
+    done = python(code, tmp_path, GRAM_DASSL="builtin")
+    assert done.stdout.endswith("[0, 0]\n"), done.stdout[-500:] + done.stderr[-2000:]
+    assert (tmp_path / "run/predictions.npz").is_file() and "Accuracy of each class" in (
+        tmp_path / "page.html"
+    ).read_text()
 
 
 def test_wheel_works_beside_folders_of_the_same_names(installed_wheel, tmp_path):
