@@ -158,7 +158,7 @@ def test_many_runs_with_many_classes_stay_below_10_mb(tmp_path, monkeypatch):
         write_predictions(folder, images, true, said, noise.random(5000))
     text = html_of(tmp_path / "runs", tmp_path / "page.html")
     assert len(text.encode()) < 10_000_000
-    assert "The 333 lowest of 1000." in text and "those with the highest confidence" in text
+    assert "The 200 lowest of 1000." in text and "those with the highest confidence" in text
     monkeypatch.setattr(module, "DETAILED", 7)
     text = html_of(tmp_path / "runs", tmp_path / "page.html")
     assert "The first 7 of 60 runs" in text and text.count('<details class="run"') == 7

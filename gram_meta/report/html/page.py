@@ -20,12 +20,12 @@ from gram_meta.report.text import grid_of, name_columns, remarks
 from gram_meta.runs.layout import PREDICTIONS
 
 # What bounds the page to 10 MB
-DETAILED = 400  # runs with details
+DETAILED = 300  # runs with details
 WRONG = 24  # images that a run gets wrong
-IMAGES = 5_000_000  # bytes of these images, of all runs, as the next two
+IMAGES = 3_500_000  # bytes of these images, of all runs, as the next two
 IMAGE_HTML = 500  # bytes around an image
-ROWS = 20_000  # classes in tables
-CELLS = 80_000  # of confusion matrices
+ROWS = 12_000  # classes in tables
+CELLS = 60_000  # of confusion matrices
 
 
 def page(
