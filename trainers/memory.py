@@ -36,7 +36,9 @@ def arrange(model: PromptedCLIP, options: Any, batch: int) -> list[str]:
         images = batch if isinstance(model, ConditionalCLIP) else 1
         text.chunk = class_chunk(text, options, images)
         if text.chunk:
-            lines.append(_of_text(text, images))
+            size = f"{images * len(text.ends)} class sentences leave about {images * text_bytes(text) / GB:.2f} GB"
+            done = f"they are computed twice instead, {text.chunk} at a time (TRAINER.MEMORY.CLASSES)"
+            lines.append(f"Memory: {size} behind for the backward pass; {done}")
         elif options.CHECKPOINTING == "always":
             towers.append("text")
     if visual is not None and checkpoints_images(model.backbone, options, batch, len(visual)):
@@ -87,10 +89,3 @@ def text_bytes(text: ClassText, ends: Tensor | None = None) -> int:
 def _largest_part(text: ClassText, size: int) -> int:
     """Return the most that a part takes if the class prompts are sorted by length."""
     return max(text_bytes(text, ends) for ends in text.ends.sort().values.split(size))
-
-
-def _of_text(text: ClassText, images: int) -> str:
-    return (
-        f"Memory: {images * len(text.ends)} class sentences leave about {images * text_bytes(text) / GB:.2f} GB behind "
-        f"for the backward pass; they are computed twice instead, {text.chunk} at a time (TRAINER.MEMORY.CLASSES)"
-    )
