@@ -17,8 +17,8 @@ HELP = """Show a hierarchy: topics by size with words, scores and domains, and w
 --truth FILE also shows how well topics, domains and the filter agree with known facts: a .tsv or .csv file
 with the column image (optionally caption) and any of concept, group, subgroup, style, source and caption_is_wrong.
 
---html PAGE.html writes a page for a browser instead: topics with images of every visual domain, a sampled task, dropped
-pairs. The page is one file below 10 MB: if there are many topics, it shows only some of them, or fewer images."""
+--html PAGE.html writes a page for a browser instead: a map, topics with images of every visual domain, a sampled task,
+dropped pairs. The page is one file below 10 MB: if there are many topics, it shows some of them, or fewer images."""
 
 PAGE_TOPICS, TABLE_TOPICS = 50, 20
 

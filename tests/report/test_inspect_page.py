@@ -6,14 +6,16 @@ import subprocess
 
 import numpy as np
 import pytest
+from helpers.browser import CHROMIUM, OPTIONS, browse
 from helpers.html import Page
 from jinja2 import UndefinedError
 from PIL import Image
 
 from gram_meta.cli import main
-from gram_meta.clustering.hierarchy import FATE_NAMES, FILTERED, NOISE, Hierarchy, Topic
+from gram_meta.clustering.hierarchy import FATE_NAMES, FILTERED, KEPT, NOISE, Hierarchy, Topic
 from gram_meta.corpus.store import PairStore
 from gram_meta.report.html import hierarchy as hierarchy_page
+from gram_meta.report.html.hierarchy import LEAST_POINTS, MAP_SIZE, View, map_rows
 
 NASTY = '</li><script>alert("caption")</script><img src="https://example.org/x.png" onerror="alert(1)"> & \x07 cat'
 TOPICS, PER_DOMAIN = 6, 20
@@ -83,7 +85,7 @@ def page(corpus, tmp_path_factory):
 @pytest.mark.slow
 def test_it_holds_what_it_should(page):
     headings = [a["id"] for a in page.all("h2")]
-    assert headings == [f"{key}-title" for key in ("pairs", "sizes", "topics", "task", "dropped", "settings")]
+    assert headings == [f"{key}-title" for key in ("pairs", "sizes", "map", "topics", "task", "dropped", "settings")]
     assert [a["id"] for a in page.all("article", **{"class": "topic"})] == [f"topic-{i}" for i in range(TOPICS)]
     strips = [a for a in page.all("div", **{"class": "strip"}) if a["aria-label"].startswith("Images of domain")]
     assert len(strips) == 2 * TOPICS
@@ -129,6 +131,94 @@ def test_a_word_that_is_a_script_is_inert(page, corpus):
     assert topic["data-find"].startswith(NASTY.replace("\x07", "\N{REPLACEMENT CHARACTER}").lower())
     assert page.text.count('<script>alert("caption")</script>') >= 3 and "\x07" not in page.text
     assert len(page.all("script")) == 1 and not [a for a in page.all("img") if "onerror" in a]
+
+
+def groups_of(page):
+    """Return topic -> the attributes of its points; "": pairs in no topic."""
+    return {a.get("data-topic", ""): a for a in page.all("path")}
+
+
+def places_of(group):
+    """Return the places (n, 2) of a group of points."""
+    return np.array(re.findall(r"M([\d.]+) ([\d.]+)h0", group["d"]), float)
+
+
+def test_the_map_has_a_point_for_each_pair_that_passed_the_filter(page, corpus):
+    hierarchy = Hierarchy.open(corpus / "hierarchy")
+    captions = hierarchy.open_store().captions
+    groups = groups_of(page)
+    assert sorted(groups) == ["", *map(str, range(TOPICS))] and "The 252 pairs that passed the filter" in page.text
+    for name, group in groups.items():
+        if name:
+            pairs, word = hierarchy.pair[hierarchy.topic == int(name)], hierarchy.topics[int(name)].word
+            assert group["data-word"] == word.replace("\x07", "\N{REPLACEMENT CHARACTER}")
+            assert ("data-repeated" in group) == (word == "cat")
+        else:
+            pairs = np.flatnonzero(hierarchy.fates == NOISE)
+            assert "data-word" not in group
+        shown = [line[:119] for line in group["data-captions"].split("\n")]
+        assert shown == [" ".join(caption.split())[:119] for caption in captions.take(pairs)]
+        places = places_of(group)
+        assert len(places) == len(pairs) and (places >= 0).all() and (places <= MAP_SIZE).all()
+    # A word on the map leads to the topic's entry, and back.
+    assert [a["href"] for a in page.all("a") if a["href"].startswith("#topic-")] == [
+        f"#topic-{i}" for i in range(TOPICS)
+    ]
+    assert [a["data-topic"] for a in page.all("a", href="#map") if "data-topic" in a] == list(map(str, range(TOPICS)))
+
+
+def test_near_points_have_similar_captions(page):
+    groups = {name: group for name, group in groups_of(page).items() if name}
+    places = np.concatenate([places_of(group) for group in groups.values()])
+    word = np.concatenate([[group["data-word"]] * len(places_of(group)) for group in groups.values()])
+    away = np.linalg.norm(places[:, None] - places, axis=2)
+    np.fill_diagonal(away, np.inf)
+    assert (word[away.argmin(axis=1)] == word).mean() > 0.8  # by chance: 0.22
+    assert away.min() > 0  # also of pairs with one caption
+
+
+def test_a_hostile_caption_on_the_map_is_text(page):
+    lines = groups_of(page)["5"]["data-captions"].split("\n")
+    assert len(lines) == 2 * PER_DOMAIN and all('<script>alert("caption")</script>' in line for line in lines)
+    assert len(page.all("script")) == 1 and not page.all("img", src="https://example.org/x.png")
+
+
+def test_the_table_has_the_entries_of_topics_without_a_card(corpus, tmp_path):
+    page = inspect(corpus, tmp_path / "page.html", "--topics", "2")
+    assert [a["id"] for a in page.all("article", **{"class": "topic"})] == ["topic-0", "topic-1"]
+    assert [a["id"] for a in page.all("tr") if "id" in a] == [f"topic-{i}" for i in range(2, TOPICS)]
+
+
+def test_a_map_of_many_pairs_is_a_random_choice_that_the_seed_decides(corpus):
+    hierarchy = Hierarchy.open(corpus / "hierarchy")
+    store = hierarchy.open_store()
+    first, same, other = (map_rows(View(hierarchy, store, None, seed), 60) for seed in (3, 3, 4))
+    assert (first["problem"], first["shown"], first["of"]) == ("", 60, 252)
+    topics_of = {}  # caption -> its topics; two topics have the same captions
+    for pair, fate in enumerate(hierarchy.fates):
+        topic = hierarchy.topic[np.searchsorted(hierarchy.pair, pair)] if fate == KEPT else -1
+        topics_of.setdefault(store.captions[pair][:119], set()).add(-1 if fate == NOISE else topic)
+    for group, again in zip(first["groups"], same["groups"], strict=True):
+        number, captions, places, middle = group
+        assert number == again[0] and captions == again[1] and (places == again[2]).all()
+        assert len(captions.split("\n")) == len(places) and (middle == np.median(places, axis=0)).all()
+        assert all(number in topics_of[caption[:119]] for caption in captions.split("\n"))
+    drawn = [sorted(" ".join(group[1] for group in one["groups"]).split()) for one in (first, other)]
+    assert sum(len(group[2]) for group in other["groups"]) == 60 and drawn[0] != drawn[1]
+
+
+def test_few_captions_have_no_map_but_the_images_of_a_labelled_collection_have(corpus, tmp_path):
+    hierarchy = Hierarchy.open(corpus / "hierarchy")
+    store = hierarchy.open_store()
+    store.sentence_features = store.sentence_features[np.arange(len(store)) % 2]
+    problem = map_rows(View(hierarchy, store, None, 1), 60)["problem"]
+    assert problem == f"expected at least {LEAST_POINTS} pairs with different captions, found 2"
+    hierarchy.manifest["labelled"] = True
+    assert map_rows(View(hierarchy, store, None, 1), 60)["shown"] == 60
+    hierarchy.manifest["labelled"] = False
+    hierarchy_page.write_hierarchy_page(tmp_path / "page.html", hierarchy, store)
+    page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert f"There is no map: {problem}." in page.text and not page.all("svg")
 
 
 def test_images_have_texts_and_sizes(page):
@@ -206,25 +296,12 @@ def test_bad_options_are_one_sentence(corpus, tmp_path, capsys, words, says):
     assert says in printed and printed.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
 def test_a_browser_shows_it(corpus, tmp_path):
     """Its script runs, under its own policy; that of a caption does not."""
     inspect(corpus, tmp_path / "page.html", "--topics", "6")
-    argv = [
-        CHROMIUM,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-background-networking",
-        "--no-first-run",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--window-size=1200,900",
-        "--timeout=20000",
-    ]
+    argv = [CHROMIUM, *OPTIONS, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,900", "--timeout=20000"]
     url = (tmp_path / "page.html").as_uri()
     done = subprocess.run([*argv, "--dump-dom", url], capture_output=True, text=True, timeout=120)
     if not done.stdout.strip():
@@ -236,3 +313,52 @@ def test_a_browser_shows_it(corpus, tmp_path):
     with Image.open(tmp_path / "page.png") as picture:
         colours = len(picture.convert("RGB").getcolors(picture.width * picture.height))
     assert colours > 50  # charts and pictures, not a blank sheet
+
+
+POINT = """(() => {
+  const box = document.querySelector(".map svg").getBoundingClientRect();
+  const place = document.querySelector('path[data-topic="5"]').getAttribute("d").match(/M([\\d.]+) ([\\d.]+)/);
+  return [box.x + place[1] * box.width / 1000, box.y + place[2] * box.height / 700];
+})()"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "dark"), [(1200, False), (390, True)])
+def test_the_map_in_a_browser(corpus, tmp_path, width, dark):
+    """Hover, click, search, zoom and keys; topic 5's word and captions are hostile."""
+    inspect(corpus, tmp_path / "page.html", "--topics", "6")
+
+    async def actions(tab):
+        assert not await tab.js("document.documentElement.scrollWidth > innerWidth")  # nothing is wider than the window
+        await tab.js("document.querySelector('#map').scrollIntoView()")
+        place = await tab.js(POINT)
+        await tab.mouse("mouseMoved", place)
+        await tab.until("!document.querySelector('.tip').hidden")
+        tip = await tab.js("document.querySelector('.tip').textContent")
+        assert '<script>alert("caption")</script>' in tip and not await tab.js(
+            "document.querySelectorAll('.tip img').length"
+        )
+        await tab.click(place)
+        await tab.until("location.hash === '#topic-5' && document.querySelector('path.on').dataset.topic === '5'")
+        await tab.until("Math.abs(document.querySelector('#topic-5').getBoundingClientRect().top) < innerHeight")
+        await tab.js("document.querySelector('#topic-2 a.place').click()")
+        await tab.until("document.querySelector('path.on').dataset.topic === '2' && location.hash === '#map'")
+        wide = "document.querySelector('.map svg').viewBox.baseVal.width"
+        await tab.until(f"{wide} < 400")  # near the topic
+        await tab.js("document.querySelector('.map svg').focus()")
+        await tab.key("Escape")
+        await tab.until("!document.querySelector('path.on')")
+        await tab.key("0")
+        await tab.until(f"{wide} === 1000")
+        await tab.key("+")
+        await tab.until(f"{wide} < 700")
+        search = "document.querySelectorAll('input[type=search]')"
+        await tab.js(
+            f"{search}[0].value = 'lamp 13 0'; {search}[0].dispatchEvent(new Event('input', {{bubbles: true}}))"
+        )
+        points = "Array.from(document.querySelectorAll('path[data-captions]'), it => it.getAttribute('d')).join('')"
+        await tab.until(f"{points}.split('h0').length === 2")  # the point of "a lamp number 13 0" alone
+        assert await tab.js(f"{search}[1].value") == "lamp 13 0"
+        assert await tab.js("document.querySelector('#map output').textContent") == "1 of 252 points"
+
+    browse((tmp_path / "page.html").as_uri(), actions, tmp_path / "profile", width=width, dark=dark)

@@ -6,6 +6,7 @@ script, and stays below a size in bytes: every thumbnail has a bound, so the num
 
 import io
 import re
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,9 +14,11 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 from PIL import Image, features
 
-from gram_meta.clustering.hierarchy import FATE_NAMES, FILTERED, KEPT, Hierarchy
+from gram_meta.clustering.hierarchy import EXCLUDED, FATE_NAMES, FILTERED, KEPT, Hierarchy
+from gram_meta.clustering.sample import spread
 from gram_meta.config import as_dict, get_meta_config
 from gram_meta.corpus.places import Places
 from gram_meta.corpus.store import PairStore
@@ -35,6 +38,8 @@ DROPPED = 8  # pairs shown of each way to be dropped
 LISTED = 2_000  # topics in the table of all
 LONGEST = 300  # characters of a caption, as shown
 TASK_CLASSES = 16  # of the task, as shown
+LEAST_POINTS, POINTS = 20, 5_000  # different captions that a map needs; the most pairs on it: UMAP takes seconds
+MAP_SIZE, MAP_MARGIN = np.array([1000, 700]), 15  # map.html and hierarchy.js name the size too
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def write_hierarchy_page(
         topics: how many of the largest topics have images; 0: all. The others are in the table of all topics.
         images: of each visual domain. Fewer images, and fewer topics, are shown if the page would exceed `limit`.
         image_root: the folder that holds the images now; None: where `gram embed` read them.
-        seed: of the random choice of images, captions, task and dropped pairs.
+        seed: of the random choice of images, captions, task, dropped pairs and points of the map, and of its UMAP.
         agreement: text of the comparison with a truth, if there is one.
         limit: largest size in bytes.
     """
@@ -82,16 +87,13 @@ def write_hierarchy_page(
         raise GramError(f"--topics and --images: expected at least 0 and 1, found {topics} and {images}")
     view = View(hierarchy, store, store.places(image_root), seed)
     task, dropped = task_rows(view), _dropped(view)
-    shown, images = _fitting(hierarchy, topics or len(hierarchy.topics), images, view.asked, limit)
+    drawn = render("map.html", map=map_rows(view, min(POINTS, limit // 2_000)), view=view)
+    shown, images = _fitting(view, topics or len(hierarchy.topics), images, limit - len(drawn.encode()))
     text = render(
         "hierarchy.html",
         title=f"{hierarchy.path.name if hierarchy.path else 'hierarchy'}: topics and visual domains",
         style="hierarchy.css",
         script="hierarchy.js",
-        contents={},
-        hierarchy=hierarchy,
-        manifest=hierarchy.manifest,
-        stored=store.manifest,
         colours={name: f"fate-{number}" for number, name in enumerate(FATE_NAMES)},
         percent=_percent,
         agreement=agreement,
@@ -99,9 +101,9 @@ def write_hierarchy_page(
         view=view,
         topics=[topic_rows(view, number, images) for number in range(shown)],
         most_listed=LISTED,
-        repeated=sum(len(numbers) for numbers in view.same_word.values() if len(numbers) > 1),
         task=task,
         dropped=dropped,
+        map=Markup(drawn),
         sizes=_sizes(hierarchy),
         similarity=_similarity(hierarchy, store),
     )
@@ -110,12 +112,12 @@ def write_hierarchy_page(
     return Summary(len(text.encode()), shown, images, view.asked, view.unreadable)
 
 
-def _fitting(hierarchy: Hierarchy, topics: int, images: int, fixed: int, limit: int) -> tuple[int, int]:
-    """Return as many topics and images per domain, of those asked for, as fit in `limit` bytes with `fixed` images."""
-    topics = min(topics, len(hierarchy.topics))
-    left = limit - fixed * IMAGE_BYTES - 300 * min(len(hierarchy.topics), LISTED) - 60_000
+def _fitting(view: "View", topics: int, images: int, left: int) -> tuple[int, int]:
+    """Return as many topics and images per domain, of those asked for, as fit in the bytes that are left."""
+    topics = min(topics, len(view.hierarchy.topics))
+    left -= view.asked * IMAGE_BYTES + 300 * min(len(view.hierarchy.topics), LISTED) + 60_000
     while topics > 1 or images > 1:
-        wanted = sum(min(size, images) for topic in hierarchy.topics[:topics] for size in topic.domains)
+        wanted = sum(min(size, images) for topic in view.hierarchy.topics[:topics] for size in topic.domains)
         if wanted * IMAGE_BYTES + topics * TOPIC_BYTES <= left:
             break
         if images > 4 or (images > 1 and topics <= 50):
@@ -234,6 +236,41 @@ def _chart(labels: Sequence[str], ticks: Sequence[str], series: Mapping[str, np.
         ]
         bars.append({"tick": "" if i % every else ticks[i], "parts": parts})
     return {"bars": bars, "most": most, "key": [name for name, counts in series.items() if counts.any()]}
+
+
+# ------------------------------------------------------------------------------------------------------------------ Map
+
+
+def map_rows(view: View, most: int) -> dict[str, Any]:
+    """Return the points of the map by topic, or in `problem` the reason why there is none.
+
+    A point is a pair that passed the filter, of more than `most` a random choice. Its place is a UMAP of its caption's
+    sentence feature; in a labelled collection, whose captions are class names, of its image's CLIP feature. A group has
+    a topic's number (-1: none), its points' captions in lines, their places (n, 2) inside `MAP_SIZE`, and the middle.
+    """
+    hierarchy, store, seed = view.hierarchy, view.store, abs(view.seed)
+    clustered = np.flatnonzero(~np.isin(hierarchy.fates, (FILTERED, EXCLUDED)))
+    pairs = np.sort(view.random(2).permutation(clustered)[:most])
+    labelled = hierarchy.manifest.get("labelled")
+    features = store.image_features[store.image[pairs]] if labelled else store.sentence_features[pairs]
+    different, which, copies = np.unique(features, axis=0, return_inverse=True, return_counts=True)
+    if len(different) < LEAST_POINTS:
+        return {"problem": f"expected at least {LEAST_POINTS} pairs with different captions, found {len(different)}"}
+    import umap
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numba and UMAP warn about threads and spectral initialisation
+        reducer = umap.UMAP(metric="cosine", n_epochs=200, random_state=seed, n_jobs=1)  # reproducible on one thread
+        reduced = reducer.fit_transform(different.astype(np.float32)).astype(np.float64)
+    # Pairs of one caption lie around one place, else a single point would hide them.
+    places = spread(reduced, copies, seed)[np.argsort(np.argsort(which.ravel(), kind="stable"))]
+    places = MAP_MARGIN + (places - places.min(axis=0)) / np.ptp(places, axis=0) * (MAP_SIZE - 2 * MAP_MARGIN)
+    captions = np.array([_short(" ".join(caption.split()), 120) for caption in store.captions.take(pairs)], object)
+    topic = np.full(len(store), -1)
+    topic[hierarchy.pair] = hierarchy.topic
+    rows = [(int(number), topic[pairs] == number) for number in np.unique(topic[pairs])]
+    groups = [(n, "\n".join(captions[mask]), places[mask], np.median(places[mask], axis=0)) for n, mask in rows]
+    return {"problem": "", "shown": len(pairs), "of": len(clustered), "groups": groups}
 
 
 # --------------------------------------------------------------------------------------------------------------- Topics
