@@ -38,7 +38,7 @@ DROPPED = 8  # pairs shown of each way to be dropped
 LISTED = 2_000  # topics in the table of all
 LONGEST = 300  # characters of a caption, as shown
 TASK_CLASSES = 16  # of the task, as shown
-LEAST_POINTS, POINTS = 20, 5_000  # different captions that a map needs; the most pairs on it: UMAP takes seconds
+LEAST_POINTS, POINTS = 20, 4_000  # different captions that a map needs; most pairs on it: from 4,096 UMAP is slower
 MAP_SIZE, MAP_MARGIN = np.array([1000, 700]), 15  # map.html and hierarchy.js name the size too
 
 
