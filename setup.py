@@ -56,7 +56,7 @@ DEMO = [
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings-python>=2.0"]  # mkdocs build: the documentation as a site
 
 TEST = [*DEMO, "pytest>=8", "pytest-timeout>=2.2", "pytest-xdist>=3.5", "hypothesis>=6.90", "datasets>=2.14"]
-TEST += ["tornado>=6.2"]  # drives Chromium in tests of pages
+TEST += ["tornado>=6.2", "nbclient>=0.10", "ipykernel>=6.29"]  # Chromium in tests of pages; the notebook
 
 DEV = [
     *TEST,
