@@ -32,6 +32,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_no_step_takes_more_operations_or_waits_than_it_did(bench_script, precision):
     found = bench_script("launches").measure(precision, layers=2, official=False)

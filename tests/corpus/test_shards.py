@@ -144,6 +144,7 @@ def test_damage_costs_what_it_hits(tmp_path):
     assert read(bytes(10240)) == []
 
 
+@pytest.mark.slow
 def test_thousands_of_headers_without_a_member_are_damage(tmp_path):
     """Each header for a long name makes tarfile read the next one, one level deeper."""
     header = tarfile.TarInfo("././@LongLink")

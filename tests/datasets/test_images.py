@@ -145,6 +145,7 @@ def train(root, out, options, *more):
     return launch.train([str(word) for word in (*flags, *opts, *options)], quiet=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_coop", [False, True])
 def test_a_run_says_which_images_coop_would_read_otherwise(data, tmp_path, tiny_options, as_coop):
     turned(data / "emoji_food/images/red_train_0.png", 3)
@@ -190,6 +191,7 @@ def test_a_test_image_that_turns_out_broken_costs_no_training(data, tmp_path, ti
     assert (out / "prompt_learner/model.pth.tar-1").read_bytes() == trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("trainer", "when"), [("CoOp", "AT_STEPS (1,)"), ("VPT", "PER_EPOCH True")])
 def test_a_broken_image_costs_an_evaluation_on_the_way_alone(data, tmp_path, tiny_options, monkeypatch, trainer, when):
     """Before the first step it ends the run; CoOp begins with a broken image, VPT's breaks after that."""

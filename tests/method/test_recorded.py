@@ -37,6 +37,7 @@ def assert_equal_runs(plain, recorded):
     torch.testing.assert_close(recorded.state.norms, plain.state.norms, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "opts",
     [
@@ -63,6 +64,7 @@ def test_recorded_steps_on_pixels_equal_plain_ones(pixel_corpus, tmp_path, opts)
         torch.testing.assert_close(recorded.theta[name], value, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_losses_are_kept_although_a_replay_overwrites_them(store, tmp_path):
     run = record(trainer(store, tmp_path))
     episodes = list(run.episodes_of(0, 2))
@@ -82,6 +84,7 @@ def test_without_graphs_a_run_goes_on_and_says_so(store, tmp_path, caplog):
     assert lines == ["CUDA graphs: not used (CUDA error: operation not permitted when stream is capturing)"]
 
 
+@pytest.mark.slow
 def test_several_seeds_are_recorded_as_one_step(store, tmp_path):
     runs = []
     for name in ("plain", "recorded"):

@@ -319,6 +319,7 @@ def test_curves_follow_the_prompt_and_test_as_a_run_does(go, build, monkeypatch,
     assert not torch.allclose(before, after, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainer", ["CoOp", "CoOpGRAM", "CoCoOp", "VPT", "UniGRAM"])
 def test_a_run_with_recorded_passes_ends_as_without(go, save, monkeypatch, tmp_path, trainer):
     """Traces stand in for CUDA graphs. The curve's evaluations between steps have batches of the same size."""

@@ -139,6 +139,7 @@ def train(data, options, out, *opts):
     )
 
 
+@pytest.mark.slow
 def test_a_foreign_trainer_with_deep_half_precision_prompts(
     tiny_data, tiny_options, tmp_path, meta, regulator, monkeypatch
 ):
@@ -293,6 +294,7 @@ def test_a_run_whose_gradients_were_all_zero_has_a_line():
     assert "gradient norm 0 / 0 / 0" in line and "|R(g)|" not in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stops", [False, True])
 def test_what_the_regulator_did_over_steps(regulator, stops):
     """Means over parts of three steps: 34 of 100 steps, by hand from R's own parts; also of a resumed run."""
@@ -339,6 +341,7 @@ def test_a_run_of_an_earlier_version_goes_on_without_its_first_steps(regulator):
     assert found["gamma"][0] is None and found["gamma"][1] > 0
 
 
+@pytest.mark.slow
 def test_far_gradients_are_reported_once_and_checked_ever_more_rarely(regulator, capsys, monkeypatch):
     looked = []
     quantile = module._quantile
@@ -414,6 +417,7 @@ def test_gradients_that_would_slip_by_are_refused(regulator):
 # -------------------------------------------------------------------------------------------------------- the example
 
 
+@pytest.mark.slow
 def test_the_example_without_dassl(meta, tmp_path, capsys):
     path = Path(__file__).resolve().parents[2] / "examples/without_dassl.py"
     spec = importlib.util.spec_from_file_location("without_dassl", path)

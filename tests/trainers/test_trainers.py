@@ -183,6 +183,7 @@ def test_identity_regulator_and_the_same_start_is_coop(world, backbone, tmp_path
     assert results["meta_checkpoint"]["path"] == meta and len(results["meta_checkpoint"]["sha256"]) == 64
 
 
+@pytest.mark.slow
 def test_a_constant_gate_is_a_smaller_step(world, backbone, tmp_path):
     """The control: R = 0.5 g equals raw gradients scaled by 0.5, and not CoOp."""
     meta = save_meta(tmp_path / "meta.safetensors", backbone, regulator=constant_gate(backbone, 0.5))
@@ -360,6 +361,7 @@ def test_a_checkpoint_of_another_backbone_or_without_a_regulator_is_refused(worl
 # ------------------------------------------------------------------------------------------------ runs and resuming
 
 
+@pytest.mark.slow
 def test_a_run_leaves_coops_files_and_lines_and_results(world, tmp_path):
     out = tmp_path / "coop" / "seed1"
     results = train(world, out, "CoOp", "TEST.PER_EPOCH", True, "TEST.AT_STEPS", "(0,2)")
