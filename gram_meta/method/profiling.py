@@ -6,8 +6,6 @@ pass, and when gradients of gradients pass; the time between the two identities 
 nodes of one tower in a row, as it takes the youngest first. The identities change no number.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -103,8 +103,9 @@ def _pictures(run: Run, wrong: Sequence[dict[str, Any]], room: int) -> list[dict
         except BadImage as error:
             facts |= {"src": "", "reason": str(error)}
         room -= len(facts["src"]) + IMAGE_HTML
-        if room >= 0:
-            shown.append(facts)
+        if room < 0:  # the other images need not be read
+            break
+        shown.append(facts)
     return shown
 
 
