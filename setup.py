@@ -42,6 +42,8 @@ CORPUS = ["pyarrow>=14", "sentence-transformers>=3.0", "umap-learn>=0.5.6", "hdb
 
 FIGURES = ["matplotlib>=3.8"]  # gram report --figures, --html
 
+TRACKERS = {"wandb": ["wandb>=0.16"], "mlflow": ["mlflow-skinny>=2.10"]}  # GRAM_TRACKERS
+
 DEMO = [
     *CORPUS,
     *FIGURES,
@@ -93,7 +95,15 @@ setup(
         "gram_meta.datasets": ["*.yaml"],
     },
     install_requires=INSTALL,
-    extras_require={"corpus": CORPUS, "demo": DEMO, "figures": FIGURES, "test": TEST, "docs": DOCS, "dev": DEV},
+    extras_require={
+        "corpus": CORPUS,
+        "demo": DEMO,
+        "figures": FIGURES,
+        "test": TEST,
+        "docs": DOCS,
+        "dev": DEV,
+        **TRACKERS,
+    },
     entry_points={"console_scripts": ["gram = gram_meta.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",

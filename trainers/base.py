@@ -21,6 +21,7 @@ from gram_meta import engine
 from gram_meta.backbone.clip import Backbone, load_backbone, sizes_of
 from gram_meta.backbone.footprint import GB
 from gram_meta.backbone.graphs import first_line
+from gram_meta.config import as_dict, flatten
 from gram_meta.engine import TrainerX, build_lr_scheduler, build_optimizer, compute_accuracy
 from gram_meta.engine.options import complete_cfg
 from gram_meta.errors import GramError, tensorboard_errors
@@ -34,6 +35,7 @@ from gram_meta.runs import saved
 from gram_meta.runs.folder import RunMode
 from gram_meta.runs.layout import LEARNER
 from gram_meta.runs.results import RunRecord, write_results
+from gram_meta.trackers import Trackers
 from gram_meta.trainers import memory
 from gram_meta.trainers.checkpointing import Checkpointing
 
@@ -149,6 +151,16 @@ class ClipTrainer(TrainerX):
         return images, labels
 
     parse_batch_train = parse_batch_test
+
+    def init_writer(self, log_dir: str) -> None:
+        """Open the trackers of the run: TensorBoard, and those that GRAM_TRACKERS names."""
+        if self._writer is None:
+            print(f"Initialize tensorboard (log_dir={log_dir})")
+            self._writer = Trackers(Path(self.output_dir), flatten(as_dict(self.cfg)))
+
+    def write_scalar(self, tag: str, scalar_value: float, global_step: int | None = None) -> None:
+        if self._writer is not None:
+            self._writer.log(global_step, {tag: float(scalar_value)})
 
     def after_train(self) -> None:
         self.record.seconds["train"] = time.time() - self.time_start
@@ -422,6 +434,8 @@ class PromptTrainer(Checkpointing, ClipTrainer):
         finally:
             self.set_model_mode("train")
         self.record.curve.append({"step": step, "epoch": step / self.num_batches, **point})
+        for name, accuracy in point.items():
+            self.write_scalar(f"curve/{name}", accuracy, step)
         print(f"step {step}: base {point['base']:.1f}% new {point['new']:.1f}%")
 
     def _group(self, name: str) -> _Group:

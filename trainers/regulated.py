@@ -43,6 +43,14 @@ class Regulated(WithGRAM, PromptTrainer):
         super().load_saved_state(state)
         self.regulation.load_state_dict(state["regulation"])
 
+    def after_epoch(self) -> None:
+        """Also track what R did, up to this epoch's last step."""
+        super().after_epoch()
+        for prompt, did in self.regulation.summary().items():
+            for name, values in did["over_steps"].items():
+                if name != "step" and values[-1] is not None:
+                    self.write_scalar(f"regulator/{prompt}_{name}", values[-1], did["steps"])
+
     def facts(self) -> dict[str, Any]:
         return {
             **super().facts(),

@@ -19,7 +19,8 @@ dataset, backbone and shots are the paper's. Without --table: every table that t
   gram report output
   gram report output --table 1 --format latex
   gram report --collect results.json output      one compact file, which replaces the folders:
-  gram report results.json --table 6"""
+  gram report results.json --table 6
+  gram report my_method --against output         one's own method beside others: paired differences and a test"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--format", choices=formats, default="table", help="default: table; latex needs booktabs")
     collect = "write everything that reports need into one file, and print no table"
     add("--collect", metavar="FILE.json", help=collect)
+    tidy = "write every run and metric as a row of a tidy table, for pandas or R, and print no table"
+    add("--tidy", metavar="FILE", help=tidy + " (.csv or .parquet)")
+    against = "folder or file of other runs: print differences to them, paired by dataset and seed; may be repeated"
+    add("--against", action="append", default=[], metavar="RUNS", help=against)
     figures = "write Figures 1(a), 1(b), 3(a), 3(b) as PNG, and their numbers as CSV, if the runs logged them"
     add("--figures", metavar="DIR", help=figures)
     add("--html", metavar="FILE.html", help="write one page with tables, figures and what every run was made with")
@@ -58,21 +63,30 @@ def run(args: argparse.Namespace) -> int:
     if args.collect:
         report.write_collection(evidence, args.collect)
         _say(f"{args.collect}: {len(evidence.results)} results, {len(evidence.metas)} meta-trainings")
-    runs = []
-    if evidence.results:
-        runs = report.runs_of(evidence, args.metric, args.by, args.split)
-        runs = _chosen(runs, args.datasets, args.without)
+    runs = _runs(args, evidence) if evidence.results else []
+    if args.tidy:
+        _say(f"{args.tidy}: {report.write_tidy(runs, args.tidy)} rows of {len(runs)} runs")
     if args.figures:
         _write_figures(args.figures, runs, evidence)
     if args.html:
         _write_page(args, runs, evidence)
-    if args.collect or args.figures or args.html:
+    if args.collect or args.tidy or args.figures or args.html:
         return 0
-    if args.curve:
+    if args.against:
+        others = _runs(args, report.gather(args.against))
+        print(report.render_comparisons(report.compare(runs, others), args.format, args.digits))
+    elif args.curve:
         print(report.render_curve(*report.build_curve(runs), args.format, args.digits))
     else:
         print(report.render_all(_tables(args, runs), args.format, args.digits))
     return 0
+
+
+def _runs(args: argparse.Namespace, evidence: Evidence) -> list[Run]:
+    from gram_meta import report
+
+    runs = report.runs_of(evidence, args.metric, args.by, args.split)
+    return _chosen(runs, args.datasets, args.without)
 
 
 def _write_figures(folder: str, runs: Sequence[Run], evidence: Evidence) -> None:

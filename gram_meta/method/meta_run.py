@@ -26,13 +26,14 @@ from typing import IO, Any, TypedDict, TypeVar
 import torch
 from yacs.config import CfgNode
 
-from gram_meta.config import INCIDENTAL, as_dict, stored_config
+from gram_meta.config import INCIDENTAL, as_dict, flatten, stored_config
 from gram_meta.engine.checkpoints import check_finite, read_checkpoint, restoring
 from gram_meta.errors import GramError, as_gram_error, tensorboard_errors
 from gram_meta.files import Count, atomic_write, check_type, parse_json, read_json, read_text, to_json, write_json
 from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
 from gram_meta.processes import ALONE, ProcessGroup
 from gram_meta.progress import progress_bar
+from gram_meta.trackers import Tracker, Trackers
 
 logger = logging.getLogger("gram")
 T = TypeVar("T")
@@ -143,16 +144,12 @@ class MetaRun:
         bar = progress_bar(
             total=steps * batch, initial=first * batch, unit=" tasks", desc="meta-training", shown=progress
         )
-        with tensorboard_errors(self.out), self._scalars(first) as scalars, self._open_log(first) as lines, bar:
-            yield MetaLog(lines, scalars, bar, batch)
+        with tensorboard_errors(self.out), self._trackers(first) as trackers, self._open_log(first) as lines, bar:
+            yield MetaLog(lines, trackers, bar, batch)
 
-    def _scalars(self, first: int) -> Any:
-        """Open a writer for TensorBoard; on other ranks than 0, a context of None."""
-        if not self.group.is_first:
-            return nullcontext()
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(self.out / "tensorboard"), purge_step=first or None)
+    def _trackers(self, first: int) -> Any:
+        """Open the trackers; on other ranks than 0, a context of None."""
+        return Trackers(self.out, flatten(self.identity["config"]), first) if self.group.is_first else nullcontext()
 
     def _open_log(self, first: int) -> IO[str]:
         """Open log.jsonl without the lines after step `first`, which will be written again."""
@@ -187,15 +184,14 @@ class MetaRun:
 
 
 class MetaLog:
-    """Open logs of a run: log.jsonl, TensorBoard (rank 0 alone) and the progress bar."""
+    """Open logs of a run: log.jsonl, trackers (rank 0 alone) and the progress bar."""
 
-    def __init__(self, lines: IO[str], scalars: Any, bar: Any, batch: int) -> None:
-        self.lines, self.scalars, self.bar, self.batch = lines, scalars, bar, batch
+    def __init__(self, lines: IO[str], trackers: Tracker | None, bar: Any, batch: int) -> None:
+        self.lines, self.trackers, self.bar, self.batch = lines, trackers, bar, batch
 
     def held_out(self, step: int, scores: Mapping[str, float]) -> None:
         """Log the scores of the held-out tasks."""
-        for key, value in scores.items():
-            self.scalar(f"held_out/{key}", value, step)
+        self.track(step, {f"held_out/{key}": value for key, value in scores.items()})
         finite = {key: value if math.isfinite(value) else None for key, value in scores.items()}
         with as_gram_error(self.lines.name):
             self.lines.write(to_json({"step": step, **finite}, LOG) + "\n")
@@ -204,10 +200,10 @@ class MetaLog:
             refresh=False, loss=f"{scores['loss_after']:.3f}", acc=f"{100 * scores['accuracy_after']:.1f}%"
         )
 
-    def scalar(self, tag: str, value: float, step: int) -> None:
-        """Write a number for TensorBoard, on rank 0."""
-        if self.scalars is not None:
-            self.scalars.add_scalar(tag, value, step)
+    def track(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Give numbers to the trackers, on rank 0."""
+        if self.trackers is not None:
+            self.trackers.log(step, metrics)
 
 
 def _step_of(line: str) -> float:

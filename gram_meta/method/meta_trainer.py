@@ -168,7 +168,7 @@ class MetaTrainer:
         numbers = torch.stack([seen.numbers for seen in unread]).tolist()
         for seen, (mean, size, *losses) in zip(unread, numbers, strict=True):
             self._check_finite(seen.step, mean, size, *losses)
-            log.scalar("meta_train/query_loss", mean, seen.step)
+            log.track(seen.step, {"meta_train/query_loss": mean})
         if len(unread[0].norms):
             self.state.norms.append(torch.cat([seen.norms.flatten(0, 1) for seen in unread]).cpu())
 

@@ -157,7 +157,7 @@ def test_metadata(wheel):
         text = archive.read(f"{info}/METADATA").decode()
         points = archive.read(f"{info}/entry_points.txt").decode()
     extras = set(re.findall(r"^Provides-Extra: (.*)$", text, re.MULTILINE))
-    assert extras == {"corpus", "demo", "figures", "test", "docs", "dev"}
+    assert extras == {"corpus", "demo", "figures", "test", "docs", "dev", "wandb", "mlflow"}
     assert set(re.search(r"^Requires-Python: (.*)$", text, re.MULTILINE).group(1).split(",")) == {"<3.14", ">=3.10"}
     assert "gram = gram_meta.cli:main" in points
 

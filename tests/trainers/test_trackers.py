@@ -1,0 +1,130 @@
+"""Trackers: TensorBoard and stand-ins of W&B and MLflow receive the same numbers of one few-shot run."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+from helpers.training import meta_of, train_flags
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gram_meta.backbone.clip import load_backbone
+from gram_meta.coop import launch
+from gram_meta.errors import GramError
+from gram_meta.method.checkpoint import save_meta_checkpoint
+from gram_meta.trackers import Trackers
+
+
+class WandB:
+    """Stands in for wandb, and for the run that `wandb.init` returns."""
+
+    def __init__(self):
+        self.rows, self.facts, self.ended = [], {}, 0
+
+    def init(self, **facts):
+        self.facts = facts
+        return self
+
+    def define_metric(self, name, step_metric):
+        assert (name, step_metric) == ("*", "step")
+
+    def log(self, row):
+        self.rows.append(row)
+
+    def finish(self):
+        self.ended += 1
+
+
+class MLflow:
+    def __init__(self):
+        self.rows, self.settings, self.name, self.ended = [], {}, "", 0
+
+    def start_run(self, run_name):
+        self.name = run_name
+
+    def log_params(self, settings):
+        assert len(settings) <= 100 and all(len(value) <= 500 for value in settings.values())
+        self.settings |= settings
+
+    def log_metrics(self, metrics, step):
+        self.rows += [(name, step, value) for name, value in metrics.items()]
+
+    def end_run(self):
+        self.ended += 1
+
+
+class Own:
+    made = []
+
+    def __init__(self, folder, settings):
+        self.folder, self.settings, self.rows, self.closed = folder, settings, [], False
+        Own.made.append(self)
+
+    def log(self, step, metrics):
+        self.rows += [(name, step, value) for name, value in metrics.items()]
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    modules = {"wandb": WandB(), "mlflow": MLflow(), "my_trackers": SimpleNamespace(Own=Own)}
+    for name, stand_in in modules.items():
+        monkeypatch.setitem(sys.modules, name, stand_in)
+    monkeypatch.setattr(Own, "made", [])
+    monkeypatch.setenv("GRAM_TRACKERS", "wandb, mlflow,my_trackers:Own")
+    return modules
+
+
+def test_all_trackers_get_every_number_of_a_run(tiny_data, tiny_options, tmp_path, stand_ins):
+    save_meta_checkpoint(tmp_path / "meta.safetensors", meta_of(load_backbone("random-tiny", "cpu")))
+    options = ("DATASET.NUM_SHOTS", 2, "DATALOADER.NUM_WORKERS", 0, "TEST.PER_EPOCH", "True", *tiny_options)
+    options += ("TRAINER.GRAM.CHECKPOINT", tmp_path / "meta.safetensors")
+    config = "gram_small_c4_ep10_batch32_ctxv1"
+    launch.train(train_flags(tiny_data, tmp_path / "run", "CoOpGRAM", *options, config=config), quiet=True)
+    (own,) = Own.made
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    written = {(tag, it.step, it.value) for tag in events.Tags()["scalars"] for it in events.Scalars(tag)}
+    values = {(name, step): value for name, step, value in own.rows}
+    assert len(written) == len(own.rows) == len(values) and own.closed
+    assert all(values[tag, step] == pytest.approx(value, rel=1e-6) for tag, step, value in written)
+    names = {name for name, _ in values}
+    assert {"train/loss", "train/lr", "test/accuracy", "curve/base", "curve/new"} <= names
+    assert {f"regulator/text_{name}" for name in ("gamma", "beta", "ratio", "gradient_norm")} <= names
+    assert stand_ins["mlflow"].rows == own.rows and stand_ins["mlflow"].ended == 1
+    assert [(*(set(row.items()) - {("step", row["step"])}), row["step"]) for row in stand_ins["wandb"].rows] == [
+        ((name, value), step) for name, step, value in own.rows
+    ]
+    assert stand_ins["wandb"].ended == 1
+    for settings in (own.settings, stand_ins["wandb"].facts["config"]):
+        assert settings["TRAINER.NAME"] == "CoOpGRAM" and settings["DATASET.NUM_SHOTS"] == 2
+    assert stand_ins["mlflow"].settings["DATASET.NUM_SHOTS"] == "2"
+
+
+def test_a_tracker_that_fails_costs_its_own_numbers_only(tmp_path, stand_ins, monkeypatch, capsys):
+    def no_network(row):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(stand_ins["wandb"], "log", no_network)
+    with Trackers(tmp_path, {}) as trackers:
+        for step in (1, 2):
+            trackers.log(step, {"train/loss": 0.5})
+    assert capsys.readouterr().out == "Note: WandB receives no more numbers of this run (no network)\n"
+    assert Own.made[0].rows == [("train/loss", 1, 0.5), ("train/loss", 2, 0.5)] == stand_ins["mlflow"].rows
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        ("weights", "expected wandb, mlflow or module:Class, found 'weights'"),
+        ("no_such_module_here:X", "expected the module no_such_module_here, found none"),
+        ("math:Tracker", "expected a class Tracker in math, found none"),
+        ("wandb", r"pip install 'gram-meta\[wandb\]'"),
+    ],
+)
+def test_trackers_that_are_not_there_are_one_sentence_and_leave_nothing(tmp_path, monkeypatch, names, says):
+    monkeypatch.setenv("GRAM_TRACKERS", names)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(GramError, match=says) as error:
+        Trackers(tmp_path, {})
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
