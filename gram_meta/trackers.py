@@ -1,7 +1,7 @@
 """Where the numbers of a run go while it runs: TensorBoard, Weights & Biases, MLflow, or an object of your own.
 
 A tracker receives `log(step, metrics)` for every number that a run writes, and `close()` at its end. TensorBoard is
-always there; GRAM_TRACKERS names further ones: "wandb", "mlflow", or "module:Class" for a class that is called with
+the first; GRAM_TRACKERS names further ones: "wandb", "mlflow", or "module:Class" for a class that is called with
 the run's folder and its settings. docs/guide/runs.md shows an example.
 """
 
@@ -93,7 +93,11 @@ class Trackers:
     def __init__(self, folder: Path, settings: Mapping[str, Any], first: int = 0) -> None:
         names = [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
         classes = [_class_of(name) for name in names]
-        self.all: list[Tracker] = [TensorBoard(folder, settings, first), *(make(folder, settings) for make in classes)]
+        self.all: list[Tracker] = [make(folder, settings) for make in classes]  # may refuse, before a file is written
+        try:
+            self.all.insert(0, TensorBoard(folder, settings, first))
+        except ImportError:
+            print("TensorBoard is not installed: no scalars are written")
 
     def log(self, step: int | None, metrics: Mapping[str, float]) -> None:
         """Give numbers to all; one that fails, as without a network, is named in a note and gets no more of them."""

@@ -29,7 +29,8 @@ LAYERS: list[dict[str, str]] = [
     {"engine": "the adapter to Dassl", "backbone": "CLIP and its towers"},
     {"ground": "errors, files, config, processes, ..."},
 ]
-GROUND = {"errors", "files", "images", "locks", "config", "hooks", "processes", "progress", "intervals", "random_state"}
+GROUND = {"errors", "files", "images", "locks", "config", "hooks", "processes", "progress", "intervals"}
+GROUND |= {"random_state", "trackers"}
 SHIMS = {"_moved", "regulation", "checkpoint", "prompts", "predict", "__init__", "__main__"}
 
 

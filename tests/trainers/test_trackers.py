@@ -113,6 +113,14 @@ def test_a_tracker_that_fails_costs_its_own_numbers_only(tmp_path, stand_ins, mo
     assert Own.made[0].rows == [("train/loss", 1, 0.5), ("train/loss", 2, 0.5)] == stand_ins["mlflow"].rows
 
 
+def test_without_tensorboard_a_run_has_its_other_trackers(tmp_path, stand_ins, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with Trackers(tmp_path, {}) as trackers:
+        trackers.log(3, {"train/loss": 0.5})
+    assert "TensorBoard is not installed: no scalars are written" in capsys.readouterr().out
+    assert Own.made[0].rows == [("train/loss", 3, 0.5)] and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("names", "says"),
     [
