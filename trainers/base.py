@@ -48,6 +48,7 @@ class ClipTrainer(TrainerX):
     backbone: Backbone
     classnames: list[str]
     evaluator: Any
+    _writer: Any  # `Trackers`, while a run trains
 
     def __init__(self, cfg: Any) -> None:
         self.record = RunRecord()
