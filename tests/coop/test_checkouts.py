@@ -1,8 +1,9 @@
-"""The plugin in the real checkouts of CoOp, MaPLe, PromptSRC and ProMetaR.
+"""The plugin in the real checkouts of CoOp, MaPLe, PromptSRC, ProMetaR and KgCoOp.
 
-Set GRAM_CHECKOUTS to a folder that holds them as `CoOp`, `MaPLe`, `PromptSRC` and `ProMetaR`; each test works in a
-copy. Where no `dassl` is importable, the built-in engine stands in for it. CLIP's weights come from this package: the
-test replaces the download, and nothing else, from outside.
+Set GRAM_CHECKOUTS to a folder that holds them as `CoOp`, `MaPLe`, `PromptSRC`, `ProMetaR` and `KgCoOp` (the whole
+repository); each test works in a copy. Where no `dassl` is importable, the built-in engine stands in for it. CLIP's
+weights come from this package, or are random: the test replaces the download from outside, and, where it runs a
+trainer that calls `.cuda()` and `.half()`, these two.
 """
 
 import json
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 
 # Python imports a module of this name at its start; this one lets any `clip._download` answer with a file, and, where
 # it is asked to, CLIP be in float32: CoOp's ZeroshotCLIP keeps the 16 bits that OpenAI's code makes of it, whatever
-# PREC says
+# PREC says. NEITHER makes nothing of `.cuda()` and `.half()`
 NO_DOWNLOAD = """
 import importlib.abc
 import importlib.machinery
@@ -46,7 +47,10 @@ class Finder(importlib.abc.MetaPathFinder):
             if name == "gram_meta.backbone.clip":
                 del module._SHAPES["ViT-B/16"]  # the file under this name is of another size
                 return
-            module._download = lambda url, root=None: {weights!r}
+            module._download = lambda url, root=None: os.environ.get("CLIP_FILE", {weights!r})
+            if os.environ.get("NEITHER"):
+                for kind in (module.torch.Tensor, module.torch.nn.Module):
+                    kind.cuda = kind.half = lambda self, *args, **kwargs: self
             if os.environ.get("CLIP_IN_FLOAT32"):
                 build = module.build_model
                 module.build_model = lambda *given: build(*given).float()
@@ -97,7 +101,7 @@ def checkout(tmp_path):
         source, target = Path(PLACE, name), tmp_path / name
         if not (source / "train.py").is_file():
             pytest.skip(f"{source} holds no checkout of {name}")
-        target.mkdir()
+        target.mkdir(parents=True)
         for part in PARTS:
             if (source / part).is_dir():
                 shutil.copytree(source / part, target / part)
@@ -246,6 +250,172 @@ def test_equal_numbers_without_training(checkout, world, tmp_path, precision):
     command = flags(world, "ZeroshotCLIP", folder / config, "out", "TRAINER.COOP.PREC", precision)
     own = run(outside, world, "gram", "train", "--eval-only", *command)
     assert accuracy(official) == accuracy(own) != []
+
+
+# ------------------------------------------------------------- GRAM on a checkout's trainer: its class, options, files
+
+WIDE = (64, 32, 3, 768, 16, 77, 49408, 512, 8, 3)  # MaPLe has the widths of ViT-B/16 in its code; here 3 layers
+DEPTH = 3
+NODES = {
+    "MaPLe": ("TRAINER.MAPLE.PROMPT_DEPTH", DEPTH),
+    "PromptSRC": ("TRAINER.PROMPTSRC.PROMPT_DEPTH_TEXT", DEPTH, "TRAINER.PROMPTSRC.PROMPT_DEPTH_VISION", DEPTH),
+    "KgCoOp": ("TRAINER.COOP.W", 8.0, "TRAINER.COCOOP.PREC", "fp32"),
+}
+FOLDERS = {"MaPLe": "MaPLe", "PromptSRC": "PromptSRC", "KgCoOp": "KgCoOp/KgCoOp"}
+CONFIG = {
+    "MaPLe": "vit_b16_c2_ep5_batch4_2ctx",
+    "PromptSRC": "vit_b16_c2_ep20_batch4_4+4ctx",
+    "KgCoOp": "vit_b16_ep100_ctxv1",
+}
+
+
+@pytest.fixture(scope="session")
+def wide_clip(tmp_path_factory):
+    import torch
+
+    from gram_meta.backbone.clip import clip_module
+    from gram_meta.backbone.weights import empty_clip
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("wide") / "clip.pt"
+    state = empty_clip(clip_module(), *WIDE).state_dict()
+    torch.save({key: value.half() for key, value in state.items()}, path)
+    return path
+
+
+def meta_checkpoint(path, **changes):
+    """A meta-checkpoint of random numbers for the wide CLIP: {name: shape}, prompts before extras."""
+    import torch
+
+    from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
+    from gram_meta.method.prompts import KINDS
+    from gram_meta.method.regulator import GradientRegulator
+
+    tensors = {name: 0.05 * torch.randn(shape) for name, shape in changes.items()}
+    kept = {kind: tensors.pop(kind) for kind in KINDS if kind in tensors}
+    regulator = GradientRegulator({kind: value.shape[-1] for kind, value in kept.items()})
+    save_meta_checkpoint(path, MetaCheckpoint(kept, regulator, "ViT-B/16", "0" * 64, extras=tensors))
+    return {**kept, **tensors}
+
+
+def learned(output):
+    from gram_meta.engine.checkpoints import read_checkpoint
+
+    (path,) = output.glob("*/model.pth.tar-2")
+    return read_checkpoint(path)["state_dict"]
+
+
+THETA = {
+    "MaPLe": {"text": (DEPTH, 2, 512), "coupling.weight": (DEPTH, 768, 512), "coupling.bias": (DEPTH, 768)},
+    "PromptSRC": {"text": (DEPTH, 4, 512), "visual": (DEPTH, 4, 768)},
+    "KgCoOp": {"text": (4, 512)},
+}
+
+
+def named(trainer, theta):
+    """theta* under the names of the trainer's own checkpoints."""
+    if trainer == "KgCoOp":
+        return {"ctx": theta["text"]}
+    first, *deeper = theta["text"]
+    if trainer == "MaPLe":
+        names = ["proj", *(f"compound_prompt_projections.{layer}" for layer in range(DEPTH - 1))]
+        layers = {f"compound_prompts_text.{layer}": value for layer, value in enumerate(deeper)}
+        for part in ("weight", "bias"):
+            layers |= {f"{name}.{part}": value for name, value in zip(names, theta[f"coupling.{part}"], strict=True)}
+        return {f"prompt_learner.{name}": value for name, value in ({"ctx": first} | layers).items()}
+    names = {"text": ("text_encoder", "prompt_learner.ctx"), "visual": ("image_encoder", "image_encoder.VPT")}
+    return {
+        f"{tower}.transformer.resblocks.{layer}.VPT_shallow" if layer else name: value
+        for kind, (tower, name) in names.items()
+        for layer, value in enumerate(theta[kind])
+    }
+
+
+@pytest.mark.parametrize("trainer", FOLDERS)
+def test_gram_on_a_checkouts_trainer(checkout, world, wide_clip, tmp_path, trainer):
+    """Without a checkpoint it equals the checkout's own trainer; with one it starts at theta*, in every layer."""
+    folder, config = checkout(FOLDERS[trainer]), f"configs/trainers/{trainer}/{CONFIG[trainer]}.yaml"
+    node = NODES[trainer][0].rpartition(".")[0]
+    options = (*NODES[trainer], f"{node}.PREC", "fp32", "INPUT.SIZE", "(32, 32)", "OPTIM.WARMUP_EPOCH", "-1")
+
+    def go(name, config, out, *more):
+        command = flags(world, name, config, out, *options, *more)
+        return run(folder, world, "python", "train.py", *command, NEITHER="1", CLIP_FILE=str(wide_clip))
+
+    official = go(trainer, config, "own")
+    config = config.replace(f"/{trainer}/", f"/{trainer}GRAM/")  # as its scripts name it
+    printed = go(f"{trainer}GRAM", config, "gram", *OFF)
+    assert f"taken from this checkout: configs/trainers/{trainer}/{CONFIG[trainer]}.yaml" in printed
+    assert losses(official) == losses(printed) != [] and losses(official)[0] != losses(official)[-1]
+    assert accuracy(official) == accuracy(printed) != []
+    own, gram = learned(folder / "own"), learned(folder / "gram")
+    assert set(own) == set(gram) and all(own[key].equal(gram[key]) for key in own)
+    theta = meta_checkpoint(tmp_path / "meta.safetensors", **THETA[trainer])
+    meta = ("TRAINER.GRAM.CHECKPOINT", tmp_path / "meta.safetensors")
+    printed = go(f"{trainer}GRAM", config, "meta", *meta, "OPTIM.LR", "0.0")
+    for name, value in named(trainer, theta).items():
+        found = learned(folder / "meta")[name]  # PromptSRC's are averages over epochs
+        assert (found - value).abs().max() < 1e-7, name
+    for kind in {"text", "visual"} & set(theta):
+        for layer in range(1, len(theta[kind]) if theta[kind].dim() == 3 else 1):
+            assert f"regulator: {kind}.{layer} gradient norm" in printed
+    assert ("Raw gradients, as the regulator does not know them: " in printed) == (trainer == "MaPLe")
+    wrong = {"text": (2, *THETA[trainer]["text"][1:])} if trainer != "KgCoOp" else {"text": (3, 512)}
+    meta_checkpoint(tmp_path / "meta.safetensors", **(THETA[trainer] | wrong))
+    with pytest.raises(
+        AssertionError, match=r"train.py: .*meta.safetensors: expected a text prompt of shape .*, found"
+    ):
+        go(f"{trainer}GRAM", config, "wrong", *meta)
+
+
+LOGITS = """
+import gram_meta.plugin
+import torch
+from types import SimpleNamespace
+from yacs.config import CfgNode as CN
+from gram_meta.backbone.clip import load_backbone
+from gram_meta.method.prompts import CoupledCLIP, PromptedCLIP
+from gram_meta.trainers import maplegram, promptsrcgram
+from trainers import {module} as theirs
+
+trainer = {{"maple": maplegram.MaPLeGRAM, "promptsrc": promptsrcgram.PromptSRCGRAM}}["{module}"]
+common = {{"CTX_INIT": "a photo of a", "PREC": "fp32"}}
+cfg = CN({{
+    "TRAINER": {{
+        "MAPLE": {{**common, "N_CTX": 2, "PROMPT_DEPTH": 3}},
+        "PROMPTSRC": {{
+            **common, "N_CTX_TEXT": 4, "N_CTX_VISION": 3, "PROMPT_DEPTH_TEXT": 2, "PROMPT_DEPTH_VISION": 3
+        }},
+    }},
+    "MODEL": {{"BACKBONE": {{"NAME": "ViT-B/16"}}}}, "INPUT": {{"SIZE": (32, 32)}}, "OPTIM": {{"MAX_EPOCH": 2}},
+}})
+torch.manual_seed(1)
+names, images = ["apple", "sea lion", "very big house"], torch.randn(4, 3, 32, 32)
+model = theirs.CustomCLIP(cfg, names, theirs.load_clip_to_cpu(cfg).float()).eval()
+held = SimpleNamespace(bare_model=model)
+prompts = {{kind: torch.stack(list(layers)) for kind, layers in trainer.gram_prompts(held).items()}}
+extras = {{name: torch.stack(layers) for name, layers in trainer.gram_extras(held).items()}}
+backbone = load_backbone("ViT-B/16")
+if extras:
+    ours = CoupledCLIP(backbone, ["of a " + name for name in names], prompts, extras)
+else:
+    ours = PromptedCLIP(backbone, names, prompts)
+with torch.no_grad():
+    there, here = model(images), ours(images)
+print({{kind: tuple(value.shape) for kind, value in prompts.items()}})
+print(float((there - here).abs().max() / there.abs().max()), float(there.std()))
+"""
+
+
+@pytest.mark.parametrize("name", ["MaPLe", "PromptSRC"])
+def test_logits_of_deep_prompts_equal_the_checkouts_own(checkout, world, wide_clip, name):
+    code = LOGITS.format(module=name.lower())
+    printed = run(checkout(name), world, "python", "-c", code, NEITHER="1", CLIP_FILE=str(wide_clip))
+    shapes, numbers = printed.splitlines()[-2:]
+    depths = {"MaPLe": "{'text': (3, 2, 512)}", "PromptSRC": "{'text': (2, 4, 512), 'visual': (3, 3, 768)}"}
+    assert shapes == depths[name]
+    apart, spread = map(float, numbers.split())
+    assert apart < 1e-5 and spread > 0.1
 
 
 # ------------------------------------------------------------------------------------------------------------ scripts
