@@ -276,10 +276,10 @@ def deepened(backbone: Backbone, prompts: Mapping[str, Tensor], config: PromptCo
         further = torch.empty(depth - 1, *prompt.shape).normal_(std=0.02, generator=generator).to(prompt)
         theta[kind] = torch.cat([prompt[None], further]) if depth > 1 or config.coupled else prompt
     if config.coupled:
-        visual, (text, bound) = theta.pop("visual"), (backbone.text_width, backbone.text_width**-0.5)
-        for name, shape in zip(COUPLING, ((visual.shape[-1], text), (visual.shape[-1],)), strict=True):
-            drawn = torch.empty(len(visual), *shape).uniform_(-bound, bound, generator=generator)
-            theta[name] = drawn.to(backbone.device)
+        layers, _, width = theta.pop("visual").shape
+        bound = backbone.text_width**-0.5
+        for name, shape in zip(COUPLING, ((layers, width, backbone.text_width), (layers, width)), strict=True):
+            theta[name] = torch.empty(shape).uniform_(-bound, bound, generator=generator).to(backbone.device)
     return theta
 
 
@@ -407,11 +407,13 @@ class PromptedCLIP(nn.Module):
         if self.fixed is not None:
             return self.fixed
         assert ctx is not None and self.class_text is not None  # one of the two, by construction
+        # a placed prompt may be one for each class, (N, M, d), which is not deep
+        prompt = (ctx,) if self.class_text.placed else by_layer(ctx)
         if torch.is_grad_enabled():
-            return self._encode_classes(*by_layer(ctx))
+            return self._encode_classes(*prompt)
         state = ctx.data_ptr(), ctx._version  # to compare values would make a GPU wait
         if self._kept is None or self._kept[0] != state:
-            self._kept = state, ctx.detach(), self.class_text.features(*by_layer(ctx))
+            self._kept = state, ctx.detach(), self.class_text.features(*prompt)
         return self._kept[2]
 
     def image_features(self, images: Tensor) -> Tensor:
