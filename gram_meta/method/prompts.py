@@ -74,10 +74,7 @@ class PromptConfig:
     @classmethod
     def from_config(cls, config: CfgNode) -> PromptConfig:
         """Read the PROMPT node."""
-        n = config.PROMPT
-        tokens, depths = (n.TEXT_TOKENS, n.VISUAL_TOKENS), (n.TEXT_DEPTH, n.VISUAL_DEPTH)
-        words = n.WORDS, n.TEMPLATE
-        return cls(*tokens, *words, n.CONDITIONAL, n.VISUAL_SIZE, n.FAMILY, *depths, n.FIXED_WORDS)
+        return cls(**{key.lower(): value for key, value in config.PROMPT.items()})
 
     def before_names(self, names: Sequence[str]) -> list[str]:
         """Put the fixed words before class names."""

@@ -255,17 +255,28 @@ def test_equal_numbers_without_training(checkout, world, tmp_path, precision):
 # ------------------------------------------------------------- GRAM on a checkout's trainer: its class, options, files
 
 WIDE = (64, 32, 3, 768, 16, 77, 49408, 512, 8, 3)  # MaPLe has the widths of ViT-B/16 in its code; here 3 layers
-DEPTH = 3
-NODES = {
-    "MaPLe": ("TRAINER.MAPLE.PROMPT_DEPTH", DEPTH),
-    "PromptSRC": ("TRAINER.PROMPTSRC.PROMPT_DEPTH_TEXT", DEPTH, "TRAINER.PROMPTSRC.PROMPT_DEPTH_VISION", DEPTH),
-    "KgCoOp": ("TRAINER.COOP.W", 8.0, "TRAINER.COCOOP.PREC", "fp32"),
-}
-FOLDERS = {"MaPLe": "MaPLe", "PromptSRC": "PromptSRC", "KgCoOp": "KgCoOp/KgCoOp"}
-CONFIG = {
-    "MaPLe": "vit_b16_c2_ep5_batch4_2ctx",
-    "PromptSRC": "vit_b16_c2_ep20_batch4_4+4ctx",
-    "KgCoOp": "vit_b16_ep100_ctxv1",
+OF_CHECKOUTS = {  # folder, config, options, shapes of what is learned
+    "MaPLe": (
+        "MaPLe",
+        "vit_b16_c2_ep5_batch4_2ctx",
+        ("TRAINER.MAPLE.PREC", "fp32", "TRAINER.MAPLE.PROMPT_DEPTH", "3", "INPUT.SIZE", "(32, 32)"),
+        {"text": [3, 2, 512], "coupling.weight": [3, 768, 512], "coupling.bias": [3, 768]},
+    ),
+    "PromptSRC": (
+        "PromptSRC",
+        "vit_b16_c2_ep20_batch4_4+4ctx",
+        (
+            *("TRAINER.PROMPTSRC.PREC", "fp32", "TRAINER.PROMPTSRC.N_CTX_VISION", "3"),
+            *("TRAINER.PROMPTSRC.PROMPT_DEPTH_TEXT", "2", "TRAINER.PROMPTSRC.PROMPT_DEPTH_VISION", "4"),
+        ),
+        {"text": [2, 4, 128], "visual": [4, 3, 128]},
+    ),
+    "KgCoOp": (
+        "KgCoOp/KgCoOp",
+        "vit_b16_ep100_ctxv1",
+        ("TRAINER.COOP.PREC", "fp32", "TRAINER.COCOOP.PREC", "fp32", "TRAINER.COOP.W", "8.0"),
+        {"text": [4, 128]},
+    ),
 }
 
 
@@ -283,139 +294,31 @@ def wide_clip(tmp_path_factory):
     return path
 
 
-def meta_checkpoint(path, **changes):
-    """A meta-checkpoint of random numbers for the wide CLIP: {name: shape}, prompts before extras."""
-    import torch
-
-    from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
-    from gram_meta.method.prompts import KINDS
-    from gram_meta.method.regulator import GradientRegulator
-
-    tensors = {name: 0.05 * torch.randn(shape) for name, shape in changes.items()}
-    kept = {kind: tensors.pop(kind) for kind in KINDS if kind in tensors}
-    regulator = GradientRegulator({kind: value.shape[-1] for kind, value in kept.items()})
-    save_meta_checkpoint(path, MetaCheckpoint(kept, regulator, "ViT-B/16", "0" * 64, extras=tensors))
-    return {**kept, **tensors}
-
-
-def learned(output):
-    from gram_meta.engine.checkpoints import read_checkpoint
-
-    (path,) = output.glob("*/model.pth.tar-2")
-    return read_checkpoint(path)["state_dict"]
-
-
-THETA = {
-    "MaPLe": {"text": (DEPTH, 2, 512), "coupling.weight": (DEPTH, 768, 512), "coupling.bias": (DEPTH, 768)},
-    "PromptSRC": {"text": (DEPTH, 4, 512), "visual": (DEPTH, 4, 768)},
-    "KgCoOp": {"text": (4, 512)},
-}
-
-
-def named(trainer, theta):
-    """theta* under the names of the trainer's own checkpoints."""
-    if trainer == "KgCoOp":
-        return {"ctx": theta["text"]}
-    first, *deeper = theta["text"]
-    if trainer == "MaPLe":
-        names = ["proj", *(f"compound_prompt_projections.{layer}" for layer in range(DEPTH - 1))]
-        layers = {f"compound_prompts_text.{layer}": value for layer, value in enumerate(deeper)}
-        for part in ("weight", "bias"):
-            layers |= {f"{name}.{part}": value for name, value in zip(names, theta[f"coupling.{part}"], strict=True)}
-        return {f"prompt_learner.{name}": value for name, value in ({"ctx": first} | layers).items()}
-    names = {"text": ("text_encoder", "prompt_learner.ctx"), "visual": ("image_encoder", "image_encoder.VPT")}
-    return {
-        f"{tower}.transformer.resblocks.{layer}.VPT_shallow" if layer else name: value
-        for kind, (tower, name) in names.items()
-        for layer, value in enumerate(theta[kind])
-    }
-
-
-@pytest.mark.parametrize("trainer", FOLDERS)
-def test_gram_on_a_checkouts_trainer(checkout, world, wide_clip, tmp_path, trainer):
+@pytest.mark.parametrize("trainer", OF_CHECKOUTS)
+def test_gram_on_a_checkouts_trainer(checkout, world, wide_clip, trainer):
     """Without a checkpoint it equals the checkout's own trainer; with one it starts at theta*, in every layer."""
-    folder, config = checkout(FOLDERS[trainer]), f"configs/trainers/{trainer}/{CONFIG[trainer]}.yaml"
-    node = NODES[trainer][0].rpartition(".")[0]
-    options = (*NODES[trainer], f"{node}.PREC", "fp32", "INPUT.SIZE", "(32, 32)", "OPTIM.WARMUP_EPOCH", "-1")
-
-    def go(name, config, out, *more):
-        command = flags(world, name, config, out, *options, *more)
-        return run(folder, world, "python", "train.py", *command, NEITHER="1", CLIP_FILE=str(wide_clip))
-
-    official = go(trainer, config, "own")
-    config = config.replace(f"/{trainer}/", f"/{trainer}GRAM/")  # as its scripts name it
-    printed = go(f"{trainer}GRAM", config, "gram", *OFF)
-    assert f"taken from this checkout: configs/trainers/{trainer}/{CONFIG[trainer]}.yaml" in printed
-    assert losses(official) == losses(printed) != [] and losses(official)[0] != losses(official)[-1]
-    assert accuracy(official) == accuracy(printed) != []
-    own, gram = learned(folder / "own"), learned(folder / "gram")
-    assert set(own) == set(gram) and all(own[key].equal(gram[key]) for key in own)
-    theta = meta_checkpoint(tmp_path / "meta.safetensors", **THETA[trainer])
-    meta = ("TRAINER.GRAM.CHECKPOINT", tmp_path / "meta.safetensors")
-    printed = go(f"{trainer}GRAM", config, "meta", *meta, "OPTIM.LR", "0.0")
-    for name, value in named(trainer, theta).items():
-        found = learned(folder / "meta")[name]  # PromptSRC's are averages over epochs
-        assert (found - value).abs().max() < 1e-7, name
-    for kind in {"text", "visual"} & set(theta):
-        for layer in range(1, len(theta[kind]) if theta[kind].dim() == 3 else 1):
-            assert f"regulator: {kind}.{layer} gradient norm" in printed
-    assert ("Raw gradients, as the regulator does not know them: " in printed) == (trainer == "MaPLe")
-    wrong = {"text": (2, *THETA[trainer]["text"][1:])} if trainer != "KgCoOp" else {"text": (3, 512)}
-    meta_checkpoint(tmp_path / "meta.safetensors", **(THETA[trainer] | wrong))
-    with pytest.raises(
-        AssertionError, match=r"train.py: .*meta.safetensors: expected a text prompt of shape .*, found"
-    ):
-        go(f"{trainer}GRAM", config, "wrong", *meta)
-
-
-LOGITS = """
-import gram_meta.plugin
-import torch
-from types import SimpleNamespace
-from yacs.config import CfgNode as CN
-from gram_meta.backbone.clip import load_backbone
-from gram_meta.method.prompts import CoupledCLIP, PromptedCLIP
-from gram_meta.trainers import maplegram, promptsrcgram
-from trainers import {module} as theirs
-
-trainer = {{"maple": maplegram.MaPLeGRAM, "promptsrc": promptsrcgram.PromptSRCGRAM}}["{module}"]
-common = {{"CTX_INIT": "a photo of a", "PREC": "fp32"}}
-cfg = CN({{
-    "TRAINER": {{
-        "MAPLE": {{**common, "N_CTX": 2, "PROMPT_DEPTH": 3}},
-        "PROMPTSRC": {{
-            **common, "N_CTX_TEXT": 4, "N_CTX_VISION": 3, "PROMPT_DEPTH_TEXT": 2, "PROMPT_DEPTH_VISION": 3
-        }},
-    }},
-    "MODEL": {{"BACKBONE": {{"NAME": "ViT-B/16"}}}}, "INPUT": {{"SIZE": (32, 32)}}, "OPTIM": {{"MAX_EPOCH": 2}},
-}})
-torch.manual_seed(1)
-names, images = ["apple", "sea lion", "very big house"], torch.randn(4, 3, 32, 32)
-model = theirs.CustomCLIP(cfg, names, theirs.load_clip_to_cpu(cfg).float()).eval()
-held = SimpleNamespace(bare_model=model)
-prompts = {{kind: torch.stack(list(layers)) for kind, layers in trainer.gram_prompts(held).items()}}
-extras = {{name: torch.stack(layers) for name, layers in trainer.gram_extras(held).items()}}
-backbone = load_backbone("ViT-B/16")
-if extras:
-    ours = CoupledCLIP(backbone, ["of a " + name for name in names], prompts, extras)
-else:
-    ours = PromptedCLIP(backbone, names, prompts)
-with torch.no_grad():
-    there, here = model(images), ours(images)
-print({{kind: tuple(value.shape) for kind, value in prompts.items()}})
-print(float((there - here).abs().max() / there.abs().max()), float(there.std()))
-"""
-
-
-@pytest.mark.parametrize("name", ["MaPLe", "PromptSRC"])
-def test_logits_of_deep_prompts_equal_the_checkouts_own(checkout, world, wide_clip, name):
-    code = LOGITS.format(module=name.lower())
-    printed = run(checkout(name), world, "python", "-c", code, NEITHER="1", CLIP_FILE=str(wide_clip))
-    shapes, numbers = printed.splitlines()[-2:]
-    depths = {"MaPLe": "{'text': (3, 2, 512)}", "PromptSRC": "{'text': (2, 4, 512), 'visual': (3, 3, 768)}"}
-    assert shapes == depths[name]
-    apart, spread = map(float, numbers.split())
-    assert apart < 1e-5 and spread > 0.1
+    place, config, options, shapes = OF_CHECKOUTS[trainer]
+    folder, config = checkout(place, line=False), f"configs/trainers/{trainer}GRAM/{config}.yaml"
+    options = (*options, "DATALOADER.TRAIN_X.BATCH_SIZE", "4", "OPTIM.WARMUP_EPOCH", "-1")
+    command = flags(world, f"{trainer}GRAM", config, "out", *options)
+    facts = {"NEITHER": "1", **({"CLIP_FILE": str(wide_clip)} if trainer == "MaPLe" else {})}
+    printed = run(folder, world, "python", ROOT / "tests/helpers/gram_on_a_checkout.py", *command, **facts)
+    assert f"taken from this checkout: {config.replace('GRAM/', '/')}" in printed
+    found = json.loads(printed.splitlines()[-1])
+    assert found["shapes"] == shapes
+    assert len(found["losses"]) == 4 and found["losses"][0] != found["losses"][-1]
+    assert found["equal losses"] and found["equal parameters"] and found["accuracy"][0] == found["accuracy"][1]
+    assert found["theta*"] == 0  # apart from it, at the start
+    depths = {kind: shape[0] if len(shape) == 3 else 1 for kind, shape in shapes.items() if "." not in kind}
+    layers = [f"{kind}.{layer}" if layer else kind for kind, depth in depths.items() for layer in range(depth)]
+    assert found["ratios"] == pytest.approx(dict.fromkeys(layers, 0.9), rel=1e-5)  # of an untrained R
+    assert bool(found["raw"]) == (trainer == "MaPLe") and all("proj" in name for name in found["raw"])
+    expected = (
+        "expected a text prompt of shape" if trainer != "PromptSRC" else "expected a text prompt of 2 layers, found"
+    )
+    assert expected in found["refused"] and "\n" not in found["refused"]
+    if trainer != "KgCoOp":
+        assert found["logits apart"] < 1e-5 and found["logits spread"] > 0.1
 
 
 # ------------------------------------------------------------------------------------------------------------ scripts
