@@ -7,7 +7,7 @@ import json
 import os
 import sys
 
-sys.path.insert(0, os.getcwd())
+sys.path[0] = os.getcwd()  # the checkout, and not the folder of this file
 
 import gram_meta.plugin  # noqa: F401, before the checkout's imports
 
