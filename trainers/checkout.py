@@ -2,6 +2,8 @@
 
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from gram_meta.engine import TRAINER_REGISTRY
 from gram_meta.errors import GramError
 from gram_meta.method.checkpoint import MetaCheckpoint
@@ -40,7 +42,8 @@ class CheckoutGRAM(WithGRAM):
     def check_meta(self, meta: MetaCheckpoint) -> None:
         super().check_meta(meta)
         for kind, layers in self.gram_prompts().items():
+            depth = 1 if isinstance(layers, Tensor) else len(list(layers))
             shallow = kind in meta.prompts and meta.prompts[kind].dim() == 2
-            if self.cfg.TRAINER.GRAM.INIT and shallow and (depth := len(list(layers))) > 1:
+            if self.cfg.TRAINER.GRAM.INIT and shallow and depth > 1:
                 found = f"found one of 1 layer (PROMPT.{kind.upper()}_DEPTH)"
                 raise GramError(f"{meta.path}: expected a {kind} prompt of {depth} layers, {found}")
