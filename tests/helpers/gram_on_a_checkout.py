@@ -3,11 +3,13 @@
 The arguments are those of the checkout's train.py, for the trainer with GRAM. The last line is JSON.
 """
 
+import contextlib
 import json
 import os
 import sys
 
-sys.path[0] = os.getcwd()  # the checkout, and not the folder of this file
+sys.path.pop(0)  # the folder of this file; the checkout's takes its place
+sys.path.insert(0, os.getcwd())
 
 import gram_meta.plugin  # noqa: F401, before the checkout's imports
 
@@ -24,11 +26,16 @@ from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
 from gram_meta.method.prompts import CoupledCLIP, PromptedCLIP
 from gram_meta.method.regulator import GradientRegulator
 
+with contextlib.suppress(ImportError):  # PromptSRC's 60 texts for each class take most of its time
+    from trainers.imagenet_templates import IMAGENET_TEMPLATES
+
+    del IMAGENET_TEMPLATES[3:]
+
 OFF = ("TRAINER.GRAM.REGULATE", "False", "TRAINER.GRAM.INIT", "False")
 
 
 def build(trainer, *opts):
-    args = build_parser().parse_args([*sys.argv[1:], *opts])
+    args = build_parser().parse_args([*sys.argv[1:], "TEST.NO_TEST", "True", *opts])
     args.trainer = trainer
     cfg = train.setup_cfg(args)
     set_random_seed(1)
