@@ -105,8 +105,10 @@ found = {
     "accuracy": [accuracy, accuracy_with_gram],
     "theta*": max(float((start[n] - value).abs().max()) for n, value in theta.items()),
 }
-there, here = logits(meta) if name != "KgCoOpGRAM" else (torch.zeros(2, 1), torch.zeros(2, 1))
-found |= {"logits apart": float((there - here).abs().max() / there.abs().max()), "logits spread": float(there.std())}
+if name != "KgCoOpGRAM":
+    there, here = logits(meta)
+    found["logits apart"] = float((there - here).abs().max() / there.abs().max())
+    found["logits spread"] = float(there.std())
 meta.train()
 found["ratios"] = {n: count["mean_ratio"] for n, count in meta.regulation.summary().items()}
 found["raw"] = meta.raw_parameters
