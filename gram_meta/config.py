@@ -82,6 +82,10 @@ def get_meta_config() -> CN:
     c.PROMPT.TEMPLATE = "a photo of a {}."  # class prompt if there is no text prompt
     c.PROMPT.CONDITIONAL = False  # True: a meta-net shifts the text prompt for each image, as in CoCoOp
     c.PROMPT.VISUAL_SIZE = 0.0  # root mean square that every visual token is held at; 0: free (it grows)
+    c.PROMPT.FAMILY = "independent"  # independent, or maple: visual tokens are linear functions of the text tokens
+    c.PROMPT.TEXT_DEPTH = 1  # layers of the text tower with a prompt of their own
+    c.PROMPT.VISUAL_DEPTH = 1  # the same of the image tower
+    c.PROMPT.FIXED_WORDS = ""  # words between the text prompt and the class name, not learned; MaPLe's: "of a"
 
     # Images are read only for visual prompts; all others use the features of a store
     c.LOADER = CN()
@@ -204,6 +208,7 @@ META_BOUNDS = {
     for bound, keys in (
         (_COUNT, "INNER.STEPS OUTER.STEPS OUTER.BATCH EVAL.EVERY EVAL.TASKS CHECKPOINT.EVERY LOADER.PREFETCH"),
         (_COUNT, "TASKS.SUPPORT_SHOTS TASKS.QUERY_SHOTS CHC.TOPICS.MIN_SAMPLES CHC.DOMAINS.STARTS"),
+        (_COUNT, "PROMPT.TEXT_DEPTH PROMPT.VISUAL_DEPTH"),
         (_AT_LEAST_2, "TASKS.WAYS CHC.TOPICS.NEIGHBORS CHC.TOPICS.COMPONENTS CHC.TOPICS.MIN_CLUSTER_SIZE"),
         (_AT_LEAST_2, "CHC.DOMAINS.K"),
         (_FROM_0, "PROMPT.TEXT_TOKENS MEMORY.TASKS MEMORY.IMAGES MEMORY.BUDGET"),
@@ -227,6 +232,7 @@ META_BOUNDS = {
         (_names("raw", "normalised"), "REGULATOR.INPUT"),
         (_names("absolute", "relative", "none"), "REGULATOR.BETA"),
         (_names("adam", "sgd"), "OUTER.OPTIMIZER"),
+        (_names("independent", "maple"), "PROMPT.FAMILY"),
         (_names("auto", "whole", "lean"), "MEMORY.SECOND_ORDER"),
         (Bound(_is_template, "words with {} where the class name stands"), "PROMPT.TEMPLATE"),
     )

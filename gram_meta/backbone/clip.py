@@ -200,7 +200,12 @@ class Backbone(nn.Module):
         return self.model.token_embedding(tokens.to(self.device)).to(self.dtype)
 
     def encode_text(
-        self, own: Tensor, ends: Tensor, shared: Tensor | None = None, packing: Packing | Rectangle | None = None
+        self,
+        own: Tensor,
+        ends: Tensor,
+        shared: Tensor | None = None,
+        packing: Packing | Rectangle | None = None,
+        deeper: Tensor | None = None,
     ) -> Tensor:
         """Return L2-normalised features of texts given as token embeddings.
 
@@ -213,6 +218,8 @@ class Backbone(nn.Module):
             ends: (..., N) or (N,), index into the L positions of each text's end token.
             shared: (..., P, d) tokens that precede `own` in each of the N texts of a leading index, or None.
             packing: `packing(ends, L, P)`, if an earlier call made it.
+            deeper: (..., layers - 1, M, d) deep prompts: what replaces the M shared tokens behind the first one at the
+                input of each further layer.
 
         Returns:
             (..., N, D) float32 (float64 for an fp64 backbone).
@@ -230,7 +237,8 @@ class Backbone(nn.Module):
         if shared is not None:
             shared = shared.reshape(-1, before, width).to(self.dtype) + positions[:before]  # (G, P, d)
         packing = packing or self.packing(ends.expand(*lead, n), length, before)
-        features = text_features(self.model, own, shared, packing, self._run("text"))  # (G N, D)
+        deeper = None if deeper is None else deeper.reshape(-1, *deeper.shape[-3:])  # (G, layers - 1, M, d)
+        features = text_features(self.model, own, shared, packing, self._run("text"), deeper)  # (G N, D)
         return self._normalised(features).reshape(*lead, n, self.embed_dim)
 
     def packing(self, ends: Tensor, length: int, before: int) -> Packing | Rectangle:
@@ -248,13 +256,15 @@ class Backbone(nn.Module):
             parts.append(self.encode_text(self.embed_tokens(tokens[:, : int(ends.max()) + 1]), ends))
         return torch.cat(parts) if parts else self.logit_scale.new_zeros(0, self.embed_dim)
 
-    def encode_images(self, images: Tensor, prompt: Tensor | None = None) -> Tensor:
+    def encode_images(self, images: Tensor, prompt: Tensor | None = None, deeper: Tensor | None = None) -> Tensor:
         """Return L2-normalised features of images.
 
         Args:
             images: (B, 3, H, W), already resized and normalised (see `preprocess`).
             prompt: visual prompt tokens (M, d_visual), or (B, M, d_visual) with a prompt per image. They are appended
                 to the patch tokens after the positional embedding and before `ln_pre` (shallow VPT).
+            deeper: deep prompts, (layers - 1, M, d_visual) or (B, layers - 1, M, d_visual): what replaces these tokens
+                at the input of each further layer (deep VPT).
 
         Returns:
             (B, D) float32 (float64 for an fp64 backbone).
@@ -270,7 +280,7 @@ class Backbone(nn.Module):
             if prompt is not None:
                 raise GramError(f"visual prompts: expected a ViT image tower, found the ResNet {self.name}")
             return self._normalised(self.model.visual(images))
-        return self._normalised(image_features(self.model.visual, images, prompt, self._run("images")))
+        return self._normalised(image_features(self.model.visual, images, prompt, self._run("images"), deeper))
 
     def preprocess(self, as_bytes: bool = False) -> Callable[[Any], Tensor]:
         """Return CLIP's evaluation transform: PIL image -> (3, H, W), resized (bicubic), centre-cropped, normalised.

@@ -2,8 +2,9 @@
 
 The text tower has two layouts with equal results (`Packing`, `Rectangle`). `image_features` and `text_features` take a
 `run` callable for the layers: it calls a layer, and either keeps its activations for the backward pass or lets them be
-recomputed (`gram_meta.backbone.recompute`). Shapes: B images, G groups (tasks) of N texts, L positions, P shared
-positions, T packed tokens, width d.
+recomputed (`gram_meta.backbone.recompute`). Deep prompts (`deeper`) replace the prompt tokens at the input of a layer,
+one prompt for each layer after the first, as in VPT-deep, MaPLe and PromptSRC. Shapes: B images, G groups (tasks) of N
+texts, L positions, P shared positions, T packed tokens, width d.
 """
 
 from __future__ import annotations
@@ -27,49 +28,81 @@ from gram_meta.backbone.second_order import (
 Run = Callable[..., Any]  # (layer, *tensors) -> what the layer returns
 
 
-def image_features(tower: Any, images: Tensor, prompt: Tensor | None, run: Run) -> Tensor:
-    """Return the features (B, D) of images (B, 3, H, W); `prompt` is (M, d), (B, M, d) or None."""
+def image_features(tower: Any, images: Tensor, prompt: Tensor | None, run: Run, deeper: Tensor | None = None) -> Tensor:
+    """Return the features (B, D) of images (B, 3, H, W).
+
+    `prompt` is (M, d), (B, M, d) or None; `deeper` has an axis of layers more, (layers - 1, M, d) or with B before it.
+    """
     x = tower.conv1(images).flatten(2).transpose(1, 2)  # (B, patches, d)
     start = tower.class_embedding.to(x.dtype).expand(len(x), 1, -1)
     x = torch.cat([start, x], dim=1)  # (B, 1 + patches, d)
     x = x + tower.positional_embedding.to(x.dtype)
+    patches = x.shape[1]
     if prompt is not None:
         prompt = prompt.to(x.dtype).expand(len(x), -1, -1)
         x = torch.cat([x, prompt], dim=1)  # (B, 1 + patches + M, d)
     x = _layer_norm(tower.ln_pre, x)
     *blocks, final = tower.transformer.resblocks
-    for block in blocks:
-        x = run(partial(_block, block), x)
-    x = _layer_norm(tower.ln_post, run(partial(_final_image_block, final), x))  # (B, d)
+    for layer, block in enumerate(blocks):
+        x = run(partial(_block, block), _with_prompt(x, deeper, layer, patches))
+    x = run(partial(_final_image_block, final), _with_prompt(x, deeper, len(blocks), patches))
+    x = _layer_norm(tower.ln_post, x)  # (B, d)
     return x @ tower.proj.to(x.dtype)
 
 
-def text_features(model: Any, tokens: Tensor, shared: Tensor | None, layout: Packing | Rectangle, run: Run) -> Tensor:
-    """Return the features (G N, D) of texts with own tokens (G, N, L, d) behind shared ones (G, P, d) or None."""
+def text_features(
+    model: Any,
+    tokens: Tensor,
+    shared: Tensor | None,
+    layout: Packing | Rectangle,
+    run: Run,
+    deeper: Tensor | None = None,
+) -> Tensor:
+    """Return the features (G N, D) of texts with own tokens (G, N, L, d) behind shared ones (G, P, d) or None.
+
+    `deeper` (G, layers - 1, M, d) replaces the shared tokens behind the start token in further layers.
+    """
     encode: Any = _packed_texts if isinstance(layout, Packing) else _dense_texts
-    last = _layer_norm(model.ln_final, encode(model.transformer.resblocks, tokens, shared, layout, run))  # (G N, d)
+    last = encode(model.transformer.resblocks, tokens, shared, layout, run, deeper)  # (G N, d)
+    last = _layer_norm(model.ln_final, last)
     return last @ model.text_projection.to(last.dtype)
 
 
-def _packed_texts(layers: Any, tokens: Tensor, shared: Tensor | None, packing: Packing, run: Run) -> Tensor:
+def _packed_texts(
+    layers: Any, tokens: Tensor, shared: Tensor | None, packing: Packing, run: Run, deeper: Tensor | None
+) -> Tensor:
     """Return what the text tower's layers make of the end tokens, (G N, d)."""
     tokens = packing.pack(tokens)  # (T, d)
     *blocks, final = layers
-    for block in blocks:
+    for layer, block in enumerate(blocks):
+        shared = _with_prompt(shared, deeper, layer)
         tokens, *rest = run(partial(_text_block, block, packing), tokens, *_present(shared))
         shared = rest[0] if rest else None
+    shared = _with_prompt(shared, deeper, len(blocks))
     return run(partial(_final_text_block, final, packing), tokens, *_present(shared))
 
 
-def _dense_texts(layers: Any, tokens: Tensor, shared: Tensor | None, layout: Rectangle, run: Run) -> Tensor:
+def _dense_texts(
+    layers: Any, tokens: Tensor, shared: Tensor | None, layout: Rectangle, run: Run, deeper: Tensor | None
+) -> Tensor:
     """Return the same, with every text as a row of its own that holds the shared tokens too."""
     if shared is not None:
         tokens = torch.cat([shared[:, None].expand(-1, tokens.shape[1], -1, -1), tokens], dim=2)
+    if deeper is not None:
+        deeper = deeper.repeat_interleave(tokens.shape[1], dim=0)  # (G N, layers - 1, M, d)
     x = tokens.flatten(0, 1)  # (G N, P + L, d)
     *blocks, final = layers
-    for block in blocks:
-        x = run(partial(_block, block, causal=True), x)
-    return run(partial(_final_dense_block, final, layout), x)
+    for layer, block in enumerate(blocks):
+        x = run(partial(_block, block, causal=True), _with_prompt(x, deeper, layer))
+    return run(partial(_final_dense_block, final, layout), _with_prompt(x, deeper, len(blocks)))
+
+
+def _with_prompt(x: Any, deeper: Tensor | None, layer: int, start: int = 1) -> Any:
+    """Replace the prompt tokens of x (B, L, d), from `start` on, by the prompt of this layer, if it has one."""
+    if deeper is None or not 0 < layer <= deeper.shape[-3]:
+        return x
+    prompt = deeper[..., layer - 1, :, :].to(x.dtype).expand(len(x), -1, -1)
+    return torch.cat([x[:, :start], prompt, x[:, start + prompt.shape[1] :]], dim=1)
 
 
 def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:

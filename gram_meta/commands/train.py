@@ -10,6 +10,7 @@ checkout's own trainers and datasets replace those of the same name (docs/guide/
 
   baselines  ZeroshotCLIP, CoOp, CoCoOp, VPT, JointPrompt
   with GRAM  CoOpGRAM, CoCoOpGRAM, VPTGRAM, UniGRAM: start from TRAINER.GRAM.CHECKPOINT, made by `gram pretrain`
+             MaPLeGRAM, PromptSRCGRAM, KgCoOpGRAM: the same, in a checkout that has MaPLe, PromptSRC or KgCoOp
 
 Config files are found by name in the package when there is no such file here. A finished run is not run again, an
 unfinished one resumes, and a folder that holds another run is refused.

@@ -111,8 +111,9 @@ def _sentence(error: Exception, tree: Any) -> str:
 def config_path(name: str, command_line: CommandLine) -> str:
     """Return the YAML file `name`, or, if it does not exist, the one of that path or bare name in configs/.
 
-    The checkout's configs/ comes before the package's. The file that is taken is printed. Raises `GramError` for no
-    such file; an unknown `--trainer`, or else the nearest name in the package, is named.
+    The checkout's configs/ comes before the package's. A trainer with GRAM on a trainer of the checkout takes the
+    files of that trainer, too. The file that is taken is printed. Raises `GramError` for no such file; an unknown
+    `--trainer`, or else the nearest name in the package, is named.
     """
     from gram_meta.engine import TRAINER_REGISTRY
 
@@ -122,10 +123,13 @@ def config_path(name: str, command_line: CommandLine) -> str:
     folders = ["/".join(filter(None, ("trainers", command_line.trainer))), "datasets"]
     if name == command_line.dataset_config_file:
         folders.reverse()
+    places = [(name, folder) for folder in folders]
+    if hasattr(trainer := _registered(command_line.trainer), "checkout_class"):
+        places.append((os.path.basename(name), f"trainers/{trainer.checkout_class().__name__}"))
     problems = []
-    for folder in folders:
+    for wanted, folder in places:
         try:
-            found = config.find_config(name, folder, project)
+            found = config.find_config(wanted, folder, project)
         except GramError as problem:
             problems.append(problem)
         else:
@@ -148,7 +152,13 @@ def follow_command_line(tree: Any, command_line: CommandLine) -> None:
 
 def _has_gram(trainer: str) -> bool:
     """Return whether a registered trainer of this name starts from a meta-checkpoint: this project's or another one."""
-    from gram_meta.engine import TRAINER_REGISTRY
     from gram_meta.method.dassl import WithGRAM
 
-    return trainer in TRAINER_REGISTRY.registered_names() and issubclass(TRAINER_REGISTRY.get(trainer), WithGRAM)
+    return issubclass(_registered(trainer) or object, WithGRAM)
+
+
+def _registered(trainer: str) -> Any:
+    """Return the class that is registered under this name; None if there is none."""
+    from gram_meta.engine import TRAINER_REGISTRY
+
+    return TRAINER_REGISTRY.get(trainer) if trainer in TRAINER_REGISTRY.registered_names() else None

@@ -219,3 +219,5 @@ def _check_names(**names: str) -> None:
     for what, name in names.items():
         key, registry = registries[what]
         check_known(key, what, name, registry.registered_names())
+        if hasattr(found := registry.get(name), "checkout_class"):
+            found.checkout_class()  # refuses a trainer of a checkout outside of it

@@ -38,7 +38,8 @@ class Regulation:
             for each layer. Each layer is regulated separately.
         regulator: R^phi; None keeps the raw gradients, and records them.
         step_scale: factor of the raw gradient if there is no regulator.
-        gradient_norms: by kind, quantiles {"q05", "q50", "q95"} of the raw gradient's norm in meta-training.
+        gradient_norms: quantiles {"q05", "q50", "q95"} of the raw gradient's norm in meta-training, by the names of
+            `prompts`; those of the kind hold for a layer that meta-training did not have.
 
     Attributes:
         prompts: the regulated parameters by name: "text", and "text.1", "text.2", ... for further ones of a list.
@@ -129,7 +130,7 @@ class Regulation:
 
     def _warn(self, name: str) -> None:
         """Print a warning, once, if the gradients are of another size than those R^phi was learned on."""
-        known, norms = self.gradient_norms.get(_kind(name)), self.counts[name].norms
+        known, norms = self.gradient_norms.get(name, self.gradient_norms.get(_kind(name))), self.counts[name].norms
         if self._warned or self.regulator is None or not known:
             return
         median = _quantile(norms, 0.5)
@@ -181,27 +182,41 @@ class Regulation:
                 self.counts[name].restore(values)
 
 
-def start_from(checkpoint: MetaCheckpoint, prompts: Prompts, extras: Mapping[str, Tensor] | None = None) -> None:
+def start_from(checkpoint: MetaCheckpoint, prompts: Prompts, extras: Prompts | None = None) -> None:
     """Copy theta* into prompts, and into parameters that were meta-learned with them.
 
-    Only the first layer of a deep prompt takes theta*, which has one layer; the others keep their initialisation.
+    Of a deep prompt every layer takes its own of theta*. Where theta* has one layer, the first layer alone takes it and
+    the others keep their initialisation.
 
     Args:
         checkpoint: holds theta* of exactly these kinds.
         prompts: as for `Regulation`.
-        extras: parameters by their names in `checkpoint.extras`.
+        extras: parameters by their names in `checkpoint.extras`, one for each or one for each layer.
 
     Raises:
-        GramError: kinds, token counts, widths or extras that differ from the checkpoint's. No prompt is changed then.
+        GramError: kinds, layers, token counts, widths or extras that differ from the checkpoint's. No prompt is changed
+            then.
     """
-    named, given = _named(prompts), dict(extras or {})
-    first = {kind: named[kind] if named[kind].dim() == 2 else named[kind][0] for kind in prompts}  # (M, d) by kind
-    learned = {f"a {kind} prompt": tuple(value.shape) for kind, value in first.items()}
-    learned |= {name: tuple(value.shape) for name, value in given.items()}
+    values = {**prompts, **(extras or {})}
+    given = {name: value if isinstance(value, Tensor) else list(value) for name, value in values.items()}
+    _named({kind: given[kind] for kind in prompts})  # refuses what is no prompt
+    for kind in set(prompts) & set(checkpoint.prompts):
+        if checkpoint.prompts[kind].dim() == 2 and not (isinstance(given[kind], Tensor) and given[kind].dim() == 2):
+            given[kind] = given[kind][0]
+    learned = {f"a {name} prompt" if name in prompts else name: _shape(value) for name, value in given.items()}
     check_fit(checkpoint.path or "meta-checkpoint", learned, checkpoint.shapes)
     with torch.no_grad():
         for name, value in {**checkpoint.prompts, **checkpoint.extras}.items():
-            {**first, **given}[name].copy_(value)
+            for target, source in zip(given[name], value, strict=True):  # layers, or rows
+                target.copy_(source)
+
+
+def _shape(value: Tensor | list[Tensor]) -> tuple[int, ...]:
+    """Return the shape of a parameter, or of the parameters of all layers together; (layers,) if theirs differ."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    shapes = {tuple(layer.shape) for layer in value}
+    return (len(value), *(shapes.pop() if len(shapes) == 1 else ()))
 
 
 def _named(prompts: Prompts) -> dict[str, Tensor]:

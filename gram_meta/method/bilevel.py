@@ -73,7 +73,8 @@ class MetaLosses(NamedTuple):
     """The summands of Eq. 10, and what the inner loop saw."""
 
     losses: Tensor  # (tasks,): the query losses after adaptation
-    norms: list[dict[str, Tensor]]  # of the raw support gradients, (tasks,), for each inner step and each kind
+    # of the raw support gradients, (tasks, layers), for each inner step and each kind; one layer if it is not deep
+    norms: list[dict[str, Tensor]]
 
 
 def for_each_task(theta: Prompts, tasks: int) -> dict[str, Tensor]:
@@ -253,12 +254,14 @@ def total_of(parts: Iterable[Prompts]) -> dict[str, Tensor]:
 
 
 def norms_by_task(gradient: Tensor) -> Tensor:
-    """Return the norm of each task's gradient, (B,) of (B, M, d)."""
+    """Return the norm of each task's gradient, (B,) of (B, M, d) or (B, layers, M, d)."""
     return gradient.flatten(1).norm(dim=1)
 
 
 def _norms(gradients: Prompts) -> dict[str, Tensor]:
-    return {kind: norms_by_task(value.detach()) for kind, value in gradients.items()}
+    """Return the norm of each task's gradient by layer, (B, layers) of (B, layers, M, d) and (B, 1) of the others."""
+    layers = {kind: value.shape[1] if value.dim() == 4 else 1 for kind, value in gradients.items()}
+    return {kind: value.detach().reshape(len(value), layers[kind], -1).norm(dim=2) for kind, value in gradients.items()}
 
 
 def _over(value: Tensor, sizes: Tensor | float) -> Tensor:

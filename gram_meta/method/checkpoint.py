@@ -48,16 +48,16 @@ class _Facts(TypedDict):
 class MetaCheckpoint:
     """The result of a meta-training, and its settings and inputs."""
 
-    prompts: dict[str, Tensor]  # theta*, float32, (M, d) by kind
+    prompts: dict[str, Tensor]  # theta*, float32, (M, d) by kind; deep: (layers, M, d)
     regulator: GradientRegulator | None  # R^phi*, frozen; None if meta-training ran without one
     backbone_name: str  # of the CLIP it belongs to
     backbone_fingerprint: str
     config: dict[str, Any] = field(default_factory=dict)  # all settings of the meta-training
     # the origin of the tasks (store and hierarchy fingerprints, topics, step, held-out scores)
     provenance: dict[str, Any] = field(default_factory=dict)
-    # by kind, quantiles of the raw support gradient's norm in meta-training
+    # by kind (and kind.1, kind.2, ... for further layers), quantiles of the raw support gradient's norm
     gradient_norms: dict[str, dict[str, float]] = field(default_factory=dict)
-    # meta-learned parameters without a regulator, by name (CoCoOp's meta-net); mostly empty
+    # meta-learned parameters without a regulator, by name (CoCoOp's meta-net, MaPLe's coupling functions)
     extras: dict[str, Tensor] = field(default_factory=dict)
     path: str = ""
     sha256: str = ""  # of the file it was loaded from; "" before it is saved
@@ -65,7 +65,7 @@ class MetaCheckpoint:
     @property
     def tokens(self) -> dict[str, int]:
         """M by kind."""
-        return {kind: value.shape[0] for kind, value in self.prompts.items()}
+        return {kind: value.shape[-2] for kind, value in self.prompts.items()}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -75,14 +75,20 @@ class MetaCheckpoint:
 
     def check_name(self, name: str) -> None:
         """Raise a `GramError` for another backbone, by its name and widths, without its weights."""
-        widths = {kind: value.shape[1] for kind, value in self.prompts.items()}
+        widths = {kind: value.shape[-1] for kind, value in self.prompts.items()}
         check_name(self.path or "meta-checkpoint", self.backbone_name, name, widths)
+
+    def check_shallow(self) -> None:
+        """Raise a `GramError` for deep prompts, which only trainers of checkouts learn."""
+        if any(value.dim() == 3 for value in self.prompts.values()):
+            where = "deep ones, with which MaPLeGRAM or PromptSRCGRAM starts in a checkout"
+            raise GramError(f"{self.path}: expected prompts at the input alone, found {where}")
 
     def check(self, backbone: Backbone, tokens: Mapping[str, int], extras: Collection[str] = ()) -> None:
         """Raise a `GramError` for a trainer with another backbone, other prompts, token counts or extras."""
         where, held = self.path or "meta-checkpoint", self.shapes
         backbone.check_weights(where, self.backbone_name, self.backbone_fingerprint)
-        expected = {f"a {kind} prompt": (m, *held.get(f"a {kind} prompt", ())[1:]) for kind, m in tokens.items()}
+        expected = {f"a {kind} prompt": (m, *held.get(f"a {kind} prompt", ())[-1:]) for kind, m in tokens.items()}
         number = "; GRAM defines no other number of tokens than that of the meta-training"
         check_fit(where, expected | {name: held.get(name, ()) for name in extras}, held, number)
 
@@ -155,8 +161,8 @@ def load_meta_checkpoint(path: PathLike) -> MetaCheckpoint:
         )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise GramError(f"{path}: expected a meta-checkpoint, found one with faults ({in_one_line(error)})") from None
-    if not prompts or any(value.dim() != 2 for value in prompts.values()):
-        raise GramError(f"{path}: expected prompts of shape (M, d), found others or none")
+    if not prompts or any(value.dim() not in (2, 3) for value in prompts.values()):
+        raise GramError(f"{path}: expected prompts of shape (M, d) or (layers, M, d), found others or none")
     check_finite(path, tensors)
     return checkpoint
 

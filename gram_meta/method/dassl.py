@@ -3,10 +3,7 @@
 docs/guide/other-trainers.md shows how to add GRAM to a trainer.
 """
 
-from collections.abc import Mapping
 from typing import Any
-
-from torch import Tensor
 
 from gram_meta.config import flatten, stored_config
 from gram_meta.errors import GramError
@@ -43,8 +40,8 @@ class WithGRAM:
         """The prompts by kind: a parameter, or one for each layer (the first is nearest to the input)."""
         raise NotImplementedError
 
-    def gram_extras(self) -> Mapping[str, Tensor]:
-        """Return other parameters that start from the meta-checkpoint, by name (CoCoOp's meta-net)."""
+    def gram_extras(self) -> Prompts:
+        """Return other parameters that start from the meta-checkpoint, by name: a meta-net, coupling functions."""
         return {}
 
     def check_meta(self, meta: MetaCheckpoint) -> None:

@@ -30,7 +30,10 @@ from gram_meta.method.prompts import (
     META_NET,
     ClassText,
     PromptConfig,
+    by_layer,
     conditional_shift,
+    coupled,
+    deepened,
     initial_meta_net,
     initial_prompts,
     logits,
@@ -120,7 +123,8 @@ class Episodes:
         self.reads_pixels = prompt.visual_tokens > 0
         self.bucket = 1
         self.at_a_time = batch if self.reads_pixels or prompt.conditional else max(16, batch)
-        self.text = ClassText(backbone, words, prompt.text_tokens) if prompt.text_tokens else None
+        names = prompt.before_names(words)
+        self.text = ClassText(backbone, names, prompt.text_tokens) if prompt.text_tokens else None
         self.lengths = self.text.ends.cpu().numpy() + 1 if self.text else np.empty(0)  # (L,), of the class prompts
         self.fixed = None if self.text else template_features(backbone, words, prompt.template)  # (L, D)
         if self.reads_pixels:
@@ -275,20 +279,22 @@ class TaskSet:
         return self.losses_of(self.logits(prompts))
 
     def logits(self, prompts: Mapping[str, Tensor]) -> Tensor:
-        """Return the logits (B, K n, K) for prompts (B, M, d) by kind, and the meta-net's weights with an axis B."""
-        features, visual = self.images, prompts.get("visual")
+        """Return the logits (B, K n, K) for prompts (B, M, d) or (B, layers, M, d) by kind.
+
+        Parameters beside the prompts, of a meta-net or of coupling functions, have an axis B too.
+        """
+        features, visual = self.images, coupled(prompts)
         if features.dim() > 3:  # bytes
             batch, count = features.shape[:2]
-            if visual is not None:
-                visual = visual.repeat_interleave(count, dim=0)  # (B K n, M, d)
+            tokens = () if visual is None else by_layer(visual.repeat_interleave(count, dim=0), 3)  # (B K n, M, d)
             pixels = self.backbone.normalise(features.flatten(0, 1))  # (B K n, 3, H, W)
-            features = self.backbone.encode_images(pixels, visual).unflatten(0, (batch, count))  # (B, K n, D)
+            features = self.backbone.encode_images(pixels, *tokens).unflatten(0, (batch, count))  # (B, K n, D)
         scale = self.backbone.logit_scale
         if isinstance(self.classes, Tensor):
             return logits(features, self.classes, scale)
         net = {name.removeprefix(META_NET): p for name, p in prompts.items() if name.startswith(META_NET)}
         if not net:
-            return logits(features, self.classes.features(prompts["text"]), scale)
+            return logits(features, self.classes.features(*by_layer(prompts["text"], 3)), scale)
         shift = conditional_shift(net, features)  # (B, K n, d)
         context = prompts["text"][:, None] + shift[:, :, None]  # (B, K n, M, d)
         classes = self.classes.features(context)  # (B, K n, K, D)
@@ -307,11 +313,12 @@ class TaskSet:
 
 
 def initial_theta(backbone: Backbone, config: PromptConfig, seed: int) -> dict[str, Tensor]:
-    """Return the initial theta of meta-training, prompts and perhaps a meta-net, as leaves with gradients.
+    """Return the initial theta of meta-training as leaves with gradients: prompts, and what is learned beside them.
 
     It is float32 for every number type of the towers but fp64, which is for checks and has a float64 theta.
     """
     theta = initial_prompts(backbone, config.text_tokens, config.visual_tokens, config.words, seed)
+    theta = deepened(backbone, theta, config, seed)
     if config.conditional:
         net = initial_meta_net(backbone, seed)
         theta |= {f"{META_NET}{name}": value for name, value in net.items()}

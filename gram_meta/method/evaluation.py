@@ -228,7 +228,8 @@ def evaluate_adaptation(
     """
     config = stored_config(checkpoint.config, opts)
     backbone = load_backbone(config.BACKBONE.NAME, device, config.BACKBONE.PRECISION)
-    checkpoint.check(backbone, checkpoint.tokens, checkpoint.extras)
+    where = checkpoint.path or "meta-checkpoint"
+    backbone.check_weights(where, checkpoint.backbone_name, checkpoint.backbone_fingerprint)
     store.check_backbone(backbone)
     hierarchy.check_store(store)
     if tasks < 1 or min(steps, default=-1) < 0:
@@ -329,10 +330,9 @@ def _forms(regulator: GradientRegulator | None) -> dict[str, Callable[[Gradients
         return {"raw": None}
 
     def stretched(raw: Gradients) -> Gradients:
-        return {
-            kind: raw[kind] * (norms_by_task(value) / norms_by_task(raw[kind]).clamp_min(1e-12))[:, None, None]
-            for kind, value in regulator.regulate_known(raw).items()
-        }
+        known = regulator.regulate_known(raw)
+        factors = {kind: norms_by_task(known[kind]) / norms_by_task(raw[kind]).clamp_min(1e-12) for kind in known}
+        return {kind: torch.einsum("b,b...->b...", factor, raw[kind]) for kind, factor in factors.items()}
 
     return {"R on": regulator.regulate_known, "R off": None, "R off, same length": stretched}
 

@@ -27,8 +27,9 @@ class MetaState:
     Attributes:
         theta: prompts, and a meta-net's weights, by name.
         kinds: the names of the prompts in theta; R^phi does not regulate the rest.
+        layers: the names of their layers, as `Regulation.prompts` has them: the kind, and kind.1, kind.2, ... if deep.
         regulator: R^phi; None without one.
-        norms: of the raw support gradients, (inner steps * B, kinds) for each step.
+        norms: of the raw support gradients, (inner steps * B, layers) for each step.
         best: the best scores on the held-out tasks, and their step.
     """
 
@@ -39,6 +40,8 @@ class MetaState:
         self.theta = initial_theta(backbone, prompt, config.SEED)
         self._hold_size()
         self.kinds = sorted(set(self.theta) & set(KINDS))
+        counts = {kind: len(value) if (value := self.theta[kind]).dim() == 3 else 1 for kind in self.kinds}
+        self.layers = [f"{kind}.{layer}" if layer else kind for kind in self.kinds for layer in range(counts[kind])]
         self.regulator = self._initial_regulator() if config.REGULATOR.ENABLED and outer.meta else None
         self.optimiser = outer.build_optimiser(self.theta, self.regulator)
         self.norms: list[Tensor] = []
@@ -67,7 +70,7 @@ class MetaState:
             "theta": {kind: value.detach() for kind, value in self.theta.items()},
             "regulator": self.regulator.state_dict() if self.regulator is not None else {},
             "optimiser": self.optimiser.state_dict(),
-            "norms": torch.cat(self.norms) if self.norms else torch.empty(0, len(self.kinds)),
+            "norms": torch.cat(self.norms) if self.norms else torch.empty(0, len(self.layers)),
             "best": self.best,
         }
 
@@ -85,7 +88,7 @@ class MetaState:
 
     def checkpoint(self, provenance: Mapping[str, Any]) -> MetaCheckpoint:
         """Return theta and phi as a meta-checkpoint of this provenance."""
-        norms = torch.cat(self.norms) if self.norms else torch.empty(0, 0)  # (tasks so far, kinds)
+        norms = torch.cat(self.norms) if self.norms else torch.empty(0, 0)  # (tasks so far, layers)
         return MetaCheckpoint(
             prompts={kind: self.theta[kind] for kind in self.kinds},
             extras={name: value for name, value in self.theta.items() if name not in self.kinds},
@@ -95,7 +98,7 @@ class MetaState:
             config=as_dict(self.config),
             provenance=dict(provenance),
             gradient_norms={
-                kind: {f"q{q:02d}": column.quantile(q / 100).item() for q in (5, 25, 50, 75, 95)}
-                for kind, column in zip(self.kinds, norms.unbind(dim=1), strict=False)
+                layer: {f"q{q:02d}": column.quantile(q / 100).item() for q in (5, 25, 50, 75, 95)}
+                for layer, column in zip(self.layers, norms.unbind(dim=1), strict=False)
             },
         )

@@ -192,12 +192,12 @@ class MetaTrainer:
         if episode is not None:
             result = self.add_gradients(episode)
         else:
-            result = BatchResult.zeros(len(self.own), len(self.kinds), self.backbone.device)
+            result = BatchResult.zeros(len(self.own), len(self.state.layers), self.backbone.device)
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
         if self.group.size > 1:
             with self.region(EXCHANGE):
-                shape = (self.inner.length * self.outer.meta, self.outer.batch, len(self.kinds))
+                shape = (self.inner.length * self.outer.meta, self.outer.batch, len(self.state.layers))
                 result, (given_up, stop) = exchange(self.group, parameters, result, shape, self.own, (given_up, stop))
         if given_up:
             return False, True

@@ -73,18 +73,18 @@ class BatchResult(NamedTuple):
     """Results of a step's tasks."""
 
     losses: Tensor  # (b,): query losses after adaptation
-    norms: Tensor  # (inner steps, b, kinds): norms of the raw support gradients
+    norms: Tensor  # (inner steps, b, layers): norms of the raw support gradients, layers of all kinds side by side
 
     @classmethod
     def of(cls, seen: MetaLosses, kinds: Sequence[str]) -> BatchResult:
         """Return the losses, detached, and the norms of these kinds as one tensor."""
         losses = seen.losses.detach()
-        norms = [torch.stack([of_step[kind] for kind in kinds], dim=1) for of_step in seen.norms]  # (b, kinds) each
+        norms = [torch.cat([of_step[kind] for kind in kinds], dim=1) for of_step in seen.norms]  # (b, layers) each
         return cls(losses, torch.stack(norms) if norms else losses.new_zeros(0, len(losses), len(kinds)))
 
     @classmethod
-    def zeros(cls, tasks: int, kinds: int, device: torch.device) -> BatchResult:
-        return cls(torch.zeros(tasks, device=device), torch.zeros(0, tasks, kinds, device=device))
+    def zeros(cls, tasks: int, layers: int, device: torch.device) -> BatchResult:
+        return cls(torch.zeros(tasks, device=device), torch.zeros(0, tasks, layers, device=device))
 
 
 def parameters_of(optimiser: Optimizer) -> list[Tensor]:
@@ -148,7 +148,7 @@ def exchange(
     Args:
         parameters: their `.grad` are summed in place.
         result: of this process's tasks; without norms if the process cannot take the step.
-        shape: of all norms: inner steps, B, kinds.
+        shape: of all norms: inner steps, B, layers.
         own: this process's tasks, of 0 to B - 1.
         flags: this process's.
 

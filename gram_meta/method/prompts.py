@@ -1,7 +1,10 @@
 """Text and visual prompts around frozen CLIP towers (Eq. 1, 2; Sec. 3.1).
 
 A prompt is a float32 tensor of tokens: `"text"` (M_t, d_text), `"visual"` (M_v, d_visual). It is cast to the towers'
-number type only at their input: an fp16 prompt would lose small steps.
+number type only at their input: an fp16 prompt would lose small steps. A deep prompt has an axis of layers in front,
+(layers, M, d): its first layer joins the tower's input, and each further one replaces the tokens of that prompt at the
+input of a layer. In the family `maple` the visual tokens are affine functions of the text tokens, one for each layer
+(`coupled`; MaPLe: Khattak et al., CVPR 2023).
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from gram_meta.errors import GramError
 STATE_NAMES = {"text": "ctx", "visual": "visual_ctx"}  # kind of prompt -> its name in a prompt learner's state dict
 KINDS = tuple(STATE_NAMES)
 META_NET = "meta_net."  # prefix of the names of the meta-net's weights beside prompts
+COUPLING = ("coupling.weight", "coupling.bias")  # names of the coupling functions' parameters beside prompts
 TEMPLATE = "a photo of a {}."
 
 # Class prompts in one pass of the text tower without gradients: 1,024 need a third of the memory of 4,096, and take
@@ -34,7 +38,7 @@ SENTENCES = 1024
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """The prompts to meta-train; `GramError` for no prompt tokens at all, or a meta-net without a text prompt."""
+    """The prompts to meta-train; `GramError` for no prompt tokens at all, or for parts that do not go together."""
 
     text_tokens: int = 4  # M_t; 0: no text prompt
     visual_tokens: int = 0  # M_v; 0: no visual prompt
@@ -42,19 +46,39 @@ class PromptConfig:
     template: str = TEMPLATE  # class prompt if there is no text prompt
     conditional: bool = False  # whether a meta-net shifts the text prompt for each image, as in CoCoOp
     visual_size: float = 0.0  # root mean square that each visual token is held at (`hold_size`); 0: free
+    family: str = "independent"  # `independent`, or `maple`: visual tokens are functions of the text tokens (`coupled`)
+    text_depth: int = 1  # layers of the text tower with a prompt of their own
+    visual_depth: int = 1  # the same of the image tower
+    fixed_words: str = ""  # words between the text prompt and the class name; they are not learned
 
     def __post_init__(self) -> None:
         if not self.text_tokens and not self.visual_tokens:
             raise GramError("PROMPT: expected TEXT_TOKENS or VISUAL_TOKENS above 0, found neither")
         if self.conditional and not self.text_tokens:
             raise GramError("PROMPT.CONDITIONAL: expected a text prompt to shift, found TEXT_TOKENS 0")
+        if self.conditional and (self.coupled or self.text_depth > 1):
+            raise GramError("PROMPT.CONDITIONAL: expected FAMILY independent and TEXT_DEPTH 1, found others")
+        sizes = (self.text_tokens, self.text_depth), (self.visual_tokens, self.visual_depth)
+        if self.coupled and (sizes[0] != sizes[1] or self.visual_size):
+            raise GramError(
+                "PROMPT.FAMILY maple: expected as many VISUAL_TOKENS as TEXT_TOKENS, VISUAL_DEPTH as TEXT_DEPTH and "
+                f"VISUAL_SIZE 0, found {sizes[1][0]} and {sizes[0][0]}, {sizes[1][1]} and {sizes[0][1]}, "
+                f"{self.visual_size:g}"
+            )
+
+    @property
+    def coupled(self) -> bool:
+        """Whether visual tokens are functions of the text tokens."""
+        return self.family == "maple"
 
     @classmethod
     def from_config(cls, config: CfgNode) -> PromptConfig:
         """Read the PROMPT node."""
-        node = config.PROMPT
-        tokens = node.TEXT_TOKENS, node.VISUAL_TOKENS
-        return cls(*tokens, node.WORDS, node.TEMPLATE, node.CONDITIONAL, node.VISUAL_SIZE)
+        return cls(**{key.lower(): value for key, value in config.PROMPT.items()})
+
+    def before_names(self, names: Sequence[str]) -> list[str]:
+        """Put the fixed words before class names."""
+        return [f"{self.fixed_words} {name}" if self.fixed_words else name for name in names]
 
 
 class ClassText:
@@ -107,12 +131,13 @@ class ClassText:
         chosen._packings, chosen._parts = {}, {}
         return chosen
 
-    def features(self, prompt: Tensor) -> Tensor:
+    def features(self, prompt: Tensor, deeper: Tensor | None = None) -> Tensor:
         """Return the L2-normalised class features.
 
         Args:
             prompt: (M, d); or (..., M, d) with more axes: those of `own` first (a prompt per task), then any others (a
                 prompt per image of each task).
+            deeper: (..., layers - 1, M, d) the further layers of a deep prompt (`by_layer`), not one for each image.
 
         Returns:
             (N, D), or (..., N, D).
@@ -121,9 +146,9 @@ class ClassText:
         most = self.chunk if learns else SENTENCES  # at a time
         images = self._images(prompt)
         if not most or images * len(self.ids) <= most or self.ids.dim() > 2:
-            return self._features(prompt)
+            return self._features(prompt, deeper)
         if images == 1:
-            return self._features_by_parts(prompt, min(most, len(self.ids)))
+            return self._features_by_parts(prompt, min(most, len(self.ids)), deeper)
         each = prompt.flatten(0, -3).split(max(1, most // len(self.ids)))  # some images' prompts (b, M, d)
         done = [self._features_by_parts(some, min(most, len(self.ids))) for some in each]
         return torch.cat(done).unflatten(0, prompt.shape[:-2])
@@ -132,7 +157,7 @@ class ClassText:
         """Return how often each class is encoded: once for each image with a separate prompt."""
         return math.prod(prompt.shape[:-2])
 
-    def _features(self, prompt: Tensor) -> Tensor:
+    def _features(self, prompt: Tensor, deeper: Tensor | None = None) -> Tensor:
         """Return the features of all classes, computed in one pass."""
         lead = prompt.shape[:-2]
         start = self.start.expand(*lead, *self.start.shape)
@@ -142,7 +167,8 @@ class ClassText:
         own = self.own  # (tasks, N, L, d)
         own = own.view(*tasks, *between, *own.shape[-3:]).expand(*lead, -1, -1, -1)  # (..., N, L, d)
         ends = self.ends.view(*tasks, *between, -1).expand(*lead, -1)  # (..., N)
-        return self.backbone.encode_text(own, ends, shared, self._packing(ends, own.shape[-2], shared.shape[-2]))
+        packing = self._packing(ends, own.shape[-2], shared.shape[-2])
+        return self.backbone.encode_text(own, ends, shared, packing, deeper)
 
     def _packing(self, ends: Tensor, length: int, before: int) -> Packing | Rectangle:
         """Return the packing; it is kept: it depends on the class prompts alone, and computing it makes a GPU wait."""
@@ -153,10 +179,10 @@ class ClassText:
             self._packings[key] = self.backbone.packing(ends, length, before)
         return self._packings[key]
 
-    def _features_by_parts(self, prompt: Tensor, size: int) -> Tensor:
-        parts = self._in_parts(size)
+    def _features_by_parts(self, prompt: Tensor, size: int, deeper: Tensor | None = None) -> Tensor:
+        parts, more = self._in_parts(size), () if deeper is None else (deeper,)
         prompts = self._prompts_of_parts(prompt, parts)
-        done = [recomputed(text._features, own) for text, own in zip(parts.texts, prompts, strict=True)]
+        done = [recomputed(text._features, own, *more) for text, own in zip(parts.texts, prompts, strict=True)]
         return torch.cat(done, dim=-2).index_select(-2, parts.back)
 
     def _in_parts(self, size: int) -> Parts:
@@ -224,11 +250,64 @@ def initial_prompts(
     return prompts
 
 
+def deepened(backbone: Backbone, prompts: Mapping[str, Tensor], config: PromptConfig, seed: int) -> dict[str, Tensor]:
+    """Give initial prompts (M, d) their further layers and coupling functions.
+
+    As in MaPLe and PromptSRC, further layers are drawn from N(0, 0.02), and coupling functions as torch draws linear
+    layers.
+
+    Returns:
+        Prompts (layers, M, d); (M, d) of an independent prompt of one layer. In the family `maple` `coupling.weight`
+        (layers, d_visual, d_text) and `coupling.bias` (layers, d_visual) take the visual prompt's place.
+
+    Raises:
+        GramError: more layers than the tower has.
+    """
+    generator = torch.Generator().manual_seed(seed + 1)  # `initial_prompts` has drawn from that of `seed`
+    model, theta = backbone.model, {}
+    for kind, prompt in prompts.items():
+        depth = config.text_depth if kind == "text" else config.visual_depth
+        layers = len((model if kind == "text" else model.visual).transformer.resblocks)
+        if depth > layers:
+            raise GramError(f"PROMPT.{kind.upper()}_DEPTH: expected at most the tower's {layers} layers, found {depth}")
+        further = torch.empty(depth - 1, *prompt.shape).normal_(std=0.02, generator=generator).to(prompt)
+        theta[kind] = torch.cat([prompt[None], further]) if depth > 1 or config.coupled else prompt
+    if config.coupled:
+        layers, _, width = theta.pop("visual").shape
+        bound = backbone.text_width**-0.5
+        for name, shape in zip(COUPLING, ((layers, width, backbone.text_width), (layers, width)), strict=True):
+            theta[name] = torch.empty(shape).uniform_(-bound, bound, generator=generator).to(backbone.device)
+    return theta
+
+
+def by_layer(prompt: Tensor, axes: int = 2) -> tuple[Tensor, ...]:
+    """Split a deep prompt into that of the first layer, (..., M, d), and those of the others, (..., layers - 1, M, d).
+
+    A prompt of one layer gives the first alone. `axes` is the number of axes of a prompt that is not deep.
+    """
+    if prompt.dim() == axes:
+        return (prompt,)
+    first, deeper = prompt[..., 0, :, :], prompt[..., 1:, :, :]
+    return (first, deeper) if deeper.shape[-3] else (first,)
+
+
+def coupled(prompts: Mapping[str, Tensor]) -> Tensor | None:
+    """Return the visual prompt: `"visual"` of `prompts`, or the text prompt after its coupling functions, or None.
+
+    The coupling function of a layer is affine (MaPLe): (..., layers, M, d_text) -> (..., layers, M, d_visual).
+    """
+    if COUPLING[0] not in prompts:
+        return prompts.get("visual")
+    weight, bias = (prompts[name] for name in COUPLING)
+    return prompts["text"] @ weight.transpose(-1, -2) + bias.unsqueeze(-2)
+
+
 @torch.no_grad()
 def hold_size(prompt: Tensor, size: float) -> None:
-    """Scale each visual token of (M, d), in place, to root mean square `size`.
+    """Scale each visual token of (M, d) or (layers, M, d), in place, to root mean square `size`.
 
     The first layer norm (`ln_pre`) takes the size out of every visual token, so features stay the same up to epsilon.
+    So do the layer norms in front of attention, but for the last layer of a deep prompt, whose tokens live on.
     Gradients do not: they shrink as 1 / size, and a step turns the token by 1 / size^2. Meta-training lets a free token
     grow, because growth costs no loss; a few-shot run then hardly moves it at the usual learning rate.
     """
@@ -294,7 +373,7 @@ class PromptedCLIP(nn.Module):
     Args:
         backbone: frozen CLIP.
         classnames: N class names.
-        prompts: initialisation by kind (copied).
+        prompts: initialisation by kind (copied), (M, d) or, deep, (layers, M, d).
         template: class prompt if there is no text prompt.
     """
 
@@ -305,14 +384,14 @@ class PromptedCLIP(nn.Module):
         self.backbone = backbone
         self.prompt_learner = PromptLearner(prompts).to(backbone.device)
         ctx = self.prompt_learner.ctx
-        self.class_text = ClassText(backbone, classnames, ctx.shape[0]) if ctx is not None else None
+        self.class_text = ClassText(backbone, classnames, ctx.shape[-2]) if ctx is not None else None
         self.fixed = template_features(backbone, classnames, template) if ctx is None else None  # (N, D)
         self._recorded: dict[str, Recorded] = {}  # passes through the towers, see `record`
         # A prompt's place and version, the prompt (so that no other takes its place), its class features
         self._kept: tuple[tuple[int, int], Tensor, Tensor] | None = None
 
     def prompts(self) -> dict[str, nn.Parameter]:
-        """Return the learned prompts (M, d) by kind."""
+        """Return the learned prompts, (M, d) or (layers, M, d), by kind."""
         return self.prompt_learner.prompts()
 
     def parameters_to_learn(self) -> list[nn.Parameter]:
@@ -325,18 +404,24 @@ class PromptedCLIP(nn.Module):
         if self.fixed is not None:
             return self.fixed
         assert ctx is not None and self.class_text is not None  # one of the two, by construction
+        # a placed prompt may be one for each class, (N, M, d), which is not deep
+        prompt = (ctx,) if self.class_text.placed else by_layer(ctx)
         if torch.is_grad_enabled():
-            return self._encode_classes(ctx)
+            return self._encode_classes(*prompt)
         state = ctx.data_ptr(), ctx._version  # to compare values would make a GPU wait
         if self._kept is None or self._kept[0] != state:
-            self._kept = state, ctx.detach(), self.class_text.features(ctx)
+            self._kept = state, ctx.detach(), self.class_text.features(*prompt)
         return self._kept[2]
 
     def image_features(self, images: Tensor) -> Tensor:
         """Return the features (B, D) of images (B, 3, H, W)."""
-        prompt = self.prompt_learner.visual_ctx
+        prompt = self.visual_prompt()
         encode = self._recorded.get("images", self.backbone.encode_images)
-        return encode(images) if prompt is None else encode(images, prompt)
+        return encode(images) if prompt is None else encode(images, *by_layer(prompt))
+
+    def visual_prompt(self) -> Tensor | None:
+        """Return the visual prompt, (M, d) or (layers, M, d), or None."""
+        return self.prompt_learner.visual_ctx
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (B, N), the exponents of Eq. 1."""
@@ -360,9 +445,32 @@ class PromptedCLIP(nn.Module):
         assert self.prompt_learner.ctx is not None
         return self.prompt_learner.ctx
 
-    def _encode_classes(self, prompt: Tensor) -> Tensor:
+    def _encode_classes(self, *prompt: Tensor) -> Tensor:
         assert self.class_text is not None
-        return self._recorded.get("classes", self.class_text.features)(prompt)
+        return self._recorded.get("classes", self.class_text.features)(*prompt)
+
+
+class CoupledCLIP(PromptedCLIP):
+    """MaPLe's classifier: deep text prompts, and visual prompts that coupling functions make of them (`coupled`).
+
+    Args:
+        prompts: initialisation: `"text"` (layers, M, d_text).
+        coupling: initialisation of `coupling.weight` and `coupling.bias`; learned as `prompt_learner.coupling`.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        classnames: Sequence[str],
+        prompts: Mapping[str, Tensor],
+        coupling: Mapping[str, Tensor],
+    ) -> None:
+        super().__init__(backbone, classnames, prompts)
+        values = {name.partition(".")[2]: nn.Parameter(coupling[name].detach().clone().float()) for name in COUPLING}
+        self.prompt_learner.add_module("coupling", nn.ParameterDict(values).to(backbone.device))
+
+    def visual_prompt(self) -> Tensor | None:
+        return coupled({"text": self.prompt_learner.ctx, **dict(self.prompt_learner.named_parameters())})
 
 
 class ConditionalCLIP(PromptedCLIP):

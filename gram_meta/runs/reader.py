@@ -153,6 +153,7 @@ def _read_meta_checkpoint(path: Path) -> Saved:
     from gram_meta.method.prompts import STATE_NAMES
 
     meta = load_meta_checkpoint(path)
+    meta.check_shallow()
     return Saved(
         path,
         state_dict={STATE_NAMES[kind]: value for kind, value in meta.prompts.items()} | dict(meta.extras),

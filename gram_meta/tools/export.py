@@ -79,6 +79,7 @@ def export(meta: PathLike, path: PathLike, trainer: str = "") -> Exported:
     if Path(path).is_dir():
         raise GramError(f"{path}: expected the name of a file to write, found a folder")
     checkpoint = load_meta_checkpoint(meta)
+    checkpoint.check_shallow()
     trainer = trainer or _plain_trainer(checkpoint)
     if trainer not in TARGETS:
         raise GramError(f"--trainer {trainer}: expected one of {', '.join(TARGETS)}{did_you_mean(trainer, TARGETS)}")

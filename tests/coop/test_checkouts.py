@@ -1,8 +1,9 @@
-"""The plugin in the real checkouts of CoOp, MaPLe, PromptSRC and ProMetaR.
+"""The plugin in the real checkouts of CoOp, MaPLe, PromptSRC, ProMetaR and KgCoOp.
 
-Set GRAM_CHECKOUTS to a folder that holds them as `CoOp`, `MaPLe`, `PromptSRC` and `ProMetaR`; each test works in a
-copy. Where no `dassl` is importable, the built-in engine stands in for it. CLIP's weights come from this package: the
-test replaces the download, and nothing else, from outside.
+Set GRAM_CHECKOUTS to a folder that holds them as `CoOp`, `MaPLe`, `PromptSRC`, `ProMetaR` and `KgCoOp` (the whole
+repository); each test works in a copy. Where no `dassl` is importable, the built-in engine stands in for it. CLIP's
+weights come from this package, or are random: the test replaces the download from outside, and, where it runs a
+trainer that calls `.cuda()` and `.half()`, these two.
 """
 
 import json
@@ -21,12 +22,12 @@ NAMES = ("CoOp", "MaPLe", "PromptSRC", "ProMetaR")
 PARTS = ("train.py", "trainers", "datasets", "clip", "configs", "scripts", "parse_test_res.py", "meta_learning")
 
 pytestmark = pytest.mark.skipif(
-    not PLACE, reason="GRAM_CHECKOUTS does not name a folder with checkouts of CoOp, MaPLe, PromptSRC, ProMetaR"
+    not PLACE, reason="GRAM_CHECKOUTS does not name a folder with checkouts of CoOp, MaPLe, PromptSRC, ProMetaR, KgCoOp"
 )
 
 # Python imports a module of this name at its start; this one lets any `clip._download` answer with a file, and, where
 # it is asked to, CLIP be in float32: CoOp's ZeroshotCLIP keeps the 16 bits that OpenAI's code makes of it, whatever
-# PREC says
+# PREC says. NEITHER makes nothing of `.cuda()` and `.half()`
 NO_DOWNLOAD = """
 import importlib.abc
 import importlib.machinery
@@ -46,7 +47,10 @@ class Finder(importlib.abc.MetaPathFinder):
             if name == "gram_meta.backbone.clip":
                 del module._SHAPES["ViT-B/16"]  # the file under this name is of another size
                 return
-            module._download = lambda url, root=None: {weights!r}
+            module._download = lambda url, root=None: os.environ.get("CLIP_FILE", {weights!r})
+            if os.environ.get("NEITHER"):
+                for kind in (module.torch.Tensor, module.torch.nn.Module):
+                    kind.cuda = kind.half = lambda self, *args, **kwargs: self
             if os.environ.get("CLIP_IN_FLOAT32"):
                 build = module.build_model
                 module.build_model = lambda *given: build(*given).float()
@@ -97,7 +101,7 @@ def checkout(tmp_path):
         source, target = Path(PLACE, name), tmp_path / name
         if not (source / "train.py").is_file():
             pytest.skip(f"{source} holds no checkout of {name}")
-        target.mkdir()
+        target.mkdir(parents=True)
         for part in PARTS:
             if (source / part).is_dir():
                 shutil.copytree(source / part, target / part)
@@ -246,6 +250,73 @@ def test_equal_numbers_without_training(checkout, world, tmp_path, precision):
     command = flags(world, "ZeroshotCLIP", folder / config, "out", "TRAINER.COOP.PREC", precision)
     own = run(outside, world, "gram", "train", "--eval-only", *command)
     assert accuracy(official) == accuracy(own) != []
+
+
+# ------------------------------------------------------------- GRAM on a checkout's trainer: its class, options, files
+
+WIDE = (64, 32, 3, 768, 16, 77, 49408, 512, 8, 3)  # MaPLe has the widths of ViT-B/16 in its code; here 3 layers
+OF_CHECKOUTS = {  # folder, config, options, shapes of what is learned
+    "MaPLe": (
+        "MaPLe",
+        "vit_b16_c2_ep5_batch4_2ctx",
+        ("TRAINER.MAPLE.PREC", "fp32", "TRAINER.MAPLE.PROMPT_DEPTH", "3", "INPUT.SIZE", "(32, 32)"),
+        {"text": [3, 2, 512], "coupling.weight": [3, 768, 512], "coupling.bias": [3, 768]},
+    ),
+    "PromptSRC": (
+        "PromptSRC",
+        "vit_b16_c2_ep20_batch4_4+4ctx",
+        (
+            *("TRAINER.PROMPTSRC.PREC", "fp32", "TRAINER.PROMPTSRC.N_CTX_VISION", "3"),
+            *("TRAINER.PROMPTSRC.PROMPT_DEPTH_TEXT", "2", "TRAINER.PROMPTSRC.PROMPT_DEPTH_VISION", "4"),
+        ),
+        {"text": [2, 4, 128], "visual": [4, 3, 128]},
+    ),
+    "KgCoOp": (
+        "KgCoOp/KgCoOp",
+        "vit_b16_ep100_ctxv1",
+        ("TRAINER.COOP.PREC", "fp32", "TRAINER.COCOOP.PREC", "fp32", "TRAINER.COOP.W", "8.0"),
+        {"text": [4, 128]},
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def wide_clip(tmp_path_factory):
+    import torch
+
+    from gram_meta.backbone.clip import clip_module
+    from gram_meta.backbone.weights import empty_clip
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("wide") / "clip.pt"
+    state = empty_clip(clip_module(), *WIDE).state_dict()
+    torch.save({key: value.half() for key, value in state.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize("trainer", OF_CHECKOUTS)
+def test_gram_on_a_checkouts_trainer(checkout, world, wide_clip, trainer):
+    """Without a checkpoint it equals the checkout's own trainer; with one it starts at theta*, in every layer."""
+    place, config, options, shapes = OF_CHECKOUTS[trainer]
+    folder, config = checkout(place, line=False), f"configs/trainers/{trainer}GRAM/{config}.yaml"
+    options = (*options, "DATALOADER.TRAIN_X.BATCH_SIZE", "4", "OPTIM.WARMUP_EPOCH", "-1")
+    command = flags(world, f"{trainer}GRAM", config, "out", *options)
+    facts = {"NEITHER": "1", **({"CLIP_FILE": str(wide_clip)} if trainer == "MaPLe" else {})}
+    printed = run(folder, world, "python", ROOT / "tests/helpers/gram_on_a_checkout.py", *command, **facts)
+    assert f"taken from this checkout: {config.replace('GRAM/', '/')}" in printed
+    found = json.loads(printed.splitlines()[-1])
+    assert found["shapes"] == shapes
+    assert len(found["losses"]) == 4 and found["losses"][0] != found["losses"][-1]
+    assert found["equal losses"] and found["equal parameters"] and found["accuracy"][0] == found["accuracy"][1]
+    assert found["theta*"] == 0  # apart from it, at the start
+    depths = {kind: shape[0] if len(shape) == 3 else 1 for kind, shape in shapes.items() if "." not in kind}
+    layers = [f"{kind}.{layer}" if layer else kind for kind, depth in depths.items() for layer in range(depth)]
+    assert found["ratios"] == pytest.approx(dict.fromkeys(layers, 0.9), rel=1e-5)  # of an untrained R
+    assert bool(found["raw"]) == (trainer == "MaPLe") and all("proj" in name for name in found["raw"])
+    what = "2 layers, found one of 1 layer" if trainer == "PromptSRC" else "shape"
+    assert f"other.safetensors: expected a text prompt of {what}" in found["refused"]
+    if trainer != "KgCoOp":
+        assert found["logits apart"] < 1e-5 and found["logits spread"] > 0.1
 
 
 # ------------------------------------------------------------------------------------------------------------ scripts

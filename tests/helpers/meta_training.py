@@ -71,6 +71,8 @@ def pixel_settings(*opts):
 
 JOINT = ("PROMPT.VISUAL_TOKENS", "2")
 VISUAL = (*JOINT, "PROMPT.TEXT_TOKENS", "0")
+DEEP = (*JOINT, "PROMPT.TEXT_DEPTH", "2", "PROMPT.VISUAL_DEPTH", "2")
+MAPLE = (*DEEP, "PROMPT.FAMILY", "maple", "PROMPT.FIXED_WORDS", "of a")
 
 
 def pixel_trainer(pixel_corpus, out, *opts):

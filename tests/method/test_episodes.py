@@ -1,4 +1,4 @@
-"""Visual, joint and conditional prompts in meta-training: losses and meta-gradients in float64, pixels, whole runs."""
+"""Prompts of every family in meta-training: losses and meta-gradients in float64, pixels, whole runs."""
 
 import json
 import pickle
@@ -9,22 +9,35 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from helpers.meta_training import JOINT, VISUAL, pixel_settings, pixel_trainer
+from helpers.meta_training import DEEP, JOINT, MAPLE, VISUAL, pixel_settings, pixel_trainer
 from PIL import Image
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gram_meta.corpus.places import ImageReader, Places
 from gram_meta.errors import GramError
-from gram_meta.method.bilevel import InnerLoop, for_each_task, meta_losses
+from gram_meta.method.bilevel import InnerLoop, for_each_task, lean_backward, meta_losses
 from gram_meta.method.checkpoint import load_meta_checkpoint
-from gram_meta.method.episodes import Episodes, TaskSet, TimedIterator, read_pixels
+from gram_meta.method.episodes import Episodes, TaskSet, TimedIterator, initial_theta, read_pixels
 from gram_meta.method.meta_trainer import MetaTrainer
 from gram_meta.method.outer import OuterLoop
-from gram_meta.method.prompts import META_NET, ClassText, hold_size, initial_meta_net, template_features
+from gram_meta.method.prompts import (
+    COUPLING,
+    KINDS,
+    META_NET,
+    ClassText,
+    CoupledCLIP,
+    PromptConfig,
+    PromptedCLIP,
+    hold_size,
+    initial_meta_net,
+    template_features,
+)
 from gram_meta.method.regulator import GradientRegulator
 from gram_meta.method.tasks import StepTasks
 from gram_meta.processes import ProcessGroup
+from gram_meta.runs.reader import read_saved
+from gram_meta.tools.export import export
 
 pytestmark = pytest.mark.usefixtures("clip_layer_norm_in_float64")
 
@@ -33,7 +46,7 @@ PRECISION = "fp64"  # of the fixture `backbone`
 ALPHA = 0.05
 NAMES = ["cat", "a big dog", "house", "sea lion"]
 CLASSES = torch.tensor([[0, 1], [3, 2]])  # two 2-way tasks
-FORMS = ["visual", "joint", "conditional"]
+FORMS = ["visual", "joint", "conditional", "deep", "maple"]
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +59,14 @@ def images():
 def make(form, backbone, images):
     """theta, support and query of two tasks."""
     random = torch.Generator().manual_seed(5)
-    theta = {}
+    theta, layers = {}, (2,) * (form in ("deep", "maple"))
     if form != "visual":
-        theta["text"] = 0.05 * torch.randn(2, 64, generator=random)
-    if form != "conditional":
-        theta["visual"] = 0.05 * torch.randn(3, 64, generator=random)
+        theta["text"] = 0.05 * torch.randn(*layers, 2, 64, generator=random)
+    if form not in ("conditional", "maple"):
+        theta["visual"] = 0.05 * torch.randn(*layers, 3, 64, generator=random)
+    if form == "maple":
+        shapes = zip(COUPLING, ((2, 64, 64), (2, 64)), strict=True)
+        theta |= {name: 0.1 * torch.randn(shape, generator=random) for name, shape in shapes}
     if form == "conditional":
         theta |= {f"{META_NET}{key}": value for key, value in initial_meta_net(backbone, 6).items()}
     theta = {name: value.double().requires_grad_() for name, value in theta.items()}
@@ -67,7 +83,11 @@ def plain_loss(form, backbone, images, theta, task):
     with sdpa_kernel(SDPBackend.MATH):
         for k in range(2):
             for image in images[task, k]:
-                feature = plain_image(model, image, theta.get("visual"))
+                visual = theta.get("visual")
+                if form == "maple":  # a linear layer for each layer of the towers
+                    layers = zip(theta["text"], *(theta[name] for name in COUPLING), strict=True)
+                    visual = torch.stack([F.linear(*layer) for layer in layers])
+                feature = plain_image(model, image, visual)
                 context = theta.get("text")
                 if form == "conditional":
                     hidden = F.relu(F.linear(feature, theta["meta_net.linear1.weight"], theta["meta_net.linear1.bias"]))
@@ -86,20 +106,30 @@ def plain_image(model, image, prompt):
     tower = model.visual
     x = tower.conv1(pixels[None]).flatten(2)[0].T
     x = torch.cat([tower.class_embedding[None], x]) + tower.positional_embedding
-    x = x if prompt is None else torch.cat([x, prompt])
-    x = tower.transformer(tower.ln_pre(x)[:, None])[:, 0]
-    return F.normalize(tower.ln_post(x[0]) @ tower.proj, dim=0)
+    layers = [] if prompt is None else prompt.view(-1, *prompt.shape[-2:])
+    x = torch.cat([x, *layers[:1]])
+    x = tower.ln_pre(x)[:, None]
+    for number, block in enumerate(tower.transformer.resblocks):
+        if 0 < number < len(layers):
+            x = torch.cat([x[: -len(layers[0])], layers[number][:, None]])
+        x = block(x)
+    return F.normalize(tower.ln_post(x[0, 0]) @ tower.proj, dim=0)
 
 
 def plain_text(backbone, name, context):
     model = backbone.model
-    words = "a photo of a" if context is None else " ".join("X" * len(context))
+    layers = [] if context is None else context.view(-1, *context.shape[-2:])
+    words = "a photo of a" if context is None else " ".join("X" * len(layers[0]))
     ids = backbone.tokenize([f"{words} {name}."])[0]
     x = model.token_embedding(ids)
     if context is not None:
-        x = torch.cat([x[:1], context, x[1 + len(context) :]])
-    x = model.transformer((x + model.positional_embedding)[:, None])[:, 0]
-    return F.normalize(model.ln_final(x[ids.argmax()]) @ model.text_projection, dim=0)
+        x = torch.cat([x[:1], layers[0], x[1 + len(layers[0]) :]])
+    x = (x + model.positional_embedding)[:, None]
+    for number, block in enumerate(model.transformer.resblocks):
+        if 0 < number < len(layers):
+            x = torch.cat([x[:1], layers[number][:, None], x[1 + len(layers[0]) :]])
+        x = block(x)
+    return F.normalize(model.ln_final(x[ids.argmax(), 0]) @ model.text_projection, dim=0)
 
 
 @pytest.mark.slow
@@ -120,7 +150,7 @@ def test_losses_against_clips_own_towers(form, backbone, images):
 def test_meta_gradients_against_finite_differences(form, backbone, images):
     """Through the image tower and the meta-net, of theta, of what R does not know, and of phi."""
     theta, support, query = make(form, backbone, images)
-    kinds = {name: 64 for name in theta if not name.startswith(META_NET)}
+    kinds = {name: 64 for name in theta if name in KINDS}
     regulator = GradientRegulator(kinds).double()
     random = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -143,6 +173,33 @@ def test_meta_gradients_against_finite_differences(form, backbone, images):
             parameter.copy_(start)
         slope = (8 * (at[1] - at[-1]) - (at[2] - at[-2])) / (12 * h)
         assert (parameter.grad * direction).sum().item() == pytest.approx(slope, rel=1e-5, abs=1e-8), name
+
+
+@pytest.mark.parametrize("form", ["deep", "maple"])
+def test_deep_prompts_in_every_way_through_the_towers(form, backbone, images, monkeypatch):
+    """Packed texts and rectangles, layers computed twice, one graph at a time, and the classifier of few-shot runs."""
+    theta, support, query = make(form, backbone, images)
+    meta_losses(support, query, theta, 2, InnerLoop(ALPHA)).losses.sum().backward()
+    expected = {name: value.grad.clone() for name, value in theta.items()}
+    for attribute, value in (("packs_texts", not backbone.packs_texts), ("checkpointing", True), ("lean", True)):
+        monkeypatch.setattr(backbone, attribute, value, raising=False)
+        theta, support, query = make(form, backbone, images)
+        if attribute == "lean":
+            lean_backward([support], [query], theta, 2, InnerLoop(ALPHA))
+        else:
+            meta_losses(support, query, theta, 2, InnerLoop(ALPHA)).losses.sum().backward()
+        for name, value in theta.items():
+            torch.testing.assert_close(value.grad, expected[name], rtol=1e-7, atol=1e-12, msg=f"{attribute} {name}")
+    names = [NAMES[index] for index in CLASSES[0]]
+    rest = {name: value for name, value in theta.items() if name in COUPLING}
+    prompts = {name: value for name, value in theta.items() if name in KINDS}
+    model = CoupledCLIP(backbone, names, prompts, rest) if rest else PromptedCLIP(backbone, names, prompts)
+    scores = model.double()(backbone.normalise(images[0][0].flatten(0, 1)))
+    losses = F.cross_entropy(scores, torch.tensor([0, 0, 1, 1]))
+    torch.testing.assert_close(losses.double(), support(for_each_task(theta, 2))[0], rtol=1e-6, atol=1e-6)
+    with torch.no_grad():  # kept class features
+        torch.testing.assert_close(model(backbone.normalise(images[0][0].flatten(0, 1))), scores, rtol=1e-6, atol=1e-5)
+    assert {name for name, _ in model.prompt_learner.named_parameters()} == {"ctx", *(rest or ["visual_ctx"])}
 
 
 # --- from files -------------------------------------------------------------------------------------------------------
@@ -257,7 +314,7 @@ def test_workers_are_given_little(pixel_corpus, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", [VISUAL, JOINT, ("PROMPT.CONDITIONAL", "True")], ids=FORMS)
+@pytest.mark.parametrize("form", [VISUAL, JOINT, ("PROMPT.CONDITIONAL", "True"), DEEP, MAPLE], ids=FORMS)
 def test_a_run_learns_every_part_and_resumes_exactly(form, pixel_corpus, tmp_path):
     whole = pixel_trainer(pixel_corpus, tmp_path / "whole", *form)
     start = {name: value.detach().clone() for name, value in whole.theta.items()}
@@ -297,6 +354,29 @@ def test_the_meta_net_is_kept_beside_the_prompts(pixel_corpus, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_coupling_functions_are_kept_beside_deep_prompts(pixel_corpus, tmp_path):
+    """R has one gate for the text tokens of every layer, and none for coupling functions; norms are kept by layer."""
+    run = pixel_trainer(pixel_corpus, tmp_path, *MAPLE, "REGULATOR.START", "random")
+    lengths = {name: value.shape for name, value in run.theta.items()}
+    assert lengths == {"text": (2, 2, 64), "coupling.weight": (2, 64, 64), "coupling.bias": (2, 64)}
+    sizes = [value.square().mean().sqrt().item() for value in (run.theta["text"][1], run.theta["coupling.weight"])]
+    assert sizes == pytest.approx([0.02, (3 * 64) ** -0.5], rel=0.2)  # N(0, 0.02); uniform in +-64^-0.5
+    assert run.episodes.text.ids.shape[1] == 2 + 3  # "of a cat." and the end token
+    run.run()
+    checkpoint = load_meta_checkpoint(tmp_path / "best.safetensors")
+    assert set(checkpoint.prompts) == {"text"} and set(checkpoint.extras) == set(COUPLING)
+    assert checkpoint.regulator.widths == {"text": 64} and checkpoint.tokens == {"text": 2}
+    norms = torch.cat(run.state.norms)
+    assert norms.shape == (8, 2) and set(checkpoint.gradient_norms) == {"text", "text.1"}
+    last = load_meta_checkpoint(tmp_path / "last.safetensors")
+    assert last.gradient_norms["text.1"]["q50"] == pytest.approx(norms[:, 1].quantile(0.5).item())
+    with pytest.raises(GramError, match=r"expected prompts at the input alone, found deep ones, with which MaPLeGRAM"):
+        export(tmp_path / "best.safetensors", tmp_path / "prompt.pt")
+    with pytest.raises(GramError, match=r"best.safetensors: expected prompts at the input alone, found deep ones"):
+        read_saved(tmp_path / "best.safetensors")
+
+
+@pytest.mark.slow
 def test_missing_and_broken_images_are_named(pixel_corpus, tmp_path):
     store, hierarchy, backbone, folder = pixel_corpus
     with pytest.raises(GramError, match=r"nowhere.0.png: expected an image .*LOADER.IMAGE_ROOT"):
@@ -326,9 +406,18 @@ def test_what_makes_no_sense_is_refused(pixel_corpus):
     for opts, words in (
         (("PROMPT.TEXT_TOKENS", "0"), "TEXT_TOKENS or VISUAL_TOKENS"),
         ((*VISUAL, "PROMPT.CONDITIONAL", "True"), "PROMPT.CONDITIONAL"),
+        (("PROMPT.TEXT_DEPTH", "2", "PROMPT.CONDITIONAL", "True"), "PROMPT.CONDITIONAL: expected .* TEXT_DEPTH 1"),
+        ((*MAPLE, "PROMPT.CONDITIONAL", "True"), "PROMPT.CONDITIONAL: expected FAMILY independent"),
+        ((*MAPLE, "PROMPT.VISUAL_TOKENS", "3"), "FAMILY maple: expected .* found 3 and 2, 2 and 2, 0"),
+        ((*MAPLE, "PROMPT.VISUAL_DEPTH", "1"), "FAMILY maple: expected .* found 2 and 2, 1 and 2, 0"),
+        ((*MAPLE, "PROMPT.VISUAL_SIZE", "0.1"), "FAMILY maple: expected .* found 2 and 2, 2 and 2, 0.1"),
     ):
         with pytest.raises(GramError, match=words):
             Episodes.from_config(backbone, store, ["cat"], pixel_settings(*opts))
+    for key in ("TEXT_DEPTH", "VISUAL_DEPTH"):
+        config = PromptConfig.from_config(pixel_settings(*JOINT, f"PROMPT.{key}", "3"))
+        with pytest.raises(GramError, match=f"PROMPT.{key}: expected at most the tower's 2 layers, found 3"):
+            initial_theta(backbone, config, 1)
 
 
 @pytest.mark.parametrize("rate", [0.02, 0.001])  # the second is the text prompt's

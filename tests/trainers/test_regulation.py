@@ -13,6 +13,8 @@ from torch import nn
 import gram_meta.plugin  # noqa: F401, fills the registries
 from gram_meta.backbone.clip import load_backbone
 from gram_meta.coop import launch
+from gram_meta.coop.command_line import CommandLine
+from gram_meta.coop.defaults import config_path
 from gram_meta.engine import TRAINER_REGISTRY, TrainerX, build_lr_scheduler, build_optimizer
 from gram_meta.errors import GramError
 from gram_meta.method import apply as module
@@ -20,6 +22,7 @@ from gram_meta.method.apply import Regulation, start_from
 from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
 from gram_meta.method.dassl import WithGRAM
 from gram_meta.method.regulator import GradientRegulator, RegulatorConfig
+from gram_meta.trainers.checkout import CheckoutGRAM
 
 WIDTH = 64  # of the tiny CLIP's text tower
 
@@ -110,7 +113,13 @@ class ForeignGRAM(WithGRAM, Foreign):
         return {"text": [learner.ctx, *learner.deep]}
 
 
-def train(data, options, out, *opts):
+@TRAINER_REGISTRY.register()
+class ForeignOfACheckoutGRAM(CheckoutGRAM):
+    trainer, checkout = "Foreign", "example.org/foreign"
+    gram_prompts = ForeignGRAM.gram_prompts
+
+
+def train(data, options, out, *opts, trainer="ForeignGRAM"):
     # the rate of the warm-up, 1e-5, would be lost in half precision
     return launch.train(
         [
@@ -119,7 +128,7 @@ def train(data, options, out, *opts):
             "--seed",
             "1",
             "--trainer",
-            "ForeignGRAM",
+            trainer,
             "--dataset-config-file",
             "emoji_food",
             "--config-file",
@@ -182,6 +191,29 @@ def test_a_foreign_trainer_with_deep_half_precision_prompts(
     assert set(saved) == {"ctx", "deep.0", "scale"}  # the trainer's own checkpoint, unchanged
 
 
+def test_a_trainer_of_a_checkout_is_put_together_when_it_is_built(tiny_data, tiny_options, tmp_path, meta):
+    """It equals the class that a user writes, and refuses theta* of another depth."""
+    learned = {}
+    for trainer in ("ForeignGRAM", "ForeignOfACheckoutGRAM"):
+        opts = "TRAINER.GRAM.CHECKPOINT", meta.path, "TRAINER.GRAM.INIT", "False"
+        train(tiny_data, tiny_options, tmp_path / trainer, *opts, trainer=trainer)
+        saved = torch.load(tmp_path / trainer / "prompt_learner/model.pth.tar-1", weights_only=True)
+        learned[trainer] = saved["state_dict"]
+    assert all(torch.equal(*values) for values in zip(*(state.values() for state in learned.values()), strict=True))
+    with pytest.raises(GramError, match=r"a text prompt of 2 layers, found one of 1 layer \(PROMPT.TEXT_DEPTH\)$"):
+        train(tiny_data, tiny_options, tmp_path / "no", *opts[:2], trainer="ForeignOfACheckoutGRAM")
+
+
+@pytest.mark.parametrize("trainer", ["MaPLeGRAM", "PromptSRCGRAM", "KgCoOpGRAM"])
+def test_a_trainer_of_a_checkout_outside_of_it_is_one_sentence(tiny_data, tiny_options, tmp_path, trainer):
+    says = f"--trainer {trainer}: expected the trainer {trainer[:-4]} of a checkout .github.com/.*, found none$"
+    with pytest.raises(GramError, match=says):
+        train(tiny_data, tiny_options, tmp_path / "out", trainer=trainer)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(GramError, match=says):  # before its config file is looked for, in another checkout
+        config_path(f"configs/trainers/{trainer}/some.yaml", CommandLine(trainer=trainer))
+
+
 @pytest.mark.parametrize(
     ("opts", "says"),
     [
@@ -223,6 +255,27 @@ def test_theta_goes_into_the_first_layer(meta):
         start_from(meta, {"text": prompts})
     assert whole.equal(theta) and deep[0].equal(theta) and not deep[1:].any()
     assert several[0].equal(theta) and not several[1].any()
+
+
+def test_a_deep_theta_goes_into_every_layer():
+    """Into a list or one tensor, and into what was learned beside it; other depths change nothing."""
+    theta, weight = torch.randn(2, 3, WIDTH), torch.randn(2, 5, WIDTH)
+    meta = MetaCheckpoint({"text": theta}, None, "", "", extras={"coupling.weight": weight})
+    several, deep = [prompt(3, WIDTH), prompt(3, WIDTH)], prompt(2, 3, WIDTH)
+    net = [prompt(5, WIDTH), prompt(5, WIDTH)]
+    start_from(meta, {"text": iter(several)}, {"coupling.weight": iter(net)})
+    assert torch.stack(list(several)).equal(theta) and torch.stack(list(net)).equal(weight)
+    start_from(meta, {"text": deep}, {"coupling.weight": net})
+    assert deep.equal(theta)
+    for wrong, found in (
+        ([prompt(3, WIDTH)], r"\(1, 3, 64\)"),
+        ([prompt(3, WIDTH), prompt(2, WIDTH)], r"\(2,\)"),
+        (prompt(3, WIDTH), r"\(3, 64\)"),
+        (prompt(4, 3, WIDTH), r"\(4, 3, 64\)"),
+    ):
+        with pytest.raises(GramError, match=f"expected a text prompt of shape {found}, found .2, 3, 64.$"):
+            start_from(meta, {"text": wrong}, {"coupling.weight": net})
+        assert not any(parameter.any() for parameter in wrong)
 
 
 @pytest.mark.parametrize(
@@ -355,6 +408,16 @@ def test_far_gradients_are_reported_once_and_checked_ever_more_rarely(regulator,
         optimizer.step()
     assert looked == [10, 20, 40, 80]  # at 40 most of them were near
     assert capsys.readouterr().out.count("gradient's norm is 100 here (median of 80 steps)") == 1
+    layers = [prompt(3, WIDTH), prompt(3, WIDTH)]  # each has quantiles of its own
+    norms = {"text": {"q05": 1.0, "q95": 1.0}, "text.1": {"q05": 100.0, "q95": 100.0}}
+    regulation = Regulation({"text": layers}, regulator, gradient_norms=norms)
+    optimizer = torch.optim.SGD(layers, lr=0.0)
+    regulation.attach(optimizer)
+    for _ in range(10):
+        for parameter, size in zip(layers, (1.0, 100.0), strict=True):
+            parameter.grad = torch.full((3, WIDTH), size / (3 * WIDTH) ** 0.5)
+        optimizer.step()
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
