@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from gram_meta.backbone.weights import (
     ACTIVATIONS,
     END,
+    HEAD,
     OPENAI,
     Design,
     ForeignTower,
@@ -78,7 +79,7 @@ def _of_open_clip(model: Any, name: str) -> Found:
     tower, image = None, Tower()
     if _is_openais(visual):
         image = _design_of(visual.transformer.resblocks, visual.ln_post, name)
-    elif type(visual).__name__ != "ModifiedResNet":
+    elif not _is_openais_resnet(visual):
         tower = ForeignTower(visual, _side(visual, name))
         state = {key: value for key, value in state.items() if not key.startswith("visual.")}
     pixels = pixel_statistics(getattr(visual, "image_mean", None), getattr(visual, "image_std", None), name)
@@ -108,6 +109,13 @@ def _is_openais(visual: Any) -> bool:
         return False
     usual = visual.pool_type == "tok" and not visual.final_ln_after_pool and isinstance(visual.ln_pre, nn.LayerNorm)
     return usual and all(map(_is_plain, visual.transformer.resblocks))
+
+
+def _is_openais_resnet(visual: Any) -> bool:
+    if type(visual).__name__ != "ModifiedResNet":
+        return False
+    pool = visual.attnpool
+    return bool(pool.num_heads * HEAD == pool.q_proj.in_features)
 
 
 def _is_plain(block: Any) -> bool:

@@ -453,6 +453,8 @@ def _open_clip_design(config: Mapping[str, Any], path: Path) -> Design:
     heads = width // vision.get("head_width", HEAD)
     pixels = config.get("preprocess_cfg") or {}
     is_resnet = isinstance(vision.get("layers"), list)
+    if is_resnet and vision.get("head_width", HEAD) != HEAD:
+        raise GramError(f"{path}: expected vision_cfg.head_width {HEAD} of a ResNet, found {vision['head_width']}")
     return Design(
         _open_clip_tower(model, "text_cfg", text.get("width", 512), text.get("heads", 8), path),
         Tower() if is_resnet else _open_clip_tower(model, "vision_cfg", width, heads, path),

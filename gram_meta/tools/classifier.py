@@ -210,7 +210,7 @@ class GramClassifier(ClassifierMixin, BaseEstimator):
                 f"{path}: expected the settings of a classifier, found others ({in_one_line(error)})"
             ) from None
         clip = load_backbone(found.backbone, _device(found.backbone, device), found.precision)
-        clip.check_weights(path, **facts["backbone"])
+        clip.check_weights(path, name, facts["backbone"]["fingerprint"])
         found._set_classes(facts["class_names"], facts["has_numbers"])
         found.template_, found.regulation_ = facts["template"], None
         found.model_ = PromptedCLIP(clip, found.class_names_, prompts, found.template_)
@@ -351,6 +351,7 @@ def _rgb(picture: Picture, number: int) -> Image.Image:
         found = f"{picture.dtype} {picture.shape}"
     elif isinstance(picture, Image.Image):
         try:
+            picture.load()
             return as_rgb(picture)
         except Exception:  # noqa: BLE001 - some pixels raise only when they are used
             raise GramError(f"images[{number}]: expected an image, found: {BROKEN}") from None

@@ -1,5 +1,6 @@
 """`GramClassifier`: scikit-learn's conventions, its step against one by hand, bad input, files."""
 
+import json
 import math
 from importlib.util import find_spec
 
@@ -115,7 +116,7 @@ def test_a_fit_is_the_step_by_hand(backbone, visual):
     for kind, prompt in model.prompts().items():
         learned = fitted.model_.prompts()[kind]
         torch.testing.assert_close(learned, prompt, rtol=1e-4, atol=1e-6)
-        assert (learned - meta.prompts[kind]).abs().max() > 1e-4
+        assert (learned - meta.prompts[kind]).abs().max() > 1e-5
     assert fitted.regulation_.summary()["text"]["steps"] == regulation.summary()["text"]["steps"] == 3
 
 
@@ -175,6 +176,7 @@ def test_save_and_load(backbone, fitted, tmp_path):
 
 
 def test_a_file_of_something_else_is_one_sentence(tmp_path, backbone, fitted):
+    from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
     with pytest.raises(GramError, match="none.safetensors: expected a classifier, found no such file"):
@@ -188,19 +190,17 @@ def test_a_file_of_something_else_is_one_sentence(tmp_path, backbone, fitted):
     ):
         gram.GramClassifier.load(tmp_path / "meta.safetensors")
     fitted.save(tmp_path / "good")
-    for change, sentence in {
-        '"class_names":["dark blue"': "metadata.*class_names",
-        '"epochs":2': "settings of a classifier",
-    }.items():
-        raw = (tmp_path / "good").read_bytes()
-        key, _, value = change.partition(":")
-        bad = raw.replace(change.replace('"', '\\"').encode(), f"{key}:7".replace('"', '\\"').encode() if "names" in key
-                          else change.replace("epochs", "epoche").replace('"', '\\"').encode())  # fmt: skip
-        if bad == raw or len(bad) != len(raw):
-            continue
-        (tmp_path / "bad").write_bytes(bad)
+    with safe_open(tmp_path / "good", framework="pt") as file:
+        facts = json.loads(file.metadata()["gram-classifier"])
+    for key, value, sentence in (
+        ("class_names", [1, 2, 3], "bad: metadata.*class_names"),
+        ("settings", {"epoche": 2}, "expected the settings of a classifier, found others"),
+        ("format", 9, "bad: expected classifier format 1, found 9"),
+    ):
+        metadata = {"gram-classifier": json.dumps({**facts, key: value})}
+        save_file(load_file(tmp_path / "good"), tmp_path / "bad", metadata=metadata)
         with pytest.raises(GramError, match=sentence):
-            gram.GramClassifier.load(tmp_path / "bad")
+            gram.GramClassifier.load(tmp_path / "bad", backbone)
     save_file(load_file(tmp_path / "good"), tmp_path / "plain")
     with pytest.raises(GramError, match="plain: expected a classifier, found a .safetensors file of something else"):
         gram.GramClassifier.load(tmp_path / "plain")
@@ -222,12 +222,9 @@ def test_a_file_of_something_else_is_one_sentence(tmp_path, backbone, fitted):
         ([None, None], ["a", "b"], {}, r"images\[.\]: expected a path.*, found NoneType"),
         (pictures()[0], pictures()[1], {"epochs": 0}, "epochs: expected at least 1"),
         (pictures()[0], pictures()[1], {"text_tokens": 0}, "expected TEXT_TOKENS or VISUAL_TOKENS above 0"),
-        (pictures()[0], pictures()[1], {"lr": 900.0, "epochs": 4, "augment": False, "words": ""}, "finite loss|^$"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence(backbone, images, labels, settings, sentence):
-    if sentence.endswith("^$"):
-        pytest.skip("a normalised feature keeps the loss finite")
     with pytest.raises(GramError, match=sentence):
         classifier(backbone, **settings).fit(images, labels)
 
@@ -282,15 +279,7 @@ def test_it_learns_more_than_zero_shot():
     sets = {
         split: ([images[row] for row in rows], [entries.classname[row] for row in rows]) for split, rows in few.items()
     }
-    accuracy = {}
-    names = sorted(set(sets["train"][1]))
-    clip = load_backbone("gram-small")
-    zero = gram.GramClassifier.load  # noqa: F841
-    accuracy["zero-shot"] = (
-        classifier(clip, epochs=1, lr=1e-9, class_names=names).fit(*sets["train"]).score(*sets["test"])
-    )
-    for name, meta in (("CoOp", None), ("GRAM", "gram-small-text")):
-        learner = classifier(clip, meta=meta, epochs=10, batch_size=32, class_names=names)
-        accuracy[name] = learner.fit(*sets["train"]).score(*sets["test"])
-    print(accuracy)
-    assert accuracy["GRAM"] > accuracy["zero-shot"] + 0.02
+    clip, names = load_backbone("gram-small"), sorted(set(sets["train"][1]))
+    zero_shot = classifier(clip, epochs=1, lr=0.0, class_names=names).fit(*sets["train"])
+    learned = classifier(clip, meta="gram-small-text", epochs=10, batch_size=32, class_names=names).fit(*sets["train"])
+    assert learned.score(*sets["test"]) > zero_shot.score(*sets["test"]) + 0.02
