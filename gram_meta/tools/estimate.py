@@ -187,7 +187,7 @@ def _config(family: str, backbone: Backbone, suffix: str, opts: Sequence[str]) -
     if family not in FAMILIES:
         raise GramError(f"--prompts: expected some of {', '.join(FAMILIES)}, found {family!r}")
     known = {"ViT-B/32": "vit_b32", "ViT-L/14": "vit_l14", "gram-small": "gram_small"}
-    name = f"{FAMILIES[family]}_{suffix or known.get(backbone.name, 'vit_b16')}"
+    name = f"{FAMILIES[family]}_{suffix or known.get(backbone.name.removeprefix('random-'), 'vit_b16')}"
     config = load_meta_config([name], [*opts, "BACKBONE.NAME", backbone.name, "BACKBONE.PRECISION", backbone.precision])
     if config.PROMPT.VISUAL_TOKENS and not backbone.is_vit:
         raise GramError(f"--prompts {family}: expected a ViT image tower of OpenAI's kind, found {backbone.name}")
@@ -248,9 +248,12 @@ class _MadeStore(PairStore):
         features = np.random.default_rng(0).normal(size=(images, backbone.embed_dim))
         self.image_features = (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float16)
         self.locations = [f"{number}.jpg" for number in range(images)]  # type: ignore[assignment]
+
+    def write_images(self) -> None:
+        """Write the image files, for prompts that need their pixels."""
         content = _jpeg()
         for name in self.locations:
-            (folder / name).write_bytes(content)
+            (self.path / name).write_bytes(content)
 
 
 def _trainer(folder: Path, backbone: Backbone, config: CfgNode) -> MetaTrainer:
@@ -265,6 +268,8 @@ def _trainer(folder: Path, backbone: Backbone, config: CfgNode) -> MetaTrainer:
     row = np.arange(topics * size)
     found = [Topic(words[number], 1.0, [(words[number], 1.0)], size, size, [size // 2] * 2) for number in range(topics)]
     store = _MadeStore(folder, backbone, len(row))
+    if config.PROMPT.VISUAL_TOKENS:
+        store.write_images()
     made_from = {"clip": backbone.fingerprint, "sentence_model": "made", "store": "made"}
     domain = row // (size // 2) % 2
     hierarchy = Hierarchy(
