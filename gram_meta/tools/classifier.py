@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from gram_meta.backbone.clip import Backbone, load_backbone
-from gram_meta.config import COMMAND_BOUNDS, check_bounds, did_you_mean, stored_config
+from gram_meta.config import COMMAND_BOUNDS, META_BOUNDS, check_bounds, did_you_mean, stored_config
 from gram_meta.corpus.sources import all_rows, open_source
+from gram_meta.engine.checkpoints import check_finite
 from gram_meta.errors import GramError, in_one_line
 from gram_meta.files import ModelFacts, PathLike, atomic_write, check_type, to_json
 from gram_meta.images import BROKEN, as_rgb, kept_images, read_rgb
 from gram_meta.method.apply import Regulation, regulate
-from gram_meta.method.checkpoint import FORMAT, MetaCheckpoint, load_meta_checkpoint, read_facts
+from gram_meta.method.checkpoint import FORMAT, MetaCheckpoint, check_fit, load_meta_checkpoint, read_facts
 from gram_meta.method.prompts import TEMPLATE, PromptConfig, PromptedCLIP, initial_prompts, logits
 from gram_meta.processes import ALONE, device_for, workers_for
 from gram_meta.progress import progress_bar
@@ -211,6 +212,11 @@ class GramClassifier(ClassifierMixin, BaseEstimator):
             ) from None
         clip = load_backbone(found.backbone, _device(found.backbone, device), found.precision)
         clip.check_weights(path, name, facts["backbone"]["fingerprint"])
+        widths = {"text": clip.text_width, "visual": clip.visual_width}
+        expected = {kind: (*value.shape[:1], widths.get(kind, 0)) for kind, value in prompts.items()}
+        check_fit(path, expected, {kind: value.shape for kind, value in prompts.items()})
+        check_finite(path, prompts)
+        check_bounds({"PROMPT.TEMPLATE": facts["template"]}, META_BOUNDS)
         found._set_classes(facts["class_names"], facts["has_numbers"])
         found.template_, found.regulation_ = facts["template"], None
         found.model_ = PromptedCLIP(clip, found.class_names_, prompts, found.template_)
@@ -222,8 +228,8 @@ class GramClassifier(ClassifierMixin, BaseEstimator):
         if len(values) != count:
             raise GramError(f"labels: expected one for each of {count} images, found {len(values)}")
         has_numbers = all(isinstance(value, int) for value in values)
-        if other := next((one for one in values if not isinstance(one, int if has_numbers else str)), None):
-            raise GramError(f"labels: expected names or whole numbers, found {other!r}")
+        if others := [value for value in values if not isinstance(value, int if has_numbers else str)]:
+            raise GramError(f"labels: expected names or whole numbers, found {others[0]!r}")
         if has_numbers and self.class_names is None and values:
             raise GramError(f"labels: expected names, or class_names beside numbers, found {values[0]}")
         names = sorted(set(values)) if self.class_names is None else list(self.class_names)
@@ -249,6 +255,8 @@ class GramClassifier(ClassifierMixin, BaseEstimator):
     def _start(self, backbone: Backbone, names: list[str], meta: MetaCheckpoint | None) -> PromptedCLIP:
         """Return the classifier before its first step."""
         if meta is None:
+            tokens = {"TEXT_TOKENS": _plain(self.text_tokens), "VISUAL_TOKENS": _plain(self.visual_tokens)}
+            check_bounds({"PROMPT": {**tokens, "TEMPLATE": self.template}}, META_BOUNDS)
             prompt = PromptConfig(self.text_tokens, self.visual_tokens, self.words, self.template)
             prompts = initial_prompts(backbone, prompt.text_tokens, prompt.visual_tokens, prompt.words, int(self.seed))
             self.template_ = prompt.template

@@ -201,6 +201,15 @@ def test_a_file_of_something_else_is_one_sentence(tmp_path, backbone, fitted):
         save_file(load_file(tmp_path / "good"), tmp_path / "bad", metadata=metadata)
         with pytest.raises(GramError, match=sentence):
             gram.GramClassifier.load(tmp_path / "bad", backbone)
+    metadata = {"gram-classifier": json.dumps(facts)}
+    for prompts, sentence in (
+        ({"text": torch.zeros(4, 32)}, r"bad: expected text of shape \(4, 64\), found \(4, 32\)"),
+        ({"text": torch.full((4, 64), torch.nan)}, "bad: "),
+        ({"other": torch.zeros(4, 64)}, "bad: expected other of shape"),
+    ):
+        save_file(prompts, tmp_path / "bad", metadata=metadata)
+        with pytest.raises(GramError, match=sentence):
+            gram.GramClassifier.load(tmp_path / "bad", backbone)
     save_file(load_file(tmp_path / "good"), tmp_path / "plain")
     with pytest.raises(GramError, match="plain: expected a classifier, found a .safetensors file of something else"):
         gram.GramClassifier.load(tmp_path / "plain")
@@ -216,11 +225,13 @@ def test_a_file_of_something_else_is_one_sentence(tmp_path, backbone, fitted):
         (pictures()[0], [0, 1] * 3, {}, "expected names, or class_names beside numbers, found 0"),
         (pictures()[0], [0, 2] * 3, {"class_names": ["a", "b"]}, "expected a number from 0 to 1, found 2"),
         (pictures()[0], ["red", "gren"] * 3, {"class_names": ["red", "green"]}, "found 'gren'; did you mean 'green'"),
-        (pictures()[0], ["red", 1] * 3, {}, "expected names or whole numbers, found 1"),
+        (pictures()[0], ["red", 0] * 3, {}, "expected names or whole numbers, found 0"),
         (pictures()[0], ["a", "b"] * 3, {"class_names": ["a", "b", "a"]}, "expected different names"),
         ([np.zeros((4, 4, 3))] * 2, ["a", "b"], {}, r"images\[.\]: expected a path.*, found float64 \(4, 4, 3\)"),
         ([None, None], ["a", "b"], {}, r"images\[.\]: expected a path.*, found NoneType"),
         (pictures()[0], pictures()[1], {"epochs": 0}, "epochs: expected at least 1"),
+        (pictures()[0], pictures()[1], {"text_tokens": -1, "words": ""}, "PROMPT.TEXT_TOKENS: expected at least 0"),
+        (pictures()[0], pictures()[1], {"template": "a photo"}, "PROMPT.TEMPLATE: expected words with {} where"),
         (pictures()[0], pictures()[1], {"text_tokens": 0}, "expected TEXT_TOKENS or VISUAL_TOKENS above 0"),
     ],
 )  # fmt: skip
