@@ -167,7 +167,8 @@ class GramClassifier(ClassifierMixin, BaseEstimator):
 
     def predict(self, images: Iterable[Picture]) -> np.ndarray:
         """Return the most probable label (n,) of each of n images as in `fit`."""
-        return self.classes_[self.predict_proba(images).argmax(axis=1)]
+        probabilities = self.predict_proba(images)
+        return self.classes_[probabilities.argmax(axis=1)]
 
     def save(self, path: PathLike) -> None:
         """Write the fitted classifier as a .safetensors file, without the weights of its CLIP."""
