@@ -247,6 +247,7 @@ class _MadeStore(PairStore):
         self.manifest = {"settings": {"clip": clip, "sentence_model": {"fingerprint": "made"}, "source": {}}}
         features = np.random.default_rng(0).normal(size=(images, backbone.embed_dim))
         self.image_features = (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float16)
+        self.similarity, self.image = np.zeros(images, np.float32), np.arange(images)  # type: ignore[misc]
         self.locations = [f"{number}.jpg" for number in range(images)]  # type: ignore[assignment]
 
     def write_images(self) -> None:
