@@ -147,7 +147,8 @@ def test_a_model_of_transformers(tmp_path, monkeypatch, capsys):
     for name, colour in (("a.jpg", "red"), ("b.jpg", "green")):
         Image.new("RGB", (32, 32), colour).save(name)
     tower = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 1}
-    config = transformers.CLIPConfig(tower, {**tower, "image_size": 32, "patch_size": 16}, projection_dim=32)
+    vision = {**tower, "image_size": 32, "patch_size": 16}
+    config = transformers.CLIPConfig(text_config=tower, vision_config=vision, projection_dim=32)
     monkeypatch.setattr(
         transformers.CLIPModel, "from_pretrained", lambda name: transformers.CLIPModel._from_config(config)
     )
