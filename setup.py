@@ -59,6 +59,7 @@ DOCS = ["mkdocs-material>=9.5", "mkdocstrings-python>=2.0"]  # mkdocs build: the
 
 TEST = [*DEMO, "pytest>=8", "pytest-timeout>=2.2", "pytest-xdist>=3.5", "hypothesis>=6.90", "datasets>=2.14"]
 TEST += ["tornado>=6.2", "nbclient>=0.10", "ipykernel>=6.29"]  # Chromium in tests of pages; the notebook
+TEST += ["open_clip_torch>=2.30"]  # its models are given as objects (backbone/objects.py)
 
 DEV = [
     *TEST,

@@ -22,9 +22,9 @@ from gram_meta.locks import only_writer
 from gram_meta.processes import device_for, process_group
 
 if TYPE_CHECKING:
-    from torch.optim import Optimizer
+    from torch import nn
 
-    from gram_meta.method.apply import Prompts, Regulation
+    from gram_meta.backbone.clip import Backbone
     from gram_meta.method.checkpoint import MetaCheckpoint
     from gram_meta.method.evaluation import Adaptation
 
@@ -37,8 +37,8 @@ def embed(
     source: PathLike,
     out: PathLike,
     *,
-    backbone: str = "ViT-B/16",
-    precision: str = "fp32",
+    backbone: str | nn.Module = "ViT-B/16",
+    precision: str | None = None,
     sentence_model: str = "all-MiniLM-L6-v2",
     batch_size: int = 64,
     part_size: int = 2048,
@@ -52,8 +52,8 @@ def embed(
     Args:
         source: shards, a folder or a file of pairs, or a pattern of files; docs/guide/corpus.md lists the formats.
         out: folder of the store. An interrupted run with the same arguments continues there.
-        backbone: an OpenAI name, a weights file, or `gram-small`.
-        precision: of CLIP: `fp32`, `fp16` or `bf16`.
+        backbone: an OpenAI name, a weights file, `gram-small`, or a model (see `load_backbone`).
+        precision: of CLIP: `fp32`, `fp16` or `bf16`; None: `fp32`, or a model's own.
         sentence_model: a name, or a folder in sentence-transformers' format.
         batch_size: images in one pass.
         part_size: pairs in a part: what an interruption can lose.
@@ -72,18 +72,21 @@ def embed(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     def unfinished() -> Source | None:
-        """Open the source; return None if the store is finished. Cheap errors come before CLIP is loaded."""
+        """Open the source; return None if the store is finished. Cheap errors come before a named CLIP is loaded."""
         opened = open_source(source, **source_options)
         check_folder(out)
         settings = {
             "source": opened.identity(),
-            "clip": {"name": backbone, "precision": precision},
+            "clip": {
+                "name": getattr(clip, "name", backbone),
+                "precision": getattr(clip, "precision", precision or "fp32"),
+            },
             "sentence_model": {"name": sentence_model},
             "batch_size": batch_size,
             "part_size": part_size,
         }
         # A name stands for its weights, so a finished run is recognised before they are loaded; a file may change.
-        by_name = not os.path.exists(backbone) and not os.path.exists(sentence_model)
+        by_name = isinstance(backbone, str) and not os.path.exists(backbone) and not os.path.exists(sentence_model)
         if is_finished(out, settings) and by_name:
             remove_leftovers(out)
             print(f"{os.fspath(out)}: finished before, nothing to do", file=sys.stderr)
@@ -91,17 +94,18 @@ def embed(
         return opened
 
     with process_group(device or "auto") as group:
+        used = device_for(group, device)
+        clip = _model(backbone, device, precision)
         opened = group.first(unfinished)
         if opened is not None:
             from gram_meta.backbone.clip import load_backbone
             from gram_meta.corpus.embedding.sentences import load_sentence_model
 
-            used = device_for(group, device)
             with only_writer(out, group.is_first):
                 embed_pairs(
                     opened,
                     out,
-                    load_backbone(backbone, used, precision),
+                    clip or load_backbone(backbone, used, precision),
                     load_sentence_model(sentence_model, used),
                     batch_size=batch_size,
                     part_size=part_size,
@@ -164,6 +168,7 @@ def pretrain(
     *,
     config: Configs = (),
     opts: Options = (),
+    backbone: nn.Module | None = None,
     device: str = "auto",
     resume: bool = False,
     progress: bool = True,
@@ -176,6 +181,7 @@ def pretrain(
         out: folder of best.safetensors, last.safetensors, log.jsonl and the state for `resume`.
         config: files of settings of the experiment.
         opts: single settings that replace those of `config`.
+        backbone: a model (see `load_backbone`) in the place of BACKBONE.NAME and BACKBONE.PRECISION.
         resume: continue the run in `out`; its final weights equal those of an uninterrupted run.
 
     Raises:
@@ -185,13 +191,15 @@ def pretrain(
     from gram_meta.method.checkpoint import load_meta_checkpoint
     from gram_meta.method.together import MetaTrainer, open_trainer
 
-    settings = load_meta_config(_files(config), _pairs(opts))
+    clip = _model(backbone, device)
+    named = ["BACKBONE.NAME", clip.name, "BACKBONE.PRECISION", clip.precision] if clip else []
+    settings = load_meta_config(_files(config), [*_pairs(opts), *named])
     if settings.SEEDS:
         raise GramError(f"SEEDS: expected one run here, of SEED, found {settings.SEEDS}; gram pretrain trains several")
     with process_group(device or "auto") as group:
         used = device_for(group, device)
         folders = _folder(store), _folder(hierarchy), out
-        best = open_trainer(MetaTrainer, *folders, settings, used, progress, group).run(resume)
+        best = open_trainer(MetaTrainer, *folders, settings, used, progress, group, clip).run(resume)
     return load_meta_checkpoint(best)
 
 
@@ -205,6 +213,7 @@ def evaluate(
     steps: Sequence[int] = (0, 1, 5, 20),
     seed: int = 1000,
     opts: Options = (),
+    backbone: nn.Module | None = None,
     device: str = "auto",
     progress: bool = True,
 ) -> Adaptation:
@@ -218,39 +227,30 @@ def evaluate(
         steps: numbers of inner steps after which the query sets are scored.
         seed: of the draw of the tasks.
         opts: settings that replace those of meta-training.
+        backbone: the model of meta-training, if that was given one.
     """
     from gram_meta.method.checkpoint import MetaCheckpoint, load_meta_checkpoint
     from gram_meta.method.evaluation import evaluate_adaptation
 
     checkpoint = meta if isinstance(meta, MetaCheckpoint) else load_meta_checkpoint(meta)
     opened = _store(store), hierarchy if isinstance(hierarchy, Hierarchy) else Hierarchy.open(hierarchy)
-    name = stored_config(checkpoint.config, _pairs(opts)).BACKBONE.NAME
+    clip = _model(backbone, device)
+    name = clip.name if clip else stored_config(checkpoint.config, _pairs(opts)).BACKBONE.NAME
     checkpoint.check_name(name)
     opened[0].check_backbone_name(name)
     opened[1].check_store(opened[0])
     with process_group(device or "auto") as group:
         used = device_for(group, device)
-    return evaluate_adaptation(checkpoint, *opened, tasks, steps, seed, _pairs(opts), used, progress)
+    return evaluate_adaptation(checkpoint, *opened, tasks, steps, seed, _pairs(opts), used, progress, clip)
 
 
-def regulate(optimizer: Optimizer, prompts: Prompts, meta: MetaCheckpoint) -> Regulation:
-    """Let `optimizer.step()` see R^phi(g) instead of the gradient g of each prompt (Sec. 3.3, "Testing").
+def _model(backbone: str | nn.Module | None, device: str, precision: str | None = None) -> Backbone | None:
+    """Return a model as a backbone, on its own device unless another is named; None for a name."""
+    if backbone is None or isinstance(backbone, str):
+        return None
+    from gram_meta.backbone.clip import load_backbone
 
-    Args:
-        optimizer: any torch optimiser that holds the prompts.
-        prompts: by kind, such as `PromptedCLIP.prompts()`.
-        meta: a meta-checkpoint; without a regulator in it the gradients stay raw and are counted.
-
-    Returns:
-        The regulation; `summary()` says what it has done so far.
-    """
-    from gram_meta.method.apply import Regulation
-
-    regulation = Regulation(prompts, meta.regulator, gradient_norms=meta.gradient_norms)
-    if meta.regulator is not None:
-        meta.regulator.to(next(iter(regulation.prompts.values())).device)
-    regulation.attach(optimizer)
-    return regulation
+    return load_backbone(backbone, None if device in ("", "auto") else device, precision)
 
 
 def _store(store: PairStore | PathLike) -> PairStore:

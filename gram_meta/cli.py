@@ -25,6 +25,7 @@ COMMANDS = {
     "predict": "classes of your own images, with the prompts of a run",
     "interpret": "the words nearest to learned context tokens",
     "export": "a meta-checkpoint's prompt as a checkpoint that CoOp's trainers start from",
+    "estimate": "time, memory and disk of the path to a table, on this machine",
     "doctor": "what this environment has and lacks, and the command that fixes it",
     "demo": "the whole path on the emoji world, ending in a table",
 }

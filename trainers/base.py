@@ -21,6 +21,7 @@ from gram_meta import engine
 from gram_meta.backbone.clip import Backbone, load_backbone, sizes_of
 from gram_meta.backbone.footprint import GB
 from gram_meta.backbone.graphs import first_line
+from gram_meta.backbone.weights import OPENAI
 from gram_meta.config import as_dict, flatten
 from gram_meta.engine import TrainerX, build_lr_scheduler, build_optimizer, compute_accuracy
 from gram_meta.engine.options import complete_cfg
@@ -83,6 +84,10 @@ class ClipTrainer(TrainerX):
             raise GramError(f"{type(self).__name__}: visual prompts expect a ViT image tower, found the ResNet {name}")
         precision = "fp32" if self.options.PREC == "amp" else self.options.PREC
         backbone = load_backbone(name, self.device, precision)
+        pixels, expected = [tuple(cfg.INPUT[f"PIXEL_{key}"]) for key in ("MEAN", "STD")], backbone.design
+        if (expected.mean, expected.std) != (OPENAI.mean, OPENAI.std) and pixels != [expected.mean, expected.std]:
+            wanted = f"expected {expected.mean} and {expected.std} for {name}"
+            raise GramError(f"INPUT.PIXEL_MEAN, INPUT.PIXEL_STD: {wanted}, found {pixels[0]} and {pixels[1]}")
         if torch.cuda.device_count() > 1:
             used = "one of them" if self.device.type == "cuda" else "the CPU alone"
             advice = "run other seeds on the others (CUDA_VISIBLE_DEVICES, `gram bench --gpus`)"

@@ -15,6 +15,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from gram_meta.backbone.recompute import recomputed
 from gram_meta.backbone.towers import Packing, Rectangle, image_features, text_features
-from gram_meta.backbone.weights import PIXEL_MEAN, PIXEL_STD, build_clip, empty_clip, read_clip, read_sizes
+from gram_meta.backbone.weights import OPENAI, Design, build_clip, empty_clip, read_clip, read_sizes
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike
 
@@ -55,37 +56,66 @@ keeps_last = False  # whether `load_backbone` keeps the last CLIP for its next c
 _kept: dict[tuple[Any, ...], Backbone] = {}
 
 
-def load_backbone(name: str, device: str | torch.device = "cpu", precision: str = "fp32") -> Backbone:
+def load_backbone(
+    name: str | nn.Module, device: str | torch.device | None = None, precision: str | None = None
+) -> Backbone:
     """Load a frozen CLIP.
 
     Args:
         name: an OpenAI name (`"ViT-B/16"`, downloaded by the clip package to ~/.cache/clip), a path to a file or folder
             with weights in OpenAI's, Hugging Face's or open_clip's layout (see `backbone.weights`), `"gram-small"` for
             the model in this package, or `"random-SHAPE"` (`random-tiny`, `random-ViT-B/16`) for seeded random weights.
-        device: of the towers.
-        precision: `fp32`, `tf32`, `fp16`, `bf16` or `fp64` for the towers; features and logits are float32 (float64
-            for `fp64`). `tf32` is float32 with the TF32 products of NVIDIA's GPUs. That is a switch of the process,
-            which every call sets: the precision of the last backbone holds.
+            Or a model: a `CLIPModel` of transformers, a `CLIP` of open_clip or of the clip package (see
+            `backbone.objects`), which stays as it is and whose weights are shared where they can be. A `Backbone` is
+            returned as it is.
+        device: of the towers; None: that of a model, else the CPU.
+        precision: `fp32`, `tf32`, `fp16`, `bf16` or `fp64` for the towers; None: that of a model, else `fp32`. Features
+            and logits are float32 (float64 for `fp64`). `tf32` is float32 with the TF32 products of NVIDIA's GPUs. That
+            is a switch of the process, which every call sets: the precision of the last backbone holds.
 
     Raises:
-        GramError: unknown name or precision, missing or unreadable file, or a file without an OpenAI-style CLIP.
+        GramError: unknown name or precision, missing or unreadable file, or a CLIP of another architecture.
     """
-    if precision not in PRECISIONS:
-        raise GramError(f"precision: expected one of {', '.join(PRECISIONS)}, found {precision!r}")
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"  # else float32 products are those of float32
+    if isinstance(name, Backbone):
+        return name
+    if isinstance(name, nn.Module):
+        return _backbone_of(name, device, precision)
+    device, precision = device or "cpu", precision or "fp32"
+    _set_precision(precision)
     files = sorted(file for file in (Path(name), *Path(name).glob("*")) if file.is_file())
     key = (name, str(device), precision, *((file.stat().st_mtime_ns, file.stat().st_size) for file in files))
     if key in _kept:
         return copy.copy(_kept[key])  # the weights are the same, the settings its own
     _kept.clear()
+    design = OPENAI
     if name.startswith("random-"):
         model = _random_model(name.removeprefix("random-"))
     else:
-        model = build_clip(clip_module(), _state_dict_for(name), name)
-    backbone = Backbone(model, name, device, precision)
+        state, design = _state_dict_for(name)
+        model = build_clip(clip_module(), state, name, design)
+        del state
+    backbone = Backbone(model, name, device, precision, design)
     if keeps_last:
         _kept[key] = copy.copy(backbone)
     return backbone
+
+
+def _backbone_of(model: nn.Module, device: str | torch.device | None, precision: str | None) -> Backbone:
+    from gram_meta.backbone.objects import read_model
+
+    found = read_model(model)
+    sample = found.state["text_projection"]
+    kinds = {kind: name for name, kind in reversed(PRECISIONS.items())}
+    precision = precision or kinds.get(sample.dtype, "fp32")
+    _set_precision(precision)
+    built = build_clip(clip_module(), found.state, found.name, found.design, found.tower)
+    return Backbone(built, found.name, device or sample.device, precision, found.design)
+
+
+def _set_precision(precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise GramError(f"precision: expected one of {', '.join(PRECISIONS)}, found {precision!r}")
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"  # else float32 products are those of float32
 
 
 def check_name(where: PathLike, made_with: str, name: str, widths: Mapping[str, int]) -> None:
@@ -127,8 +157,9 @@ class Backbone(nn.Module):
 
     Attributes:
         name: as given to `load_backbone`.
-        is_vit: whether the image tower is a transformer (only then are there visual prompts).
-        text_width, visual_width, embed_dim: d_text, d_visual (0 for a ResNet) and the width D of the joint space.
+        is_vit: whether the image tower is OpenAI's transformer (only then are there visual prompts).
+        text_width, visual_width, embed_dim: d_text, d_visual (0 without `is_vit`) and the width D of the joint space.
+        design: what the weights do not show, such as the activation.
         image_size: side of the square input in pixels.
         context_length: positions of the text tower (77).
         logit_scale: 1 / tau of Eq. 1, float32 scalar.
@@ -143,10 +174,12 @@ class Backbone(nn.Module):
     pixel_std: Tensor
     model: Any  # clip.model.CLIP, whose parts are declared in CLIP's code only
 
-    def __init__(self, model: Any, name: str, device: str | torch.device, precision: str) -> None:
+    def __init__(
+        self, model: Any, name: str, device: str | torch.device, precision: str, design: Design = OPENAI
+    ) -> None:
         super().__init__()
-        self.name = name
-        self._digest = _in_background(fingerprint, model.state_dict())
+        self.name, self.design = name, design
+        self._digest = _in_background(partial(fingerprint, design=design), model.state_dict())
         self.is_vit = hasattr(model.visual, "class_embedding")
         self.text_width = int(model.ln_final.weight.shape[0])
         self.visual_width = int(model.visual.conv1.weight.shape[0]) if self.is_vit else 0
@@ -156,7 +189,7 @@ class Backbone(nn.Module):
         self.precision = precision
         self.checkpointing: bool | str = False
         self.packs_texts = torch.device(device).type == "cpu"
-        for name, value in (("pixel_mean", PIXEL_MEAN), ("pixel_std", PIXEL_STD)):
+        for name, value in (("pixel_mean", design.mean), ("pixel_std", design.std)):
             self.register_buffer(name, torch.tensor(value)[:, None, None], persistent=False)  # (3, 1, 1)
         tau = model.logit_scale.detach().float().exp()
         self.register_buffer("logit_scale", tau.to(_feature_dtype(precision)))
@@ -171,7 +204,7 @@ class Backbone(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Number type of the towers' matrix products."""
-        return self.model.visual.conv1.weight.dtype
+        return self.model.transformer.resblocks[0].mlp.c_fc.weight.dtype
 
     @property
     def device(self) -> torch.device:
@@ -278,7 +311,7 @@ class Backbone(nn.Module):
         images = images.to(self.device, self.dtype)
         if not self.is_vit:
             if prompt is not None:
-                raise GramError(f"visual prompts: expected a ViT image tower, found the ResNet {self.name}")
+                raise GramError(f"visual prompts: expected a ViT image tower of OpenAI's kind, found {self.name}")
             return self._normalised(self.model.visual(images))
         return self._normalised(image_features(self.model.visual, images, prompt, self._run("images"), deeper))
 
@@ -293,7 +326,7 @@ class Backbone(nn.Module):
         crop = T.CenterCrop(self.image_size)
         if as_bytes:
             return T.Compose([resize, crop, T.PILToTensor()])
-        return T.Compose([resize, crop, T.ToTensor(), T.Normalize(PIXEL_MEAN, PIXEL_STD)])
+        return T.Compose([resize, crop, T.ToTensor(), T.Normalize(self.design.mean, self.design.std)])
 
     def normalise(self, images: Tensor) -> Tensor:
         """Turn uint8 pixels (..., 3, H, W), on the towers' device, into the tower's float32 input."""
@@ -350,9 +383,12 @@ def _in_background(function: Callable[[Any], Any], argument: Any) -> Callable[[]
     return result
 
 
-def fingerprint(state_dict: dict[str, Tensor]) -> str:
-    """Return the SHA-256 of names, shapes and float32 values of a state dict, in the order of the names."""
-    digest = hashlib.sha256()
+def fingerprint(state_dict: dict[str, Tensor], design: Design = OPENAI) -> str:
+    """Return the SHA-256 of names, shapes and float32 values of a state dict, in the order of the names.
+
+    A design other than OpenAI's counts too: the same weights with another activation are another CLIP.
+    """
+    digest = hashlib.sha256() if design == OPENAI else hashlib.sha256(repr(design).encode())
     for key in sorted(state_dict):
         value = state_dict[key].detach().to("cpu", torch.float32).contiguous()
         digest.update(f"{key}{tuple(value.shape)}".encode())
@@ -360,11 +396,11 @@ def fingerprint(state_dict: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _state_dict_for(name: str) -> dict[str, Tensor]:
+def _state_dict_for(name: str) -> tuple[dict[str, Tensor], Design]:
     if name == PACKAGED:
         from gram_meta.backbone.packaged import load_packaged_state_dict
 
-        return load_packaged_state_dict()
+        return load_packaged_state_dict(), OPENAI
     known = {key: url for key, url in getattr(clip_module().clip, "_MODELS", {}).items() if key != PACKAGED}
     if name in known:
         root = os.path.expanduser("~/.cache/clip")

@@ -137,6 +137,9 @@ def _merge_heads(attn: nn.MultiheadAttention, x: Tensor) -> Tensor:
 
 def _mlp(mlp: Any, x: Tensor) -> Tensor:
     """Apply CLIP's MLP to (..., d)."""
+    if isinstance(mlp.gelu, nn.GELU):
+        hidden = F.gelu(F.linear(x, mlp.c_fc.weight, mlp.c_fc.bias))
+        return F.linear(hidden, mlp.c_proj.weight, mlp.c_proj.bias)
     # QuickGELU is h sigmoid(a h) = silu(a h) / a; with `a` in both matrix products, one elementwise pass is left
     flat, a = x.flatten(0, -2), ACTIVATION
     hidden = torch.addmm(mlp.c_fc.bias, flat, mlp.c_fc.weight.T, beta=a, alpha=a)

@@ -2,28 +2,33 @@
 
 The formats are OpenAI's own files (TorchScript archives, plain state dicts), Hugging Face's (a folder written by
 `save_pretrained`, or a file of it) and open_clip's (a folder or file of its hub, or a checkpoint of its training). The
-architecture is OpenAI's: quick_gelu, heads of 64 channels, layer norms with eps 1e-5, a causal text tower that is read
-at the end token. Weights do not show their activation or number of heads; the config beside them does. If the config
-differs from OpenAI's architecture, the weights are refused: they would load, and give wrong features.
+architecture is OpenAI's: pre-norm blocks, an image tower that is read at its class token, a causal text tower that is
+read at the end token. Weights do not show their activation, heads, epsilon or pixel statistics; the config beside them
+does (`Design`). If the config describes another architecture, the weights are refused: they would load, and give wrong
+features.
 """
 
+from __future__ import annotations
+
+import copy
 import inspect
 import io
 import math
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gram_meta.engine.checkpoints import Record, RestrictedUnpickler
 from gram_meta.errors import GramError, in_one_line
-from gram_meta.files import read_json
+from gram_meta.files import PathLike, read_json
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # RGB, of CLIP's training images
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -31,6 +36,29 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 HEAD = 64  # channels of an attention head in OpenAI's builder
 EPS = 1e-5  # of its layer norms
 VOCABULARY = 49_408  # of its tokenizer
+END = VOCABULARY - 1  # id of its end token
+ACTIVATIONS = ("quick_gelu", "gelu")
+
+
+class Tower(NamedTuple):
+    """How a transformer computes, beyond its weights."""
+
+    activation: str = ACTIVATIONS[0]
+    head: int = HEAD  # channels of an attention head
+    eps: float = EPS
+
+
+@dataclass(frozen=True)
+class Design:
+    """What the weights of a CLIP do not show; the defaults are OpenAI's."""
+
+    text: Tower = Tower()
+    image: Tower = Tower()
+    mean: tuple[float, ...] = PIXEL_MEAN
+    std: tuple[float, ...] = PIXEL_STD
+
+
+OPENAI = Design()
 
 _START = "visual.class_embedding"  # a ViT has it, a ResNet does not
 _KEPT = (torch.float32, torch.float16, torch.bfloat16, torch.int64)  # number types that are exact as float32
@@ -55,8 +83,8 @@ _OPEN_CLIP = (
 _PLAIN_DESIGN = {"trainer": "CoOp", "vision_depth": 0, "vision_ctx": 0, "language_depth": 0, "language_ctx": 0}
 
 
-def read_clip(path: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """Return weights under OpenAI's names from a file or folder of OpenAI's, Hugging Face's or open_clip's layout.
+def read_clip(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], Design]:
+    """Return weights under OpenAI's names, and their design, from a file or folder of one of the three layouts.
 
     Files are mapped. `device`: "cpu" copies the weights from there, as a mapped file may change later; "meta" returns
     their shapes alone and reads none of them. Raises `GramError` for an unreadable file, or weights that CLIP's code
@@ -66,12 +94,12 @@ def read_clip(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     state = {key: value.to(device, copy=True) for key, value in _plain_names(_read_file(file)).items()}
     _refuse_siglip(state, path)
     if any(key.startswith(("vision_model.", "text_model.")) for key in state):
-        _check_hugging_face(_config_beside(file, _HUGGING_FACE[0], path), path)
-        return _from_hugging_face(state, path)
+        design = hugging_face_design(_config_beside(file, _HUGGING_FACE[0], path), path, file.parent)
+        return from_hugging_face(state, path), design
     if _is_open_clip(file, state):
-        _check_open_clip(_config_beside(file, _OPEN_CLIP[0], path), path)
-        return _from_open_clip(state)
-    return state
+        design = _open_clip_design(_config_beside(file, _OPEN_CLIP[0], path), path)
+        return from_open_clip(state), design
+    return state, OPENAI
 
 
 def read_sizes(path: Path) -> dict[str, int]:
@@ -81,7 +109,7 @@ def read_sizes(path: Path) -> dict[str, int]:
     side of the images in pixels ("image"). What cannot be told is left out; loading says what is wrong with a file.
     """
     try:
-        shapes = {key: tuple(value.shape) for key, value in read_clip(path, "meta").items()}
+        shapes = {key: tuple(value.shape) for key, value in read_clip(path, "meta")[0].items()}
     except (GramError, RuntimeError):
         return {}
     places = {"text": ("token_embedding.weight", 1), "joint": ("text_projection", 1), "visual": (_START, 0)}
@@ -92,22 +120,31 @@ def read_sizes(path: Path) -> dict[str, int]:
     return found
 
 
-def build_clip(clip: ModuleType, state: Mapping[str, Tensor], name: str) -> Any:
+def build_clip(
+    clip: ModuleType, state: Mapping[str, Tensor], name: str, design: Design = OPENAI, tower: ForeignTower | None = None
+) -> Any:
     """Return CLIP's modules with these very tensors; raise `GramError` for no whole CLIP of OpenAI's kind.
 
     Nothing is copied: the modules are built without memory (device "meta"), and then hold the tensors of `state` in
     their own number types. The random generator ends where initial weights would have left it, as in CoOp's code, so
     that equal seeds give equal runs there and here.
+
+    Args:
+        design: of the towers. tower: the image tower, if it is not one of OpenAI's; `state` then has none.
     """
     weights = {key: value if value.dtype in _KEPT else value.float() for key, value in state.items()}
     weights = {key: value for key, value in weights.items() if key not in _EXTRA}
-    if "text_projection" not in weights or "visual.conv1.weight" not in weights:
+    if "text_projection" not in weights or (tower is None and "visual.conv1.weight" not in weights):
         some = ", ".join(list(weights)[:3]) or "nothing"
         raise GramError(f"{name}: expected a CLIP with Hugging Face's, open_clip's or OpenAI's key names, found {some}")
     try:
         with _Draws() as draws, torch.device("meta"):
-            model = _plainly(clip.model.build_model, {key: value.to("meta") for key, value in weights.items()})
+            shapes = {key: value.to("meta") for key, value in weights.items()}
+            model = _plainly(clip.model.build_model, shapes | ({} if tower is None else _least_tower(shapes)))
         draws.pass_over()
+        if tower is not None:
+            model.visual = tower
+            weights |= {f"visual.{key}": value for key, value in tower.state_dict().items()}
         model.load_state_dict(weights, assign=True)
     except (KeyError, IndexError, RuntimeError) as error:
         found = f"no {error.args[0]}" if isinstance(error, KeyError) else in_one_line(error, 300)
@@ -117,7 +154,46 @@ def build_clip(clip: ModuleType, state: Mapping[str, Tensor], name: str) -> Any:
         raise GramError(f"{name}: expected {VOCABULARY} tokens of CLIP's tokenizer, found {vocabulary}")
     for block in model.transformer.resblocks:
         block.attn_mask = model.build_attention_mask()  # no weight
+    _apply(design.text, nn.ModuleList([model.transformer, model.ln_final]))
+    if tower is None:
+        _apply(design.image, model.visual)
     return model
+
+
+class ForeignTower(nn.Module):
+    """An image tower of another architecture, which is called as it is: text prompts work, visual ones do not.
+
+    Its tensors are those of `tower`; its modules are copies, so that freezing or moving them leaves `tower` alone.
+    """
+
+    def __init__(self, tower: nn.Module, size: int) -> None:
+        super().__init__()
+        shared: dict[int, Any] = {id(one): nn.Parameter(one.detach(), False) for one in tower.parameters()}
+        shared |= {id(one): one.detach() for one in tower.buffers()}
+        self.tower, self.input_resolution = copy.deepcopy(tower, shared), size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the features (B, D) of images (B, 3, H, W)."""
+        return self.tower(images)
+
+
+def _least_tower(shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the shapes of an image tower without layers, for CLIP's builder to begin with."""
+    joint = shapes["text_projection"].shape[1]
+    sizes = {"class_embedding": (HEAD,), "conv1.weight": (HEAD, 3, 1, 1), "positional_embedding": (2, HEAD)}
+    sizes |= {f"ln_{which}.{leaf}": (HEAD,) for which in ("pre", "post") for leaf in ("weight", "bias")}
+    return {f"visual.{key}": torch.empty(size) for key, size in (sizes | {"proj": (HEAD, joint)}).items()}
+
+
+def _apply(tower: Tower, module: nn.Module) -> None:
+    """Have a tower of CLIP's modules compute as its design describes."""
+    for part in module.modules():
+        if isinstance(part, nn.LayerNorm):
+            part.eps = tower.eps
+        elif isinstance(part, nn.MultiheadAttention):
+            part.num_heads, part.head_dim = part.embed_dim // tower.head, tower.head
+        elif tower.activation == "gelu" and hasattr(part, "gelu"):
+            part.gelu = nn.GELU()
 
 
 class _Draws(TorchDispatchMode):
@@ -280,7 +356,7 @@ _HF_OUTSIDE |= {
 _HF_PROJECTIONS = {"text_projection.weight": "text_projection", "visual_projection.weight": "visual.proj"}
 
 
-def _from_hugging_face(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+def from_hugging_face(state: Mapping[str, Tensor], path: PathLike) -> dict[str, Tensor]:
     """Rename the weights of transformers' CLIPModel: q, k, v become one matrix, projections are transposed."""
     ours: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -292,7 +368,7 @@ def _from_hugging_face(state: Mapping[str, Tensor], path: Path) -> dict[str, Ten
         if key in _HF_OUTSIDE:
             ours[_HF_OUTSIDE[key]] = value
         elif key in _HF_PROJECTIONS:
-            ours[_HF_PROJECTIONS[key]] = value.T.contiguous()  # a linear layer's (D, d) -> (d, D)
+            ours[_HF_PROJECTIONS[key]] = value.T  # a linear layer's (D, d) -> (d, D)
         elif module in _HF_IN_LAYER:
             ours[f"{block}.{_HF_IN_LAYER[module]}.{leaf}"] = value
         elif module == "self_attn.q_proj":
@@ -306,25 +382,43 @@ def _from_hugging_face(state: Mapping[str, Tensor], path: Path) -> dict[str, Ten
     return ours
 
 
-def _check_hugging_face(config: Mapping[str, Any], path: Path) -> None:
-    """Raise if the config describes another computation than OpenAI's."""
+def hugging_face_design(config: Mapping[str, Any], path: PathLike, folder: Path | None) -> Design:
+    """Return the design that a CLIPModel's config describes; raise `GramError` for another architecture.
+
+    Args:
+        folder: where the config of its images may lie.
+    """
     kind = config.get("model_type", "clip")
     if kind != "clip":
         raise GramError(f"{path}: expected a Hugging Face model of model_type 'clip', found {kind!r}")
-    usual = {
-        "text": {"hidden_size": 512, "num_attention_heads": 8},
-        "vision": {"hidden_size": 768, "num_attention_heads": 12},
-    }
-    for tower, defaults in usual.items():
-        own = {**defaults, **(config.get(f"{tower}_config") or {})}
-        _expect(path, f"{tower}_config.hidden_act", "quick_gelu", own.get("hidden_act", "quick_gelu"))
-        heads = own["num_attention_heads"]
-        _expect(path, f"{tower}_config.num_attention_heads", own["hidden_size"] / HEAD, heads)
-        _expect(path, f"{tower}_config.layer_norm_eps", EPS, own.get("layer_norm_eps", EPS))
-    folder = path if path.is_dir() else path.parent
-    if (folder / "preprocessor_config.json").is_file():
-        pixels = read_json(folder / "preprocessor_config.json")
-        _check_pixels(pixels.get("image_mean"), pixels.get("image_std"), "preprocessor_config.json", path)
+    text, image = (
+        _hugging_face_tower({**usual, **(config.get(name) or {})}, name, path)
+        for name, usual in (
+            ("text_config", {"hidden_size": 512, "num_attention_heads": 8}),
+            ("vision_config", {"hidden_size": 768, "num_attention_heads": 12}),
+        )
+    )
+    end = (config.get("text_config") or {}).get("eos_token_id", END)
+    if end not in (2, END):  # 2: of older configs, for the token of the highest id
+        raise GramError(f"{path}: expected text_config.eos_token_id {END}, of CLIP's tokenizer, found {end}")
+    beside = folder / "preprocessor_config.json" if folder else None
+    pixels = read_json(beside, dict[str, Any]) if beside and beside.is_file() else {}
+    return Design(text, image, *pixel_statistics(pixels.get("image_mean"), pixels.get("image_std"), path))
+
+
+def _hugging_face_tower(config: Mapping[str, Any], name: str, path: PathLike) -> Tower:
+    act, eps = config.get("hidden_act", ACTIVATIONS[0]), config.get("layer_norm_eps", EPS)
+    return tower_of(path, name, act, config["hidden_size"], config["num_attention_heads"], eps)
+
+
+def tower_of(path: PathLike, name: str, activation: str, width: int, heads: int, eps: float) -> Tower:
+    """Return a tower's design; raise `GramError` for one that CLIP's builder or the towers' passes do not know."""
+    if activation not in ACTIVATIONS:
+        raise GramError(f"{path}: expected an activation of {name} of {' or '.join(ACTIVATIONS)}, found {activation}")
+    if width % HEAD or heads < 1 or width % heads:
+        found = f"{width} with {heads}"
+        raise GramError(f"{path}: expected a width of {name} that {HEAD} and its heads divide, found {found}")
+    return Tower(activation, width // heads, eps)
 
 
 def _is_open_clip(file: Path, state: Mapping[str, Tensor]) -> bool:
@@ -337,49 +431,60 @@ def _is_open_clip(file: Path, state: Mapping[str, Tensor]) -> bool:
     )
 
 
-def _from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename open_clip's weights: a custom text tower has the prefix `text.`, and may project by a linear layer."""
     ours = {key.removeprefix("text."): value for key, value in state.items()}
     if "text_projection.weight" in ours and "text_projection.bias" not in ours:
-        ours["text_projection"] = ours.pop("text_projection.weight").T.contiguous()
+        ours["text_projection"] = ours.pop("text_projection.weight").T
     return {key: value for key, value in ours.items() if key not in _EXTRA}
 
 
-def _check_open_clip(config: Mapping[str, Any], path: Path) -> None:
-    """Raise if the config describes another computation than OpenAI's; open_clip's own default is gelu."""
+def _open_clip_design(config: Mapping[str, Any], path: Path) -> Design:
+    """Return the design that a config of open_clip describes; raise `GramError` for another architecture."""
     model = config.get("model_cfg", config)
     vision, text = model.get("vision_cfg") or {}, model.get("text_cfg") or {}
     for name, tower, key in (("vision_cfg", vision, "timm_model_name"), ("text_cfg", text, "hf_model_name")):
         if tower.get(key):
-            raise GramError(f"{path}: expected towers of OpenAI's architecture, found {name}.{key} {tower[key]!r}")
-    _expect(path, "model_cfg.quick_gelu", True, bool(model.get("quick_gelu")))
-    _expect(path, "vision_cfg.head_width", HEAD, vision.get("head_width", HEAD))
-    _expect(path, "text_cfg.heads", text.get("width", 512) / HEAD, text.get("heads", 8))
-    for name, tower in (("vision_cfg", vision), ("text_cfg", text)):
-        _expect(path, f"{name}.norm_kwargs.eps", EPS, (tower.get("norm_kwargs") or {}).get("eps", EPS))
-        for key, usual in _OPEN_CLIP_USUAL[name].items():
-            _expect(path, f"{name}.{key}", usual, tower.get(key, usual))
+            found = f"{name}.{key} {tower[key]!r}"
+            if tower is vision:
+                found += "; gram_meta.load_backbone takes such a model as an object, for text prompts"
+            raise GramError(f"{path}: expected towers of OpenAI's architecture, found {found}")
+    width = vision.get("width", 768)
+    heads = width // vision.get("head_width", HEAD)
     pixels = config.get("preprocess_cfg") or {}
-    _check_pixels(pixels.get("mean"), pixels.get("std"), "preprocess_cfg", path)
+    is_resnet = isinstance(vision.get("layers"), list)
+    if is_resnet and vision.get("head_width", HEAD) != HEAD:
+        raise GramError(f"{path}: expected vision_cfg.head_width {HEAD} of a ResNet, found {vision['head_width']}")
+    return Design(
+        _open_clip_tower(model, "text_cfg", text.get("width", 512), text.get("heads", 8), path),
+        Tower() if is_resnet else _open_clip_tower(model, "vision_cfg", width, heads, path),
+        *pixel_statistics(pixels.get("mean"), pixels.get("std"), path),
+    )
+
+
+def _open_clip_tower(model: Mapping[str, Any], name: str, width: int, heads: int, path: Path) -> Tower:
+    node = model.get(name) or {}
+    for key, usual in _OPEN_CLIP_USUAL[name].items():
+        if (found := node.get(key, usual)) != usual:
+            raise GramError(f"{path}: expected {name}.{key} {usual}, as OpenAI's CLIP has it, found {found}")
+    activation = "quick_gelu" if model.get("quick_gelu") else "gelu"  # open_clip's own default
+    return tower_of(path, name, activation, width, heads, (node.get("norm_kwargs") or {}).get("eps", EPS))
 
 
 # Settings of open_clip that change the computation but not the shapes of weights
 _OPEN_CLIP_USUAL: dict[str, dict[str, Any]] = {
-    "vision_cfg": {"pool_type": "tok", "final_ln_after_pool": False, "no_ln_pre": False, "pos_embed_type": "learnable"},
-    "text_cfg": {"pool_type": "argmax", "no_causal_mask": False, "embed_cls": False},
+    "vision_cfg": {"pool_type": "tok", "final_ln_after_pool": False, "no_ln_pre": False, "act_kwargs": None},
+    "text_cfg": {"pool_type": "argmax", "no_causal_mask": False, "embed_cls": False, "act_kwargs": None},
 }
 
 
-def _check_pixels(mean: Any, std: Any, where: str, path: Path) -> None:
-    for name, usual, found in (("mean", PIXEL_MEAN, mean), ("standard deviation", PIXEL_STD, std)):
-        if found is not None and any(abs(a - b) > 1e-4 for a, b in zip(usual, found, strict=False)):
-            raise GramError(
-                f"{path}: expected images normalised with CLIP's {name} {usual}, found {tuple(found)} ({where})"
-            )
-
-
-def _expect(path: Path, key: str, expected: Any, found: Any) -> None:
-    """Raise unless a setting of the config is that of OpenAI's CLIP."""
-    if found != expected:
-        usual = f"{expected:g}" if isinstance(expected, float) else expected
-        raise GramError(f"{path}: expected {key} {usual}, as OpenAI's CLIP has it, found {found}")
+def pixel_statistics(mean: Any, std: Any, path: PathLike) -> list[tuple[float, ...]]:
+    """Return the mean and the standard deviation that images are normalised with; None stands for CLIP's."""
+    found = []
+    for given, usual in ((mean, PIXEL_MEAN), (std, PIXEL_STD)):
+        given = usual if given is None else given
+        if not isinstance(given, list | tuple) or [isinstance(one, int | float) for one in given] != [True] * 3:
+            raise GramError(f"{path}: expected a mean and a standard deviation of three colours, found {given}")
+        same = all(abs(a - b) < 1e-4 for a, b in zip(given, usual, strict=True))
+        found.append(usual if same else tuple(map(float, given)))
+    return found

@@ -182,6 +182,24 @@ class Regulation:
                 self.counts[name].restore(values)
 
 
+def regulate(optimizer: Optimizer, prompts: Prompts, meta: MetaCheckpoint) -> Regulation:
+    """Let `optimizer.step()` see R^phi(g) instead of the gradient g of each prompt (Sec. 3.3, "Testing").
+
+    Args:
+        optimizer: any torch optimiser that holds the prompts.
+        prompts: by kind, such as `PromptedCLIP.prompts()`.
+        meta: a meta-checkpoint; without a regulator in it the gradients stay raw and are counted.
+
+    Returns:
+        The regulation; `summary()` says what it has done so far.
+    """
+    regulation = Regulation(prompts, meta.regulator, gradient_norms=meta.gradient_norms)
+    if meta.regulator is not None:
+        meta.regulator.to(next(iter(regulation.prompts.values())).device)
+    regulation.attach(optimizer)
+    return regulation
+
+
 def start_from(checkpoint: MetaCheckpoint, prompts: Prompts, extras: Prompts | None = None) -> None:
     """Copy theta* into prompts, and into parameters that were meta-learned with them.
 

@@ -145,7 +145,7 @@ def load_meta_checkpoint(path: PathLike) -> MetaCheckpoint:
     Raises `GramError` for no file, another file, or a damaged one.
     """
     path = shipped().get(os.fspath(path), Path(path))
-    facts, tensors = _read(path)
+    facts, tensors = read_facts(path, _KEY, "meta-checkpoint", f" or one of {', '.join(shipped())}")
     try:
         check_type(facts, _Facts, "metadata")
         prompts = _group(tensors, "prompts.")
@@ -167,22 +167,26 @@ def load_meta_checkpoint(path: PathLike) -> MetaCheckpoint:
     return checkpoint
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_facts(path: Path, key: str, what: str, others: str = "") -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the JSON facts under `key` in the metadata of a .safetensors file of this `FORMAT`, and its tensors.
+
+    Raises `GramError` for no file, another file, or one of another format; `what` names the kind of file in messages.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise GramError(f"{path}: expected a meta-checkpoint or one of {', '.join(shipped())}, found no such file")
+        raise GramError(f"{path}: expected a {what}{others}, found no such file")
     try:
         with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(_KEY, "null")
+            text = (file.metadata() or {}).get(key, "null")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
     except (OSError, SafetensorError) as error:
-        raise GramError(f"{path}: expected a meta-checkpoint (.safetensors), found another file ({error})") from None
+        raise GramError(f"{path}: expected a {what} (.safetensors), found another file ({error})") from None
     facts = parse_json(text, str(path))
     if not isinstance(facts, dict):
-        raise GramError(f"{path}: expected a meta-checkpoint, found a .safetensors file of something else")
+        raise GramError(f"{path}: expected a {what}, found a .safetensors file of something else")
     if facts.get("format") != FORMAT:
-        raise GramError(f"{path}: expected meta-checkpoint format {FORMAT}, found {facts.get('format')}")
+        raise GramError(f"{path}: expected {what} format {FORMAT}, found {facts.get('format')}")
     return facts, tensors
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gram_meta.backbone.clip import load_backbone
+from gram_meta.backbone.clip import Backbone, load_backbone
 from gram_meta.clustering.hierarchy import Hierarchy
 from gram_meta.config import stored_config
 from gram_meta.corpus.store import PairStore
@@ -213,6 +213,7 @@ def evaluate_adaptation(
     opts: Sequence[str] = (),
     device: str | torch.device = "cpu",
     progress: bool = True,
+    backbone: Backbone | None = None,
 ) -> Adaptation:
     """Adapt to `tasks` tasks and score their query sets after each number of `steps`.
 
@@ -222,12 +223,13 @@ def evaluate_adaptation(
             used; with another one, all topics.
         seed: of the tasks.
         opts: KEY VALUE settings that replace those of the meta-training (TASKS.WAYS, INNER.ALPHA, ...).
+        backbone: the CLIP; None: the one that the settings name.
 
     Raises:
         GramError: a store of another backbone, a hierarchy of another store, too few topics for such tasks.
     """
     config = stored_config(checkpoint.config, opts)
-    backbone = load_backbone(config.BACKBONE.NAME, device, config.BACKBONE.PRECISION)
+    backbone = backbone or load_backbone(config.BACKBONE.NAME, device, config.BACKBONE.PRECISION)
     where = checkpoint.path or "meta-checkpoint"
     backbone.check_weights(where, checkpoint.backbone_name, checkpoint.backbone_fingerprint)
     store.check_backbone(backbone)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from gram_meta.backbone.clip import Backbone, end_positions
+from gram_meta.backbone.clip import Backbone, end_positions, load_backbone
 from gram_meta.backbone.graphs import Recorded
 from gram_meta.backbone.recompute import recomputed
 from gram_meta.backbone.towers import Packing, Rectangle
@@ -245,7 +245,7 @@ def initial_prompts(
         prompts["text"] = random_context(backbone.text_width, text_tokens, generator).to(backbone.device)
     if visual_tokens:
         if not backbone.is_vit:
-            raise GramError(f"visual prompts: expected a ViT image tower, found the ResNet {backbone.name}")
+            raise GramError(f"visual prompts: expected a ViT image tower of OpenAI's kind, found {backbone.name}")
         prompts["visual"] = random_context(backbone.visual_width, visual_tokens, generator).to(backbone.device)
     return prompts
 
@@ -371,17 +371,21 @@ class PromptedCLIP(nn.Module):
     """A classifier: frozen CLIP with a learned text prompt, a learned visual prompt, or both (Eq. 1).
 
     Args:
-        backbone: frozen CLIP.
+        backbone: frozen CLIP, or a name or a model as for `load_backbone`.
         classnames: N class names.
         prompts: initialisation by kind (copied), (M, d) or, deep, (layers, M, d).
         template: class prompt if there is no text prompt.
     """
 
     def __init__(
-        self, backbone: Backbone, classnames: Sequence[str], prompts: Mapping[str, Tensor], template: str = TEMPLATE
+        self,
+        backbone: Backbone | nn.Module | str,
+        classnames: Sequence[str],
+        prompts: Mapping[str, Tensor],
+        template: str = TEMPLATE,
     ) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone = backbone = load_backbone(backbone)
         self.prompt_learner = PromptLearner(prompts).to(backbone.device)
         ctx = self.prompt_learner.ctx
         self.class_text = ClassText(backbone, classnames, ctx.shape[-2]) if ctx is not None else None

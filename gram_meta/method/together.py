@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from yacs.config import CfgNode
 
+from gram_meta.backbone.clip import Backbone
 from gram_meta.clustering.hierarchy import Hierarchy
 from gram_meta.corpus.store import PairStore
 from gram_meta.files import PathLike
@@ -45,6 +46,7 @@ def open_trainer(
     device: str | torch.device = "cpu",
     progress: bool = True,
     group: ProcessGroup = ALONE,
+    backbone: Backbone | None = None,
 ) -> Trainer:
     """Open a store and a hierarchy, and return a trainer for them.
 
@@ -53,6 +55,7 @@ def open_trainer(
         store, hierarchy: folders written by `gram embed` and `gram cluster`.
         out: the run folder (`meta_run`).
         group: the processes that share the tasks of each step.
+        backbone: the CLIP that BACKBONE.NAME names, if it is loaded.
 
     Raises:
         GramError: inputs that do not belong together, or too few topics.
@@ -60,7 +63,8 @@ def open_trainer(
 
     def make() -> Trainer:
         opened = open_inputs(store, hierarchy, config.BACKBONE.NAME)
-        return kind(*opened, Path(out), config, device=device, progress=progress and group.is_first, group=group)
+        shown = progress and group.is_first
+        return kind(*opened, Path(out), config, device=device, progress=shown, group=group, backbone=backbone)
 
     return group.make_on_all_ranks(make)
 

@@ -20,9 +20,9 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "reference" / "python.md"
 NAMES = [
-    "GradientRegulator", "GramError", "Hierarchy", "MetaCheckpoint", "PairStore", "Prediction", "Predictor",
-    "PromptedCLIP", "Regulation", "RegulatorConfig", "WithGRAM", "__version__", "cluster", "embed", "evaluate", "load",
-    "load_backbone", "pretrain", "regulate", "save", "start_from",
+    "GradientRegulator", "GramClassifier", "GramError", "Hierarchy", "MetaCheckpoint", "PairStore", "Prediction",
+    "Predictor", "PromptedCLIP", "Regulation", "RegulatorConfig", "WithGRAM", "__version__", "cluster", "embed",
+    "evaluate", "load", "load_backbone", "pretrain", "regulate", "save", "start_from",
 ]  # fmt: skip
 SETTINGS = """
 BACKBONE: {NAME: random-tiny}
@@ -122,6 +122,38 @@ def test_any_training_loop(meta_checkpoint, folder, monkeypatch, page, capsys):
     assert names["regulation"].summary()["text"]["steps"] == 3 and "gradient_norm" in capsys.readouterr().out
     moved = names["model"].prompts()["text"] - names["meta"].prompts["text"]
     assert 0 < moved.abs().max() < 1
+
+
+def test_a_folder_of_images(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for split, count in (("train", 2), ("test", 1)):
+        for label, colour in (("apple", "red"), ("pear", "green")):
+            (tmp_path / split / label).mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (64, 64), colour).save(tmp_path / split / label / f"{number}.png")
+    shutil.copy("train/apple/0.png", "a.jpg")
+    shutil.copy("train/pear/0.png", "b.jpg")
+    code = next(code for code in examples(PAGE) if "read_folder" in code)
+    names = {}
+    exec(compile(adapted(code, [("epochs=10", "epochs=1")]), "python.md", "exec"), names)
+    assert names["classifier"].classes_.tolist() == ["apple", "pear"]
+    assert capsys.readouterr().out.splitlines()[-1] == str(names["classifier"].predict(["a.jpg", "b.jpg"]))
+
+
+def test_a_model_of_transformers(tmp_path, monkeypatch, capsys):
+    import transformers
+
+    monkeypatch.chdir(tmp_path)
+    for name, colour in (("a.jpg", "red"), ("b.jpg", "green")):
+        Image.new("RGB", (32, 32), colour).save(name)
+    tower = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision = {**tower, "image_size": 32, "patch_size": 16}
+    config = transformers.CLIPConfig(text_config=tower, vision_config=vision, projection_dim=32)
+    monkeypatch.setattr(
+        transformers.CLIPModel, "from_pretrained", lambda name: transformers.CLIPModel._from_config(config)
+    )
+    exec(compile(next(code for code in examples(PAGE) if "import transformers" in code), "python.md", "exec"), {})
+    assert capsys.readouterr().out.splitlines()[-1].startswith("torch.Size([2, 32]) [")
 
 
 def test_any_dassl_trainer_and_own_images(meta_checkpoint, folder, tiny_data, tiny_options, monkeypatch, capsys):

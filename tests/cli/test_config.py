@@ -85,6 +85,7 @@ COMMANDS = {
     "predict": ["--model-dir=~/r", "~/a.jpg", "--out=~/p.csv", "--backbone=~/c.pt"],
     "interpret": ["~/r", "--backbone=~/c.pt"],
     "export": ["~/m", "--output=~/o"],
+    "estimate": ["--pairs=9", "--backbone=~/c.pt"],
     "doctor": ["--root=~/d", "--meta", "~/m", "~/n", "--backbone=~/c.pt", "--output-dir=~/o"],
     "demo": ["--out=~/o"],
 }

@@ -28,7 +28,7 @@ COMMANDS = (
         "bench",
         "report",
     ),
-    *("predict", "interpret", "export", "doctor", "demo"),
+    *("predict", "interpret", "export", "estimate", "doctor", "demo"),
 )
 
 
