@@ -79,8 +79,8 @@ class PlacedText(ClassText):
     def _images(self, prompt: Tensor) -> int:
         return 1  # its leading axis are classes
 
-    def _features(self, prompt: Tensor) -> Tensor:
-        """Return the class features (N, D)."""
+    def _features(self, prompt: Tensor, deeper: Tensor | None = None) -> Tensor:
+        """Return the class features (N, D); a context that is placed has no further layers."""
         own = self.own  # (N, L, d)
         n, _, width = own.shape
         context = prompt.to(own.dtype).expand(n, -1, -1)  # (N, M, d)

@@ -219,7 +219,7 @@ def start_from(checkpoint: MetaCheckpoint, prompts: Prompts, extras: Prompts | N
     given = {name: value if isinstance(value, Tensor) else list(value) for name, value in values.items()}
     _named({kind: given[kind] for kind in prompts})  # refuses what is no prompt
     for kind in set(prompts) & set(checkpoint.prompts):
-        if checkpoint.prompts[kind].dim() == 2 and not (isinstance(given[kind], Tensor) and given[kind].dim() == 2):
+        if checkpoint.prompts[kind].dim() == 2 and len(_shape(given[kind])) != 2:
             given[kind] = given[kind][0]
     learned = {f"a {name} prompt" if name in prompts else name: _shape(value) for name, value in given.items()}
     check_fit(checkpoint.path or "meta-checkpoint", learned, checkpoint.shapes)

@@ -474,7 +474,7 @@ class CoupledCLIP(PromptedCLIP):
         self.prompt_learner.add_module("coupling", nn.ParameterDict(values).to(backbone.device))
 
     def visual_prompt(self) -> Tensor | None:
-        return coupled({"text": self.prompt_learner.ctx, **dict(self.prompt_learner.named_parameters())})
+        return coupled({**self.prompts(), **dict(self.prompt_learner.named_parameters())})
 
 
 class ConditionalCLIP(PromptedCLIP):

@@ -186,9 +186,9 @@ def test_a_gpu_reads_many_steps_at_once_and_still_names_the_step(store, tmp_path
     for step in range(1, 4):
         run.step(step, next(coming))
         run.record(step, log)
-    assert not log.scalar.called and len(run.unread) == 3
+    assert not log.track.called and len(run.unread) == 3
     run.unread[1].numbers[2] = torch.nan
     run.step(4, next(coming))
     with pytest.raises(GramError, match="expected a finite loss, found nan at step 2 in task 2 "):
         run.record(4, log)
-    assert [call.args[2] for call in log.scalar.call_args_list] == [1] and not list(tmp_path.iterdir())
+    assert [call.args[0] for call in log.track.call_args_list] == [1] and not list(tmp_path.iterdir())

@@ -263,6 +263,10 @@ def test_another_meta_checkpoint_is_refused(backbone):
     conditional = meta_of(backbone, {"meta_net.linear1.bias": torch.zeros(4)})
     with pytest.raises(GramError, match="found a text prompt, meta_net.linear1.bias"):
         classifier(backbone, meta=conditional).fit(images, labels)
+    deep = meta_of(backbone)
+    deep.prompts = {"text": torch.zeros(2, 2, backbone.text_width)}
+    with pytest.raises(GramError, match="expected prompts at the input alone, found deep ones"):
+        classifier(backbone, meta=deep).fit(images, labels)
     with pytest.raises(GramError, match="expected a meta-checkpoint or one of gram-small"):
         classifier(backbone, meta="none.safetensors").fit(images, labels)
 
