@@ -42,7 +42,7 @@ CORPUS = ["pyarrow>=14", "sentence-transformers>=3.0", "umap-learn>=0.5.6", "hdb
 
 FIGURES = ["matplotlib>=3.8"]  # gram report --figures, --html
 
-TRACKERS = {"wandb": ["wandb>=0.16"], "mlflow": ["mlflow-skinny>=2.10"]}  # GRAM_TRACKERS
+TRACKERS = {"wandb": ["wandb>=0.19.10"], "mlflow": ["mlflow-skinny>=2.14"]}  # GRAM_TRACKERS
 
 DEMO = [
     *CORPUS,

@@ -116,7 +116,10 @@ class ClipTrainer(TrainerX):
                 return
             self.claimed = RunMode()
             with tensorboard_errors(self.cfg.OUTPUT_DIR), folder.continued_log(), self._kept_images():
-                super().train()
+                try:
+                    super().train()
+                finally:
+                    self.close_writer()
             folder.finish()
 
     @contextlib.contextmanager

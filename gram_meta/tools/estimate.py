@@ -134,7 +134,8 @@ def as_size(number: float) -> str:
 
 def _measure(backbone: Backbone, sentence_model: str, seconds: float) -> Rates:
     content, transform = _jpeg(), backbone.preprocess()
-    pixels = torch.randn(min(BATCH, 16), 3, backbone.image_size, backbone.image_size, device=backbone.device)
+    images = BATCH if backbone.device.type == "cuda" else 8  # on a CPU more are not faster
+    pixels = torch.randn(images, 3, backbone.image_size, backbone.image_size, device=backbone.device)
     with torch.no_grad():
         rates = Rates(
             decoded=_rate(lambda: transform(decode_image(content)), 1, seconds),
@@ -150,7 +151,10 @@ def _measure(backbone: Backbone, sentence_model: str, seconds: float) -> Rates:
 
 
 def _rate(function: Callable[[], Any], count: int, seconds: float, device: torch.device | None = None) -> float:
-    """Return how many of `count` things a call does are done a second, after one call that is not counted."""
+    """Return how many of `count` things a call does are done a second, after one call that is not counted.
+
+    A call that takes longer than `seconds` is counted alone.
+    """
 
     def call() -> None:
         function()
@@ -159,7 +163,7 @@ def _rate(function: Callable[[], Any], count: int, seconds: float, device: torch
 
     call()
     began, calls = time.perf_counter(), 0
-    while calls < 2 or time.perf_counter() - began < seconds:
+    while not calls or time.perf_counter() - began < seconds:
         call()
         calls += 1
     return count * calls / (time.perf_counter() - began)
@@ -300,7 +304,7 @@ def _embed(backbone: Backbone, rates: Rates, pairs: int) -> Iterator[Row]:
     yield Row("embed", "time", pairs * each, origin, rate)
     width = f"{pairs:,} x ({backbone.embed_dim} + {rates.sentence_width}) numbers of 2 bytes"
     size = pairs * (2 * (backbone.embed_dim + rates.sentence_width) + 4 + WORDS_BYTES)
-    yield Row("embed", "disk", size, FORMULA, f"{width}, and {WORDS_BYTES} bytes of words")
+    yield Row("embed", "disk", size, FORMULA, f"{width}, {WORDS_BYTES} bytes of words; twice that at the end")
     held = _weights(backbone) + BATCH * forward_bytes(backbone)
     yield Row("embed", "memory", held, FORMULA, f"weights, and the activations of {BATCH} images")
 
