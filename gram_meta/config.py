@@ -276,7 +276,7 @@ RUN_BOUNDS = {
 
 
 COMMAND_BOUNDS = {
-    **dict.fromkeys(("batch size", "part size", "--neighbours"), _COUNT),
+    **dict.fromkeys(("batch size", "part size", "--neighbours", "--runs-per-task"), _COUNT),
     **dict.fromkeys(("--workers", "--jobs"), _numbers(1, 512)),
     "workers": _numbers(0, 512),
     **dict.fromkeys(("epochs", "batch_size"), _COUNT),

@@ -136,6 +136,14 @@ def bench_runs(settings: BenchSettings) -> list[BenchRun]:
     return list(unique.values())
 
 
+def only(jobs: Sequence[BenchRun], folders: Sequence[str]) -> list[BenchRun]:
+    """Return the runs that fill these folders, in order."""
+    wanted = {Path(folder) for folder in folders}
+    if unknown := wanted - {job.folder for job in jobs}:
+        raise GramError(f"--only {min(unknown)}: expected the folder of a run of this bench, found another")
+    return [job for job in jobs if job.folder in wanted]
+
+
 def check(settings: BenchSettings) -> None:
     """Refuse settings that are wrong before a config file is read."""
     if len(set(settings.seeds)) < len(settings.seeds) or min(settings.seeds, default=-1) < 0:

@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -41,12 +42,18 @@ def run(
     settings: BenchSettings,
     environments: Sequence[Mapping[str, str]],
     say: Callable[[str], None] = print,
+    part: bool = False,
 ) -> int:
-    """Run what is not finished; return the exit status: 0 all finished, 1 some failed, 130 interrupted."""
+    """Run what is not finished; return the exit status: 0 all finished, 1 some failed, 130 interrupted.
+
+    With `part`, other processes run the other runs of the bench at the same time: each run locks its own folder, nobody
+    locks the output folder, and bench.json stays as it is.
+    """
     as_ctrl_c = handled(signal.default_int_handler, signal.SIGTERM, signal.SIGHUP)  # and a closed terminal
-    with as_ctrl_c, only_writer(settings.output), Pool(environments) as pool:
+    lock = nullcontext() if part else only_writer(settings.output)
+    with as_ctrl_c, lock, Pool(environments) as pool:
         states = pool.call(look, jobs, settings)
-        manifest = Manifest(settings.output, settings, jobs, pool.call(_versions))
+        manifest = Manifest(settings.output, settings, jobs, pool.call(_versions), kept=not part)
         options: dict[str, Any] = {"unit": " runs", "desc": "bench", "smoothing": 0, "dynamic_ncols": True}
         with progress_bar(total=len(jobs), shown=sys.stderr.isatty(), **options) as bar:
             bench = Bench(jobs, states, settings.output, Clock(len(environments), manifest.durations), bar, say)
@@ -267,9 +274,14 @@ class Manifest:
     """`bench.json`: every bench that ran into this folder, and the durations of runs."""
 
     def __init__(
-        self, output: Path, settings: BenchSettings, jobs: Sequence[BenchRun], versions: dict[str, str]
+        self,
+        output: Path,
+        settings: BenchSettings,
+        jobs: Sequence[BenchRun],
+        versions: dict[str, str],
+        kept: bool = True,
     ) -> None:
-        self.path = output / MANIFEST
+        self.path, self.kept = output / MANIFEST, kept
         self.value: dict[str, Any] = {"format": 1, "benches": [], "durations": {}}
         if self.path.is_file():
             self.value = read_json(self.path, _Manifest)
@@ -283,7 +295,7 @@ class Manifest:
             "ended": None,
         }
         self.value["benches"].append(self.entry)
-        write_json(self.path, self.value)
+        self._write()
 
     def end(self, bench: Bench) -> None:
         self.entry |= {
@@ -291,7 +303,11 @@ class Manifest:
             "finished": len(bench.done),
             "failed": {str(folder): why for folder, why in bench.failed.items()},
         }
-        write_json(self.path, self.value)
+        self._write()
+
+    def _write(self) -> None:
+        if self.kept:
+            write_json(self.path, self.value)
 
 
 def _versions() -> dict[str, str]:
