@@ -173,7 +173,9 @@ def test_bad_input_is_one_sentence(words, says, capsys):
 
 def test_options_right_after_a_list_belong_to_no_list(monkeypatch):
     seen = {}
-    monkeypatch.setattr(runner, "run", lambda jobs, settings, places: seen.update(s=settings, n=len(places)) or 0)
+    monkeypatch.setattr(
+        runner, "run", lambda jobs, settings, places, part: seen.update(s=settings, n=len(places)) or part
+    )
     words = "bench --root . --trainers CoOp --datasets dtd OPTIM.LR 0.1 --gpus 0 1 --seeds 5 OPTIM.MAX_EPOCH 2"
     assert main(words.split()) == 0
     assert sorted(seen["s"].opts) == ["0.1", "2", "OPTIM.LR", "OPTIM.MAX_EPOCH"] and seen["n"] == 2
