@@ -63,16 +63,19 @@ def write(
         print(f"all {len(jobs)} runs in {settings.output} are finished: nothing to submit, {file} is not written")
         return
     made, tasks = plan(jobs, todo, least)
-    first = len(made) if tasks else 0  # the tasks before it have to end before the others
+    first = len(made) if tasks else 0  # the tasks before this one have to end before the others start
     logs = Path(settings.output, LOGS).absolute()
     with as_gram_error(logs):
         logs.mkdir(parents=True, exist_ok=True)  # SLURM does not make it
     output = str(logs).replace("%", "%%") + "/slurm-%A_%a.log"
     lines = {"job-name": f"={file.stem}", "output": f"={output}", "gres": "=gpu:1", "cpus-per-task": "=8"} | given
-    submit = submit_command(file, first)
+    lines["array"] = f"={first}-{len(made + tasks) - 1}{given.get('array', '')[1:]}"
+    name = shlex.quote(str(file))
+    before = f"--dependency=afterok:$(sbatch --parsable --array=0-{first - 1} {name}) " if first else ""
+    submit = f"sbatch {before}{name}"
     with atomic_write(file, "w") as out:
-        out.write(script([*made, *tasks], first, lines, submit, words))
-    print(f"{len(todo)} runs in {len(made) + len(tasks)} tasks: {file}; submit them with `{submit}`")
+        out.write(script(made + tasks, lines, submit, words))
+    print(f"{len(todo)} runs in {len(made + tasks)} tasks: {file}; submit them with `{submit}`")
 
 
 def sbatch_options(text: str) -> dict[str, str]:
@@ -128,33 +131,18 @@ def groups(jobs: Iterable[BenchRun]) -> list[list[BenchRun]]:
     return found
 
 
-def submit_command(file: Path, first: int) -> str:
-    """Return the command that submits the script; the tasks before the number `first` have to end before the others."""
-    name = shlex.quote(str(file))
-    before = f"--dependency=afterok:$(sbatch --parsable --array=0-{first - 1} {name}) " if first else ""
-    return f"sbatch {before}{name}"
-
-
-def script(
-    tasks: Sequence[Sequence[BenchRun]], first: int, options: dict[str, str], submit: str, words: Sequence[str]
-) -> str:
-    """Return the script of an array with the tasks from the number `first` on; `sbatch --array` can name the others."""
-    last = len(tasks) - 1
-    array = {"array": f"={first}-{last}{options.get('array', '').removeprefix('=')}"}
-    lines = [
-        f"#SBATCH --{name}{value and '=' + shlex.quote(value[1:])}"
-        for name, value in (options | array).items()
-        if value != "="
-    ]
+def script(tasks: Sequence[Sequence[BenchRun]], options: dict[str, str], submit: str, words: Sequence[str]) -> str:
+    """Return the script of an array, whose tasks may be more than its option `array` starts."""
+    given = {name: value for name, value in options.items() if value != "="}
+    lines = [f"#SBATCH --{name}{value and '=' + shlex.quote(value[1:])}" for name, value in given.items()]
+    runs = [shlex.join(str(run.folder) for run in task) for task in tasks]
     gram = Path(sys.executable).with_name("gram")
     program = [str(gram)] if gram.is_file() else [sys.executable, "-m", "gram_meta"]
     return SCRIPT.format(
         submit=submit,
         options="\n".join(lines),
         here=shlex.quote(os.getcwd()),
-        tasks="\n".join(
-            f"{i}) runs=({shlex.join(str(run.folder) for run in task)}) ;;" for i, task in enumerate(tasks)
-        ),
-        last=last,
+        tasks="\n".join(f"{number}) runs=({folders}) ;;" for number, folders in enumerate(runs)),
+        last=len(tasks) - 1,
         command=shlex.join([*program, *words]),
     )
