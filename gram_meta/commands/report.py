@@ -55,26 +55,23 @@ def run(args: argparse.Namespace) -> int:
     """Print the tables, or write the files that the options name."""
     from gram_meta import report
 
-    evidence = report.gather(args.folders)
-    for path in evidence.unfinished[:10]:
-        _say(f"left out: {path}, the log of a run that has not finished")
-    if len(evidence.unfinished) > 10:
-        _say(f"left out: {len(evidence.unfinished) - 10} more logs of runs that have not finished")
+    evidence = _gather(args.folders)
     if args.collect:
         report.write_collection(evidence, args.collect)
         _say(f"{args.collect}: {len(evidence.results)} results, {len(evidence.metas)} meta-trainings")
-    runs = _runs(args, evidence) if evidence.results else []
+    has_runs = evidence.results or args.tidy or args.against
+    groups = [_runs(args, evidence) if has_runs else [], _runs(args, _gather(args.against)) if args.against else []]
+    runs, others = _chosen(groups, args.datasets, args.without)
     if args.tidy:
         _say(f"{args.tidy}: {report.write_tidy(runs, args.tidy)} rows of {len(runs)} runs")
     if args.figures:
         _write_figures(args.figures, runs, evidence)
     if args.html:
         _write_page(args, runs, evidence)
-    if args.collect or args.tidy or args.figures or args.html:
-        return 0
     if args.against:
-        others = _runs(args, report.gather(args.against))
         print(report.render_comparisons(report.compare(runs, others), args.format, args.digits))
+    elif args.collect or args.tidy or args.figures or args.html:
+        return 0
     elif args.curve:
         print(report.render_curve(*report.build_curve(runs), args.format, args.digits))
     else:
@@ -82,11 +79,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _gather(folders: Sequence[str]) -> Evidence:
+    from gram_meta import report
+
+    evidence = report.gather(folders)
+    for path in evidence.unfinished[:10]:
+        _say(f"left out: {path}, the log of a run that has not finished")
+    if len(evidence.unfinished) > 10:
+        _say(f"left out: {len(evidence.unfinished) - 10} more logs of runs that have not finished")
+    return evidence
+
+
 def _runs(args: argparse.Namespace, evidence: Evidence) -> list[Run]:
     from gram_meta import report
 
-    runs = report.runs_of(evidence, args.metric, args.by, args.split)
-    return _chosen(runs, args.datasets, args.without)
+    return report.runs_of(evidence, args.metric, args.by, args.split)
 
 
 def _write_figures(folder: str, runs: Sequence[Run], evidence: Evidence) -> None:
@@ -136,14 +143,15 @@ def _tables(args: argparse.Namespace, runs: Sequence[Run]) -> list[Report]:
     return report.all_tables(runs, args.reference)
 
 
-def _chosen(runs: Sequence[Run], only: str | None, without: str | None) -> list[Run]:
-    known = {run.dataset for run in runs}
+def _chosen(groups: Sequence[Sequence[Run]], only: str | None, without: str | None) -> list[list[Run]]:
+    """Return the runs of each group that --datasets and --without leave."""
+    known = {run.dataset for runs in groups for run in runs}
     for option, names in (("--datasets", only), ("--without", without)):
         for name in (names or "").split(","):
             if name and name not in known:
                 raise GramError(f"{option} {name}: expected one of {', '.join(sorted(known))}, found no such runs")
-    kept = [run for run in runs if not only or run.dataset in only.split(",")]
-    kept = [run for run in kept if not without or run.dataset not in without.split(",")]
-    if not kept:
+    wanted = (set(only.split(",")) if only else known) - set((without or "").split(","))
+    kept = [[run for run in runs if run.dataset in wanted] for runs in groups]
+    if any(runs and not left for runs, left in zip(groups, kept, strict=True)):
         raise GramError("expected runs on other datasets than those left out, found none")
     return kept

@@ -1,6 +1,7 @@
 """A method beside others: differences paired by dataset, classes and seed, with an interval and an exact test."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from gram_meta.errors import GramError
 from gram_meta.intervals import half_width, harmonic
 from gram_meta.report.runs import Run
-from gram_meta.report.tables import labels_of
+from gram_meta.report.tables import fixed_labels, ordered, refuse_conflicts, refuse_duplicates, refuse_mixtures
 from gram_meta.report.text import render_curve
 
 EXACT = 16  # pairs up to which all 2^n signs are tried; of more pairs, `DRAWS` random signs
@@ -18,7 +19,8 @@ NOTE = f"""difference: the method minus the other one, in percentage points, mea
 half_width: of the 95 % interval over pairs (Student's t). p: two-sided sign-flip test, exact for up to {EXACT} pairs.
 Seeds of one dataset share its test images: pairs are not quite independent."""
 
-Series = Mapping[tuple[str, int], float]  # (dataset, seed) -> percent
+Place = tuple[str, str | None, int | None]  # dataset; source and seed of the training, None: of every training
+Series = Mapping[Place, float]  # percent
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Comparison:
     difference: float  # mean over pairs, in percentage points
     half_width: float | None  # of the 95 % interval over pairs (Student's t); None for one pair
     p: float  # two-sided, of `sign_flip_test`
-    wins: int  # pairs in which the method is ahead
+    wins: int  # pairs in which the method is ahead: with the lower error rate, or the higher value of another metric
 
     @property
     def row(self) -> list[object]:
@@ -45,19 +47,23 @@ class Comparison:
 def compare(mine: Sequence[Run], others: Sequence[Run]) -> list[Comparison]:
     """Return the difference of each method in `mine` to each in `others`, for each column that both have.
 
-    A pair is one dataset with one seed; H is that of the pair's own base and new accuracy. A run without training has
-    one value for all seeds.
+    A pair is one dataset with one seed, trained on the same dataset; H is that of the pair's own base and new accuracy.
+    A run without training has one value for all seeds and trainings. Beside another such run it is one pair.
 
     Raises:
-        GramError: no dataset, classes and seed that a method shares with another one.
+        GramError: no dataset, classes and seed that a method shares with another one; two runs of one thing; other
+            settings in one method's runs; other backbones or shots on a dataset.
     """
-    seeds = {run.seed for run in (*mine, *others) if not run.untrained} or {run.seed for run in (*mine, *others)}
+    for runs in (mine, others):
+        refuse_duplicates(runs, lambda run: (*run.key, run.source))
+        refuse_conflicts(runs, _column_of)
+    refuse_mixtures([*mine, *others], _column_of)
     found = [
-        _compared(method, other, column, a[column], b[column])
-        for method, a in _series(mine, seeds).items()
-        for other, b in _series(others, seeds).items()
+        _compared((method, other, column), pairs, mine[0].metric)
+        for method, a in _series(mine).items()
+        for other, b in _series(others).items()
         for column in ("base", "new", "H", "all")
-        if a.get(column, {}).keys() & b.get(column, {}).keys()
+        if (pairs := _pairs(a.get(column, {}), b.get(column, {})))
     ]
     if not found:
         here, there = (f"{runs[0].dataset} ({runs[0].subsample}, seed {runs[0].seed})" for runs in (mine, others))
@@ -89,36 +95,45 @@ def sign_flip_test(differences: Sequence[float]) -> float:
     """
     values = np.asarray(differences, np.float64)
     if len(values) <= EXACT:
-        signs = 1 - 2 * (np.arange(2 ** len(values))[:, None] >> np.arange(len(values)) & 1)
+        sums = (1 - 2 * (np.arange(2 ** len(values))[:, None] >> np.arange(len(values)) & 1)) @ values
     else:
-        signs = np.random.default_rng(0).choice([-1, 1], (DRAWS, len(values)))
-        signs[0] = 1
-    sums = np.abs(signs @ values)
-    return float(np.mean(sums >= abs(values.sum()) - 1e-9))
+        signs = np.random.default_rng(0)
+        sums = np.concatenate([signs.choice([-1, 1], (1000, len(values))) @ values for _ in range(DRAWS // 1000)])
+        sums[0] = values.sum()
+    return float(np.mean(np.abs(sums) >= abs(values.sum()) - 1e-9))
 
 
-def _compared(method: str, other: str, column: str, one: Series, two: Series) -> Comparison:
-    pairs = sorted(one.keys() & two.keys())
-    differences = [one[pair] - two[pair] for pair in pairs]
-    wins, datasets = sum(it > 0 for it in differences), len({dataset for dataset, _ in pairs})
+def _column_of(run: Run) -> tuple[str, str, str]:
+    return run.dataset, run.subsample, run.source
+
+
+def _compared(names: tuple[str, str, str], pairs: Sequence[tuple[Place, float, float]], metric: str) -> Comparison:
+    differences = [one - two for _, one, two in pairs]
+    wins = sum(it < 0 if metric == "error_rate" else it > 0 for it in differences)
+    datasets = len({place[:2] for place, _, _ in pairs})
     measured = float(np.mean(differences)), half_width(differences), sign_flip_test(differences)
-    return Comparison(method, other, column, len(pairs), datasets, *measured, wins)
+    return Comparison(*names, len(pairs), datasets, *measured, wins)
 
 
-def _series(runs: Sequence[Run], seeds: Collection[int]) -> dict[str, dict[str, dict[tuple[str, int], float]]]:
-    """Return label -> column -> (dataset, seed) -> percent; a run without training counts for all `seeds`."""
-    series: dict[str, dict[str, dict[tuple[str, int], float]]] = {}
-    for label in labels_of(runs):
-        columns: dict[str, dict[tuple[str, int], float]] = {}
-        for run in (run for run in runs if run.label == label):
-            for seed in seeds if run.untrained else (run.seed,):
-                column = columns.setdefault(run.subsample, {})
-                dataset = f"{run.dataset}, trained on {run.source}" if run.transferred else run.dataset
-                if column.setdefault((dataset, seed), run.value) != run.value:
-                    found = "found two that differ (--by KEY keeps other settings apart)"
-                    raise GramError(f"{run.path}: expected one run of {label} on {dataset}, seed {seed}, {found}")
-        if {"base", "new"} <= set(columns):
-            both = columns["base"].keys() & columns["new"].keys()
-            columns["H"] = {pair: harmonic(columns["base"][pair], columns["new"][pair]) for pair in both}
-        series[label] = columns
+def _pairs(one: Series, two: Series) -> list[tuple[Place, float, float]]:
+    """Return the places with a value on both sides, and the values."""
+    found = []
+    for place in sorted({*one, *two}, key=str):
+        a, b = (side.get(place, side.get((place[0], None, None))) for side in (one, two))
+        if a is not None and b is not None:
+            found.append((place, a, b))
+    return found
+
+
+def _series(runs: Sequence[Run]) -> dict[str, dict[str, dict[Place, float]]]:
+    """Return label -> column -> place -> percent."""
+    series: dict[str, dict[str, dict[Place, float]]] = defaultdict(lambda: defaultdict(dict))
+    fixed = fixed_labels(runs)
+    for run in ordered(runs):
+        is_fixed = run.label in fixed
+        place = (run.dataset, None if is_fixed else run.source, None if is_fixed else run.seed)
+        series[run.label][run.subsample][place] = run.value
+    for columns in series.values():
+        base, new = columns["base"], columns["new"]
+        columns["H"] = {place: harmonic(base[place], new[place]) for place in base if place in new}
     return series

@@ -106,7 +106,7 @@ def runs_of(evidence: Evidence, metric: str = "accuracy", by: Sequence[str] = ()
     """Return the runs in `evidence`; see `read_runs`."""
     runs = [_run(path, evidence, metric, by) for path, it in evidence.results.items() if it["split"] == split]
     if not runs:
-        raise GramError(f"expected runs tested on the {split} split, found {len(evidence.results)} on others")
+        raise GramError(f"expected runs tested on the {split} split, found {len(evidence.results) or 'none'} on others")
     runs = _label_shipped(runs)
     return runs if "OPTIM.MAX_EPOCH" in by else _label_epochs(runs)
 

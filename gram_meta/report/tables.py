@@ -134,11 +134,14 @@ def ordered(runs: Sequence[Run]) -> list[Run]:
 def build(runs: Sequence[Run], plan: Plan) -> Report:
     """Return the plan's table, filled from `runs`; raise `GramError` for two runs of one thing and other conflicts."""
     runs = ordered(runs)
-    _refuse_duplicates(runs)
-    _refuse_conflicts(runs)
+    refuse_duplicates(runs)
+    refuse_conflicts(runs)
     seeds = tuple(sorted({run.seed for run in runs if not run.untrained} or {run.seed for run in runs}))
     values = {run.key: run.value for run in runs}
-    fixed = _spread_fixed(runs, values, seeds)
+    fixed = fixed_labels(runs)
+    for run in runs:
+        for seed in seeds if run.label in fixed else ():
+            values.setdefault((run.label, run.dataset, run.subsample, seed), run.value)
     groups: list[tuple[str, tuple[str, ...]]] = [(name, (name,)) for name in plan.datasets]
     if plan.average_over:
         groups.insert(len(groups) if plan.average_last else 0, (AVERAGE, tuple(plan.average_over)))
@@ -180,8 +183,9 @@ def _with_first(runs: Sequence[Run], group_of: Callable[[Run], Hashable]) -> Ite
         yield first.setdefault(group_of(run), run), run
 
 
-def _refuse_duplicates(runs: Sequence[Run]) -> None:
-    for other, run in _with_first(runs, lambda run: run.key):
+def refuse_duplicates(runs: Sequence[Run], key_of: Callable[[Run], Hashable] = lambda run: run.key) -> None:
+    """Raise `GramError` for two runs of one thing."""
+    for other, run in _with_first(runs, key_of):
         if other is not run:
             apart = _first_difference(other, run)
             hint = f" (they differ in {apart}: --by {apart} keeps them apart)" if apart else ""
@@ -196,38 +200,37 @@ def _first_difference(one: Run, other: Run) -> str:
     return next((key for key in keys if one.settings.get(key) != other.settings.get(key)), "")
 
 
-def _refuse_conflicts(runs: Sequence[Run]) -> None:
-    """Raise `GramError` if runs that are averaged or subtracted have different settings."""
-    for other, run in _with_first(runs, lambda run: (run.label, run.dataset)):
+def refuse_conflicts(runs: Sequence[Run], place_of: Callable[[Run], Hashable] = lambda run: run.dataset) -> None:
+    """Raise `GramError` if runs that are averaged or subtracted at one place have different settings."""
+    for other, run in _with_first(runs, lambda run: (run.label, place_of(run))):
         if key := _first_difference(other, run):
             raise GramError(
                 f"{run.label} on {run.dataset}: expected equal settings in all runs, found {key} "
                 f"{other.settings.get(key)!r} in {other.path} and {run.settings.get(key)!r} in {run.path} "
                 f"(--by {key} keeps them apart)"
             )
+    refuse_mixtures(runs, place_of)
+
+
+def refuse_mixtures(runs: Sequence[Run], place_of: Callable[[Run], Hashable]) -> None:
+    """Raise `GramError` if runs at one place have different backbones or numbers of shots."""
     for key in ("backbone", "shots"):
         having = [run for run in runs if key in run.settings and f"{key} " not in run.label]
-        for other, run in _with_first(having, lambda run: run.dataset):
+        for other, run in _with_first(having, place_of):
             if other.settings[key] != run.settings[key]:
                 raise GramError(
-                    f"{run.dataset}: expected one {key} in a table, found {other.settings[key]!r} in {other.path} "
+                    f"{run.dataset}: expected one {key}, found {other.settings[key]!r} in {other.path} "
                     f"and {run.settings[key]!r} in {run.path} (--by {key} keeps them apart)"
                 )
 
 
-def _spread_fixed(
-    runs: Sequence[Run], values: dict[tuple[str, str, str, int], float], seeds: Sequence[int]
-) -> set[str]:
-    """Give a run without training its one value for every seed; return the labels without randomness."""
+def fixed_labels(runs: Sequence[Run]) -> set[str]:
+    """Return the labels of the runs without training whose values no randomness changes: one counts for every seed."""
     seen: dict[tuple[str, str, str], set[float]] = defaultdict(set)
     for run in runs:
-        if run.untrained and "random start" not in run.label:
+        if run.untrained:
             seen[run.label, run.dataset, run.subsample].add(run.value)
-    drawn = {label for (label, _, _), found in seen.items() if len(found) > 1}
-    for (label, dataset, subsample), found in seen.items():
-        if label not in drawn:
-            for seed in seeds:
-                values.setdefault((label, dataset, subsample, seed), min(found))
+    drawn = {label for (label, _, _), found in seen.items() if len(found) > 1 or "random start" in label}
     return {label for label, _, _ in seen} - drawn
 
 

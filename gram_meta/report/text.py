@@ -42,7 +42,7 @@ def render_curve(headers: Sequence[str], rows: Sequence[Sequence[Any]], form: st
         return to_json([dict(zip(headers, row, strict=True)) for row in rows], "--format json", indent=2)
     if form == "csv":
         return write_csv([headers, *rows])
-    shown = [[f"{cell:.{digits}f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    shown = [[_rounded(cell, digits) if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     return _latex(headers, shown) if form == "latex" else _grid(headers, shown, form)
 
 
@@ -65,7 +65,7 @@ def grid_of(report: Report, digits: int = 1) -> Grid:
 
 def name_columns(headers: Sequence[str]) -> int:
     """Return how many columns at the left hold names, not numbers."""
-    return sum(header in ("dataset", "trainer", "row") for header in headers)
+    return sum(header in ("dataset", "trainer", "row", "method", "against", "column") for header in headers)
 
 
 def _long(report: Report, digits: int) -> Grid:
@@ -117,13 +117,16 @@ def cell(estimate: Estimate | None, digits: int, sign: bool = False) -> str:
     """Return a mean with its interval, and the number of its seeds if some are missing."""
     if estimate is None:
         return "missing"
-    rounded = round(estimate.mean, digits) + 0.0  # no "-0.0"
-    text = f"{rounded:{'+' if sign else ''}.{digits}f}"
+    text = _rounded(estimate.mean, digits, "+" if sign else "")
     if estimate.half_width is not None:
         text += f" ± {estimate.half_width:.{digits}f}"
     if estimate.seeds < estimate.expected:
         text += f" ({estimate.seeds} of {estimate.expected} seeds)"
     return text
+
+
+def _rounded(number: float, digits: int, sign: str = "") -> str:
+    return f"{round(number, digits) + 0.0:{sign}.{digits}f}"  # no "-0.0"
 
 
 def remarks(report: Report) -> list[str]:

@@ -1,5 +1,6 @@
 """Runs as a tidy table: a row for each run and metric, as CSV or Parquet."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def tidy_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
             "meta_checkpoint": (run.result.get("meta_checkpoint") or {}).get("sha256") or "",
             "few_shot": run.few_shot,
             "train_seconds": (run.result.get("seconds") or {}).get("train"),
-            "folder": str(run.path.parent),
+            "folder": os.fsencode(run.path.parent).decode("utf-8", "backslashreplace"),
         }
         for run in runs
         for metric, value in run.result["metrics"].items()
@@ -42,13 +43,11 @@ def tidy_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def write_tidy(runs: Sequence[Run], path: str | Path) -> int:
     """Write `tidy_rows` to a .csv or .parquet file, atomically; return the number of rows."""
-    rows, path = tidy_rows(runs), Path(path)
-    if path.suffix not in (".csv", ".parquet"):
-        raise GramError(
-            f"--tidy {path}: expected a file that ends in .csv or .parquet, found {path.suffix or 'neither'}"
-        )
+    rows, kind = tidy_rows(runs), Path(path).suffix
+    if kind not in (".csv", ".parquet"):
+        raise GramError(f"--tidy {path}: expected a file that ends in .csv or .parquet, found {kind or 'neither'}")
     with atomic_write(path) as file:
-        if path.suffix == ".csv":
+        if kind == ".csv":
             file.write((write_csv([list(rows[0]), *(list(row.values()) for row in rows)]) + "\n").encode())
         else:
             import pyarrow as pa

@@ -499,7 +499,7 @@ def test_our_report_reads_its_logs(runs, capsys):
         assert cell["mean"] == pytest.approx(100 * correct(out / "theirs" / folder / "seed1") / total)
     # the backbone's name separates theirs from ours: here the download was replaced
     assert main(["report", str(out / "theirs"), str(out / "ours")]) == 2
-    assert "expected one backbone in a table, found 'ViT-B/16'" in capsys.readouterr().err
+    assert "expected one backbone, found 'ViT-B/16'" in capsys.readouterr().err
 
 
 def test_words_of_its_runs(runs, weights, capsys):

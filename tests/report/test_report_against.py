@@ -3,15 +3,18 @@
 import csv
 import io
 import json
+import os
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
 from gram_meta.cli import main
 from gram_meta.errors import GramError
-from gram_meta.report import compare, read_runs, tidy_rows
+from gram_meta.report import compare, read_runs, tidy_rows, write_tidy
 from gram_meta.report.against import sign_flip_test
 
 OWN = {("Pets", 1): (70.0, 60.0), ("Pets", 2): (72.0, 61.0), ("Cars", 1): (50.0, 48.0), ("Cars", 3): (51.0, 40.0)}
@@ -100,6 +103,84 @@ def test_zero_shot_stands_for_every_seed_and_no_pair_is_one_sentence(folders, tm
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_two_runs_without_training_are_one_pair_a_dataset(tmp_path):
+    """They have no seeds: three copies of one difference would be no evidence. A random start has seeds."""
+    free = {"eval_only": True, "model_dir": ""}
+    zero = write(tmp_path / "zero", "ZeroshotCLIP", {("Pets", 1): (60.0, 60.0)}, **free)
+    write(zero, "CoOp", {("Pets", seed): (50.0, 50.0) for seed in (1, 2, 3)})
+    other = write(tmp_path / "other", "ZeroshotCLIP", {("Pets", seed): (58.0, 58.0) for seed in (1, 2)}, **free)
+    found = {(it.method, it.column): it for it in compare(read_runs([zero]), read_runs([other]))}
+    it = found["ZeroshotCLIP", "base"]
+    assert (it.pairs, it.difference, it.half_width, it.p) == (1, 2.0, None, 1.0)
+    assert found["CoOp", "H"].pairs == 3
+    drawn = {("Pets", 1): (60.0, 60.0), ("Pets", 2): (61.0, 61.0)}
+    start = write(tmp_path / "start", "CoOp", drawn, **free, config={"TRAINER": {"COOP": {"CTX_INIT": ""}}})
+    found = {(it.other, it.column): it for it in compare(read_runs([start]), read_runs([zero]))}
+    assert [found[name, "base"].pairs for name in ("ZeroshotCLIP", "CoOp")] == [2, 2]
+    assert found["CoOp", "base"].difference == pytest.approx(10.5)
+
+
+def test_a_model_of_another_dataset_is_compared_with_zero_shot(tmp_path):
+    for seed in (1, 2):
+        source = write(tmp_path / "own", "CoOp", {("ImageNet", seed): (70.0, 70.0)})
+        trained = source / f"CoOp-ImageNet-{seed}-base"
+        write(source, "CoOp", {("Pets", seed): (50.0 + seed, 50.0)}, eval_only=True, model_dir=str(trained))
+    zero = write(tmp_path / "zero", "ZeroshotCLIP", {("Pets", 1): (50.0, 50.0)}, eval_only=True, model_dir="")
+    base = next(it for it in compare(read_runs([source]), read_runs([zero])) if it.column == "base")
+    assert (base.pairs, base.difference) == (2, 1.5)
+
+
+def test_the_lower_error_rate_is_ahead(folders):
+    own, ours = (read_runs([folder], "error_rate") for folder in folders)
+    found = {it.column: it for it in compare(own, ours)}
+    assert found["base"].difference == pytest.approx(-5 / 3) and found["base"].wins == 3 and found["new"].wins == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"shots": 4}, "Cars: expected one shots, found 16 in .* and 4 in .*--by shots keeps them apart"),
+        ({"backbone": "ViT-B/16"}, "Cars: expected one backbone, found 'gram-small' in"),
+    ],
+)
+def test_other_shots_and_backbones_are_not_compared(folders, tmp_path, more, says):
+    other = write(tmp_path / "other", "CoOp", OURS, **more)
+    with pytest.raises(GramError, match=says):
+        compare(read_runs([folders[0]]), read_runs([other]))
+    apart = [read_runs([folder], by=list(more)) for folder in (folders[0], other)]
+    assert compare(*apart)[0].pairs == 3
+
+
+def test_two_runs_of_one_thing_are_refused(folders):
+    write(folders[0] / "again", "MyTrainer", {("Pets", 1): (70.0, 60.0)})
+    with pytest.raises(
+        GramError, match=r"expected one run of MyTrainer on Pets \(base classes, seed 1\), found .* and "
+    ):
+        compare(*(read_runs([folder]) for folder in folders))
+
+
+def test_datasets_may_be_left_out_of_one_side(folders, tmp_path, capsys):
+    write(folders[1], "CoOpGRAM", {("Tuned", 1): (60.0, 60.0)})
+    argv = ["report", str(folders[0]), "--against", str(folders[1]), "--format", "csv"]
+    assert main([*argv, "--without", "Tuned,Cars"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith("MyTrainer,CoOpGRAM,base,2,1,2.0,")
+    assert main([*argv, "--datasets", "Tuned"]) == 2
+    assert "expected runs on other datasets than those left out, found none" in capsys.readouterr().err
+    assert main([*argv, "--tidy", str(tmp_path / "runs.csv")]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4 and (tmp_path / "runs.csv").exists()
+
+
+@pytest.mark.parametrize("option", ["--tidy", "--against"])
+def test_a_folder_without_results_is_one_sentence(folders, tmp_path, capsys, option):
+    meta = tmp_path / "meta"
+    meta.mkdir()
+    (meta / "log.jsonl").write_text('{"step": 0, "alignment": 0.5}\n')
+    given = {"--tidy": tmp_path / "runs.csv", "--against": folders[1]}[option]
+    assert main(["report", str(meta), option, str(given)]) == 2
+    assert "expected runs tested on the test split, found none" in capsys.readouterr().err
+    assert not (tmp_path / "runs.csv").exists()
+
+
 def test_the_command_prints_text_csv_and_json(folders, capsys):
     argv = ["report", str(folders[0]), "--against", str(folders[1])]
     assert main([*argv]) == 0
@@ -129,6 +210,20 @@ def test_tidy_tables(folders, tmp_path, ending):
         row for row in expected if row["folder"].endswith("MyTrainer-Cars-3-new") and row["metric"] == "accuracy"
     )
     assert (one["value"], one["method"], one["seed"], one["few_shot"]) == (40.0, "MyTrainer", 3, "Cars-3")
+
+
+@pytest.mark.parametrize("ending", [".csv", ".parquet"])
+def test_a_tidy_table_of_hostile_names(tmp_path, ending):
+    """A folder whose name is no UTF-8, and a trainer that is a formula with a comma and a line break."""
+    folder = Path(os.fsdecode(bytes(tmp_path / "own") + b"\xff"))
+    write(folder, "T", {("Pets", 1): (70.0, 60.0)})
+    for path in folder.glob("*/results.json"):
+        path.write_text(path.read_text().replace('"T"', json.dumps('=HYPERLINK("x"),\n1')))
+    path = tmp_path / f"runs{ending}"
+    assert write_tidy(read_runs([folder]), path) == 6
+    rows = pd.read_csv(path) if ending == ".csv" else pd.read_parquet(path)
+    assert len(rows) == 6 and rows["folder"][0].startswith(f"{tmp_path}/own\\xff/T-Pets-1-")
+    assert rows["trainer"][0] == {".csv": '\'=HYPERLINK("x"), 1', ".parquet": '=HYPERLINK("x"),\n1'}[ending]
 
 
 def test_a_tidy_table_of_another_kind_is_one_sentence(folders, tmp_path, capsys):
