@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from gram_meta.backbone.recompute import recomputed
 from gram_meta.backbone.towers import Packing, Rectangle, image_features, text_features
 from gram_meta.backbone.weights import OPENAI, Design, build_clip, empty_clip, read_clip, read_sizes
-from gram_meta.errors import GramError
+from gram_meta.errors import GramError, in_one_line
 from gram_meta.files import PathLike
 
 PACKAGED = "gram-small"  # the small CLIP in this package
@@ -74,7 +74,7 @@ def load_backbone(
             is a switch of the process, which every call sets: the precision of the last backbone holds.
 
     Raises:
-        GramError: unknown name or precision, missing or unreadable file, or a CLIP of another architecture.
+        GramError: unknown name, device or precision, missing or unreadable file, or a CLIP of another architecture.
     """
     if isinstance(name, Backbone):
         return name
@@ -82,6 +82,7 @@ def load_backbone(
         return _backbone_of(name, device, precision)
     device, precision = device or "cpu", precision or "fp32"
     _set_precision(precision)
+    _check_device(device)
     files = sorted(file for file in (Path(name), *Path(name).glob("*")) if file.is_file())
     key = (name, str(device), precision, *((file.stat().st_mtime_ns, file.stat().st_size) for file in files))
     if key in _kept:
@@ -108,14 +109,23 @@ def _backbone_of(model: nn.Module, device: str | torch.device | None, precision:
     kinds = {kind: name for name, kind in reversed(PRECISIONS.items())}
     precision = precision or kinds.get(sample.dtype, "fp32")
     _set_precision(precision)
+    _check_device(device or sample.device)
     built = build_clip(clip_module(), found.state, found.name, found.design, found.tower)
     return Backbone(built, found.name, device or sample.device, precision, found.design)
 
 
 def _set_precision(precision: str) -> None:
-    if precision not in PRECISIONS:
+    if precision not in tuple(PRECISIONS):  # a file may name a list
         raise GramError(f"precision: expected one of {', '.join(PRECISIONS)}, found {precision!r}")
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"  # else float32 products are those of float32
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # an unknown name, or none of this machine
+        expected = "expected one of this machine, such as cpu or cuda"
+        raise GramError(f"device: {expected}, found {str(device)!r} ({in_one_line(error)})") from None
 
 
 def check_name(where: PathLike, made_with: str, name: str, widths: Mapping[str, int]) -> None:
@@ -179,7 +189,7 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.design = name, design
-        self._digest = _in_background(partial(fingerprint, design=design), model.state_dict())
+        self._digest = _Digest(partial(fingerprint, design=design), model.state_dict())
         self.is_vit = hasattr(model.visual, "class_embedding")
         self.text_width = int(model.ln_final.weight.shape[0])
         self.visual_width = int(model.visual.conv1.weight.shape[0]) if self.is_vit else 0
@@ -364,23 +374,27 @@ def clip_module() -> ModuleType:
     return clip
 
 
-def _in_background(function: Callable[[Any], Any], argument: Any) -> Callable[[], Any]:
-    """Call a function in a thread; return a function that waits for its result. The argument is freed meanwhile."""
-    held, found = [argument], []
+class _Digest:
+    """The result of a function, which a thread computes; a call waits for it. The argument is freed meanwhile."""
 
-    def compute() -> None:
-        found.append(function(held[0]))
-        held.clear()
+    def __init__(self, function: Callable[[Any], str], argument: Any) -> None:
+        self.function, self.held = function, [argument]
+        self.found: list[str] = []
+        self.thread = threading.Thread(target=self._compute)
+        self.thread.start()
 
-    def result() -> Any:
-        thread.join()
-        if not found:  # this process was forked meanwhile, and threads stay behind
-            compute()
-        return found[0]
+    def _compute(self) -> None:
+        self.found.append(self.function(self.held[0]))
+        self.held.clear()
 
-    thread = threading.Thread(target=compute)
-    thread.start()
-    return result
+    def __call__(self) -> str:
+        self.thread.join()
+        if not self.found:  # this process was forked meanwhile, and threads stay behind
+            self._compute()
+        return self.found[0]
+
+    def __reduce__(self) -> tuple[Any, ...]:  # in a pickle: the result alone
+        return partial, (str, self())
 
 
 def fingerprint(state_dict: dict[str, Tensor], design: Design = OPENAI) -> str:

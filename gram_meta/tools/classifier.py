@@ -11,11 +11,12 @@ import os
 from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from msgspec import Meta
 from PIL import Image
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import check_is_fitted
@@ -50,7 +51,7 @@ class _Facts(TypedDict):
     format: int
     backbone: ModelFacts
     is_named: bool  # whether the backbone's name stands for its weights
-    class_names: list[str]
+    class_names: Annotated[list[str], Meta(min_length=1)]
     has_numbers: bool  # whether labels are numbers
     template: str
     settings: dict[str, Any]
@@ -141,17 +142,21 @@ class GramClassifier(ClassifierMixin, BaseEstimator):
             GramError: an image that cannot be used, labels that do not fit, a meta-checkpoint of another backbone.
         """
         settings = {name: _plain(getattr(self, name)) for name in ("epochs", "lr", "batch_size", "seed")}
+        for name, value in settings.items():
+            if name != "lr" and not isinstance(value, int):
+                raise GramError(f"{name}: expected a whole number, found {value!r}")
         check_bounds(settings, COMMAND_BOUNDS)
         pictures = _listed(images)
-        names, targets = self._targets(labels, len(pictures))
+        names, has_numbers, targets = self._targets(labels, len(pictures))
         meta = self.meta
         if meta is not None and not isinstance(meta, MetaCheckpoint):
             meta = load_meta_checkpoint(meta)
         backbone = load_backbone(self.backbone, _device(self.backbone, self.device), self.precision)
-        model = self._start(backbone, names, meta)
+        model, template = self._start(backbone, names, meta)
         cfg = _trainer_settings(self, backbone)
         self.regulation_ = self._learn(model, meta, cfg, pictures, targets)
-        self.model_ = model
+        self.model_, self.template_ = model, template  # only now: a `fit` that fails changes nothing
+        self._set_classes(names, has_numbers)
         return self
 
     def predict_proba(self, images: Iterable[Picture]) -> np.ndarray:
@@ -223,8 +228,10 @@ class GramClassifier(ClassifierMixin, BaseEstimator):
         found.model_ = PromptedCLIP(clip, found.class_names_, prompts, found.template_)
         return found
 
-    def _targets(self, labels: Iterable[Any], count: int) -> tuple[list[str], Tensor]:
-        """Return the names of all classes, and the number (n,) of each label; set `classes_`."""
+    def _targets(self, labels: Iterable[Any], count: int) -> tuple[list[str], bool, Tensor]:
+        """Return the names of all classes, whether labels are numbers, and the number (n,) of each label."""
+        if isinstance(labels, str) or not isinstance(labels, Iterable):
+            raise GramError(f"labels: expected a list of names or whole numbers, found {labels!r}")
         values = list(map(_plain, labels))
         if len(values) != count:
             raise GramError(f"labels: expected one for each of {count} images, found {len(values)}")
@@ -233,7 +240,9 @@ class GramClassifier(ClassifierMixin, BaseEstimator):
             raise GramError(f"labels: expected names or whole numbers, found {others[0]!r}")
         if has_numbers and self.class_names is None and values:
             raise GramError(f"labels: expected names, or class_names beside numbers, found {values[0]}")
-        names = sorted(set(values)) if self.class_names is None else list(self.class_names)
+        if isinstance(self.class_names, str) or not isinstance(self.class_names, Iterable | None):
+            raise GramError(f"class_names: expected a list of names, found {self.class_names!r}")
+        names = sorted(set(values)) if self.class_names is None else list(map(_plain, self.class_names))
         if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
             raise GramError(f"class_names: expected different names, found {names}")
         known = {label: number for number, label in enumerate(range(len(names)) if has_numbers else names)}
@@ -246,26 +255,25 @@ class GramClassifier(ClassifierMixin, BaseEstimator):
             raise GramError(
                 f"labels: expected at least two classes, found {', '.join(map(repr, set(values))) or 'none'}"
             )
-        self._set_classes(names, has_numbers)
-        return names, torch.tensor([known[value] for value in values])
+        return names, has_numbers, torch.tensor([known[value] for value in values])
 
     def _set_classes(self, names: list[str], has_numbers: bool) -> None:
         self.class_names_ = names
         self.classes_ = np.arange(len(names)) if has_numbers else np.array(names)
 
-    def _start(self, backbone: Backbone, names: list[str], meta: MetaCheckpoint | None) -> PromptedCLIP:
-        """Return the classifier before its first step."""
+    def _start(self, backbone: Backbone, names: list[str], meta: MetaCheckpoint | None) -> tuple[PromptedCLIP, str]:
+        """Return the classifier before its first step, and its template."""
         if meta is None:
             tokens = {"TEXT_TOKENS": _plain(self.text_tokens), "VISUAL_TOKENS": _plain(self.visual_tokens)}
             check_bounds({"PROMPT": {**tokens, "TEMPLATE": self.template}}, META_BOUNDS)
             prompt = PromptConfig(self.text_tokens, self.visual_tokens, self.words, self.template)
             prompts = initial_prompts(backbone, prompt.text_tokens, prompt.visual_tokens, prompt.words, int(self.seed))
-            self.template_ = prompt.template
+            template = prompt.template
         else:
             meta.check_shallow()
             meta.check(backbone, meta.tokens)
-            prompts, self.template_ = meta.prompts, stored_config(meta.config).PROMPT.TEMPLATE
-        return PromptedCLIP(backbone, names, prompts, self.template_)
+            prompts, template = meta.prompts, stored_config(meta.config).PROMPT.TEMPLATE
+        return PromptedCLIP(backbone, names, prompts, template), template
 
     def _learn(
         self, model: PromptedCLIP, meta: MetaCheckpoint | None, cfg: Any, pictures: list[Picture], targets: Tensor

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gram_meta.backbone import clip
-from gram_meta.backbone.clip import _in_background, clip_module, end_positions, fingerprint, load_backbone
+from gram_meta.backbone.clip import _Digest, clip_module, end_positions, fingerprint, load_backbone
 from gram_meta.backbone.weights import _read_file, build_clip
 from gram_meta.errors import GramError
 from gram_meta.method.prompts import (
@@ -235,7 +235,7 @@ def test_a_forked_process_has_the_fingerprint_too(monkeypatch, weights):
         time.sleep(0.5)
         return fingerprint(state)
 
-    result = _in_background(slow, weights)
+    result = _Digest(slow, weights)
     begun.wait()
     pid = os.fork()
     if not pid:

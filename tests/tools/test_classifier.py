@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 from importlib.util import find_spec
 
 import numpy as np
@@ -194,13 +195,15 @@ def test_a_file_of_something_else_is_one_sentence(tmp_path, backbone, fitted):
         facts = json.loads(file.metadata()["gram-classifier"])
     for key, value, sentence in (
         ("class_names", [1, 2, 3], "bad: metadata.*class_names"),
+        ("class_names", [], "bad: metadata: class_names: expected array of length >= 1"),
+        ("settings", {"precision": ["fp32"]}, "precision: expected one of fp32"),
         ("settings", {"epoche": 2}, "expected the settings of a classifier, found others"),
         ("format", 9, "bad: expected classifier format 1, found 9"),
     ):
         metadata = {"gram-classifier": json.dumps({**facts, key: value})}
         save_file(load_file(tmp_path / "good"), tmp_path / "bad", metadata=metadata)
         with pytest.raises(GramError, match=sentence):
-            gram.GramClassifier.load(tmp_path / "bad", backbone)
+            gram.GramClassifier.load(tmp_path / "bad", backbone if key != "settings" else "random-tiny")
     metadata = {"gram-classifier": json.dumps(facts)}
     for prompts, sentence in (
         ({"text": torch.zeros(4, 32)}, r"bad: expected text of shape \(4, 64\), found \(4, 32\)"),
@@ -227,6 +230,11 @@ def test_a_file_of_something_else_is_one_sentence(tmp_path, backbone, fitted):
         (pictures()[0], ["red", "gren"] * 3, {"class_names": ["red", "green"]}, "found 'gren'; did you mean 'green'"),
         (pictures()[0], ["red", 0] * 3, {}, "expected names or whole numbers, found 0"),
         (pictures()[0], ["a", "b"] * 3, {"class_names": ["a", "b", "a"]}, "expected different names"),
+        (pictures()[0], [0, 1, 2] * 2, {"class_names": "cat"}, "class_names: expected a list of names, found 'cat'"),
+        (pictures()[0], None, {}, "labels: expected a list of names or whole numbers, found None"),
+        (pictures()[0][:2], "ab", {}, "labels: expected a list of names or whole numbers, found 'ab'"),
+        (pictures()[0], pictures()[1], {"epochs": 1.5}, "epochs: expected a whole number, found 1.5"),
+        (pictures()[0], pictures()[1], {"seed": None}, "seed: expected a whole number, found None"),
         ([np.zeros((4, 4, 3))] * 2, ["a", "b"], {}, r"images\[.\]: expected a path.*, found float64 \(4, 4, 3\)"),
         ([None, None], ["a", "b"], {}, r"images\[.\]: expected a path.*, found NoneType"),
         (pictures()[0], pictures()[1], {"epochs": 0}, "epochs: expected at least 1"),
@@ -238,6 +246,30 @@ def test_a_file_of_something_else_is_one_sentence(tmp_path, backbone, fitted):
 def test_bad_input_is_one_sentence(backbone, images, labels, settings, sentence):
     with pytest.raises(GramError, match=sentence):
         classifier(backbone, **settings).fit(images, labels)
+
+
+def test_a_fit_that_fails_changes_nothing(backbone):
+    images, labels = pictures()
+    found = classifier(backbone).fit(images, labels)
+    before = found.predict_proba(images)
+    with pytest.raises(GramError, match="expected a path"):
+        found.fit([np.zeros((4, 4, 3))] * 2, ["a", "b"])
+    assert list(found.classes_) == sorted(set(labels)) and np.array_equal(found.predict_proba(images), before)
+
+
+def test_a_fitted_classifier_is_pickled(backbone, fitted):
+    """As joblib does, for files and for other processes."""
+    again = pickle.loads(pickle.dumps(fitted))
+    images = pictures()[0]
+    assert np.array_equal(again.predict_proba(images), fitted.predict_proba(images))
+    assert again.model_.backbone.fingerprint == backbone.fingerprint
+
+
+@pytest.mark.parametrize("device", ["gpu9", "cuda:77"])
+def test_a_device_that_is_not_there_is_one_sentence(device):
+    with pytest.raises(GramError, match=f"device: expected one of this machine, .*, found '{device}'") as error:
+        gram.GramClassifier("random-tiny", device=device).fit(*pictures())
+    assert "\n" not in str(error.value)
 
 
 def test_a_broken_file_is_named(backbone, fitted, tmp_path):
