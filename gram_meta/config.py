@@ -23,6 +23,7 @@ ELEVEN = (
     *("imagenet", "caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101", "fgvc_aircraft"),
     *("sun397", "dtd", "eurosat", "ucf101"),
 )
+VISUAL_STARTS = ("random", "class_token")
 SHIFTED = ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
 
 # Keys of version 0.1 and today's names. Files, options and stored configurations may still have the old ones.
@@ -81,6 +82,9 @@ def get_meta_config() -> CN:
     c.PROMPT.WORDS = "a photo of a"  # start of the text prompt; "": random
     c.PROMPT.TEMPLATE = "a photo of a {}."  # class prompt if there is no text prompt
     c.PROMPT.CONDITIONAL = False  # True: a meta-net shifts the text prompt for each image, as in CoCoOp
+    c.PROMPT.VISUAL_START = (
+        "random"  # of visual tokens; class_token: copies of the class token
+    )
     c.PROMPT.VISUAL_SIZE = 0.0  # root mean square that every visual token is held at; 0: free (it grows)
     c.PROMPT.FAMILY = "independent"  # independent, or maple: visual tokens are linear functions of the text tokens
     c.PROMPT.TEXT_DEPTH = 1  # layers of the text tower with a prompt of their own
@@ -233,6 +237,7 @@ META_BOUNDS = {
         (_names("absolute", "relative", "none"), "REGULATOR.BETA"),
         (_names("adam", "sgd"), "OUTER.OPTIMIZER"),
         (_names("independent", "maple"), "PROMPT.FAMILY"),
+        (_names(*VISUAL_STARTS), "PROMPT.VISUAL_START"),
         (_names("auto", "whole", "lean"), "MEMORY.SECOND_ORDER"),
         (Bound(_is_template, "words with {} where the class name stands"), "PROMPT.TEMPLATE"),
     )
@@ -245,6 +250,7 @@ RUN_BOUNDS = {
         (_COUNT, "DATALOADER.TEST.BATCH_SIZE DATALOADER.K_TRANSFORMS"),
         (_COUNT, "TRAINER.COOP.N_CTX TRAINER.COCOOP.N_CTX TRAINER.JOINT.N_CTX_TEXT"),
         (_numbers(1, 1000), "TRAINER.JOINT.N_CTX_VISION TRAINER.VPT.N_CTX_VISION"),
+        (_names(*VISUAL_STARTS), "TRAINER.JOINT.VISUAL_INIT TRAINER.VPT.VISUAL_INIT"),
         (_WORKERS, "DATALOADER.NUM_WORKERS"),
         (_FROM_0, "TRAINER.MEMORY.CLASSES TRAINER.MEMORY.TEXT_BUDGET"),
         (_FROM_0, "TRAINER.MEMORY.IMAGE_BUDGET TRAINER.MEMORY.KEPT_IMAGES"),

@@ -29,7 +29,14 @@ from gram_meta.errors import GramError, tensorboard_errors
 from gram_meta.images import UnreadableImage, find_problems, is_read_otherwise, kept_images, list_problems
 from gram_meta.locks import only_writer
 from gram_meta.method.checkpoint import check_fit
-from gram_meta.method.prompts import STATE_NAMES, PromptedCLIP, context_from_words, logits, random_context
+from gram_meta.method.prompts import (
+    STATE_NAMES,
+    PromptedCLIP,
+    context_from_words,
+    initial_visual_prompt,
+    logits,
+    random_context,
+)
 from gram_meta.random_state import kept_random_state, make_deterministic
 from gram_meta.runs import folder as run_folder
 from gram_meta.runs import saved
@@ -322,10 +329,11 @@ class PromptTrainer(Checkpointing, ClipTrainer):
         return random_context(self.backbone.text_width, tokens)
 
     def initial_visual_prompt(self) -> Tensor:
-        """Return the initial visual prompt (M, d): random tokens."""
-        tokens = self.options.N_CTX_VISION
-        print(f"Initial visual prompt: {tokens} random tokens")
-        return random_context(self.backbone.visual_width, tokens)
+        """Return the initial visual prompt (M, d), as VISUAL_INIT says."""
+        tokens, start = self.options.N_CTX_VISION, self.options.VISUAL_INIT
+        kind = "random tokens" if start == "random" else "copies of the class token"
+        print(f"Initial visual prompt: {tokens} {kind}")
+        return initial_visual_prompt(self.backbone, tokens, start)
 
     def build_model(self) -> None:
         cfg = self.cfg

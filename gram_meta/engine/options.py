@@ -18,6 +18,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "TRAINER.COCOOP": {"N_CTX": 16, "CTX_INIT": "", "PREC": "fp16"},
     "TRAINER.VPT": {
         "N_CTX_VISION": 4,  # visual prompt tokens
+        "VISUAL_INIT": "random",  # random, or class_token: copies of the image tower's class token
         "CTX_INIT": "a photo of a",  # words before the class name
         "PREC": "fp16",
         "PROMPT_DEPTH_VISION": 1,  # layers with prompts: only the first
@@ -25,6 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "TRAINER.JOINT": {  # of JointPrompt and UniGRAM
         "N_CTX_TEXT": 2,
         "N_CTX_VISION": 2,
+        "VISUAL_INIT": "random",
         "CTX_INIT": "a photo",  # N_CTX_TEXT initial tokens of the text prompt; "": random
         "PREC": "fp16",
     },

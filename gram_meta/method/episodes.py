@@ -317,7 +317,8 @@ def initial_theta(backbone: Backbone, config: PromptConfig, seed: int) -> dict[s
 
     It is float32 for every number type of the towers but fp64, which is for checks and has a float64 theta.
     """
-    theta = initial_prompts(backbone, config.text_tokens, config.visual_tokens, config.words, seed)
+    sizes = config.text_tokens, config.visual_tokens
+    theta = initial_prompts(backbone, *sizes, config.words, seed, config.visual_start)
     theta = deepened(backbone, theta, config, seed)
     if config.conditional:
         net = initial_meta_net(backbone, seed)

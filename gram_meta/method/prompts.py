@@ -45,6 +45,7 @@ class PromptConfig:
     words: str = "a photo of a"  # initialisation of the text prompt; "": random
     template: str = TEMPLATE  # class prompt if there is no text prompt
     conditional: bool = False  # whether a meta-net shifts the text prompt for each image, as in CoCoOp
+    visual_start: str = "random"  # of visual tokens: `random`, or `class_token` (`class_token_start`)
     visual_size: float = 0.0  # root mean square that each visual token is held at (`hold_size`); 0: free
     family: str = "independent"  # `independent`, or `maple`: visual tokens are functions of the text tokens (`coupled`)
     text_depth: int = 1  # layers of the text tower with a prompt of their own
@@ -59,11 +60,11 @@ class PromptConfig:
         if self.conditional and (self.coupled or self.text_depth > 1):
             raise GramError("PROMPT.CONDITIONAL: expected FAMILY independent and TEXT_DEPTH 1, found others")
         sizes = (self.text_tokens, self.text_depth), (self.visual_tokens, self.visual_depth)
-        if self.coupled and (sizes[0] != sizes[1] or self.visual_size):
+        if self.coupled and (sizes[0] != sizes[1] or self.visual_size or self.visual_start != "random"):
             raise GramError(
-                "PROMPT.FAMILY maple: expected as many VISUAL_TOKENS as TEXT_TOKENS, VISUAL_DEPTH as TEXT_DEPTH and "
-                f"VISUAL_SIZE 0, found {sizes[1][0]} and {sizes[0][0]}, {sizes[1][1]} and {sizes[0][1]}, "
-                f"{self.visual_size:g}"
+                "PROMPT.FAMILY maple: expected as many VISUAL_TOKENS as TEXT_TOKENS, VISUAL_DEPTH as TEXT_DEPTH, "
+                f"VISUAL_SIZE 0 and VISUAL_START random, found {sizes[1][0]} and {sizes[0][0]}, {sizes[1][1]} and "
+                f"{sizes[0][1]}, {self.visual_size:g}, {self.visual_start}"
             )
 
     @property
@@ -216,20 +217,38 @@ def random_context(width: int, tokens: int, generator: torch.Generator | None = 
     return torch.empty(tokens, width).normal_(std=0.02, generator=generator)
 
 
+def class_token_start(backbone: Backbone, tokens: int, generator: torch.Generator | None = None) -> Tensor:
+    """Return (tokens, d_visual), float32: the class token as it enters the tower, with noise of a tenth of its size.
+
+    Copies of a token that the tower knows change its features little; random tokens take attention from patches. The
+    noise gives the tokens different gradients.
+    """
+    visual = backbone.model.visual
+    token = (visual.class_embedding + visual.positional_embedding[0]).detach().float()  # (d,)
+    noise = random_context(len(token), tokens, generator).to(token.device) * token.square().mean().sqrt() * 5
+    return token + noise
+
+
 def template_features(backbone: Backbone, classnames: Sequence[str], template: str = TEMPLATE) -> Tensor:
     """Return class features (N, D) of a written template, L2-normalised, without a gradient."""
     return backbone.encode_texts([template.format(name.replace("_", " ")) for name in classnames])
 
 
 def initial_prompts(
-    backbone: Backbone, text_tokens: int, visual_tokens: int, words: str = "", seed: int = 0
+    backbone: Backbone,
+    text_tokens: int,
+    visual_tokens: int,
+    words: str = "",
+    seed: int = 0,
+    visual_start: str = "random",
 ) -> dict[str, Tensor]:
     """Return the initial prompts of meta-training or of a baseline.
 
     Args:
         text_tokens, visual_tokens: M_t and M_v; 0 leaves the kind out.
         words: text for the text prompt; it must have exactly `text_tokens` tokens. "" draws N(0, 0.02).
-        seed: of the random draws; visual prompts are always drawn.
+        seed: of the random draws.
+        visual_start: "random" draws the visual prompt from N(0, 0.02), "class_token" see `class_token_start`.
 
     Raises:
         GramError: words of another number of tokens, or a visual prompt for a ResNet.
@@ -246,8 +265,17 @@ def initial_prompts(
     if visual_tokens:
         if not backbone.is_vit:
             raise GramError(f"visual prompts: expected a ViT image tower of OpenAI's kind, found {backbone.name}")
-        prompts["visual"] = random_context(backbone.visual_width, visual_tokens, generator).to(backbone.device)
+        prompts["visual"] = initial_visual_prompt(backbone, visual_tokens, visual_start, generator).to(backbone.device)
     return prompts
+
+
+def initial_visual_prompt(
+    backbone: Backbone, tokens: int, start: str = "random", generator: torch.Generator | None = None
+) -> Tensor:
+    """Return the initial visual prompt (tokens, d_visual) of `start` "random" or "class_token"."""
+    if start == "class_token":
+        return class_token_start(backbone, tokens, generator)
+    return random_context(backbone.visual_width, tokens, generator)
 
 
 def deepened(backbone: Backbone, prompts: Mapping[str, Tensor], config: PromptConfig, seed: int) -> dict[str, Tensor]:
