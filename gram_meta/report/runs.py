@@ -187,6 +187,8 @@ def _words(training: Mapping[str, Any], result: Mapping[str, Any], settings: Map
         words.append("random start")
     elif start is not None and not _is_usual(start, trainer, settings):
         words.append(f'start "{start}"')
+    if start is not None and settings.get(f"TRAINER.{_NODES.get(trainer, trainer)}.VISUAL_INIT") == "class_token":
+        words.append("start from the class token")
     if trainer == "VPT" and (depth := settings.get("TRAINER.VPT.PROMPT_DEPTH_VISION", 1)) != 1:
         words.append(f"prompts in {depth} layers")  # MaPLe's: a trainer of the same name
     meta = _meta_settings(training)

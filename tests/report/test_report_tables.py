@@ -67,8 +67,13 @@ class Tree:
             "OPTIM": {"MAX_EPOCH": change.pop("epochs", 10), "LR": change.pop("lr", 0.002)},
             "TRAINER": {
                 "COOP": {"CTX_INIT": change.pop("start", "a photo of a"), "N_CTX": 4},
-                "VPT": {"CTX_INIT": "a photo of a"},
-                "JOINT": {"N_CTX_TEXT": 2, "N_CTX_VISION": 2, "CTX_INIT": "a photo"},
+                "VPT": {"CTX_INIT": "a photo of a", "VISUAL_INIT": change.get("visual", "random")},
+                "JOINT": {
+                    "N_CTX_TEXT": 2,
+                    "N_CTX_VISION": 2,
+                    "CTX_INIT": "a photo",
+                    "VISUAL_INIT": change.pop("visual", "random"),
+                },
                 "GRAM": {"INIT": True, "REGULATE": change.pop("regulate", True), "META": name},
             },
         }
@@ -307,6 +312,16 @@ def test_every_run_stands_somewhere(world):
     assert [report.number for report in reports] == [1, 2, 3, 4, 5, 6, 7, 0]
     assert reports[-1].labels == ["CoOp", "CoOp, 50 epochs", "CoOp, random start", "CoOpGRAM, R off"]
     assert reports[-1].missing and all(one.label == "CoOp, 50 epochs" for one in reports[-1].missing)
+
+
+def test_another_start_of_the_visual_prompt_has_a_row_of_its_own(tmp_path):
+    tree = Tree(tmp_path)
+    for trainer in ("VPT", "JointPrompt"):
+        tree.base_to_new(trainer, PAIRS)
+        tree.base_to_new(trainer, PAIRS, cfg="class_token", visual="class_token", name=f"{trainer}, class token")
+    started = [f"{trainer}, start from the class token" for trainer in ("VPT", "JointPrompt")]
+    reports = all_tables(read_runs([tmp_path]))
+    assert [list(report.labels) for report in reports] == [["VPT", "JointPrompt"], sorted(started)]
 
 
 def test_other_shots_and_plain_datasets_have_tables_of_their_own(tmp_path):

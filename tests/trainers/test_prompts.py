@@ -218,6 +218,21 @@ def test_the_visual_prompts_gradient_by_finite_differences(build, precise):
             assert slope == pytest.approx((gradient * way).sum().item(), rel=1e-5) and abs(slope) > 1e-3
 
 
+def test_a_visual_prompt_may_start_as_copies_of_the_class_token(build, backbone):
+    """Their noise has a tenth of its size."""
+    tower = backbone.model.visual
+    token = tower.class_embedding + tower.positional_embedding[0]  # what joins the patches in front of `ln_pre`
+    prompt = initial_prompts(backbone, 0, 4, seed=3, visual_start="class_token")["visual"]
+    noise = (prompt - token).square().mean().sqrt() / token.square().mean().sqrt()
+    assert prompt.shape == (4, 64) and noise.item() == pytest.approx(0.1, rel=0.2)
+    assert not torch.equal(prompt[0], prompt[1])
+    for trainer, node in (("VPT", "VPT"), ("JointPrompt", "JOINT")):
+        ctx = build(trainer, f"TRAINER.{node}.VISUAL_INIT", "class_token").model.prompt_learner.visual_ctx
+        assert (ctx - token).square().mean().sqrt() / token.square().mean().sqrt() < 0.15
+    with pytest.raises(GramError, match="TRAINER.VPT.VISUAL_INIT: expected random or class_token, found 'class'"):
+        build("VPT", "TRAINER.VPT.VISUAL_INIT", "class")
+
+
 def test_cocoop_steps_as_plain_sgd_does(build):
     """Batches of one, momentum and weight decay written out; context and meta-net."""
     trainer = build("CoCoOp", "DATALOADER.TRAIN_X.BATCH_SIZE", 1, "OPTIM.WARMUP_EPOCH", -1, "OPTIM.LR", 0.02)
