@@ -82,9 +82,7 @@ def get_meta_config() -> CN:
     c.PROMPT.WORDS = "a photo of a"  # start of the text prompt; "": random
     c.PROMPT.TEMPLATE = "a photo of a {}."  # class prompt if there is no text prompt
     c.PROMPT.CONDITIONAL = False  # True: a meta-net shifts the text prompt for each image, as in CoCoOp
-    c.PROMPT.VISUAL_START = (
-        "random"  # of visual tokens; class_token: copies of the class token
-    )
+    c.PROMPT.VISUAL_START = "random"  # of visual tokens; class_token: copies of the class token
     c.PROMPT.VISUAL_SIZE = 0.0  # root mean square that every visual token is held at; 0: free (it grows)
     c.PROMPT.FAMILY = "independent"  # independent, or maple: visual tokens are linear functions of the text tokens
     c.PROMPT.TEXT_DEPTH = 1  # layers of the text tower with a prompt of their own

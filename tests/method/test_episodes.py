@@ -29,6 +29,7 @@ from gram_meta.method.prompts import (
     CoupledCLIP,
     PromptConfig,
     PromptedCLIP,
+    class_token_start,
     hold_size,
     initial_meta_net,
     template_features,
@@ -411,6 +412,7 @@ def test_what_makes_no_sense_is_refused(pixel_corpus):
         ((*MAPLE, "PROMPT.VISUAL_TOKENS", "3"), "FAMILY maple: expected .* found 3 and 2, 2 and 2, 0"),
         ((*MAPLE, "PROMPT.VISUAL_DEPTH", "1"), "FAMILY maple: expected .* found 2 and 2, 1 and 2, 0"),
         ((*MAPLE, "PROMPT.VISUAL_SIZE", "0.1"), "FAMILY maple: expected .* found 2 and 2, 2 and 2, 0.1"),
+        ((*MAPLE, "PROMPT.VISUAL_START", "class_token"), "FAMILY maple: .* VISUAL_START random, found .* class_token"),
     ):
         with pytest.raises(GramError, match=words):
             Episodes.from_config(backbone, store, ["cat"], pixel_settings(*opts))
@@ -418,6 +420,16 @@ def test_what_makes_no_sense_is_refused(pixel_corpus):
         config = PromptConfig.from_config(pixel_settings(*JOINT, f"PROMPT.{key}", "3"))
         with pytest.raises(GramError, match=f"PROMPT.{key}: expected at most the tower's 2 layers, found 3"):
             initial_theta(backbone, config, 1)
+
+
+def test_meta_training_may_start_from_the_class_token(pixel_corpus):
+    backbone = pixel_corpus[2]
+    config = PromptConfig.from_config(pixel_settings(*VISUAL, "PROMPT.VISUAL_START", "class_token"))
+    theta = initial_theta(backbone, config, 1)["visual"]
+    tower = backbone.model.visual
+    token = tower.class_embedding + tower.positional_embedding[0]
+    assert torch.equal(theta, class_token_start(backbone, 2, torch.Generator().manual_seed(1)))
+    assert theta.requires_grad and (theta - token).norm() < 0.2 * token.expand(2, -1).norm()
 
 
 @pytest.mark.parametrize("rate", [0.02, 0.001])  # the second is the text prompt's
