@@ -36,6 +36,15 @@ CLAIMS = (
     ("UniGRAM", "CoOpGRAM"),
     ("UniGRAM", "VPTGRAM"),
     ("UniGRAM", "UniGRAM, meta-trained without R"),
+    ("UniGRAM, from the class token", "JointPrompt"),
+    ("UniGRAM, from the class token", "JointPrompt, from the class token"),
+    ("UniGRAM, from the class token", "CoOp"),
+    ("UniGRAM, from the class token", "CoOpGRAM"),
+    ("UniGRAM, from the class token", "VPTGRAM"),
+    ("UniGRAM, from the class token, R off", "CoOp"),
+    ("UniGRAM, from the class token", "UniGRAM, from the class token, R off"),
+    ("UniGRAM, from the class token", "UniGRAM"),
+    ("VPTGRAM", "VPT, from the class token"),
     ("CoCoOpGRAM", "CoCoOp"),
 )
 
@@ -45,6 +54,12 @@ def kind_of(run: Run) -> tuple[str, int]:
     made = run.result.get("meta_checkpoint") or {}
     meta, gram, words = made.get("settings", {}), "TRAINER.GRAM.", [run.trainer]
     seed = SEED.search(made.get("path", ""))
+    starts = {
+        "VPT": run.settings.get("TRAINER.VPT.VISUAL_INIT"),
+        "JointPrompt": run.settings.get("TRAINER.JOINT.VISUAL_INIT"),
+    }
+    if starts.get(run.trainer, meta.get("PROMPT.VISUAL_START")) == "class_token":
+        words.append("from the class token")
     if run.trainer.endswith("GRAM"):
         if not meta.get("REGULATOR.ENABLED", True):
             words.append("meta-trained without R")
