@@ -33,6 +33,8 @@ meta_train vpt vpt_gram_small
 meta_train joint unigram_gram_small
 
 bench --trainers ZeroshotCLIP CoOp VPT JointPrompt
+bench --output "$dir/class_token" --trainers VPT JointPrompt \
+    TRAINER.VPT.VISUAL_INIT class_token TRAINER.JOINT.VISUAL_INIT class_token
 for meta in $metas; do
     learned="$dir/meta/coop/seed$meta/best.safetensors"
     plain="$dir/meta/coop_no_regulator/seed$meta/best.safetensors"
@@ -45,5 +47,6 @@ for meta in $metas; do
     bench --output "$dir/joint/meta$meta" --trainers UniGRAM TRAINER.GRAM.CHECKPOINT "$joint"
 done
 
-gram report "$dir/output" "$dir/no_regulator" "$dir/visual" "$dir/joint" --collect "$dir/evidence.json"
+folders=("$dir/output" "$dir/class_token" "$dir/no_regulator" "$dir/visual" "$dir/joint")
+gram report "${folders[@]}" --collect "$dir/evidence.json"
 cp "$dir/evidence.json" docs/results/emoji.json && python scripts/experiments/claims.py   # in a clone
