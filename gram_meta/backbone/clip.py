@@ -57,7 +57,7 @@ _kept: dict[tuple[Any, ...], Backbone] = {}
 
 
 def load_backbone(
-    name: str | nn.Module, device: str | torch.device | None = None, precision: str | None = None
+    name: PathLike | nn.Module, device: str | torch.device | None = None, precision: str | None = None
 ) -> Backbone:
     """Load a frozen CLIP.
 
@@ -80,6 +80,9 @@ def load_backbone(
         return name
     if isinstance(name, nn.Module):
         return _backbone_of(name, device, precision)
+    if not isinstance(name, str | os.PathLike):
+        raise GramError(f"backbone: expected a name, a file of weights or a model, found {name!r}")
+    name = os.fspath(name)
     device, precision = device or "cpu", precision or "fp32"
     _set_precision(precision)
     _check_device(device)

@@ -144,6 +144,8 @@ def load_meta_checkpoint(path: PathLike) -> MetaCheckpoint:
 
     Raises `GramError` for no file, another file, or a damaged one.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise GramError(f"meta-checkpoint: expected a file or a name, found {path!r}")
     path = shipped().get(os.fspath(path), Path(path))
     facts, tensors = read_facts(path, _KEY, "meta-checkpoint", f" or one of {', '.join(shipped())}")
     try:

@@ -240,12 +240,14 @@ def test_a_file_of_something_else_is_one_sentence(tmp_path, backbone, fitted):
         (pictures()[0], pictures()[1], {"epochs": 0}, "epochs: expected at least 1"),
         (pictures()[0], pictures()[1], {"text_tokens": -1, "words": ""}, "PROMPT.TEXT_TOKENS: expected at least 0"),
         (pictures()[0], pictures()[1], {"template": "a photo"}, "PROMPT.TEMPLATE: expected words with {} where"),
+        (pictures()[0], pictures()[1], {"backbone": None}, "backbone: expected a name, a file of weights or a"),
+        (pictures()[0], pictures()[1], {"meta": 5}, "meta-checkpoint: expected a file or a name, found 5"),
         (pictures()[0], pictures()[1], {"text_tokens": 0}, "expected TEXT_TOKENS or VISUAL_TOKENS above 0"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence(backbone, images, labels, settings, sentence):
     with pytest.raises(GramError, match=sentence):
-        classifier(backbone, **settings).fit(images, labels)
+        classifier(**{"backbone": backbone} | settings).fit(images, labels)
 
 
 def test_a_fit_that_fails_changes_nothing(backbone):
