@@ -1,36 +1,45 @@
-"""What a corpus will cost on this machine: time, memory and disk of each step, from short measurements.
+"""What a corpus will cost on this machine, or on a named GPU: time, memory and disk of each step.
 
 Rates are measured here: decoded images, passes of the towers, meta-steps. Arithmetic over sizes makes estimates of
-them. Where neither is possible, an estimate rests on a measurement of another machine. Each row names its origin.
+them. Where neither is possible, an estimate rests on a measurement of another machine, as all times on a GPU that is
+not here do (`cards`). Each row names its origin.
 """
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from yacs.config import CfgNode
 
 from gram_meta.backbone.clip import Backbone
-from gram_meta.backbone.footprint import forward_bytes
+from gram_meta.backbone.footprint import GB, forward_bytes
 from gram_meta.clustering.hierarchy import Hierarchy, Topic
 from gram_meta.config import load_meta_config
 from gram_meta.corpus.embedding.sentences import DEFAULT, SentenceModel, load_sentence_model
+from gram_meta.corpus.places import ImageReader
+from gram_meta.corpus.sources import all_rows, open_source
+from gram_meta.corpus.sources.patterns import is_pattern
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
-from gram_meta.images import decode_image
-from gram_meta.method.memory_plan import MemoryConfig, plan
+from gram_meta.images import BadImage, decode_image
+from gram_meta.method.memory_plan import FITS, MemoryConfig, plan
 from gram_meta.method.meta_trainer import MetaTrainer
 from gram_meta.processes import worker_count, workers_for
+from gram_meta.tools.cards import COCOOP_STEP, FEW_SHOT_STEP, Card
 
 MEASURED, FORMULA, ASSUMED = "measured", "formula", "assumption"
 FAMILIES = {"text": "coop", "visual": "vpt", "joint": "unigram", "conditional": "cocoop"}  # prompts: meta configs
@@ -41,6 +50,10 @@ BATCH = 64  # images in a pass of `gram embed`
 LONGEST = 5.0  # seconds that a measured meta-step may be expected to take; else a part of it is measured
 WORDS_BYTES = 120  # a caption, a location and a digest in Parquet
 SENTENCE_WIDTH, SENTENCES = 384, 300.0  # of Sentence-BERT where it is not installed: width, captions a second
+SENTENCE_FLOP = 20 * 6 * 2 * 12 * 384**2  # of Sentence-BERT for a caption: 20 tokens, 6 layers of 12 d^2 weights
+# Pairs of known corpora; COCO: the captions of train2017; Flickr30k: 31,783 images x 5
+PUBLISHED = {"cc3m": 3_318_333, "cc12m": 12_423_374, "coco": 591_753, "flickr30k": 158_915}
+OWN_IMAGES = 16  # images of a corpus that are decoded
 
 # Training and test images of all datasets, and class prompts that CoOp encodes in training with batches of 32 and of 1:
 # 16 shots, 10 epochs, the eleven datasets or ImageNet and its targets; one trainer, one seed
@@ -76,6 +89,8 @@ class Rates:
     has_sentence_model: bool = False
     steps: dict[str, float] = field(default_factory=dict)
     parts: dict[str, float] = field(default_factory=dict)  # share of a step that was measured, by family
+    own_decoded: float = 0.0  # of the corpus's own images, by one process; 0: not measured
+    card: Card | None = None  # for which all but the decoding was computed
 
 
 def estimate(
@@ -87,6 +102,8 @@ def estimate(
     opts: Sequence[str] = (),
     sentence_model: str = DEFAULT,
     seconds: float = 2.0,
+    images: Sequence[bytes] = (),
+    card: Card | None = None,
 ) -> tuple[Rates, list[Row]]:
     """Measure this machine, and return the rates and the rows of the estimate.
 
@@ -98,6 +115,8 @@ def estimate(
         opts: KEY VALUE settings of meta-training.
         sentence_model: as for `load_sentence_model`.
         seconds: of each measurement, at least.
+        images: the content of some of the corpus's image files, to decode for `gram embed`.
+        card: estimate for this GPU, with `backbone` on the CPU; only the decoding is then measured.
 
     Raises:
         GramError: no pairs, an unknown family or setting, visual prompts for another tower than OpenAI's ViT.
@@ -105,14 +124,38 @@ def estimate(
     if pairs < 1:
         raise GramError(f"--pairs: expected at least 1, found {pairs}")
     configs = {name: _config(name, backbone, config, opts) for name in families}
-    rates = _measure(backbone, sentence_model, seconds)
+    rates = _rates_on(card, backbone, seconds) if card else _measure(backbone, sentence_model, seconds)
+    rates.own_decoded = _decoding(images, backbone, seconds) if images else 0.0
     for name, settings in configs.items():
         rates.steps[name], rates.parts[name] = _step_seconds(backbone, settings, rates, seconds)
     rows = [*_embed(backbone, rates, pairs), *_cluster(pairs)]
     for name, settings in configs.items():
         rows += _pretrain(name, backbone, settings, rates)
         rows += _protocols(name, backbone, rates)
-    return rates, rows
+    return rates, [_row_on(card, row) for row in rows] if card else rows
+
+
+def read_corpus(corpus: str) -> tuple[int, list[bytes]]:
+    """Return the usable pairs of a corpus, a path or a name of `PUBLISHED`, and the content of some image files of it.
+
+    Raises:
+        GramError: neither of them, or a corpus without a usable pair.
+    """
+    if corpus.lower() in PUBLISHED:
+        return PUBLISHED[corpus.lower()], []
+    path = Path(corpus).expanduser()
+    if not path.exists() and not is_pattern(path):
+        raise GramError(f"--corpus: expected a path or one of {', '.join(PUBLISHED)}, found nothing at {corpus!r}")
+    source, pairs, images = open_source(path), 0, []
+    for row in all_rows(source):
+        pairs += not row.skip
+        if not row.skip and pairs <= OWN_IMAGES:
+            with suppress(BadImage):  # `gram embed` skips it
+                decode_image(content := ImageReader(source.image_root).content(row.place))
+                images.append(content)
+    if not pairs:
+        raise GramError(f"--corpus {corpus}: expected image-text pairs, found none that can be used")
+    return pairs, images
 
 
 def as_time(seconds: float) -> str:
@@ -133,12 +176,11 @@ def as_size(number: float) -> str:
 
 
 def _measure(backbone: Backbone, sentence_model: str, seconds: float) -> Rates:
-    content, transform = _jpeg(), backbone.preprocess()
     images = BATCH if backbone.device.type == "cuda" else 8  # on a CPU more are not faster
     pixels = torch.randn(images, 3, backbone.image_size, backbone.image_size, device=backbone.device)
     with torch.no_grad():
         rates = Rates(
-            decoded=_rate(lambda: transform(decode_image(content)), 1, seconds),
+            decoded=_decoding([_jpeg()], backbone, seconds),
             images=_rate(lambda: backbone.encode_images(pixels), len(pixels), seconds, backbone.device),
             texts=_rate(lambda: backbone.encode_texts(TEXTS), len(TEXTS), seconds, backbone.device),
             captions=SENTENCES,
@@ -148,6 +190,11 @@ def _measure(backbone: Backbone, sentence_model: str, seconds: float) -> Rates:
         rates.captions = _rate(lambda: model.encode(captions), BATCH, seconds)
         rates.sentence_width, rates.has_sentence_model = model.width, True
     return rates
+
+
+def _decoding(images: Sequence[bytes], backbone: Backbone, seconds: float) -> float:
+    transform = backbone.preprocess()
+    return _rate(lambda: [transform(decode_image(content)) for content in images], len(images), seconds)
 
 
 def _rate(function: Callable[[], Any], count: int, seconds: float, device: torch.device | None = None) -> float:
@@ -167,6 +214,22 @@ def _rate(function: Callable[[], Any], count: int, seconds: float, device: torch
         call()
         calls += 1
     return count * calls / (time.perf_counter() - began)
+
+
+def _rates_on(card: Card, backbone: Backbone, seconds: float) -> Rates:
+    """Return this machine's rate of decoding, and the card's rates by the FLOP of an image and of a class prompt."""
+    gpu = copy.copy(backbone)
+    gpu.packs_texts = False  # the layout of a GPU
+    pixels = torch.zeros(1, 3, gpu.image_size, gpu.image_size)
+    image, text = _flop(lambda: gpu.encode_images(pixels)), _flop(lambda: gpu.encode_texts(TEXTS[:4])) / 4
+    decoded, captions = _decoding([_jpeg()], backbone, seconds), card.fp32_speed / SENTENCE_FLOP
+    return Rates(decoded, card.speed / image, card.speed / text, captions, card=card)
+
+
+def _flop(function: Callable[[], Any]) -> int:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # not fused kernels
+        function()
+    return int(counter.get_total_flops())
 
 
 def _jpeg() -> bytes:
@@ -210,12 +273,16 @@ def _work(config: CfgNode) -> float:
 
 
 def _step_seconds(backbone: Backbone, config: CfgNode, rates: Rates, seconds: float) -> tuple[float, float]:
-    """Return the seconds of a meta-step, and the share of its work that was measured."""
+    """Return the seconds of a meta-step, and the share of its work that was measured; on a card by its passes."""
     expected = 0.0
     if config.PROMPT.VISUAL_TOKENS:
         expected = _work(config) / rates.images
     elif config.PROMPT.CONDITIONAL:
         expected = _work(config) / rates.texts
+    if rates.card:
+        if config.PROMPT.TEXT_TOKENS and not config.PROMPT.CONDITIONAL:  # the classes once for each pass of a side
+            expected += config.OUTER.BATCH * config.TASKS.WAYS * (4 + 2) / rates.texts
+        return max(expected, rates.card.least_step), 1.0
     measured = config
     if expected > LONGEST:
         measured = config.clone()
@@ -291,12 +358,21 @@ def _weights(backbone: Backbone) -> float:
     return float(sum(value.numel() * value.element_size() for value in backbone.model.state_dict().values()))
 
 
+def _row_on(card: Card, row: Row) -> Row:
+    if row.step != "cluster" and row.what == "time":
+        return replace(row, origin=ASSUMED, how=f"{row.how}; H200's efficiency, peak of {card.name}")
+    if row.step != "cluster" and row.what == "memory" and row.value > card.memory * GB:
+        return replace(row, how=f"{row.how}; does not fit into the {card.name}'s {card.memory:g} GB")
+    return row
+
+
 def _embed(backbone: Backbone, rates: Rates, pairs: int) -> Iterator[Row]:
-    workers = workers_for(backbone.device)
+    workers = worker_count() if rates.card else workers_for(backbone.device)
     compute = 1 / rates.images + 1 / rates.texts + 1 / rates.captions
-    decoding = 1 / rates.decoded
+    decoded = rates.own_decoded or rates.decoded
+    decoding = 1 / decoded
     each = max(decoding / workers, compute) if workers else decoding + compute
-    rate = f"{pairs:,} pairs; a second: {rates.decoded:.3g} decoded ({workers or 1} at a time), "
+    rate = f"{pairs:,} pairs; a second: {decoded:.3g} decoded ({workers or 1} at a time), "
     rate += f"{rates.images:.3g} images, {rates.texts:.3g} and {rates.captions:.3g} captions"
     origin = MEASURED if rates.has_sentence_model and workers < 2 else ASSUMED
     if not rates.has_sentence_model:
@@ -330,6 +406,8 @@ def _pretrain(family: str, backbone: Backbone, config: CfgNode, rates: Rates) ->
     how += "" if part == 1 else f"; {100 * part:.2g} % of a step measured"
     yield Row(f"pretrain, {family}", "time", seconds * (outer.STEPS + evaluations * share), origin, how)
     memory = MemoryConfig.from_config(config)
+    if rates.card:
+        memory = replace(memory, budget=memory.budget or FITS * rates.card.memory)
     passes = plan(memory, backbone, outer.BATCH, memory.bytes_on(backbone.device))
     yield Row(f"pretrain, {family}", "memory", _weights(backbone) + passes.estimate, FORMULA, f"weights; {passes}")
 
@@ -337,12 +415,13 @@ def _pretrain(family: str, backbone: Backbone, config: CfgNode, rates: Rates) ->
 def _protocols(family: str, backbone: Backbone, rates: Rates) -> Iterator[Row]:
     """Yield the time of a trainer with such prompts, one seed, over the protocols; a gradient costs one more pass."""
     visual = family in ("visual", "joint")
-    workers = worker_count() if backbone.device.type == "cuda" else 1
+    workers = worker_count() if rates.card or backbone.device.type == "cuda" else 1
+    least = (COCOOP_STEP if family == "conditional" else FEW_SHOT_STEP / 32) if rates.card else 0.0  # for an image
     for protocol, (train, test, texts, single) in PROTOCOLS.items():
         classes = {"visual": 0, "conditional": single}.get(family, texts)
-        passes = train * (2 if visual else 1) + test
+        training = train * (2 if visual else 1) / rates.images + 2 * classes / rates.texts
         decoding = (train + test) / rates.decoded / workers
-        compute = passes / rates.images + 2 * classes / rates.texts
+        compute = max(training, train * least) + test / rates.images
         seconds = max(decoding, compute) if workers > 1 else decoding + compute
         how = f"{train:,} training and {test:,} test images, {classes:,} class prompts, at the rates of embed"
         yield Row(f"{protocol}, {family}", "time", seconds, FORMULA, f"{how}; one trainer, one seed")
