@@ -212,6 +212,7 @@ def image_flop(width=768, layers=12, positions=197, patches=196, patch=16, joint
     return patches * 2 * 3 * patch**2 * width + linear + attention + 2 * width * joint
 
 
+@pytest.mark.slow
 def test_the_flop_of_vit_b16(vit):
     whole = 12 * (197 * 24 * 768**2 + 4 * 197**2 * 768) + 196 * 2 * 768 * 768  # with all positions in the last layer
     assert whole == pytest.approx(35e9, rel=0.01) and 0.9 * whole < image_flop() < whole
@@ -220,6 +221,7 @@ def test_the_flop_of_vit_b16(vit):
     assert STEP_TFLOP == pytest.approx(800 * image_flop() / 1e12, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_measured_step_comes_out_again(vit):
     """4 tasks of 5 classes, 4 + 12 images each: 771 ms in fp32 and 177 ms in bf16 on the H200, docs/results."""
     opts = ("OUTER.BATCH", "4", "TASKS.WAYS", "5", "TASKS.SUPPORT_SHOTS", "4", "TASKS.QUERY_SHOTS", "12")
