@@ -80,12 +80,17 @@ def base_to_new_runs(runs: Sequence[Run], shots: int = _WANTED) -> list[Run]:
 def _once(runs: Sequence[Run], shots: int) -> list[Run]:
     """Keep one of several equal runs without training, which do not depend on the shots: the one with these shots.
 
-    Two with the same number of shots are both kept, and `build` raises for them.
+    Two with the same number of shots and other results are both kept, and `build` raises for them.
     """
-    kept: dict[tuple, int] = {}
+    kept: dict[tuple, Run] = {}
     for run in sorted((run for run in runs if run.untrained), key=lambda run: run.shots != shots):
-        kept.setdefault(run.key, run.shots)
-    return [run for run in runs if not run.untrained or run.shots == kept[run.key]]
+        kept.setdefault(run.key, run)
+
+    def is_shown(run: Run) -> bool:
+        chosen = kept.get(run.key, run)
+        return not run.untrained or run is chosen or (run.shots == chosen.shots and run.value != chosen.value)
+
+    return [run for run in runs if is_shown(run)]
 
 
 def _table_1(runs: Sequence[Run], reference: str, explicit: bool) -> list[Report]:

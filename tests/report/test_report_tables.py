@@ -324,6 +324,30 @@ def test_another_start_of_the_visual_prompt_has_a_row_of_its_own(tmp_path):
     assert [list(report.labels) for report in reports] == [["VPT", "JointPrompt"], sorted(started)]
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_zero_shot_beside_transfers_of_16_and_of_4_shots_is_one_run(tmp_path, same):
+    """The bench tests it in the folder of each number of shots; two results that differ are refused."""
+    tree, values = Tree(tmp_path), []
+    for shots in (16, 4):
+        tree.transfer("CoOp", "EmojiTravel", ["EmojiFood"], shots, seeds=(1,))
+        for dataset in ("EmojiTravel", "EmojiFood"):
+            folder = f"evaluation/ZeroshotCLIP/cfg_{shots}shots/{dataset.lower()}/seed1"
+            path = tree.write(folder, "ZeroshotCLIP", dataset, "all", 1, -1)
+            result = json.loads(path.read_text())
+            values.append(result["metrics"]["accuracy"])
+            result["metrics"]["accuracy"] = 50.0 if same else values[-1]
+            path.write_text(json.dumps(result))
+    if same:
+        reports = all_tables(read_runs([tmp_path]))
+        assert [report.number for report in reports] == [3, 5]
+        for report in reports:
+            cells = [row.cells["all"] for row in report.rows if row.label == "ZeroshotCLIP"]
+            assert {cell.mean for cell in cells} == {50.0} and len(cells) == 3  # source, target, average
+    else:
+        with pytest.raises(GramError, match="expected one run of ZeroshotCLIP on Emoji"):
+            all_tables(read_runs([tmp_path]))
+
+
 def test_other_shots_and_plain_datasets_have_tables_of_their_own(tmp_path):
     tree = Tree(tmp_path)
     tree.base_to_new("CoOp", PAIRS, shots=8)
