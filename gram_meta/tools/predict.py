@@ -286,8 +286,9 @@ def _trainer(saved: Saved) -> Any:
     from gram_meta.engine import TRAINER_REGISTRY
     from gram_meta.engine.registries import own_trainers
 
-    trainers = {name: TRAINER_REGISTRY.get(name) for name in TRAINER_REGISTRY.registered_names()} | own_trainers
-    known = {name: trainer for name, trainer in trainers.items() if hasattr(trainer, "for_use")}
+    registered = {name: TRAINER_REGISTRY.get(name) for name in TRAINER_REGISTRY.registered_names()}
+    trainers = [*registered.items(), *own_trainers.items()]  # those of a checkout can only train
+    known = {name: trainer for name, trainer in trainers if hasattr(trainer, "for_use")}
     if saved.trainer not in known:
         raise GramError(f"{saved.path}: expected prompts of {', '.join(sorted(known))}, found those of {saved.trainer}")
     return known[saved.trainer]

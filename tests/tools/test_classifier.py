@@ -134,7 +134,8 @@ def test_equal_seeds_give_equal_prompts_and_the_generators_stay(backbone, fitted
 
 def test_a_single_epoch_moves_the_prompt_and_more_shots_than_a_batch(backbone):
     one = classifier(backbone, epochs=1, lr=0.1).fit(*pictures(each=3))
-    start = gram.GramClassifier(backbone)._start(backbone, one.class_names_, None).prompts()["text"]
+    model, _ = gram.GramClassifier(backbone)._start(backbone, one.class_names_, None)
+    start = model.prompts()["text"]
     assert (one.model_.prompts()["text"] - start).abs().max() > 1e-4
 
 

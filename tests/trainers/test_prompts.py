@@ -439,6 +439,7 @@ def test_a_run_and_its_evaluation_without_the_meta_checkpoint(go, save, tmp_path
         "CHC.LABELLED": False,
         "PROMPT.TEXT_TOKENS": text,
         "PROMPT.VISUAL_TOKENS": visual,
+        "PROMPT.VISUAL_START": "random",
         "PROMPT.CONDITIONAL": kind == "CoCoOp",
     }
     log = (tmp_path / trainer / "log.txt").read_text()

@@ -512,7 +512,7 @@ def test_options_newer_than_a_run_were_at_their_defaults_in_it(tmp_path):
     folder_of(tmp_path).finish()
     stored = json.loads((tmp_path / "run.json").read_text())
     newer = [key for key in stored["run"] if key.startswith("TRAINER.VPT.") or key == "TEST.AT_STEPS"]
-    assert len(newer) == 5
+    assert len(newer) == 6
     for key in newer:
         del stored["run"][key]
     (tmp_path / "run.json").write_text(json.dumps(stored))
