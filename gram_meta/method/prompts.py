@@ -225,8 +225,8 @@ def class_token_start(backbone: Backbone, tokens: int, generator: torch.Generato
     """
     visual = backbone.model.visual
     token = (visual.class_embedding + visual.positional_embedding[0]).detach().float()  # (d,)
-    noise = random_context(len(token), tokens, generator).to(token.device) * token.square().mean().sqrt() * 5
-    return token + noise
+    drawn = random_context(len(token), tokens, generator).to(token.device)  # (tokens, d), of size 0.02
+    return token + drawn * token.square().mean().sqrt() * (0.1 / 0.02)
 
 
 def template_features(backbone: Backbone, classnames: Sequence[str], template: str = TEMPLATE) -> Tensor:

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.corpora import write_pairs
 
 import gram_meta as gram
 from gram_meta.backbone.clip import clip_module, fingerprint, load_backbone
@@ -238,15 +239,7 @@ def test_another_architecture_is_one_sentence(sentence):
 @pytest.mark.slow
 def test_meta_training_with_a_model(tmp_path, monkeypatch):
     """`embed`, `pretrain` and `evaluate` take it; its meta-checkpoint serves it, and no other."""
-    import numpy as np
-    from PIL import Image
-
-    random = np.random.default_rng(0)
-    lines = ["image\tcaption"]
-    for row, word in enumerate(["cat", "dog", "house", "tree", "boat", "lamp"] * 16):
-        Image.fromarray(random.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(tmp_path / f"{row}.png")
-        lines.append(f"{row}.png\t{word} {word} {word} number {row}")
-    (tmp_path / "pairs.tsv").write_text("\n".join(lines) + "\n")
+    write_pairs(tmp_path)
     model, quiet = of_open_clip(), {"progress": False}
     store = gram.embed(tmp_path / "pairs.tsv", tmp_path / "store", backbone=model, sentence_model="hash:64", **quiet)
     assert store.manifest["settings"]["clip"]["name"] == "open_clip.CLIP"

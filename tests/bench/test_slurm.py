@@ -52,7 +52,7 @@ def sbatch(text):
 
 def test_every_run_is_in_one_task_beside_the_training_that_it_needs(write):
     datasets = ("--datasets", "emoji_food", "emoji_travel")
-    jobs, said = write("--trainers", "ZeroshotCLIP", "CoOp", *datasets)
+    jobs, printed = write("--trainers", "ZeroshotCLIP", "CoOp", *datasets)
     text = Path("my.sbatch").read_text()
     found = tasks(text)
     # two zero-shot tests of two datasets, and CoOp with two seeds on two datasets
@@ -61,7 +61,7 @@ def test_every_run_is_in_one_task_beside_the_training_that_it_needs(write):
     for job in jobs:
         (task,) = [runs for runs in found.values() if str(job.folder) in runs]
         assert all(task.index(str(f)) < task.index(str(job.folder)) for f in job.after if f in {j.folder for j in jobs})
-    assert said == "12 runs in 8 tasks: my.sbatch; submit them with `sbatch my.sbatch`\n"
+    assert printed == "12 runs in 8 tasks: my.sbatch; submit them with `sbatch my.sbatch`\n"
     assert text.splitlines()[:3] == ["#!/bin/bash", slurm.HEAD.splitlines()[1], "#   sbatch my.sbatch"]
     log = f"{os.getcwd()}/out put/bench_logs/slurm-%A_%a.log"
     assert sbatch(text) == [
@@ -77,32 +77,32 @@ def test_the_tests_of_one_model_stay_together_and_finished_runs_are_left_out(wri
     jobs, _ = write(*words)
     assert [len(runs) for runs in tasks(Path("my.sbatch").read_text()).values()] == [1 + 10 + 4] * 2
     done = {jobs[0].folder, jobs[1].folder}  # both runs of seed 1: the training, the first test
-    _, said = write(*words, finished=lambda job: job.folder in done)
+    _, printed = write(*words, finished=lambda job: job.folder in done)
     found = tasks(Path("my.sbatch").read_text())
-    assert [len(runs) for runs in found.values()] == [13, 15] and said.startswith("28 runs in 2 tasks: ")
+    assert [len(runs) for runs in found.values()] == [13, 15] and printed.startswith("28 runs in 2 tasks: ")
     assert not {str(folder) for folder in done} & set(sum(found.values(), []))
 
 
 def test_nothing_to_do_writes_nothing(write):
-    _, said = write("--trainers", "CoOp", "--datasets", "emoji_food", finished=lambda job: True)
-    assert said == "all 4 runs in out put are finished: nothing to submit, my.sbatch is not written\n"
+    _, printed = write("--trainers", "CoOp", "--datasets", "emoji_food", finished=lambda job: True)
+    assert printed == "all 4 runs in out put are finished: nothing to submit, my.sbatch is not written\n"
     assert not Path("my.sbatch").exists() and not Path("out put").exists()
 
 
 def test_meta_trainings_are_tasks_that_end_first(write):
     words = ("--trainers", "CoOpGRAM", "UniGRAM", "--datasets", "emoji_food", "--backbone", "gram_small")
     store = ("--store", "the store", "--hierarchy", "the hierarchy")
-    _, said = write(*words, *store)
+    _, printed = write(*words, *store)
     text = Path("my.sbatch").read_text()
     found = tasks(text)
     assert found[0] == ["out put/meta/coop_gram_small"] and found[1] == ["out put/meta/unigram_gram_small"]
     submit = "sbatch --dependency=afterok:$(sbatch --parsable --array=0-1 my.sbatch) my.sbatch"
     assert len(found) == 6 and sbatch(text)[-1] == "--array=2-5" and f"#   {submit}\n" in text
-    assert said == f"10 runs in 6 tasks: my.sbatch; submit them with `{submit}`\n"
-    _, said = write(*words, *store, finished=lambda job: job.argv[0] == "pretrain")
-    assert sbatch(Path("my.sbatch").read_text())[-1] == "--array=0-3" and said.endswith("`sbatch my.sbatch`\n")
-    _, said = write(*words, *store, "--only", "out put/meta/coop_gram_small")
-    assert sbatch(Path("my.sbatch").read_text())[-1] == "--array=0-0" and said.endswith("`sbatch my.sbatch`\n")
+    assert printed == f"10 runs in 6 tasks: my.sbatch; submit them with `{submit}`\n"
+    _, printed = write(*words, *store, finished=lambda job: job.argv[0] == "pretrain")
+    assert sbatch(Path("my.sbatch").read_text())[-1] == "--array=0-3" and printed.endswith("`sbatch my.sbatch`\n")
+    _, printed = write(*words, *store, "--only", "out put/meta/coop_gram_small")
+    assert sbatch(Path("my.sbatch").read_text())[-1] == "--array=0-0" and printed.endswith("`sbatch my.sbatch`\n")
 
 
 def test_options_of_sbatch_and_more_runs_in_a_task(write):
@@ -134,8 +134,8 @@ def test_an_array_has_no_more_tasks_than_slurm_allows():
 def test_only_our_own_file_is_replaced(write):
     words = ("--trainers", "CoOp", "--datasets", "emoji_food")
     Path("my.sbatch").write_text("#!/bin/bash\n#SBATCH --array=0-9\n")
-    _, said = write(*words, status=2)
-    assert said == (
+    _, printed = write(*words, status=2)
+    assert printed == (
         "gram bench: --slurm my.sbatch: expected no file, or one that this option has written, found another file\n"
     )
     assert Path("my.sbatch").read_text() == "#!/bin/bash\n#SBATCH --array=0-9\n" and not Path("out put").exists()
@@ -147,8 +147,8 @@ def test_only_our_own_file_is_replaced(write):
 
 def test_a_folder_with_another_run_is_named_before_anything_is_written(write):
     refused = runner.State("refused", "out put/x: holds another run")
-    _, said = write("--trainers", "CoOp", "--datasets", "emoji_food", other=refused, status=2)
-    assert said == "gram bench: out put/x: holds another run (and 3 more such runs)\n"
+    _, printed = write("--trainers", "CoOp", "--datasets", "emoji_food", other=refused, status=2)
+    assert printed == "gram bench: out put/x: holds another run (and 3 more such runs)\n"
     assert not Path("my.sbatch").exists() and not Path("out put").exists()
 
 

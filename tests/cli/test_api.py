@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from helpers.corpora import write_pairs
 from PIL import Image
 
 import gram_meta as gram
@@ -49,12 +49,7 @@ def adapted(code, replaced):
 def folder(tmp_path_factory):
     """Where the examples run: 96 pairs of six words, and small settings."""
     folder = tmp_path_factory.mktemp("api")
-    random = np.random.default_rng(0)
-    lines = ["image\tcaption"]
-    for row, word in enumerate(["cat", "dog", "house", "tree", "boat", "lamp"] * 16):
-        Image.fromarray(random.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{row}.png")
-        lines.append(f"{row}.png\t{word} {word} {word} number {row}")
-    (folder / "pairs.tsv").write_text("\n".join(lines) + "\n")
+    write_pairs(folder)
     (folder / "tiny.yaml").write_text(SETTINGS)
     return folder
 
