@@ -223,6 +223,21 @@ def is_read_otherwise(path: str) -> bool:
         return False
 
 
+def is_plain_jpeg(content: bytes) -> bool:
+    """Return whether every JPEG decoder gives about the pixels of `decode_image`: by the header and the last bytes.
+
+    False for a turned, cut-off or very long image, for other colours than grey and YCbCr, and for what is no JPEG.
+    """
+    if not content.startswith(b"\xff\xd8") or not content.rstrip(b"\0").endswith(b"\xff\xd9"):
+        return False
+    try:
+        with _open(io.BytesIO(content)) as image:
+            usual = image.format == "JPEG" and image.mode in ("RGB", "L") and image.info.get("adobe_transform", 1) == 1
+            return usual and image.getexif().get(ExifTags.Base.Orientation, 1) == 1 and not _is_strip(image)
+    except Exception:  # noqa: BLE001 - whoever decodes the image reports it
+        return False
+
+
 def _is_deep(image: Image.Image) -> bool:
     return image.mode == "F" or image.mode.startswith("I")
 

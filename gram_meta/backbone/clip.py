@@ -328,18 +328,20 @@ class Backbone(nn.Module):
             return self._normalised(self.model.visual(images))
         return self._normalised(image_features(self.model.visual, images, prompt, self._run("images"), deeper))
 
-    def preprocess(self, as_bytes: bool = False) -> Callable[[Any], Tensor]:
+    def preprocess(self, as_bytes: bool = False, on_tensors: bool = False) -> Callable[[Any], Tensor]:
         """Return CLIP's evaluation transform: PIL image -> (3, H, W), resized (bicubic), centre-cropped, normalised.
 
         `as_bytes`: return uint8 pixels, which take a quarter of the memory, and leave the last step to `normalise`.
+        `on_tensors`: resize tensors, which may come in batches (k, 3, h, w); six times as fast as Pillow, and a pixel
+        differs by at most 1 of 255.
         """
-        from torchvision import transforms as T
+        from torchvision.transforms import InterpolationMode, v2
 
-        resize = T.Resize(self.image_size, interpolation=T.InterpolationMode.BICUBIC)
-        crop = T.CenterCrop(self.image_size)
-        if as_bytes:
-            return T.Compose([resize, crop, T.PILToTensor()])
-        return T.Compose([resize, crop, T.ToTensor(), T.Normalize(self.design.mean, self.design.std)])
+        steps = [v2.Resize(self.image_size, InterpolationMode.BICUBIC), v2.CenterCrop(self.image_size)]
+        steps.insert(0 if on_tensors else 2, v2.PILToTensor())
+        if not as_bytes:
+            steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.design.mean, self.design.std)]
+        return v2.Compose(steps)
 
     def normalise(self, images: Tensor) -> Tensor:
         """Turn uint8 pixels (..., 3, H, W), on the towers' device, into the tower's float32 input."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -34,6 +34,8 @@ from gram_meta.images import (
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
 
 NOT_FINITE = "features not finite"
 # A part file stores indices into this: append only.
@@ -134,17 +136,26 @@ class ImageFiles:
 
         images, reasons, digests = [], [], []
         for place in places:
-            reason, digest = "", bytes(DIGEST_BYTES)
-            try:
-                image, own = self.reader.image(place)
-                images.append(self.transform(image))
-                digest = own
-            except BadImage as error:
-                reason = str(error)
-            except GramError:
-                raise
-            except Exception:  # noqa: BLE001 - the transform cannot process this image
-                reason = BROKEN
-            reasons.append(REASONS.index(reason))
+            image, reason, digest = self.read_one(place, self._transformed)
+            if image is not None:
+                images.append(image)
+            reasons.append(reason)
             digests.append(digest)
         return ImageBatch(torch.stack(images) if images else None, reasons, digests)
+
+    def read_one(self, place: Place, read: Callable[[Place], tuple[T, bytes]]) -> tuple[T | None, int, bytes]:
+        """Return what `read` makes of an image, an index into `REASONS`, and the digest of its file's content."""
+        try:
+            image, digest = read(place)
+            return image, 0, digest
+        except BadImage as error:
+            reason = str(error)
+        except GramError:
+            raise
+        except Exception:  # noqa: BLE001 - the transform cannot process this image
+            reason = BROKEN
+        return None, REASONS.index(reason), bytes(DIGEST_BYTES)
+
+    def _transformed(self, place: Place) -> tuple[Tensor, bytes]:
+        image, digest = self.reader.image(place)
+        return self.transform(image), digest

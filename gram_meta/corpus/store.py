@@ -67,6 +67,7 @@ class PairStore:
     Attributes:
         path: the folder.
         manifest: settings, counts, what was skipped and why.
+        crops_tensors: whether images were resized as tensors, not by Pillow.
         captions: n strings.
         image: (n,) int64, row of each pair's image.
         locations: m strings, paths of the distinct images: relative to `image_root`, or absolute.
@@ -80,6 +81,7 @@ class PairStore:
         self.path = path
         self.manifest = manifest
         self.fingerprint: str = manifest["fingerprint"]
+        self.crops_tensors: bool = "crop_on" in manifest["settings"]
         self.image_root = Path(manifest["settings"]["source"]["image_root"])
         pairs, _ = _rows_and_columns(path / CAPTIONS, ("image", "caption"))
         images, columns = _rows_and_columns(path / IMAGES, ("location",))

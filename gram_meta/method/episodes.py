@@ -145,7 +145,8 @@ class Episodes:
         device, workers, pin = self.backbone.device, 0, False
         read: Callable[[int], tuple[Sequence[Task], Tensor, Tensor]] = partial(self._features, batches)
         if self.reads_pixels:
-            read = partial(read_pixels, batches, self.places, self.backbone.preprocess(as_bytes=True))
+            transform = self.backbone.preprocess(as_bytes=True, on_tensors=self.store.crops_tensors)
+            read = partial(read_pixels, batches, self.places, transform)
             workers, pin = min(worker_count(self.loader.workers), len(batches)), device.type == "cuda"
         advice = f"expected enough memory for {workers} of them, try a smaller LOADER.WORKERS"
         for tasks, *images in run_ahead(read, range(len(batches)), workers, advice, self.loader.prefetch, pin):

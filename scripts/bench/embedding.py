@@ -26,6 +26,7 @@ from gram_meta.corpus.embedding.parts import tokens_of
 from gram_meta.corpus.embedding.run import embed_pairs
 from gram_meta.corpus.embedding.sentences import SentenceBert, load_sentence_model
 from gram_meta.corpus.loading import run_ahead
+from gram_meta.corpus.on_device import DeviceDecoder, JpegFiles
 from gram_meta.corpus.places import ImageFiles, ImageReader
 from gram_meta.corpus.sources import Source, all_rows, open_source
 
@@ -43,6 +44,9 @@ def main() -> None:
     options.add_argument("--batch-size", type=int, default=64)
     options.add_argument("--part-size", type=int, default=2048)
     options.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    options.add_argument(
+        "--crop-on", choices=("images", "tensors", "device"), default="images", help="as for gram embed"
+    )
     options.add_argument("--shards", type=int, default=4, help="tar files for the same pairs (%(default)s)")
     args = options.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -94,7 +98,7 @@ class Bench:
         rows = {kind: list(all_rows(source)) for kind, source in sources.items()}
         self.places = {kind: [row.place for row in of_kind] for kind, of_kind in rows.items()}
         texts = self.texts = [row.caption for row in rows["files"]]
-        pixels = (images for images, _, _ in self.decoded("files", 0))
+        pixels = (images for images, _, _ in self.decoded("files", 0) if images is not None)
         self.pixels = [backbone.normalise(images.to(args.device)) for images in pixels]
         ordered = sorted(texts, key=len, reverse=True)
         lists = [ordered[start : start + args.batch_size] for start in range(0, len(ordered), args.batch_size)]
@@ -135,18 +139,24 @@ class Bench:
     def decoded(self, kind: str, workers: int) -> Iterator[Any]:
         """Yield batches of images of the tower's size."""
         source, places, size = self.sources[kind], self.places[kind], self.args.batch_size
-        reader = ImageReader(source.image_root, source.identity().get("shards"))
-        files = ImageFiles(reader, self.backbone.preprocess(as_bytes=True))
+        reader, crop_on = ImageReader(source.image_root, source.identity().get("shards")), self.args.crop_on
+        given = reader, self.backbone.preprocess(as_bytes=True, on_tensors=crop_on != "images")
         batches = [places[start : start + size] for start in range(0, len(places), size)]
-        return run_ahead(files.read, batches, workers, "use fewer --workers", prefetch=4)
+        advice = "use fewer --workers"
+        if crop_on != "device":
+            return run_ahead(ImageFiles(*given).read, batches, workers, advice, prefetch=4)
+        encoded = run_ahead(JpegFiles(*given).read_encoded, batches, workers, advice, prefetch=4)
+        return map(DeviceDecoder(self.backbone).decode, encoded)
 
     def decode(self, kind: str, workers: int) -> None:
-        for _ in self.decoded(kind, workers):
-            pass
+        for images, _, _ in self.decoded(kind, workers):
+            kept = images
+        kept.cpu()
 
     def embed(self, kind: str, workers: int, out: Path) -> None:
         shutil.rmtree(out, ignore_errors=True)
         sizes = {"batch_size": self.args.batch_size, "part_size": self.args.part_size, "workers": workers}
+        sizes["crop_on"] = self.args.crop_on
         store = embed_pairs(self.sources[kind], out, self.backbone, self.sentence_model, **sizes)
         assert len(store) == len(self.texts)
 

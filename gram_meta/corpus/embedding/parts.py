@@ -64,6 +64,7 @@ def embed_parts(
     batch_size: int,
     workers: int,
     count: Callable[[int], None],
+    crop_on: str = "images",
 ) -> None:
     """Embed `parts` and write each to its file, in a thread and one behind the work.
 
@@ -72,11 +73,12 @@ def embed_parts(
         folder: of the parts' files.
         workers: processes that read images; 0: this one.
         count: called with the number of pairs that are done since its last call.
+        crop_on: as for `gram_meta.embed`.
 
     Raises:
         GramError: a worker process died; a shard is missing or has changed.
     """
-    images = _image_batches(index, parts, root, backbone, batch_size, workers)
+    images = _image_batches(index, parts, root, backbone, batch_size, workers, crop_on)
     last: _Part | None = None
     writing: Future[None] | None = None
     with ThreadPoolExecutor(1) as pool:
@@ -234,7 +236,7 @@ def cosine(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
 
 
 def _image_batches(
-    index: Index, parts: Sequence[int], root: Path, backbone: Backbone, batch_size: int, workers: int
+    index: Index, parts: Sequence[int], root: Path, backbone: Backbone, batch_size: int, workers: int, crop_on: str
 ) -> Iterator[ImageBatch]:
     """Return an iterator over batches of images in the order of their parts, none across a part's border."""
 
@@ -245,10 +247,15 @@ def _image_batches(
                 yield places[start : start + batch_size]
 
     # as bytes: a quarter of the memory of floats on their way between processes
-    files = ImageFiles(ImageReader(root, index.shard_bytes), backbone.preprocess(as_bytes=True))
+    reader, transform = ImageReader(root, index.shard_bytes), backbone.preprocess(True, on_tensors=crop_on != "images")
     advice = "what is done is kept: run the same command again, with fewer workers if memory was short"
+    if crop_on == "device":
+        from gram_meta.corpus.on_device import DeviceDecoder, JpegFiles
+
+        encoded = run_ahead(JpegFiles(reader, transform).read_encoded, batches(), workers, advice, prefetch=AHEAD)
+        return map(DeviceDecoder(backbone).decode, encoded)
     on_gpu = backbone.device.type == "cuda"
-    return run_ahead(files.read, batches(), workers, advice, prefetch=AHEAD, pin_memory=on_gpu)
+    return run_ahead(ImageFiles(reader, transform).read, batches(), workers, advice, prefetch=AHEAD, pin_memory=on_gpu)
 
 
 # --- captions that are too long -----------------------------------------------------------------------------

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+CROP_ON = ("images", "tensors", "device")
+
 
 def embed_pairs(
     source: PathLike | Source,
@@ -43,6 +45,7 @@ def embed_pairs(
     batch_size: int = 64,
     part_size: int = 2048,
     workers: int | None = None,
+    crop_on: str = "images",
     progress: bool = False,
     group: ProcessGroup = ALONE,
 ) -> PairStore:
@@ -52,7 +55,8 @@ def embed_pairs(
         source: as `open_source` takes it, or a `Source`.
         out: a new or empty folder, or one in which the same run was interrupted (or has finished).
         backbone, sentence_model: compute the features.
-        batch_size, part_size, workers: as for `gram_meta.embed`; workers are those of each process of the group.
+        batch_size, part_size, crop_on: as for `gram_meta.embed`.
+        workers: likewise, of each process of the group.
         group: the processes that share the work, all of which call this with the same arguments; the rows are the same
             for any number of them, and the features are equal byte for byte at equal threads per process.
 
@@ -73,6 +77,7 @@ def embed_pairs(
         "sentence_model": {name: getattr(sentence_model, name) for name in ("name", "fingerprint", "width")},
         "batch_size": batch_size,
         "part_size": part_size,
+        **cropping(crop_on),
     }
     with as_gram_error(out, "cannot be read or written"), only_writer(out, group.is_first):
         if group.first(lambda: _begin(out, settings)):
@@ -87,10 +92,22 @@ def embed_pairs(
         with SharedBar(group, index.pairs, "pair", progress, done) as bar:
             # consecutive parts, so that this process reads whole shards; those at its share's borders part by part
             mine = [missing[number] for number in group.share_range(len(missing))]
-            embed_parts(index, mine, source.image_root, parts, backbone, sentence_model, batch_size, workers, bar.add)
+            embed_parts(
+                index, mine, source.image_root, parts, backbone, sentence_model, batch_size, workers, bar.add, crop_on
+            )
             group.wait(bar.show)
         group.first(lambda: join_parts(index, out, settings))
     return PairStore.open(out)
+
+
+def cropping(on: str) -> dict[str, str]:
+    """Return the setting that says what was resized and cropped; stores without it were made with `images`.
+
+    Raises `GramError` for another word than those of `CROP_ON`.
+    """
+    if on not in CROP_ON:
+        raise GramError(f"crop_on: expected {', '.join(CROP_ON[:-1])} or {CROP_ON[-1]}, found {on!r}")
+    return {} if on == CROP_ON[0] else {"crop_on": on}
 
 
 def check_folder(out: PathLike) -> None:
@@ -136,11 +153,12 @@ def is_finished(out: PathLike, settings: dict[str, Any]) -> bool:
     if not (out / layout.MANIFEST).exists():
         return False
     manifest = read_manifest(out)
-    before, now = (some.get("source", {}).get("shards") for some in (manifest["settings"], settings))
-    if before and now and (gone := [shard for shard in before if shard not in now]):
+    old_shards, shards = (some.get("source", {}).get("shards") for some in (manifest["settings"], settings))
+    if old_shards and shards and (gone := [shard for shard in old_shards if shard not in shards]):
         advice = "put it back, or choose another folder for another corpus"
         raise GramError(f"{out}: was begun with the shard {gone[0]}, which is not there any more; {advice}")
-    for name, old, new in _differences(manifest["settings"], settings):
+    before, now = ({"crop_on": CROP_ON[0], **some} for some in (manifest["settings"], settings))
+    for name, old, new in _differences(before, now):
         found = f"{name} {old!r}, expected the same, found {new!r}"
         raise GramError(f"{out}: was begun with {found}; choose another folder for new settings")
     return bool(manifest["finished"])
