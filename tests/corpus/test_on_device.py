@@ -148,7 +148,8 @@ def test_the_command_decodes_on_the_device_or_says_that_it_cannot(folder, tmp_pa
     assert "decodes JPEG files on cpu, found decode_jpegs_cuda" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
     assert main(words) == 0
-    assert len(PairStore.open(tmp_path / "s")) == len(FILES) + 1 - len(BAD)
+    store = PairStore.open(tmp_path / "s")
+    assert len(store) == len(FILES) + 1 - len(BAD) and store.manifest["settings"]["crop_on"] == "device"
 
 
 def test_the_decoder_is_tried_once_on_a_made_up_file(monkeypatch):

@@ -1,5 +1,6 @@
 """Prompts of every family in meta-training: losses and meta-gradients in float64, pixels, whole runs."""
 
+import copy
 import json
 import pickle
 import tarfile
@@ -289,11 +290,14 @@ def test_a_run_says_how_long_the_towers_waited(pixel_corpus, tmp_path, caplog):
     assert items.waiting_share() < 0.3  # this one never waits
 
 
-def test_pixels_are_the_images_of_the_tasks(pixel_corpus, tmp_path):
+@pytest.mark.parametrize("tensors", [False, True])
+def test_pixels_are_the_images_of_the_tasks_resized_as_for_the_store(tensors, pixel_corpus, tmp_path):
     run = pixel_trainer(pixel_corpus, tmp_path, *JOINT)
     tasks = run.held_tasks[:2]
+    run.episodes.store = copy.copy(run.episodes.store)
+    run.episodes.store.crops_tensors = tensors
     (episode,) = run.episodes.of([tasks])
-    transform = pixel_corpus[2].preprocess()
+    transform = pixel_corpus[2].preprocess(on_tensors=tensors)
     expected = torch.stack(
         [transform(Image.open(pixel_corpus[3] / f"{row}.png")) for row in tasks[1].query.reshape(-1)]
     )
