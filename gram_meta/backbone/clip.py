@@ -335,13 +335,15 @@ class Backbone(nn.Module):
         `on_tensors`: resize tensors, which may come in batches (k, 3, h, w); six times as fast as Pillow, and a pixel
         differs by at most 1 of 255.
         """
-        from torchvision.transforms import InterpolationMode, v2
+        from torchvision import transforms as T
+        from torchvision.transforms import v2
 
-        steps = [v2.Resize(self.image_size, InterpolationMode.BICUBIC), v2.CenterCrop(self.image_size)]
-        steps.insert(0 if on_tensors else 2, v2.PILToTensor())
-        if not as_bytes:
-            steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.design.mean, self.design.std)]
-        return v2.Compose(steps)
+        cut: Any = v2 if on_tensors else T
+        steps = [cut.Resize(self.image_size, T.InterpolationMode.BICUBIC), cut.CenterCrop(self.image_size)]
+        steps.insert(0 if on_tensors else 2, cut.PILToTensor())
+        if not as_bytes:  # v2 would multiply by 1 / 255, and round otherwise
+            steps += [T.ConvertImageDtype(torch.float32), T.Normalize(self.design.mean, self.design.std)]
+        return T.Compose(steps)
 
     def normalise(self, images: Tensor) -> Tensor:
         """Turn uint8 pixels (..., 3, H, W), on the towers' device, into the tower's float32 input."""
