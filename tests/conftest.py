@@ -92,6 +92,7 @@ def pixel_corpus(tmp_path_factory):
 
     class Store:
         path, fingerprint, image_root, in_shards = folder / "store", "store-1", folder, None
+        crops_tensors = False
         image_features = random.normal(size=(96, 64)).astype(np.float16)
 
         def check_backbone(self, backbone):

@@ -1,6 +1,5 @@
 """Prompts of every family in meta-training: losses and meta-gradients in float64, pixels, whole runs."""
 
-import copy
 import json
 import pickle
 import tarfile
@@ -290,19 +289,31 @@ def test_a_run_says_how_long_the_towers_waited(pixel_corpus, tmp_path, caplog):
     assert items.waiting_share() < 0.3  # this one never waits
 
 
-@pytest.mark.parametrize("tensors", [False, True])
-def test_pixels_are_the_images_of_the_tasks_resized_as_for_the_store(tensors, pixel_corpus, tmp_path):
+def test_pixels_are_the_images_of_the_tasks(pixel_corpus, tmp_path):
     run = pixel_trainer(pixel_corpus, tmp_path, *JOINT)
     tasks = run.held_tasks[:2]
-    run.episodes.store = copy.copy(run.episodes.store)
-    run.episodes.store.crops_tensors = tensors
     (episode,) = run.episodes.of([tasks])
-    transform = pixel_corpus[2].preprocess(on_tensors=tensors)
+    transform = pixel_corpus[2].preprocess()
     expected = torch.stack(
         [transform(Image.open(pixel_corpus[3] / f"{row}.png")) for row in tasks[1].query.reshape(-1)]
     )
     seen = pixel_corpus[2].normalise(episode.query.images[1])
     torch.testing.assert_close(seen, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("tensors", [False, True])
+def test_pixels_are_resized_as_the_store_was_made(tensors, pixel_corpus, tmp_path, monkeypatch):
+    episodes = pixel_trainer(pixel_corpus, tmp_path, *JOINT).episodes
+    plain, asked = episodes.backbone.preprocess, []
+
+    def preprocess(as_bytes, on_tensors):
+        asked.append(on_tensors)
+        return plain(as_bytes, on_tensors)
+
+    monkeypatch.setattr(episodes.backbone, "preprocess", preprocess)
+    monkeypatch.setattr(episodes.store, "crops_tensors", tensors)
+    list(episodes.of([]))
+    assert asked == [tensors]
 
 
 def test_workers_are_given_little(pixel_corpus, tmp_path):
