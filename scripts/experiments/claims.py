@@ -27,9 +27,6 @@ CLAIMS = (
     ("CoOpGRAM", "CoOp"),
     ("CoOpGRAM", "CoOpGRAM, meta-trained without R"),
     ("CoOpGRAM, meta-trained without R", "CoOp"),
-    ("CoOpGRAM, lambda_2 1e-3", "CoOp"),
-    ("CoOpGRAM, lambda_2 1e-3", "CoOpGRAM, meta-trained without R"),
-    ("CoOpGRAM, lambda_2 1e-3", "CoOpGRAM"),
     ("CoOpGRAM, R off", "CoOp"),
     ("CoOpGRAM", "CoOpGRAM, R off"),
     ("CoOpGRAM, R from CoOp's words", "CoOp"),
@@ -65,8 +62,6 @@ def kind_of(run: Run) -> tuple[str, int]:
     if starts.get(run.trainer, meta.get("PROMPT.VISUAL_START")) == "class_token":
         words.append("from the class token")
     if run.trainer.endswith("GRAM"):
-        if run.trainer == "CoOpGRAM" and meta.get("OUTER.LR_REGULATOR") == 1e-3:
-            words.append("lambda_2 1e-3")
         if not meta.get("REGULATOR.ENABLED", True):
             words.append("meta-trained without R")
         elif not run.settings.get(f"{gram}REGULATE", True):
