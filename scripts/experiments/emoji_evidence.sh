@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The runs behind docs/results/emoji-world.md: five meta-seeds, three few-shot seeds, five datasets,
-# three protocols; about 8 core-hours.
+# three protocols; about 9 core-hours.
 #
 #     bash scripts/experiments/emoji_evidence.sh DIR [JOBS]
 #
@@ -9,8 +9,12 @@ set -euo pipefail
 dir="${1:?the folder for the world, its features and all runs}"
 jobs="${2:-2}"
 metas="1 2 3 4 5"
+base_to_new() { # 16 shots
+    gram bench --emoji "$dir" --jobs "$jobs" --protocol base2new "$@"
+}
 bench() { # every protocol with 16 shots, and the transfers with 4 shots too
-    gram bench --emoji "$dir" --jobs "$jobs" --protocol base2new xd dg "$@"
+    base_to_new "$@"
+    gram bench --emoji "$dir" --jobs "$jobs" --protocol xd dg "$@"
     gram bench --emoji "$dir" --jobs "$jobs" --protocol xd dg --shots 4 "$@"
 }
 
@@ -33,7 +37,8 @@ meta_train vpt vpt_gram_small
 meta_train joint unigram_gram_small
 
 bench --trainers ZeroshotCLIP CoOp VPT JointPrompt
-bench --output "$dir/class_token" --trainers VPT JointPrompt \
+base_to_new --trainers CoCoOp
+base_to_new --output "$dir/class_token" --trainers VPT JointPrompt \
     TRAINER.VPT.VISUAL_INIT class_token TRAINER.JOINT.VISUAL_INIT class_token
 for meta in $metas; do
     learned="$dir/meta/coop/seed$meta/best.safetensors"
