@@ -67,7 +67,6 @@ class PairStore:
     Attributes:
         path: the folder.
         manifest: settings, counts, what was skipped and why.
-        crops_tensors: whether images were resized as tensors, not by Pillow.
         captions: n strings.
         image: (n,) int64, row of each pair's image.
         locations: m strings, paths of the distinct images: relative to `image_root`, or absolute.
@@ -81,7 +80,6 @@ class PairStore:
         self.path = path
         self.manifest = manifest
         self.fingerprint: str = manifest["fingerprint"]
-        self.crops_tensors: bool = "crop_on" in manifest["settings"]
         self.image_root = Path(manifest["settings"]["source"]["image_root"])
         pairs, _ = _rows_and_columns(path / CAPTIONS, ("image", "caption"))
         images, columns = _rows_and_columns(path / IMAGES, ("location",))
@@ -152,6 +150,11 @@ class PairStore:
             if isinstance(error, GramError):
                 raise
             raise GramError(f"{path}: expected a whole pair store, found {in_one_line(error)}") from None
+
+    @property
+    def crops_tensors(self) -> bool:
+        """Whether images were resized as tensors, not by Pillow."""
+        return "crop_on" in self.manifest["settings"]
 
     def __len__(self) -> int:
         return len(self.similarity)
