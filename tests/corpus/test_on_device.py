@@ -1,10 +1,11 @@
 """Images that are resized as tensors or on the device: the same images and reasons, nearly the same pixels."""
 
-import io
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from helpers.corpora import encoded
 from PIL import Image
 
 from gram_meta import images
@@ -21,6 +22,7 @@ from gram_meta.errors import GramError
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_waiting_for_the_disk")
 
+jpeg = partial(encoded, kind="JPEG")
 TURNED = {0x0112: 6}  # EXIF: a quarter turn
 
 
@@ -30,12 +32,6 @@ def photo(seed, size=(90, 60), mode="RGB"):
     return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).convert(mode)
 
 
-def content(image, format="JPEG", **options):
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
-
-
 def exif(tags):
     made = Image.Exif()
     made.update(tags)
@@ -43,15 +39,15 @@ def exif(tags):
 
 
 FILES = {
-    "a.jpg": content(photo(1)),
-    "grey.jpg": content(photo(2, (70, 70), "L")),
-    "same size.jpg": content(photo(3)),
-    "progressive.jpg": content(photo(4, (64, 120)), progressive=True),
-    "turned.jpg": content(photo(5), exif=exif(TURNED)),
-    "strip.jpg": content(photo(6, (400, 20))),
-    "four colours.jpg": content(photo(7, mode="CMYK")),
-    "other.png": content(photo(8), "PNG"),
-    "cut.jpg": content(photo(9))[:-300],
+    "a.jpg": jpeg(photo(1)),
+    "grey.jpg": jpeg(photo(2, (70, 70), "L")),
+    "same size.jpg": jpeg(photo(3)),
+    "progressive.jpg": jpeg(photo(4, (64, 120)), progressive=True),
+    "turned.jpg": jpeg(photo(5), exif=exif(TURNED)),
+    "strip.jpg": jpeg(photo(6, (400, 20))),
+    "four colours.jpg": jpeg(photo(7, mode="CMYK")),
+    "other.png": encoded(photo(8)),
+    "cut.jpg": jpeg(photo(9))[:-300],
     "empty.jpg": b"",
     "text.jpg": b"<html>not found</html>",
 }
@@ -91,7 +87,7 @@ def test_pixels_are_nearly_those_of_pillow_and_the_rest_is_equal(folder, backbon
     assert torch.equal(found.images, ImageFiles(*given).read(places).images)
 
 
-def test_one_file_that_the_decoder_refuses_does_not_cost_the_others(folder, backbone, monkeypatch):
+def test_one_file_that_the_decoder_refuses_does_not_cost_the_others(folder, backbone):
     given = ImageReader(folder), backbone.preprocess(as_bytes=True, on_tensors=True)
     places = [Place(name) for name in ("a.jpg", "other.png", "grey.jpg")]
     encoded = JpegFiles(*given).read_encoded(places)
