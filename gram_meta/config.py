@@ -24,6 +24,7 @@ ELEVEN = (
     *("sun397", "dtd", "eurosat", "ucf101"),
 )
 VISUAL_STARTS = ("random", "class_token")
+CROP_ON = ("images", "tensors", "device")  # what resizes and crops: Pillow, torch, torch on the towers' device
 SHIFTED = ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
 
 # Keys of version 0.1 and today's names. Files, options and stored configurations may still have the old ones.
@@ -268,7 +269,7 @@ RUN_BOUNDS = {
         (Bound(lambda value: not value, "False, as a trainer needs tensors"), "INPUT.NO_TRANSFORM"),
         (Bound(_is_size, "(height, width) of at least 1 pixel"), "INPUT.SIZE"),
         (_names("bilinear", "bicubic", "nearest"), "INPUT.INTERPOLATION"),
-        (_names("images", "tensors", "device"), "INPUT.CROP_ON"),
+        (_names(*CROP_ON), "INPUT.CROP_ON"),
         (_names("val", "test"), "TEST.SPLIT"),
         (_names("last_step", "best_val"), "TEST.FINAL_MODEL"),
         (_PREC, "TRAINER.COOP.PREC TRAINER.COCOOP.PREC TRAINER.VPT.PREC TRAINER.JOINT.PREC"),

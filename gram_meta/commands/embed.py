@@ -44,6 +44,7 @@ OPTIONS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from gram_meta.config import CROP_ON
     from gram_meta.corpus.sources import FORMATS
 
     formats = ["auto", *(known.name for known in FORMATS)]
@@ -74,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=int, metavar="N", help=beside)
     crop = "what workers resize: images (Pillow's; the default), tensors (2 to 3 times as fast for large photographs;"
     crop += " pixels differ by at most 1 of 255), or device: on --device, which decodes JPEG files, too"
-    add("--crop-on", choices=("images", "tensors", "device"), default="images", help=crop)
+    add("--crop-on", choices=CROP_ON, default=CROP_ON[0], help=crop)
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: cuda where there is one)")
 
 

@@ -42,13 +42,7 @@ class JpegFiles(ImageFiles):
 
         Files and pixels travel by value: a tensor in shared memory would cost an open file each.
         """
-        images, reasons, digests = [], [], []
-        for place in places:
-            image, reason, digest = self.read_one(place, self._encoded)
-            images.append(image)
-            reasons.append(reason)
-            digests.append(digest)
-        return EncodedBatch(images, reasons, digests)
+        return EncodedBatch(*self.read_each(places, self._encoded))
 
     def _encoded(self, place: Place) -> tuple[bytes | np.ndarray, bytes]:
         content = self.reader.content(place)

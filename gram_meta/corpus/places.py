@@ -134,14 +134,21 @@ class ImageFiles:
         """
         import torch
 
+        images, reasons, digests = self.read_each(places, self._transformed)
+        usable = [image for image in images if image is not None]
+        return ImageBatch(torch.stack(usable) if usable else None, reasons, digests)
+
+    def read_each(
+        self, places: Sequence[Place], read: Callable[[Place], tuple[T, bytes]]
+    ) -> tuple[list[T | None], list[int], list[bytes]]:
+        """Return three lists with an entry for every image: see `read_one`."""
         images, reasons, digests = [], [], []
         for place in places:
-            image, reason, digest = self.read_one(place, self._transformed)
-            if image is not None:
-                images.append(image)
+            image, reason, digest = self.read_one(place, read)
+            images.append(image)
             reasons.append(reason)
             digests.append(digest)
-        return ImageBatch(torch.stack(images) if images else None, reasons, digests)
+        return images, reasons, digests
 
     def read_one(self, place: Place, read: Callable[[Place], tuple[T, bytes]]) -> tuple[T | None, int, bytes]:
         """Return what `read` makes of an image, an index into `REASONS`, and the digest of its file's content."""

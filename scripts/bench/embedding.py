@@ -22,12 +22,11 @@ import common
 import torch
 
 from gram_meta.backbone.clip import Backbone, end_positions
-from gram_meta.corpus.embedding.parts import tokens_of
+from gram_meta.config import CROP_ON
+from gram_meta.corpus.embedding.parts import read_images, tokens_of
 from gram_meta.corpus.embedding.run import embed_pairs
 from gram_meta.corpus.embedding.sentences import SentenceBert, load_sentence_model
-from gram_meta.corpus.loading import run_ahead
-from gram_meta.corpus.on_device import DeviceDecoder, JpegFiles
-from gram_meta.corpus.places import ImageFiles, ImageReader
+from gram_meta.corpus.places import ImageReader
 from gram_meta.corpus.sources import Source, all_rows, open_source
 
 
@@ -44,9 +43,7 @@ def main() -> None:
     options.add_argument("--batch-size", type=int, default=64)
     options.add_argument("--part-size", type=int, default=2048)
     options.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
-    options.add_argument(
-        "--crop-on", choices=("images", "tensors", "device"), default="images", help="as for gram embed"
-    )
+    options.add_argument("--crop-on", choices=CROP_ON, default=CROP_ON[0], help="as for gram embed")
     options.add_argument("--shards", type=int, default=4, help="tar files for the same pairs (%(default)s)")
     args = options.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -139,14 +136,9 @@ class Bench:
     def decoded(self, kind: str, workers: int) -> Iterator[Any]:
         """Yield batches of images of the tower's size."""
         source, places, size = self.sources[kind], self.places[kind], self.args.batch_size
-        reader, crop_on = ImageReader(source.image_root, source.identity().get("shards")), self.args.crop_on
-        given = reader, self.backbone.preprocess(as_bytes=True, on_tensors=crop_on != "images")
+        reader = ImageReader(source.image_root, source.identity().get("shards"))
         batches = [places[start : start + size] for start in range(0, len(places), size)]
-        advice = "use fewer --workers"
-        if crop_on != "device":
-            return run_ahead(ImageFiles(*given).read, batches, workers, advice, prefetch=4)
-        encoded = run_ahead(JpegFiles(*given).read_encoded, batches, workers, advice, prefetch=4)
-        return map(DeviceDecoder(self.backbone).decode, encoded)
+        return read_images(reader, batches, self.backbone, workers, self.args.crop_on)
 
     def decode(self, kind: str, workers: int) -> None:
         for images, _, _ in self.decoded(kind, workers):

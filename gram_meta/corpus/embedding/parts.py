@@ -10,7 +10,7 @@ from __future__ import annotations
 import zipfile
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -246,16 +246,23 @@ def _image_batches(
             for start in range(0, len(places), batch_size):
                 yield places[start : start + batch_size]
 
+    return read_images(ImageReader(root, index.shard_bytes), batches(), backbone, workers, crop_on)
+
+
+def read_images(
+    reader: ImageReader, batches: Iterable[Sequence[Place]], backbone: Backbone, workers: int, crop_on: str
+) -> Iterator[ImageBatch]:
+    """Return an iterator over batches of images of the tower's size; `workers` processes read ahead."""
     # as bytes: a quarter of the memory of floats on their way between processes
-    reader, transform = ImageReader(root, index.shard_bytes), backbone.preprocess(True, on_tensors=crop_on != "images")
+    transform = backbone.preprocess(as_bytes=True, on_tensors=crop_on != "images")
     advice = "what is done is kept: run the same command again, with fewer workers if memory was short"
     if crop_on == "device":
         from gram_meta.corpus.on_device import DeviceDecoder, JpegFiles
 
-        encoded = run_ahead(JpegFiles(reader, transform).read_encoded, batches(), workers, advice, prefetch=AHEAD)
+        encoded = run_ahead(JpegFiles(reader, transform).read_encoded, batches, workers, advice, prefetch=AHEAD)
         return map(DeviceDecoder(backbone).decode, encoded)
     on_gpu = backbone.device.type == "cuda"
-    return run_ahead(ImageFiles(reader, transform).read, batches(), workers, advice, prefetch=AHEAD, pin_memory=on_gpu)
+    return run_ahead(ImageFiles(reader, transform).read, batches, workers, advice, prefetch=AHEAD, pin_memory=on_gpu)
 
 
 # --- captions that are too long -----------------------------------------------------------------------------

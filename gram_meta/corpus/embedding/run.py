@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gram_meta.config import COMMAND_BOUNDS, check_bounds
+from gram_meta.config import COMMAND_BOUNDS, CROP_ON, check_bounds
 from gram_meta.corpus import store as layout
 from gram_meta.corpus.embedding.index import PLAN, Index, write_index
 from gram_meta.corpus.embedding.joining import join_parts
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from gram_meta.corpus.embedding.sentences import SentenceModel
 
 log = logging.getLogger(__name__)
-
-CROP_ON = ("images", "tensors", "device")
 
 
 def embed_pairs(
