@@ -209,7 +209,7 @@ def _epochs_of(runs: Sequence[Run], length: int) -> Drawing | str:
         f"figure_1b_3a_{length}_epochs",
         f"Base and new accuracy while training, {length} epochs (as Figures 1b and 3a)",
         f"Test accuracy after each epoch; epoch 0 is the start. {_over(datasets)} {bands}",
-        _draw_panels(panels, 2, (4.0, 3.0), "epoch", "accuracy (%)"),
+        draw_panels(panels, 2, (4.0, 3.0), "epoch", "accuracy (%)"),
         write_csv(table),
     )
 
@@ -244,7 +244,7 @@ def _alignments(metas: Sequence[MetaTraining]) -> Drawing | str:
         "figure_3b",
         "Normalised gradient inner product over meta-training (as Figure 3b)",
         caption,
-        _draw_panels(panels, across, (3.1, 2.5), *labels, share=True),
+        draw_panels(panels, across, (3.1, 2.5), *labels, share=True),
         write_csv(table),
     )
 
@@ -275,7 +275,7 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
-def _draw_panels(
+def draw_panels(
     panels: Mapping[str, Sequence[Line]], across: int, size: tuple[float, float], x: str, y: str, share: bool = False
 ) -> bytes:
     """Draw a panel of lines for each title, `across` in a row, with one legend; `size` of a panel in inches."""

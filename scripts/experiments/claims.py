@@ -15,12 +15,18 @@ from tabulate import tabulate
 from gram_meta.files import write_json
 from gram_meta.intervals import half_width, harmonic, mean
 from gram_meta.report import paper_tables, read_runs, render
-from gram_meta.report.runs import Run
+from gram_meta.report.runs import LABELLED, NO_META, NO_REGULATOR, NO_SHIFT, TOKENS, Run
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "results"
 PICTURE = DOCS.parent / "assets" / "results.svg"
 PLACE = re.compile(r"(<!-- (claims|table \d) -->\n).*?(<!-- end -->)", re.DOTALL)
 BASE_TO_NEW, CROSS_DATASET, CROSS_DOMAIN = "base to new", "other datasets", "other domains"
+ABLATIONS = {  # Table 6
+    NO_SHIFT: "meta-trained without domain shift",
+    NO_REGULATOR: "meta-trained without R",
+    NO_META: "trained without meta-learning",
+    LABELLED: "meta-trained on labelled data",
+}
 SEED = re.compile(r"seed(\d+)/best")  # in the path of a meta-checkpoint of SEEDS
 # ours, what it is compared with
 CLAIMS = (
@@ -36,6 +42,10 @@ CLAIMS = (
     ("UniGRAM", "CoOpGRAM"),
     ("UniGRAM", "VPTGRAM"),
     ("UniGRAM", "UniGRAM, meta-trained without R"),
+    ("UniGRAM", "UniGRAM, meta-trained without domain shift"),
+    ("UniGRAM", "UniGRAM, trained without meta-learning"),
+    ("UniGRAM", "UniGRAM, meta-trained on labelled data"),
+    *(("UniGRAM", f"UniGRAM, {half}+{half} tokens") for half in (1, 3, 4)),
     ("UniGRAM", "JointPrompt, from the class token"),
     ("UniGRAM, from the class token", "JointPrompt"),
     ("UniGRAM, from the class token", "JointPrompt, from the class token"),
@@ -62,12 +72,13 @@ def kind_of(run: Run) -> tuple[str, int]:
     if starts.get(run.trainer, meta.get("PROMPT.VISUAL_START")) == "class_token":
         words.append("from the class token")
     if run.trainer.endswith("GRAM"):
-        if not meta.get("REGULATOR.ENABLED", True):
-            words.append("meta-trained without R")
-        elif not run.settings.get(f"{gram}REGULATE", True):
+        words += [ABLATIONS[lacks] for lacks in run.ablation]
+        if not {NO_REGULATOR, NO_META} & set(run.ablation) and not run.settings.get(f"{gram}REGULATE", True):
             words.append("R off")
         if not run.settings.get(f"{gram}INIT", True):
             words.append("R from CoOp's words")
+    if run.tokens not in (None, TOKENS):
+        words.append(f"{run.tokens[0]}+{run.tokens[1]} tokens")
     return ", ".join(words), int(seed[1]) if seed else 0
 
 
@@ -143,13 +154,15 @@ def all_claims(runs: list[Run]) -> list[dict]:
 
 def filled(page: str, runs: list[Run]) -> str:
     """Return the page with its claims and tables as the runs give them; tables are of meta-seed 1."""
-    first = [run for run in runs if kind_of(run) in ((run.trainer, 0), (run.trainer, 1))]
+    first = [run for run in runs if kind_of(run)[1] <= 1]
+    plain = [run for run in first if kind_of(run)[0] == run.trainer]
 
     def fill(place: re.Match) -> str:
         if place[2] == "claims":
             text = as_markdown(all_claims(runs))
         else:
-            found = paper_tables(first, [int(place[2].split()[1])])
+            number = int(place[2].split()[1])
+            found = paper_tables(first if number > 5 else plain, [number])
             text = "\n\n".join(render(one, "markdown") for one in found)
             text = "\n".join(line for line in text.splitlines() if "missing" not in line)
         return f"{place[1]}\n{text}\n\n{place[3]}"

@@ -6,9 +6,10 @@ leading axis, each with a regulator of its own.
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -54,7 +55,7 @@ def few_shot(root: str, dataset: str, trainer: str, out: Path, seed: int, opts: 
     return train([*words, "DATASET.SUBSAMPLE_CLASSES", "base", *opts], quiet=True)["curve"]
 
 
-def record(root: str, dataset: str, seed: int) -> Recording:
+def record(root: str, dataset: str, seed: int, epochs: int = 10) -> Recording:
     """Run CoOp in a temporary folder, and return what its steps saw."""
     seen: list[tuple[Tensor, Tensor, float]] = []
     step = CoOp.forward_backward
@@ -66,8 +67,8 @@ def record(root: str, dataset: str, seed: int) -> Recording:
         return step(trainer, batch)
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(CoOp, "forward_backward", watched):
-        at = ["TEST.AT_STEPS", str((0, STEPS))]
-        curve = few_shot(root, dataset, "CoOp", Path(folder) / "run", seed, at)
+        opts = ["TEST.AT_STEPS", str((0, STEPS)), "OPTIM.MAX_EPOCH", str(epochs)]
+        curve = few_shot(root, dataset, "CoOp", Path(folder) / "run", seed, opts)
     features, labels, rates = zip(*seen, strict=True)
     return Recording(torch.stack(features), torch.stack(labels), list(rates), curve)
 
@@ -86,14 +87,20 @@ def test_set(root: str, dataset: str) -> TestSet:
 
 
 def adapt(
-    recording: Recording, test: TestSet, starts: Mapping[str, tuple[Tensor, Regulate | None]]
-) -> dict[str, Scores]:
-    """Take the recorded steps from every start, a prompt (M, d) and what its gradients pass through (None: nothing)."""
+    recording: Recording,
+    test: TestSet,
+    starts: Mapping[Any, tuple[Tensor, Regulate | None]],
+    at: Collection[int] = (0, STEPS),
+) -> dict[Any, Scores]:
+    """Take the recorded steps from every start, a prompt (M, d) and what its gradients pass through (None: nothing).
+
+    Returns the accuracies of each start before training and after the numbers of steps `at`.
+    """
     backbone = load_backbone("gram-small")
     prompts = torch.stack([prompt for prompt, _ in starts.values()])  # (V, M, d)
     half, tokens = len(test.names) // 2, prompts.shape[1]
     base, new = (ClassText(backbone, names, tokens) for names in (test.names[:half], test.names[half:]))
-    found: dict[str, Scores] = {name: {} for name in starts}
+    found: dict[Any, Scores] = {name: {} for name in starts}
 
     @torch.no_grad()
     def score(step: int) -> None:
@@ -107,7 +114,8 @@ def adapt(
 
     score(0)
     velocity = torch.zeros_like(prompts)
-    for features, labels, rate in zip(recording.features, recording.labels, recording.rates, strict=True):
+    seen = zip(recording.features, recording.labels, recording.rates, strict=True)
+    for step, (features, labels, rate) in enumerate(seen, start=1):
         leaf = prompts.requires_grad_()
         scores = logits(features.expand(len(starts), -1, -1), base.features(leaf), backbone.logit_scale)  # (V, B, K)
         targets = labels.expand(len(starts), -1)  # (V, B)
@@ -118,5 +126,6 @@ def adapt(
             steps = torch.stack([g if regulate is None else regulate(g) for g, (_, regulate) in rows])
             velocity = MOMENTUM * velocity + steps + DECAY * prompts
             prompts = (prompts - rate * velocity).detach()
-    score(STEPS)
+        if step in at:
+            score(step)
     return found

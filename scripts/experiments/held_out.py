@@ -42,7 +42,8 @@ def main() -> None:
         starts = {(COOP, COOP): (words, None)}
         for name, of_seed in paths.items():
             for control, start in controls(of_seed[seed], args.store, place, words).items():
-                starts[name, control] = start
+                if control in args.controls:
+                    starts[name, control] = start
         (held,) = {tuple(load_meta_checkpoint(of[seed]).provenance["held_out_topics"]) for of in paths.values()}
         done = [adapt(*draw(hierarchy, domains, store, held, [seed, number]), starts) for number in range(args.tasks)]
         ends = {key: [mean(one[key][STEPS][side] for one in done) for side in (0, 1)] for key in starts}

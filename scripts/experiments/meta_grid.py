@@ -44,6 +44,7 @@ TUNING = {
 SETS = {**SPECS, **TUNING}
 TASKS = 32  # of held-out topics, for the means of gamma and beta
 COOP = "CoOp"
+CONTROLS = ("R on", "R off", "R's mean", "R without beta", "theta* moved", "R from CoOp's words")
 Key = tuple[str, str, int]  # variant, control, meta-seed
 
 
@@ -54,6 +55,7 @@ def grid_parser(text: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--grid", required=True, type=Path)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--meta-seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--controls", nargs="+", choices=CONTROLS, default=CONTROLS, help="default: all")
     parser.add_argument("--only", nargs="+", help="variants to run; default: all in the grid")
     return parser
 
@@ -81,7 +83,8 @@ def main() -> None:
         held[name] = [load_meta_checkpoint(path).provenance["held_out"] for path in paths.values()]
         for seed, path in paths.items():
             for control, start in controls(path, args.store, settings["HIERARCHY"], words).items():
-                starts[name, control, seed] = start
+                if control in args.controls:
+                    starts[name, control, seed] = start
     found = {name: few_shot_runs(args, name, starts) for name in args.sets}
     rows = [summary(name, control, found, held.get(name, [])) for name, control in dict.fromkeys(k[:2] for k in starts)]
     write_json(args.out / "grid.json", {"settings": variants, "rows": rows})

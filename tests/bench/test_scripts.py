@@ -187,6 +187,20 @@ def test_meta_grid(labelled, tiny_data, tmp_path):
     before = log.stat().st_mtime_ns
     assert experiment("meta_grid", *words) == first
     assert log.stat().st_mtime_ns == before
+    assert [row.split("|")[2].strip() for row in experiment("meta_grid", *words, "--controls", "R off").splitlines()][
+        2:
+    ] == ["CoOp", "R off", "R off"]
+
+    (tmp_path / "docs/results").mkdir(parents=True)
+    (tmp_path / "docs/assets").mkdir()
+    words = (*words, "--only", "paper", "plain", "--epochs", "1", "--docs", tmp_path / "docs")
+    experiment("curves", *words)
+    curves = json.loads((tmp_path / "docs/results/curves.json").read_text())
+    shape = {kind: (len(of), len(of[0])) for kind, of in curves["accuracy"]["new classes"].items()}
+    assert shape == {"CoOp": (1, 2), "CoOp + GRAM": (2, 2), "CoOp + GRAM, meta-trained without R": (2, 2)}
+    assert curves["inner product"]["steps"] == [0, 2]
+    for name in ("epochs", "inner-product"):
+        assert Image.open(tmp_path / f"docs/assets/emoji-{name}.webp").width > 500
 
 
 @pytest.mark.skipif(bool(missing_packages()), reason="the demo packages are not installed")

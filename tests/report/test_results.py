@@ -73,7 +73,7 @@ def test_a_claim_by_hand(claims):
 def run(dataset, seed, subsample, value, shots=16, source=None):
     facts = {"dataset": dataset, "seed": seed, "subsample": subsample, "value": value, "shots": shots}
     facts |= {"source": source or dataset, "transferred": source not in (None, dataset)}
-    return SimpleNamespace(**facts, trainer="CoOp", result={}, settings={})
+    return SimpleNamespace(**facts, trainer="CoOp", result={}, settings={}, ablation=(), tokens=None)
 
 
 def test_the_table_has_means_over_few_shot_seeds(claims):
