@@ -1,0 +1,122 @@
+"""Draw Figures 1 and 3 of the paper on the emoji world: accuracy in a long training, inner product in meta-training.
+
+    python scripts/experiments/curves.py --store STORE --grid emoji_grid.yaml --out output/grid \\
+        --only WITH_R WITHOUT_R --meta-seeds 1 2 3 4 5
+
+Variants and meta-trainings are those of meta_grid.py. CoOp takes 50 epochs on 16 shots of the base classes of each
+reported dataset; the same steps are taken from theta* of each meta-seed, with R and, for the variant without R, with
+raw gradients. The script writes results/curves.json, assets/emoji-epochs.webp and assets/emoji-inner-product.webp to
+the folder of --docs.
+"""
+
+import argparse
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from few_shot_batch import adapt, record, test_set
+from meta_grid import COOP, controls, grid_parser, meta_train, variants_of
+from PIL import Image
+
+from gram_meta import load_backbone
+from gram_meta.bench.emoji import DATASETS
+from gram_meta.demo.world import SPECS, write_dataset
+from gram_meta.files import write_json
+from gram_meta.intervals import estimate, mean
+from gram_meta.method.prompts import context_from_words
+from gram_meta.report.figures import BLUE, GREEN, GREY, VERMILLION, draw_panels
+
+STEPS_PER_EPOCH = 9  # 16 shots in 18 classes, batches of 32
+SIDES = ("base classes", "new classes")
+GRAM, WITHOUT = "CoOp + GRAM", "CoOp + GRAM, meta-trained without R"
+STYLES = {COOP: (GREY, "--", "o"), GRAM: (BLUE, "-", "o"), WITHOUT: (VERMILLION, "-", "s")}
+REGULATED, RAW = "regulated", "raw"
+GRADIENTS = {  # of which variant, key of log.jsonl
+    "regulated support gradient": (REGULATED, "alignment", (GREEN, "-", "o")),
+    "raw support gradient": (REGULATED, "alignment_raw", (GREY, "--", "s")),
+    "raw, meta-trained without R": (RAW, "alignment_raw", (VERMILLION, ":", "^")),
+}
+
+
+def main() -> None:
+    parser = grid_parser(__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--epochs", type=int, default=50)
+    reported = [folder.removeprefix("emoji_") for folder in DATASETS["base2new"]]
+    parser.add_argument("--sets", nargs="+", default=reported, choices=list(SPECS), help="few-shot datasets")
+    parser.add_argument("--docs", type=Path, default=Path(__file__).resolve().parents[2] / "docs")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    variants = variants_of(args)
+    if len(variants) != 2:
+        parser.error(f"--only: expected the variant with R and the one without, found {len(variants)}")
+    paths = [meta_train(args, name, settings) for name, settings in variants.items()]
+    words = context_from_words(load_backbone("gram-small"), "a photo of a")
+    starts = {(COOP, 0): (words, None)}
+    for kind, control, settings, of in zip((GRAM, WITHOUT), ("R on", "R off"), variants.values(), paths, strict=True):
+        for seed, path in of.items():
+            starts[kind, seed] = controls(path, args.store, str(settings["HIERARCHY"]), words)[control]
+    found = {
+        "accuracy": accuracy_curves(args, starts),
+        "inner product": inner_products(dict(zip((REGULATED, RAW), paths, strict=True))),
+    }
+    write_json(args.docs / "results" / "curves.json", found)
+    for name, picture in drawn(found).items():
+        Image.open(io.BytesIO(picture)).save(args.docs / "assets" / f"emoji-{name}.webp", lossless=True)
+
+
+def accuracy_curves(args: argparse.Namespace, starts: dict) -> dict[str, dict[str, list[list[float]]]]:
+    """Return side -> kind -> for each meta-seed the accuracy at epochs 0, 1, ..., a mean over datasets and seeds."""
+    ends = range(0, args.epochs * STEPS_PER_EPOCH + 1, STEPS_PER_EPOCH)
+    runs = []
+    for name in args.sets:
+        root, spec = args.out / "sets" / name, SPECS[name]
+        write_dataset(root / spec.folder, spec, progress=False)
+        test = test_set(str(root), spec.folder)
+        runs += [adapt(record(str(root), spec.folder, seed, args.epochs), test, starts, ends) for seed in args.seeds]
+    curves: dict[str, dict[str, list[list[float]]]] = {side: {kind: [] for kind in STYLES} for side in SIDES}
+    for key in starts:
+        for index, side in enumerate(SIDES):
+            curves[side][key[0]].append([round(mean(run[key][end][index] for run in runs), 3) for end in ends])
+    return curves
+
+
+def inner_products(paths: dict[str, dict[int, Path]]) -> dict[str, Any]:
+    """Return steps, and gradient -> for each meta-seed its inner product with the query gradient, on held-out tasks."""
+    logs = {kind: [_log(path.parent / "log.jsonl") for path in of.values()] for kind, of in paths.items()}
+    steps = [row["step"] for row in logs[REGULATED][0]]
+    values = {
+        title: [[round(row[key], 4) for row in log] for log in logs[kind]]
+        for title, (kind, key, _) in GRADIENTS.items()
+    }
+    return {"steps": steps, **values}
+
+
+def drawn(found: dict[str, Any]) -> dict[str, bytes]:
+    """Return the pictures, PNG: lines are means over meta-seeds, bands their 95 % intervals."""
+    sides = {
+        side: [(kind, STYLES[kind], _points(range(len(of[0])), of)) for kind, of in kinds.items()]
+        for side, kinds in found["accuracy"].items()
+    }
+    products = found["inner product"]
+    lines = [(title, style, _points(products["steps"], products[title])) for title, (_, _, style) in GRADIENTS.items()]
+    return {
+        "epochs": draw_panels(sides, 2, (4.0, 3.0), "epoch", "accuracy (%)"),
+        "inner-product": draw_panels(
+            {"held-out tasks": lines}, 1, (6.0, 3.0), "meta-training step", "normalised inner\nproduct (cosine)"
+        ),
+    }
+
+
+def _points(at: Any, of_seeds: list[list[float]]) -> list:
+    return [(x, estimate(values, len(of_seeds))) for x, values in zip(at, zip(*of_seeds, strict=True), strict=True)]
+
+
+def _log(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+if __name__ == "__main__":
+    main()
