@@ -234,7 +234,7 @@ def _by(by: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
         if key not in settings:
             known = ", ".join(sorted(settings)[:5])
             raise GramError(f"--by {key}: expected a setting of the runs (such as {known}), found no such setting")
-    return [f"{key} {settings[key]}" for key in by]
+    return [f"{key} {'none' if settings[key] == '' else settings[key]}" for key in by]
 
 
 def _compared(key: str, untrained: bool) -> bool:

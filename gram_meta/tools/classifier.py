@@ -223,6 +223,7 @@ class GramClassifier(ClassifierMixin, BaseEstimator):
         check_fit(path, expected, {kind: value.shape for kind, value in prompts.items()})
         check_finite(path, prompts)
         check_bounds({"PROMPT.TEMPLATE": facts["template"]}, META_BOUNDS)
+        _check_different(facts["class_names"], f"{path}: class_names")
         found._set_classes(facts["class_names"], facts["has_numbers"])
         found.template_, found.regulation_ = facts["template"], None
         found.model_ = PromptedCLIP(clip, found.class_names_, prompts, found.template_)
@@ -243,8 +244,7 @@ class GramClassifier(ClassifierMixin, BaseEstimator):
         if isinstance(self.class_names, str) or not isinstance(self.class_names, Iterable | None):
             raise GramError(f"class_names: expected a list of names, found {self.class_names!r}")
         names = sorted(set(values)) if self.class_names is None else list(map(_plain, self.class_names))
-        if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
-            raise GramError(f"class_names: expected different names, found {names}")
+        _check_different(names, "class_names")
         known = {label: number for number, label in enumerate(range(len(names)) if has_numbers else names)}
         for value in values:
             if value not in known:
@@ -374,6 +374,11 @@ def _rgb(picture: Picture, number: int) -> Image.Image:
         except Exception:  # noqa: BLE001 - some pixels raise only when they are used
             raise GramError(f"images[{number}]: expected an image, found: {BROKEN}") from None
     raise GramError(f"images[{number}]: expected a path, a PIL image or uint8 (H, W, 3), found {found}")
+
+
+def _check_different(names: list[Any], what: str) -> None:
+    if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise GramError(f"{what}: expected different names, found {names}")
 
 
 def _plain(value: Any) -> Any:

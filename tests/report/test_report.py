@@ -155,8 +155,8 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path):
     write(tmp_path, seed=2, config={"OPTIM": {"LR": 0.01}})
     with pytest.raises(GramError, match=r"found OPTIM.LR 0.002 in .* and 0.01 in .*--by OPTIM.LR"):
         build_reports(read_runs([tmp_path]))
-    labels = {run.label for run in read_runs([tmp_path], by=["OPTIM.LR"])}
-    assert labels == {"CoOp, OPTIM.LR 0.002", "CoOp, OPTIM.LR 0.01"}
+    labels = {run.label for run in read_runs([tmp_path], by=["OPTIM.LR", "meta-checkpoint"])}
+    assert labels == {f"CoOp, OPTIM.LR {rate}, meta-checkpoint none" for rate in (0.002, 0.01)}
 
 
 def test_a_shipped_meta_checkpoint_has_a_row_of_its_own_beside_others(tmp_path):

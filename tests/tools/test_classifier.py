@@ -196,6 +196,11 @@ def test_a_file_of_something_else_is_one_sentence(tmp_path, backbone, fitted):
         facts = json.loads(file.metadata()["gram-classifier"])
     for key, value, sentence in (
         ("class_names", [1, 2, 3], "bad: metadata.*class_names"),
+        (
+            "class_names",
+            ["red", "red", "blue"],
+            "bad: class_names: expected different names, found .'red', 'red', 'blue'",
+        ),
         ("class_names", [], "bad: metadata: class_names: expected array of length >= 1"),
         ("settings", {"precision": ["fp32"]}, "precision: expected one of fp32"),
         ("settings", {"epoche": 2}, "expected the settings of a classifier, found others"),
