@@ -1,11 +1,14 @@
-"""Fill docs/results/emoji-world.md and claims.json from the runs in docs/results/emoji.json, and draw results.svg.
+"""Fill docs/results/emoji-world.md and claims.json from the runs in docs/results/emoji.json and controls.json.
 
 A claim is a difference between two kinds of runs, such as "CoOpGRAM - CoOp, H, base to new". For each meta-seed it is
 averaged over few-shot seeds and datasets; mean and 95 % interval (Student's t) are over meta-seeds. A claim is
 confirmed if its interval lies above 0. H is the harmonic mean of a dataset's base and new accuracy over few-shot seeds.
+controls.json is the grid.json of meta_grid.py, with more meta-seeds. The script draws docs/assets/results.svg, too.
 """
 
+import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import pandas
@@ -106,6 +109,22 @@ def protocol_of(run: Run) -> str:
     return BASE_TO_NEW if run.subsample in ("base", "new") else ""
 
 
+def read_controls(found: dict, metas: Collection[int]) -> pandas.DataFrame:
+    """Return the accuracies in controls.json, of CoOp and of these meta-seeds, as `read` does."""
+    rows = []
+    for run in found["runs"]:
+        words = ["CoOpGRAM" if run["meta"] else "CoOp"]
+        if found["settings"].get(run["variant"], {}).get("REGULATOR.ENABLED") is False:
+            words.append("meta-trained without R")
+        elif run["control"] == "R off":
+            words.append("R off")
+        if run["meta"] in (0, *metas):
+            sides = run["base"], run["new"], harmonic(run["base"], run["new"])
+            rows.append((", ".join(words), run["meta"], run["dataset"], *sides, found["seeds"]))
+    columns = ["kind", "meta", "dataset", "base", "new", "H", "seeds"]
+    return pandas.DataFrame(rows, columns=columns).set_index(["kind", "meta", "dataset"]).sort_index()
+
+
 def claim(ours: str, theirs: str, metric: str, table: pandas.DataFrame, protocol: str = BASE_TO_NEW) -> dict:
     """Return one entry: the differences of each meta-seed, their mean and interval."""
     found, others, gains = table.loc[ours], table.loc[theirs], []
@@ -141,25 +160,32 @@ def as_markdown(claims: list[dict]) -> str:
     return tabulate(rows, "keys", "pipe", disable_numparse=True)
 
 
-def all_claims(runs: list[Run]) -> list[dict]:
+def all_claims(runs: list[Run], controls: dict) -> list[dict]:
     found = []
     for protocol, shots in ((BASE_TO_NEW, 16), *((to, k) for to in (CROSS_DATASET, CROSS_DOMAIN) for k in (16, 4))):
         table = read(runs, protocol, shots)
         name = protocol if protocol == BASE_TO_NEW else f"{protocol}, {shots} shots"
-        kinds, metrics = table.index.unique("kind"), [column for column in table.columns if column != "seeds"]
-        pairs = [(ours, theirs) for ours, theirs in CLAIMS if ours in kinds and theirs in kinds]
-        found += [claim(ours, theirs, metric, table, name) for ours, theirs in pairs for metric in metrics]
+        found += claims_of(table, name)
+    for first, last in ((6, 20), (1, 20)):
+        table = read_controls(controls, range(first, last + 1))
+        found += claims_of(table, f"{BASE_TO_NEW}, meta-seeds {first} to {last}")
     return found
 
 
-def filled(page: str, runs: list[Run]) -> str:
+def claims_of(table: pandas.DataFrame, protocol: str) -> list[dict]:
+    kinds, metrics = table.index.unique("kind"), [column for column in table.columns if column != "seeds"]
+    pairs = [(ours, theirs) for ours, theirs in CLAIMS if ours in kinds and theirs in kinds]
+    return [claim(ours, theirs, metric, table, protocol) for ours, theirs in pairs for metric in metrics]
+
+
+def filled(page: str, runs: list[Run], claims: list[dict]) -> str:
     """Return the page with its claims and tables as the runs give them; tables are of meta-seed 1."""
     first = [run for run in runs if kind_of(run)[1] <= 1]
     plain = [run for run in first if kind_of(run)[0] == run.trainer]
 
     def fill(place: re.Match) -> str:
         if place[2] == "claims":
-            text = as_markdown(all_claims(runs))
+            text = as_markdown(claims)
         else:
             number = int(place[2].split()[1])
             found = paper_tables(first if number > 5 else plain, [number])
@@ -179,7 +205,7 @@ def drawn(claims: list[dict]) -> str:
 
 if __name__ == "__main__":
     runs, page = read_runs([DOCS / "emoji.json"]), DOCS / "emoji-world.md"
-    page.write_text(filled(page.read_text(encoding="utf-8"), runs), encoding="utf-8")
-    claims = all_claims(runs)
+    claims = all_claims(runs, json.loads((DOCS / "controls.json").read_text(encoding="utf-8")))
+    page.write_text(filled(page.read_text(encoding="utf-8"), runs, claims), encoding="utf-8")
     write_json(DOCS / "claims.json", claims)
     PICTURE.write_text(drawn(claims), encoding="utf-8")

@@ -4,7 +4,8 @@
 
 The grid is a YAML file such as emoji_grid.yaml. The script meta-trains each variant with every meta-seed, all of them
 at once. Then it adapts from the meta-checkpoints to the few-shot datasets, with R and with the controls of `controls`,
-and compares accuracies with CoOp's. It skips finished meta-trainings, prints a table and writes grid.json.
+and compares accuracies with CoOp's. It skips finished meta-trainings, prints a table and writes grid.json, which
+`claims.py` reads as docs/results/controls.json.
 """
 
 import argparse
@@ -87,7 +88,7 @@ def main() -> None:
                     starts[name, control, seed] = start
     found = {name: few_shot_runs(args, name, starts) for name in args.sets}
     rows = [summary(name, control, found, held.get(name, [])) for name, control in dict.fromkeys(k[:2] for k in starts)]
-    write_json(args.out / "grid.json", {"settings": variants, "rows": rows})
+    write_json(args.out / "grid.json", {"settings": variants, "seeds": len(args.seeds), "runs": ends_of(found)})
     print(tabulate(rows, "keys", "pipe", disable_numparse=True))
 
 
@@ -137,6 +138,16 @@ def few_shot_runs(args: argparse.Namespace, name: str, starts: dict[Key, tuple])
     test = test_set(str(root), spec.folder)
     of_seeds = [adapt(record(str(root), spec.folder, seed), test, starts) for seed in args.seeds]
     return {key: [scores[key] for scores in of_seeds] for key in starts}
+
+
+def ends_of(found: dict[str, dict[Key, list[Scores]]]) -> list[dict[str, object]]:
+    """Return base and new accuracy at the end, of each dataset, variant, control and meta-seed (0: none)."""
+    return [
+        {"dataset": name, "variant": key[0], "control": key[1], "meta": key[2]}
+        | {side: round(mean(one[STEPS][index] for one in scores), 3) for index, side in enumerate(("base", "new"))}
+        for name, runs in found.items()
+        for key, scores in runs.items()
+    ]
 
 
 def summary(

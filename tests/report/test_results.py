@@ -30,11 +30,17 @@ def runs():
     return read_runs([RESULTS / "emoji.json"])
 
 
-def test_page_and_claims_are_those_of_the_committed_results(claims, runs):
+@pytest.fixture(scope="module")
+def controls():
+    return json.loads((RESULTS / "controls.json").read_text(encoding="utf-8"))
+
+
+def test_page_and_claims_are_those_of_the_committed_results(claims, runs, controls):
     page = (RESULTS / "emoji-world.md").read_text(encoding="utf-8")
     assert [place[1] for place in claims.PLACE.findall(page)] == ["claims", *(f"table {n}" for n in range(1, 6))]
-    assert claims.filled(page, runs) == page
-    assert claims.all_claims(runs) == json.loads((RESULTS / "claims.json").read_text())
+    listed = claims.all_claims(runs, controls)
+    assert listed == json.loads((RESULTS / "claims.json").read_text())
+    assert claims.filled(page, runs, listed) == page
 
 
 def test_the_picture_shows_the_committed_claims(claims):
@@ -45,12 +51,14 @@ def test_the_picture_shows_the_committed_claims(claims):
     assert claims.drawn(listed) != picture
 
 
-def test_a_changed_number_would_be_seen(claims, runs):
-    page = (RESULTS / "emoji-world.md").read_text(encoding="utf-8")
+def test_a_changed_number_would_be_seen(claims, runs, controls):
+    page, listed = (RESULTS / "emoji-world.md").read_text(encoding="utf-8"), claims.all_claims(runs, controls)
     for place in claims.PLACE.finditer(page):
         digits = place.start() + next(i for i, c in enumerate(place[0]) if c == "." and place[0][i + 1].isdigit()) + 1
         forged = page[:digits] + str((int(page[digits]) + 1) % 10) + page[digits + 1 :]
-        assert claims.filled(forged, runs) == page
+        assert claims.filled(forged, runs, listed) == page
+    controls["runs"][-1]["base"] += 1
+    assert claims.all_claims(runs, controls) != listed
 
 
 def test_a_claim_by_hand(claims):
