@@ -53,7 +53,7 @@ def test_round_trip(backbone, saved):
 
 
 def test_what_comes_with_the_package_is_found_by_name_and_fits_its_backbone_only(backbone):
-    assert list(shipped()) == ["gram-small-joint", "gram-small-text", "gram-small-visual"]
+    assert list(shipped()) == [f"gram-small-{kind}" for kind in ("conditional", "joint", "text", "visual")]
     for name, path in shipped().items():
         checkpoint = load_meta_checkpoint(name)
         assert path.with_suffix(".md").read_text().startswith(f"# {name}\n")
@@ -62,7 +62,7 @@ def test_what_comes_with_the_package_is_found_by_name_and_fits_its_backbone_only
             checkpoint.check(backbone, checkpoint.tokens, checkpoint.extras)
     with pytest.raises(
         GramError,
-        match=r"gram-large: expected .* one of gram-small-joint, gram-small-text, gram-small-visual, found no such",
+        match=rf"gram-large: expected .* one of {', '.join(shipped())}, found no such",
     ):
         load_meta_checkpoint("gram-large")
 
