@@ -60,10 +60,7 @@ def test_what_comes_with_the_package_is_found_by_name_and_fits_its_backbone_only
         checkpoint.check(load_backbone("gram-small"), checkpoint.tokens, checkpoint.extras)
         with pytest.raises(GramError, match="made with, gram-small"):
             checkpoint.check(backbone, checkpoint.tokens, checkpoint.extras)
-    with pytest.raises(
-        GramError,
-        match=rf"gram-large: expected .* one of {', '.join(shipped())}, found no such",
-    ):
+    with pytest.raises(GramError, match=rf"gram-large: expected .* one of {', '.join(shipped())}, found no such"):
         load_meta_checkpoint("gram-large")
 
 
