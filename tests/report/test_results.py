@@ -47,7 +47,7 @@ def test_the_picture_shows_the_committed_claims(claims):
     listed = json.loads((RESULTS / "claims.json").read_text())
     picture = claims.PICTURE.read_text(encoding="utf-8")
     assert claims.drawn(listed) == picture
-    listed[1]["mean"] += 0.1
+    next(each for each in listed if each["name"] == "VPTGRAM - VPT, new, base to new")["mean"] += 0.1
     assert claims.drawn(listed) != picture
 
 
