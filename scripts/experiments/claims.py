@@ -1,9 +1,10 @@
-"""Fill docs/results/emoji-world.md and claims.json from the runs in docs/results/emoji.json and controls.json.
+"""Fill docs/results/emoji-world.md and claims.json from docs/results/emoji.json, controls.json and curves.json.
 
 A claim is a difference between two kinds of runs, such as "CoOpGRAM - CoOp, H, base to new". For each meta-seed it is
 averaged over few-shot seeds and datasets; mean and 95 % interval (Student's t) are over meta-seeds. A claim is
 confirmed if its interval lies above 0. H is the harmonic mean of a dataset's base and new accuracy over few-shot seeds.
-controls.json is the grid.json of meta_grid.py, with more meta-seeds. The script draws docs/assets/results.svg, too.
+controls.json is the grid.json of meta_grid.py, with more meta-seeds; curves.json is of curves.py, with 50 epochs. The
+script draws docs/assets/results.svg, too.
 """
 
 import json
@@ -29,6 +30,11 @@ ABLATIONS = {  # Table 6
     NO_REGULATOR: "meta-trained without R",
     NO_META: "trained without meta-learning",
     LABELLED: "meta-trained on labelled data",
+}
+CURVES = {  # in curves.json
+    "CoOp": "CoOp",
+    "CoOp + GRAM": "CoOpGRAM",
+    "CoOp + GRAM, meta-trained without R": "CoOpGRAM, meta-trained without R",
 }
 SEED = re.compile(r"seed(\d+)/best")  # in the path of a meta-checkpoint of SEEDS
 # ours, what it is compared with
@@ -125,6 +131,17 @@ def read_controls(found: dict, metas: Collection[int]) -> pandas.DataFrame:
     return pandas.DataFrame(rows, columns=columns).set_index(["kind", "meta", "dataset"]).sort_index()
 
 
+def read_curves(found: dict) -> pandas.DataFrame:
+    """Return the accuracies at the end of the curves of curves.json, means over datasets, as `read` does."""
+    rows = []
+    for kind, name in CURVES.items():
+        sides = (found["accuracy"][f"{side} classes"][kind] for side in ("base", "new"))
+        for meta, (base, new) in enumerate(zip(*sides, strict=True), start=int(name != "CoOp")):
+            rows.append((name, meta, "all", base[-1], new[-1], harmonic(base[-1], new[-1]), found["seeds"]))
+    columns = ["kind", "meta", "dataset", "base", "new", "H", "seeds"]
+    return pandas.DataFrame(rows, columns=columns).set_index(["kind", "meta", "dataset"]).sort_index()
+
+
 def claim(ours: str, theirs: str, metric: str, table: pandas.DataFrame, protocol: str = BASE_TO_NEW) -> dict:
     """Return one entry: the differences of each meta-seed, their mean and interval."""
     found, others, gains = table.loc[ours], table.loc[theirs], []
@@ -160,7 +177,7 @@ def as_markdown(claims: list[dict]) -> str:
     return tabulate(rows, "keys", "pipe", disable_numparse=True)
 
 
-def all_claims(runs: list[Run], controls: dict) -> list[dict]:
+def all_claims(runs: list[Run], controls: dict, curves: dict) -> list[dict]:
     found = []
     for protocol, shots in ((BASE_TO_NEW, 16), *((to, k) for to in (CROSS_DATASET, CROSS_DOMAIN) for k in (16, 4))):
         table = read(runs, protocol, shots)
@@ -169,7 +186,8 @@ def all_claims(runs: list[Run], controls: dict) -> list[dict]:
     for first, last in ((6, 20), (1, 20)):
         table = read_controls(controls, range(first, last + 1))
         found += claims_of(table, f"{BASE_TO_NEW}, meta-seeds {first} to {last}")
-    return found
+    long = claims_of(read_curves(curves), f"{BASE_TO_NEW}, {curves['epochs']} epochs")
+    return found + [{**each, "datasets": curves["datasets"]} for each in long]
 
 
 def claims_of(table: pandas.DataFrame, protocol: str) -> list[dict]:
@@ -205,7 +223,8 @@ def drawn(claims: list[dict]) -> str:
 
 if __name__ == "__main__":
     runs, page = read_runs([DOCS / "emoji.json"]), DOCS / "emoji-world.md"
-    claims = all_claims(runs, json.loads((DOCS / "controls.json").read_text(encoding="utf-8")))
+    others = (json.loads((DOCS / f"{name}.json").read_text(encoding="utf-8")) for name in ("controls", "curves"))
+    claims = all_claims(runs, *others)
     page.write_text(filled(page.read_text(encoding="utf-8"), runs, claims), encoding="utf-8")
     write_json(DOCS / "claims.json", claims)
     PICTURE.write_text(drawn(claims), encoding="utf-8")

@@ -59,6 +59,9 @@ def main() -> None:
         for seed, path in of.items():
             starts[kind, seed] = controls(path, args.store, str(settings["HIERARCHY"]), words)[control]
     found = {
+        "epochs": args.epochs,
+        "seeds": len(args.seeds),
+        "datasets": args.sets,
         "accuracy": accuracy_curves(args, starts),
         "inner product": inner_products(dict(zip((REGULATED, RAW), paths, strict=True))),
     }
