@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The runs behind docs/results/emoji-world.md: five meta-seeds, three few-shot seeds, five datasets,
-# three protocols; about 9 core-hours.
+# three protocols; about 18 core-hours.
 #
 #     bash scripts/experiments/emoji_evidence.sh DIR [JOBS]
 #
