@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 import gram_meta as gram
+from gram_meta.clustering.hierarchy import Hierarchy
 from gram_meta.demo.emoji import missing_packages
 from gram_meta.demo.world import SPECS, write_dataset
 from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
@@ -162,6 +164,27 @@ def labelled(classes, tmp_path_factory):
     shots = ("TASKS.SUPPORT_SHOTS", "1", "TASKS.QUERY_SHOTS", "2", "CHC.LABELLED", "True")
     gram.cluster(folder / "store", folder / "hierarchy", opts=shots)
     return folder
+
+
+def test_agreement(labelled, tmp_path):
+    """Class folders as topics agree with themselves, apart from one picture whose concept is said to be another."""
+    hierarchy = Hierarchy.open(labelled / "hierarchy")
+    words = [topic.word for topic in hierarchy.topics]
+    concepts = [words[0]] * len(hierarchy.fates)
+    for pair, topic in zip(hierarchy.pair, hierarchy.topic, strict=True):
+        concepts[pair] = words[topic]
+    first, count = hierarchy.pair[0], len(hierarchy.pair)
+    concepts[first] = next(word for word in words if word != concepts[first])
+    lines = ["concept\tcaption_is_wrong", *(f"{concept}\t{int(row == first)}" for row, concept in enumerate(concepts))]
+    (tmp_path / "truth.tsv").write_text("\n".join(lines) + "\n")
+    places = ("--hierarchy", labelled / "hierarchy", "--truth", tmp_path / "truth.tsv")
+    found = dict(re.findall(r"\| (.*?) +\| (.*?) +\|", experiment("agreement", *places)))
+    assert (
+        found["topics"] == found["concepts"] == found["concepts that are the commonest of a topic"] == str(len(words))
+    )
+    assert found["wrong captions, of all and in topics"] == f"{1 / len(concepts):.1%}, {1 / count:.1%}"
+    assert found["pairs that show the commonest concept of their topic"] == f"{1 - 1 / count:.1%}"
+    assert 0.8 < float(found["AMI"]) < 1 and 0.8 < float(found["ARI"]) < 1
 
 
 def test_meta_grid(labelled, tiny_data, tmp_path):
