@@ -125,10 +125,8 @@ def read_controls(found: dict, metas: Collection[int]) -> pandas.DataFrame:
         elif run["control"] == "R off":
             words.append("R off")
         if run["meta"] in (0, *metas):
-            sides = run["base"], run["new"], harmonic(run["base"], run["new"])
-            rows.append((", ".join(words), run["meta"], run["dataset"], *sides, found["seeds"]))
-    columns = ["kind", "meta", "dataset", "base", "new", "H", "seeds"]
-    return pandas.DataFrame(rows, columns=columns).set_index(["kind", "meta", "dataset"]).sort_index()
+            rows.append((", ".join(words), run["meta"], run["dataset"], run["base"], run["new"], found["seeds"]))
+    return _table(rows)
 
 
 def read_curves(found: dict) -> pandas.DataFrame:
@@ -137,9 +135,14 @@ def read_curves(found: dict) -> pandas.DataFrame:
     for kind, name in CURVES.items():
         sides = (found["accuracy"][f"{side} classes"][kind] for side in ("base", "new"))
         for meta, (base, new) in enumerate(zip(*sides, strict=True), start=int(name != "CoOp")):
-            rows.append((name, meta, "all", base[-1], new[-1], harmonic(base[-1], new[-1]), found["seeds"]))
-    columns = ["kind", "meta", "dataset", "base", "new", "H", "seeds"]
-    return pandas.DataFrame(rows, columns=columns).set_index(["kind", "meta", "dataset"]).sort_index()
+            rows.append((name, meta, "all", base[-1], new[-1], found["seeds"]))
+    return _table(rows)
+
+
+def _table(rows: list[tuple]) -> pandas.DataFrame:
+    table = pandas.DataFrame(rows, columns=["kind", "meta", "dataset", "base", "new", "seeds"])
+    table["H"] = [harmonic(*sides) for sides in zip(table["base"], table["new"], strict=True)]
+    return table.set_index(["kind", "meta", "dataset"]).sort_index()
 
 
 def claim(ours: str, theirs: str, metric: str, table: pandas.DataFrame, protocol: str = BASE_TO_NEW) -> dict:
