@@ -57,7 +57,7 @@ def main() -> None:
     starts = {(COOP, 0): (words, None)}
     for kind, control, settings, of in zip((GRAM, WITHOUT), ("R on", "R off"), variants.values(), paths, strict=True):
         for seed, path in of.items():
-            starts[kind, seed] = controls(path, args.store, str(settings["HIERARCHY"]), words)[control]
+            (starts[kind, seed],) = controls(path, args.store, str(settings["HIERARCHY"]), words, [control]).values()
     found = {
         "epochs": args.epochs,
         "seeds": len(args.seeds),

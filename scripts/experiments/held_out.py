@@ -12,7 +12,7 @@ import math
 import numpy as np
 import torch
 from few_shot_batch import STEPS, Recording, TestSet, adapt
-from meta_grid import COOP, controls, grid_parser, meta_train, variants_of
+from meta_grid import COOP, add_controls, controls, grid_parser, meta_train, variants_of
 from tabulate import tabulate
 
 from gram_meta import load_backbone
@@ -28,6 +28,7 @@ HALF, SHOTS, BATCH, EPOCH = 18, 16, 32, 9
 
 def main() -> None:
     parser = grid_parser(__doc__)
+    add_controls(parser)
     parser.add_argument("--tasks", type=int, default=6, help="of each meta-seed; default: 6")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -41,9 +42,8 @@ def main() -> None:
     for seed in args.meta_seeds:
         starts = {(COOP, COOP): (words, None)}
         for name, of_seed in paths.items():
-            for control, start in controls(of_seed[seed], args.store, place, words).items():
-                if control in args.controls:
-                    starts[name, control] = start
+            for control, start in controls(of_seed[seed], args.store, place, words, args.controls).items():
+                starts[name, control] = start
         (held,) = {tuple(load_meta_checkpoint(of[seed]).provenance["held_out_topics"]) for of in paths.values()}
         done = [adapt(*draw(hierarchy, domains, store, held, [seed, number]), starts) for number in range(args.tasks)]
         ends = {key: [mean(one[key][STEPS][side] for one in done) for side in (0, 1)] for key in starts}

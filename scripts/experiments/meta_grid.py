@@ -10,6 +10,7 @@ and compares accuracies with CoOp's. It skips finished meta-trainings, prints a 
 
 import argparse
 import json
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,9 +57,12 @@ def grid_parser(text: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--grid", required=True, type=Path)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--meta-seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--controls", nargs="+", choices=CONTROLS, default=CONTROLS, help="default: all")
     parser.add_argument("--only", nargs="+", help="variants to run; default: all in the grid")
     return parser
+
+
+def add_controls(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--controls", nargs="+", choices=CONTROLS, default=CONTROLS, help="default: all")
 
 
 def variants_of(args: argparse.Namespace) -> dict[str, dict[str, object]]:
@@ -70,6 +74,7 @@ def variants_of(args: argparse.Namespace) -> dict[str, dict[str, object]]:
 
 def main() -> None:
     parser = grid_parser(__doc__)
+    add_controls(parser)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--sets", nargs="+", default=list(TUNING), choices=list(SETS), help="few-shot datasets")
     args = parser.parse_args()
@@ -83,9 +88,8 @@ def main() -> None:
         paths = meta_train(args, name, settings)
         held[name] = [load_meta_checkpoint(path).provenance["held_out"] for path in paths.values()]
         for seed, path in paths.items():
-            for control, start in controls(path, args.store, settings["HIERARCHY"], words).items():
-                if control in args.controls:
-                    starts[name, control, seed] = start
+            for control, start in controls(path, args.store, settings["HIERARCHY"], words, args.controls).items():
+                starts[name, control, seed] = start
     found = {name: few_shot_runs(args, name, starts) for name in args.sets}
     rows = [summary(name, control, found, held.get(name, [])) for name, control in dict.fromkeys(k[:2] for k in starts)]
     write_json(args.out / "grid.json", {"settings": variants, "seeds": len(args.seeds), "runs": ends_of(found)})
@@ -103,8 +107,10 @@ def meta_train(args: argparse.Namespace, name: str, settings: dict[str, object])
     return {seed: folder / BEST for seed, folder in folders.items()}
 
 
-def controls(path: Path, store: str, hierarchy: str, words: Tensor) -> dict[str, tuple[Tensor, Regulate | None]]:
-    """Return what to start from and what gradients pass through: R on, and what tells whether R does more than that.
+def controls(
+    path: Path, store: str, hierarchy: str, words: Tensor, wanted: Collection[str]
+) -> dict[str, tuple[Tensor, Regulate | None]]:
+    """Return what to start from and what gradients pass through, for the `wanted` of `CONTROLS`.
 
     "R's mean" has constant gamma and beta, their means over tasks of held-out topics at theta*; "moved" has theta*
     moved by the mean beta along the inner loop's path, and raw gradients.
@@ -112,7 +118,7 @@ def controls(path: Path, store: str, hierarchy: str, words: Tensor) -> dict[str,
     checkpoint = load_meta_checkpoint(path)
     theta, regulator = checkpoint.prompts["text"], checkpoint.regulator
     if regulator is None:
-        return {"R off": (theta, None)}
+        return {"R off": (theta, None)} if "R off" in wanted else {}
     config, opened = stored_config(checkpoint.config, []), Hierarchy.open(hierarchy)
     backbone, inner = load_backbone("gram-small"), InnerLoop.from_config(config)
     sampler = TaskSampler(opened, TaskConfig.from_config(config), 1000, checkpoint.provenance["held_out_topics"])
@@ -122,7 +128,7 @@ def controls(path: Path, store: str, hierarchy: str, words: Tensor) -> dict[str,
     def regulate(raw: Tensor) -> Tensor:
         return regulator.parts("text", raw).regulated
 
-    return {
+    known = {
         "R on": (theta, regulate),
         "R off": (theta, None),
         "R's mean": (theta, lambda raw: gamma * raw + beta),
@@ -130,6 +136,7 @@ def controls(path: Path, store: str, hierarchy: str, words: Tensor) -> dict[str,
         "theta* moved": (theta - inner.path * beta, None),
         "R from CoOp's words": (words, regulate),
     }
+    return {control: start for control, start in known.items() if control in wanted}
 
 
 def few_shot_runs(args: argparse.Namespace, name: str, starts: dict[Key, tuple]) -> dict[Key, list[Scores]]:

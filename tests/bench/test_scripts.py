@@ -167,7 +167,7 @@ def labelled(classes, tmp_path_factory):
 
 
 def test_agreement(labelled, tmp_path):
-    """Class folders as topics agree with themselves, apart from one picture whose concept is said to be another."""
+    """Class folders as topics agree with themselves, apart from one picture whose row names another concept."""
     hierarchy = Hierarchy.open(labelled / "hierarchy")
     words = [topic.word for topic in hierarchy.topics]
     concepts = [words[0]] * len(hierarchy.fates)
@@ -210,9 +210,8 @@ def test_meta_grid(labelled, tiny_data, tmp_path):
     before = log.stat().st_mtime_ns
     assert experiment("meta_grid", *words) == first
     assert log.stat().st_mtime_ns == before
-    assert [row.split("|")[2].strip() for row in experiment("meta_grid", *words, "--controls", "R off").splitlines()][
-        2:
-    ] == ["CoOp", "R off", "R off"]
+    lines = experiment("meta_grid", *words, "--controls", "R off").splitlines()
+    assert [line.split("|")[2].strip() for line in lines[2:]] == ["CoOp", "R off", "R off"]
 
     (tmp_path / "docs/results").mkdir(parents=True)
     (tmp_path / "docs/assets").mkdir()
