@@ -75,6 +75,7 @@ def get_meta_config() -> CN:
     c.TASKS.SUPPORT_SHOTS = 4  # images per topic, of one domain
     c.TASKS.QUERY_SHOTS = 12  # images per topic, over all its domains
     c.TASKS.DOMAIN_SHIFT = True  # False: support from all domains too (Table 6, row 1)
+    c.TASKS.TOPICS = "random"  # near: topics whose images are alike; varied: more often those whose images differ
     c.TASKS.HELD_OUT = 0.15  # share of topics kept for choosing the checkpoint
 
     c.PROMPT = CN()
@@ -231,6 +232,7 @@ META_BOUNDS = {
         (_names("fp32", "tf32", "bf16", "fp16", "fp64"), "BACKBONE.PRECISION"),
         (_names("umap", "pca"), "CHC.TOPICS.REDUCTION"),
         (_names("eom", "leaf"), "CHC.TOPICS.SELECTION"),
+        (_names("random", "near", "varied"), "TASKS.TOPICS"),
         (_names("gate", "random"), "REGULATOR.START"),
         (_names("raw", "normalised"), "REGULATOR.INPUT"),
         (_names("absolute", "relative", "none"), "REGULATOR.BETA"),

@@ -241,7 +241,8 @@ def evaluate_adaptation(
     same = bool(held) and checkpoint.provenance.get("hierarchy") == hierarchy.fingerprint
     if same and max(held) >= len(hierarchy.topics):
         raise GramError(f"{where}: expected numbers below {len(hierarchy.topics)}, found {max(held)}")
-    sampler = TaskSampler(hierarchy, TaskConfig.from_config(config), seed, held if same else None)
+    topics, features = held if same else None, store.image_features
+    sampler = TaskSampler(hierarchy, TaskConfig.from_config(config), seed, topics, features=features)
     drawn = sampler.draw_batch(0, tasks)
     episodes = Episodes.from_config(backbone, store, [topic.word for topic in hierarchy.topics], config)
     initial = initial_theta(backbone, PromptConfig.from_config(config), config.SEED)

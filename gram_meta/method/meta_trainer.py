@@ -80,8 +80,8 @@ class MetaTrainer:
         tasks, seed = TaskConfig.from_config(config), config.SEED
         self.train_topics, self.held_topics = split_topics(hierarchy, config.TASKS.HELD_OUT, tasks.ways, seed)
         away = images_of(hierarchy, self.held_topics)
-        self.train_tasks = TaskSampler(hierarchy, tasks, seed, self.train_topics, away)
-        held = TaskSampler(hierarchy, tasks, seed + 1, self.held_topics)
+        self.train_tasks = TaskSampler(hierarchy, tasks, seed, self.train_topics, away, store.image_features)
+        held = TaskSampler(hierarchy, tasks, seed + 1, self.held_topics, features=store.image_features)
         self.held_tasks = [held.draw(number) for number in group.share_range(config.EVAL.TASKS)]
         self.own = group.share_range(self.outer.batch)  # this process's tasks of a batch
         self.episodes = Episodes.from_config(self.backbone, store, [t.word for t in hierarchy.topics], config)

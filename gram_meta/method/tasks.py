@@ -2,11 +2,14 @@
 
 A K-way task takes K topics with different words. Its support set comes from one visual domain per topic, its query set
 from all of them, so that adapting to the support set and scoring on the query set simulates a domain shift.
+
+The paper takes the topics at random. `TASKS.TOPICS` can make tasks harder by the structure of the topics' image features:
+topics that are near each other, or more often topics whose images differ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +17,8 @@ import numpy as np
 
 from gram_meta.clustering.hierarchy import Hierarchy
 from gram_meta.errors import GramError
+
+NEAR = 2  # `TASKS.TOPICS near`: a task takes its topics from so many times as many
 
 
 @dataclass(frozen=True)
@@ -24,12 +29,13 @@ class TaskConfig:
     support_shots: int = 4  # S, images per topic
     query_shots: int = 12  # Q, images per topic
     domain_shift: bool = True  # False draws the support set from all domains too (Table 6, row 1)
+    choice: str = "random"  # of topics: random, near, varied
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> TaskConfig:
         """Read the TASKS node; `config` may also be plain nested dicts."""
         tasks = config["TASKS"]
-        return cls(tasks["WAYS"], tasks["SUPPORT_SHOTS"], tasks["QUERY_SHOTS"], tasks["DOMAIN_SHIFT"])
+        return cls(tasks["WAYS"], tasks["SUPPORT_SHOTS"], tasks["QUERY_SHOTS"], tasks["DOMAIN_SHIFT"], tasks["TOPICS"])
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class TaskSampler:
         seed: of all draws.
         topics: the topics to draw from; None is all of them.
         without_images: image rows never to draw (those of held-out topics).
+        features: (m, D) unit image features of the store's images; None if `config.choice` is random.
 
     Raises:
         GramError: fewer than `config.ways` topics with different words can fill a support and a query set.
@@ -63,6 +70,7 @@ class TaskSampler:
         seed: int,
         topics: Iterable[int] | None = None,
         without_images: np.ndarray | None = None,
+        features: np.ndarray | None = None,
     ) -> None:
         self.config, self.seed = config, seed
         self.words = [topic.word for topic in hierarchy.topics]
@@ -73,6 +81,7 @@ class TaskSampler:
             held = f"{config.support_shots} support and {config.query_shots} query images in two or more domains"
             what = f"at least {config.ways} topics with different words that hold {held}"
             raise GramError(f"TASKS.WAYS: expected {what}, found {self.different}")
+        self.order = _order(config, list(self.domains), images, features)
 
     @property
     def different(self) -> int:
@@ -85,7 +94,7 @@ class TaskSampler:
         taken = np.empty(0, dtype=np.int64)  # images that are in the task already
         words: list[str] = []
         chosen: list[tuple[int, np.ndarray, np.ndarray]] = []
-        for topic in random.permutation(list(self.domains)):
+        for topic in self.order(random):
             if self.words[topic].lower() in (word.lower() for word in words):
                 continue  # no classifier can distinguish two classes with one name
             sets = self._draw_sets(topic, taken, random)
@@ -129,6 +138,47 @@ class TaskSampler:
         return len(sizes) >= 2 and len(sizes) == len(domains) and max(sizes) > self.config.support_shots and enough
 
 
+Order = Callable[[np.random.Generator], Iterable[int]]
+
+
+def _order(
+    config: TaskConfig, topics: list[int], images: Sequence[Sequence[np.ndarray]], features: np.ndarray | None
+) -> Order:
+    """Return what draws the order in which a task takes its topics (`TASKS.TOPICS`)."""
+    if config.choice == "random":
+        return lambda random: random.permutation(topics)
+    if features is None:
+        raise ValueError(f"TASKS.TOPICS {config.choice}: expected image features, found None")
+    means = np.stack([features[np.concatenate(images[topic])].astype(np.float64).mean(axis=0) for topic in topics])
+    return near(np.array(topics), means, NEAR * config.ways) if config.choice == "near" else varied(topics, means)
+
+
+def near(topics: np.ndarray, means: np.ndarray, count: int) -> Order:
+    """Return an order that starts with the `count` topics nearest to a random one, in random order.
+
+    Args:
+        topics: (L,) topic numbers.
+        means: (L, D) means of their images' unit features; nearness is the cosine.
+        count: how many topics are near; the others follow by nearness, should those not fill a task.
+    """
+    centres = means / np.linalg.norm(means, axis=1, keepdims=True).clip(1e-12)
+
+    def order(random: np.random.Generator) -> Iterable[int]:
+        by_nearness = topics[np.argsort(-centres @ random.choice(centres), kind="stable")]
+        return [*random.permutation(by_nearness[:count]), *by_nearness[count:]]
+
+    return order
+
+
+def varied(topics: Sequence[int], means: np.ndarray) -> Order:
+    """Return a random order in which topics whose images differ tend to come first.
+
+    A topic's weight is its rank, 1 to L, by the variance of its images' unit features, 1 - |mean|^2; `means` is (L, D).
+    """
+    ranks = 1.0 + np.argsort(np.argsort(1 - np.square(means).sum(axis=1)))
+    return lambda random: random.choice(topics, len(topics), replace=False, p=ranks / ranks.sum())
+
+
 class StepTasks:
     """The tasks `own`, of 0 to `batch` - 1, of each step after step `first` up to step `last`, drawn on access."""
 
@@ -144,7 +194,7 @@ class StepTasks:
 
 def what_tasks_allow(hierarchy: Hierarchy, config: TaskConfig) -> str:
     """Return a sentence: how many topics can fill a task, the most ways that meta-training allows, and what to do."""
-    sampler = TaskSampler(hierarchy, replace(config, ways=0), seed=0)
+    sampler = TaskSampler(hierarchy, replace(config, ways=0, choice="random"), seed=0)
     words = sampler.different
     images = f"{config.support_shots} support and {config.query_shots} query images"
     found = f"tasks: {len(sampler.domains)} of {len(sampler.words)} topics, with {words} different words, hold {images}"

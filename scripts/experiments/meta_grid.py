@@ -121,8 +121,9 @@ def controls(
         return {"R off": (theta, None)} if "R off" in wanted else {}
     config, opened = stored_config(checkpoint.config, []), Hierarchy.open(hierarchy)
     backbone, inner = load_backbone("gram-small"), InnerLoop.from_config(config)
-    sampler = TaskSampler(opened, TaskConfig.from_config(config), 1000, checkpoint.provenance["held_out_topics"])
-    episodes = Episodes.from_config(backbone, PairStore.open(store), [t.word for t in opened.topics], config)
+    held, pairs = checkpoint.provenance["held_out_topics"], PairStore.open(store)
+    sampler = TaskSampler(opened, TaskConfig.from_config(config), 1000, held, features=pairs.image_features)
+    episodes = Episodes.from_config(backbone, pairs, [t.word for t in opened.topics], config)
     gamma, beta = mean_gates(regulator, checkpoint.prompts, episodes, sampler.draw_batch(0, TASKS), inner)["text"]
 
     def regulate(raw: Tensor) -> Tensor:

@@ -137,3 +137,45 @@ def test_what_tasks_allow():
         f"{found}; meta-training can take TASKS.WAYS up to 2, and has 2"
     )
     assert what_tasks_allow(hierarchy, TaskConfig(3, 2, 5)).startswith(f"{found}, which allows TASKS.WAYS 2 and not 3")
+
+
+def structured(clusters):
+    """Topics on a circle, one after the other; the images of topic l lie around 10 * l degrees, by up to l degrees."""
+    hierarchy = make_hierarchy([[6, 6]] * clusters, [f"word{number}" for number in range(clusters)])
+    angle = np.empty(len(hierarchy.image))
+    angle[hierarchy.image] = 10 * hierarchy.topic + hierarchy.topic * np.linspace(-1, 1, len(hierarchy.image))
+    return hierarchy, np.stack([np.cos(np.radians(angle)), np.sin(np.radians(angle))], axis=1)
+
+
+def test_near_topics_are_neighbours_in_random_order():
+    hierarchy, features = structured(18)
+    sampler = TaskSampler(hierarchy, TaskConfig(WAYS, SUPPORT, QUERY, choice="near"), seed=0, features=features)
+    drawn = [sampler.draw(number).topics for number in range(200)]
+    assert max(np.ptp(topics) for topics in drawn) == 2 * WAYS - 1  # of the 6 nearest
+    assert {topic for topics in drawn for topic in topics.tolist()} == set(range(18))
+    assert len({tuple(topics) for topics in drawn}) > 100
+    again = TaskSampler(hierarchy, TaskConfig(WAYS, SUPPORT, QUERY, choice="near"), seed=0, features=features)
+    assert (again.draw(7).topics == drawn[7]).all()
+
+
+def test_near_topics_that_cannot_fill_a_task_give_way_to_the_next():
+    hierarchy, features = structured(18)
+    for topic in hierarchy.topics[:9]:
+        topic.word = "the same"
+    sampler = TaskSampler(hierarchy, TaskConfig(WAYS, SUPPORT, QUERY, choice="near"), seed=0, features=features)
+    drawn = [sorted(sampler.draw(number).topics) for number in range(200)]
+    assert any(topics[0] < 3 and topics[1:] == [9, 10] for topics in drawn)
+
+
+def test_varied_topics_are_drawn_more_often():
+    hierarchy, features = structured(10)
+    sampler = TaskSampler(hierarchy, TaskConfig(2, SUPPORT, QUERY, choice="varied"), seed=0, features=features)
+    first = np.bincount([sampler.draw(number).topics[0] for number in range(4000)], minlength=10) / 4000
+    assert first == pytest.approx(np.arange(1, 11) / 55, abs=0.025)  # by rank, 4 standard deviations
+
+
+def test_a_choice_by_structure_needs_features():
+    hierarchy, _ = structured(6)
+    with pytest.raises(ValueError, match="TASKS.TOPICS near: expected image features, found None"):
+        TaskSampler(hierarchy, TaskConfig(WAYS, SUPPORT, QUERY, choice="near"), seed=0)
+    assert "meta-training can take" in what_tasks_allow(hierarchy, TaskConfig(WAYS, SUPPORT, QUERY, choice="near"))

@@ -310,7 +310,8 @@ def task_rows(view: View) -> dict[str, Any]:
     """Return a task drawn with the hierarchy's own settings, or the reason why none can be drawn."""
     settings = as_dict(get_meta_config().TASKS) | view.hierarchy.manifest.get("config", {}).get("TASKS", {})
     try:
-        task = TaskSampler(view.hierarchy, TaskConfig.from_config({"TASKS": settings}), abs(view.seed)).draw(0)
+        config, features = TaskConfig.from_config({"TASKS": settings}), view.store.image_features
+        task = TaskSampler(view.hierarchy, config, abs(view.seed), features=features).draw(0)
     except GramError as error:
         return {"problem": str(error)}
     ways, support = task.support.shape
