@@ -56,14 +56,6 @@ CLAIMS = (
     ("UniGRAM", "UniGRAM, meta-trained on labelled data"),
     *(("UniGRAM", f"UniGRAM, {half}+{half} tokens") for half in (1, 3, 4)),
     ("UniGRAM", "JointPrompt, from the class token"),
-    ("UniGRAM, from the class token", "JointPrompt"),
-    ("UniGRAM, from the class token", "JointPrompt, from the class token"),
-    ("UniGRAM, from the class token", "CoOp"),
-    ("UniGRAM, from the class token", "CoOpGRAM"),
-    ("UniGRAM, from the class token", "VPTGRAM"),
-    ("UniGRAM, from the class token, R off", "CoOp"),
-    ("UniGRAM, from the class token", "UniGRAM, from the class token, R off"),
-    ("UniGRAM, from the class token", "UniGRAM"),
     ("VPTGRAM", "VPT, from the class token"),
     ("CoCoOpGRAM", "CoCoOp"),
 )
@@ -78,7 +70,7 @@ def kind_of(run: Run) -> tuple[str, int]:
         "VPT": run.settings.get("TRAINER.VPT.VISUAL_INIT"),
         "JointPrompt": run.settings.get("TRAINER.JOINT.VISUAL_INIT"),
     }
-    if starts.get(run.trainer, meta.get("PROMPT.VISUAL_START")) == "class_token":
+    if starts.get(run.trainer) == "class_token":
         words.append("from the class token")
     if run.trainer.endswith("GRAM"):
         words += [ABLATIONS[lacks] for lacks in run.ablation]
