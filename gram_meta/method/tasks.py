@@ -3,8 +3,8 @@
 A K-way task takes K topics with different words. Its support set comes from one visual domain per topic, its query set
 from all of them, so that adapting to the support set and scoring on the query set simulates a domain shift.
 
-The paper takes the topics at random. `TASKS.TOPICS` can make tasks harder by the structure of the topics' image features:
-topics that are near each other, or more often topics whose images differ.
+The paper takes the topics at random. `TASKS.TOPICS` can make tasks harder by the structure of the topics' image
+features: topics that are near each other, or more often topics whose images differ.
 """
 
 from __future__ import annotations

@@ -63,9 +63,8 @@ CLAIMS = (
 
 def kind_of(run: Run) -> tuple[str, int]:
     """Return what kind of run it is, and the seed of its meta-training."""
-    made = run.result.get("meta_checkpoint") or {}
-    meta, gram, words = made.get("settings", {}), "TRAINER.GRAM.", [run.trainer]
-    seed = SEED.search(made.get("path", ""))
+    gram, words = "TRAINER.GRAM.", [run.trainer]
+    seed = SEED.search((run.result.get("meta_checkpoint") or {}).get("path", ""))
     starts = {
         "VPT": run.settings.get("TRAINER.VPT.VISUAL_INIT"),
         "JointPrompt": run.settings.get("TRAINER.JOINT.VISUAL_INIT"),
