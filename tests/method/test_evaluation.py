@@ -14,7 +14,7 @@ from gram_meta.method.checkpoint import load_meta_checkpoint
 from gram_meta.method.episodes import Episodes
 from gram_meta.method.evaluation import evaluate_adaptation
 from gram_meta.method.meta_trainer import MetaTrainer
-from gram_meta.method.tasks import TaskConfig, TaskSampler
+from gram_meta.method.tasks import TaskConfig, TaskSampler, images_of
 
 pytestmark = pytest.mark.slow
 
@@ -68,6 +68,21 @@ def test_against_adapting_each_task_alone(runs, pixel_corpus):
         assert line.cells[-1].loss == pytest.approx(np.mean(found), rel=1e-5), form
     assert losses["R on"] != losses["R off"]
     assert "held out" in result.topics
+
+
+def test_tasks_by_structure_are_those_of_the_stores_features(pixel_corpus, tmp_path):
+    """Meta-training, its held-out tasks and gram eval-meta."""
+    store, hierarchy, _, _ = pixel_corpus
+    config = load_meta_config([], [*OPTS, "TASKS.TOPICS", "near"])
+    trainer = MetaTrainer(store, hierarchy, tmp_path, config, progress=False)
+    tasks, train, held = TaskConfig.from_config(config), trainer.train_topics, trainer.held_topics
+    away, features = images_of(hierarchy, held), store.image_features
+    same = TaskSampler(hierarchy, tasks, 1, train, away, features).draw_batch(0, 3)
+    assert [task.words for task in trainer.train_tasks.draw_batch(0, 3)] == [task.words for task in same]
+    same = TaskSampler(hierarchy, tasks, 2, held, features=features).draw_batch(0, 3)
+    assert [task.words for task in trainer.held_tasks] == [task.words for task in same]
+    checkpoint = load_meta_checkpoint(trainer.run())
+    assert measure(checkpoint, pixel_corpus).tasks == 5
 
 
 def test_the_controls_of_a_constant_regulator_and_of_a_moved_start(runs, pixel_corpus):
