@@ -88,7 +88,7 @@ def domains_of(features: np.ndarray | Images, settings: ChcSettings) -> np.ndarr
     size = settings.domain_sample
     few = not 0 < size < len(features)
     chosen = slice(None) if few else sample.draw(len(features), size, settings.seed)
-    start = _unit(features[chosen])
+    start = unit_rows(features[chosen])
     for k in range(settings.domains, 1, -1):
         least = domain_minimum(settings, k)
         if len(features) < k * least:
@@ -102,7 +102,7 @@ def domains_of(features: np.ndarray | Images, settings: ChcSettings) -> np.ndarr
         if few:
             label = means.labels_
         else:
-            parts = [means.predict(_unit(features[part])) for part in sample.batches(len(features))]
+            parts = [means.predict(unit_rows(features[part])) for part in sample.batches(len(features))]
             label = np.concatenate(parts)
         sizes = np.bincount(label, minlength=k)
         if sizes.min() >= least:
@@ -111,5 +111,6 @@ def domains_of(features: np.ndarray | Images, settings: ChcSettings) -> np.ndarr
     return None
 
 
-def _unit(features: np.ndarray) -> np.ndarray:
+def unit_rows(features: np.ndarray) -> np.ndarray:
+    """Return the rows of `features`, (n, D), at length 1; a row of zeros stays zero."""
     return features / np.linalg.norm(features, axis=1, keepdims=True).clip(1e-12)

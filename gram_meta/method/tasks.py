@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from gram_meta.clustering.domains import unit_rows
 from gram_meta.clustering.hierarchy import Hierarchy
 from gram_meta.errors import GramError
 
@@ -161,7 +162,7 @@ def near(topics: np.ndarray, means: np.ndarray, count: int) -> Order:
         means: (L, D) means of their images' unit features; nearness is the cosine.
         count: how many topics are near; the others follow by nearness, should those not fill a task.
     """
-    centres = means / np.linalg.norm(means, axis=1, keepdims=True).clip(1e-12)
+    centres = unit_rows(means)
 
     def order(random: np.random.Generator) -> Iterable[int]:
         by_nearness = topics[np.argsort(-centres @ random.choice(centres), kind="stable")]
