@@ -23,6 +23,7 @@ ELEVEN = (
     *("imagenet", "caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101", "fgvc_aircraft"),
     *("sun397", "dtd", "eurosat", "ucf101"),
 )
+BASE = "_BASE_"  # in a YAML file of meta-training: the file that it builds on
 VISUAL_STARTS = ("random", "class_token")
 CROP_ON = ("images", "tensors", "device")  # what resizes and crops: Pillow, torch, torch on the towers' device
 SHIFTED = ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
@@ -131,7 +132,7 @@ def get_meta_config() -> CN:
     c.OUTER.BATCH = 4  # B, tasks per update
     c.OUTER.STEPS = 2000
     c.OUTER.CLIP_NORM = 1.0  # of the meta-gradient of theta and of phi, each; 0: off
-    c.OUTER.TEMPERATURE = 1.0  # the query loss divides logits by it; above 1 for a CLIP that is too sure of itself
+    c.OUTER.TEMPERATURE = 1.0  # the query loss divides logits by it; above 1 for an overconfident CLIP
     c.OUTER.COSINE = True  # learning rates fall to zero along a cosine
 
     # Evaluation on fixed tasks from held-out topics
@@ -353,15 +354,34 @@ def _packaged_configs() -> Path:
     return Path(__file__).resolve().parents[1] / "configs"
 
 
-def merge_file(config: CN, path: str | Path) -> None:
-    """Merge a YAML file into `config`; unknown keys are a `GramError` that names the nearest known one."""
+def merge_file(config: CN, path: PathLike, above: Sequence[Path] = ()) -> None:
+    """Merge a YAML file into `config`, after the file that its `_BASE_` names, from its own folder.
+
+    Args:
+        above: the files that build on it.
+
+    Raises:
+        GramError: an unknown key, with the nearest known one, or a `_BASE_` that cannot be read.
+    """
+    tree, above = _read_tree(path), (*above, Path(path).resolve())
+    base = tree.pop(BASE, None)
+    if base is not None:
+        file = Path(path).parent / str(base)
+        if not file.is_file() or file.resolve() in above:
+            expected = "a YAML file, seen from this one's folder, that does not build on this one"
+            raise GramError(f"{path}: {BASE}: expected {expected}, found {base!r}")
+        merge_file(config, file, above)
+    _merge(config, flatten(tree), str(path))
+
+
+def _read_tree(path: PathLike) -> dict[str, Any]:
     try:
         values = yaml.safe_load(read_text(path)) or {}
     except yaml.YAMLError as error:
         raise GramError(f"{path}: expected YAML, found {in_one_line(error)}") from None
     if not isinstance(values, dict):
         raise GramError(f"{path}: expected keys and values, found {type(values).__name__}")
-    _merge(config, flatten(values), str(path))
+    return values
 
 
 def merge_opts(config: CN, opts: Sequence[str]) -> None:

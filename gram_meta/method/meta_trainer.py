@@ -241,7 +241,7 @@ class MetaTrainer:
             self._fail(f"a finite loss on the held-out tasks, found {scores['loss_after']} after step {step}")
         if step == 0 and scores["temperature"] > 2 * self.episodes.temperature:
             logger.info(
-                f"held-out tasks: this CLIP is too sure of itself. Logits divided by {scores['temperature']:.2g} have "
+                f"held-out tasks: this CLIP is overconfident. Logits divided by {scores['temperature']:.2g} have "
                 "the least loss, so meta-training would mostly learn to be less sure: set OUTER.TEMPERATURE to that"
             )
         checkpoint = self.state.checkpoint(self.facts | {"step": step, "held_out": dict(scores)})

@@ -1,10 +1,10 @@
-"""Fill docs/results/emoji-world.md and claims.json from docs/results/emoji.json, controls.json and curves.json.
+"""Fill docs/results/emoji-world.md and claims.json from emoji.json and the files of `OTHERS` beside them.
 
 A claim is a difference between two kinds of runs, such as "CoOpGRAM - CoOp, H, base to new". For each meta-seed it is
 averaged over few-shot seeds and datasets; mean and 95 % interval (Student's t) are over meta-seeds. A claim is
 confirmed if its interval lies above 0. H is the harmonic mean of a dataset's base and new accuracy over few-shot seeds.
-controls.json is the grid.json of meta_grid.py, with more meta-seeds; curves.json is of curves.py, with 50 epochs. The
-script draws docs/assets/results.svg, too.
+controls.json and true_names.json are grid.json of meta_grid.py; curves.json is of curves.py, with 50 epochs. The script
+draws docs/assets/results.svg, too.
 """
 
 import json
@@ -22,6 +22,7 @@ from gram_meta.report import paper_tables, read_runs, render
 from gram_meta.report.runs import LABELLED, NO_META, NO_REGULATOR, NO_SHIFT, TOKENS, Run
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "results"
+OTHERS = ("controls", "true_names", "curves")
 PICTURE = DOCS.parent / "assets" / "results.svg"
 PLACE = re.compile(r"(<!-- (claims|table \d) -->\n).*?(<!-- end -->)", re.DOTALL)
 BASE_TO_NEW, CROSS_DATASET, CROSS_DOMAIN = "base to new", "other datasets", "other domains"
@@ -34,8 +35,10 @@ ABLATIONS = {  # Table 6
 CURVES = {  # in curves.json
     "CoOp": "CoOp",
     "CoOp + GRAM": "CoOpGRAM",
+    "CoOp + GRAM, the paper's R": "CoOpGRAM, the paper's R",
     "CoOp + GRAM, meta-trained without R": "CoOpGRAM, meta-trained without R",
 }
+SPLIT = re.compile(r"(.+ - .+), (base|new|H|accuracy), (.+)")  # the name of a claim
 SEED = re.compile(r"seed(\d+)/best")  # in the path of a meta-checkpoint of SEEDS
 # ours, what it is compared with
 CLAIMS = (
@@ -44,7 +47,16 @@ CLAIMS = (
     ("CoOpGRAM, meta-trained without R", "CoOp"),
     ("CoOpGRAM, R off", "CoOp"),
     ("CoOpGRAM", "CoOpGRAM, R off"),
+    ("CoOpGRAM", "CoOpGRAM, R off, same length"),
+    ("CoOpGRAM", "CoOpGRAM, R's mean"),
+    ("CoOpGRAM", "CoOpGRAM, R without beta"),
+    ("CoOpGRAM", "CoOpGRAM, theta* moved"),
     ("CoOpGRAM, R from CoOp's words", "CoOp"),
+    ("CoOpGRAM, the paper's R", "CoOp"),
+    ("CoOpGRAM", "CoOpGRAM, the paper's R"),
+    ("CoOpGRAM, the paper's R", "CoOpGRAM, meta-trained without R"),
+    ("CoOpGRAM, true names", "CoOp"),
+    ("CoOpGRAM, true names, R off", "CoOp"),
     ("VPTGRAM", "VPT"),
     ("UniGRAM", "JointPrompt"),
     ("UniGRAM", "CoOp"),
@@ -95,6 +107,8 @@ def read(runs: list[Run], protocol: str = BASE_TO_NEW, shots: int = 16) -> panda
     frame = pandas.DataFrame(rows, columns=["kind", "meta", "dataset", "seed", "side", "value"])
     table = frame.pivot_table("value", ["kind", "meta", "dataset"], "side")  # means over few-shot seeds
     if protocol == BASE_TO_NEW:
+        if table.isna().any(axis=None):
+            raise ValueError(f"expected base and new of each, found {list(table.index[table.isna().any(axis=1)])}")
         table["H"] = [harmonic(*sides) for sides in zip(table["base"], table["new"], strict=True)]
     return table.assign(seeds=frame.groupby(["kind", "meta", "dataset"]).seed.nunique())
 
@@ -107,14 +121,17 @@ def protocol_of(run: Run) -> str:
 
 
 def read_controls(found: dict, metas: Collection[int]) -> pandas.DataFrame:
-    """Return the accuracies in controls.json, of CoOp and of these meta-seeds, as `read` does."""
+    """Return the accuracies in a grid.json of meta_grid.py, of CoOp and of these meta-seeds, as `read` does."""
     rows = []
     for run in found["runs"]:
+        settings = found["settings"].get(run["variant"], {})
         words = ["CoOpGRAM" if run["meta"] else "CoOp"]
-        if found["settings"].get(run["variant"], {}).get("REGULATOR.ENABLED") is False:
+        if settings.get("REGULATOR.ENABLED") is False:
             words.append("meta-trained without R")
-        elif run["control"] == "R off":
-            words.append("R off")
+        elif run["meta"]:
+            words += ["the paper's R"] * (settings["REGULATOR.BETA"] == "absolute")
+            words += ["true names"] * settings.get("CHC.LABELLED", False)
+            words += [run["control"]] * (run["control"] != "R on")
         if run["meta"] in (0, *metas):
             rows.append((", ".join(words), run["meta"], run["dataset"], run["base"], run["new"], found["seeds"]))
     return _table(rows)
@@ -123,8 +140,8 @@ def read_controls(found: dict, metas: Collection[int]) -> pandas.DataFrame:
 def read_curves(found: dict) -> pandas.DataFrame:
     """Return the accuracies at the end of the curves of curves.json, means over datasets, as `read` does."""
     rows = []
-    for kind, name in CURVES.items():
-        sides = (found["accuracy"][f"{side} classes"][kind] for side in ("base", "new"))
+    for kind in found["accuracy"]["base classes"]:
+        name, sides = CURVES[kind], (found["accuracy"][f"{side} classes"][kind] for side in ("base", "new"))
         for meta, (base, new) in enumerate(zip(*sides, strict=True), start=int(name != "CoOp")):
             rows.append((name, meta, "all", base[-1], new[-1], found["seeds"]))
     return _table(rows)
@@ -141,6 +158,8 @@ def claim(ours: str, theirs: str, metric: str, table: pandas.DataFrame, protocol
     found, others, gains = table.loc[ours], table.loc[theirs], []
     for meta in found.index.unique("meta"):
         reference = others.loc[meta if meta in others.index else 0]
+        if set(reference.index) != set(found.loc[meta].index):
+            raise ValueError(f"{ours} - {theirs}: expected the same datasets, found others with meta-seed {meta}")
         gains.append(float((found.loc[meta][metric] - reference[metric]).mean()))
     middle, half = mean(gains), half_width(gains)
     low, high = (None, None) if half is None else (round(middle - half, 2), round(middle + half, 2))
@@ -158,25 +177,28 @@ def claim(ours: str, theirs: str, metric: str, table: pandas.DataFrame, protocol
 
 
 def as_markdown(claims: list[dict]) -> str:
-    rows = [
-        {
-            "claim": each["name"],
-            "mean": f"{each['mean']:+.2f}",
-            "95 % interval": "" if each["low"] is None else f"{each['low']:+.2f} to {each['high']:+.2f}",
-            "of each meta-seed": ", ".join(f"{gain:+.1f}" for gain in each["each_meta_seed"]),
-            "confirmed": "yes" if each["confirmed"] else "no",
-        }
-        for each in claims
-    ]
-    return tabulate(rows, "keys", "pipe", disable_numparse=True)
+    """Return a table with a row for all metrics of a difference; confirmed ones are bold."""
+    rows: dict[str, dict[str, str]] = {}
+    for each in claims:
+        pair, metric, protocol = SPLIT.fullmatch(each["name"]).groups()
+        row = rows.setdefault(f"{pair}, {protocol}", {"difference": pair, "protocol": protocol})
+        interval = "" if each["low"] is None else f" ({each['low']:+.1f} to {each['high']:+.1f})"
+        mark = "**" * each["confirmed"]
+        row[metric] = f"{mark}{each['mean']:+.2f}{mark}{interval}"
+        row["meta-seeds"] = f"{each['meta_seeds']}"
+    columns = ["difference", "protocol", "base", "new", "H", "accuracy", "meta-seeds"]
+    table = [[row.get(column, "") for column in columns] for row in rows.values()]
+    return tabulate(table, columns, "pipe", disable_numparse=True)
 
 
-def all_claims(runs: list[Run], controls: dict, curves: dict) -> list[dict]:
+def all_claims(runs: list[Run], controls: dict, true_names: dict, curves: dict) -> list[dict]:
+    """Return every claim; arguments after `runs` are the files of `OTHERS`."""
     found = []
     for protocol, shots in ((BASE_TO_NEW, 16), *((to, k) for to in (CROSS_DATASET, CROSS_DOMAIN) for k in (16, 4))):
         table = read(runs, protocol, shots)
         name = protocol if protocol == BASE_TO_NEW else f"{protocol}, {shots} shots"
         found += claims_of(table, name)
+    found += claims_of(read_controls(true_names, range(1, 6)), BASE_TO_NEW)
     for first, last in ((6, 20), (1, 20)):
         table = read_controls(controls, range(first, last + 1))
         found += claims_of(table, f"{BASE_TO_NEW}, meta-seeds {first} to {last}")
@@ -217,7 +239,7 @@ def drawn(claims: list[dict]) -> str:
 
 if __name__ == "__main__":
     runs, page = read_runs([DOCS / "emoji.json"]), DOCS / "emoji-world.md"
-    others = (json.loads((DOCS / f"{name}.json").read_text(encoding="utf-8")) for name in ("controls", "curves"))
+    others = (json.loads((DOCS / f"{name}.json").read_text(encoding="utf-8")) for name in OTHERS)
     claims = all_claims(runs, *others)
     page.write_text(filled(page.read_text(encoding="utf-8"), runs, claims), encoding="utf-8")
     write_json(DOCS / "claims.json", claims)

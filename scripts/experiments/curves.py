@@ -1,11 +1,11 @@
 """Draw Figures 1 and 3 of the paper on the emoji world: accuracy in a long training, inner product in meta-training.
 
-    python scripts/experiments/curves.py --store STORE --grid emoji_grid.yaml --out output/grid \\
-        --only WITH_R WITHOUT_R --meta-seeds 1 2 3 4 5
+    python scripts/experiments/curves.py --store STORE --hierarchy HIERARCHY --out output/grid \\
+        --only VARIANT ... --meta-seeds 1 2 3 4 5
 
-Variants and meta-trainings are those of meta_grid.py. CoOp takes 50 epochs on 16 shots of the base classes of each
-reported dataset; the same steps are taken from theta* of each meta-seed, with R and, for the variant without R, with
-raw gradients. The script writes results/curves.json, assets/emoji-epochs.webp and assets/emoji-inner-product.webp to
+Variants and meta-trainings are those of meta_grid.py: one with R, one without, and perhaps one with the paper's R. CoOp
+takes 50 epochs on 16 shots of the base classes of each reported dataset; the same steps are taken from theta* of each
+meta-seed, with R and, for the variant without R, with raw gradients. The script writes results/curves.json, assets/emoji-epochs.webp and assets/emoji-inner-product.webp to
 the folder of --docs.
 """
 
@@ -30,13 +30,17 @@ from gram_meta.report.figures import BLUE, GREEN, GREY, VERMILLION, draw_panels
 
 STEPS_PER_EPOCH = 9  # 16 shots in 18 classes, batches of 32
 SIDES = ("base classes", "new classes")
-GRAM, WITHOUT = "CoOp + GRAM", "CoOp + GRAM, meta-trained without R"
-STYLES = {COOP: (GREY, "--", "o"), GRAM: (BLUE, "-", "o"), WITHOUT: (VERMILLION, "-", "s")}
-REGULATED, RAW = "regulated", "raw"
+GRAM, PAPER, WITHOUT = "CoOp + GRAM", "CoOp + GRAM, the paper's R", "CoOp + GRAM, meta-trained without R"
+STYLES = {
+    COOP: (GREY, "--", "o"),
+    GRAM: (BLUE, "-", "o"),
+    PAPER: (GREEN, "-.", "^"),
+    WITHOUT: (VERMILLION, "-", "s"),
+}
 GRADIENTS = {  # of which variant, key of log.jsonl
-    "regulated support gradient": (REGULATED, "alignment", (GREEN, "-", "o")),
-    "raw support gradient": (REGULATED, "alignment_raw", (GREY, "--", "s")),
-    "raw, meta-trained without R": (RAW, "alignment_raw", (VERMILLION, ":", "^")),
+    "regulated support gradient": (GRAM, "alignment", (GREEN, "-", "o")),
+    "raw support gradient": (GRAM, "alignment_raw", (GREY, "--", "s")),
+    "raw, meta-trained without R": (WITHOUT, "alignment_raw", (VERMILLION, ":", "^")),
 }
 
 
@@ -49,25 +53,33 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=Path(__file__).resolve().parents[2] / "docs")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    variants = variants_of(args)
-    if len(variants) != 2:
-        parser.error(f"--only: expected the variant with R and the one without, found {len(variants)}")
-    paths = [meta_train(args, name, settings) for name, settings in variants.items()]
+    variants = {kind_of(settings): (name, settings) for name, settings in variants_of(args).items()}
+    if not {GRAM, WITHOUT} <= set(variants) or len(variants) < len(args.only or []):
+        parser.error(f"--only: expected one variant with R, one without, and perhaps one with the paper's: {args.only}")
+    paths = {kind: meta_train(args, name, settings) for kind, (name, settings) in variants.items()}
     words = context_from_words(load_backbone("gram-small"), "a photo of a")
     starts = {(COOP, 0): (words, None)}
-    for kind, control, settings, of in zip((GRAM, WITHOUT), ("R on", "R off"), variants.values(), paths, strict=True):
+    for kind, of in paths.items():
+        control = "R off" if kind == WITHOUT else "R on"
         for seed, path in of.items():
-            (starts[kind, seed],) = controls(path, args.store, str(settings["HIERARCHY"]), words, [control]).values()
+            (starts[kind, seed],) = controls(path, args.store, args.hierarchy, words, [control]).values()
     found = {
         "epochs": args.epochs,
         "seeds": len(args.seeds),
         "datasets": args.sets,
         "accuracy": accuracy_curves(args, starts),
-        "inner product": inner_products(dict(zip((REGULATED, RAW), paths, strict=True))),
+        "inner product": inner_products(paths),
     }
     write_json(args.docs / "results" / "curves.json", found)
     for name, picture in drawn(found).items():
         Image.open(io.BytesIO(picture)).save(args.docs / "assets" / f"emoji-{name}.webp", lossless=True)
+
+
+def kind_of(settings: dict[str, object]) -> str:
+    """Return which line a variant of the grid is."""
+    if settings.get("REGULATOR.ENABLED") is False:
+        return WITHOUT
+    return GRAM if settings.get("REGULATOR.BETA") == "relative" else PAPER
 
 
 def accuracy_curves(args: argparse.Namespace, starts: dict) -> dict[str, dict[str, list[list[float]]]]:
@@ -79,7 +91,8 @@ def accuracy_curves(args: argparse.Namespace, starts: dict) -> dict[str, dict[st
         write_dataset(root / spec.folder, spec, progress=False)
         test = test_set(str(root), spec.folder)
         runs += [adapt(record(str(root), spec.folder, seed, args.epochs), test, starts, ends) for seed in args.seeds]
-    curves: dict[str, dict[str, list[list[float]]]] = {side: {kind: [] for kind in STYLES} for side in SIDES}
+    kinds = dict.fromkeys(kind for kind, _ in starts)
+    curves: dict[str, dict[str, list[list[float]]]] = {side: {kind: [] for kind in kinds} for side in SIDES}
     for key in starts:
         for index, side in enumerate(SIDES):
             curves[side][key[0]].append([round(mean(run[key][end][index] for run in runs), 3) for end in ends])
@@ -88,8 +101,8 @@ def accuracy_curves(args: argparse.Namespace, starts: dict) -> dict[str, dict[st
 
 def inner_products(paths: dict[str, dict[int, Path]]) -> dict[str, Any]:
     """Return steps, and gradient -> for each meta-seed its inner product with the query gradient, on held-out tasks."""
-    logs = {kind: [_log(path.parent / "log.jsonl") for path in of.values()] for kind, of in paths.items()}
-    steps = [row["step"] for row in logs[REGULATED][0]]
+    logs = {kind: [_log(path.parent / "log.jsonl") for path in paths[kind].values()] for kind in (GRAM, WITHOUT)}
+    steps = [row["step"] for row in logs[GRAM][0]]
     values = {
         title: [[round(row[key], 4) for row in log] for log in logs[kind]]
         for title, (kind, key, _) in GRADIENTS.items()

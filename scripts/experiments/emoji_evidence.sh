@@ -82,21 +82,19 @@ for tokens in 1+1 3+3 4+4; do
 done
 
 # More meta-seeds for R's part, the figures, and the ceiling that true names set
-grid() { # SCRIPT STORE HIERARCHY ARGUMENTS...
-    local script="$1" store="$2"
-    sed "s:HIERARCHY$:$3:" scripts/experiments/emoji_grid.yaml > "$dir/grid.yaml"
-    shift 3
-    (cd scripts/experiments && python "$script" --store "$store" --grid "$dir/grid.yaml" "$@")
+grid() { # SCRIPT ARGUMENTS...
+    local script="$1"
+    shift
+    (cd scripts/experiments && python "$script" --store "$dir/store" --hierarchy "$dir/hierarchy" "$@")
 }
 taken="relative, 600 steps, temperature 2.5, lambda_1 1e-3, lambda_2 1e-3"
 plain="no R, 600 steps, temperature 2.5, lambda_1 1e-3"
 sets="food travel objects activities faces"
 twenty="$(seq 1 20)"
-grid meta_grid.py "$dir/store" "$dir/hierarchy" --out "$dir/grid" --only "$taken" "$plain" \
-    --meta-seeds $twenty --sets $sets --controls "R on" "R off"
-grid curves.py "$dir/store" "$dir/hierarchy" --out "$dir/grid" --only "$taken" "$plain" --meta-seeds $metas
-grid meta_grid.py "$dir/labelled_store" "$dir/labelled_hierarchy" --out "$dir/grid_true_names" \
-    --only "true names" --meta-seeds $metas --sets $sets
+grid meta_grid.py --out "$dir/grid" --only "$taken" "$plain" "taken, paper's R" --meta-seeds $twenty --sets $sets
+grid curves.py --out "$dir/grid" --only "$taken" "$plain" "taken, paper's R" --meta-seeds $metas
+grid meta_grid.py --store "$dir/labelled_store" --hierarchy "$dir/labelled_hierarchy" --out "$dir/grid_true_names" \
+    --only "taken, true names" --meta-seeds $metas --sets $sets
 
 folders=("$dir/output" "$dir/class_token" "$dir/no_regulator" "$dir/visual" "$dir/joint" "$dir/cocoop" "$dir"/unigram_*)
 gram report "${folders[@]}" --collect "$dir/evidence.json"

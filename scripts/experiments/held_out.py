@@ -1,6 +1,6 @@
 """Base to new on topics that meta-training held out: it chose the temperature in docs/results/emoji-world.md.
 
-    python scripts/experiments/held_out.py --store STORE --grid GRID --out output/grid --only VARIANT ...
+    python scripts/experiments/held_out.py --store STORE --hierarchy HIERARCHY --out output/grid --only VARIANT ...
 
 Variants and meta-trainings are those of meta_grid.py. For each meta-seed, a task has 36 of its held-out topics with
 different words. Training takes 16 images of one domain of each of 18 topics, and CoOp's 90 steps; the test takes their
@@ -33,8 +33,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     variants = variants_of(args)
-    (place,) = {settings["HIERARCHY"] for settings in variants.values()}  # --only takes variants of one hierarchy
-    hierarchy, store = Hierarchy.open(place), PairStore.open(args.store)
+    hierarchy, store = Hierarchy.open(args.hierarchy), PairStore.open(args.store)
     domains = images_by_domain(hierarchy, None)
     words = context_from_words(load_backbone("gram-small"), "a photo of a")
     paths = {name: meta_train(args, name, settings) for name, settings in variants.items()}
@@ -42,7 +41,7 @@ def main() -> None:
     for seed in args.meta_seeds:
         starts = {(COOP, COOP): (words, None)}
         for name, of_seed in paths.items():
-            for control, start in controls(of_seed[seed], args.store, place, words, args.controls).items():
+            for control, start in controls(of_seed[seed], args.store, args.hierarchy, words, args.controls).items():
                 starts[name, control] = start
         (held,) = {tuple(load_meta_checkpoint(of[seed]).provenance["held_out_topics"]) for of in paths.values()}
         done = [adapt(*draw(hierarchy, domains, store, held, [seed, number]), starts) for number in range(args.tasks)]

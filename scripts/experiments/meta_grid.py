@@ -1,15 +1,14 @@
 """Compare settings of meta-training on one dataset: how docs/results/emoji-world.md chose what `gram demo` uses.
 
-    python scripts/experiments/meta_grid.py --store STORE --grid scripts/experiments/emoji_grid.yaml --out output/grid
+    python scripts/experiments/meta_grid.py --store STORE --hierarchy HIERARCHY --out output/grid
 
-The grid is a YAML file such as emoji_grid.yaml. The script meta-trains each variant with every meta-seed, all of them
+The grid is a YAML file; default: emoji_grid.yaml. The script meta-trains each variant with every meta-seed, all of them
 at once. Then it adapts from the meta-checkpoints to the few-shot datasets, with R and with the controls of `controls`,
-and compares accuracies with CoOp's. It skips finished meta-trainings, prints a table and writes grid.json, which
+and compares accuracies with CoOp's. It goes on with what is there, prints a table and writes grid.json, which
 `claims.py` reads as docs/results/controls.json.
 """
 
 import argparse
-import json
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ import yaml
 from few_shot_batch import STEPS, Regulate, Scores, adapt, record, test_set
 from tabulate import tabulate
 from torch import Tensor
+from tries import trying
 
 from gram_meta import load_backbone
 from gram_meta.clustering.hierarchy import Hierarchy
@@ -31,7 +31,6 @@ from gram_meta.method.bilevel import InnerLoop
 from gram_meta.method.checkpoint import load_meta_checkpoint
 from gram_meta.method.episodes import Episodes
 from gram_meta.method.evaluation import mean_gates
-from gram_meta.method.meta_run import BEST
 from gram_meta.method.prompts import context_from_words
 from gram_meta.method.tasks import TaskConfig, TaskSampler
 from gram_meta.method.together import SeedsTrainer, open_trainer
@@ -46,7 +45,11 @@ TUNING = {
 SETS = {**SPECS, **TUNING}
 TASKS = 32  # of held-out topics, for the means of gamma and beta
 COOP = "CoOp"
-CONTROLS = ("R on", "R off", "R's mean", "R without beta", "theta* moved", "R from CoOp's words")
+TRY = "TRY"  # key of a variant that needs more than settings
+CONTROLS = (
+    *("R on", "R off", "R off, same length", "R's mean", "R without beta", "theta* moved"),
+    "R from CoOp's words",
+)
 Key = tuple[str, str, int]  # variant, control, meta-seed
 
 
@@ -54,7 +57,8 @@ def grid_parser(text: str | None) -> argparse.ArgumentParser:
     """Return a parser with the options of scripts that run a grid."""
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", required=True)
-    parser.add_argument("--grid", required=True, type=Path)
+    parser.add_argument("--hierarchy", required=True)
+    parser.add_argument("--grid", type=Path, default=Path(__file__).with_name("emoji_grid.yaml"))
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--meta-seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--only", nargs="+", help="variants to run; default: all in the grid")
@@ -88,7 +92,7 @@ def main() -> None:
         paths = meta_train(args, name, settings)
         held[name] = [load_meta_checkpoint(path).provenance["held_out"] for path in paths.values()]
         for seed, path in paths.items():
-            for control, start in controls(path, args.store, settings["HIERARCHY"], words, args.controls).items():
+            for control, start in controls(path, args.store, args.hierarchy, words, args.controls).items():
                 starts[name, control, seed] = start
     found = {name: few_shot_runs(args, name, starts) for name in args.sets}
     rows = [summary(name, control, found, held.get(name, [])) for name, control in dict.fromkeys(k[:2] for k in starts)]
@@ -97,14 +101,13 @@ def main() -> None:
 
 
 def meta_train(args: argparse.Namespace, name: str, settings: dict[str, object]) -> dict[int, Path]:
-    """Meta-train a variant with every meta-seed; return the paths of the best checkpoints."""
-    opts = [str(item) for key, value in settings.items() if key != "HIERARCHY" for item in (key, value)]
+    """Meta-train a variant with every meta-seed, or go on; return the paths of the best checkpoints."""
+    opts = [str(item) for key, value in settings.items() if key != TRY for item in (key, value)]
     config = load_meta_config([], [*opts, "SEEDS", str(tuple(args.meta_seeds))])
-    folders = {seed: args.out / name / "meta" / f"seed{seed}" for seed in args.meta_seeds}
-    if not all(_finished(folder, config.OUTER.STEPS) for folder in folders.values()):
-        out, resume = args.out / name / "meta", all((folder / "run.json").exists() for folder in folders.values())
-        open_trainer(SeedsTrainer, args.store, settings["HIERARCHY"], out, config, progress=False).run(resume)
-    return {seed: folder / BEST for seed, folder in folders.items()}
+    out = args.out / name / "meta"
+    with trying(settings.get(TRY)):
+        paths = open_trainer(SeedsTrainer, args.store, args.hierarchy, out, config, progress=False).run(resume=True)
+    return dict(zip(args.meta_seeds, paths, strict=True))
 
 
 def controls(
@@ -112,8 +115,9 @@ def controls(
 ) -> dict[str, tuple[Tensor, Regulate | None]]:
     """Return what to start from and what gradients pass through, for the `wanted` of `CONTROLS`.
 
-    "R's mean" has constant gamma and beta, their means over tasks of held-out topics at theta*; "moved" has theta*
-    moved by the mean beta along the inner loop's path, and raw gradients.
+    "R off, same length" scales each raw gradient to the length that R gives it. "R's mean" has constant gamma and beta,
+    their means over tasks of held-out topics at theta*; "moved" has theta* moved by the mean beta along the inner loop's
+    path, and raw gradients.
     """
     checkpoint = load_meta_checkpoint(path)
     theta, regulator = checkpoint.prompts["text"], checkpoint.regulator
@@ -132,6 +136,7 @@ def controls(
     known = {
         "R on": (theta, regulate),
         "R off": (theta, None),
+        "R off, same length": (theta, lambda raw: raw * regulate(raw).norm() / raw.norm().clamp_min(1e-12)),
         "R's mean": (theta, lambda raw: gamma * raw + beta),
         "R without beta": (theta, lambda raw: regulator.parts("text", raw).gated),
         "theta* moved": (theta - inner.path * beta, None),
@@ -184,11 +189,6 @@ def summary(
     row["of each meta-seed"] = ", ".join(f"{mean(gain):+.1f}" for gain in gains)
     row["held-out loss"] = " -> ".join(f"{mean(one[key] for one in held):.2f}" for key in ("loss_before", "loss_after"))
     return row
-
-
-def _finished(folder: Path, steps: int) -> bool:
-    log = folder / "log.jsonl"
-    return log.exists() and any(json.loads(line)["step"] == steps for line in log.read_text().splitlines())
 
 
 if __name__ == "__main__":

@@ -193,33 +193,34 @@ def test_meta_grid(labelled, tiny_data, tmp_path):
     grid.write_text(
         "base: {BACKBONE.NAME: gram-small, OUTER.STEPS: 2, EVAL.EVERY: 2, CHECKPOINT.EVERY: 2, EVAL.TASKS: 2,"
         " TASKS.WAYS: 2, TASKS.SUPPORT_SHOTS: 1, TASKS.QUERY_SHOTS: 2, CHC.LABELLED: true}\n"
-        "paper:\nplain: {REGULATOR.ENABLED: false}\n"
+        "paper:\nplain: {REGULATOR.ENABLED: false}\nrelative: {REGULATOR.BETA: relative}\n"
     )
-    grid.write_text(grid.read_text().replace("base: {", f"base: {{HIERARCHY: {labelled / 'hierarchy'}, "))
     few = ("--seeds", "1", "--meta-seeds", "1", "2", "--sets", "animals")
-    words = ("--store", labelled / "store", "--grid", grid, *few, "--out", tmp_path / "out")
+    given = ("--store", labelled / "store", "--hierarchy", labelled / "hierarchy", "--grid", grid)
+    words = (*given, *few, "--out", tmp_path / "out", "--only", "paper", "plain")
     first = experiment("meta_grid", *words)
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in first.splitlines()]
-    controls = ["R on", "R off", "R's mean", "R without beta", "theta* moved", "R from CoOp's words"]
+    controls = ["R on", "R off", "R off, same length", "R's mean", "R without beta", "theta* moved"]
+    controls.append("R from CoOp's words")
     assert [row[:2] for row in cells[2:]] == [
         ["CoOp", "CoOp"],
         *(["paper", control] for control in controls),
         ["plain", "R off"],
     ]
     log = tmp_path / "out" / "paper" / "meta" / "seed2" / "log.jsonl"
-    before = log.stat().st_mtime_ns
+    before = log.read_text()
     assert experiment("meta_grid", *words) == first
-    assert log.stat().st_mtime_ns == before
+    assert log.read_text() == before and '"step": 2' in before
     lines = experiment("meta_grid", *words, "--controls", "R off").splitlines()
     assert [line.split("|")[2].strip() for line in lines[2:]] == ["CoOp", "R off", "R off"]
 
     (tmp_path / "docs/results").mkdir(parents=True)
     (tmp_path / "docs/assets").mkdir()
-    words = (*words, "--only", "paper", "plain", "--epochs", "1", "--docs", tmp_path / "docs")
-    experiment("curves", *words)
+    experiment("curves", *words, "relative", "--epochs", "1", "--docs", tmp_path / "docs")
     curves = json.loads((tmp_path / "docs/results/curves.json").read_text())
     shape = {kind: (len(of), len(of[0])) for kind, of in curves["accuracy"]["new classes"].items()}
-    assert shape == {"CoOp": (1, 2), "CoOp + GRAM": (2, 2), "CoOp + GRAM, meta-trained without R": (2, 2)}
+    variants = ("CoOp + GRAM, the paper's R", "CoOp + GRAM, meta-trained without R", "CoOp + GRAM")
+    assert shape == {"CoOp": (1, 2), **dict.fromkeys(variants, (2, 2))}
     assert curves["inner product"]["steps"] == [0, 2]
     for name in ("epochs", "inner-product"):
         assert Image.open(tmp_path / f"docs/assets/emoji-{name}.webp").width > 500

@@ -28,6 +28,9 @@ def test_files_then_options_override_defaults(tmp_path):
         ("OUTER: {STEPS: many}", "OUTER.STEPS: expected int, found 'many'"),
         ("OUTER: [1", "expected YAML"),
         ("just words", "expected keys and values, found str"),
+        ("_BASE_: none.yaml", "_BASE_: expected a YAML file, seen from this one's folder"),
+        ("_BASE_: bad.yaml", "that does not build on this one, found 'bad.yaml'"),
+        ("_BASE_: [1, 2]", "found [1, 2]"),
     ],
 )
 def test_mistakes_in_a_file_name_it(tmp_path, text, says):
@@ -35,6 +38,19 @@ def test_mistakes_in_a_file_name_it(tmp_path, text, says):
     with pytest.raises(GramError) as error:
         load_meta_config([tmp_path / "bad.yaml"])
     assert says in str(error.value) and "bad.yaml" in str(error.value)
+
+
+def test_a_file_builds_on_others(tmp_path):
+    """A file wins over its base, and this over the base's own; paths count from each file's folder."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/far.yaml").write_text("OUTER: {STEPS: 7, BATCH: 3}\nTASKS: {WAYS: 3}")
+    (tmp_path / "base/near.yaml").write_text("_BASE_: far.yaml\nOUTER: {STEPS: 8, BATCH: 2}")
+    (tmp_path / "a.yaml").write_text("_BASE_: base/near.yaml\nOUTER: {STEPS: 9}")
+    config = load_meta_config([tmp_path / "a.yaml"])
+    assert (config.OUTER.STEPS, config.OUTER.BATCH, config.TASKS.WAYS) == (9, 2, 3)
+    (tmp_path / "base/far.yaml").write_text("_BASE_: ../a.yaml")
+    with pytest.raises(GramError, match=r"far.yaml: _BASE_: expected .* found '../a.yaml'"):
+        load_meta_config([tmp_path / "a.yaml"])
 
 
 def test_mistakes_in_options(tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,9 +33,9 @@ def runs():
 
 
 @pytest.fixture(scope="module")
-def others():
-    """controls.json and curves.json."""
-    return [json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in ("controls", "curves")]
+def others(claims):
+    """The files of `OTHERS`."""
+    return [json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in claims.OTHERS]
 
 
 def test_page_and_claims_are_those_of_the_committed_results(claims, runs, others):
@@ -59,11 +60,24 @@ def test_a_changed_number_would_be_seen(claims, runs, others):
         digits = place.start() + next(i for i, c in enumerate(place[0]) if c == "." and place[0][i + 1].isdigit()) + 1
         forged = page[:digits] + str((int(page[digits]) + 1) % 10) + page[digits + 1 :]
         assert claims.filled(forged, runs, listed) == page
-    controls, curves = others = copy.deepcopy(others)
-    controls["runs"][-1]["base"] += 1
-    changed = claims.all_claims(runs, *others)
+    controls, true_names, curves = others = copy.deepcopy(others)
+    seen = [listed]
+    for change in (controls["runs"][-1], true_names["runs"][-1]):
+        change["base"] += 1
+        seen.append(claims.all_claims(runs, *others))
     curves["accuracy"]["new classes"]["CoOp"][0][-1] += 1
-    assert listed != changed != claims.all_claims(runs, *others)
+    seen.append(claims.all_claims(runs, *others))
+    assert all(before != after for before, after in itertools.pairwise(seen))
+
+
+def test_missing_runs_are_no_zeros(claims):
+    """A dataset without its new classes, or one that the other kind lacks, is refused and not left out of a mean."""
+    with pytest.raises(ValueError, match="expected base and new of each"):
+        claims.read([run("a", 1, "base", 60.0), run("b", 1, "base", 60.0), run("b", 1, "new", 60.0)])
+    index = [("ours", 1, "a"), ("ours", 1, "b"), ("theirs", 0, "a")]
+    table = pandas.DataFrame({"new": [1.0, 2.0, 3.0], "seeds": 1}, pandas.MultiIndex.from_tuples(index))
+    with pytest.raises(ValueError, match="expected the same datasets"):
+        claims.claim("ours", "theirs", "new", table)
 
 
 def test_a_claim_by_hand(claims):
