@@ -5,8 +5,8 @@
 
 Variants and meta-trainings are those of meta_grid.py: one with R, one without, and perhaps one with the paper's R. CoOp
 takes 50 epochs on 16 shots of the base classes of each reported dataset; the same steps are taken from theta* of each
-meta-seed, with R and, for the variant without R, with raw gradients. The script writes results/curves.json, assets/emoji-epochs.webp and assets/emoji-inner-product.webp to
-the folder of --docs.
+meta-seed, with R and, for the variant without R, with raw gradients. The script writes results/curves.json,
+assets/emoji-epochs.webp and assets/emoji-inner-product.webp to the folder of --docs.
 """
 
 import argparse
@@ -31,12 +31,7 @@ from gram_meta.report.figures import BLUE, GREEN, GREY, VERMILLION, draw_panels
 STEPS_PER_EPOCH = 9  # 16 shots in 18 classes, batches of 32
 SIDES = ("base classes", "new classes")
 GRAM, PAPER, WITHOUT = "CoOp + GRAM", "CoOp + GRAM, the paper's R", "CoOp + GRAM, meta-trained without R"
-STYLES = {
-    COOP: (GREY, "--", "o"),
-    GRAM: (BLUE, "-", "o"),
-    PAPER: (GREEN, "-.", "^"),
-    WITHOUT: (VERMILLION, "-", "s"),
-}
+STYLES = {COOP: (GREY, "--", "o"), GRAM: (BLUE, "-", "o"), PAPER: (GREEN, "-.", "^"), WITHOUT: (VERMILLION, "-", "s")}
 GRADIENTS = {  # of which variant, key of log.jsonl
     "regulated support gradient": (GRAM, "alignment", (GREEN, "-", "o")),
     "raw support gradient": (GRAM, "alignment_raw", (GREY, "--", "s")),

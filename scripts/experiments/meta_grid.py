@@ -116,8 +116,8 @@ def controls(
     """Return what to start from and what gradients pass through, for the `wanted` of `CONTROLS`.
 
     "R off, same length" scales each raw gradient to the length that R gives it. "R's mean" has constant gamma and beta,
-    their means over tasks of held-out topics at theta*; "moved" has theta* moved by the mean beta along the inner loop's
-    path, and raw gradients.
+    their means over tasks of held-out topics at theta*; "moved" has theta* moved by the mean beta along the path of the
+    inner loop, and raw gradients.
     """
     checkpoint = load_meta_checkpoint(path)
     theta, regulator = checkpoint.prompts["text"], checkpoint.regulator
