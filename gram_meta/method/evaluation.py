@@ -45,6 +45,7 @@ Scores = dict[tuple[str, str, int], list[tuple[Tensor, Tensor]]]  # (start, grad
 
 SOLVED = 0.95  # accuracy before any step; tasks above it can show little
 HOPELESS = 1.2  # times chance; tasks below it can show little
+HELP, HARM, UNCLEAR = "helps", "does harm", "makes no clear difference"
 TEMPERATURES = tuple(2.0 ** (half / 2) for half in range(-2, 11))  # 0.5 to 32
 
 MEAN, MOVED = "R's mean", "theta* moved by the mean beta"  # controls in the table of `gram eval-meta`
@@ -298,15 +299,16 @@ def evaluate_adaptation(
 
 def _verdict(seen: Scores, learned: tuple[str, str], plain: tuple[str, str], steps: int, ways: int) -> list[str]:
     """Return sentences: whether theta* and R^phi help, and whether the tasks can show it."""
-    (ours, accuracy), (theirs, _) = (_values(seen[row + (steps,)]) for row in (learned, plain))
-    gains = [b - a for a, b in zip(ours, theirs, strict=True)]
-    gain, half = mean(gains), half_width(gains) or math.inf
-    does = "helps" if gain > half else "does harm" if gain < -half else "makes no clear difference"
-    sentences = [
-        f"The meta-checkpoint {does} on these tasks: {' with '.join(learned)} against {' with '.join(plain)} lowers "
-        f"the query loss after {steps} steps by {_text(gain, half, 3)}."
-    ]
-    if -half <= gain <= half:
+    _, accuracy = _values(seen[learned + (steps,)])
+    does, by = _difference(seen, learned, plain, steps)
+    words = f"{' with '.join(learned)} against {' with '.join(plain)} lowers the query loss after {steps} steps by {by}"
+    sentences = [f"The meta-checkpoint {does} on these tasks: {words}."]
+    if learned[1] == "R on":
+        does_r, by = _difference(seen, learned, (learned[0], "R off"), steps)
+        sentences.append(f"R^phi {does_r}: R on against R off, both from {learned[0]}, lowers it by {by}.")
+        if does_r == HARM:
+            sentences.append("Meta-train with a lower OUTER.LR_REGULATOR, or with more TASKS.SUPPORT_SHOTS.")
+    if does == UNCLEAR:
         sentences.append("More tasks (--tasks) narrow the interval; more meta-training (OUTER.STEPS) may give a gain.")
     if 0 in [step for *_, step in seen] and mean(_values(seen[plain + (0,)])[1]) > SOLVED:
         sentences.append(
@@ -319,6 +321,15 @@ def _verdict(seen: Scores, learned: tuple[str, str], plain: tuple[str, str], ste
             "little. Topics or their words may not fit the images: look at `gram inspect`, and lower CHC.FILTER.KEEP."
         )
     return sentences
+
+
+def _difference(seen: Scores, learned: tuple[str, str], plain: tuple[str, str], steps: int) -> tuple[str, str]:
+    """Return what the first does against the second, and by how much it lowers the query loss, with an interval."""
+    ours, theirs = (_values(seen[row + (steps,)])[0] for row in (learned, plain))
+    gains = [b - a for a, b in zip(ours, theirs, strict=True)]
+    gain, half = mean(gains), half_width(gains)
+    half = math.inf if half is None else half
+    return HELP if gain > half else HARM if gain < -half else UNCLEAR, _text(gain, half, 3)
 
 
 def _values(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[float], list[float]]:

@@ -84,7 +84,7 @@ def draw(
 
 def _interval(values: tuple[float, ...]) -> str:
     half = half_width(values)
-    return f"{mean(values):+.2f}" + (f" ± {half:.2f}" if half else "")
+    return f"{mean(values):+.2f}" + (f" ± {half:.2f}" if half is not None else "")
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ def summary(
     if name == COOP:
         return row
     half = half_width([mean(gain) for gain in gains])
-    row["H - CoOp"] = f"{mean(mean(gain) for gain in gains):+.2f}" + (f" ± {half:.2f}" if half else "")
+    row["H - CoOp"] = f"{mean(mean(gain) for gain in gains):+.2f}" + (f" ± {half:.2f}" if half is not None else "")
     row["of each dataset"] = ", ".join(f"{mean(gain):+.1f}" for gain in zip(*gains, strict=True))
     row["of each meta-seed"] = ", ".join(f"{mean(gain):+.1f}" for gain in gains)
     row["held-out loss"] = " -> ".join(f"{mean(one[key] for one in held):.2f}" for key in ("loss_before", "loss_after"))

@@ -151,8 +151,11 @@ def test_the_verdict_on_tasks_that_help_harm_are_solved_or_hopeless(losses, befo
         ],
         (*plain, 0): [(torch.tensor([2.0, 2.0, 2.0]), torch.full((3,), before))],
         (*plain, 5): [(torch.tensor([1.0, 1.0, 1.0]), torch.full((3,), after))],
+        ("theta*", "R off", 5): [(torch.tensor(losses) - 0.2, torch.full((3,), after))],
     }
     sentences = evaluation._verdict(scores, learned, plain, 5, 4)
+    assert "R^phi does harm: R on against R off, both from theta*, lowers it by -0.200 ± 0.000." in sentences[1]
+    assert "lower OUTER.LR_REGULATOR" in sentences[2]
     assert all(part in " ".join(sentences) for part in found)
     assert ("teach little" in " ".join(sentences)) == ("teach little" in " ".join(found) or "chance" in found[0])
 

@@ -75,7 +75,8 @@ def test_missing_runs_are_no_zeros(claims):
     with pytest.raises(ValueError, match="expected base and new of each"):
         claims.read([run("a", 1, "base", 60.0), run("b", 1, "base", 60.0), run("b", 1, "new", 60.0)])
     index = [("ours", 1, "a"), ("ours", 1, "b"), ("theirs", 0, "a")]
-    table = pandas.DataFrame({"new": [1.0, 2.0, 3.0], "seeds": 1}, pandas.MultiIndex.from_tuples(index))
+    names = pandas.MultiIndex.from_tuples(index, names=["kind", "meta", "dataset"])
+    table = pandas.DataFrame({"new": [1.0, 2.0, 3.0], "seeds": 1}, names)
     with pytest.raises(ValueError, match="expected the same datasets"):
         claims.claim("ours", "theirs", "new", table)
 
