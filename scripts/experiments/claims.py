@@ -9,7 +9,7 @@ draws docs/assets/results.svg, too.
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import pandas
@@ -18,7 +18,7 @@ from tabulate import tabulate
 
 from gram_meta.files import write_json
 from gram_meta.intervals import half_width, harmonic, mean
-from gram_meta.report import paper_tables, read_runs, render
+from gram_meta.report import read_runs
 from gram_meta.report.runs import LABELLED, NO_META, NO_REGULATOR, NO_SHIFT, TOKENS, Run
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "results"
@@ -26,6 +26,7 @@ OTHERS = ("controls", "true_names", "curves")
 PICTURE = DOCS.parent / "assets" / "results.svg"
 PLACE = re.compile(r"(<!-- (claims|table \d) -->\n).*?(<!-- end -->)", re.DOTALL)
 BASE_TO_NEW, CROSS_DATASET, CROSS_DOMAIN = "base to new", "other datasets", "other domains"
+ITSELF, SOURCE = "itself", " (source)"  # tests of all classes of the dataset that was trained on
 ABLATIONS = {  # Table 6
     NO_SHIFT: "meta-trained without domain shift",
     NO_REGULATOR: "meta-trained without R",
@@ -73,6 +74,18 @@ CLAIMS = (
 )
 
 
+METRICS = ("base", "new", "H")
+BASE_TO_NEW_ROWS = {  # of Tables 1, 6 and 7; the first row is what the others are compared with
+    1: (
+        *("CoOp", "ZeroshotCLIP", "CoOpGRAM", "CoOpGRAM, meta-trained without R", "CoCoOp", "CoCoOpGRAM", "VPT"),
+        *("VPT, from the class token", "VPTGRAM", "JointPrompt", "JointPrompt, from the class token", "UniGRAM"),
+    ),
+    6: ("UniGRAM", *(f"UniGRAM, {lacks}" for lacks in ABLATIONS.values())),
+    7: ("UniGRAM", *(f"UniGRAM, {half}+{half} tokens" for half in (1, 3, 4))),
+}
+TRANSFERS = {2: (CROSS_DOMAIN, 16), 3: (CROSS_DATASET, 16), 4: (CROSS_DOMAIN, 4), 5: (CROSS_DATASET, 4)}
+
+
 def kind_of(run: Run) -> tuple[str, int]:
     """Return what kind of run it is, and the seed of its meta-training."""
     gram, words = "TRAINER.GRAM.", [run.trainer]
@@ -97,7 +110,7 @@ def kind_of(run: Run) -> tuple[str, int]:
 def read(runs: list[Run], protocol: str = BASE_TO_NEW, shots: int = 16) -> pandas.DataFrame:
     """Return the accuracies of a protocol, and the number of few-shot seeds, by kind, meta-seed (0: none) and dataset.
 
-    From base to new the columns are base, new and H; to other datasets or domains there is one, `accuracy`.
+    From base to new the columns are base, new and H; else there is one, `accuracy`.
     """
     rows = [
         (*kind_of(run), run.dataset, run.seed, "accuracy" if run.subsample == "all" else run.subsample, run.value)
@@ -114,10 +127,18 @@ def read(runs: list[Run], protocol: str = BASE_TO_NEW, shots: int = 16) -> panda
 
 
 def protocol_of(run: Run) -> str:
-    """Return the protocol that a run belongs to; "" for the test of a whole dataset on itself."""
+    """Return the protocol that a run belongs to."""
     if run.transferred:
         return CROSS_DOMAIN if run.dataset.startswith(run.source) else CROSS_DATASET
-    return BASE_TO_NEW if run.subsample in ("base", "new") else ""
+    return BASE_TO_NEW if run.subsample in ("base", "new") else ITSELF
+
+
+def read_transfers(runs: list[Run], protocol: str, shots: int) -> pandas.DataFrame:
+    """Return the accuracies on the targets of a protocol, on their source, and of a CLIP without training."""
+    table, untrained = read(runs, protocol, shots), read(runs, ITSELF, -1)
+    source = read(runs, ITSELF, shots).rename(index=lambda name: f"{name}{SOURCE}", level="dataset")
+    known = untrained.index.get_level_values("dataset").isin(table.index.unique("dataset"))
+    return pandas.concat([source, table, untrained[known]])
 
 
 def read_controls(found: dict, metas: Collection[int]) -> pandas.DataFrame:
@@ -213,21 +234,65 @@ def claims_of(table: pandas.DataFrame, protocol: str) -> list[dict]:
 
 
 def filled(page: str, runs: list[Run], claims: list[dict]) -> str:
-    """Return the page with its claims and tables as the runs give them; tables are of meta-seed 1."""
-    first = [run for run in runs if kind_of(run)[1] <= 1]
-    plain = [run for run in first if kind_of(run)[0] == run.trainer]
+    """Return the page with its claims and tables as the runs give them."""
 
     def fill(place: re.Match) -> str:
-        if place[2] == "claims":
-            text = as_markdown(claims)
-        else:
-            number = int(place[2].split()[1])
-            found = paper_tables(first if number > 5 else plain, [number])
-            text = "\n\n".join(render(one, "markdown") for one in found)
-            text = "\n".join(line for line in text.splitlines() if "missing" not in line)
+        text = as_markdown(claims) if place[2] == "claims" else paper_table(runs, int(place[2].split()[1]))
         return f"{place[1]}\n{text}\n\n{place[3]}"
 
     return PLACE.sub(fill, page)
+
+
+def paper_table(runs: list[Run], number: int) -> str:
+    """Return a table of the paper: means over few-shot and meta-seeds, and differences to its reference."""
+    if number in TRANSFERS:
+        return transfer_table(read_transfers(runs, *TRANSFERS[number]))
+    kinds, table = BASE_TO_NEW_ROWS[number], read(runs)
+    scores = {kind: table.loc[kind] for kind in kinds if kind in table.index.unique("kind")}
+    datasets = list(table.index.unique("dataset"))
+    shown = {"average": datasets} | ({name: [name] for name in datasets} if number == 1 else {})
+    rows = [
+        (name * (place == 0), kind, *_cells(scores, kind, kinds[0], of, METRICS))
+        for name, of in shown.items()
+        for place, kind in enumerate(scores)
+    ]
+    columns = ["dataset", "trainer", *METRICS, *(f"{metric} - {kinds[0]}" for metric in METRICS)]
+    return tabulate(rows, columns, "pipe", disable_numparse=True)
+
+
+def transfer_table(table: pandas.DataFrame) -> str:
+    """Return accuracies and differences to CoOp; columns are the source, the targets and their average."""
+    names = list(table.index.unique("dataset"))
+    shown = {name: [name] for name in names} | {"average": [name for name in names if not name.endswith(SOURCE)]}
+    scores = {kind: table.loc[kind] for kind in BASE_TO_NEW_ROWS[1] if kind in table.index.unique("kind")}
+    rows = [
+        (kind, *(", ".join(filter(None, _cells(scores, kind, "CoOp", of, ["accuracy"]))) for of in shown.values()))
+        for kind in scores
+    ]
+    return tabulate(rows, ["trainer", *shown], "pipe", disable_numparse=True)
+
+
+def _cells(
+    scores: dict[str, pandas.DataFrame], kind: str, reference: str, datasets: list[str], metrics: Sequence[str]
+) -> list[str]:
+    """Return means over these datasets, and differences to the reference with intervals over meta-seeds."""
+    found, plain = (_of_meta_seeds(scores[name], datasets, metrics) for name in (kind, reference))
+    values = [f"{value:.1f}" for value in found.mean()]
+    if kind == reference:
+        return [*values, *("" for _ in metrics)]
+    gains = [row - plain.loc[meta if meta in plain.index else 0] for meta, row in found.iterrows()]
+    return [*values, *map(_difference, zip(*gains, strict=True))]
+
+
+def _of_meta_seeds(scores: pandas.DataFrame, datasets: list[str], metrics: Sequence[str]) -> pandas.DataFrame:
+    """Return the means over datasets, a row for each meta-seed."""
+    chosen = scores[scores.index.get_level_values("dataset").isin(datasets)]
+    return chosen.groupby("meta")[list(metrics)].mean()
+
+
+def _difference(gains: tuple[float, ...]) -> str:
+    half = half_width(gains)
+    return f"{mean(gains):+.1f}" + ("" if half is None else f" ± {half:.1f}")
 
 
 def drawn(claims: list[dict]) -> str:
