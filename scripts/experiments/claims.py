@@ -80,7 +80,7 @@ BASE_TO_NEW_ROWS = {  # of Tables 1, 6 and 7; the first row is what the others a
         *("CoOp", "ZeroshotCLIP", "CoOpGRAM", "CoOpGRAM, meta-trained without R", "CoCoOp", "CoCoOpGRAM", "VPT"),
         *("VPT, from the class token", "VPTGRAM", "JointPrompt", "JointPrompt, from the class token", "UniGRAM"),
     ),
-    6: ("UniGRAM", *(f"UniGRAM, {lacks}" for lacks in ABLATIONS.values())),
+    6: ("UniGRAM", *(f"UniGRAM, {lacks}" for lacks in ABLATIONS.values()), "JointPrompt"),
     7: ("UniGRAM", *(f"UniGRAM, {half}+{half} tokens" for half in (1, 3, 4))),
 }
 TRANSFERS = {2: (CROSS_DOMAIN, 16), 3: (CROSS_DATASET, 16), 4: (CROSS_DOMAIN, 4), 5: (CROSS_DATASET, 4)}

@@ -5,13 +5,15 @@
 
 Variants and meta-trainings are those of meta_grid.py: one with R, one without, and perhaps one with the paper's R. CoOp
 takes 50 epochs on 16 shots of the base classes of each reported dataset; the same steps are taken from theta* of each
-meta-seed, with R and, for the variant without R, with raw gradients. The script writes results/curves.json,
-assets/emoji-epochs.webp and assets/emoji-inner-product.webp to the folder of --docs.
+meta-seed, with R and, for the variant without R, with raw gradients. CoOp's usual 10 epochs are taken from other words
+and from random vectors, too. The script writes results/curves.json, assets/emoji-epochs.webp, emoji-initialisation.webp
+and emoji-inner-product.webp to the folder of --docs.
 """
 
 import argparse
 import io
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,20 @@ from gram_meta.bench.emoji import DATASETS
 from gram_meta.demo.world import SPECS, write_dataset
 from gram_meta.files import write_json
 from gram_meta.intervals import estimate, mean
-from gram_meta.method.prompts import context_from_words
+from gram_meta.method.prompts import context_from_words, random_context
 from gram_meta.report.figures import BLUE, GREEN, GREY, VERMILLION, draw_panels
 
-STEPS_PER_EPOCH = 9  # 16 shots in 18 classes, batches of 32
+EPOCHS, STEPS_PER_EPOCH = 10, 9  # 16 shots in 18 classes, batches of 32
 SIDES = ("base classes", "new classes")
 GRAM, PAPER, WITHOUT = "CoOp + GRAM", "CoOp + GRAM, the paper's R", "CoOp + GRAM, meta-trained without R"
 STYLES = {COOP: (GREY, "--", "o"), GRAM: (BLUE, "-", "o"), PAPER: (GREEN, "-.", "^"), WITHOUT: (VERMILLION, "-", "s")}
+WORDS = ("a photo of a", "a picture of a", "an image of a", "a drawing of a", "an icon of the", "here is a small")
+DRAWS = 10  # random initialisations, N(0, 0.02) as in CoOp
+INITIALISATIONS = {
+    "CoOp from random vectors": (GREY, "--", "o"),
+    "CoOp from words": (VERMILLION, "-", "s"),
+    "CoOp + GRAM from theta*": (BLUE, "-", "o"),
+}
 GRADIENTS = {  # of which variant, key of log.jsonl
     "regulated support gradient": (GRAM, "alignment", (GREEN, "-", "o")),
     "raw support gradient": (GRAM, "alignment_raw", (GREY, "--", "s")),
@@ -63,6 +72,7 @@ def main() -> None:
         "seeds": len(args.seeds),
         "datasets": args.sets,
         "accuracy": accuracy_curves(args, starts),
+        "initialisation": accuracy_of_starts(args, {s: start for (kind, s), start in starts.items() if kind == GRAM}),
         "inner product": inner_products(paths),
     }
     write_json(args.docs / "results" / "curves.json", found)
@@ -80,18 +90,46 @@ def kind_of(settings: dict[str, object]) -> str:
 def accuracy_curves(args: argparse.Namespace, starts: dict) -> dict[str, dict[str, list[list[float]]]]:
     """Return side -> kind -> for each meta-seed the accuracy at epochs 0, 1, ..., a mean over datasets and seeds."""
     ends = range(0, args.epochs * STEPS_PER_EPOCH + 1, STEPS_PER_EPOCH)
-    runs = []
-    for name in args.sets:
-        root, spec = args.out / "sets" / name, SPECS[name]
-        write_dataset(root / spec.folder, spec, progress=False)
-        test = test_set(str(root), spec.folder)
-        runs += [adapt(record(str(root), spec.folder, seed, args.epochs), test, starts, ends) for seed in args.seeds]
+    runs = few_shot_runs(args, starts, args.epochs, ends)
     kinds = dict.fromkeys(kind for kind, _ in starts)
     curves: dict[str, dict[str, list[list[float]]]] = {side: {kind: [] for kind in kinds} for side in SIDES}
     for key in starts:
         for index, side in enumerate(SIDES):
             curves[side][key[0]].append([round(mean(run[key][end][index] for run in runs), 3) for end in ends])
     return curves
+
+
+def few_shot_runs(args: argparse.Namespace, starts: dict, epochs: int, ends: Collection[int]) -> list[dict]:
+    """Return the accuracies of each start after these numbers of steps, for each dataset and few-shot seed."""
+    runs = []
+    for name in args.sets:
+        root, spec = args.out / "sets" / name, SPECS[name]
+        write_dataset(root / spec.folder, spec, progress=False)
+        test = test_set(str(root), spec.folder)
+        runs += [adapt(record(str(root), spec.folder, seed, epochs), test, starts, ends) for seed in args.seeds]
+    return runs
+
+
+def accuracy_of_starts(args: argparse.Namespace, learned: dict) -> dict[str, dict[str, list[float]]]:
+    """Return side -> kind -> the accuracy after 10 epochs from each start, a mean over datasets and seeds; sorted."""
+    backbone, epochs = load_backbone("gram-small"), min(EPOCHS, args.epochs)
+    draw, words, theta = INITIALISATIONS
+    starts = {(draw, seed): (random_context(backbone.text_width, 4, _seeded(seed)), None) for seed in range(DRAWS)}
+    starts |= {(words, text): (context_from_words(backbone, text), None) for text in WORDS}
+    starts |= {(theta, seed): start for seed, start in learned.items()}
+    end = epochs * STEPS_PER_EPOCH
+    runs = few_shot_runs(args, starts, epochs, [end])
+    return {
+        side: {
+            kind: sorted(round(mean(run[key][end][index] for run in runs), 3) for key in starts if key[0] == kind)
+            for kind in INITIALISATIONS
+        }
+        for index, side in enumerate(SIDES)
+    }
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def inner_products(paths: dict[str, dict[int, Path]]) -> dict[str, Any]:
@@ -111,10 +149,15 @@ def drawn(found: dict[str, Any]) -> dict[str, bytes]:
         side: [(kind, STYLES[kind], _points(range(len(of[0])), of)) for kind, of in kinds.items()]
         for side, kinds in found["accuracy"].items()
     }
+    ranked = {
+        side: [(kind, INITIALISATIONS[kind], _points(range(1, len(of) + 1), [of])) for kind, of in kinds.items()]
+        for side, kinds in found["initialisation"].items()
+    }
     products = found["inner product"]
     lines = [(title, style, _points(products["steps"], products[title])) for title, (_, _, style) in GRADIENTS.items()]
     return {
         "epochs": draw_panels(sides, 2, (4.0, 3.0), "epoch", "accuracy (%)"),
+        "initialisation": draw_panels(ranked, 2, (4.0, 3.0), "initialisation, worst to best", "accuracy (%)"),
         "inner-product": draw_panels(
             {"held-out tasks": lines}, 1, (6.0, 3.0), "meta-training step", "normalised inner\nproduct (cosine)"
         ),

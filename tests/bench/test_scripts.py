@@ -222,7 +222,9 @@ def test_meta_grid(labelled, tiny_data, tmp_path):
     variants = ("CoOp + GRAM, the paper's R", "CoOp + GRAM, meta-trained without R", "CoOp + GRAM")
     assert shape == {"CoOp": (1, 2), **dict.fromkeys(variants, (2, 2))}
     assert curves["inner product"]["steps"] == [0, 2]
-    for name in ("epochs", "inner-product"):
+    ends = curves["initialisation"]["base classes"]
+    assert [len(of) for of in ends.values()] == [10, 6, 2] and all(of == sorted(of) for of in ends.values())
+    for name in ("epochs", "initialisation", "inner-product"):
         assert Image.open(tmp_path / f"docs/assets/emoji-{name}.webp").width > 500
 
 
