@@ -261,10 +261,17 @@ def _config(family: str, backbone: Backbone, suffix: str, opts: Sequence[str]) -
     return config
 
 
+def _support_passes(config: CfgNode) -> float:
+    """Return the forward passes that the inner loop costs: 4 for a step, 2 for one without a second derivative."""
+    inner = config.INNER
+    return (2.0 if inner.FIRST_ORDER else 4.0) * inner.STEPS + 2.0 * inner.DETACHED if config.OUTER.META else 0.0
+
+
 def _passes(config: CfgNode) -> float:
-    """Return the forward passes of images that a step costs: 4 for a support image, 2 for a query image."""
+    """Return the forward passes of images that a step costs: those of the inner loop, and 2 for a query image."""
     tasks = config.TASKS
-    return config.OUTER.BATCH * tasks.WAYS * (4.0 * tasks.SUPPORT_SHOTS + 2.0 * tasks.QUERY_SHOTS)
+    of_a_class = _support_passes(config) * tasks.SUPPORT_SHOTS + 2.0 * tasks.QUERY_SHOTS
+    return config.OUTER.BATCH * tasks.WAYS * of_a_class
 
 
 def _work(config: CfgNode) -> float:
@@ -281,8 +288,9 @@ def _step_seconds(backbone: Backbone, config: CfgNode, rates: Rates, seconds: fl
         expected = _work(config) / rates.texts
     if rates.card:
         if config.PROMPT.TEXT_TOKENS and not config.PROMPT.CONDITIONAL:  # the classes once for each pass of a side
-            expected += config.OUTER.BATCH * config.TASKS.WAYS * (4 + 2) / rates.texts
-        return max(expected, rates.card.least_step), 1.0
+            expected += config.OUTER.BATCH * config.TASKS.WAYS * (_support_passes(config) + 2) / rates.texts
+        least = rates.card.least_step * (_support_passes(config) + 2) / (4 + 2)  # it was measured with one inner step
+        return max(expected, least), 1.0
     measured = config
     if expected > LONGEST:
         measured = config.clone()
@@ -397,9 +405,10 @@ def _cluster(pairs: int) -> Iterator[Row]:
 def _pretrain(family: str, backbone: Backbone, config: CfgNode, rates: Rates) -> Iterator[Row]:
     outer, tasks, seconds = config.OUTER, config.TASKS, rates.steps[family]
     evaluations = math.ceil(outer.STEPS / config.EVAL.EVERY) + 1
-    # a held-out task costs first-order passes: two for a support image, three for the query images, which are scored
-    # before and after; in units of a step's
-    share = config.EVAL.TASKS * tasks.WAYS * (2.0 * tasks.SUPPORT_SHOTS + 3.0 * tasks.QUERY_SHOTS) / _passes(config)
+    # a held-out task costs first-order passes: two for a support image in each inner step, three for the query images,
+    # which are scored before and after; in units of a step's
+    support = 2.0 * (config.INNER.STEPS + config.INNER.DETACHED) * tasks.SUPPORT_SHOTS
+    share = config.EVAL.TASKS * tasks.WAYS * (support + 3.0 * tasks.QUERY_SHOTS) / _passes(config)
     part = rates.parts[family]
     how = f"{outer.STEPS:,} steps of {seconds:.3g} s, {evaluations} evaluations of {share:.3g} steps"
     origin = MEASURED if part == 1 else FORMULA

@@ -15,7 +15,18 @@ from gram_meta.tools import estimate as module
 from gram_meta.tools.cards import CARDS, STEP_TFLOP, Card, find_card
 from gram_meta.tools.estimate import Rates, Row, as_size, as_time, estimate, read_corpus
 
-SMALL = ("OUTER.BATCH", "2", "TASKS.WAYS", "2", "TASKS.SUPPORT_SHOTS", "1", "TASKS.QUERY_SHOTS", "2")
+SMALL = (
+    "OUTER.BATCH",
+    "2",
+    "TASKS.WAYS",
+    "2",
+    "TASKS.SUPPORT_SHOTS",
+    "1",
+    "TASKS.QUERY_SHOTS",
+    "2",
+    "INNER.STEPS",
+    "1",
+)
 
 
 @pytest.fixture
@@ -46,6 +57,20 @@ def test_the_arithmetic_by_hand(backbone, rates, monkeypatch):
     many = {(row.step, row.what): row.value for row in estimate(backbone, 10_000, ["text"], opts=opts)[1]}
     assert many["embed", "disk"] == 10 * by_name["embed", "disk"].value
     assert many["pretrain, text", "time"] == by_name["pretrain, text", "time"].value
+
+
+@pytest.mark.parametrize(
+    ("inner", "passes"),  # of a support image: 4 a step, 2 without a second derivative; an evaluation takes 2 in each
+    [
+        (("INNER.STEPS", "1"), 4),
+        (("INNER.STEPS", "2", "INNER.DETACHED", "3"), 2 * 4 + 3 * 2),
+        (("INNER.STEPS", "2", "INNER.FIRST_ORDER", "True"), 2 * 2),
+        (("OUTER.META", "False"), 0),
+    ],
+)
+def test_each_inner_step_costs_passes(inner, passes):
+    config = module.load_meta_config(["coop_vit_b16"], [*SMALL, *inner])
+    assert module._passes(config) == 2 * 2 * (passes * 1 + 2 * 2)
 
 
 def test_visual_prompts_cost_passes_and_no_class_prompts(backbone, rates, monkeypatch):
@@ -232,12 +257,12 @@ def test_the_measured_step_comes_out_again(vit):
         assert step == pytest.approx(seconds, abs=5e-4) and part == 1
     # text: 4 x 5 classes x 6 passes of 0.7 GFLOP at 148 TFLOP/s are half a millisecond, less than the launches
     text = module._config("text", vit, "", opts)
-    assert module._step_seconds(vit, text, rates, 0.0)[0] == 0.008
+    assert module._step_seconds(vit, text, rates, 0.0)[0] == pytest.approx(0.008 * (3 * 4 + 2) / 6)
     slow = module._rates_on(find_card("T4", "fp32"), vit, 0.0)
     assert slow.images == pytest.approx(26.16e12 / 0.771 / 67e12 * 8.1e12 / image_flop(), rel=1e-3)
-    assert module._step_seconds(vit, text, slow, 0.0)[0] == pytest.approx(4 * 5 * 6 / slow.texts)
+    assert module._step_seconds(vit, text, slow, 0.0)[0] == pytest.approx(4 * 5 * (3 * 4 + 2) / slow.texts)
     joint = module._step_seconds(vit, module._config("joint", vit, "", opts), slow, 0.0)[0]
-    assert joint == pytest.approx(800 / slow.images + 120 / slow.texts)
+    assert joint == pytest.approx(1440 / slow.images + 280 / slow.texts)  # three inner steps, too
     assert 0.5e9 < find_card("T4", "fp32").speed / slow.texts < 1e9  # about 8 positions of 76 MFLOP
 
 
