@@ -14,7 +14,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -193,11 +193,13 @@ def process_group(device: str | torch.device = "cpu") -> Iterator[ProcessGroup]:
     """Connect to the processes that `torchrun` started with this one, and disconnect at the end.
 
     If the block fails in one process, the others exit silently at their next exchange, with status 2. All ranks but the
-    first log warnings only. `device` is that of this process's tensors, as `device_for` takes it; a GPU uses nccl.
+    first log warnings only. `device` is that of this process's tensors, as `device_for` takes it; a GPU uses nccl, and
+    is CUDA's current device: until the end of the block for one process, and for good in a process of several.
     """
     group = ranks()
     if group.size == 1:
-        yield group
+        with _current(str(device)):
+            yield group
         return
     import torch
     import torch.distributed as dist
@@ -234,6 +236,19 @@ def process_group(device: str | torch.device = "cpu") -> Iterator[ProcessGroup]:
         logging.disable(muted)
         _gloo = None
         dist.destroy_process_group()
+
+
+def _current(name: str) -> AbstractContextManager[Any]:
+    """Return a context in which a GPU that is named by its number (cuda:1) is CUDA's current device.
+
+    A GPU that this machine does not have changes nothing here; whoever loads the towers reports it.
+    """
+    kind, _, number = name.partition(":")
+    if kind != "cuda" or not number.isdecimal():
+        return nullcontext()
+    import torch
+
+    return torch.cuda.device(int(number)) if int(number) < torch.cuda.device_count() else nullcontext()
 
 
 def _dist() -> Any:

@@ -7,9 +7,12 @@ kernels themselves. Two forms, for tensors of fixed shapes:
 - `Replay`: a function without an outer graph, backward passes inside included (a whole meta-step).
 
 A recorded function may depend on tensors alone: whatever else it reads stays as it was when it was recorded.
+A graph records what starts on a stream of its own. Both forms make it on the GPU of their inputs, whichever GPU is
+CUDA's current one.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -31,11 +34,15 @@ class Recorded:
     def __init__(self, function: Callable[..., Tensor], *samples: Tensor) -> None:
         self.function = function
         self.kinds = list(map(_kind, samples))
-        self.replay: Any = torch.cuda.make_graphed_callables(function, samples, num_warmup_iters=WARM_UP)
+        with on_device_of(samples):
+            self.replay: Any = torch.cuda.make_graphed_callables(function, samples, num_warmup_iters=WARM_UP)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         fits = torch.is_grad_enabled() and list(map(_kind, inputs)) == self.kinds
-        return self.replay(*inputs) if fits else self.function(*inputs)
+        if not fits:
+            return self.function(*inputs)
+        with on_device_of(inputs):
+            return self.replay(*inputs)
 
 
 class Replay:
@@ -49,6 +56,10 @@ class Replay:
 
     def __init__(self, function: Callable[..., Any], inputs: Sequence[Tensor], pool: Any = None) -> None:
         self.inputs = [one.clone() for one in inputs]
+        with on_device_of(self.inputs):
+            self._record(function, pool)
+
+    def _record(self, function: Callable[..., Any], pool: Any) -> None:
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
@@ -61,10 +72,17 @@ class Replay:
             self.results = function(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> Any:
-        for place, value in zip(self.inputs, inputs, strict=True):
-            place.copy_(value, non_blocking=True)
-        self.graph.replay()
+        with on_device_of(self.inputs):
+            for place, value in zip(self.inputs, inputs, strict=True):
+                place.copy_(value, non_blocking=True)
+            self.graph.replay()
         return self.results
+
+
+def on_device_of(tensors: Sequence[Tensor]) -> AbstractContextManager[Any]:
+    """Return a context in which CUDA's current device is that of the first tensor; elsewhere it changes nothing."""
+    device = tensors[0].device
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _kind(value: Tensor) -> tuple[Any, ...]:
