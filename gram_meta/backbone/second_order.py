@@ -9,7 +9,7 @@ third derivative raises an error. Checked against autograd and finite difference
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import wraps
 from typing import Any
@@ -87,10 +87,19 @@ def _last(backward: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
+def _as_given(device: str) -> AbstractContextManager[Any]:
+    """Return a context in which operations take number types as they are.
+
+    CUDA's autocast returns a layer norm of 16-bit values in float32. Its derivative would not fit the values kept.
+    """
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+        with _as_given(x.device.type):
+            y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
         return y
 

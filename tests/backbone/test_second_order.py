@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gram_meta.backbone import second_order
@@ -102,3 +103,18 @@ def test_image_tower_keeps_no_attention_weights(precision, bound):
 
     exact, found = second("fp64"), second(precision)
     assert (found - exact).abs().max() < bound * exact.abs().max()
+
+
+def test_a_layer_norm_under_cudas_autocast_keeps_the_number_type_of_its_input():
+    """The derivative expects what the layer norm kept and what comes back to it in one number type."""
+    torch.set_autocast_enabled("cuda", True)  # `torch.autocast` itself refuses without a GPU
+    try:
+        with FakeTensorMode():
+            x, weight, bias = (torch.zeros(shape, dtype=torch.float16, device="cuda") for shape in ((3, 8), 8, 8))
+            assert torch.native_layer_norm(x, (8,), weight, bias, 1e-5)[0].dtype == torch.float32
+            y = layer_norm(x.requires_grad_(), weight, bias, 1e-5)
+            kept = y.grad_fn.saved_tensors  # of the input, the weight, the mean and 1 / deviation
+        assert y.dtype == kept[0].dtype == kept[1].dtype == torch.float16
+        assert torch.is_autocast_enabled("cuda")
+    finally:
+        torch.set_autocast_enabled("cuda", False)
