@@ -70,8 +70,9 @@ def load_backbone(
             returned as it is.
         device: of the towers; None: that of a model, else the CPU.
         precision: `fp32`, `tf32`, `fp16`, `bf16` or `fp64` for the towers; None: that of a model, else `fp32`. Features
-            and logits are float32 (float64 for `fp64`). `tf32` is float32 with the TF32 products of NVIDIA's GPUs. That
-            is a switch of the process, which every call sets: the precision of the last backbone holds.
+            and logits are float32 (float64 for `fp64`). `tf32` is float32 with the TF32 products of NVIDIA's GPUs
+            (`use_tf32`). These are switches of the process, which every call sets: the precision of the last backbone
+            holds.
 
     Raises:
         GramError: unknown name, device or precision, missing or unreadable file, or a CLIP of another architecture.
@@ -120,7 +121,16 @@ def _backbone_of(model: nn.Module, device: str | torch.device | None, precision:
 def _set_precision(precision: str) -> None:
     if precision not in tuple(PRECISIONS):  # a file may name a list
         raise GramError(f"precision: expected one of {', '.join(PRECISIONS)}, found {precision!r}")
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"  # else float32 products are those of float32
+    use_tf32(precision == "tf32")
+
+
+def use_tf32(enabled: bool) -> None:
+    """Let NVIDIA's GPUs compute float32 matrix products and convolutions with TF32's 10-bit fractions, or not.
+
+    Both are switches of the process. torch's own default is TF32 for convolutions alone, such as the patch embedding.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = enabled
+    torch.backends.cudnn.allow_tf32 = enabled
 
 
 def _check_device(device: str | torch.device) -> None:

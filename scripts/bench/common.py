@@ -51,11 +51,10 @@ def parser(text: str, precisions: Sequence[str] = ("fp32", "fp64")) -> argparse.
 
 
 def begin(args: argparse.Namespace) -> Backbone:
-    """Apply the options and load the backbone. On CUDA, float32 products are exact, so that results can be compared."""
+    """Apply the options and load the backbone, which also sets TF32: with fp32, products and convolutions are exact."""
     if args.clock == "cpu" and torch.device(args.device).type != "cpu":
         raise SystemExit(f"--clock cpu: expected --device cpu, found {args.device}")
     torch.set_num_threads(args.threads or torch.get_num_threads())
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
     backbone = load_backbone(args.backbone, args.device, args.precision)
     if args.precision == "fp64":

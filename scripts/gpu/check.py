@@ -109,7 +109,6 @@ def compare(check: Check) -> str:
 
     With `again`, the error is that of the same step once more, in a deterministic run, and must be zero.
     """
-    torch.backends.cudnn.allow_tf32 = False  # of the patch embedding
     true, largest = {} if check["again"] else numbers(check, "fp32", "cpu"), {}
     for precision in check["precision"].split():
         found = numbers(check, precision, check["device"])

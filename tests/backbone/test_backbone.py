@@ -701,14 +701,16 @@ def test_features_are_the_same_with_a_checkouts_clip(checkout, backbone):
 
 
 def test_tf32_is_float32_with_quick_products_and_any_other_precision_ends_it():
-    before = torch.backends.cuda.matmul.allow_tf32
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn  # of matrix products, and of convolutions
+    before = [one.allow_tf32 for one in switches]
     try:
         backbone = load_backbone("random-tiny", precision="tf32")
-        assert torch.backends.cuda.matmul.allow_tf32 and backbone.dtype == torch.float32
+        assert all(one.allow_tf32 for one in switches) and backbone.dtype == torch.float32
         load_backbone("random-tiny")
-        assert not torch.backends.cuda.matmul.allow_tf32
+        assert not any(one.allow_tf32 for one in switches)
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        for one, value in zip(switches, before, strict=True):
+            one.allow_tf32 = value
 
 
 @pytest.mark.parametrize("shape", ["tiny", "tiny-RN"])
