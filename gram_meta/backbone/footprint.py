@@ -50,23 +50,28 @@ def image_bytes(backbone: Backbone, images: int, prompt: int) -> int:
 
 
 def text_bytes(backbone: Backbone, ends: Tensor, shared: int, unshared: int) -> int:
-    """Return what the text tower keeps for the backward pass of N texts.
+    """Return what the text tower keeps for the backward pass of N texts, in the layout of `backbone.packs_texts`.
 
-    In each layer, of a position of a text: the inputs of two layer norms (float32), query, key, value, and the hidden
-    layer (4 d). Of a place in the rectangle that attention works on: query and result, and key and value, these for the
-    shared positions too. Of a shared position, once: two inputs, query, key, value, result, hidden layer.
+    In each layer, of a position that is computed: the inputs of two layer norms (float32), query, key, value, and the
+    hidden layer (4 d). A rectangle has all positions up to the longest text's end token, the shared ones too, for every
+    text, and keeps attention's result of each. Packed texts have each text's own positions, and the shared ones once.
+    They also keep copies for the rectangle that attention works on: of each place query and result, and key and value,
+    these for the shared positions too.
 
     Args:
         ends: (N,) index of each text's end token, not counting the positions below.
-        shared: positions that precede all texts and are computed once.
+        shared: positions that precede all texts; packed texts compute them once.
         unshared: positions that every text has in addition.
     """
     item = backbone.dtype.itemsize
     norms = 2 * max(4, item)
     length = int(ends.max()) + 1 + unshared
-    bytes_ = int((ends + 1 + unshared).sum()) * (norms + 7 * item)
-    bytes_ += len(ends) * (4 * length + 2 * shared) * item
-    bytes_ += shared * (norms + 8 * item)
+    if backbone.packs_texts:
+        bytes_ = int((ends + 1 + unshared).sum()) * (norms + 7 * item)
+        bytes_ += len(ends) * (4 * length + 2 * shared) * item
+        bytes_ += shared * (norms + 8 * item)
+    else:
+        bytes_ = len(ends) * (length + shared) * (norms + 8 * item)
     return bytes_ * backbone.text_width * len(backbone.model.transformer.resblocks)
 
 

@@ -14,6 +14,8 @@ from gram_meta.method.prompts import PromptConfig
 from gram_meta.method.tasks import TaskConfig
 
 FITS = 0.5  # share of the device's memory that an estimate may take
+NAME = 4  # tokens of a class on average: its name, full stop, end token
+LONGEST = 8  # the same of the longest name in a step, rounded up to a multiple of 4, as steps on a GPU are (`BUCKET`)
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,15 @@ def _image_bytes(memory: MemoryConfig, backbone: Backbone, support: bool) -> flo
     if prompt.visual_tokens:
         total += pass_bytes(backbone, "images", image_positions(backbone, prompt.visual_tokens), *how)
     if prompt.text_tokens:
-        positions = task.ways * 4 + 1 + prompt.text_tokens  # a class: its name, full stop, end token
-        text = pass_bytes(backbone, "text", positions, *how)
+        text = pass_bytes(backbone, "text", _text_positions(backbone, task.ways, prompt.text_tokens), *how)
         shots = task.support_shots if support else task.query_shots
         total += text if prompt.conditional else text / (task.ways * shots)
     return total
+
+
+def _text_positions(backbone: Backbone, ways: int, tokens: int) -> int:
+    """Return the positions that the text tower computes for the class prompts of a task, of topic words.
+
+    Packed texts have the start token and the prompt once, in a rectangle each class prompt has them.
+    """
+    return ways * NAME + 1 + tokens if backbone.packs_texts else ways * (1 + tokens + LONGEST)

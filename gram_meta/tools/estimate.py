@@ -218,12 +218,18 @@ def _rate(function: Callable[[], Any], count: int, seconds: float, device: torch
 
 def _rates_on(card: Card, backbone: Backbone, seconds: float) -> Rates:
     """Return this machine's rate of decoding, and the card's rates by the FLOP of an image and of a class prompt."""
-    gpu = copy.copy(backbone)
-    gpu.packs_texts = False  # the layout of a GPU
+    gpu = _as_on_gpu(backbone)
     pixels = torch.zeros(1, 3, gpu.image_size, gpu.image_size)
     image, text = _flop(lambda: gpu.encode_images(pixels)), _flop(lambda: gpu.encode_texts(TEXTS[:4])) / 4
     decoded, captions = _decoding([_jpeg()], backbone, seconds), card.fp32_speed / SENTENCE_FLOP
     return Rates(decoded, card.speed / image, card.speed / text, captions, card=card)
+
+
+def _as_on_gpu(backbone: Backbone) -> Backbone:
+    """Return the backbone with the text tower's layout of a GPU; the weights are the same."""
+    gpu = copy.copy(backbone)
+    gpu.packs_texts = False
+    return gpu
 
 
 def _flop(function: Callable[[], Any]) -> int:
@@ -417,6 +423,7 @@ def _pretrain(family: str, backbone: Backbone, config: CfgNode, rates: Rates) ->
     memory = MemoryConfig.from_config(config)
     if rates.card:
         memory = replace(memory, budget=memory.budget or FITS * rates.card.memory)
+        backbone = _as_on_gpu(backbone)
     passes = plan(memory, backbone, outer.BATCH, memory.bytes_on(backbone.device))
     yield Row(f"pretrain, {family}", "memory", _weights(backbone) + passes.estimate, FORMULA, f"weights; {passes}")
 

@@ -334,8 +334,16 @@ def deep():
         return load_backbone("random-deep")
 
 
+@pytest.fixture(params=[True, False], ids=["packed", "rectangle"])
+def packs(deep, request):
+    """Whether texts are packed, as on a CPU, or computed as a rectangle, as on a GPU."""
+    deep.packs_texts = request.param
+    yield request.param
+    deep.packs_texts = True
+
+
 @pytest.mark.parametrize("placed", [False, True])
-def test_the_estimates_are_what_is_kept(deep, placed):
+def test_the_estimates_are_what_is_kept(deep, placed, packs):
     text = PlacedText(deep, MANY, 4, "middle") if placed else ClassText(deep, MANY, 4)
     prompt = torch.randn(4, 64, requires_grad=True)
     with kept_bytes(deep) as now:
@@ -348,7 +356,7 @@ def test_the_estimates_are_what_is_kept(deep, placed):
     assert features.requires_grad and images.requires_grad
 
 
-def test_chunks_are_chosen_from_the_number_of_classes(deep):
+def test_chunks_are_chosen_from_the_number_of_classes(deep, packs):
     text = ClassText(deep, MANY, 4)
     whole = memory.text_bytes(text) / memory.GB
     assert memory.class_chunk(text, options()) == 0

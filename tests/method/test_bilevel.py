@@ -222,6 +222,15 @@ def test_the_rule_takes_what_fits():
     assert not plain.lean and plain.estimate < whole.estimate
 
 
+def test_the_estimate_of_class_prompts_follows_their_layout():
+    """Conditional prompts have class prompts for each image; a rectangle repeats the prompt and pads the names."""
+    backbone, conditional = load_backbone("random-tiny"), ("PROMPT.VISUAL_TOKENS", "0", "PROMPT.CONDITIONAL", "True")
+    packed = planned(backbone, 1e12, *conditional).estimate
+    backbone.packs_texts = False
+    positions = [5 * 4 + 1 + 4, 5 * (1 + 4 + 8)]  # of five ways and a prompt of four tokens
+    assert planned(backbone, 1e12, *conditional).estimate / packed == pytest.approx(positions[1] / positions[0])
+
+
 def test_under_fp16_each_graph_has_its_own_scale():
     assert planned(load_backbone("random-tiny", precision="fp16"), 1e12).lean
 
