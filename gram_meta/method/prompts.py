@@ -436,8 +436,7 @@ class PromptedCLIP(nn.Module):
         if self.fixed is not None:
             return self.fixed
         assert ctx is not None and self.class_text is not None  # one of the two, by construction
-        # a placed prompt may be one for each class, (N, M, d), which is not deep
-        prompt = (ctx,) if self.class_text.placed else by_layer(ctx)
+        prompt = self._text_inputs(ctx)
         if torch.is_grad_enabled():
             return self._encode_classes(*prompt)
         state = ctx.data_ptr(), ctx._version  # to compare values would make a GPU wait
@@ -462,20 +461,29 @@ class PromptedCLIP(nn.Module):
     def record(self, images: Tensor) -> None:
         """Record the towers' passes in a training step on images (B, 3, H, W) as CUDA graphs (`Recorded`).
 
-        Passes that compute activations twice to save memory stay as they are.
+        Passes that compute activations twice to save memory stay as they are. If a pass cannot be recorded, a
+        `RuntimeError` says why, and none is.
         """
-        learned, towers = self.prompt_learner, self.backbone.checkpointing
-        visual = [prompt for prompt in (learned.visual_ctx,) if prompt is not None]
-        if not visual or towers not in (True, "images"):
-            self._recorded["images"] = Recorded(self.backbone.encode_images, images, *visual)
+        visual, ctx, towers = self.visual_prompt(), self.prompt_learner.ctx, self.backbone.checkpointing
+        recorded = {}
+        if visual is None or towers not in (True, "images"):
+            inputs = () if visual is None else by_layer(visual)
+            recorded["images"] = Recorded(self.backbone.encode_images, images, *map(_sample, inputs))
         text = self.class_text
-        if text is not None and not text.chunk and towers not in (True, "text"):
-            self._recorded["classes"] = Recorded(text.features, self._sample_context(len(images)))
+        if text is not None and ctx is not None and not text.chunk and towers not in (True, "text"):
+            inputs = self._text_inputs(self._sample_context(ctx, len(images)))
+            recorded["classes"] = Recorded(text.features, *map(_sample, inputs))
+        self._recorded = recorded
 
-    def _sample_context(self, images: int) -> Tensor:
-        """Return a text prompt as a training step on so many images gives it to the text tower."""
-        assert self.prompt_learner.ctx is not None
-        return self.prompt_learner.ctx
+    def _sample_context(self, ctx: Tensor, images: int) -> Tensor:
+        """Return a text prompt such as a training step on so many images makes of the learned one."""
+        return ctx
+
+    def _text_inputs(self, ctx: Tensor) -> tuple[Tensor, ...]:
+        """Return a text prompt as `ClassText.features` takes it: that of the first layer, and any further ones."""
+        assert self.class_text is not None
+        # a placed prompt may be one for each class, (N, M, d), which is not deep
+        return (ctx,) if self.class_text.placed else by_layer(ctx)
 
     def _encode_classes(self, *prompt: Tensor) -> Tensor:
         assert self.class_text is not None
@@ -533,14 +541,21 @@ class ConditionalCLIP(PromptedCLIP):
         classes = self._encode_classes(ctx + shift[:, None])  # (B, N, D)
         return logits(features[:, None], classes, self.backbone.logit_scale).squeeze(1)
 
-    def _sample_context(self, images: int) -> Tensor:
-        ctx = super()._sample_context(images)
-        return ctx.detach().expand(images, -1, -1).clone().requires_grad_()  # (B, M, d)
+    def _sample_context(self, ctx: Tensor, images: int) -> Tensor:
+        return ctx.expand(images, -1, -1)  # (B, M, d)
+
+    def _text_inputs(self, ctx: Tensor) -> tuple[Tensor, ...]:
+        return (ctx,)  # one for each image, which is not deep
 
 
 def logits(image_features: Tensor, class_features: Tensor, scale: Tensor) -> Tensor:
     """Return scaled cosines (..., B, N) of normalised features (..., B, D) and (..., N, D): the exponents of Eq. 1."""
     return scale * image_features @ class_features.transpose(-1, -2)
+
+
+def _sample(value: Tensor) -> Tensor:
+    """Return an input to record a pass with: a parameter itself, or a copy of what is computed from parameters."""
+    return value if value.is_leaf else value.detach().clone().requires_grad_()
 
 
 def _parameter(value: Tensor | None) -> nn.Parameter | None:

@@ -18,7 +18,16 @@ from gram_meta.coop import launch
 from gram_meta.engine import TRAINER_REGISTRY, build_trainer, set_random_seed
 from gram_meta.errors import GramError
 from gram_meta.method.checkpoint import save_meta_checkpoint
-from gram_meta.method.prompts import TEMPLATE, context_from_words, initial_meta_net, initial_prompts
+from gram_meta.method.prompts import (
+    TEMPLATE,
+    CoupledCLIP,
+    PromptConfig,
+    PromptedCLIP,
+    context_from_words,
+    deepened,
+    initial_meta_net,
+    initial_prompts,
+)
 from gram_meta.trainers.base import PromptTrainer
 
 pytestmark = pytest.mark.usefixtures("one_loading")
@@ -369,6 +378,57 @@ def test_other_inputs_and_evaluations_are_not_replayed(monkeypatch):
         assert torch.equal(double(other), 2 * other) and calls.pop() is other
     with torch.no_grad():
         assert torch.equal(double(prompt), 2 * prompt) and calls.pop() is prompt
+
+
+def deep_classifier(coupled):
+    """A classifier with prompts in both layers of random-tiny, the visual ones made of the text ones or not."""
+    clip, config = load_backbone("random-tiny"), {"text_tokens": 2, "visual_tokens": 2, "text_depth": 2}
+    config = PromptConfig(**config, visual_depth=2, words="", family="maple" if coupled else "independent")
+    theta = deepened(clip, initial_prompts(clip, 2, 2, seed=3), config, 3)
+    names = ["cat", "house boat", "tree"]
+    if coupled:
+        return CoupledCLIP(clip, names, {"text": theta["text"]}, theta)
+    return PromptedCLIP(clip, names, theta)
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_deep_and_coupled_prompts_are_recorded_as_they_are_used(monkeypatch, coupled):
+    """Both towers replay in a training step, also after the prompts have changed; gradients are those of a plain one."""
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_traced_callables)
+    model, images = deep_classifier(coupled), torch.randn(2, 3, 32, 32)
+    parameters = model.parameters_to_learn()
+
+    def step():
+        loss = F.cross_entropy(model(images), torch.tensor([0, 2]))
+        return [loss.detach(), *torch.autograd.grad(loss, parameters)]
+
+    model.record(torch.zeros_like(images))
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    recorded, model._recorded = model._recorded, {}
+    plain = step()
+    model._recorded = recorded
+    for one in recorded.values():
+        one.function = None  # a pass that is not replayed fails
+    torch.testing.assert_close(step(), plain)
+    assert set(recorded) == {"images", "classes"}
+
+
+def test_if_one_tower_cannot_be_recorded_none_is(monkeypatch):
+    """The log then has a line that graphs are not used."""
+    made = []
+
+    def fails(function, samples, num_warmup_iters):
+        if made:
+            raise RuntimeError("out of memory")
+        return made.append(function) or make_traced_callables(function, samples, num_warmup_iters)
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", fails)
+    model = deep_classifier(False)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model.record(torch.zeros(2, 3, 32, 32))
+    assert made and not model._recorded
 
 
 def test_passes_that_are_computed_twice_are_not_recorded(build, monkeypatch):
