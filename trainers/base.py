@@ -33,6 +33,7 @@ from gram_meta.method.prompts import (
     STATE_NAMES,
     PromptedCLIP,
     context_from_words,
+    count_tokens,
     initial_visual_prompt,
     logits,
     random_context,
@@ -298,7 +299,7 @@ class PromptTrainer(Checkpointing, ClipTrainer):
     """Learns the prompts of a `PromptedCLIP`; everything else in it is frozen."""
 
     def tokens(self) -> dict[str, int]:
-        """Return the number of prompt tokens of each kind that this trainer learns."""
+        """Return the number of prompt tokens of each kind that this trainer learns; the backbone is not needed."""
         raise NotImplementedError
 
     def initial_prompts(self) -> dict[str, Tensor]:
@@ -316,7 +317,7 @@ class PromptTrainer(Checkpointing, ClipTrainer):
     def context_tokens(self, tokens: int) -> int:
         """Return the number of tokens in CTX_INIT; `tokens` if it is empty."""
         words = self.options.CTX_INIT
-        return len(context_from_words(self.backbone, words)) if words else tokens
+        return count_tokens(words) if words else tokens
 
     def initial_context(self, tokens: int) -> Tensor:
         """Return the initial text prompt (M, d): the words of CTX_INIT, or `tokens` random tokens if it is empty."""

@@ -32,6 +32,10 @@ class Regulated(WithGRAM, PromptTrainer):
         named = self.model.prompt_learner.named_parameters()
         return {name: parameter for name, parameter in named if id(parameter) not in prompts}
 
+    def check_meta_file(self, meta: MetaCheckpoint) -> None:
+        super().check_meta_file(meta)
+        meta.check_tokens(self.tokens())
+
     def check_meta(self, meta: MetaCheckpoint) -> None:
         meta.check(self.backbone, self.tokens(), self.gram_extras())
 

@@ -245,11 +245,7 @@ class Backbone(nn.Module):
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Return token ids (n, 77); raise `GramError` for a text with more tokens than there are positions."""
-        clip = clip_module()
-        try:
-            return clip.tokenize(list(texts), context_length=self.context_length)
-        except RuntimeError as error:
-            raise GramError(f"text for CLIP: expected at most {self.context_length} tokens; {error}") from None
+        return tokenize(texts, self.context_length)
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """Return the embeddings (..., L, d_text) of token ids (..., L), in the towers' number type."""
@@ -365,6 +361,15 @@ class Backbone(nn.Module):
 
     def _normalised(self, features: Tensor) -> Tensor:
         return F.normalize(features.to(_feature_dtype(self.precision)), dim=-1)
+
+
+def tokenize(texts: Sequence[str], positions: int = 77) -> Tensor:
+    """Return token ids (n, positions); raise `GramError` for a text with more tokens."""
+    clip = clip_module()
+    try:
+        return clip.tokenize(list(texts), context_length=positions)
+    except RuntimeError as error:
+        raise GramError(f"text for CLIP: expected at most {positions} tokens; {error}") from None
 
 
 def end_positions(tokens: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from gram_meta.files import (
 )
 from gram_meta.method.regulator import GradientRegulator, RegulatorConfig
 
+Shapes = Mapping[str, Sequence[int]]  # by the tensors' names
 FORMAT = 1
 _KEY = "gram-meta"  # where the facts stand in the file's metadata, as JSON
 
@@ -86,14 +87,18 @@ class MetaCheckpoint:
 
     def check(self, backbone: Backbone, tokens: Mapping[str, int], extras: Collection[str] = ()) -> None:
         """Raise a `GramError` for a trainer with another backbone, other prompts, token counts or extras."""
-        where, held = self.path or "meta-checkpoint", self.shapes
-        backbone.check_weights(where, self.backbone_name, self.backbone_fingerprint)
+        backbone.check_weights(self.path or "meta-checkpoint", self.backbone_name, self.backbone_fingerprint)
+        self._check_shapes(tokens, extras, self.shapes)
+
+    def check_tokens(self, tokens: Mapping[str, int]) -> None:
+        """Raise a `GramError` for a trainer with other prompts or token counts; needs no backbone."""
+        self._check_shapes(tokens, (), {name: shape for name, shape in self.shapes.items() if name not in self.extras})
+
+    def _check_shapes(self, tokens: Mapping[str, int], extras: Collection[str], held: Shapes) -> None:
         expected = {f"a {kind} prompt": (m, *held.get(f"a {kind} prompt", ())[-1:]) for kind, m in tokens.items()}
         number = "; GRAM defines no other number of tokens than that of the meta-training"
+        where = self.path or "meta-checkpoint"
         check_fit(where, expected | {name: held.get(name, ()) for name in extras}, held, number)
-
-
-Shapes = Mapping[str, Sequence[int]]  # by the tensors' names
 
 
 def check_fit(where: PathLike, expected: Shapes, found: Shapes, hint: str = "") -> None:

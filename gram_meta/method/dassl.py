@@ -44,6 +44,10 @@ class WithGRAM:
         """Return other parameters that start from the meta-checkpoint, by name: a meta-net, coupling functions."""
         return {}
 
+    def check_meta_file(self, meta: MetaCheckpoint) -> None:
+        """Refuse a meta-checkpoint by what its file says, before CLIP is loaded; a trainer may compare more."""
+        meta.check_name(self.cfg.MODEL.BACKBONE.NAME)
+
     def check_meta(self, meta: MetaCheckpoint) -> None:
         """Refuse a meta-checkpoint of another backbone, by its name; a trainer that knows more can override this."""
         name = self.cfg.MODEL.BACKBONE.NAME
@@ -72,7 +76,7 @@ class WithGRAM:
             self.meta = load_meta_checkpoint(gram.CHECKPOINT)
             if gram.REGULATE and self.meta.regulator is None:
                 raise GramError(f"{gram.CHECKPOINT}: holds no regulator; set TRAINER.GRAM.REGULATE False")
-            self.meta.check_name(self.cfg.MODEL.BACKBONE.NAME)
+            self.check_meta_file(self.meta)
         super().build_model()  # type: ignore[misc]
         regulator = None
         if self.meta is not None:

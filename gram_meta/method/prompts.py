@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from gram_meta.backbone.clip import Backbone, end_positions, load_backbone
+from gram_meta.backbone.clip import Backbone, end_positions, load_backbone, tokenize
 from gram_meta.backbone.graphs import Recorded
 from gram_meta.backbone.recompute import recomputed
 from gram_meta.backbone.towers import Packing, Rectangle
@@ -208,8 +208,12 @@ class Parts(NamedTuple):
 def context_from_words(backbone: Backbone, words: str) -> Tensor:
     """Return the token embeddings (M, d_text), float32, of words such as "a photo of a"."""
     ids = backbone.tokenize([words.replace("_", " ")])
-    length = int(end_positions(ids)[0])
-    return backbone.embed_tokens(ids[0, 1:length]).float()
+    return backbone.embed_tokens(ids[0, 1 : 1 + count_tokens(words)]).float()
+
+
+def count_tokens(words: str) -> int:
+    """Return the tokens M of words without a backbone; raise `GramError` for more than CLIP's 77 positions."""
+    return int(end_positions(tokenize([words.replace("_", " ")]))[0]) - 1
 
 
 def random_context(width: int, tokens: int, generator: torch.Generator | None = None) -> Tensor:

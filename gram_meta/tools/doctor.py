@@ -342,6 +342,9 @@ def check_backbone(environment: Environment) -> Iterator[Check]:
     if url and (cached := _check_weights_file("backbone", path, url, verify=False)).state != FINE:
         yield replace(cached, state=PROBLEM)
         return
+    if _fits_none(environment):
+        yield Check("backbone", NOTE, f"{name} is not loaded, as all meta-checkpoints are for another CLIP")
+        return
     try:
         backbone = load_backbone(name)
     except GramError as error:
@@ -388,10 +391,8 @@ def check_meta(environment: Environment) -> Iterator[Check]:
     """Check the meta-checkpoints of --meta, or those in output/meta, where the documents put them."""
     from gram_meta.runs.layout import META
 
-    named = [Path(os.path.expanduser(path)) for path in environment.meta]
-    checks = []
-    for path in named or [Path("output/meta")]:
-        files = sorted(path.rglob(META)) if path.is_dir() else [path] if path.exists() else []
+    named, checks = environment.meta, []
+    for path, files in _meta_files(environment).items():
         if named and not files:
             checks.append(Check("meta-checkpoint", NOTE, f"{path}: expected a {META}, found none", MAKE_META))
         checks += [_check_meta_file(file, environment) for file in files]
@@ -401,6 +402,30 @@ def check_meta(environment: Environment) -> Iterator[Check]:
         use = f" for {environment.backbone}" if environment.backbone else ""
         state = PROBLEM if named or (checks and environment.backbone) else NOTE
         yield Check("meta-checkpoint", state, f"none{use} {place}; the GRAM trainers start from one", MAKE_META)
+
+
+def _meta_files(environment: Environment) -> dict[Path, list[Path]]:
+    """Return the meta-checkpoints by the paths of --meta, or those of output/meta."""
+    from gram_meta.runs.layout import META
+
+    paths = [Path(os.path.expanduser(path)) for path in environment.meta or ["output/meta"]]
+    return {
+        path: sorted(path.rglob(META)) if path.is_dir() else [path] if path.exists() else [] for path in paths
+    }
+
+
+def _fits_none(environment: Environment) -> bool:
+    """Return whether there are meta-checkpoints, and all refuse --backbone by name or widths; reads no weights."""
+    from gram_meta.method.checkpoint import load_meta_checkpoint
+
+    fits = []
+    for file in (file for files in _meta_files(environment).values() for file in files):
+        with contextlib.suppress(GramError):  # of a broken file, which check_meta reports
+            meta = load_meta_checkpoint(file)
+            fits.append(False)
+            meta.check_name(environment.backbone)
+            fits[-1] = True
+    return bool(fits) and not any(fits)
 
 
 def _check_meta_file(path: Path, environment: Environment) -> Check:

@@ -127,6 +127,19 @@ def meta(tmp_path):
     return path
 
 
+def test_gram_train_compares_token_counts_before_it_loads_clip(meta, tiny_data, tiny_options, tmp_path, request):
+    flags = ["--root", str(tiny_data), "--trainer", "CoOpGRAM", "--dataset-config-file", "emoji_food"]
+    flags += ["--config-file", "gram_small_c4_ep10_batch32_ctxv1", "--output-dir", str(tmp_path / "out")]
+    options = [*tiny_options, "TRAINER.GRAM.CHECKPOINT", str(meta), "DATASET.NUM_SHOTS", "1"]
+    request.getfixturevalue("no_weights")
+    for words, count in (("a photo", 2), ("", 3)):
+        options += ["TRAINER.COOP.CTX_INIT", words, "TRAINER.COOP.N_CTX", "3"]
+        with pytest.raises(GramError, match=rf"expected a text prompt of shape \({count}, 64\), found \(4, 64\)"):
+            launch.train([*flags, *options], quiet=True)
+    with pytest.raises(AssertionError, match=NO_WEIGHTS):  # with as many tokens as the file has, CLIP is loaded
+        launch.train([*flags, *options, "TRAINER.COOP.N_CTX", "4"], quiet=True)
+
+
 @pytest.mark.parametrize("name", ["gram-small", "ViT-B/16", "a file"])
 def test_gram_train(meta, weights, tiny_data, tiny_options, tmp_path, name, request):
     tiny_options = list(tiny_options)
@@ -193,3 +206,17 @@ def test_gram_doctor_says_that_it_cannot_run(meta, no_weights, capsys, monkeypat
     for name in ("ViT-B/16", "random-tiny", ""):
         states[name] = [check.state for check in doctor.check_meta(doctor.Environment(backbone=name))]
     assert states == {"ViT-B/16": ["note", "problem"], "random-tiny": ["fine"], "": ["fine"]}
+
+
+def test_gram_doctor_loads_no_clip_that_its_meta_checkpoints_refuse(meta, weights, tmp_path, request):
+    from gram_meta.tools import doctor
+
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"cut")
+    request.getfixturevalue("no_weights")
+    for name in ("gram-small", weights[0]):  # another name, and other widths
+        (check,) = doctor.check_backbone(doctor.Environment(backbone=name, meta=[str(meta), str(broken)]))
+        assert check.state == "note" and check.found.startswith(f"{name} is not loaded")
+    for path in (meta, broken):  # one fits, and of a broken one nobody knows
+        with pytest.raises(AssertionError, match=NO_WEIGHTS):
+            list(doctor.check_backbone(doctor.Environment(backbone="random-tiny", meta=[str(path)])))
