@@ -4,10 +4,12 @@
     python scripts/bench/coop_step.py --test --classes 1000 --batch 100
 
 The official way: all 77 positions of every class through clip's own modules, and clip's own image tower. A test pass is
-one batch: the official way encodes all classes anew for it, this project once for all batches.
+one batch: the official way encodes all classes anew for it, this project once for all batches. In fp16 the official way
+has a copy of the towers, in the number types that clip itself converts them to.
 """
 
 import argparse
+import copy
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -16,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gram_meta.backbone.clip import Backbone
+from gram_meta.backbone.clip import Backbone, clip_module
 from gram_meta.method.prompts import PromptedCLIP, initial_prompts, logits
 
 TEXT, WHOLE, IMAGES = "text part", "whole step", "image tower alone"
@@ -32,6 +34,10 @@ class Bench:
     def __init__(self, backbone: Backbone, names: list[str], batch: int, test: bool) -> None:
         size = backbone.image_size
         self.backbone, self.names, self.test = backbone, names, test
+        self.official = backbone.model
+        if backbone.dtype == torch.float16:
+            self.official = copy.deepcopy(backbone.model)
+            clip_module().model.convert_weights(self.official)
         self.prompts = initial_prompts(backbone, 4, 0, "a photo of a")
         self.model = PromptedCLIP(backbone, names, self.prompts)
         self.context = self.model.prompt_learner.ctx
@@ -46,7 +52,10 @@ class Bench:
             self.recorded.record(self.images)
 
     def plain_images(self) -> Tensor:
-        return F.normalize(self.backbone.model.visual(self.images), dim=-1)
+        return F.normalize(self.official.visual(self.images.to(self.backbone.dtype)), dim=-1).to(self.images.dtype)
+
+    def plain_classes(self, text: common.PlainClassText) -> Tensor:
+        return text.features(self.context.to(self.backbone.dtype), self.official).to(self.images.dtype)
 
     def our_classes(self) -> Tensor:
         """Return class features; a test pass begins with tokenising the classes."""
@@ -56,7 +65,7 @@ class Bench:
     def variants(self) -> dict[str, Callable[[], Tensor]]:
         """Return name -> forward pass to logits (B, N), or to image features."""
         scale, fixed = self.backbone.logit_scale, self.plain_images().detach()  # the text part alone has images at hand
-        plain, cut = partial(self.plain.features, self.context), partial(self.cut.features, self.context)
+        plain, cut = partial(self.plain_classes, self.plain), partial(self.plain_classes, self.cut)
         graphs = {f"{WHOLE}, {RECORDED}": lambda: self.recorded(self.images)} if self.recorded is not None else {}
         return {
             f"{TEXT}, {PLAIN}": lambda: logits(fixed, plain(), scale),
@@ -81,7 +90,7 @@ class Bench:
 
 
 def main() -> None:
-    options = common.parser(__doc__)
+    options = common.parser(__doc__, ("fp32", "fp16", "fp64"))
     options.add_argument("--classes", type=int, default=100)
     options.add_argument("--batch", type=int, default=32)
     options.add_argument("--test", action="store_true", help="a test pass in place of a training step")

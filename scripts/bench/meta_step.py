@@ -36,6 +36,7 @@ TOWER = "+ this project's text tower (no padding, last layer for end tokens alon
 OURS = "this project"
 RECORDED = f"{OURS}, as a CUDA graph"
 PASSES = "the towers' passes with nothing around them"
+CLONED = [name for name, prompt in FAMILIES.items() if not prompt.coupled]  # families that meta_clone.py has
 WAYS: dict[str, dict[str, Any]] = {  # how this project takes a step: options of MemoryConfig
     OURS: {},
     f"{OURS}, one task at a time": {"tasks": 1},
@@ -195,7 +196,7 @@ class WholeSentences:
 
 def build_parser() -> argparse.ArgumentParser:
     options = common.parser(__doc__)
-    options.add_argument("--family", nargs="+", choices=list(FAMILIES), default=list(FAMILIES), help="(all)")
+    options.add_argument("--family", nargs="+", choices=CLONED, default=CLONED, help="(all)")
     options.add_argument("--tasks", type=int, default=4, help="B (%(default)s)")
     options.add_argument("--ways", type=int, default=5, help="K (%(default)s)")
     options.add_argument("--support", type=int, default=4, help="images of a class (%(default)s)")

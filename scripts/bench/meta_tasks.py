@@ -1,6 +1,6 @@
 """Random meta-training tasks with theta and phi: the set-up of every benchmark of a meta-training step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import common
 import torch
@@ -12,7 +12,7 @@ from gram_meta.method.bilevel import InnerLoop
 from gram_meta.method.episodes import Episode, TaskSet, initial_theta
 from gram_meta.method.memory_plan import MemoryPlan
 from gram_meta.method.outer import BatchResult, OuterLoop, add_meta_gradients, parameters_of
-from gram_meta.method.prompts import ClassText, PromptConfig, template_features
+from gram_meta.method.prompts import KINDS, ClassText, PromptConfig, template_features
 from gram_meta.method.recorded import RecordedSteps
 from gram_meta.method.regulator import GradientRegulator
 
@@ -20,6 +20,7 @@ FAMILIES = {
     "text": PromptConfig(4, 0, "a photo of a"),
     "visual": PromptConfig(0, 4),
     "joint": PromptConfig(2, 2, "a photo"),
+    "maple": PromptConfig(2, 2, "a photo", family="maple", text_depth=2, visual_depth=2),
 }
 Classes = ClassText | Tensor
 
@@ -33,7 +34,7 @@ class MetaTasks:
 
     def __init__(self, backbone: Backbone, family: str, tasks: int, ways: int, shots: tuple[int, int]) -> None:
         self.backbone, self.prompt, self.tasks = backbone, FAMILIES[family], tasks
-        draw = torch.Generator().manual_seed(0)
+        self.draw = draw = torch.Generator().manual_seed(0)
         words = common.topic_words(100)
         topics = torch.stack([torch.randperm(100, generator=draw)[:ways] for _ in range(tasks)])  # (B, K)
         self.topics = topics.to(backbone.device)
@@ -45,28 +46,39 @@ class MetaTasks:
         else:
             fixed = template_features(backbone, words)  # (100, D)
             self.classes_of = lambda topics: fixed[topics]
-        self.images = [self._images((tasks, ways, count), draw) for count in shots]  # (B, K, n, ...) of both sides
+        self.images = [self._images((tasks, ways, count)) for count in shots]  # (B, K, n, ...) of both sides
         self.episode = self.episode_of(self.classes_of)
         self.theta = {kind: nn.Parameter(value) for kind, value in initial_theta(backbone, self.prompt, 0).items()}
-        widths = {kind: value.shape[-1] for kind, value in self.theta.items()}
+        self.kinds = sorted(set(self.theta) & set(KINDS))  # without coupling functions, which R^phi does not regulate
+        widths = {kind: self.theta[kind].shape[-1] for kind in self.kinds}
         self.regulator = GradientRegulator(widths).to(backbone.device, backbone.logit_scale.dtype)
         self.outer = OuterLoop(batch=tasks, lr_prompt=0.0, lr_regulator=0.0, cosine=False)
         self.optimiser = self.outer.build_optimiser(self.theta, self.regulator)
         self.parameters = parameters_of(self.optimiser)
 
-    def _images(self, shape: tuple[int, int, int], draw: torch.Generator) -> Tensor:
+    def _images(self, shape: tuple[int, int, int]) -> Tensor:
         """Return features (B, K, n, D), or bytes (B, K, n, 3, H, W) where the image tower has to run."""
         side, device = self.backbone.image_size, self.backbone.device
         if self.prompt.visual_tokens:
-            return torch.randint(256, (*shape, 3, side, side), generator=draw, dtype=torch.uint8).to(device)
-        features = torch.randn(*shape, self.backbone.embed_dim, generator=draw)
+            return torch.randint(256, (*shape, 3, side, side), generator=self.draw, dtype=torch.uint8).to(device)
+        features = torch.randn(*shape, self.backbone.embed_dim, generator=self.draw)
         return F.normalize(features, dim=-1).to(device, self.backbone.logit_scale.dtype)
 
     def episode_of(self, classes_of: Callable[[Tensor], Classes]) -> Episode:
         """Return the tasks with these class prompts, or class features."""
-        classes = classes_of(self.topics)
-        support, query = (TaskSet(self.backbone, classes, images) for images in self.images)
-        return Episode(range(self.tasks), self.topics, support, query, classes_of)  # type: ignore[arg-type]
+        return self._episode(classes_of, self.topics, self.images)
+
+    def other_episode(self) -> Episode:
+        """Return tasks of equal shapes with new images; classes have other places in other tasks."""
+        images = [self._images(side.shape[:3]) for side in self.images]  # type: ignore[arg-type]
+        return self._episode(self.classes_of, self.topics.flip(0, 1), images)
+
+    def _episode(
+        self, classes_of: Callable[[Tensor], Classes], topics: Tensor, images: Sequence[Tensor]
+    ) -> Episode:
+        classes = classes_of(topics)
+        support, query = (TaskSet(self.backbone, classes, side) for side in images)
+        return Episode(range(self.tasks), topics, support, query, classes_of)  # type: ignore[arg-type]
 
     def inner(self, **changes: object) -> InnerLoop:
         """Return the settings of the inner loop: the defaults, with R^phi."""
@@ -74,8 +86,8 @@ class MetaTasks:
 
     def add_gradients(self, plan: MemoryPlan, inner: InnerLoop, episode: Episode | None = None) -> BatchResult:
         """Add the meta-gradients of the mean query loss to `.grad`, as meta-training does."""
-        kinds = sorted(self.theta)
-        return add_meta_gradients(episode or self.episode, self.theta, kinds, self.parameters, inner, self.outer, plan)
+        episode = episode or self.episode
+        return add_meta_gradients(episode, self.theta, self.kinds, self.parameters, inner, self.outer, plan)
 
     def recorded(self, plan: MemoryPlan, inner: InnerLoop) -> RecordedSteps:
         """Return the same as a function of an episode, as a CUDA graph."""

@@ -52,6 +52,8 @@ def main() -> None:
     import torch
     from checkouts import made_up
 
+    from gram_meta.backbone.clip import sizes_of
+
     options = common.parser(__doc__, ("fp16", "fp32", "amp", "bf16"))
     options.set_defaults(backbone="", precision="fp16", repeats=3)
     options.add_argument("--batch", type=int, default=32)
@@ -62,8 +64,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         args.backbone = args.backbone or common.save_archive(Path(folder, "random-ViT-B-16.pt"))
         root = made_up(args.classes, 4 * args.classes, 18 * args.classes, Path(folder))
+        side = sizes_of(str(args.backbone)).get("image", 224)
         words = f"{FLAGS} --root {root} --backbone {args.backbone} DATASET.NUM_SHOTS 16".split()
         words += f"TRAINER.COOP.PREC {args.precision} DATALOADER.TRAIN_X.BATCH_SIZE {args.batch}".split()
+        words += f"INPUT.SIZE ({side},{side})".split()
         words += f"OUTPUT_DIR {folder}/out DATALOADER.NUM_WORKERS 0 USE_CUDA {args.device != 'cpu'}".split()
         command = [sys.executable, __file__, *words]
         for _ in range(1 + args.repeats):
@@ -73,10 +77,12 @@ def main() -> None:
                 raise SystemExit(done.stdout + done.stderr)
             rounds.append(json.loads(done.stdout.rpartition(BEGUN)[2]))
     print(f"CoOp, {common.environment(args)}\n")
+    report = common.report(args)
     ends = np.array([list(one.values()) for one in rounds[1:]])  # (rounds, parts, 2)
     spent = [*np.diff(ends, axis=1, prepend=0).swapaxes(0, 1), ends[:, -1]]
     columns = ({"seconds": common.spread(one[:, 0], 2), "processor": common.spread(one[:, 1], 2)} for one in spent)
     common.print_table([{"": part, **one} for part, one in zip([*rounds[0], "all"], columns, strict=True)])
+    common.write_report(args, report | {"rounds": rounds[1:]})
 
 
 if __name__ == "__main__":

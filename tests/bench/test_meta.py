@@ -49,6 +49,23 @@ def test_variants_agree(meta_step, args, backbone, family):
     assert not backbone.checkpointing
 
 
+@pytest.mark.parametrize("family", ["text", "maple"])
+def test_tasks_of_equal_shapes_have_other_losses_and_gradients(meta_step, backbone, family):
+    """What a graph of one episode has to compute anew for another."""
+    from meta_tasks import MetaTasks
+
+    made, found = MetaTasks(backbone, family, 2, 2, (1, 2)), []
+    other = made.other_episode()
+    assert other.query.images.shape == made.episode.query.images.shape
+    assert other.support.classes.ids.shape == made.episode.support.classes.ids.shape
+    for episode in (made.episode, other):
+        made.optimiser.zero_grad(set_to_none=True)
+        losses = made.add_gradients(meta_step.MemoryPlan(False, 2, 0, 0), made.inner(), episode).losses
+        found.append([losses, *(parameter.grad for parameter in made.parameters)])
+    assert set(made.regulator.widths) == {"text"} and len(made.theta) == (3 if family == "maple" else 1)
+    assert all((a - b).abs().max() > 1e-3 * b.abs().max() for a, b in zip(*found, strict=True) if b.abs().max() > 0)
+
+
 def test_a_clone_is_of_all_parameters_and_leads_back(meta_step, backbone):
     """Frozen weights are copied, as learn2learn does; an adapted prompt is not the original's; gradients reach it."""
     from meta_clone import PromptedModel, cloned

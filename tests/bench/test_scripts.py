@@ -74,13 +74,15 @@ def test_meta_precision(run):
     assert "fp16, lean, scale 2^8" in printed and "not finite" not in printed
 
 
-@pytest.mark.parametrize("mode", [(), ("--test",)])
+@pytest.mark.parametrize("mode", [(), ("--test",), ("--precision", "fp16")], ids=["step", "test", "fp16"])
 def test_coop_step(run, tmp_path, mode):
     out = tmp_path / "out.json"
     printed = run("coop_step", *TINY, "--classes", "6", "--batch", "3", "-o", out, *mode)
     assert "| whole step, this project |" in printed and "Ceiling" in printed
     report = json.loads(out.read_text())
-    assert max(report["deviation"].values()) < 1e-4 and len(report["deviation"]) == 2 - len(mode)
+    largest, half = max(report["deviation"].values()), "fp16" in mode
+    assert largest < 1e-4 or (half and largest < 0.05)
+    assert len(report["deviation"]) == 2 - ("--test" in mode)
     assert len(report["measured"]) == 7
 
 
@@ -90,10 +92,12 @@ def test_startup(run, tmp_path):
 
     torch.save(empty_clip(clip_module(), 64, 224, 2, 64, 32, 77, 49408, 64, 1, 2).state_dict(), tmp_path / "clip.pt")
     words = ("--backbone", tmp_path / "clip.pt", "--precision", "fp32", "--repeats", "2", "--threads", "1")
+    words += ("-o", tmp_path / "out.json")
     rows = run("startup", *words, "--classes", "3", "--batch", "2").splitlines()[4:-1]
     cells = {part.strip(): float(wall.split()[0]) for _, part, wall, *_ in (row.split("|") for row in rows)}
     assert list(cells)[:3] == ["imports", "data set", "CLIP"] and list(cells)[-2:] == ["first step", "all"]
     assert min(cells.values()) >= 0 and cells["imports"] < cells["all"]
+    assert [list(one)[-1] for one in json.loads((tmp_path / "out.json").read_text())["rounds"]] == ["first step"] * 2
 
 
 def test_classes(run, tmp_path):
