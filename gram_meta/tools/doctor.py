@@ -409,9 +409,7 @@ def _meta_files(environment: Environment) -> dict[Path, list[Path]]:
     from gram_meta.runs.layout import META
 
     paths = [Path(os.path.expanduser(path)) for path in environment.meta or ["output/meta"]]
-    return {
-        path: sorted(path.rglob(META)) if path.is_dir() else [path] if path.exists() else [] for path in paths
-    }
+    return {path: sorted(path.rglob(META)) if path.is_dir() else [path] if path.exists() else [] for path in paths}
 
 
 def _fits_none(environment: Environment) -> bool:

@@ -73,9 +73,7 @@ class MetaTasks:
         images = [self._images(side.shape[:3]) for side in self.images]  # type: ignore[arg-type]
         return self._episode(self.classes_of, self.topics.flip(0, 1), images)
 
-    def _episode(
-        self, classes_of: Callable[[Tensor], Classes], topics: Tensor, images: Sequence[Tensor]
-    ) -> Episode:
+    def _episode(self, classes_of: Callable[[Tensor], Classes], topics: Tensor, images: Sequence[Tensor]) -> Episode:
         classes = classes_of(topics)
         support, query = (TaskSet(self.backbone, classes, side) for side in images)
         return Episode(range(self.tasks), topics, support, query, classes_of)  # type: ignore[arg-type]

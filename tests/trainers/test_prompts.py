@@ -393,7 +393,7 @@ def deep_classifier(coupled):
 
 @pytest.mark.parametrize("coupled", [False, True])
 def test_deep_and_coupled_prompts_are_recorded_as_they_are_used(monkeypatch, coupled):
-    """Both towers replay in a training step, also after the prompts have changed; gradients are those of a plain one."""
+    """Both towers replay in a training step, also after the prompts changed; gradients equal those of a plain one."""
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_traced_callables)
     model, images = deep_classifier(coupled), torch.randn(2, 3, 32, 32)
     parameters = model.parameters_to_learn()
