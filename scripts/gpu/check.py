@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,20 @@ import yaml
 from contestant import Contestant
 from meta_tasks import MetaTasks
 from PIL import Image
+from safetensors.torch import save_file
 from tabulate import tabulate
 
 from gram_meta import cli
 from gram_meta.backbone.clip import load_backbone
 from gram_meta.files import write_json
+from gram_meta.method.episodes import Episode
 from gram_meta.method.memory_plan import MemoryPlan
+from gram_meta.method.outer import BatchResult
 
-# largest relative L2 errors of losses and gradients
-ERRORS = {"fp32": 1e-3, "tf32": 0.02, "fp16": 0.05, "amp": 0.05, "bf16": 0.2}
+# largest relative L2 errors of logits, losses, gradients, and of the change that a step makes to the prompts
+ERRORS = {"fp32": 1e-3, "tf32": 0.02, "fp16": 0.05, "amp": 0.05, "bf16": 0.3}
+REPLAYED = 0.1  # the share of these by which a replayed graph may differ from the same step without one
+Numbers = dict[str, np.ndarray]
 Check = dict[str, Any]  # an entry of checks.yaml, and the texts that it may name
 
 
@@ -87,6 +92,20 @@ def draw(folder: Path, photos: int) -> None:
             file.hardlink_to(folder / "photos" / f"{index % 16}.jpg")
 
 
+def save_weights(shape: str, path: Path) -> None:
+    """Write the random weights of all checks in a process of its own, as the checks are forked from this one."""
+    process = multiprocessing.get_context("fork").Process(target=_save_weights, args=(shape, path))
+    process.start()
+    process.join()
+    if process.exitcode:
+        sys.exit(f"{path}: the random weights could not be written")
+
+
+def _save_weights(shape: str, path: Path) -> None:
+    weights = load_backbone(shape).model.state_dict()
+    save_file({name: value.contiguous() for name, value in weights.items()}, path)
+
+
 def run(name: str, check: Check, output: Path, work: Path, log: Path) -> None:
     """Run a check in the folder `work`, with its output in a file; the process ends with status 0 if it passed."""
     file, found = os.open(log, os.O_WRONLY), ""
@@ -113,7 +132,7 @@ def compare(check: Check) -> str:
     for precision in check["precision"].split():
         found = numbers(check, precision, check["device"])
         true = numbers(check, precision, check["device"]) if check["again"] else true
-        errors = {what: np.linalg.norm(found[what] - it) / np.linalg.norm(it) for what, it in true.items()}
+        errors = errors_of(found, true)
         print(f"{precision}:", ", ".join(f"{what} {error:.1e}" for what, error in errors.items()))
         largest[precision] = np.max([*errors.values()])  # NaN if one is
     text = ", ".join(f"{precision} {error:.1e}" for precision, error in largest.items())
@@ -122,22 +141,64 @@ def compare(check: Check) -> str:
     return text
 
 
-def numbers(check: Check, precision: str, device: str) -> dict[str, np.ndarray]:
-    """Return losses and gradients of a meta-step on two tasks, or of a trainer's first step, and its test logits."""
+def errors_of(found: Numbers, true: Numbers) -> dict[str, float]:
+    """Return the relative L2 error of each of the true numbers."""
+    return {what: float(np.linalg.norm(found[what] - it) / np.linalg.norm(it)) for what, it in true.items()}
+
+
+def numbers(check: Check, precision: str, device: str) -> Numbers:
+    """Return the numbers of meta-steps (`meta_steps`), or of a trainer's first step (`first_step`)."""
     kind, name = filled(check, "compare").split()
     if kind == "step":
-        words = f"TRAINER.{check['node']}.PREC {precision} USE_CUDA {device != 'cpu'} {filled(check, 'options')}"
-        its = {"entry": Namespace(trainer=name), "config": check["config"], "weights": check["clip"], "root": "."}
-        its |= {"folder": f"{name} {precision} {device}", "dataset": "image_folder", "checkout": None, "threads": 0}
-        its |= {"device": device, "precision": precision, "test_images": 4}
-        return Contestant(Namespace(**its, opts=words.split())).check()
+        return first_step(check, name, precision, device)
+    return meta_steps(check, name, precision, device)
+
+
+def first_step(check: Check, name: str, precision: str, device: str) -> Numbers:
+    """Return a trainer's test logits, the loss and gradients of its first step, and how that changes the prompts."""
+    words = f"TRAINER.{check['node']}.PREC {precision} USE_CUDA {device != 'cpu'} {filled(check, 'options')}"
+    words += " OPTIM.WARMUP_EPOCH -1"  # at its whole rate the step is larger than the rounding of the prompts
+    its = {"entry": Namespace(trainer=name), "config": check["config"], "weights": check["clip"], "root": "."}
+    its |= {"folder": f"{name} {precision} {device}", "dataset": "image_folder", "checkout": None, "threads": 0}
+    its |= {"device": device, "precision": precision, "test_images": 4}
+    contestant = Contestant(Namespace(**its, opts=words.split()))
+    model = contestant.trainer.model
+    learned = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    before = {name: value.detach().clone() for name, value in learned.items()}
+    arrays = contestant.check()
+    changes = {f"change of {name}": (value.detach() - before[name]).cpu().numpy() for name, value in learned.items()}
+    return arrays | changes
+
+
+def meta_steps(check: Check, name: str, precision: str, device: str) -> Numbers:
+    """Return losses and meta-gradients of two episodes of equal shapes; on a GPU a graph of the first is replayed.
+
+    On a GPU, the replays must equal the same steps without a graph, up to `REPLAYED`.
+    """
     made = MetaTasks(load_backbone(check["clip"], device, precision), name, 2, 2, (1, 2))
-    inner = made.inner(scale=256.0 if precision == "fp16" else 1.0)
-    plan = MemoryPlan(False, 2, 0, 0)
-    step = made.add_gradients(plan, inner) if device == "cpu" else made.recorded(plan, inner)(made.episode)
-    losses = step.losses
-    gradients = {f"gradient {index}": one.grad for index, one in enumerate(made.parameters)}  # of theta, of phi
-    return {name: value.cpu().numpy() for name, value in {"losses": losses, **gradients}.items()}
+    inner, plan = made.inner(scale=256.0 if precision == "fp16" else 1.0), MemoryPlan(False, 2, 0, 0)
+    episodes = {"": made.episode, "second, ": made.other_episode()}
+    plain = steps_of(made, lambda episode: made.add_gradients(plan, inner, episode), episodes)
+    if device == "cpu":
+        return plain
+    recorded = made.recorded(plan, inner)
+    replayed = steps_of(made, recorded, episodes)
+    apart, bound = max(errors_of(replayed, plain).values()), REPLAYED * ERRORS[precision]
+    print(f"{precision}: replayed graphs differ from plain steps by {apart:.1e}")
+    assert recorded.works and len(recorded.replays) == 1, "expected one CUDA graph for both episodes"
+    assert apart <= bound, f"{precision}: replayed graphs differ by {apart:.1e}, expected at most {bound}"
+    return replayed
+
+
+def steps_of(made: MetaTasks, step: Callable[[Episode], BatchResult], episodes: dict[str, Episode]) -> Numbers:
+    """Return the losses of a step for each episode, and the gradients of theta and phi."""
+    found = {}
+    for which, episode in episodes.items():
+        made.optimiser.zero_grad(set_to_none=True)
+        found[f"{which}losses"] = step(episode).losses.cpu().numpy()
+        for index, parameter in enumerate(made.parameters):
+            found[f"{which}gradient {index}"] = parameter.grad.cpu().numpy().copy()
+    return found
 
 
 class Attempt:
@@ -220,6 +281,9 @@ def main() -> int:
     rows = {name: {"state": "not run", "seconds": None, "last line": "no time was left"} for name in checks}
     with tempfile.TemporaryDirectory() as work:
         draw(Path(work), 16 if args.device == "cpu" else 2048)
+        if checks:
+            one = next(iter(checks.values()))
+            save_weights(one["weights"], Path(work, one["clip"]))
         if args.checkouts:
             Path(work, "checkouts").symlink_to(args.checkouts.resolve())
         for name in run_all(args, checks, rows, Path(work)):

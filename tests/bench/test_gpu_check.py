@@ -23,17 +23,22 @@ def check(out, *words):
 
 def test_a_selection_on_the_cpu(tmp_path):
     """What a check needs runs before it; a comparison prints its errors; the table has every check."""
-    done, rows = check(tmp_path, "--limit", "900", "--only", "step CoOpGRAM", "time CoOp test")
+    done, rows = check(tmp_path, "--limit", "900", "--only", "step CoOpGRAM", "test batch of 1,000")
     assert done.returncode == 0, done.stdout
-    checks = ["embed", "cluster", "pretrain text fp32", "time CoOp test batch", "compare step CoOpGRAM"]
+    timed = "time CoOp test batch of 1,000 classes"
+    checks = ["embed", "cluster", "pretrain text fp32", "compare step CoOpGRAM", timed]
     assert list(rows) == [*checks, "repeat step CoOpGRAM"]
     assert all(row["state"] == "passed" and row["seconds"] > 0 for row in rows.values())
     last = rows["compare step CoOpGRAM"]["last line"]
     errors = dict(pair.split() for pair in last.removeprefix("relative errors ")[:-1].split(", "))
-    assert float(errors["fp32"]) == 0 < float(errors["fp16"]) < 0.05
+    assert float(errors["fp32"]) == 0 < float(errors["fp16"]) < 0.05 and 0 < float(errors["bf16"]) < 0.3
+    log = (tmp_path / "logs" / "compare step CoOpGRAM.txt").read_text()
+    (line,) = (line for line in log.splitlines() if line.startswith("bf16: "))
+    change = float(line.partition("change of prompt_learner.ctx ")[2])
+    assert 0 < change <= float(errors["bf16"])  # of the prompt by the step
     table = (tmp_path / "check.md").read_text()
-    assert "| compare step CoOpGRAM " in table and "## time CoOp test batch" in table
-    assert (tmp_path / "time_CoOp_test_batch.json").is_file() and table in done.stdout
+    assert "| compare step CoOpGRAM " in table and f"## {timed}" in table
+    assert (tmp_path / f"{timed.replace(' ', '_')}.json").is_file() and table in done.stdout
 
 
 def test_a_failure_is_named_and_what_needs_it_does_not_run(tmp_path):
