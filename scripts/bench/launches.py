@@ -40,6 +40,8 @@ from gram_meta.method.profiling import IMAGE_TOWER, OPTIMISER, OTHER, REGULATOR,
 
 REGIONS = (TEXT_TOWER, IMAGE_TOWER, REGULATOR, OPTIMISER, OTHER)
 FAMILIES = {"text": (4, 0, False), "conditional": (4, 0, True), "visual": (0, 4, False), "joint": (2, 2, False)}
+DEEP = {"deep": "independent", "maple": "maple"}  # in meta-training alone: PROMPT.FAMILY, with joint's tokens in LAYERS
+LAYERS = 9  # with a prompt of their own, as in MaPLe, if the towers have so many
 TRAINERS = {"ZeroshotCLIP": ("COOP", ""), "CoOp": ("COOP", "text"), "CoOpGRAM": ("COOP", "text")}  # options, family
 TRAINERS |= {"CoCoOp": ("COCOOP", "conditional"), "CoCoOpGRAM": ("COCOOP", "conditional")}
 TRAINERS |= {"VPT": ("VPT", "visual"), "VPTGRAM": ("VPT", "visual")}
@@ -196,11 +198,14 @@ def trainer_rows(name: str, precision: str, layers: int, folder: Path) -> dict[s
 
 def meta_rows(family: str, layers: int, folder: Path) -> dict[str, Row]:
     """Return the counts of a meta-step on made-up features or pixels of 16 topics with 2 domains."""
-    text, visual, conditional = FAMILIES[family]
+    text, visual, conditional = FAMILIES["joint" if family in DEEP else family]
     rows, topics = np.arange(16 * 2 * 12), [Topic(name, 1.0, [[name, 1.0]], 24, 24, [12, 12]) for name in NAMES]
     hierarchy = Hierarchy(rows, rows, rows // 24, rows // 12 % 2, topics, np.zeros(len(rows), np.uint8), {})
     store = mock.MagicMock(fingerprint="", image_features=np.ones((len(rows), 64), np.float16))
     options = {"PROMPT.TEXT_TOKENS": text, "PROMPT.VISUAL_TOKENS": visual, "PROMPT.CONDITIONAL": conditional}
+    if family in DEEP:
+        depth = min(LAYERS, layers)
+        options |= {"PROMPT.FAMILY": DEEP[family], "PROMPT.TEXT_DEPTH": depth, "PROMPT.VISUAL_DEPTH": depth}
     options |= {"TASKS.HELD_OUT": 0.4, "TASKS.SUPPORT_SHOTS": 1, "TASKS.QUERY_SHOTS": 2, "LOADER.WORKERS": 0}
     config = load_meta_config([], ["PROMPT.WORDS", "", *(str(x) for option in options.items() for x in option)])
     with mock.patch.object(Hierarchy, "check_store"):
@@ -236,9 +241,9 @@ def measure(precision: str, layers: int, official: bool = True) -> dict[str, Row
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(episodes, "read_pixels", pixels):
         for name in TRAINERS:
             rows |= trainer_rows(name, precision, layers, Path(folder))
-        for family in FAMILIES if precision == "fp32" else ():
+        for family in (*FAMILIES, *DEEP) if precision == "fp32" else ():
             rows |= meta_rows(family, layers, Path(folder, family))
-            rows |= cloned_rows(family, layers) if official and family != "conditional" else {}
+            rows |= cloned_rows(family, layers) if official and family in FAMILIES and family != "conditional" else {}
     return rows
 
 

@@ -29,6 +29,8 @@ EXPECTED = {
     "meta-step, conditional": (765, None, 0.2),
     "meta-step, visual": (713, None, 0.2),
     "meta-step, joint": (1308, None, 0.2),
+    "meta-step, deep": (1367, None, 0.2),
+    "meta-step, maple": (1381, None, 0.2),
 }
 
 
