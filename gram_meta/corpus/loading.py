@@ -1,11 +1,17 @@
 """Work that processes do ahead of the caller: reading images and shards."""
 
+from __future__ import annotations
+
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from gram_meta.errors import GramError, in_one_line
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Item = TypeVar("Item")
 T = TypeVar("T")
@@ -44,6 +50,11 @@ def run_ahead(
         pin_memory=pin_memory,
     )
     return _results(loader, advice)
+
+
+def to_device(value: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the CPU on a device. A GPU copies it from pinned memory while this process goes on."""
+    return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
 
 
 class _Calls(Generic[Item, T]):

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from gram_meta.corpus.loading import to_device
 from gram_meta.corpus.places import REASONS, ImageBatch, ImageFiles
 from gram_meta.corpus.sources.rows import Place
 from gram_meta.errors import GramError, in_one_line
@@ -65,7 +66,7 @@ class DeviceDecoder:
         pixels = []
         for index, image in enumerate(images):
             if isinstance(image, np.ndarray):
-                pixels.append(torch.from_numpy(image).to(self.device, non_blocking=True))
+                pixels.append(to_device(torch.from_numpy(image), self.device))
             elif (found := of_jpegs.get(index)) is not None:
                 pixels.append(found)
             elif image is not None:

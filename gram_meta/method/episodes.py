@@ -21,7 +21,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from gram_meta.backbone.clip import Backbone
-from gram_meta.corpus.loading import run_ahead
+from gram_meta.corpus.loading import run_ahead, to_device
 from gram_meta.corpus.places import Places
 from gram_meta.corpus.store import PairStore
 from gram_meta.errors import GramError
@@ -151,7 +151,7 @@ class Episodes:
         advice = f"expected enough memory for {workers} of them, try a smaller LOADER.WORKERS"
         for tasks, *images in run_ahead(read, range(len(batches)), workers, advice, self.loader.prefetch, pin):
             numbers = np.stack([task.topics for task in tasks])  # (B, K)
-            topics = torch.from_numpy(numbers).to(device, non_blocking=True)
+            topics = to_device(torch.from_numpy(numbers), device)
             classes_of = partial(self._classes, self._length(numbers))
             classes = classes_of(topics)
             support, query = (
@@ -181,8 +181,7 @@ class Episodes:
         for side in ("support", "query"):
             rows = np.stack([getattr(task, side) for task in tasks])  # (B, K, n)
             flat = np.ascontiguousarray(self.store.image_features[rows.reshape(-1)])
-            features = torch.from_numpy(flat).to(self.backbone.device, non_blocking=True)
-            features = features.to(self.backbone.logit_scale.dtype)
+            features = to_device(torch.from_numpy(flat), self.backbone.device).to(self.backbone.logit_scale.dtype)
             sides.append(features.unflatten(0, rows.shape))
         return tasks, sides[0], sides[1]
 

@@ -9,16 +9,19 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from helpers.meta_training import DEEP, JOINT, MAPLE, VISUAL, pixel_settings, pixel_trainer
+from helpers.meta_training import DEEP, JOINT, MAPLE, VISUAL, Store, pixel_settings, pixel_trainer
 from PIL import Image
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gram_meta.corpus.loading import to_device
 from gram_meta.corpus.places import ImageReader, Places
 from gram_meta.errors import GramError
+from gram_meta.method import episodes as gathered
 from gram_meta.method.bilevel import InnerLoop, for_each_task, lean_backward, meta_losses
 from gram_meta.method.checkpoint import load_meta_checkpoint
-from gram_meta.method.episodes import Episodes, TaskSet, TimedIterator, initial_theta, read_pixels
+from gram_meta.method.episodes import Episodes, LoaderConfig, TaskSet, TimedIterator, initial_theta, read_pixels
 from gram_meta.method.meta_trainer import MetaTrainer
 from gram_meta.method.outer import OuterLoop
 from gram_meta.method.prompts import (
@@ -35,7 +38,7 @@ from gram_meta.method.prompts import (
     template_features,
 )
 from gram_meta.method.regulator import GradientRegulator
-from gram_meta.method.tasks import StepTasks
+from gram_meta.method.tasks import StepTasks, Task
 from gram_meta.processes import ProcessGroup
 from gram_meta.runs.reader import read_saved
 from gram_meta.tools.export import export
@@ -408,6 +411,24 @@ def test_missing_and_broken_images_are_named(pixel_corpus, tmp_path):
             run.run()
     finally:
         (folder / f"{row}.png").write_bytes(kept)
+
+
+def test_a_gpu_copies_gathered_features_from_pinned_memory(backbone, monkeypatch):
+    """A copy from other memory would make the processor wait for the GPU."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda value: pinned.append(value) or value)
+    assert to_device(torch.ones(3), torch.device("cpu")).device.type == "cpu" and not pinned
+    with FakeTensorMode():
+        value = torch.ones(3)
+        assert to_device(value, torch.device("cuda")).device.type == "cuda" and pinned == [value]
+    store, copied = Store(backbone), []
+    monkeypatch.setattr(gathered, "to_device", lambda value, device: copied.append(value.shape) or value.to(device))
+    words = [f"word {number}" for number in range(20)]
+    episodes = Episodes(backbone, store, words, PromptConfig(), LoaderConfig(), 1)
+    (episode,) = episodes.of([[Task(np.arange(2), ("a", "b"), np.zeros((2, 1), int), np.zeros((2, 3), int))]])
+    width = backbone.embed_dim
+    assert copied == [(2, width), (6, width), (1, 2)]  # of the support and of the query set, and the topics
+    assert episode.query.images.shape == (1, 6, width)
 
 
 def test_tasks_that_cost_much_are_looked_at_few_at_a_time(pixel_corpus):
