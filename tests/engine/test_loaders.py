@@ -188,6 +188,37 @@ def test_crops_on_the_device_need_no_processes_and_copy_a_kept_image_once(items,
     assert loader.num_workers == 2 and engine.build_transform(cfg).transforms[0].device == torch.device("cpu")
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_test_images_that_a_gpu_crops_are_read_ahead(items, tmp_path, monkeypatch, workers):
+    """By processes, which leave the crops to this one, or by a thread; the numbers are those of crops on tensors."""
+    Image.new("RGB", (50, 20), (9, 99, 199)).save(tmp_path / "wide.jpg")
+    items = [*items, SimpleNamespace(impath=str(tmp_path / "wide.jpg"), label=3, domain=0)]
+    cfg = engine.get_cfg_default()
+    cfg.INPUT.SIZE, cfg.INPUT.TRANSFORMS, cfg.DATALOADER.NUM_WORKERS = (8, 8), ("normalize",), workers
+    loaders = {}
+    for on in ("tensors", "device"):
+        cfg.INPUT.CROP_ON = on
+        monkeypatch.setattr(torch.cuda, "is_available", lambda on=on: on == "device")
+        transform = engine.build_transform(cfg, is_train=False)
+        options = {"batch_size": 5, "tfm": transform, "is_train": False}
+        loaders[on] = engine.build_data_loader(cfg, data_source=items, **options)
+    monkeypatch.undo()
+    loader = loaders["device"]
+    assert (loader.num_workers, loader.pin_memory, loader.reads_ahead) == (workers, workers > 0, not workers)
+    transform.transforms[0].device, loader.pin_memory = torch.device("cpu"), False  # in place of the GPU
+    sent = []
+    if workers:
+        assert loader.crop.device == torch.device("cuda")
+        loader.crop.device = torch.device("cpu")
+        steps = loader.crop.steps
+        loader.crop.steps = lambda image: sent.append(image.shape) or steps(image)
+    expected, found = (list(loaders[on]) for on in ("tensors", "device"))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours["img"], theirs["img"]) and torch.equal(ours["label"], theirs["label"])
+        assert ours["impath"] == theirs["impath"]
+    assert sent == ([(3, 40, 30)] * 12 + [(3, 20, 50)] if workers else [])
+
+
 def test_errors_of_the_thread_that_reads_ahead_arrive(items, tmp_path):
     (tmp_path / "cut.jpg").write_bytes(b"no image")
     bad = SimpleNamespace(impath=str(tmp_path / "cut.jpg"), label=0, domain=0)

@@ -9,13 +9,20 @@ from typing import Any
 import numpy as np
 import torch
 from tabulate import tabulate
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, get_worker_info
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, default_collate, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 from yacs.config import CfgNode
 
 from gram_meta.engine import builtin
 from gram_meta.engine.builtin.datasets import build_dataset
-from gram_meta.engine.builtin.transforms import Normalise, build_transform, crops_on_gpu, split_transform
+from gram_meta.engine.builtin.transforms import (
+    CropOnDevice,
+    Normalise,
+    build_transform,
+    crops_on_gpu,
+    split_crops,
+    split_transform,
+)
 from gram_meta.engine.builtin.utils import read_image
 from gram_meta.errors import GramError
 from gram_meta.images import coop_decoding
@@ -34,17 +41,22 @@ def build_data_loader(
     is_train: bool = True,
     dataset_wrapper: type | None = None,
 ) -> DataLoader:
-    """Return a loader over a list of `Datum`. A training loader drops the last short batch if there is a full one."""
+    """Return a loader over a list of `Datum`. A training loader drops the last short batch if there is a full one.
+
+    Where a GPU crops (INPUT.CROP_ON), processes read test images ahead and leave the crops to this one. Training images
+    are read by this process alone: crops are random, and kept images stay on the GPU.
+    """
     if not data_source:
         raise GramError(f"{cfg.DATASET.NAME}: a {'training' if is_train else 'test'} split has no images")
     if sampler_type not in SAMPLERS:
         key = "DATALOADER.TRAIN_X.SAMPLER" if is_train else "DATALOADER.TEST.SAMPLER"
         raise builtin.not_built_in(key, sampler_type, SAMPLERS)
     wrapper = DatasetWrapper if dataset_wrapper is None else dataset_wrapper
-    crops = crops_on_gpu(cfg)  # in this process, as others would need a context of CUDA each
-    workers = 0 if crops else worker_count(cfg.DATALOADER.NUM_WORKERS)
-    on_gpu = torch.cuda.is_available() and cfg.USE_CUDA and not crops
     dataset = wrapper(cfg, data_source, transform=tfm, is_train=is_train)
+    crops = crops_on_gpu(cfg)  # in this process, as others would need a context of CUDA each
+    split = split_crops(tfm) if crops and not is_train and isinstance(dataset, DatasetWrapper) else None
+    workers = worker_count(cfg.DATALOADER.NUM_WORKERS) if split or not crops else 0
+    on_gpu = torch.cuda.is_available() and cfg.USE_CUDA
     stay = is_train and workers > 0 and isinstance(dataset, DatasetWrapper)
     if stay:
         dataset.seed = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -54,11 +66,14 @@ def build_data_loader(
         sampler=SAMPLERS[sampler_type](data_source),
         num_workers=workers,
         drop_last=is_train and len(data_source) >= batch_size,
-        pin_memory=on_gpu,
+        pin_memory=on_gpu and (workers > 0 or not crops),
         persistent_workers=stay,
+        collate_fn=_uneven if split and workers else None,
     )
     loader.reads_ahead = on_gpu and not workers and not is_train
-    if on_gpu:
+    if split and workers:
+        loader.to_bytes, loader.crop = split
+    elif on_gpu and not crops:
         loader.normalise_on(torch.device("cuda"))
     return loader
 
@@ -67,7 +82,8 @@ class Loader(DataLoader):
     """A loader whose processes may stay over epochs; each epoch has the random numbers that new processes would have.
 
     `reads_ahead`: in a thread; not for training, which needs random numbers in their order. After `normalise_on`,
-    the processes send images as bytes, a quarter of the memory, and the device normalises them.
+    the processes send images as bytes, a quarter of the memory, and the device normalises them. With `crop`, they send
+    the bytes of whole images, which the device crops too.
     """
 
     dataset: Any  # `seed` is set before each epoch
@@ -75,6 +91,7 @@ class Loader(DataLoader):
     is_whole = True  # the last iteration came to its end
     to_bytes: Any = None
     normalise: Normalise | None = None
+    crop: CropOnDevice | None = None
 
     def __iter__(self) -> Any:
         if not self.is_whole:
@@ -90,6 +107,8 @@ class Loader(DataLoader):
             batches = _in_a_thread(batches)
         elif self.persistent_workers:
             batches = self._to_the_end(batches)
+        if self.crop is not None:
+            return map(self._cropped, batches)
         return batches if self.normalise is None else map(self._normalised, batches)
 
     def normalise_on(self, device: torch.device) -> None:
@@ -102,6 +121,10 @@ class Loader(DataLoader):
         images = batch["img"].to(self.normalise.white.device, non_blocking=True)
         return {**batch, "img": self.normalise(images) if images.dtype == torch.uint8 else images}
 
+    def _cropped(self, batch: dict[str, Any]) -> dict[str, Any]:
+        assert self.crop is not None
+        return {**batch, "img": self.crop(batch["img"])}
+
     def _to_the_end(self, batches: Iterator[Any]) -> Iterator[Any]:
         self.is_whole = False
         yield from batches
@@ -110,6 +133,12 @@ class Loader(DataLoader):
     def end_workers(self) -> None:
         """End the processes that have stayed."""
         self._iterator, self.is_whole = None, True
+
+
+def _uneven(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Join items to a batch whose images stay a list, as their sizes differ."""
+    rest = [{key: value for key, value in item.items() if key != "img"} for item in items]
+    return {**default_collate(rest), "img": [item["img"] for item in items]}
 
 
 def _in_a_thread(items: Iterator[Any]) -> Iterator[Any]:

@@ -99,6 +99,27 @@ def split_transform(transform: Any, device: torch.device) -> tuple[Callable, Nor
     return type(transform)([*steps[:-2], *to_bytes]), Normalise(steps[-1].mean, steps[-1].std, device)
 
 
+class CropOnDevice:
+    """Turns images as bytes, (3, h, w) each, into a batch (B, 3, H, W) on a device; `steps` crop and normalise one."""
+
+    def __init__(self, steps: Callable, device: torch.device) -> None:
+        self.steps, self.device = steps, device
+
+    def __call__(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([self.steps(image.to(self.device, non_blocking=True)) for image in images])
+
+
+def split_crops(transform: Any) -> tuple[Callable, CropOnDevice] | None:
+    """Return what other processes can do of a transform that crops on a GPU, and the rest for a batch; None if neither.
+
+    They decode, and leave an image's bytes uncropped.
+    """
+    steps = list(getattr(transform, "transforms", ()))
+    if not steps or not isinstance(steps[0], ToBytes) or steps[0].device.type == "cpu":
+        return None
+    return ToBytes(torch.device("cpu")), CropOnDevice(type(transform)(steps[1:]), steps[0].device)
+
+
 Steps = list[tuple[str, Callable]]  # (its line in the log, the transform)
 
 
