@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from gram_meta.backbone.recompute import recomputed
 from gram_meta.backbone.towers import Packing, Rectangle, image_features, text_features
-from gram_meta.backbone.weights import OPENAI, Design, build_clip, empty_clip, read_clip, read_sizes
+from gram_meta.backbone.weights import OPENAI, Design, build_clip, empty_clip, pass_over, read_clip, read_sizes
 from gram_meta.errors import GramError, in_one_line
 from gram_meta.files import PathLike
 
@@ -89,8 +89,9 @@ def load_backbone(
     _check_device(device)
     files = sorted(file for file in (Path(name), *Path(name).glob("*")) if file.is_file())
     key = (name, str(device), precision, *((file.stat().st_mtime_ns, file.stat().st_size) for file in files))
-    if key in _kept:
-        return copy.copy(_kept[key])  # the weights are the same, the settings its own
+    if kept := _kept.get(key):
+        pass_over(getattr(kept.model, "draws", 0))  # a run draws the same after the first load and after later ones
+        return copy.copy(kept)  # the weights are the same, the settings its own
     _kept.clear()
     design = OPENAI
     if name.startswith("random-"):

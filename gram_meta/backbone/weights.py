@@ -127,7 +127,7 @@ def build_clip(
 
     Nothing is copied: the modules are built without memory (device "meta"), and then hold the tensors of `state` in
     their own number types. The random generator ends where initial weights would have left it, as in CoOp's code, so
-    that equal seeds give equal runs there and here.
+    that equal seeds give equal runs there and here. The modules' `draws` counts what was taken from it.
 
     Args:
         design: of the towers. tower: the image tower, if it is not one of OpenAI's; `state` then has none.
@@ -141,7 +141,8 @@ def build_clip(
         with _Draws() as draws, torch.device("meta"):
             shapes = {key: value.to("meta") for key, value in weights.items()}
             model = _plainly(clip.model.build_model, shapes | ({} if tower is None else _least_tower(shapes)))
-        draws.pass_over()
+        model.draws = draws.count
+        pass_over(model.draws)
         if tower is not None:
             model.visual = tower
             weights |= {f"visual.{key}": value for key, value in tower.state_dict().items()}
@@ -208,11 +209,12 @@ class _Draws(TorchDispatchMode):
             self.count += result.numel() + 16 * (normal and result.numel() % 16 > 0)  # normal ones: the last 16 twice
         return result
 
-    def pass_over(self) -> None:
-        """Take as many numbers from the generator."""
-        scratch = torch.empty(2**20, dtype=torch.int32)
-        for start in range(0, self.count, len(scratch)):
-            scratch[: self.count - start].random_()
+
+def pass_over(count: int) -> None:
+    """Take `count` 32-bit numbers from the generator of the CPU."""
+    scratch = torch.empty(2**20, dtype=torch.int32)
+    for start in range(0, count, len(scratch)):
+        scratch[: count - start].random_()
 
 
 def empty_clip(clip: ModuleType, *shape: Any) -> Any:

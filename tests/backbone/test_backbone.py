@@ -261,6 +261,21 @@ def test_a_process_of_many_runs_loads_the_same_clip_once(tmp_path, monkeypatch, 
     assert load_backbone(path, precision="bf16").fingerprint != first.fingerprint and len(read) == 5
 
 
+@pytest.mark.parametrize("name", ["clip.pt", "random-tiny"])
+def test_a_kept_clip_leaves_the_generator_where_a_first_load_does(tmp_path, monkeypatch, weights, name):
+    """Else the images' order and crops, and random starts, depend on what a process of `gram bench` ran before."""
+    monkeypatch.setattr(clip, "_kept", {})
+    monkeypatch.setattr(clip, "keeps_last", True)
+    monkeypatch.chdir(tmp_path)
+    torch.save(weights, name)
+    loaded, drawn = [], []
+    for _ in range(2):
+        torch.manual_seed(1)
+        loaded.append(load_backbone(name))
+        drawn.append(torch.rand(3))
+    assert loaded[0].model is loaded[1].model and torch.equal(*drawn)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "error::UserWarning")
 def test_a_torchscript_archive_is_read_as_torch_reads_it(tmp_path, monkeypatch, weights):
     """OpenAI's files are such archives, with half of the numbers in 16 bits."""
