@@ -29,12 +29,16 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Writes scalars to `<folder>/tensorboard`; of a run that is resumed, those after step `first` are purged."""
+    """Writes scalars to `<folder>/tensorboard`; those of an earlier part of the run from step `first` on are purged.
+
+    TensorBoard compares bare numbers: of scalars over epochs ("val/accuracy"), those of an epoch that is trained again
+    stay in the file, with the same value twice.
+    """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], first: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first or None)
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
 
     def log(self, step: int | None, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
@@ -86,7 +90,7 @@ class Trackers:
     Args:
         folder: the run's.
         settings: of the run, by their full keys.
-        first: the step after which a resumed run goes on.
+        first: the first step that is logged now; an earlier part of the run may have logged it too.
 
     Raises:
         GramError: an unknown name, a package that is not installed, or a tracker that cannot begin.

@@ -43,7 +43,7 @@ from gram_meta.runs import folder as run_folder
 from gram_meta.runs import saved
 from gram_meta.runs.folder import RunMode
 from gram_meta.runs.layout import LEARNER
-from gram_meta.runs.results import RunRecord, write_results
+from gram_meta.runs.results import Loaded, RunRecord, write_results
 from gram_meta.trackers import Trackers
 from gram_meta.trainers import memory
 from gram_meta.trainers.checkpointing import Checkpointing
@@ -64,6 +64,7 @@ class ClipTrainer(TrainerX):
         self.mode = RunMode(eval_only=True)  # of the last call of load_model
         self.claimed: RunMode | None = None  # the mode for which the output folder was claimed
         self.images_checked = False
+        self.time_start = time.time()  # until training begins
         complete_cfg(cfg)  # a checkout's train.py may have replaced a node
         run_folder.check_options(cfg)
         self.foreign = run_folder.foreign_run(Path(cfg.OUTPUT_DIR))
@@ -106,6 +107,9 @@ class ClipTrainer(TrainerX):
         """Raise for a training that cannot begin, before a file is written."""
         if self.cfg.TRAIN.DETERMINISTIC and self.cfg.SEED < 0:
             raise GramError(f"TRAIN.DETERMINISTIC: expected --seed 0 or more, found {self.cfg.SEED}")
+        if self.cfg.TEST.FINAL_MODEL == "best_val" and self.val_loader is None and not self.cfg.TEST.NO_TEST:
+            expected = "expected a dataset with validation images, else test images would choose the epoch"
+            raise GramError(f"TEST.FINAL_MODEL best_val: {expected}; {self.cfg.DATASET.NAME} has none")
         if self.cfg.RESUME:
             self.check_resume(self.cfg.RESUME)
         if not self.images_checked and hasattr(self.dm.dataset, "check_images"):
@@ -173,14 +177,15 @@ class ClipTrainer(TrainerX):
         """Open the trackers of the run: TensorBoard, and those that GRAM_TRACKERS names."""
         if self._writer is None:
             print(f"Initialize tensorboard (log_dir={log_dir})")
-            self._writer = Trackers(Path(self.output_dir), flatten(as_dict(self.cfg)))
+            first = self.start_epoch * len(self.train_loader_x)  # of training, whose steps count from 0
+            self._writer = Trackers(Path(self.output_dir), flatten(as_dict(self.cfg)), first)
 
     def write_scalar(self, tag: str, scalar_value: float, global_step: int | None = None) -> None:
         if self._writer is not None:
             self._writer.log(global_step, {tag: float(scalar_value)})
 
     def after_train(self) -> None:
-        self.record.seconds["train"] = time.time() - self.time_start
+        self.record.seconds["train"] += time.time() - self.time_start
         super().after_train()
 
     def test(self, split: str | None = None) -> float:
@@ -389,9 +394,24 @@ class PromptTrainer(Checkpointing, ClipTrainer):
             self.epoch = self.max_epoch - 1  # only the test is left
         else:
             self.record_step()
-        self.record.trained = True
-        if self.start_epoch == 0 and (self.cfg.TEST.PER_EPOCH or 0 in self.cfg.TEST.AT_STEPS):
+        self.record.trained, self.record.loaded = True, Loaded()
+        if self.start_epoch:
+            self.write_again()
+        elif self.cfg.TEST.PER_EPOCH or 0 in self.cfg.TEST.AT_STEPS:
             self.add_to_curve(step=0)
+
+    def write_again(self) -> None:
+        """Give the trackers of a resumed run what the earlier part measured after its last step.
+
+        That step's number is also the first of the resumed training, from which on TensorBoard drops the earlier part.
+        """
+        for point in self.record.curve:
+            if point["step"] == self.start_epoch * self.num_batches:
+                self._write_point(point)
+
+    def _write_point(self, point: Mapping[str, Any]) -> None:
+        for name in ("base", "new"):
+            self.write_scalar(f"curve/{name}", point[name], point["step"])
 
     def record_step(self) -> None:
         """Record the towers' passes of a training step as CUDA graphs, on a GPU, if TRAINER.MEMORY.CUDA_GRAPHS."""
@@ -452,8 +472,7 @@ class PromptTrainer(Checkpointing, ClipTrainer):
         finally:
             self.set_model_mode("train")
         self.record.curve.append({"step": step, "epoch": step / self.num_batches, **point})
-        for name, accuracy in point.items():
-            self.write_scalar(f"curve/{name}", accuracy, step)
+        self._write_point(self.record.curve[-1])
         print(f"step {step}: base {point['base']:.1f}% new {point['new']:.1f}%")
 
     def _group(self, name: str) -> _Group:

@@ -1,14 +1,18 @@
 """Checkpoints of the prompt trainers: save, check, load and resume."""
 
 import os
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 from gram_meta.backbone.clip import Backbone, check_name
 from gram_meta.engine.checkpoints import restoring
 from gram_meta.errors import GramError
+from gram_meta.files import atomic_write
 from gram_meta.method.prompts import STATE_NAMES, PromptedCLIP
 from gram_meta.random_state import random_state, set_random_state
+from gram_meta.runs import folder as run_folder
 from gram_meta.runs import layout, saved
 from gram_meta.runs.folder import RunMode
 from gram_meta.runs.layout import LEARNER
@@ -39,6 +43,7 @@ class Checkpointing:
     sched: Any
     scaler: Any
     best_result: float
+    time_start: float  # when the present part of the training began
     _models: Any
 
     def reads(self) -> dict[str, Any]:
@@ -65,6 +70,7 @@ class Checkpointing:
             "scaler": self.scaler.state_dict(),
             "random": random_state(),
             "curve": self.record.curve,
+            "seconds": self.record.seconds["train"] + time.time() - self.time_start,
             **self._identity(),
             **self.state_to_save(),
         }
@@ -120,7 +126,7 @@ class Checkpointing:
         return str(state.get("trainer", next(iter(self.family), type(self).__name__)))
 
     def check_resume(self, directory: str) -> None:
-        """Raise unless a folder has a checkpoint of this trainer from which training can continue."""
+        """Raise unless a folder has a checkpoint of this trainer from which training can continue, as it began."""
         path = layout.checkpoint_to_resume(directory)
         state = saved.read(path)
         learner, own = self.learned_by(state), type(self).__name__
@@ -130,6 +136,9 @@ class Checkpointing:
             raise GramError(f"{path}: expected a checkpoint that training can go on from, found learned tensors only")
         self.check_loaded(path, state)
         saved.fit(self._models[LEARNER], state["state_dict"], path)
+        run_folder.check_resumed(self.cfg, directory)
+        if (epoch := state.get("epoch", 0)) > (last := self.cfg.OPTIM.MAX_EPOCH):
+            raise GramError(f"{path}: expected at most the {last} epochs of OPTIM.MAX_EPOCH, found {epoch}")
 
     def resume_model_if_exist(self, directory: str) -> int:
         """Load the last checkpoint in `directory`; return the epoch to start with (0: from scratch)."""
@@ -148,12 +157,22 @@ class Checkpointing:
             self.sched.load_state_dict(state["scheduler"])
             self.scaler.load_state_dict(state["scaler"])
             self.record.curve = list(state["curve"])
+            self.record.seconds["train"] = state.get("seconds", 0.0)
             self.load_saved_state(state)
-            best = path.with_name(layout.BEST)
-            if self.cfg.TEST.FINAL_MODEL == "best_val" and best.is_file():
-                self.best_result = saved.read(best)["val_result"]
+            if self.cfg.TEST.FINAL_MODEL == "best_val":
+                self._take_best(path.with_name(layout.BEST))
             set_random_state(state["random"])
         return state["epoch"]
+
+    def _take_best(self, best: Path) -> None:
+        """Go on from the best epoch so far, if there is one; bring it along from the folder of another run."""
+        if not best.is_file():
+            return
+        self.best_result = saved.read(best)["val_result"]
+        own = Path(self.cfg.OUTPUT_DIR, LEARNER, layout.BEST)
+        if not (own.is_file() and own.samefile(best)):
+            with atomic_write(own) as file, open(best, "rb") as source:
+                shutil.copyfileobj(source, file)
 
     def load_model(self, directory: str, epoch: int | None = None) -> None:
         """Load the prompts in the output folder of a run of this trainer or its family; "" keeps the initial ones.

@@ -50,6 +50,13 @@ class Regulated(WithGRAM, PromptTrainer):
     def after_epoch(self) -> None:
         """Also track what R did, up to this epoch's last step."""
         super().after_epoch()
+        self._write_regulation()
+
+    def write_again(self) -> None:
+        super().write_again()
+        self._write_regulation()
+
+    def _write_regulation(self) -> None:
         for prompt, did in self.regulation.summary().items():
             for name, values in did["over_steps"].items():
                 if name != "step" and values[-1] is not None:

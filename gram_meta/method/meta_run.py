@@ -148,8 +148,10 @@ class MetaRun:
             yield MetaLog(lines, trackers, bar, batch)
 
     def _trackers(self, first: int) -> Any:
-        """Open the trackers; on other ranks than 0, a context of None."""
-        return Trackers(self.out, flatten(self.identity["config"]), first) if self.group.is_first else nullcontext()
+        """Open the trackers of a run that continues after step `first`; on other ranks than 0, a context of None."""
+        if not self.group.is_first:
+            return nullcontext()
+        return Trackers(self.out, flatten(self.identity["config"]), first + 1 if first else 0)
 
     def _open_log(self, first: int) -> IO[str]:
         """Open log.jsonl without the lines after step `first`, which will be written again."""

@@ -30,6 +30,9 @@ INCIDENTAL = {
     *("TRAINER.MEMORY.TEXT_BUDGET", "TRAINER.MEMORY.IMAGE_BUDGET", "TRAINER.MEMORY.KEPT_IMAGES"),
     "TRAINER.MEMORY.CUDA_GRAPHS",
 }
+# Options, or beginnings of options, that act on a training before its first checkpoint or through its state: a run that
+# --resume goes on from has settled them
+SETTLED = ("OPTIM.", "TRAINER.", "MODEL.INIT_WEIGHTS", "SEED")
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,19 @@ def check_options(cfg: Any) -> None:
         return
     options = {key: value for key, value in _stored(path)["run"].items() if key[:2] != "--"}
     _refuse_other_run(path, options, _options(cfg))
+
+
+def check_resumed(cfg: Any, directory: str) -> None:
+    """Refuse to go on from the run in a folder with other settings than it has settled (`SETTLED`).
+
+    A folder without run.json says nothing of its settings, and is accepted.
+    """
+    path = Path(directory)
+    if not (path / layout.RUN).is_file():
+        return
+    for key, old, new in _differences(_stored(path)["run"], _options(cfg)):
+        if key.startswith(SETTLED):
+            raise GramError(f"--resume {directory}: expected {key} as in that run, {old!r}, found {new!r}")
 
 
 def begin(cfg: Any, mode: RunMode, foreign: Path | None = None, again: bool = False) -> OutputFolder | None:
@@ -188,17 +204,24 @@ def _stored(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_other_run(path: Path, stored: dict[str, Any], here: dict[str, Any]) -> None:
-    """Raise if the stored run differs from this one; if one of them is older than an option, it had the default."""
+    """Raise if the stored run differs from this one."""
+    for key, old, new in _differences(stored, here):
+        if not (key == "--model-dir" and _same_model(old, new)):
+            raise GramError(
+                f"{path}: holds another run ({key} is {old!r} there and {new!r} here); "
+                "choose another --output-dir or remove the folder"
+            )
+
+
+def _differences(stored: dict[str, Any], here: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the options in which two runs differ, with both values; one older than an option had the default."""
     unset = _defaults() if set(stored) ^ set(here) else {}
     for key in sorted(set(stored) | set(here)):
         if key not in unset and not (key in stored and key in here):
             continue  # an option of a checkout's trainer, which one of them does not have
         old, new = (run.get(key, unset.get(key)) for run in (stored, here))
-        if old != new and not (key == "--model-dir" and _same_model(old, new)):
-            raise GramError(
-                f"{path}: holds another run ({key} is {old!r} there and {new!r} here); "
-                "choose another --output-dir or remove the folder"
-            )
+        if old != new:
+            yield key, old, new
 
 
 def _identity(cfg: Any, mode: RunMode) -> dict[str, Any]:

@@ -34,8 +34,8 @@ class RunRecord:
     predictions: dict[str, Any] = field(default_factory=dict)  # arrays of label, prediction and confidence, by image
     curve: list[dict[str, Any]] = field(default_factory=list)  # accuracy on base and new classes along the way
     trained: bool = False  # whether this trainer has trained, and not only evaluated
-    loaded: Loaded = field(default_factory=Loaded)  # the prompts that it evaluates if it has not trained
-    # of training and of the test
+    loaded: Loaded = field(default_factory=Loaded)  # prompts that it evaluates instead of those of its last epoch
+    # of training, with the parts before a resume, and of the test
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "test": 0.0})
 
 
@@ -57,7 +57,7 @@ def write_results(trainer: Any) -> Path:
         "split": "val" if cfg.TEST.SPLIT == "val" and trainer.val_loader is not None else "test",
         "eval_only": not record.trained,
         "model_dir": record.loaded.model_dir if not record.trained else "",
-        "epoch": trainer.epoch + 1 if record.trained else record.loaded.epoch,
+        "epoch": record.loaded.epoch or trainer.epoch + 1 if record.trained else record.loaded.epoch,
         # the trainer that learned the prompts, where `trainer` only evaluates them; "": initial prompts
         "learned_by": cfg.TRAINER.NAME if record.trained else record.loaded.learned_by,
         "classes": len(trainer.classnames),

@@ -105,6 +105,7 @@ class CheckpointFacts(TypedDict, total=False):
     subsample: str
     classnames: list[str]
     curve: list[Point]
+    seconds: Number
     meta_checkpoint: Source | None
 
 

@@ -6,6 +6,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from helpers.meta_training import Store, trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gram_meta.backbone.clip import load_backbone
 from gram_meta.cli import main
@@ -84,6 +85,9 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(store, tmp_path, stop, mon
     assert logs[0] == logs[1]
     norms = [load_meta_checkpoint(tmp_path / run / "last.safetensors").gradient_norms for run in ("whole", "broken")]
     assert norms[0] == norms[1]
+    for tag in ("held_out/loss_after", "meta_train/query_loss"):  # each step once
+        events = [EventAccumulator(str(tmp_path / run / "tensorboard")).Reload() for run in ("whole", "broken")]
+        assert [it.step for it in events[0].Scalars(tag)] == [it.step for it in events[1].Scalars(tag)]
 
 
 @pytest.mark.slow

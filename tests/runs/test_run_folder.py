@@ -436,6 +436,81 @@ def test_resume_of_something_that_is_not_there_leaves_no_folder(flags, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "there", "here"),
+    [
+        ("OPTIM.LR", "0.002", "0.2"),
+        ("OPTIM.MAX_EPOCH", "2", "1"),
+        ("OPTIM.WEIGHT_DECAY", "0.0005", "0.1"),
+        ("TRAINER.COOP.PREC", "'fp32'", "fp16"),
+        ("SEED", "1", "2"),
+    ],
+)
+def test_resume_with_settings_that_it_would_not_follow_is_refused(flags, tmp_path, option, there, here):
+    """The state in a checkpoint replaces them, so results.json would record what was not used."""
+    ours(flags("run", "OPTIM.MAX_EPOCH", 2))
+    resume = ["--resume", str(tmp_path / "run")]
+    with pytest.raises(GramError, match=f"--resume .*run: expected {option} as in that run, {there}, found "):
+        ours([*resume, *flags("out", "OPTIM.MAX_EPOCH", 2, option, here, seed=2 if option == "SEED" else 1)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_resume_with_another_meta_checkpoint_is_refused(flags, tmp_path, backbone):
+    for seed in (7, 8):
+        save_meta_checkpoint(tmp_path / f"meta{seed}.safetensors", meta_of(backbone, seed=seed))
+    shutil.copy(tmp_path / "meta7.safetensors", tmp_path / "moved.safetensors")
+    option = "TRAINER.GRAM.CHECKPOINT"
+    ours(flags("run", option, tmp_path / "meta7.safetensors", trainer="CoOpGRAM"))
+    resume = ["--resume", str(tmp_path / "run")]
+    with pytest.raises(GramError, match=f"expected {option} as in that run, 'SHA-256 "):
+        ours([*resume, *flags("out", option, tmp_path / "meta8.safetensors", trainer="CoOpGRAM")])
+    ours([*resume, *flags("out", option, tmp_path / "moved.safetensors", trainer="CoOpGRAM")])
+
+
+def test_resume_beyond_the_last_epoch_is_refused(flags, tmp_path):
+    """Where no run.json names the settings: the weights of epoch 3 would count as those of epoch 2."""
+    ours(flags("run", "OPTIM.MAX_EPOCH", 3))
+    for name in ("run.json", "results.json"):
+        (tmp_path / "run" / name).unlink()
+    resume = ["--resume", str(tmp_path / "run")]
+    with pytest.raises(GramError, match="model.pth.tar-3: expected at most the 2 epochs of OPTIM.MAX_EPOCH, found 3"):
+        ours([*resume, *flags("out", "OPTIM.MAX_EPOCH", 2)])
+    assert ours([*resume, *flags("out", "OPTIM.MAX_EPOCH", 3)])["epoch"] == 3
+
+
+def test_a_resumed_run_in_another_folder_keeps_the_best_epoch_and_all_seconds(flags, tmp_path, monkeypatch):
+    """The first epoch is the best one, and the run stops after it."""
+    options = ("OPTIM.MAX_EPOCH", 3, "TRAIN.CHECKPOINT_FREQ", 1, "TEST.FINAL_MODEL", "best_val")
+    test, of_val = base.PromptTrainer.test, {0: 90.0, 1: 50.0, 2: 40.0}
+    monkeypatch.setattr(
+        base.PromptTrainer,
+        "test",
+        lambda self, split=None: test(self, split) and of_val[self.epoch] if split else test(self),
+    )
+    with stopped(monkeypatch, at=1):
+        ours(flags("run", *options))
+    before = saved.read(tmp_path / "run/prompt_learner/model-best.pth.tar")
+    last = saved.read(tmp_path / "run/prompt_learner/model.pth.tar-1")
+    torch.save(last | {"seconds": 1000.0}, tmp_path / "run/prompt_learner/model.pth.tar-1")
+    results = ours(["--resume", str(tmp_path / "run"), *flags("out", *options)])
+    best = saved.read(tmp_path / "out/prompt_learner/model-best.pth.tar")
+    assert torch.equal(best["state_dict"]["ctx"], before["state_dict"]["ctx"]) and best["val_result"] == 90.0
+    assert results["epoch"] == 1 and results["learned_by"] == "CoOp" and results["model_dir"] == ""
+    assert 0 < last["seconds"] < 1000 < results["seconds"]["train"] < 2000
+    assert saved.read(tmp_path / "out/prompt_learner/model.pth.tar-3")["seconds"] > 1000
+
+
+def test_best_val_without_validation_images_is_refused(flags, tmp_path, tiny_data):
+    """Else the test images choose the epoch."""
+    data = shutil.copytree(tiny_data, tmp_path / "data", ignore=shutil.ignore_patterns("split_fewshot"))
+    split = data / "emoji_food/split_zhou_EmojiFood.json"
+    split.write_text(json.dumps(json.loads(split.read_text()) | {"val": []}))
+    argv = [str(data) if value == str(tiny_data) else value for value in flags("out", "TEST.FINAL_MODEL", "best_val")]
+    with pytest.raises(GramError, match="TEST.FINAL_MODEL best_val: expected a dataset with validation images"):
+        ours(argv)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_without_an_epoch_the_last_one_or_the_best_where_the_run_was_to_end_with_it(flags, tmp_path, capsys):
     options = ("OPTIM.MAX_EPOCH", 3, "TRAIN.CHECKPOINT_FREQ", 1)

@@ -109,6 +109,30 @@ def test_all_trackers_get_every_number_of_a_run(tiny_data, tiny_options, tmp_pat
     assert stand_ins["mlflow"].settings["DATASET.NUM_SHOTS"] == "2"
 
 
+@pytest.mark.parametrize("often", [1, 10])
+def test_a_resumed_run_has_each_training_step_once(tiny_data, tiny_options, tmp_path, monkeypatch, often):
+    """It stops in its second epoch; with `often` 10 it has no checkpoint by then, and begins anew."""
+    options = ("DATASET.NUM_SHOTS", 2, "DATALOADER.NUM_WORKERS", 0, "DATALOADER.TRAIN_X.BATCH_SIZE", 2, *tiny_options)
+    options += ("OPTIM.MAX_EPOCH", 2, "TRAIN.CHECKPOINT_FREQ", often, "TRAIN.PRINT_FREQ", 1)
+    options += ("TEST.AT_STEPS", "[0,1,4,5]", "TRAINER.GRAM.CHECKPOINT", tmp_path / "meta.safetensors")
+    save_meta_checkpoint(tmp_path / "meta.safetensors", meta_of(load_backbone("random-tiny", "cpu")))
+    argv = train_flags(tiny_data, tmp_path / "run", "CoOpGRAM", *options, config="gram_small_c4_ep10_batch32_ctxv1")
+    step = PromptTrainer.forward_backward
+
+    def stopping(self, batch):
+        if (self.epoch, self.batch_idx) == (1, 2):
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(PromptTrainer, "forward_backward", stopping)
+        launch.train(argv, quiet=True)
+    launch.train(argv, quiet=True)
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    expected = {"train/loss": [*range(8)], "curve/new": [0, 1, 4, 5], "regulator/text_gamma": [4, 8]}
+    assert {tag: [it.step for it in events.Scalars(tag)] for tag in expected} == expected
+
+
 def test_a_tracker_that_fails_costs_its_own_numbers_only(tmp_path, stand_ins, monkeypatch, capsys):
     def no_network(row):
         raise ConnectionError("no network")
