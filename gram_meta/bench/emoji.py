@@ -13,13 +13,17 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from gram_meta.bench import matrix
 from gram_meta.bench.matrix import BenchRun, BenchSettings
-from gram_meta.config import load_meta_config
+from gram_meta.config import flatten, load_meta_config
 from gram_meta.errors import GramError
 from gram_meta.files import MARK, Count, atomic_folder, check_claimed, read_json, sha256_file
+
+# Version of everything that decides a pixel, a caption or a split of the world: a change of it makes every world anew.
+# tests/pins/test_world.py fixes what it stands for.
+RECIPE = "emoji-world-2"
 
 SOURCE = "emoji_travel"
 DATASETS = {
@@ -27,6 +31,7 @@ DATASETS = {
     "xd": ("emoji_food", "emoji_objects", "emoji_activities", "emoji_faces"),  # settings were tuned on "animals"
     "dg": tuple(f"{SOURCE}_{style}" for style in ("halftone", "mosaic", "shadow")),
 }
+TRUTH = Path("corpus", "truth.tsv")
 CORPUS_SIZE = 36_000  # pairs: a few tens per concept, enough for topics as fine as concepts
 META_CONFIG = "coop_gram_small"  # its settings of CHC made the hierarchy that all meta configs of this CLIP share
 
@@ -49,13 +54,27 @@ def bench_runs(settings: BenchSettings, folder: Path) -> list[BenchRun]:
     made = list(_corpus(settings, folder, needed))
     corpus = bool(made)
     worlds = [_world(settings, corpus), *made]
-    for leaf in (leaf for job in worlds for leaf in job.leaves if not leaf.exists()):
-        check_claimed(leaf.parent, "")
+    for leaf in (leaf for job in worlds for leaf in job.leaves):
+        _check_part(leaf, Path(settings.root))
     return [*worlds, *jobs]
 
 
-class _Corpus(TypedDict, total=False):
+class _Part(TypedDict, total=False):
+    """What is read here from the manifest.json of a part of the world."""
+
     size: Count
+    recipe: str
+
+
+def _check_part(leaf: Path, world: Path) -> None:
+    """Refuse a part that is made of something else than this bench would make it of: its runs would not say so."""
+    if not leaf.exists():
+        check_claimed(leaf.parent, "")
+    elif leaf.name == MARK:
+        if (world / TRUTH).is_file():
+            check_claimed(leaf.parent, _labelled_owner(world))
+    elif (found := read_json(leaf, _Part).get("recipe")) != RECIPE:
+        raise GramError(f"{leaf}: expected the emoji world of recipe {RECIPE}, found {found!r}; choose another folder")
 
 
 def _world(settings: BenchSettings, corpus: bool) -> BenchRun:
@@ -66,7 +85,7 @@ def _world(settings: BenchSettings, corpus: bool) -> BenchRun:
         names.add(settings.source)
     parts = sorted({_part(name) for name in names})
     made = root / "corpus" / "manifest.json"  # a corpus of another size is kept, because stores were made from it
-    size = (read_json(made, _Corpus).get("size", CORPUS_SIZE) if made.is_file() else CORPUS_SIZE) if corpus else 0
+    size = (read_json(made, _Part).get("size", CORPUS_SIZE) if made.is_file() else CORPUS_SIZE) if corpus else 0
     code = (
         f"from gram_meta.demo.world import write_world; "
         f"write_world({str(root)!r}, {json.dumps(parts)}, corpus_size={size})"
@@ -90,19 +109,25 @@ def _corpus(settings: BenchSettings, folder: Path, needed: set[Path]) -> Iterato
     root, labelled = Path(settings.root), folder / "labelled"
     if Path(settings.store) in needed:
         pairs = (str(root / "corpus" / "pairs.tsv"),)
-        yield from _organised(settings, pairs, settings.store, settings.hierarchy, META_CONFIG, root)
+        yield from _organised(settings, "", pairs, META_CONFIG, root)
     if Path(settings.labelled_store) in needed:
         code = f"from gram_meta.bench.emoji import write_labelled; write_labelled({str(root)!r}, {str(labelled)!r})"
         argv, title = ("python", "-c", code), "the corpus as class folders"
         yield BenchRun(argv, labelled, title, ("labelled",), (root,), (labelled / MARK,))
-        source, places = (str(labelled), "--format", "classes"), (settings.labelled_store, settings.labelled_hierarchy)
-        yield from _organised(settings, source, *places, "unigram_gram_small_labelled", labelled)
+        source = str(labelled), "--format", "classes"
+        yield from _organised(settings, "labelled_", source, "unigram_gram_small_labelled", labelled)
 
 
 def _organised(
-    settings: BenchSettings, source: tuple[str, ...], store: str, hierarchy: str, config: str, upon: Path
+    settings: BenchSettings, kind: str, source: tuple[str, ...], config: str, upon: Path
 ) -> Iterator[BenchRun]:
-    """Yield `gram embed` and `gram cluster` of one corpus, which the folder `upon` holds."""
+    """Yield `gram embed` and `gram cluster` of one corpus, which the folder `upon` holds; `kind`: "" or "labelled_"."""
+    store, hierarchy = getattr(settings, f"{kind}store"), getattr(settings, f"{kind}hierarchy")
+    if (Path(store), Path(hierarchy)) == (upon.parent / f"{kind}store", upon.parent / f"{kind}hierarchy"):
+        _check_store(Path(store), Path(source[0]))
+        wanted = load_meta_config([config], settings.meta_opts)
+        keys = [key for key in flatten(wanted) if key.startswith("CHC.") or key.endswith("_SHOTS")]
+        matrix.check_hierarchy(Path(hierarchy), wanted, keys)  # others, which the user named, are taken as they are
     backbone = str(load_meta_config([META_CONFIG], settings.meta_opts).BACKBONE.NAME)
     embed = ("embed", source[0], "-o", store, "--backbone", backbone, *source[1:])
     yield BenchRun(embed, Path(store), f"features in {store}", ("embed",), (upon,))
@@ -111,14 +136,26 @@ def _organised(
     yield BenchRun(argv, Path(hierarchy), title, ("cluster",), (Path(store),))
 
 
+def _labelled_owner(world: Path) -> str:
+    return f"class folders of {sha256_file(world / TRUTH)}"
+
+
+def _check_store(store: Path, source: Path) -> None:
+    """Refuse a store of other pairs than those of the file `source` now."""
+    if not ((store / "manifest.json").is_file() and source.is_file()):
+        return
+    made = flatten(read_json(store / "manifest.json", dict[str, Any])).get("settings.source.sha256")
+    if made != (found := sha256_file(source)):
+        raise GramError(f"{store}: expected a store of {source} ({found[:12]}), found one of {str(made)[:12]}")
+
+
 def write_labelled(world: str | Path, folder: str | Path) -> Path:
     """Write the corpus of the emoji world as class folders, FOLDER/<concept>/<image>, by hard links if possible."""
-    images, folder = Path(world) / "corpus", Path(folder)
-    owner = f"class folders of {sha256_file(images / 'truth.tsv')}"
+    images, folder, owner = Path(world) / "corpus", Path(folder), _labelled_owner(Path(world))
     if (folder / MARK).is_file():
         check_claimed(folder, owner)
         return folder
-    with atomic_folder(folder, owner) as part, open(images / "truth.tsv", encoding="utf-8", newline="") as file:
+    with atomic_folder(folder, owner) as part, open(Path(world, TRUTH), encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
             image = images / row["image"]
             place = part / row["concept"].replace("/", "-").replace(" ", "_") / image.name

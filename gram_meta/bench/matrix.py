@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import yaml
 
+from gram_meta.clustering.hierarchy import TOPICS
 from gram_meta.config import ELEVEN, INCIDENTAL, SHIFTED, find_config, flatten, load_meta_config, nearest
 from gram_meta.errors import GramError, in_one_line
 from gram_meta.files import parse_json, read_json, read_text
@@ -125,6 +126,7 @@ def bench_runs(settings: BenchSettings) -> list[BenchRun]:
     """Return every run in order: meta-trainings, then seed by seed, so that whole seeds are finished first."""
     check(settings)
     entries = [read_entry(text, settings) for text in dict.fromkeys(settings.trainers)]
+    _check_names(entries)
     jobs = [*meta_jobs(entries, settings)]
     for seed in settings.seeds:
         for protocol in settings.protocols:
@@ -186,6 +188,17 @@ def read_entry(text: str, settings: BenchSettings) -> Entry:
     return Entry(trainer, config, config == plain, meta, checkpoint)
 
 
+def _check_names(entries: Iterable[Entry]) -> None:
+    """Refuse two configs of a trainer with one name, which would share folders."""
+    first: dict[tuple[str, str], Entry] = {}
+    for entry in entries:
+        other = first.setdefault((entry.trainer, entry.name), entry)
+        one, two = (find_config(each.file, f"trainers/{entry.trainer}").resolve() for each in (other, entry))
+        if one != two:
+            found = f"found {entry.trainer}:{other.config} and {entry.trainer}:{entry.config}"
+            raise GramError(f"--trainers: expected configs of different names, which their folders have, {found}")
+
+
 def _gram_options(path: Path, opts: Sequence[str]) -> dict[str, str]:
     """Return TRAINER.GRAM of a config file and of KEY VALUE pairs; `runner.look` checks the keys."""
     try:
@@ -211,6 +224,8 @@ def meta_jobs(entries: Iterable[Entry], settings: BenchSettings) -> Iterator[Ben
         flags = [f"--{kind}{what}".replace("_", "-") for what in ("store", "hierarchy")]
         given = (store or f"{kind}store".upper(), hierarchy or f"{kind}hierarchy".upper())
         folder = settings.meta_dir / name
+        if hierarchy:
+            check_hierarchy(Path(hierarchy), config, _asked(settings.meta_opts))
         job = BenchRun(
             argv=(
                 *("pretrain", "--store", given[0], "--hierarchy", given[1]),
@@ -232,17 +247,45 @@ def meta_jobs(entries: Iterable[Entry], settings: BenchSettings) -> Iterator[Ben
             )
 
 
+class _Topics(TypedDict, total=False):
+    """What is read here from topics.json."""
+
+    config: dict[str, Any]
+
+
+def check_hierarchy(folder: Path, config: Any, keys: Iterable[str]) -> None:
+    """Refuse a hierarchy that was made with another value of one of these settings than `config` has.
+
+    No hierarchy in the folder yet, or one that does not record a setting, is accepted.
+    """
+    if not (folder / TOPICS).is_file():
+        return
+    made, wanted = flatten(read_json(folder / TOPICS, _Topics).get("config", {})), flatten(config)
+    for key in keys:
+        if made.get(key, wanted[key]) != wanted[key]:
+            found = f"holds a hierarchy made with {key} {made[key]!r}, expected {wanted[key]!r}"
+            raise GramError(f"{folder}: {found}; choose another folder, or remove this one")
+
+
+def _asked(opts: Sequence[str]) -> list[str]:
+    """Return the settings of the clustering among KEY VALUE pairs."""
+    return [key for key in opts[::2] if key.startswith("CHC.")]
+
+
 def meta_state(folder: Path, opts: Sequence[str] = ()) -> str:
     """Return `finished`, `unfinished` or `new`. A checkpoint without the files of its training (a copy) is finished.
 
     A folder trained with other settings than those of its meta config, which has its name, and `opts` is a `GramError`.
+    Settings of the clustering count if `opts` has them: any hierarchy may be trained on.
     """
     if not (folder / RUN).is_file():
         return "finished" if (folder / META).is_file() else "new"
     config = read_json(folder / RUN, MetaRunFile).get("config", {})
     stored = flatten(config)
+    asked = _asked(opts)
     for key, value in flatten(_meta_config(folder.name, tuple(opts))).items():
-        if key in stored and stored[key] != value and key.partition(".")[0] not in INCIDENTAL:
+        counts = key in asked if key.startswith("CHC.") else key.partition(".")[0] not in INCIDENTAL
+        if key in stored and stored[key] != value and counts:
             raise GramError(
                 f"{folder}: holds a meta-training with {key} {stored[key]!r}, expected {value!r}; "
                 "choose another --meta-dir or remove the folder"

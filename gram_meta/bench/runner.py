@@ -15,6 +15,7 @@ from typing import Any, Literal, TypedDict
 
 from gram_meta.bench.matrix import BenchRun, BenchSettings, meta_state
 from gram_meta.bench.pool import Outcome, Pool, Task, handled
+from gram_meta.clustering.hierarchy import TOPICS
 from gram_meta.errors import GramError
 from gram_meta.files import Number, read_json, write_json
 from gram_meta.locks import only_writer
@@ -96,7 +97,7 @@ def _state(job: BenchRun, settings: BenchSettings, waits: bool) -> State:
         manifest = job.folder / "manifest.json"
         finished = manifest.is_file() and read_json(manifest, dict[str, Any]).get("finished") is True
     elif job.argv[0] == "cluster":
-        finished = (job.folder / "topics.json").is_file()
+        finished = (job.folder / TOPICS).is_file()
     else:
         finished = all(path.exists() for path in job.leaves)
     return State("finished" if finished else "new")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import msgspec
 import numpy as np
 
-from gram_meta.config import flatten
+from gram_meta.config import flatten, stored_config
 from gram_meta.errors import GramError, in_one_line
 from gram_meta.files import (
     Checksum,
@@ -25,6 +25,8 @@ from gram_meta.files import (
 )
 
 if TYPE_CHECKING:
+    from yacs.config import CfgNode
+
     from gram_meta.clustering.settings import ChcSettings
     from gram_meta.corpus.store import PairStore
 
@@ -208,6 +210,17 @@ class Hierarchy:
         if found != labelled:
             expected = f"expected a hierarchy of {names[labelled]}, found one of {names[found]}"
             raise GramError(f"CHC.LABELLED is {labelled}: {expected}")
+
+    def settings_used(self, config: CfgNode) -> CfgNode:
+        """Return these settings with the node CHC that made this hierarchy, frozen; the same object if nothing differs.
+
+        CHC.LABELLED stays as given, for `check_labelled`; so do keys that the hierarchy does not record.
+        """
+        made = flatten({"CHC": self.manifest.get("config", {}).get("CHC", {})})
+        given = flatten(config)
+        others = {key: value for key, value in made.items() if given.get(key, value) != value}
+        others.pop("CHC.LABELLED", None)
+        return stored_config({**given, **others}) if others else config
 
     def open_store(self, path: PathLike | None = None, verify: bool = False) -> PairStore:
         """Open and check the store this hierarchy was made from, at `path` or (None) in its former folder."""

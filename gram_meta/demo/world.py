@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from gram_meta.bench.emoji import RECIPE
 from gram_meta.demo.captions import Captioner
 from gram_meta.demo.emoji import Concept, load_drawings, require_packages
 from gram_meta.demo.roles import (
@@ -34,10 +35,6 @@ from gram_meta.demo.styles import GROUNDS, NUMBERS, POSES, SIZES, STYLES, Look, 
 from gram_meta.errors import GramError
 from gram_meta.files import atomic_folder, atomic_write, check_claimed, read_json, write_json
 from gram_meta.progress import progress_bar
-
-# Version of everything that decides a pixel, a caption or a split: a change of it makes every world anew.
-# tests/pins/test_world.py fixes what it stands for.
-RECIPE = "emoji-world-2"
 
 CORPUS_SIZE = 12_000
 TRAIN_PER_CLASS, VAL_PER_CLASS, TEST_PER_CLASS = 20, 4, 56

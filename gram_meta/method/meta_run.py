@@ -38,6 +38,8 @@ from gram_meta.trackers import Tracker, Trackers
 logger = logging.getLogger("gram")
 T = TypeVar("T")
 
+RECORDED = ("CHC",)  # nodes that describe the hierarchy, whose fingerprint tells runs apart
+
 BEST = "best.safetensors"
 LAST = "last.safetensors"
 STATE = "state.pt"
@@ -171,7 +173,7 @@ class MetaRun:
             before["config"] = json.loads(json.dumps(as_dict(stored_config(before["config"]))))
         for facts in (before, now):
             config = facts.get("config", {})
-            facts["config"] = {node: values for node, values in config.items() if node not in INCIDENTAL}
+            facts["config"] = {node: values for node, values in config.items() if node not in (*INCIDENTAL, *RECORDED)}
         if before.get("version") != now.get("version"):  # of gram-meta: a note, not another run
             logger.info(f"{self.out}: begun by gram-meta {before.get('version')}, goes on with {now.get('version')}")
         for key in now:

@@ -18,6 +18,7 @@ from yacs.config import CfgNode
 
 from gram_meta.backbone.clip import Backbone
 from gram_meta.clustering.hierarchy import Hierarchy
+from gram_meta.config import flatten
 from gram_meta.corpus.store import PairStore
 from gram_meta.files import PathLike
 from gram_meta.locks import only_writer
@@ -54,6 +55,7 @@ def open_trainer(
         kind: `MetaTrainer`, or `SeedsTrainer` for one run for each of SEEDS, in OUT/seed1, OUT/seed2, ...
         store, hierarchy: folders written by `gram embed` and `gram cluster`.
         out: the run folder (`meta_run`).
+        config: settings; of the node CHC, those that made the hierarchy are used and recorded instead, with a warning.
         group: the processes that share the tasks of each step.
         backbone: the CLIP that BACKBONE.NAME names, if it is loaded.
 
@@ -63,10 +65,20 @@ def open_trainer(
 
     def make() -> Trainer:
         opened = open_inputs(store, hierarchy, config.BACKBONE.NAME)
+        used = opened[1].settings_used(config)
+        if group.is_first and used is not config:
+            logger.warning(_clustered_otherwise(hierarchy, config, used))
         shown = progress and group.is_first
-        return kind(*opened, Path(out), config, device=device, progress=shown, group=group, backbone=backbone)
+        return kind(*opened, Path(out), used, device=device, progress=shown, group=group, backbone=backbone)
 
     return group.make_on_all_ranks(make)
+
+
+def _clustered_otherwise(hierarchy: PathLike, given: CfgNode, used: CfgNode) -> str:
+    """Return a line with the settings of CHC in which a hierarchy differs from those given."""
+    there = flatten(given)
+    others = [f"{key} {value!r}, not {there[key]!r}" for key, value in flatten(used).items() if value != there[key]]
+    return f"{hierarchy}: was made with {'; '.join(others)}; the run records the settings of its hierarchy"
 
 
 def open_inputs(store: PathLike, hierarchy: PathLike, backbone: str) -> tuple[PairStore, Hierarchy]:

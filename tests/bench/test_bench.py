@@ -17,8 +17,9 @@ import pytest
 from gram_meta.bench import emoji, matrix, pool, runner
 from gram_meta.bench.matrix import BenchRun, BenchSettings
 from gram_meta.cli import main
+from gram_meta.config import as_dict, load_meta_config
 from gram_meta.errors import GramError
-from gram_meta.files import MARK
+from gram_meta.files import MARK, sha256_file
 
 COOP = "gram_small_c4_ep10_batch32_ctxv1"
 
@@ -94,6 +95,20 @@ def test_another_config_and_options_of_all_runs():
     assert job.argv[0] == "pretrain" and job.folder == Path("out/meta/unigram_gram_small_c1+1")
     jobs = matrix.bench_runs(settings("out", f"CoOp:{COOP}", opts=("OPTIM.LR", "0.1")))
     assert jobs[0].title.startswith("CoOp, ") and jobs[0].argv[-2:] == ("OPTIM.LR", "0.1")
+
+
+def test_two_configs_of_one_name_are_refused(tmp_path):
+    """The second one would not run, as both have the same folders."""
+    texts = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.yaml").write_text("OPTIM:\n  LR: 0.1\n")
+        texts.append(f"CoOp:{tmp_path / folder / 'x.yaml'}")
+    with pytest.raises(GramError, match=f"configs of different names, .* found {texts[0]} and {texts[1]}"):
+        matrix.bench_runs(settings("out", *texts))
+    same = matrix.bench_runs(settings("out", "CoOp", f"CoOp:{COOP}", f"CoOp:configs/trainers/CoOp/{COOP}.yaml"))
+    assert len(same) == len(matrix.bench_runs(settings("out", "CoOp")))
+    assert matrix.bench_runs(settings("out", texts[0], "CoOp"))
 
 
 def given(output, what=("store", "hierarchy")):
@@ -195,6 +210,9 @@ def test_places(monkeypatch):
 # -------------------------------------------------------------------------------------------------------- emoji world
 
 
+MADE = json.dumps({"size": 77, "recipe": emoji.RECIPE})
+
+
 def emoji_jobs(folder, *words):
     import argparse
 
@@ -220,7 +238,7 @@ def test_the_emoji_world_is_made_first(tmp_path):
     assert [job.argv[0] for job in jobs] == ["python"] + ["train"] * 4  # no corpus without a meta-training
     assert '["travel", "travel_shift"], corpus_size=0' in jobs[0].argv[2]
     (tmp_path / "world" / "corpus").mkdir(parents=True)
-    (tmp_path / "world" / "corpus" / "manifest.json").write_text('{"size": 77}')  # a corpus that is there stays
+    (tmp_path / "world" / "corpus" / "manifest.json").write_text(MADE)  # a corpus that is there stays
     _, jobs = emoji_jobs(tmp_path, "--trainers", "CoOpGRAM", "--seeds", "1")
     assert "corpus_size=77" in jobs[0].argv[2]
     _, jobs = emoji_jobs(tmp_path, "--trainers", "CoOpGRAM", "--store", "s", "--hierarchy", "h", "--seeds", "1")
@@ -258,6 +276,84 @@ def test_an_emoji_bench_refuses_other_files(folder, tmp_path):
     with pytest.raises(GramError, match=f"{folder}: expected nothing there, or what this run made, found other files"):
         emoji_jobs(tmp_path, "--trainers", "UniGRAM:gram_small_c2+2_ep10_batch32_ctxv1_labelled", "CoOpGRAM")
     assert (tmp_path / folder / "thesis.txt").read_text() == "two years"
+
+
+def write_topics(folder, config="coop_gram_small", **changes):
+    """A hierarchy as far as a bench reads it, with the settings of a meta config and these changes of CHC."""
+    chc = as_dict(load_meta_config([config]))["CHC"]
+    for key, value in changes.items():
+        node, _, leaf = key.partition("__")
+        chc[node][leaf] = value
+    folder.mkdir(parents=True)
+    (folder / "topics.json").write_text(json.dumps({"kind": "hierarchy", "config": {"CHC": chc}}))
+
+
+def test_an_emoji_bench_refuses_a_world_of_another_recipe(tmp_path):
+    (tmp_path / "world/emoji_food").mkdir(parents=True)
+    (tmp_path / "world/emoji_food/manifest.json").write_text(json.dumps({"recipe": "emoji-world-1"}))
+    with pytest.raises(
+        GramError, match=f"emoji_food/manifest.json: .* of recipe {emoji.RECIPE}, found 'emoji-world-1'"
+    ):
+        emoji_jobs(tmp_path, "--trainers", "CoOp")
+
+
+def test_an_emoji_bench_refuses_what_was_made_of_another_corpus(tmp_path):
+    corpus = tmp_path / "world/corpus"
+    corpus.mkdir(parents=True)
+    (corpus / "manifest.json").write_text(MADE)
+    (corpus / "pairs.tsv").write_text("image\tcaption\n")
+    store = {"settings": {"source": {"sha256": sha256_file(corpus / "pairs.tsv")}}, "finished": True}
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store/manifest.json").write_text(json.dumps(store))
+    assert emoji_jobs(tmp_path, "--trainers", "CoOpGRAM")
+    (corpus / "pairs.tsv").write_text("image\tcaption\na.png\ta cat\n")
+    with pytest.raises(GramError, match="store: expected a store of .*pairs.tsv"):
+        emoji_jobs(tmp_path, "--trainers", "CoOpGRAM")
+    labelled = "UniGRAM:gram_small_c2+2_ep10_batch32_ctxv1_labelled"
+    (corpus / "truth.tsv").write_text("image\tconcept\n")
+    emoji.write_labelled(tmp_path / "world", tmp_path / "labelled")
+    assert emoji_jobs(tmp_path, "--trainers", labelled)
+    (corpus / "truth.tsv").write_text("image\tconcept\nimages/0.png\tcat\n")
+    with pytest.raises(GramError, match="labelled: expected nothing there, or what this run made"):
+        emoji_jobs(tmp_path, "--trainers", labelled)
+
+
+@pytest.mark.parametrize(
+    ("changes", "opts", "says"),
+    [
+        ({}, ("CHC.DOMAINS.K", "5"), r"made with CHC.DOMAINS.K \d, expected 5"),
+        ({"FILTER__KEEP": 0.3}, (), "made with CHC.FILTER.KEEP 0.3, expected"),  # of another version of the config
+    ],
+)
+def test_an_emoji_bench_refuses_a_hierarchy_of_other_settings(tmp_path, changes, opts, says):
+    """It would train on it, and record the settings that were asked for."""
+    write_topics(tmp_path / "hierarchy", **changes)
+    meta_opts = ("--meta-opts", *opts) if opts else ()
+    with pytest.raises(GramError, match=f"hierarchy: holds a hierarchy {says}"):
+        emoji_jobs(tmp_path, "--trainers", "CoOpGRAM", *meta_opts)
+
+
+def test_a_given_hierarchy_has_to_have_the_settings_that_are_asked_for(tmp_path):
+    """And no others: any hierarchy may be trained on with any meta config."""
+    write_topics(tmp_path / "hierarchy", FILTER__KEEP=0.3, DOMAINS__K=3)
+    given_here = given(tmp_path)
+    for opts in ((), ("OUTER.STEPS", "5"), ("CHC.DOMAINS.K", "3")):
+        assert matrix.bench_runs(settings(tmp_path, "CoOpGRAM", **given_here, meta_opts=opts))
+    with pytest.raises(GramError, match="hierarchy: holds a hierarchy made with CHC.DOMAINS.K 3, expected 4"):
+        matrix.bench_runs(settings(tmp_path, "CoOpGRAM", **given_here, meta_opts=("CHC.DOMAINS.K", "4")))
+
+
+def test_a_meta_training_on_another_hierarchy_is_another_one_only_where_that_is_asked_for(tmp_path):
+    folder = tmp_path / "coop_gram_small"
+    config = as_dict(load_meta_config(["coop_gram_small"], ["CHC.DOMAINS.K", "7"]))
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"config": config}))
+    assert matrix.meta_state(folder) == "unfinished"
+    assert matrix.meta_state(folder, ("CHC.DOMAINS.K", "7")) == "unfinished"
+    with pytest.raises(GramError, match="holds a meta-training with CHC.DOMAINS.K 7, expected 4"):
+        matrix.meta_state(folder, ("CHC.DOMAINS.K", "4"))
+    with pytest.raises(GramError, match="holds a meta-training with INNER.ALPHA"):
+        matrix.meta_state(folder, ("INNER.ALPHA", "0.3"))
 
 
 # ----------------------------------------------------------------------------------------- the loop, without training

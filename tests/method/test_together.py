@@ -7,9 +7,13 @@ import torch
 from helpers.meta_training import Store, make_hierarchy, settings, trainer
 
 from gram_meta.backbone.clip import load_backbone
+from gram_meta.config import as_dict
 from gram_meta.errors import GramError
+from gram_meta.files import read_json, write_json
+from gram_meta.method import together as module
 from gram_meta.method.checkpoint import load_meta_checkpoint
 from gram_meta.method.meta_run import Stopped
+from gram_meta.method.meta_trainer import MetaTrainer
 from gram_meta.method.together import SeedsTrainer
 
 EXACT = ("BACKBONE.PRECISION", "fp64")  # what is left is the rounding of a checkpoint, which holds float32
@@ -100,3 +104,42 @@ def test_the_python_function_refuses_several_seeds(tmp_path):
 
     with pytest.raises(GramError, match="SEEDS: expected one run here"):
         gram.pretrain("store", "hierarchy", tmp_path, opts={"SEEDS": (1, 2)})
+
+
+def chc_of(run):
+    return load_meta_checkpoint(run / "last.safetensors").config["CHC"]
+
+
+@pytest.mark.slow
+def test_a_run_records_the_settings_that_made_its_hierarchy(store, tmp_path, monkeypatch, caplog):
+    """One line names those that were asked for; a run that is older than this rule resumes."""
+    hierarchy = make_hierarchy()
+    made = as_dict(settings("CHC.DOMAINS.K", "2", "CHC.FILTER.KEEP", "0.5").CHC)
+    del made["TOPICS"]["SELECTION"]  # as an earlier version wrote it
+    hierarchy.manifest["config"] = {"CHC": made, "TASKS": {}}
+    monkeypatch.setattr(module, "open_inputs", lambda *_: (store, hierarchy))
+
+    def opened(kind, out, *opts):
+        return module.open_trainer(kind, "store", "hierarchy", out, settings(*opts), progress=False)
+
+    asked = ("CHC.DOMAINS.K", "4", "CHC.TOPICS.SELECTION", "leaf", "CHC.FILTER.KEEP", "0.5")
+    opened(SeedsTrainer, tmp_path, "SEEDS", "(1, 2)", *asked).run()
+    (line,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert line == "hierarchy: was made with CHC.DOMAINS.K 2, not 4; the run records the settings of its hierarchy"
+    for seed in (1, 2):
+        recorded = chc_of(tmp_path / f"seed{seed}")
+        assert (recorded["DOMAINS"]["K"], recorded["FILTER"]["KEEP"], recorded["TOPICS"]["SELECTION"]) == (
+            2,
+            0.5,
+            "leaf",
+        )
+    with pytest.raises(GramError, match="CHC.LABELLED is True: expected a hierarchy of labelled classes"):
+        opened(MetaTrainer, tmp_path / "labelled", "CHC.LABELLED", "True")
+    run = tmp_path / "seed1" / "run.json"
+    facts = read_json(run)
+    facts["config"]["CHC"]["DOMAINS"]["K"] = 4
+    write_json(run, facts)
+    assert opened(MetaTrainer, tmp_path / "seed1", *asked).run(resume=True)
+    caplog.clear()
+    opened(MetaTrainer, tmp_path / "same", *asked, "CHC.DOMAINS.K", "2")
+    assert not caplog.records
