@@ -5,7 +5,8 @@
     python scripts/bench/classes.py --images 1 4 8 --settings plain layers --parts images
 
 The part "images" is a UniGRAM step (2 + 2 tokens) over 10 classes, against the images in its batch. A measurement that
-is in the JSON file already is not repeated. `--repeats 0` times only the first step, whose memory is measured.
+is in the JSON file already is not repeated; a file has measurements of one backbone, precision, batch, device and
+number of threads. `--repeats 0` times only the first step, whose memory is measured.
 """
 
 import argparse
@@ -56,18 +57,35 @@ def main() -> None:
     options.add_argument("--batch", type=int, default=32)
     args = options.parse_args()
     path = args.output.with_suffix(".json") if args.output else None
-    rows: list[Row] = read_json(path) if path and path.exists() else []
+    here = conditions(args)
+    rows: list[Row] = kept_rows(path, here) if path and path.exists() else []
     known = {(row["part"], row["setting"], row["size"]) for row in rows}
     for part, setting in itertools.product(args.parts, args.settings):
         sizes = args.images if part == IMAGES else args.classes
         for row in in_own_process(args, [size for size in sizes if (part, setting, size) not in known], setting, part):
-            rows.append(row)
+            rows.append(row | {"conditions": here})
             rows.sort(key=lambda row: (row["part"], row["size"], list(SETTINGS).index(row["setting"])))
             if path:
                 write_json(path, rows)
     print_rows(rows)
     if args.output and TEXT in args.parts:
         draw(rows, args.output.with_suffix(".svg"))
+
+
+def conditions(args: argparse.Namespace) -> Row:
+    """Return what all measurements of a file have in common."""
+    threads = args.threads or torch.get_num_threads()
+    same = {name: getattr(args, name) for name in ("backbone", "precision", "batch", "device", "clock")}
+    return same | {"threads": threads}
+
+
+def kept_rows(path: Path, wanted: Row) -> list[Row]:
+    """Return the measurements in a file; refuse those under other conditions, or of an earlier version without any."""
+    rows: list[Row] = read_json(path)
+    for row in rows:
+        if (found := row.get("conditions")) != wanted:
+            raise SystemExit(f"{path}: expected measurements of {wanted}, found {found}; choose another --output")
+    return rows
 
 
 class Step:

@@ -10,6 +10,7 @@
 Each prints a row of JSON, also added to FOLDER/results.jsonl. Times and memory are those of a process of its own.
 """
 
+import hashlib
 import json
 import logging
 import multiprocessing
@@ -32,7 +33,7 @@ from gram_meta.clustering.settings import ChcSettings
 from gram_meta.clustering.topics import reducer, topics_of
 from gram_meta.config import load_meta_config
 from gram_meta.corpus.store import PairStore, store_fingerprint
-from gram_meta.files import write_json
+from gram_meta.files import read_arrays, write_arrays, write_json
 
 SENTENCE, CLIP = 384, 512  # all-MiniLM-L6-v2, ViT-B/16
 CHUNK = 50_000  # pairs that are generated at once
@@ -294,14 +295,21 @@ def chc_settings(opts: list[str]) -> Any:
     return ChcSettings.from_config(load_meta_config([], opts))
 
 
+def unsampled_topics(store: Path, features: np.ndarray, settings: ChcSettings) -> np.ndarray:
+    """Return the topic of each pair (-1: noise) by clustering all of them; kept in the store, by the settings."""
+    digest = hashlib.sha256(json.dumps(settings.recorded["CHC"], sort_keys=True).encode()).hexdigest()
+    path = store / f"unsampled-{digest[:12]}.npz"
+    if "label" not in (kept := read_arrays(path)):
+        kept = {"label": topics_of(features, settings)}
+        write_arrays(path, kept)
+    return kept["label"]
+
+
 def rules(store: Path, count: int, opts: list[str]) -> list[Row]:
     """Compare ways to assign pairs outside a sample to topics with un-sampled clustering and with the truth."""
     settings, truth = chc_settings(opts), truth_of(store)[0]
     features = np.asarray(PairStore.open(store).sentence_features, np.float32)
-    kept = store / "unsampled.npz"
-    if not kept.is_file():
-        np.savez(kept, label=topics_of(features, settings))
-    unsampled = np.load(kept)["label"]
+    unsampled = unsampled_topics(store, features, settings)
     chosen = sample.draw(len(features), count, settings.seed)
     rest = np.setdiff1d(np.arange(len(features)), chosen)
     rest = np.sort(np.random.default_rng(0).permutation(rest)[:20_000])

@@ -110,6 +110,8 @@ def test_classes(run, tmp_path):
     assert (tmp_path / "out.svg").is_file()
     (tmp_path / "out.json").write_text(json.dumps([row | {"peak_mb": 7777} for row in rows]))
     assert run("classes", *TINY, *few).count("7,777 MB") == 2  # nothing is measured twice
+    with pytest.raises(SystemExit, match="out.json: expected measurements of .*'precision': 'fp64'.*, found .*'fp32'"):
+        run("classes", *TINY, *few, "--precision", "fp64")  # they would stand in one table as those of one CLIP
     layers = ("--settings", "layers", "--classes", "2", "--images", "2", "--parts", "images", "whole")
     run("classes", *TINY, *layers, "--output", tmp_path / "layers")
     rows = json.loads((tmp_path / "layers.json").read_text())
@@ -155,6 +157,9 @@ def test_clustering(run, tmp_path):
     ]
     assert agreement == [1.0, 1.0, "100.0%"]
     assert all(0 < row["AMI with truth"] <= 1 for row in rows[2:])
+    run("clustering", "rules", folder / "small", "2000", *pca[:-1], "40")
+    again = json.loads((folder / "results.jsonl").read_text().splitlines()[len(rows)])
+    assert again["noise"] != unsampled["noise"]  # of other settings, not of what was kept for these
 
 
 @pytest.fixture(scope="module")
