@@ -340,6 +340,58 @@ def test_a_changed_source_is_refused(store, corpus, backbone, sentence_model, tm
         embed_pairs(tmp_path / "pairs.tsv", tmp_path / "s", backbone, sentence_model)
 
 
+@pytest.fixture
+def of_a_folder(backbone, sentence_model, tmp_path):
+    """Embed a folder of four images in two class folders, with captions, in one of the formats of folders."""
+    for name in ("cats/a", "cats/b", "dogs/c", "dogs/.d/e"):
+        image = tmp_path / "source" / f"{name}.png"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        image.write_bytes(images_png())
+        image.with_suffix(".txt").write_text("a caption\n")
+
+    def embed(kind):
+        source = open_source(tmp_path / "source", format=kind)
+        return embed_pairs(source, tmp_path / kind, backbone, sentence_model)
+
+    return embed
+
+
+EDITS = {
+    "an image more": lambda source: shutil.copy(source / "cats/a.png", source / "dogs/f.png"),
+    "an image less": lambda source: (source / "cats/b.png").unlink(),
+    "another image": lambda source: (source / "cats/a.png").write_bytes(images_png() + b" "),
+    "a later time": lambda source: os.utime(source / "cats/a.png", ns=(1, 1)),
+    "another name": lambda source: (source / "cats/a.png").rename(source / "cats/z.png"),
+}
+
+
+@pytest.mark.parametrize("kind", ["folder", "classes"])
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_a_changed_folder_is_refused(of_a_folder, tmp_path, kind, edit):
+    of_a_folder(kind)
+    assert len(of_a_folder(kind)) == {"folder": 4, "classes": 3}[kind]  # unchanged: finished before
+    edit(tmp_path / "source")
+    with pytest.raises(GramError, match=f"{kind}: expected the files that were in .*source when it was begun"):
+        of_a_folder(kind)
+
+
+def test_of_a_folder_what_its_format_reads_counts(of_a_folder, tmp_path):
+    for kind in ("folder", "classes"):
+        of_a_folder(kind)
+    (tmp_path / "source/cats/readme.md").write_text("not read")
+    (tmp_path / "source/cats/loop").symlink_to(tmp_path / "source")
+    of_a_folder("folder")
+    (tmp_path / "source/cats/a.txt").write_text("another caption\n")
+    of_a_folder("classes")
+    with pytest.raises(GramError, match="found some added, removed or edited"):
+        of_a_folder("folder")
+    path = tmp_path / "folder" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["settings"]["source"]["listing"]  # of an earlier version
+    write_json(path, manifest)
+    assert len(of_a_folder("folder")) == 4
+
+
 def images_png():
     import io
 

@@ -157,6 +157,11 @@ def is_finished(out: PathLike, settings: dict[str, Any]) -> bool:
         raise GramError(f"{out}: was begun with the shard {gone[0]}, which is not there any more; {advice}")
     before, now = ({"crop_on": CROP_ON[0], **some} for some in (manifest["settings"], settings))
     for name, old, new in _differences(before, now):
+        if name == "source listing":
+            if old is None:  # an earlier version wrote none
+                continue
+            there = f"the files that were in {now['source']['path']} when it was begun"
+            raise GramError(f"{out}: expected {there}, found some added, removed or edited; choose another folder")
         found = f"{name} {old!r}, expected the same, found {new!r}"
         raise GramError(f"{out}: was begun with {found}; choose another folder for new settings")
     return bool(manifest["finished"])
