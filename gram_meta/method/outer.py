@@ -92,6 +92,12 @@ def parameters_of(optimiser: Optimizer) -> list[Tensor]:
     return [parameter for group in optimiser.param_groups for parameter in group["params"]]
 
 
+def unscale(parameters: Sequence[Tensor], scale: float) -> None:
+    """Divide the gradients in `.grad` by the factor of the losses that they were taken of."""
+    if scale != 1:
+        torch._foreach_div_([parameter.grad for parameter in parameters if parameter.grad is not None], scale)
+
+
 def add_meta_gradients(
     episode: Episode,
     theta: Prompts,
@@ -129,8 +135,8 @@ def add_meta_gradients(
         else:
             result = meta_losses(part.support, part.query, theta, tasks, inner)
             done.append(result._replace(losses=add_gradients(result.losses)))
-    if inner.scale != 1 and not plan.lean:
-        torch._foreach_div_([parameter.grad for parameter in parameters if parameter.grad is not None], inner.scale)
+    if not plan.lean:
+        unscale(parameters, inner.scale)
     results = [BatchResult.of(each, kinds) for each in done]
     return BatchResult(*(torch.cat(values, dim=dim) for dim, values in enumerate(zip(*results, strict=True))))
 

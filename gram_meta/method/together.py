@@ -27,7 +27,7 @@ from gram_meta.method.episodes import Episode
 from gram_meta.method.memory_plan import MemoryConfig, plan
 from gram_meta.method.meta_run import BEST, MetaLog, Stopped
 from gram_meta.method.meta_trainer import MetaTrainer
-from gram_meta.method.outer import BatchResult, parameters_of
+from gram_meta.method.outer import BatchResult, parameters_of, unscale
 from gram_meta.method.recorded import RecordedSteps
 from gram_meta.method.tasks import StepTasks
 from gram_meta.processes import ALONE, ProcessGroup
@@ -163,7 +163,9 @@ class SeedsTrainer:
         prompts = {kind: torch.cat([theta[kind] for theta in starts]) for kind in lead.theta}  # (V B, M, d)
         inner = replace(lead.inner, regulate=_by_seed(trainers, batch) if lead.regulator is not None else None)
         seen = adapted_losses(episode.support, episode.query, prompts, inner)
-        (seen.losses.sum() / batch).backward()  # seeds share no parameter: each has the gradient of its own mean
+        total = seen.losses.sum() / batch  # seeds share no parameter: each has the gradient of its own mean
+        (total * inner.scale).backward()
+        unscale([one for trainer in trainers for one in parameters_of(trainer.optimiser)], inner.scale)
         return BatchResult.of(seen, lead.kinds)
 
     def _fits_together(self) -> bool:

@@ -14,6 +14,8 @@ from gram_meta.method import together as module
 from gram_meta.method.checkpoint import load_meta_checkpoint
 from gram_meta.method.meta_run import Stopped
 from gram_meta.method.meta_trainer import MetaTrainer
+from gram_meta.method.outer import parameters_of
+from gram_meta.method.tasks import StepTasks
 from gram_meta.method.together import SeedsTrainer
 
 EXACT = ("BACKBONE.PRECISION", "fp64")  # what is left is the rounding of a checkpoint, which holds float32
@@ -104,6 +106,20 @@ def test_the_python_function_refuses_several_seeds(tmp_path):
 
     with pytest.raises(GramError, match="SEEDS: expected one run here"):
         gram.pretrain("store", "hierarchy", tmp_path, opts={"SEEDS": (1, 2)})
+
+
+@pytest.mark.slow
+def test_under_fp16_the_losses_of_all_seeds_are_scaled_too(store, tmp_path):
+    """Else gradients as small as those of a high temperature are lost in fp16."""
+    opts = ("BACKBONE.PRECISION", "fp16", "MEMORY.SECOND_ORDER", "whole", "OUTER.TEMPERATURE", "1000")
+    run = together(store, tmp_path / "all", *opts)
+    tasks = [task for it in run.trainers for task in StepTasks(it.train_tasks, 2, 0, 1, range(2))[0]]
+    run.add_gradients(run.trainers, next(run.trainers[0].episodes.of([tasks])))
+    for seed, one in zip((1, 2, 5), run.trainers, strict=True):
+        alone = trainer(store, tmp_path / f"{seed}", *opts, "SEED", str(seed))
+        alone.add_gradients(next(alone.episodes_of(0, 1)))
+        for found, expected in zip(parameters_of(one.optimiser), parameters_of(alone.optimiser), strict=True):
+            assert (found.grad - expected.grad).norm() < 0.02 * expected.grad.norm() > 0
 
 
 def chc_of(run):
