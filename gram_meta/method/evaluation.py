@@ -356,6 +356,7 @@ def mean_gates(
 ) -> dict[str, tuple[Tensor, ...]]:
     """Return gamma and beta of each kind for the support gradients at theta, (M, d) each, averaged over tasks."""
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {kind: [] for kind in regulator.widths}
+    inner = replace(inner, steps=1)  # the gradient at theta, also where no step is asked for
     for episode in episodes.of(_batches(tasks, episodes.at_a_time)):
         raw = next(inner_path([episode.support], for_each_task(theta, len(episode.tasks)), inner)).raw
         for kind, pieces in seen.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,7 +179,8 @@ def read_classes(words: str) -> list[str]:
     """Return class names from "cat, dog, sea lion", or from a file: a name a line, or JSON.
 
     The lines may be those of ImageNet's classnames.txt ("n01440764 tench"); JSON is a list of names, or a split file in
-    CoOp's format, whose classes are taken in the order of their labels. Raises `GramError` for fewer than two names.
+    CoOp's format, whose classes are taken in the order of their labels. Raises `GramError` for fewer than two names, and
+    for a name that is typed twice, as two equal classes share their probability; lists of data sets may have such names.
     """
     path = Path(os.path.expanduser(words))
     try:
@@ -191,6 +193,8 @@ def read_classes(words: str) -> list[str]:
         names = [" ".join(name.split()) for name in words.split(",") if name.strip()]
         if len(names) == 1 and (path.suffix or os.sep in words):
             raise GramError(f"--classes {words}: expected class names, or a file of them, found no such file")
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise GramError(f"--classes {words}: expected each class name once, found {twice[0]!r} again")
     if len(names) < 2:
         raise GramError(f"--classes {words}: expected at least two class names, found {len(names)}")
     return names

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial, reduce
 from itertools import chain, islice
 from operator import getitem
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from gram_meta.corpus.loading import run_ahead
 from gram_meta.corpus.sources.rows import IMAGE_SUFFIXES
 from gram_meta.errors import GramError, in_one_line
 from gram_meta.files import PathLike
-from gram_meta.images import BROKEN, BadImage, as_rgb, read_image
+from gram_meta.images import BROKEN, BadImage, as_rgb, decode_image, file_content
 from gram_meta.processes import ALONE, device_for, workers_for
 from gram_meta.runs.reader import Saved, infer_trainer, load_clip_of, read_classes, read_saved
 
@@ -79,6 +80,7 @@ class Predictor:
         classnames: the classes to choose from.
         batch_size: images in one pass.
         workers: processes that read images ahead; 0: none.
+        as_coop: whether images are decoded as CoOp does (DATALOADER.COOP_DECODING of the run).
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class Predictor:
         self.transform = transform
         self.batch_size = batch_size or default_batch_size(self.backbone)
         self.workers = workers
+        self.as_coop = bool(saved.config.get("DATALOADER.COOP_DECODING"))
         self._classifier = classifier
 
     @classmethod
@@ -162,7 +165,7 @@ class Predictor:
             workers = workers_for(self.backbone.device) if len(beginning) > FEW else 0
         batches = _batches(chain(beginning, sources), self.batch_size)
         advice = f"expected enough memory for {workers} of them, try --workers 0"
-        read, pin = partial(_read_batch, self.transform), self.backbone.device.type == "cuda"
+        read, pin = partial(_read_batch, self.transform, self.as_coop), self.backbone.device.type == "cuda"
         for names, pixels, errors in run_ahead(read, batches, workers, advice, pin_memory=pin):
             probabilities = iter(self.probabilities(pixels) if pixels is not None else ())
             for name, error in zip(names, errors, strict=True):
@@ -226,22 +229,22 @@ def _batches(sources: Iterator[Source], size: int) -> Iterator[Batch]:
         yield [os.fspath(getattr(it, "filename", "") if isinstance(it, Image.Image) else it) for it in batch], batch
 
 
-def _read_batch(transform: Transform, batch: Batch) -> tuple[list[str], Tensor | None, list[str]]:
+def _read_batch(transform: Transform, as_coop: bool, batch: Batch) -> tuple[list[str], Tensor | None, list[str]]:
     """Return the names of a batch, its readable images (k, 3, H, W), None without any, and the errors of all."""
     names, sources = batch
-    read = [_read(transform, source) for source in sources]
+    read = [_read(transform, as_coop, source) for source in sources]
     pixels = [pixel for pixel, _ in read if pixel is not None]
     return names, torch.stack(pixels) if pixels else None, [error for _, error in read]
 
 
-def _read(transform: Transform, source: Source) -> tuple[Tensor | None, str]:
+def _read(transform: Transform, as_coop: bool, source: Source) -> tuple[Tensor | None, str]:
     """Return a path or PIL image as (3, H, W), or None and the reason why it cannot be read."""
     try:
         if isinstance(source, Image.Image):
-            return transform(as_rgb(source)), ""
+            return transform(source.convert("RGB") if as_coop else as_rgb(source)), ""
         if os.path.isdir(source):
             return None, NO_IMAGES
-        return transform(read_image(source)[0]), ""
+        return transform(decode_image(file_content(Path(source)), as_coop)), ""
     except BadImage as error:
         return None, str(error)
     except Exception:  # noqa: BLE001 - some pixels raise only when they are used

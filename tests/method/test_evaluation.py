@@ -187,6 +187,16 @@ def test_bad_input_is_one_sentence(runs, pixel_corpus, tmp_path, capsys):
     assert "--steps: expected numbers from 0 on, found 'few'" in capsys.readouterr().err
 
 
+def test_without_a_step_the_starts_are_compared(runs, pixel_corpus):
+    """Also with a regulator, whose means need a gradient."""
+    plain, result = (measure(runs["joint"], pixel_corpus, steps=steps) for steps in ((0, 2), (0,)))
+    assert [line.start for line in result.lines] == [line.start for line in plain.lines]
+    for found, expected in zip(result.lines, plain.lines, strict=True):
+        (cell,) = found.cells
+        assert cell.loss == pytest.approx(expected.cells[0].loss, rel=1e-5)
+    assert "after 0 steps" in str(result) and result.alignment == {}
+
+
 def test_under_fp16_losses_are_scaled_as_in_meta_training(runs, pixel_corpus, monkeypatch):
     scales = []
     path = evaluation.inner_path

@@ -142,6 +142,23 @@ def test_no_dataset_is_needed(runs, tiny_data, image, tmp_path):
     assert row.classname in ("red", "green", "blue", "grey") and row.probability == row.top(1)[0][1]
 
 
+def test_images_are_decoded_as_in_the_run(runs, tmp_path):
+    """CoOp's decoding leaves a picture on its side, and takes 16-bit grey for white."""
+    shutil.copytree(runs("ZeroshotCLIP"), tmp_path / "coop")
+    path = tmp_path / "coop" / "results.json"
+    results = json.loads(path.read_text())
+    results["config"]["DATALOADER"]["COOP_DECODING"] = True
+    path.write_text(json.dumps(results))
+    grey = Image.fromarray(np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16))
+    grey.save(tmp_path / "deep.png")
+    grey.convert("RGB").save(tmp_path / "white.png")
+    coop, ours = Predictor.load(tmp_path / "coop"), Predictor.load(runs("ZeroshotCLIP"))
+    deep, white = tmp_path / "deep.png", tmp_path / "white.png"
+    for source in (deep, Image.open(deep)):
+        assert np.array_equal(coop(source)[0].probabilities, ours(white)[0].probabilities)
+        assert not np.array_equal(ours(source)[0].probabilities, ours(white)[0].probabilities)
+
+
 def test_an_epoch_can_be_chosen_and_the_last_is_the_default(runs, image, capsys):
     run = runs("CoOp")
     first, last = (Predictor.load(run, epoch=epoch) for epoch in (1, None))
@@ -283,7 +300,13 @@ def test_names_come_from_words_and_files(tmp_path):
 
 @pytest.mark.parametrize(
     "words, what",
-    [("cat", "at least two"), ("", "at least two"), ("names.txt", "no such file"), ("BAD.json", "split file in CoOp")],
+    [
+        ("cat, dog,  cat", "expected each class name once, found 'cat' again"),
+        ("cat", "at least two"),
+        ("", "at least two"),
+        ("names.txt", "no such file"),
+        ("BAD.json", "split file in CoOp"),
+    ],
 )
 def test_bad_lists_of_classes_are_reported(words, what, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
