@@ -13,8 +13,8 @@ import yaml
 from gram_meta.clustering.hierarchy import TOPICS
 from gram_meta.config import ELEVEN, INCIDENTAL, SHIFTED, find_config, flatten, load_meta_config, nearest
 from gram_meta.errors import GramError, in_one_line
-from gram_meta.files import parse_json, read_json, read_text
-from gram_meta.runs.layout import META, RUN
+from gram_meta.files import read_json
+from gram_meta.method import meta_files
 from gram_meta.runs.schemas import MetaRunFile
 
 PROTOCOLS = ("base2new", "xd", "dg")
@@ -95,7 +95,7 @@ class BenchRun:
     @property
     def command(self) -> tuple[str, ...]:
         """Return `argv`, with --resume for a meta-training that was begun."""
-        if self.argv[0] == "pretrain" and (self.folder / RUN).exists():
+        if self.argv[0] == "pretrain" and (self.folder / meta_files.FACTS).exists():
             return (self.argv[0], "--resume", *self.argv[1:])
         return self.argv
 
@@ -179,7 +179,7 @@ def read_entry(text: str, settings: BenchSettings) -> Entry:
         if checkpoint:  # named by the user
             meta = ""
         elif meta:
-            checkpoint = str(settings.meta_dir / meta / META)
+            checkpoint = str(settings.meta_dir / meta / meta_files.BEST)
         else:
             raise GramError(
                 f"{path}: expected the name of a meta config as TRAINER.GRAM.META, found none; "
@@ -242,7 +242,7 @@ def meta_jobs(entries: Iterable[Entry], settings: BenchSettings) -> Iterator[Ben
         else:
             begun = "a meta-training that is not finished; go on with", "no such file; make it with"
             raise GramError(
-                f"{folder / META}: expected the meta-checkpoint for {entry.label}, found "
+                f"{folder / meta_files.BEST}: expected the meta-checkpoint for {entry.label}, found "
                 f"{begun[state == 'new']} `{job.line}`, or give {' and '.join(flags)}"
             )
 
@@ -278,9 +278,9 @@ def meta_state(folder: Path, opts: Sequence[str] = ()) -> str:
     A folder trained with other settings than those of its meta config, which has its name, and `opts` is a `GramError`.
     Settings of the clustering count if `opts` has them: any hierarchy may be trained on.
     """
-    if not (folder / RUN).is_file():
-        return "finished" if (folder / META).is_file() else "new"
-    config = read_json(folder / RUN, MetaRunFile).get("config", {})
+    if not (folder / meta_files.FACTS).is_file():
+        return "finished" if (folder / meta_files.BEST).is_file() else "new"
+    config = read_json(folder / meta_files.FACTS, MetaRunFile).get("config", {})
     stored = flatten(config)
     asked = _asked(opts)
     for key, value in flatten(_meta_config(folder.name, tuple(opts))).items():
@@ -290,11 +290,7 @@ def meta_state(folder: Path, opts: Sequence[str] = ()) -> str:
                 f"{folder}: holds a meta-training with {key} {stored[key]!r}, expected {value!r}; "
                 "choose another --meta-dir or remove the folder"
             )
-    log = folder / "log.jsonl"
-    lines = read_text(log).splitlines() if log.is_file() else []
-    last = parse_json(lines[-1], str(log), dict[str, Any]).get("step") if lines and lines[-1].endswith("}") else None
-    whole = (folder / META).is_file() and last == config.get("OUTER", {}).get("STEPS")
-    return "finished" if whole else "unfinished"
+    return "finished" if meta_files.is_finished(folder, config) else "unfinished"
 
 
 @lru_cache(maxsize=64)

@@ -39,10 +39,11 @@ from gram_meta.demo.world import RECIPE, SPECS, write_world
 from gram_meta.errors import GramError
 from gram_meta.intervals import mean
 from gram_meta.locks import only_writer
+from gram_meta.method.meta_files import BEST
 from gram_meta.report import figures
 from gram_meta.report.runs import SHIPPED_LABEL
 from gram_meta.report.tables import Row
-from gram_meta.runs.layout import META, RESULTS, RUN, read_results
+from gram_meta.runs.layout import RESULTS, RUN, read_results
 
 TRAINER_CONFIG = "gram_small_c4_ep10_batch32_ctxv1"
 ZERO_SHOT_CONFIG = "gram_small"
@@ -293,7 +294,7 @@ class Demo:
             argv += ["--eval-only", "--model-dir", str(trained)]
         argv += ["DATASET.NUM_SHOTS", str(s.shots), "DATASET.SUBSAMPLE_CLASSES", subsample]
         if variant.trainer.endswith("GRAM"):
-            argv += ["TRAINER.GRAM.CHECKPOINT", f"{self.out}/meta/{META}"]
+            argv += ["TRAINER.GRAM.CHECKPOINT", f"{self.out}/meta/{BEST}"]
         watched = s.full or (seed == s.seeds[0] and variant in (COOP, GRAM))  # tests double a run's time
         if watched and not variant.start_only and subsample == "base":
             argv += ["TEST.PER_EPOCH", "True"]

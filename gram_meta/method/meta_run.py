@@ -1,13 +1,7 @@
 """The folder of a meta-training run: identity, resume, checkpoints, logs, and the reaction to SIGTERM.
 
-    run.json            the identity of the run: settings, store, hierarchy
-    state.pt            theta, phi, optimiser and records, for --resume
-    log.jsonl           scores of the held-out tasks, a line for each evaluation
-    best.safetensors    the meta-checkpoint with the lowest loss after adaptation on the held-out tasks
-    last.safetensors    the meta-checkpoint of the last evaluation
-    tensorboard/        the same scores, and the training loss
-
-All ranks call the same methods; rank 0 alone reads and writes.
+`meta_files` names the files; `tensorboard/` has the scores of the log, and the training loss. All ranks call the same
+methods; rank 0 alone reads and writes.
 """
 
 from __future__ import annotations
@@ -31,6 +25,8 @@ from gram_meta.engine.checkpoints import check_finite, read_checkpoint, restorin
 from gram_meta.errors import GramError, as_gram_error, tensorboard_errors
 from gram_meta.files import Count, atomic_write, check_type, parse_json, read_json, read_text, to_json, write_json
 from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
+from gram_meta.method.meta_files import BEST as BEST  # scripts/experiments take it from here
+from gram_meta.method.meta_files import FACTS, LOG, STATE
 from gram_meta.processes import ALONE, ProcessGroup
 from gram_meta.progress import progress_bar
 from gram_meta.trackers import Tracker, Trackers
@@ -39,13 +35,6 @@ logger = logging.getLogger("gram")
 T = TypeVar("T")
 
 RECORDED = ("CHC",)  # nodes that describe the hierarchy, whose fingerprint tells runs apart
-
-BEST = "best.safetensors"
-LAST = "last.safetensors"
-STATE = "state.pt"
-FACTS = "run.json"
-LOG = "log.jsonl"
-PROFILE = "profile.json"
 
 
 class Stopped(Exception):

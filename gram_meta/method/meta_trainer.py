@@ -30,7 +30,8 @@ from gram_meta.method.bilevel import InnerLoop
 from gram_meta.method.episodes import Episode, Episodes, TimedIterator
 from gram_meta.method.evaluation import evaluate
 from gram_meta.method.memory_plan import MemoryConfig, plan
-from gram_meta.method.meta_run import BEST, LAST, STATE, MetaLog, MetaRun, Sigterm, Stopped
+from gram_meta.method.meta_files import BEST, LAST, STATE
+from gram_meta.method.meta_run import MetaLog, MetaRun, Sigterm, Stopped
 from gram_meta.method.meta_state import MetaState
 from gram_meta.method.outer import BatchResult, OuterLoop, add_meta_gradients, exchange, parameters_of
 from gram_meta.method.recorded import RecordedSteps

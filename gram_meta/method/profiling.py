@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gram_meta.files import write_json
-from gram_meta.method.meta_run import PROFILE
+from gram_meta.method.meta_files import PROFILE
 from gram_meta.method.meta_trainer import EXCHANGE, OPTIMISER, MetaTrainer
 
 IMAGE_TOWER, TEXT_TOWER, REGULATOR = "image tower", "text tower", "regulator"

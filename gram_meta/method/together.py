@@ -25,7 +25,8 @@ from gram_meta.locks import only_writer
 from gram_meta.method.bilevel import Prompts, Regulate, adapted_losses, for_each_task
 from gram_meta.method.episodes import Episode
 from gram_meta.method.memory_plan import MemoryConfig, plan
-from gram_meta.method.meta_run import BEST, MetaLog, Stopped
+from gram_meta.method.meta_files import BEST
+from gram_meta.method.meta_run import MetaLog, Stopped
 from gram_meta.method.meta_trainer import MetaTrainer
 from gram_meta.method.outer import BatchResult, parameters_of, unscale
 from gram_meta.method.recorded import RecordedSteps

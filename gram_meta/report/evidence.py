@@ -21,6 +21,7 @@ from typing import Any
 from gram_meta.config import flatten
 from gram_meta.errors import GramError
 from gram_meta.files import atomic_write, check_type, parse_json, read_json, read_text, sha256_file, to_json
+from gram_meta.method import meta_files
 from gram_meta.report.logs import find_logs, result_of_log
 from gram_meta.runs import layout
 from gram_meta.runs.layout import RESULTS
@@ -136,7 +137,7 @@ def gather(sources: Iterable[str | Path]) -> Evidence:
             _add_collection(evidence, source)
             continue
         found = {path.resolve() for path in ([source] if source.is_file() else source.rglob(RESULTS))}
-        logs = {path.resolve() for path in source.rglob(layout.META_LOG)} if source.is_dir() else set()
+        logs = {path.resolve() for path in source.rglob(meta_files.LOG)} if source.is_dir() else set()
         from_logs, unfinished = find_logs(source) if source.is_dir() else ({}, [])
         if not found and not logs and not from_logs:
             more = f"; {len(unfinished)} logs of runs that have not finished" if unfinished else ""
@@ -187,7 +188,7 @@ def _add_metas_of_results(evidence: Evidence) -> None:
         if not used.get("path") or used.get("sha256") in seen:
             continue
         folder = Path(used["path"]).parent.resolve()
-        meta = _read_meta(folder) if (folder / layout.META_LOG).is_file() else None
+        meta = _read_meta(folder) if (folder / meta_files.LOG).is_file() else None
         seen.add(used.get("sha256", ""))
         if meta and meta.path not in seen:
             seen |= {meta.path, meta.sha256}
@@ -196,14 +197,14 @@ def _add_metas_of_results(evidence: Evidence) -> None:
 
 def _read_meta(folder: Path) -> MetaTraining | None:
     """Read a folder of `gram pretrain`; return None if its log.jsonl is something else."""
-    facts_file = folder / layout.RUN
+    facts_file = folder / meta_files.FACTS
     facts = read_json(facts_file, MetaRunFile) if facts_file.is_file() else {}
-    path = folder / layout.META_LOG
+    path = folder / meta_files.LOG
     lines = enumerate(read_text(path).splitlines(), 1)
     log = [parse_json(line, f"{path}, line {number}", dict[str, float | None]) for number, line in lines]
     if not log or not all("alignment" in row and "step" in row for row in log):
         return None
-    checkpoint = folder / layout.META
+    checkpoint = folder / meta_files.BEST
     sha256 = sha256_file(checkpoint) if checkpoint.is_file() else ""
     return MetaTraining(str(checkpoint), sha256, facts, tuple(log))
 

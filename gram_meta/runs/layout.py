@@ -7,7 +7,7 @@
     OUT/prompt_learner/model.pth.tar-<epoch> checkpoints; `checkpoint` there names the one written last
     OUT/prompt_learner/model-best.pth.tar    the best epoch by validation (TEST.FINAL_MODEL best_val)
 
-A folder of `gram pretrain` holds best.safetensors, log.jsonl and a run.json of its own instead. CoOp and its
+A folder of `gram pretrain` holds other files (`method.meta_files`), of which run.json has the same name. CoOp and its
 descendants write the same folders without results.json and run.json; some name the folder of checkpoints otherwise.
 """
 
@@ -28,8 +28,6 @@ RUN = "run.json"
 LOG = "log.txt"
 LEARNER = "prompt_learner"  # CoOp's name for the registered model, and so for the folder of its checkpoints
 BEST = "model-best.pth.tar"
-META = "best.safetensors"
-META_LOG = "log.jsonl"
 
 LISTED = 6  # names in an error message
 LOOKED_AT = 5000  # folders to search for runs, at most

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from gram_meta.errors import GramError
 from gram_meta.files import PathLike, read_json
+from gram_meta.method import meta_files
 from gram_meta.runs import layout
 from gram_meta.runs.layout import LEARNER
 
@@ -70,8 +71,8 @@ def read_saved(path: PathLike, epoch: int | None = None) -> Saved:
         options = layout.options_of(path)
         if options.get("TRAINER.NAME") == "ZeroshotCLIP":
             return _add_results(Saved(path, "ZeroshotCLIP", options), path)
-        if (path / layout.META).is_file():
-            return _read_meta_checkpoint(path / layout.META)
+        if (path / meta_files.BEST).is_file():
+            return _read_meta_checkpoint(path / meta_files.BEST)
     checkpoint, _ = layout.choose_checkpoint(path, epoch, learner or LEARNER)
     return _read_checkpoint(checkpoint, path)
 
@@ -179,8 +180,8 @@ def read_classes(words: str) -> list[str]:
     """Return class names from "cat, dog, sea lion", or from a file: a name a line, or JSON.
 
     The lines may be those of ImageNet's classnames.txt ("n01440764 tench"); JSON is a list of names, or a split file in
-    CoOp's format, whose classes are taken in the order of their labels. Raises `GramError` for fewer than two names, and
-    for a name that is typed twice, as two equal classes share their probability; lists of data sets may have such names.
+    CoOp's format, whose classes are taken in the order of their labels. Raises `GramError` for fewer than two names,
+    and for a name that is typed twice, as equal classes share their probability; the files of datasets may have some.
     """
     path = Path(os.path.expanduser(words))
     try:

@@ -389,12 +389,12 @@ def check_datasets(environment: Environment) -> Iterator[Check]:
 
 def check_meta(environment: Environment) -> Iterator[Check]:
     """Check the meta-checkpoints of --meta, or those in output/meta, where the documents put them."""
-    from gram_meta.runs.layout import META
+    from gram_meta.method.meta_files import BEST
 
     named, checks = environment.meta, []
     for path, files in _meta_files(environment).items():
         if named and not files:
-            checks.append(Check("meta-checkpoint", NOTE, f"{path}: expected a {META}, found none", MAKE_META))
+            checks.append(Check("meta-checkpoint", NOTE, f"{path}: expected a {BEST}, found none", MAKE_META))
         checks += [_check_meta_file(file, environment) for file in files]
     yield from checks
     if not any(check.state == FINE for check in checks):
@@ -406,10 +406,10 @@ def check_meta(environment: Environment) -> Iterator[Check]:
 
 def _meta_files(environment: Environment) -> dict[Path, list[Path]]:
     """Return the meta-checkpoints by the paths of --meta, or those of output/meta."""
-    from gram_meta.runs.layout import META
+    from gram_meta.method.meta_files import BEST
 
     paths = [Path(os.path.expanduser(path)) for path in environment.meta or ["output/meta"]]
-    return {path: sorted(path.rglob(META)) if path.is_dir() else [path] if path.exists() else [] for path in paths}
+    return {path: sorted(path.rglob(BEST)) if path.is_dir() else [path] if path.exists() else [] for path in paths}
 
 
 def _fits_none(environment: Environment) -> bool:
