@@ -25,7 +25,6 @@ from gram_meta.engine.checkpoints import check_finite, read_checkpoint, restorin
 from gram_meta.errors import GramError, as_gram_error, tensorboard_errors
 from gram_meta.files import Count, atomic_write, check_type, parse_json, read_json, read_text, to_json, write_json
 from gram_meta.method.checkpoint import MetaCheckpoint, save_meta_checkpoint
-from gram_meta.method.meta_files import BEST as BEST  # scripts/experiments take it from here
 from gram_meta.method.meta_files import FACTS, LOG, STATE
 from gram_meta.processes import ALONE, ProcessGroup
 from gram_meta.progress import progress_bar
