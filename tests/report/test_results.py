@@ -10,7 +10,9 @@ from types import SimpleNamespace
 import pandas
 import pytest
 
-from gram_meta.report import read_runs
+from gram_meta.backbone.packaged import weights_path
+from gram_meta.method.checkpoint import shipped
+from gram_meta.report import paper_tables, read_runs, render
 
 pytestmark = pytest.mark.slow
 
@@ -44,6 +46,21 @@ def test_page_and_claims_are_those_of_the_committed_results(claims, runs, others
     listed = claims.all_claims(runs, *others)
     assert listed == json.loads((RESULTS / "claims.json").read_text())
     assert claims.filled(page, runs, listed) == page
+
+
+@pytest.mark.parametrize("weights", [weights_path(), *shipped().values()], ids=lambda path: path.stem)
+def test_cards_have_the_accuracies_of_seed_1(claims, runs, weights):
+    """Each dataset's accuracies in a card are those that `gram report` makes of the runs with SEED 1."""
+    first = [run for run in runs if claims.kind_of(run) in ((run.trainer, 0), (run.trainer, 1))]
+    (table,) = paper_tables(first, [1])
+    lines = [line.split("|")[3:6] for line in render(table, "markdown").splitlines() if line.startswith("|")]
+    published = {tuple(cell.strip() for cell in cells) for cells in lines}
+    card = weights.with_suffix(".md").read_text(encoding="utf-8")
+    rows = card.split("|---|---|")[2].split("\n\n")[0].splitlines()[1:]
+    assert len(rows) == 6
+    for row in rows:
+        cells = [cell.strip() for part in row.split("|")[2:-1] for cell in part.split(",")]
+        assert all(tuple(cells[first : first + 3]) in published for first in range(0, len(cells), 3))
 
 
 def test_the_picture_shows_the_committed_claims(claims):
