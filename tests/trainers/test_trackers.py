@@ -1,6 +1,7 @@
 """Trackers: TensorBoard and stand-ins of W&B and MLflow receive the same numbers of one few-shot run."""
 
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -127,6 +128,7 @@ def test_a_resumed_run_has_each_training_step_once(tiny_data, tiny_options, tmp_
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(PromptTrainer, "forward_backward", stopping)
         launch.train(argv, quiet=True)
+    time.sleep(1.1)  # TensorBoard orders its files by their seconds
     launch.train(argv, quiet=True)
     events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
     expected = {"train/loss": [*range(8)], "curve/new": [0, 1, 4, 5], "regulator/text_gamma": [4, 8]}
