@@ -280,7 +280,10 @@ def _cells(
     values = [f"{value:.1f}" for value in found.mean()]
     if kind == reference:
         return [*values, *("" for _ in metrics)]
-    gains = [row - plain.loc[meta if meta in plain.index else 0] for meta, row in found.iterrows()]
+    metas = (set(found.index) | set(plain.index)) - {0} or {0}  # 0: no meta-training, one for all of the other's
+    gains = [
+        found.loc[meta if meta in found.index else 0] - plain.loc[meta if meta in plain.index else 0] for meta in metas
+    ]
     return [*values, *map(_difference, zip(*gains, strict=True))]
 
 
