@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from gram_meta.backbone.clip import Backbone
+    from gram_meta.method.adaptation import Adaptation
     from gram_meta.method.checkpoint import MetaCheckpoint
-    from gram_meta.method.evaluation import Adaptation
 
 Configs = PathLike | Sequence[PathLike]
 Options = Mapping[str, Any] | Sequence[str]  # {"OUTER.STEPS": 5000}, or ["OUTER.STEPS", "5000"]
@@ -231,15 +231,15 @@ def evaluate(
     Args:
         meta: a meta-checkpoint, or its file.
         store: the store of `hierarchy`, or its folder.
-        hierarchy: where the tasks come from, or its folder; see `method.evaluation.evaluate_adaptation`.
+        hierarchy: where the tasks come from, or its folder; see `method.adaptation.evaluate_adaptation`.
         tasks: number of tasks.
         steps: numbers of inner steps after which the query sets are scored.
         seed: of the draw of the tasks.
         opts: settings that replace those of meta-training.
         backbone: the model of meta-training, if that was given one.
     """
+    from gram_meta.method.adaptation import evaluate_adaptation
     from gram_meta.method.checkpoint import MetaCheckpoint, load_meta_checkpoint
-    from gram_meta.method.evaluation import evaluate_adaptation
 
     checkpoint = meta if isinstance(meta, MetaCheckpoint) else load_meta_checkpoint(meta)
     opened = _store(store), hierarchy if isinstance(hierarchy, Hierarchy) else Hierarchy.open(hierarchy)

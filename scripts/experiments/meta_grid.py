@@ -27,10 +27,10 @@ from gram_meta.corpus.store import PairStore
 from gram_meta.demo.world import SPECS, write_dataset
 from gram_meta.files import write_json
 from gram_meta.intervals import half_width, harmonic, mean
+from gram_meta.method.adaptation import mean_gates
 from gram_meta.method.bilevel import InnerLoop
 from gram_meta.method.checkpoint import load_meta_checkpoint
 from gram_meta.method.episodes import Episodes
-from gram_meta.method.evaluation import mean_gates
 from gram_meta.method.prompts import context_from_words
 from gram_meta.method.tasks import TaskConfig, TaskSampler
 from gram_meta.method.together import SeedsTrainer, open_trainer

@@ -9,10 +9,10 @@ import torch
 from gram_meta.cli import main
 from gram_meta.config import load_meta_config, stored_config
 from gram_meta.errors import GramError
-from gram_meta.method import evaluation
+from gram_meta.method import adaptation
+from gram_meta.method.adaptation import evaluate_adaptation
 from gram_meta.method.checkpoint import load_meta_checkpoint
 from gram_meta.method.episodes import Episodes
-from gram_meta.method.evaluation import evaluate_adaptation
 from gram_meta.method.meta_trainer import MetaTrainer
 from gram_meta.method.tasks import TaskConfig, TaskSampler, images_of
 
@@ -153,7 +153,7 @@ def test_the_verdict_on_tasks_that_help_harm_are_solved_or_hopeless(losses, befo
         (*plain, 5): [(torch.tensor([1.0, 1.0, 1.0]), torch.full((3,), after))],
         ("theta*", "R off", 5): [(torch.tensor(losses) - 0.2, torch.full((3,), after))],
     }
-    sentences = evaluation._verdict(scores, learned, plain, 5, 4)
+    sentences = adaptation._verdict(scores, learned, plain, 5, 4)
     assert "R^phi does harm: R on against R off, both from theta*, lowers it by -0.200 ± 0.000." in sentences[1]
     assert "lower OUTER.LR_REGULATOR" in sentences[2]
     assert all(part in " ".join(sentences) for part in found)
@@ -199,8 +199,8 @@ def test_without_a_step_the_starts_are_compared(runs, pixel_corpus):
 
 def test_under_fp16_losses_are_scaled_as_in_meta_training(runs, pixel_corpus, monkeypatch):
     scales = []
-    path = evaluation.inner_path
-    monkeypatch.setattr(evaluation, "inner_path", lambda s, p, inner: scales.append(inner.scale) or path(s, p, inner))
+    path = adaptation.inner_path
+    monkeypatch.setattr(adaptation, "inner_path", lambda s, p, inner: scales.append(inner.scale) or path(s, p, inner))
     measure(runs["raw"], pixel_corpus, tasks=1, steps=(1,), opts=["BACKBONE.PRECISION", "fp16"])
     assert set(scales) == {256.0}
     scales.clear()
