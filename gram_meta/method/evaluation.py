@@ -95,15 +95,14 @@ def _scores_of(
             "alignment": inner_products(_only(first, kinds), _only(query_gradient, kinds)),
             "alignment_raw": inner_products(_only(raw, kinds), _only(query_gradient, kinds)),
         }
-        row |= {f"gradient_norm_{kind}": norms_by_task(raw[kind]) for kind in kinds}
         gates: Gates = {}
         for kind in kinds:
-            if regulator is None:
-                break
-            parts = regulator.parts(kind, raw[kind])
-            row[f"path_gated_{kind}"] = inner.alpha * parts.gated.flatten(1).norm(dim=1)
-            row[f"path_beta_{kind}"] = inner.alpha * parts.beta.flatten(1).norm(dim=1)
-            gates[kind] = parts.gamma.cpu(), parts.beta.cpu()
+            row[f"gradient_norm_{kind}"] = norms_by_task(raw[kind])
+            if regulator is not None:
+                parts = regulator.parts(kind, raw[kind])
+                row[f"path_gated_{kind}"] = inner.alpha * parts.gated.flatten(1).norm(dim=1)
+                row[f"path_beta_{kind}"] = inner.alpha * parts.beta.flatten(1).norm(dim=1)
+                gates[kind] = parts.gamma.cpu(), parts.beta.cpu()
     return {key: value.detach().cpu() for key, value in row.items()}, gates
 
 

@@ -56,7 +56,7 @@ def open_trainer(
         kind: `MetaTrainer`, or `SeedsTrainer` for one run for each of SEEDS, in OUT/seed1, OUT/seed2, ...
         store, hierarchy: folders written by `gram embed` and `gram cluster`.
         out: the run folder (`meta_run`).
-        config: settings; of the node CHC, those that made the hierarchy are used and recorded instead, with a warning.
+        config: settings; of the node CHC, those that made the hierarchy are used and recorded instead, with a note.
         group: the processes that share the tasks of each step.
         backbone: the CLIP that BACKBONE.NAME names, if it is loaded.
 
@@ -68,7 +68,7 @@ def open_trainer(
         opened = open_inputs(store, hierarchy, config.BACKBONE.NAME)
         used = opened[1].settings_used(config)
         if group.is_first and used is not config:
-            logger.warning(_clustered_otherwise(hierarchy, config, used))
+            logger.info(_clustered_otherwise(hierarchy, config, used))
         shown = progress and group.is_first
         return kind(*opened, Path(out), used, device=device, progress=shown, group=group, backbone=backbone)
 
