@@ -3,8 +3,8 @@
 A claim is a difference between two kinds of runs, such as "CoOpGRAM - CoOp, H, base to new". For each meta-seed it is
 averaged over few-shot seeds and datasets; mean and 95 % interval (Student's t) are over meta-seeds. A claim is
 confirmed if its interval lies above 0. H is the harmonic mean of a dataset's base and new accuracy over few-shot seeds.
-controls.json and true_names.json are grid.json of meta_grid.py; curves.json is of curves.py, with 50 epochs. The script
-draws docs/assets/results.svg, too.
+controls.json, more_controls.json and true_names.json are grid.json of meta_grid.py; curves.json is of curves.py, with 50
+epochs. The script draws docs/assets/results.svg, too.
 """
 
 import json
@@ -22,7 +22,7 @@ from gram_meta.report import read_runs
 from gram_meta.report.runs import LABELLED, NO_META, NO_REGULATOR, NO_SHIFT, TOKENS, Run
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "results"
-OTHERS = ("controls", "true_names", "curves")
+OTHERS = ("controls", "more_controls", "true_names", "curves")
 PICTURE = DOCS.parent / "assets" / "results.svg"
 PLACE = re.compile(r"(<!-- (claims|table \d) -->\n).*?(<!-- end -->)", re.DOTALL)
 BASE_TO_NEW, CROSS_DATASET, CROSS_DOMAIN = "base to new", "other datasets", "other domains"
@@ -33,6 +33,8 @@ ABLATIONS = {  # Table 6
     NO_META: "trained without meta-learning",
     LABELLED: "meta-trained on labelled data",
 }
+PAPER = "the paper's R"  # raw input, absolute beta
+SAME_LENGTH = "R off, same length"
 CURVES = {  # in curves.json
     "CoOp": "CoOp",
     "CoOp + GRAM": "CoOpGRAM",
@@ -141,21 +143,25 @@ def read_transfers(runs: list[Run], protocol: str, shots: int) -> pandas.DataFra
     return pandas.concat([source, table, untrained[known]])
 
 
-def read_controls(found: dict, metas: Collection[int]) -> pandas.DataFrame:
-    """Return the accuracies in a grid.json of meta_grid.py, of CoOp and of these meta-seeds, as `read` does."""
-    rows = []
-    for run in found["runs"]:
-        settings = found["settings"].get(run["variant"], {})
-        words = ["CoOpGRAM" if run["meta"] else "CoOp"]
-        if settings.get("REGULATOR.ENABLED") is False:
-            words.append("meta-trained without R")
-        elif run["meta"]:
-            words += ["the paper's R"] * (settings["REGULATOR.BETA"] == "absolute")
-            words += ["true names"] * settings.get("CHC.LABELLED", False)
-            words += [run["control"]] * (run["control"] != "R on")
-        if run["meta"] in (0, *metas):
-            rows.append((", ".join(words), run["meta"], run["dataset"], run["base"], run["new"], found["seeds"]))
-    return _table(rows)
+def read_controls(files: Collection[dict], metas: Collection[int]) -> pandas.DataFrame:
+    """Return the accuracies in grid.json files of meta_grid.py, of CoOp and of these meta-seeds, as `read` does."""
+    rows = {}  # CoOp is in each file, with the same runs
+    for found in files:
+        for run in found["runs"]:
+            if run["meta"] in (0, *metas):
+                key = _kind_in_grid(run, found["settings"].get(run["variant"], {})), run["meta"], run["dataset"]
+                rows[key] = (*key, run["base"], run["new"], found["seeds"])
+    return _table(list(rows.values()))
+
+
+def _kind_in_grid(run: dict, settings: dict) -> str:
+    if not run["meta"]:
+        return "CoOp"
+    if settings.get("REGULATOR.ENABLED") is False:
+        return "CoOpGRAM, meta-trained without R"
+    words = ["CoOpGRAM"] + [PAPER] * (settings["REGULATOR.BETA"] == "absolute")
+    words += ["true names"] * settings.get("CHC.LABELLED", False)
+    return ", ".join(words + [run["control"]] * (run["control"] != "R on"))
 
 
 def read_curves(found: dict) -> pandas.DataFrame:
@@ -212,17 +218,20 @@ def as_markdown(claims: list[dict]) -> str:
     return tabulate(table, columns, "pipe", disable_numparse=True)
 
 
-def all_claims(runs: list[Run], controls: dict, true_names: dict, curves: dict) -> list[dict]:
+def all_claims(runs: list[Run], controls: dict, more_controls: dict, true_names: dict, curves: dict) -> list[dict]:
     """Return every claim; arguments after `runs` are the files of `OTHERS`."""
     found = []
     for protocol, shots in ((BASE_TO_NEW, 16), *((to, k) for to in (CROSS_DATASET, CROSS_DOMAIN) for k in (16, 4))):
         table = read(runs, protocol, shots)
         name = protocol if protocol == BASE_TO_NEW else f"{protocol}, {shots} shots"
         found += claims_of(table, name)
-    found += claims_of(read_controls(true_names, range(1, 6)), BASE_TO_NEW)
+    found += claims_of(read_controls([true_names], range(1, 6)), BASE_TO_NEW)
     for first, last in ((6, 20), (1, 20)):
-        table = read_controls(controls, range(first, last + 1))
+        table = read_controls([controls], range(first, last + 1))
         found += claims_of(table, f"{BASE_TO_NEW}, meta-seeds {first} to {last}")
+    table = read_controls([controls, more_controls], range(1, 6))
+    listed = claims_of(table, f"{BASE_TO_NEW}, meta-seeds 1 to 5")
+    found += [each for each in listed if PAPER in each["name"] or SAME_LENGTH in each["name"]]
     long = claims_of(read_curves(curves), f"{BASE_TO_NEW}, {curves['epochs']} epochs")
     return found + [{**each, "datasets": curves["datasets"]} for each in long]
 

@@ -4,8 +4,8 @@
 #
 #     bash scripts/experiments/emoji_evidence.sh DIR [JOBS]
 #
-# If it is interrupted, the same command resumes it. docs/results/emoji.json is a copy of DIR/evidence.json,
-# controls.json of DIR/grid/grid.json.
+# If it is interrupted, the same command resumes it. docs/results/emoji.json is a copy of DIR/evidence.json;
+# controls.json, more_controls.json and true_names.json are copies of grid.json.
 set -euo pipefail
 dir="${1:?the folder for the world, its features and all runs}"
 mkdir -p "$dir"
@@ -91,7 +91,10 @@ taken="relative, 600 steps, temperature 2.5, lambda_1 1e-3, lambda_2 1e-3"
 plain="no R, 600 steps, temperature 2.5, lambda_1 1e-3"
 sets="food travel objects activities faces"
 twenty="$(seq 1 20)"
-grid meta_grid.py --out "$dir/grid" --only "$taken" "$plain" "taken, paper's R" --meta-seeds $twenty --sets $sets
+grid meta_grid.py --out "$dir/grid" --only "$taken" "taken, paper's R" --meta-seeds $metas --sets $sets
+cp "$dir/grid/grid.json" "$dir/more_controls.json"
+grid meta_grid.py --out "$dir/grid" --only "$taken" "$plain" --meta-seeds $twenty --sets $sets \
+    --controls "R on" "R off"
 grid curves.py --out "$dir/grid" --only "$taken" "$plain" "taken, paper's R" --meta-seeds $metas
 grid meta_grid.py --store "$dir/labelled_store" --hierarchy "$dir/labelled_hierarchy" --out "$dir/grid_true_names" \
     --only "taken, true names" --meta-seeds $metas --sets $sets
@@ -99,4 +102,6 @@ grid meta_grid.py --store "$dir/labelled_store" --hierarchy "$dir/labelled_hiera
 folders=("$dir/output" "$dir/class_token" "$dir/no_regulator" "$dir/visual" "$dir/joint" "$dir/cocoop" "$dir"/unigram_*)
 gram report "${folders[@]}" --collect "$dir/evidence.json"
 cp "$dir/grid/grid.json" docs/results/controls.json
+cp "$dir/more_controls.json" docs/results/
+cp "$dir/grid_true_names/grid.json" docs/results/true_names.json
 cp "$dir/evidence.json" docs/results/emoji.json && python scripts/experiments/claims.py   # in a clone

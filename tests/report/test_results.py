@@ -77,9 +77,9 @@ def test_a_changed_number_would_be_seen(claims, runs, others):
         digits = place.start() + next(i for i, c in enumerate(place[0]) if c == "." and place[0][i + 1].isdigit()) + 1
         forged = page[:digits] + str((int(page[digits]) + 1) % 10) + page[digits + 1 :]
         assert claims.filled(forged, runs, listed) == page
-    controls, true_names, curves = others = copy.deepcopy(others)
+    *grids, curves = others = copy.deepcopy(others)
     seen = [listed]
-    for change in (controls["runs"][-1], true_names["runs"][-1]):
+    for change in [grid["runs"][-1] for grid in grids]:
         change["base"] += 1
         seen.append(claims.all_claims(runs, *others))
     curves["accuracy"]["new classes"]["CoOp"][0][-1] += 1
