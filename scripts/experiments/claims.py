@@ -3,8 +3,8 @@
 A claim is a difference between two kinds of runs, such as "CoOpGRAM - CoOp, H, base to new". For each meta-seed it is
 averaged over few-shot seeds and datasets; mean and 95 % interval (Student's t) are over meta-seeds. A claim is
 confirmed if its interval lies above 0. H is the harmonic mean of a dataset's base and new accuracy over few-shot seeds.
-controls.json, more_controls.json and true_names.json are grid.json of meta_grid.py; curves.json is of curves.py, with 50
-epochs. The script draws docs/assets/results.svg, too.
+controls.json, more_controls.json and true_names.json are grid.json of meta_grid.py; curves.json is of curves.py, with
+50 epochs. The script draws docs/assets/results.svg, too.
 """
 
 import json
