@@ -217,6 +217,6 @@ def test_gram_doctor_loads_no_clip_that_its_meta_checkpoints_refuse(meta, weight
     for name in ("gram-small", weights[0]):  # another name, and other widths
         (check,) = doctor.check_backbone(doctor.Environment(backbone=name, meta=[str(meta), str(broken)]))
         assert check.state == "note" and check.found.startswith(f"{name} is not loaded")
-    for path in (meta, broken):  # one fits, and of a broken one nobody knows
+    for path in (meta, broken):  # one fits; a broken file does not say which CLIP it is for
         with pytest.raises(AssertionError, match=NO_WEIGHTS):
             list(doctor.check_backbone(doctor.Environment(backbone="random-tiny", meta=[str(path)])))
