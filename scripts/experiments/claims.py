@@ -184,7 +184,7 @@ def claim(ours: str, theirs: str, metric: str, table: pandas.DataFrame, protocol
     """Return one entry: the differences of each meta-seed, their mean and interval."""
     found, others, gains = table.loc[ours], table.loc[theirs], []
     for meta in found.index.unique("meta"):
-        reference = others.loc[meta if meta in others.index else 0]
+        reference = of_meta_seed(others, meta)
         if set(reference.index) != set(found.loc[meta].index):
             raise ValueError(f"{ours} - {theirs}: expected the same datasets, found others with meta-seed {meta}")
         gains.append(float((found.loc[meta][metric] - reference[metric]).mean()))
@@ -201,6 +201,11 @@ def claim(ours: str, theirs: str, metric: str, table: pandas.DataFrame, protocol
         "datasets": sorted(found.index.unique("dataset")),
         "confirmed": half is not None and middle > half,
     }
+
+
+def of_meta_seed(table: pandas.DataFrame, meta: int) -> pandas.DataFrame:
+    """Return the rows of a meta-seed; those without meta-training (0) stand for all."""
+    return table.loc[meta if meta in table.index else 0]
 
 
 def as_markdown(claims: list[dict]) -> str:
@@ -289,10 +294,8 @@ def _cells(
     values = [f"{value:.1f}" for value in found.mean()]
     if kind == reference:
         return [*values, *("" for _ in metrics)]
-    metas = (set(found.index) | set(plain.index)) - {0} or {0}  # 0: no meta-training, one for all of the other's
-    gains = [
-        found.loc[meta if meta in found.index else 0] - plain.loc[meta if meta in plain.index else 0] for meta in metas
-    ]
+    metas = (set(found.index) | set(plain.index)) - {0} or {0}
+    gains = [of_meta_seed(found, meta) - of_meta_seed(plain, meta) for meta in metas]
     return [*values, *map(_difference, zip(*gains, strict=True))]
 
 

@@ -13,18 +13,16 @@ and emoji-inner-product.webp to the folder of --docs.
 import argparse
 import io
 import json
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from few_shot_batch import adapt, record, test_set
-from meta_grid import COOP, controls, grid_parser, meta_train, variants_of
+from meta_grid import COOP, controls, few_shot_runs, grid_parser, meta_train, variants_of
 from PIL import Image
 
 from gram_meta import load_backbone
 from gram_meta.bench.emoji import DATASETS
-from gram_meta.demo.world import SPECS, write_dataset
+from gram_meta.demo.world import SPECS
 from gram_meta.files import write_json
 from gram_meta.intervals import estimate, mean
 from gram_meta.method.prompts import context_from_words, random_context
@@ -90,24 +88,13 @@ def kind_of(settings: dict[str, object]) -> str:
 def accuracy_curves(args: argparse.Namespace, starts: dict) -> dict[str, dict[str, list[list[float]]]]:
     """Return side -> kind -> for each meta-seed the accuracy at epochs 0, 1, ..., a mean over datasets and seeds."""
     ends = range(0, args.epochs * STEPS_PER_EPOCH + 1, STEPS_PER_EPOCH)
-    runs = few_shot_runs(args, starts, args.epochs, ends)
+    runs = [run for name in args.sets for run in few_shot_runs(args, name, starts, args.epochs, ends)]
     kinds = dict.fromkeys(kind for kind, _ in starts)
     curves: dict[str, dict[str, list[list[float]]]] = {side: {kind: [] for kind in kinds} for side in SIDES}
     for key in starts:
         for index, side in enumerate(SIDES):
             curves[side][key[0]].append([round(mean(run[key][end][index] for run in runs), 3) for end in ends])
     return curves
-
-
-def few_shot_runs(args: argparse.Namespace, starts: dict, epochs: int, ends: Collection[int]) -> list[dict]:
-    """Return the accuracies of each start after these numbers of steps, for each dataset and few-shot seed."""
-    runs = []
-    for name in args.sets:
-        root, spec = args.out / "sets" / name, SPECS[name]
-        write_dataset(root / spec.folder, spec, progress=False)
-        test = test_set(str(root), spec.folder)
-        runs += [adapt(record(str(root), spec.folder, seed, epochs), test, starts, ends) for seed in args.seeds]
-    return runs
 
 
 def accuracy_of_starts(args: argparse.Namespace, learned: dict) -> dict[str, dict[str, list[float]]]:
@@ -118,7 +105,7 @@ def accuracy_of_starts(args: argparse.Namespace, learned: dict) -> dict[str, dic
     starts |= {(words, text): (context_from_words(backbone, text), None) for text in WORDS}
     starts |= {(theta, seed): start for seed, start in learned.items()}
     end = epochs * STEPS_PER_EPOCH
-    runs = few_shot_runs(args, starts, epochs, [end])
+    runs = [run for name in args.sets for run in few_shot_runs(args, name, starts, epochs, [end])]
     return {
         side: {
             kind: sorted(round(mean(run[key][end][index] for run in runs), 3) for key in starts if key[0] == kind)

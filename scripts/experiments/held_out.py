@@ -12,13 +12,13 @@ import math
 import numpy as np
 import torch
 from few_shot_batch import STEPS, Recording, TestSet, adapt
-from meta_grid import COOP, add_controls, controls, grid_parser, meta_train, variants_of
+from meta_grid import COOP, add_controls, controls, grid_parser, meta_train, variants_of, with_interval
 from tabulate import tabulate
 
 from gram_meta import load_backbone
 from gram_meta.clustering.hierarchy import Hierarchy
 from gram_meta.corpus.store import PairStore
-from gram_meta.intervals import half_width, harmonic, mean
+from gram_meta.intervals import harmonic, mean
 from gram_meta.method.checkpoint import load_meta_checkpoint
 from gram_meta.method.prompts import context_from_words
 from gram_meta.method.tasks import images_by_domain
@@ -49,7 +49,7 @@ def main() -> None:
         ends = {key: [*sides, harmonic(*sides)] for key, sides in ends.items()}
         for key in starts:
             gains.setdefault(key, []).append([a - b for a, b in zip(ends[key], ends[COOP, COOP], strict=True)])
-    rows = [[*key, *map(_interval, zip(*gains[key], strict=True))] for key in gains if key[0] != COOP]
+    rows = [[*key, *map(with_interval, zip(*gains[key], strict=True))] for key in gains if key[0] != COOP]
     print(tabulate(rows, ["variant", "gradient", "base", "new", "H"], "pipe", disable_numparse=True))
 
 
@@ -80,11 +80,6 @@ def draw(
     steps = torch.from_numpy(order[: STEPS * BATCH].reshape(STEPS, BATCH))
     rates = [0.001 * (1 + math.cos(math.pi * (step // EPOCH) / 10)) if step >= EPOCH else 1e-5 for step in range(STEPS)]
     return Recording(features[steps], labels[steps], rates, []), TestSet(*take(test), list(chosen))
-
-
-def _interval(values: tuple[float, ...]) -> str:
-    half = half_width(values)
-    return f"{mean(values):+.2f}" + (f" ± {half:.2f}" if half is not None else "")
 
 
 if __name__ == "__main__":

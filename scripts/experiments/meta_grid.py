@@ -9,9 +9,10 @@ and compares accuracies with CoOp's. It goes on with what is there, prints a tab
 """
 
 import argparse
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -94,7 +95,8 @@ def main() -> None:
         for seed, path in paths.items():
             for control, start in controls(path, args.store, args.hierarchy, words, args.controls).items():
                 starts[name, control, seed] = start
-    found = {name: few_shot_runs(args, name, starts) for name in args.sets}
+    of_seeds = {name: few_shot_runs(args, name, starts) for name in args.sets}
+    found = {name: {key: [scores[key] for scores in runs] for key in starts} for name, runs in of_seeds.items()}
     rows = [summary(name, control, found, held.get(name, [])) for name, control in dict.fromkeys(k[:2] for k in starts)]
     write_json(args.out / "grid.json", {"settings": variants, "seeds": len(args.seeds), "runs": ends_of(found)})
     print(tabulate(rows, "keys", "pipe", disable_numparse=True))
@@ -145,12 +147,14 @@ def controls(
     return {control: start for control, start in known.items() if control in wanted}
 
 
-def few_shot_runs(args: argparse.Namespace, name: str, starts: dict[Key, tuple]) -> dict[Key, list[Scores]]:
+def few_shot_runs(
+    args: argparse.Namespace, name: str, starts: dict[Any, tuple], epochs: int = 10, at: Collection[int] = (0, STEPS)
+) -> list[dict[Any, Scores]]:
+    """Return the accuracies of each start on a dataset after these numbers of steps, for each few-shot seed."""
     root, spec = args.out / "sets" / name, SETS[name]
     write_dataset(root / spec.folder, spec, progress=False)
     test = test_set(str(root), spec.folder)
-    of_seeds = [adapt(record(str(root), spec.folder, seed), test, starts) for seed in args.seeds]
-    return {key: [scores[key] for scores in of_seeds] for key in starts}
+    return [adapt(record(str(root), spec.folder, seed, epochs), test, starts, at) for seed in args.seeds]
 
 
 def ends_of(found: dict[str, dict[Key, list[Scores]]]) -> list[dict[str, object]]:
@@ -183,12 +187,17 @@ def summary(
     ]
     if name == COOP:
         return row
-    half = half_width([mean(gain) for gain in gains])
-    row["H - CoOp"] = f"{mean(mean(gain) for gain in gains):+.2f}" + (f" ± {half:.2f}" if half is not None else "")
+    row["H - CoOp"] = with_interval([mean(gain) for gain in gains])
     row["of each dataset"] = ", ".join(f"{mean(gain):+.1f}" for gain in zip(*gains, strict=True))
     row["of each meta-seed"] = ", ".join(f"{mean(gain):+.1f}" for gain in gains)
     row["held-out loss"] = " -> ".join(f"{mean(one[key] for one in held):.2f}" for key in ("loss_before", "loss_after"))
     return row
+
+
+def with_interval(values: Sequence[float]) -> str:
+    """Return the mean of a value for each meta-seed, with its 95 % interval."""
+    half = half_width(values)
+    return f"{mean(values):+.2f}" + (f" ± {half:.2f}" if half is not None else "")
 
 
 if __name__ == "__main__":
